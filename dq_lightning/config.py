@@ -1,0 +1,206 @@
+"""Every setting of the flow: frozen dataclasses, validated when made, JSON both ways."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, ClassVar, Literal, Self, get_args, get_type_hints
+
+from dq_lightning.errors import ConfigError
+
+FeatureKind = Literal["embedding", "gradient"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Objective = Literal["graph_cut"]
+Maximizer = Literal["naive"]
+Similarity = Literal["cosine", "dot"]
+Draw = Literal["seeded", "rank"]
+StoreKind = Literal["auto", "indices", "packed"]
+VerifyPolicy = Literal["size", "hash", "off"]
+
+
+def check_choice(owner: str, name: str, value: object, choices: Any) -> None:
+    """Raise ConfigError unless `value` is one of the Literal type `choices`."""
+    if value not in get_args(choices):
+        raise ConfigError(f"{owner}.{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
+
+
+def check_ratio(owner: str, name: str, value: float, *, zero: bool = False) -> None:
+    """Raise ConfigError unless 0 < value <= 1 (0 <= value < 1 with `zero`)."""
+    inside = (0 <= value < 1) if zero else (0 < value <= 1)
+    if not inside:
+        raise ConfigError(f"{owner}.{name} must be in {'[0, 1)' if zero else '(0, 1]'}, got {value!r}")
+
+
+class _Json:
+    """JSON in both directions for nested frozen dataclasses; unknown fields are errors."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dicts, lists and scalars."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    def to_json(self) -> str:
+        """Indented JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: a field is unknown or its value invalid.
+        """
+        hints = get_type_hints(cls)
+        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
+        if unknown:
+            known = ", ".join(cls.__dataclass_fields__)
+            raise ConfigError(f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {known}")
+        made = {}
+        for name, value in values.items():
+            hint = hints[name]
+            if isinstance(hint, type) and issubclass(hint, _Json) and isinstance(value, dict):
+                value = hint.from_dict(value)
+            elif isinstance(value, list):
+                value = tuple(value)
+            made[name] = value
+        return cls(**made)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `to_json`."""
+        return cls.from_dict(json.loads(text))
+
+
+@dataclass(frozen=True)
+class FeatureConfig(_Json):
+    """How samples become vectors.
+
+    Attributes:
+        encoder: `"auto"`, `"bundled"`, a timm name, `"hf-hub:OWNER/NAME"`, or a folder or file that timm can load.
+        weights: local weight file (.safetensors or .pth) for a timm name; nothing is then asked of a hub.
+        kind: `"embedding"` (pooled features) or `"gradient"` (last-layer gradient; needs an encoder with a head for these
+            classes).
+        precision: of the encoder; `"auto"` is bfloat16 or float16 on a GPU and float32 on a CPU. Not part of the identity.
+        batch_size: images per step; halved by itself when the GPU's memory is short. Not part of the identity.
+        num_workers: loader processes. Not part of the identity.
+    """
+
+    encoder: str = "auto"
+    weights: str | None = None
+    kind: FeatureKind = "embedding"
+    precision: Precision = "auto"
+    batch_size: int = 256
+    num_workers: int | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_choice("FeatureConfig", "kind", self.kind, FeatureKind)
+        check_choice("FeatureConfig", "precision", self.precision, Precision)
+        if self.batch_size < 1:
+            raise ConfigError(f"FeatureConfig.batch_size must be at least 1, got {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class BinConfig(_Json):
+    """How features become bins (Dataset Quantization, Zhou et al. 2023, section 3.2).
+
+    Attributes:
+        num_bins: K.
+        objective: submodular function.
+        maximizer: how it is maximised.
+        similarity: between two samples.
+        lam: weight of representativeness against diversity in the graph cut.
+        by_label: make the bins inside each class when there are classes; else over the whole set.
+    """
+
+    num_bins: int = 10
+    objective: Objective = "graph_cut"
+    maximizer: Maximizer = "naive"
+    similarity: Similarity = "cosine"
+    lam: float = 1.0
+    by_label: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("BinConfig", "objective", self.objective, Objective)
+        check_choice("BinConfig", "maximizer", self.maximizer, Maximizer)
+        check_choice("BinConfig", "similarity", self.similarity, Similarity)
+        if not 1 <= self.num_bins <= 32767:
+            raise ConfigError(f"BinConfig.num_bins must be between 1 and 32767, got {self.num_bins}")
+
+
+@dataclass(frozen=True)
+class SelectionConfig(_Json):
+    """How bins become a selection.
+
+    Attributes:
+        keep_ratio: share of samples kept; floor(N * keep_ratio + 0.5) samples are kept, exactly.
+        seed: of the draw.
+        draw: `"seeded"` draws uniformly inside a bin, `"rank"` takes the first by rank.
+        bin_weights: one non-negative weight a bin in place of the even share, or None.
+    """
+
+    keep_ratio: float = 0.125
+    seed: int = 0
+    draw: Draw = "seeded"
+    bin_weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_ratio("SelectionConfig", "keep_ratio", self.keep_ratio)
+        check_choice("SelectionConfig", "draw", self.draw, Draw)
+
+
+@dataclass(frozen=True)
+class QuantizeConfig(_Json):
+    """The whole flow.
+
+    Attributes:
+        features: station 1.
+        bins: station 2.
+        selection: station 3.
+        store: `"indices"` copies nothing, `"packed"` is self-contained, `"auto"` is `"indices"` while all patches are kept.
+        image_column: column of a Hugging Face dataset; found by its feature type when None.
+        label_column: likewise.
+    """
+
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    bins: BinConfig = field(default_factory=BinConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    store: StoreKind = "auto"
+    image_column: str | None = None
+    label_column: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("QuantizeConfig", "store", self.store, StoreKind)
+
+
+def with_short_forms(config: QuantizeConfig | None, values: dict[str, Any]) -> QuantizeConfig:
+    """Put keyword short forms into a config.
+
+    Args:
+        config: the user's config, or None for the defaults.
+        values: dotted field names (`"selection.keep_ratio"`) and the keywords' values. A keyword that equals the field's
+            default counts as not given.
+
+    Raises:
+        ConfigError: a keyword and the config both differ from the default and from each other.
+    """
+    default = QuantizeConfig()
+    config = config or default
+    for path, value in values.items():
+        owner, _, name = path.rpartition(".")
+        current = getattr(config, owner) if owner else config
+        standard = getattr(getattr(default, owner) if owner else default, name)
+        seen = getattr(current, name)
+        if value in (standard, seen):
+            continue
+        if seen != standard:
+            raise ConfigError(
+                f"{name}={value!r} was passed as a keyword, but config.{path} is {seen!r}: set it in one place only"
+            )
+        changed = replace(current, **{name: value})
+        config = replace(config, **{owner: changed}) if owner else changed
+    return config
+
+
+def config_fields(config: Any) -> list[str]:
+    """Names of a config dataclass's fields, in order."""
+    return [f.name for f in fields(config)] if is_dataclass(config) else []

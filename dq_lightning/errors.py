@@ -1,0 +1,29 @@
+"""What can go wrong: every message says what was seen and what to do next."""
+
+
+class DQError(Exception):
+    """Base of all errors that dq_lightning raises on purpose."""
+
+
+class ConfigError(DQError, ValueError):
+    """A setting is out of range, unknown, or contradicts another one."""
+
+
+class SourceError(DQError):
+    """A dataset cannot be read as it is: the message names the sample and the way out."""
+
+
+class FeatureError(DQError):
+    """An encoder cannot be found or run, or features are not finite."""
+
+
+class CacheError(DQError):
+    """A cache entry is missing, damaged or belongs to something else."""
+
+
+class StoreError(DQError):
+    """A packed store cannot be written or read."""
+
+
+class DistributedError(DQError):
+    """The processes of one run disagree, or the one that prepared the data failed."""

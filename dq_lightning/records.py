@@ -1,0 +1,179 @@
+"""Frozen values that travel between the stations. Stations meet here and nowhere else."""
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dq_lightning.errors import DQError
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What an encoder says of N samples.
+
+    Attributes:
+        embedding: floating tensor [N, D].
+        head_gradient: floating tensor [N, C], the gradient of the loss with respect to the logits, or None. With it the
+            samples are compared by the last layer's gradient `g (x) [1, h]`, whose inner product is
+            `(g_i . g_j)(1 + h_i . h_j)`.
+    """
+
+    embedding: Tensor
+    head_gradient: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("embedding", self.embedding), ("head_gradient", self.head_gradient)):
+            if value is None:
+                continue
+            if value.ndim != 2 or not value.is_floating_point():
+                raise DQError(f"Features.{name} must be a floating tensor [N, width], got {value.dtype} {tuple(value.shape)}")
+        if self.head_gradient is not None and len(self.head_gradient) != len(self.embedding):
+            raise DQError(
+                f"Features: {len(self.embedding)} rows of embedding but {len(self.head_gradient)} of head_gradient"
+            )
+
+    def __len__(self) -> int:
+        return len(self.embedding)
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """The class of every sample.
+
+    Attributes:
+        values: int64 [N], 0 <= value < num_classes.
+        names: the name of each class, when the dataset knows them.
+    """
+
+    values: Tensor
+    names: tuple[str, ...] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes: the names that the dataset lists, or else the largest label seen plus one."""
+        if self.names is not None:
+            return len(self.names)
+        return int(self.values.max()) + 1 if len(self.values) else 0
+
+
+@dataclass(frozen=True, eq=False)
+class Bins:
+    """Which bin each of N samples fell into, and in which order.
+
+    Attributes:
+        assignment: int16 [N], the bin of each sample, 0 <= bin < num_bins.
+        rank: int32 [N], the order in which a sample was picked inside its group and bin, from 0.
+        gain: float32 [N], the objective's gain when it was picked.
+        group: int32 [N], class or stratum; zeros without labels.
+        num_bins: K; the largest assignment plus one when not given.
+    """
+
+    assignment: Tensor
+    rank: Tensor
+    gain: Tensor
+    group: Tensor
+    num_bins: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_bins == 0:
+            object.__setattr__(self, "num_bins", int(self.assignment.max()) + 1 if len(self.assignment) else 1)
+
+    def __len__(self) -> int:
+        return len(self.assignment)
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The samples that were kept.
+
+    Attributes:
+        index: int64 [M], positions in the source, ascending.
+        bin: int16 [M], the bin that each of them came from.
+    """
+
+    index: Tensor
+    bin: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def content_hash(self) -> str:
+        """Hexadecimal digest of index and bin: equal on two machines exactly when they selected the same samples."""
+        digest = hashlib.sha256()
+        digest.update(self.index.to(torch.int64).numpy().tobytes())
+        digest.update(self.bin.to(torch.int16).numpy().tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """The bytes of an image as its owner stored them, and how the dataset turns them into pixels.
+
+    Attributes:
+        data: the encoded file (JPEG, PNG, WebP, ...).
+        decoder: `"pil_rgb"` (Pillow, converted to RGB: torchvision's default loader) or `"hf"` / `"hf:MODE"` (Pillow in the
+            file's own or the given mode, with the EXIF rotation applied: Hugging Face `Image`).
+    """
+
+    data: bytes
+    decoder: str
+
+
+class DigestMemory(Protocol):
+    """Remembers content digests, so that an unchanged file or table is read once. See `store/digests.py`."""
+
+    def file(self, path: str | Path) -> str:
+        """Hexadecimal digest of a file's content, remembered under its path, size and modification time."""
+        ...
+
+    def files(self, paths: list[str]) -> list[str]:
+        """The same for many files, in order."""
+        ...
+
+    def recall(self, key: str) -> str | None:
+        """The digest remembered under a key, or None."""
+        ...
+
+    def remember(self, key: str, digest: str) -> None:
+        """Keep a digest under a key for later runs and other processes."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """What a compact set is and what it costs.
+
+    Attributes:
+        path: folder of the entry.
+        kind: `"indices"` (nothing copied) or `"packed"` (self-contained).
+        num_samples: M, samples kept.
+        num_source_samples: N, samples of the whole dataset.
+        bytes: bytes on the disk of the entry, everything included.
+        content_hash: digest of the selection; equal on all ranks and across runs.
+        num_classes: number of classes, or None when the targets are no classes.
+        reused: whether the entry was found in the cache.
+        seconds: wall time of every station that ran, by name.
+    """
+
+    path: str
+    kind: str
+    num_samples: int
+    num_source_samples: int
+    bytes: int
+    content_hash: str
+    num_classes: int | None = None
+    reused: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def data_keep_ratio(self) -> float:
+        """Share of the data that is kept: samples kept over samples there were."""
+        return self.num_samples / self.num_source_samples
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
