@@ -1,0 +1,1 @@
+"""Station 0: any dataset -> Source."""

@@ -1,0 +1,116 @@
+"""Datasets of one image file per sample (ImageFolder and its kin): identity is relative paths, labels and file contents."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from dq_lightning.records import DigestMemory, EncodedImage
+from dq_lightning.sources.base import relative_paths
+from dq_lightning.sources.items import Leaf, digest_of
+from dq_lightning.sources.mapped import MapSource, getter_module
+from dq_lightning.sources.pixels import header_problem
+from dq_lightning.sources.targets import Targets, as_targets
+
+_LISTS = ("samples", "_samples", "imgs", "_image_files")
+
+
+def file_list(dataset: Any) -> str | None:
+    """Name of the attribute that lists one file per sample, with its class; None for other datasets."""
+    if not _is_folder(dataset) and not getter_module(dataset).startswith("torchvision.datasets."):
+        return None
+    for name in _LISTS:
+        entries = getattr(dataset, name, None)
+        if not isinstance(entries, list) or len(entries) != len(dataset) or not entries:
+            continue
+        first = entries[0]
+        if isinstance(first, tuple) and len(first) == 2 and isinstance(first[0], str | os.PathLike):
+            return name
+        if isinstance(first, str | os.PathLike) and len(getattr(dataset, "_labels", ())) == len(entries):
+            return name
+    return None
+
+
+def _is_folder(dataset: Any) -> bool:
+    return any(
+        owner.__module__ == "torchvision.datasets.folder" and owner.__name__ == "DatasetFolder"
+        for owner in type(dataset).__mro__
+    )
+
+
+def _reads_pil_rgb(dataset: Any) -> bool:
+    """Whether the dataset's own code is torchvision's and opens every file with Pillow, converted to RGB."""
+    if not getter_module(dataset).startswith("torchvision.datasets."):
+        return False
+    if not _is_folder(dataset):
+        return True  # all torchvision classes that list image files with classes do
+    from torchvision import get_image_backend
+    from torchvision.datasets.folder import default_loader, pil_loader
+
+    loader = getattr(dataset, "loader", None)
+    return loader is pil_loader or (loader is default_loader and str(get_image_backend()) == "PIL")  # type: ignore[no-untyped-call]
+
+
+class FileSource(MapSource):
+    """One file per sample."""
+
+    by_items = False
+
+    def __init__(self, dataset: Any, *options: Any) -> None:
+        # both are asked while the transforms are put on or off
+        self._list = file_list(dataset) or ""
+        self._standard = _reads_pil_rgb(dataset)
+        super().__init__(dataset, *options)
+        self.trusts_list = getter_module(dataset).startswith("torchvision.datasets.") and self.label_column is None
+
+    def _paths(self) -> list[str]:
+        entries = getattr(self.plain_dataset, self._list)
+        return [os.fspath(entry[0] if isinstance(entry, tuple) else entry) for entry in entries]
+
+    def path(self, index: int) -> str | None:
+        entry = getattr(self.plain_dataset, self._list)[index]
+        return os.fspath(entry[0] if isinstance(entry, tuple) else entry)
+
+    def _root(self) -> str | None:
+        root = getattr(self.plain_dataset, "root", None)
+        return os.fspath(root) if isinstance(root, str | os.PathLike) else None
+
+    def sample_id(self, index: int) -> str:
+        path = self.path(index)
+        assert path is not None
+        return relative_paths([path], self._root())[0]
+
+    def image_leaf(self) -> Leaf:
+        # torchvision gives (image, class); finding that out would decode an image
+        return (0,) if self._standard and self.image_column is None else super().image_leaf()
+
+    def target_leaf(self) -> Leaf | None:
+        return (1,) if self._standard and self.label_column is None else super().target_leaf()
+
+    def listed_targets(self) -> Targets | None:
+        entries = getattr(self.plain_dataset, self._list)
+        if isinstance(entries[0], tuple):
+            names = getattr(self.plain_dataset, "classes", None)
+            flat = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+            return as_targets([entry[1] for entry in entries], names if flat else None)
+        return super().listed_targets()
+
+    def decode_problem(self, index: int) -> str | None:
+        path = self.path(index)
+        return header_problem(path) if self._standard and path is not None else None
+
+    def encoded(self, index: int) -> EncodedImage | None:
+        path = self.path(index)
+        if not self._standard or path is None:
+            return None
+        return EncodedImage(Path(path).read_bytes(), "pil_rgb")
+
+    def digest(self, memory: DigestMemory) -> str:
+        paths = self._paths()
+        targets = self.listed_targets()
+        content = "\n".join(memory.files(paths))
+        # code of the user's that reads the files is part of what the items are
+        reading = "" if self._standard else self.spot_digest()
+        values = targets.values if targets is not None else None
+        return digest_of(
+            "files", self.image_leaf(), "\n".join(relative_paths(paths, self._root())), values, content, reading
+        )

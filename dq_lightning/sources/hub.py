@@ -1,0 +1,242 @@
+"""Hugging Face datasets; the one place that knows the `datasets` package, which is imported only when such an object comes."""
+
+import hashlib
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dq_lightning.errors import SourceError
+from dq_lightning.records import DigestMemory, EncodedImage
+from dq_lightning.sources.base import Finisher, dataset_length
+from dq_lightning.sources.finish import BatchFinisher, FormatFinisher, TransformFinisher, choose_finisher
+from dq_lightning.sources.items import IMAGE_NAMES, TARGET_NAMES, Leaf, digest_of, evenly_spaced
+from dq_lightning.sources.reading import ItemSource
+from dq_lightning.sources.strip import KEEP
+from dq_lightning.sources.targets import Targets, as_targets
+
+_ROWS_AT_ONCE = 256
+_HOMES = {
+    "Dataset": "datasets.arrow_dataset",
+    "DatasetDict": "datasets.dataset_dict",
+    "IterableDataset": "datasets.iterable_dataset",
+    "IterableDatasetDict": "datasets.dataset_dict",
+}
+
+
+def hub_kind(dataset: Any) -> str | None:
+    """Which class of the `datasets` package an object is of, without importing it; None for other objects."""
+    for owner in type(dataset).__mro__:
+        if _HOMES.get(owner.__name__) == owner.__module__:
+            return owner.__name__
+    return None
+
+
+@lru_cache(maxsize=16)
+def _formatter(kind: str, settings: tuple[tuple[str, Any], ...]) -> Any:
+    from datasets.formatting import get_formatter
+
+    return get_formatter(kind, **dict(settings))
+
+
+def tensor_format(kind: str, settings: dict[str, Any]) -> Any:
+    """The function by which a format turns one decoded row into tensors or arrays."""
+    try:
+        formatter = _formatter(kind, tuple(sorted(settings.items())))
+    except TypeError:  # settings that can't be hashed
+        from datasets.formatting import get_formatter
+
+        formatter = get_formatter(kind, **settings)
+    return formatter.recursive_tensorize
+
+
+class HubSource(ItemSource):
+    """A Hugging Face `Dataset`. Its items are dicts; `set_transform` and `set_format` are the user's transforms."""
+
+    trusts_list = True
+
+    def __init__(
+        self, dataset: Any, image_column: str | None, label_column: str | None, transform: Any, target_transform: Any
+    ) -> None:
+        dataset_length(dataset)
+        if target_transform != KEEP:
+            raise SourceError(
+                "target_transform= does not fit a Hugging Face dataset, whose transform sees the whole row: "
+                "pass transform= with a function as for set_transform, or use dataset.map on the target column."
+            )
+        self.plain_dataset = dataset.with_format(None)
+        if transform != KEEP:
+            dataset = self.plain_dataset if transform is None else self.plain_dataset.with_transform(transform)
+        super().__init__(dataset, image_column, label_column)
+        self._column = self._image_column()
+        feature = dataset.features[self._column]
+        self._mode = getattr(feature, "mode", None)
+        self._decodes = bool(getattr(feature, "decode", False))
+        pictures = self.plain_dataset.select_columns([self._column])
+        if hasattr(feature, "decode") and not self._decodes:
+            from datasets import Image
+
+            pictures = pictures.cast_column(self._column, Image(mode=self._mode))
+        self._pictures = pictures
+        self._stored = pictures.with_format("arrow") if hasattr(feature, "decode") else None
+
+    def describe(self) -> str:
+        name = getattr(self.dataset.info, "dataset_name", None)
+        split = f" ({self.dataset.split})" if self.dataset.split else ""
+        return f"Hugging Face dataset{f' {name}' if name else ''}{split} with {len(self):,} samples"
+
+    def _image_column(self) -> str:
+        features = self.dataset.features
+        if self.image_column is not None:
+            if self.image_column not in features:
+                raise SourceError(
+                    f"image_column={self.image_column!r}: the columns are {_listed(features)}; pass one of them"
+                )
+            return self.image_column
+        for kinds in (("Image",), ("Array2D", "Array3D")):
+            found = [name for name, feature in features.items() if type(feature).__name__ in kinds]
+            usual = [name for name in found if name.lower() in IMAGE_NAMES]
+            if len(found) == 1 or len(usual) == 1:
+                return str(found[0] if len(found) == 1 else usual[0])
+            if found:
+                raise SourceError(
+                    f"Several columns hold images ({_listed(found)}): pass image_column= with one of them"
+                )
+        raise SourceError(
+            f"No column is of the Image type; the columns are {_listed(features)}. Pass image_column=, or cast the column "
+            "first: dataset.cast_column(name, datasets.Image())"
+        )
+
+    def _target_column(self) -> str | None:
+        features = self.dataset.features
+        if self.label_column is not None:
+            if self.label_column not in features:
+                raise SourceError(
+                    f"label_column={self.label_column!r}: the columns are {_listed(features)}; pass one of them"
+                )
+            return self.label_column
+        found = [name for name, feature in features.items() if type(feature).__name__ == "ClassLabel"]
+        usual = [name for name in features if name.lower() in TARGET_NAMES]
+        if len(found) > 1 and len(set(found) & set(usual)) != 1:
+            raise SourceError(
+                f"Several columns hold classes ({_listed(found)}): pass label_column= with one of them, or labels=False"
+            )
+        if found:
+            usual = [name for name in found if name in usual] if len(found) > 1 else found
+        return str(usual[0]) if len(usual) == 1 else None
+
+    # reading
+
+    def read_plain(self, index: int) -> Any:
+        return self.plain_dataset[index]
+
+    def read_image(self, index: int) -> Any:
+        value = self._pictures[index][self._column]
+        if value is None:
+            raise ValueError(f"the column {self._column!r} is empty here")
+        return np.asarray(value) if isinstance(value, list) else value
+
+    def image_leaf(self) -> Leaf:
+        return (self._column,)
+
+    def target_leaf(self) -> Leaf | None:
+        column = self._target_column()
+        return (column,) if column is not None else None
+
+    def _stored_image(self, index: int) -> dict[str, Any] | None:
+        if self._stored is None:
+            return None
+        value: dict[str, Any] | None = self._stored[index].column(0)[0].as_py()
+        return value
+
+    def path(self, index: int) -> str | None:
+        stored = self._stored_image(index)
+        return stored["path"] if stored and stored["bytes"] is None else None
+
+    def encoded(self, index: int) -> EncodedImage | None:
+        stored = self._stored_image(index) if self._decodes else None
+        if not stored:
+            return None
+        data = stored["bytes"]
+        if data is None:
+            if not stored["path"] or not os.path.isfile(stored["path"]):  # noqa: PTH113
+                return None
+            data = Path(stored["path"]).read_bytes()
+        return EncodedImage(data, f"hf:{self._mode}" if self._mode else "hf")
+
+    # transforms
+
+    def finisher(self, index: Tensor) -> Finisher:
+        how = self.dataset.format
+        columns, others = self.dataset._format_columns, bool(how["output_all_columns"])
+        kept = tuple(columns) if columns is not None else None
+        settings = dict(how["format_kwargs"])
+        if how["type"] is None and kept is None:
+            return TransformFinisher()
+        candidates: list[Any]
+        if how["type"] == "custom":
+            candidates = [BatchFinisher(settings["transform"], kept, others)]
+        elif how["type"] is None:
+            candidates = [BatchFinisher(_same, kept, others)]
+        else:
+            candidates = [FormatFinisher(how["type"], tuple(sorted(settings.items())), kept, others)]
+        tried = [int(index[place]) for place in evenly_spaced(len(index), 3)]
+        chosen: Finisher = choose_finisher(candidates, self.plain, self.delivered, tried, self.describe())
+        return chosen
+
+    # targets and identity
+
+    def listed_targets(self) -> Targets | None:
+        column = self._target_column()
+        if column is None:
+            return None
+        table = self.plain_dataset.select_columns([column]).with_format("arrow")[:]
+        values = table.column(0)
+        feature = self.dataset.features[column]
+        names = feature.names if type(feature).__name__ == "ClassLabel" else None
+        if getattr(feature, "dtype", None) is None or feature.dtype.startswith(("float", "double")):
+            return None
+        numeric = values.null_count == 0 and feature.dtype.startswith(("int", "uint", "bool"))
+        return as_targets(values.to_numpy() if numeric else values.to_pylist(), names)
+
+    def plain_view(self) -> Any:
+        return self.plain_dataset
+
+    def digest(self, memory: DigestMemory) -> str:
+        key = self._table_key()
+        recalled = memory.recall(key) if key is not None else None
+        if recalled is not None:
+            return recalled
+        from dq_lightning.sources.arrow import digest_tables  # loads pyarrow, which comes with `datasets`
+
+        names = list(self.plain_dataset.column_names)
+        rows = self.plain_dataset.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE)
+        content, saw_files = digest_tables(rows, names, memory)
+        schema = json.dumps(self.plain_dataset.features.to_dict(), sort_keys=True, default=str)
+        digest = digest_of("hub", self.image_leaf(), schema, content)
+        if key is not None and not saw_files:  # files outside the table can change without the table
+            memory.remember(key, digest)
+        return digest
+
+    def _table_key(self) -> str | None:
+        """Names the present state of a table on disk without reading it; None for tables in memory."""
+        files = [entry["filename"] for entry in self.plain_dataset.cache_files]
+        if not files:
+            return None
+        state = [(name, status.st_size, status.st_mtime_ns) for name in files for status in [Path(name).stat()]]
+        mapping = self.plain_dataset._indices
+        indices = b"" if mapping is None else mapping.column(0).to_numpy().tobytes()
+        parts = (state, self.plain_dataset._fingerprint, hashlib.sha256(indices).hexdigest(), self._column)
+        return f"hub-table:{digest_of(parts)}"
+
+
+def _same(batch: dict[str, Any]) -> dict[str, Any]:
+    return batch
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(map(repr, names))

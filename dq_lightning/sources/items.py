@@ -1,0 +1,226 @@
+"""The inside of one item: which leaf is the image, which is the target, and the digest of all of it."""
+
+import dataclasses
+import hashlib
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dq_lightning.errors import SourceError
+
+Leaf = tuple[str | int, ...]
+"""Path from an item to one of its leaves: keys of mappings and positions in sequences."""
+
+IMAGE_NAMES = ("image", "img", "pixel_values", "pixels")
+TARGET_NAMES = ("label", "labels", "target", "targets", "class", "y")
+MISSING = object()
+_LONGEST_WALKED = 64
+
+
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """At most `count` different positions from 0 to `length - 1`, ends included."""
+    return sorted({int(p) for p in np.linspace(0, length - 1, min(count, length)).round()}) if length else []
+
+
+def looks_like_image(value: Any) -> bool:
+    """Whether a leaf can be an image: a PIL image, or an array [H, W], [C, H, W] or [H, W, C] with 1 to 4 channels."""
+    if isinstance(value, Image.Image):
+        return True
+    if not isinstance(value, Tensor | np.ndarray) or 0 in value.shape:
+        return False
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "buif":
+        return False
+    shape = value.shape
+    return len(shape) == 2 or (len(shape) == 3 and (shape[0] <= 4 or shape[-1] <= 4))
+
+
+def at(item: Any, leaf: Leaf) -> Any:
+    """The value at a leaf."""
+    for key in leaf:
+        item = item[key]
+    return item
+
+
+def with_value(item: Any, leaf: Leaf, value: Any) -> Any:
+    """The item with another value at a leaf; every container keeps its type, and the given item is left as it was."""
+    if not leaf:
+        return value
+    key, rest = leaf[0], leaf[1:]
+    new = with_value(item[key], rest, value)
+    if isinstance(item, Mapping):
+        changed = dict(item) | {key: new}
+        return changed if type(item) is dict else type(item)(changed)  # type: ignore[call-arg]
+    values = [new if position == key else old for position, old in enumerate(item)]
+    if hasattr(item, "_fields"):
+        return type(item)(*values)
+    return type(item)(values)
+
+
+def _children(value: Any) -> Iterator[tuple[str | int, Any]]:
+    if isinstance(value, Mapping):
+        yield from value.items()
+    elif isinstance(value, tuple | list) and len(value) <= _LONGEST_WALKED:
+        yield from enumerate(value)
+
+
+def image_leaves(item: Any, prefix: Leaf = ()) -> list[Leaf]:
+    """Every leaf of an item that can be an image, in order."""
+    if looks_like_image(item):
+        return [prefix]
+    return [leaf for key, child in _children(item) for leaf in image_leaves(child, (*prefix, key))]
+
+
+def outline(value: Any, depth: int = 2) -> str:
+    """What an item is made of, for messages: `tuple(Image RGB 32x32, int)`."""
+    if isinstance(value, Image.Image):
+        return f"Image {value.mode} {value.width}x{value.height}"
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{type(value).__name__} {value.dtype} {list(value.shape)}"
+    if depth and isinstance(value, Mapping):
+        return "dict(" + ", ".join(f"{k}: {outline(v, depth - 1)}" for k, v in value.items()) + ")"
+    if depth and isinstance(value, tuple | list) and len(value) <= 8:
+        return f"{type(value).__name__}(" + ", ".join(outline(v, depth - 1) for v in value) + ")"
+    return type(value).__name__
+
+
+def named_leaf(item: Any, name: str, option: str) -> Leaf:
+    """The leaf that an option names: a key of a mapping, or a position in a tuple written as a number.
+
+    Raises:
+        SourceError: the item has no such key or position.
+    """
+    if isinstance(item, Mapping):
+        if name in item:
+            return (name,)
+        raise SourceError(f"{option}={name!r}: the items have {', '.join(map(repr, item))}; pass one of these")
+    if isinstance(item, tuple | list) and name.isdigit() and int(name) < len(item):
+        return (int(name),)
+    raise SourceError(f"{option}={name!r} names nothing in {outline(item)}; pass a position such as {option}='0'")
+
+
+def find_image(item: Any, wanted: str | None) -> Leaf:
+    """The leaf that holds the image.
+
+    With several, the first place of an (image, target) pair counts, then a leaf with an image's usual name.
+
+    Raises:
+        SourceError: there is none, or there are several.
+    """
+    if wanted is not None:
+        return named_leaf(item, wanted, "image_column")
+    leaves = image_leaves(item)
+    if len(leaves) == 1:
+        return leaves[0]
+    if isinstance(item, tuple | list) and len(item) == 2 and (0,) in leaves:
+        return (0,)
+    usual = [leaf for leaf in leaves if len(leaf) == 1 and str(leaf[0]).lower() in IMAGE_NAMES]
+    if len(usual) == 1:
+        return usual[0]
+    seen = "no image" if not leaves else f"{len(leaves)} images"
+    raise SourceError(
+        f"An item of the dataset has {seen}: {outline(item)}. Pass image_column= with the key or position of the image "
+        "(a PIL image or an array [H, W], [C, H, W] or [H, W, C])."
+    )
+
+
+def find_target(item: Any, image: Leaf, wanted: str | None) -> Leaf | None:
+    """The leaf that holds the target, or None: the other half of a pair, the place after the image, a usual name."""
+    if wanted is not None:
+        return named_leaf(item, wanted, "label_column")
+    if isinstance(item, Mapping):
+        return next(((name,) for name in TARGET_NAMES if name in item and (name,) != image[:1]), None)
+    if not isinstance(item, tuple | list) or not image or len(item) < 2:
+        return None
+    place = int(image[0])
+    if len(item) == 2:
+        return (1 - place,)
+    return (place + 1,) if place + 1 < len(item) else None
+
+
+class Digester:
+    """Digest of nested values: containers, arrays, images, numbers and strings; order and types count."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def hexdigest(self) -> str:
+        """Of everything added so far."""
+        return self._hash.hexdigest()
+
+    def _put(self, tag: str, data: Any = b"") -> None:
+        view = memoryview(data).cast("B") if not isinstance(data, bytes) else data
+        self._hash.update(f"{tag}:{len(view)}:".encode())
+        self._hash.update(view)
+
+    def array(self, value: Tensor | np.ndarray[Any, Any]) -> None:
+        """Add an array: kind, dtype, shape and bytes."""
+        kind = "tensor" if isinstance(value, Tensor) else "array"
+        if isinstance(value, Tensor):
+            dtype = str(value.dtype)
+            flat = value.detach().cpu().contiguous()
+            data = flat.reshape(-1).view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
+        elif value.dtype.hasobject:
+            self.add(value.tolist())
+            return
+        else:
+            dtype = value.dtype.str
+            data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+        self._put(f"{kind} {dtype} {list(value.shape)}", data)
+
+    def add(self, value: Any) -> None:
+        """Add a value of any supported type.
+
+        Raises:
+            SourceError: a value can be neither read nor pickled.
+        """
+        if value is None or isinstance(value, bool | int | float | complex | str | PurePath):
+            self._put(type(value).__name__, str(value).encode(errors="surrogatepass"))
+        elif isinstance(value, bytes | bytearray):
+            self._put("bytes", bytes(value))
+        elif isinstance(value, Tensor | np.ndarray):
+            self.array(value)
+        elif isinstance(value, np.generic):
+            self.array(np.asarray(value))
+        elif isinstance(value, Image.Image):
+            self._put(f"image {value.mode} {value.size}", value.tobytes())
+            if value.mode == "P":
+                self._put("palette", bytes(value.getpalette("RGBA") or []))
+        elif isinstance(value, Mapping):
+            self._put(f"mapping {len(value)}")
+            for key in sorted(value, key=repr):
+                self.add(key)
+                self.add(value[key])
+        elif isinstance(value, tuple | list):
+            self._put(f"{'list' if isinstance(value, list) else 'tuple'} {len(value)}")
+            for child in value:
+                self.add(child)
+        elif isinstance(value, set | frozenset):
+            self.add(sorted(value, key=repr))
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            self._put(f"dataclass {type(value).__qualname__}")
+            self.add({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
+        else:
+            self._other(value)
+
+    def _other(self, value: Any) -> None:
+        try:
+            self._put(f"object {type(value).__qualname__}", pickle.dumps(value, protocol=4))
+        except Exception as error:
+            raise SourceError(
+                f"The items hold a {type(value).__module__}.{type(value).__qualname__}, whose content can't be read for "
+                "the dataset's identity. Pass fingerprint= with a name of your own for this version of the data."
+            ) from error
+
+
+def digest_of(*values: Any) -> str:
+    """Hexadecimal sha256 over the values."""
+    digester = Digester()
+    for value in values:
+        digester.add(value)
+    return digester.hexdigest()

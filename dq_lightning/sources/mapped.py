@@ -1,0 +1,113 @@
+"""Map-style datasets of torch and torchvision: the transforms are attributes; any class with __getitem__ and __len__ fits."""
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dq_lightning.records import DigestMemory
+from dq_lightning.sources.base import Finisher
+from dq_lightning.sources.finish import TransformFinisher, choose_finisher
+from dq_lightning.sources.items import digest_of, evenly_spaced
+from dq_lightning.sources.reading import ItemSource
+from dq_lightning.sources.strip import KEEP, own_transforms, with_transforms, without_transforms
+from dq_lightning.sources.targets import Targets, as_targets
+
+
+def getter_module(dataset: Any) -> str:
+    """The module whose code reads the items: a subclass that overrides __getitem__ is not its parent any more."""
+    for owner in type(dataset).__mro__:
+        if "__getitem__" in vars(owner):
+            return owner.__module__
+    return ""
+
+
+class MapSource(ItemSource):
+    """Any map-style dataset; its identity is the digest of all plain items."""
+
+    by_items = True
+
+    def __init__(
+        self,
+        dataset: Any,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        transform: Any = KEEP,
+        target_transform: Any = KEEP,
+    ) -> None:
+        super().__init__(dataset, image_column, label_column)
+        self.plain_dataset = without_transforms(dataset)
+        self.dataset = with_transforms(dataset, self.plain_dataset, transform, target_transform, self._leaf_finisher)
+        self._name = type(dataset).__name__
+
+    def describe(self) -> str:
+        return f"{self._name} with {len(self):,} samples"
+
+    def read_plain(self, index: int) -> Any:
+        return self.plain_dataset[index]
+
+    # transforms
+
+    def _leaf_finisher(self, transform: Any, target_transform: Any) -> TransformFinisher:
+        return TransformFinisher(transform, target_transform, None, self.image_leaf(), self.target_leaf())
+
+    def finisher(self, index: Tensor) -> Finisher:
+        finisher = getattr(self.dataset, "finisher", None)
+        if isinstance(finisher, TransformFinisher):
+            return finisher
+        now, neutral = own_transforms(self.dataset), own_transforms(self.plain_dataset)
+        used = {name: value for name, value in now.items() if value is not None and value is not neutral.get(name)}
+        if not used:
+            return TransformFinisher()
+        alone, target = used.get("transform"), used.get("target_transform")
+        candidates = [self._leaf_finisher(alone, target)]
+        if used.get("transforms") is not None:
+            candidates.insert(0, TransformFinisher(transforms=used["transforms"]))
+        if alone is not None:
+            candidates.append(TransformFinisher(alone))
+        tried = [int(index[place]) for place in evenly_spaced(len(index), 3)]
+        chosen: Finisher = choose_finisher(candidates, self.plain, self.delivered, tried, self.describe())
+        return chosen
+
+    # targets and identity
+
+    def listed_targets(self) -> Targets | None:
+        names = getattr(self.plain_dataset, "classes", None)
+        known = names if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names) else None
+        for attribute in ("targets", "labels", "_labels"):
+            values = getattr(self.plain_dataset, attribute, None)
+            if isinstance(values, list | tuple | np.ndarray | Tensor) and len(values) == len(self):
+                targets = as_targets(values, known)
+                if targets is not None:
+                    return targets
+        return None
+
+    def plain_view(self) -> Any:
+        return self.plain_dataset
+
+
+class ArraySource(MapSource):
+    """Datasets whose items are rows of arrays in memory (CIFAR, MNIST, TensorDataset): identity is the arrays' digest."""
+
+    by_items = False
+
+    def digest(self, memory: DigestMemory) -> str:
+        # the spot check tells apart classes and switches that read the same arrays differently
+        return digest_of("arrays", self.image_leaf(), arrays_of(self.plain_dataset), self.spot_digest())
+
+
+def arrays_of(dataset: Any) -> list[Any] | None:
+    """The arrays that a dataset's items are rows of; None where that is not known for sure."""
+    module = getter_module(dataset)
+    if module == "torch.utils.data.dataset" and type(getattr(dataset, "tensors", None)) is tuple:
+        return list(dataset.tensors)
+    data = getattr(dataset, "data", None)
+    if not module.startswith("torchvision.datasets.") or not isinstance(data, np.ndarray | Tensor):
+        return None
+    if len(data) != len(dataset) or (isinstance(data, np.ndarray) and data.dtype.hasobject):
+        return None
+    targets = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    if isinstance(targets, list):
+        column = np.asarray(targets)
+        targets = targets if column.dtype.hasobject else column
+    return [data, targets]

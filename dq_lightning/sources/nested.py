@@ -1,0 +1,155 @@
+"""Parts and sums of other datasets: torch's Subset and ConcatDataset."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset
+
+from dq_lightning.records import DigestMemory, EncodedImage
+from dq_lightning.sources.base import Finisher, Positions
+from dq_lightning.sources.finish import ConcatFinisher
+from dq_lightning.sources.items import Leaf, digest_of
+from dq_lightning.sources.reading import ItemSource
+from dq_lightning.sources.targets import Targets, join
+
+
+class SubsetSource(ItemSource):
+    """Some samples of another source, in a given order."""
+
+    def __init__(self, dataset: Any, inner: ItemSource) -> None:
+        self.positions = Positions(torch.as_tensor(dataset.indices))
+        same = inner.dataset is dataset.dataset
+        super().__init__(
+            dataset if same else Subset(inner.dataset, self.positions), inner.image_column, inner.label_column
+        )
+        self.inner = inner
+        inner.first = self.positions[0]
+        self.by_items, self.trusts_list = inner.by_items, inner.trusts_list
+
+    def describe(self) -> str:
+        return f"{len(self):,} samples of {self.inner.describe()}"
+
+    def read_plain(self, index: int) -> Any:
+        return self.inner.read_plain(self.positions[index])
+
+    def read_image(self, index: int) -> Any:
+        return self.inner.read_image(self.positions[index])
+
+    def image_leaf(self) -> Leaf:
+        return self.inner.image_leaf()
+
+    def target_leaf(self) -> Leaf | None:
+        return self.inner.target_leaf()
+
+    def path(self, index: int) -> str | None:
+        return self.inner.path(self.positions[index])
+
+    def decode_problem(self, index: int) -> str | None:
+        return self.inner.decode_problem(self.positions[index])
+
+    def encoded(self, index: int) -> EncodedImage | None:
+        return self.inner.encoded(self.positions[index])
+
+    def sample_id(self, index: int) -> str:
+        return self.inner.sample_id(self.positions[index])
+
+    def finisher(self, index: Tensor) -> Finisher:
+        return self.inner.finisher(torch.from_numpy(self.positions.array[np.asarray(index, dtype=np.int64)]))
+
+    def listed_targets(self) -> Targets | None:
+        listed = self.inner.listed_targets()
+        return listed.take(self.positions.array) if listed is not None else None
+
+    def plain_view(self) -> Any:
+        return [self.inner.plain_view(), self.positions.array]
+
+    def digest(self, memory: DigestMemory) -> str:
+        if self.by_items:
+            return super().digest(memory)  # the items that were left out need not even be readable
+        return digest_of("subset", self.inner.digest(memory), self.positions.array)
+
+
+def filled_parts(dataset: Any) -> list[Any]:
+    """The datasets of a concatenation that are not empty."""
+    return [part for part in dataset.datasets if len(part)]
+
+
+class ConcatSource(ItemSource):
+    """Several sources, one after the other."""
+
+    def __init__(self, dataset: Any, parts: list[ItemSource]) -> None:
+        self.parts = parts
+        same = all(part.dataset is given for part, given in zip(parts, filled_parts(dataset), strict=True))
+        whole = dataset if same else ConcatDataset([part.dataset for part in parts])
+        super().__init__(whole, parts[0].image_column, parts[0].label_column)
+        self._ends = np.cumsum([len(part) for part in parts])
+        self.by_items = any(part.by_items for part in parts)
+        self.trusts_list = all(part.trusts_list for part in parts)
+
+    def describe(self) -> str:
+        return f"{len(self):,} samples of " + " + ".join(part.describe() for part in self.parts)
+
+    def _place(self, index: int) -> tuple[ItemSource, int]:
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return self.parts[part], index - (int(self._ends[part - 1]) if part else 0)
+
+    def read_plain(self, index: int) -> Any:
+        part, place = self._place(index)
+        return part.read_plain(place)
+
+    def read_image(self, index: int) -> Any:
+        part, place = self._place(index)
+        part.image_leaf()
+        return part.read_image(place)
+
+    def path(self, index: int) -> str | None:
+        part, place = self._place(index)
+        return part.path(place)
+
+    def decode_problem(self, index: int) -> str | None:
+        part, place = self._place(index)
+        return part.decode_problem(place)
+
+    def encoded(self, index: int) -> EncodedImage | None:
+        part, place = self._place(index)
+        return part.encoded(place)
+
+    def sample_id(self, index: int) -> str:
+        part, place = self._place(index)
+        # two folders may hold the same relative path
+        return f"{self.parts.index(part)}/{part.sample_id(place)}"
+
+    def finisher(self, index: Tensor) -> Finisher:
+        positions = np.asarray(index, dtype=np.int64)
+        part = np.searchsorted(self._ends, positions, side="right").astype(np.int64)
+        starts = np.concatenate([[0], self._ends[:-1]])
+        place = np.zeros(len(positions), np.int64)
+        finishers: list[Finisher | None] = []
+        for number, source in enumerate(self.parts):
+            mine = np.flatnonzero(part == number)
+            place[mine] = np.arange(len(mine))
+            inside = torch.from_numpy(positions[mine] - starts[number])
+            finishers.append(source.finisher(inside) if len(mine) else None)
+        return ConcatFinisher(tuple(finishers), part, place)
+
+    def listed_targets(self) -> Targets | None:
+        return join([part.listed_targets() for part in self.parts])
+
+    def targets(self) -> Targets | None:
+        return join([part.targets() for part in self.parts])
+
+    def plain_view(self) -> Any:
+        return [part.plain_view() for part in self.parts]
+
+    def digest(self, memory: DigestMemory) -> str:
+        return digest_of("concat", [part.digest(memory) for part in self.parts])
+
+    def quick_digest(self, memory: DigestMemory) -> str | None:
+        known = [part.quick_digest(memory) for part in self.parts]
+        return None if None in known else digest_of("concat", known)
+
+    @property
+    def identity_is_certain(self) -> bool:
+        return all(part.identity_is_certain for part in self.parts)

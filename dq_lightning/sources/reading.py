@@ -1,0 +1,245 @@
+"""The part of a source that all adapters share: reading, explaining failures, targets, identity by items."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from dq_lightning.errors import SourceError
+from dq_lightning.randomness import isolated_random_state
+from dq_lightning.records import DigestMemory, EncodedImage, Labels
+from dq_lightning.sources.base import Finisher, Positions, dataset_length
+from dq_lightning.sources.items import Digester, Leaf, at, digest_of, evenly_spaced, find_image, find_target
+from dq_lightning.sources.pixels import Scale, decide_scale, needs_scale, to_rgb
+from dq_lightning.sources.state import state_key
+from dq_lightning.sources.targets import Targets, as_targets, given_labels, to_labels
+
+SPOT_CHECKS = 16
+_SCALE_SAMPLES = 64
+
+
+class ItemSource(ABC):
+    """The part that all adapters share; an adapter says how an item is read, finished and identified.
+
+    Args:
+        dataset: what the user delivers from (with the transforms that were asked for).
+        image_column: key or position of the image leaf; found when None.
+        label_column: key or position of the target leaf; found when None.
+    """
+
+    modality = "image"
+    by_items = False
+    """Whether identity means reading every item."""
+    trusts_list = False
+    """Whether `listed_targets` is known to be what the items deliver."""
+
+    def __init__(self, dataset: Any, image_column: str | None, label_column: str | None) -> None:
+        self.dataset = dataset
+        self.image_column = image_column
+        self.label_column = label_column
+        self.grouping: Any = None
+        self.first = 0  # a sample that can be read, to learn the structure from
+        self._length = dataset_length(dataset)
+        self._leaf: Leaf | None = None
+        self._scale: Scale | None = None
+        self._targets: tuple[Targets | None] | None = None
+        self._scan: tuple[str, Targets | None] | None = None
+        self._state: str | None = None
+
+    @property
+    def identity_is_certain(self) -> bool:
+        return not self.by_items or not self.state_key().startswith("opaque:")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def describe(self) -> str:
+        return f"{type(self.dataset).__name__} with {len(self):,} samples"
+
+    # what an adapter says
+
+    @abstractmethod
+    def read_plain(self, index: int) -> Any:
+        """The plain item; any exception may leave it."""
+
+    @abstractmethod
+    def listed_targets(self) -> Targets | None:
+        """Classes from what the dataset lists, without reading items; None where it lists none."""
+
+    @abstractmethod
+    def plain_view(self) -> Any:
+        """The object without transforms, or a nest of such, whose attributes are the source's state."""
+
+    @abstractmethod
+    def finisher(self, index: Tensor) -> Finisher:
+        """See `Source.finisher`."""
+
+    def read_image(self, index: int) -> Any:
+        """The image leaf of the plain item; any exception may leave it."""
+        return at(self.read_plain(index), self.image_leaf())
+
+    def path(self, index: int) -> str | None:
+        """File that holds the sample, when there is one."""
+        return None
+
+    def decode_problem(self, index: int) -> str | None:
+        """What the dataset's decoder gets wrong for this sample, or None."""
+        return None
+
+    # what follows from it
+
+    @contextmanager
+    def _explaining(self, index: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            place = self.path(index)
+            raise SourceError(
+                f"Item {index} of {self.describe()}{f' ({place})' if place else ''} can't be read: "
+                f"{type(error).__name__}: {error}. Repair it, or leave it out with torch.utils.data.Subset."
+            ) from error
+
+    def plain(self, index: int) -> Any:
+        with self._explaining(index):
+            return self.read_plain(index)
+
+    def image_leaf(self) -> Leaf:
+        """Where in an item the image is."""
+        if self._leaf is None:
+            self._leaf = find_image(self.plain(self.first), self.image_column)
+        return self._leaf
+
+    def image(self, index: int) -> Image.Image:
+        self.image_leaf()
+        with self._explaining(index):
+            leaf = self.read_image(index)
+            return to_rgb(leaf, self.scale() if needs_scale(leaf) else None)
+
+    def scale(self) -> Scale:
+        """The one scale of all images whose type does not tell the range, from 64 evenly spread items."""
+        if self._scale is None:
+            spread = [self.read_image(index) for index in evenly_spaced(len(self), _SCALE_SAMPLES)]
+            self._scale = decide_scale([leaf for leaf in spread if needs_scale(leaf)] or spread[:1])
+        return self._scale
+
+    def decode_warning(self, index: int) -> str | None:
+        problem = self.decode_problem(index)
+        if problem is None:
+            return None
+        place = self.path(index)
+        return f"Item {index}{f' ({place})' if place else ''}: {problem}"
+
+    def labels(self) -> Labels | None:
+        if self.grouping is False:
+            return None
+        if self.grouping is not None:
+            return given_labels(self.grouping, len(self))
+        targets = self.targets()
+        return to_labels(targets) if targets is not None else None
+
+    def encoded(self, index: int) -> EncodedImage | None:
+        return None
+
+    def sample_id(self, index: int) -> str:
+        return str(index)
+
+    def delivered(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def subset(self, index: Tensor) -> Dataset[Any]:
+        return Subset(self.dataset, Positions(index))
+
+    # targets
+
+    def target_leaf(self) -> Leaf | None:
+        """Where in an item the target is, or None."""
+        return find_target(self.plain(self.first), self.image_leaf(), self.label_column)
+
+    def spot_targets(self, leaf: Leaf) -> list[Any]:
+        """The targets of 16 evenly spaced items."""
+        return [at(self.plain(index), leaf) for index in evenly_spaced(len(self), SPOT_CHECKS)]
+
+    def targets(self) -> Targets | None:
+        """The dataset's own classes: from its list where that agrees with the items, else from one pass over the items."""
+        if self._targets is None:
+            self._targets = (self.listed_targets() if self.trusts_list else self._found_targets(),)
+        return self._targets[0]
+
+    def _found_targets(self) -> Targets | None:
+        leaf = self.target_leaf()
+        if leaf is None:
+            return None
+        spots = [_small(value) for value in self.spot_targets(leaf)]
+        seen = as_targets(spots)
+        if seen is None and any(value is not None for value in spots):
+            return None
+        listed = self.listed_targets()
+        if listed is not None and seen is not None:
+            there = listed.values[evenly_spaced(len(self), SPOT_CHECKS)]
+            if there.dtype.kind == seen.values.dtype.kind and np.array_equal(there, seen.values):
+                return listed
+        return self.scan()[1]
+
+    # identity
+
+    def scan(self) -> tuple[str, Targets | None]:
+        """Digest of all plain items, and their targets: one pass, whose result is kept, since it may decode everything."""
+        if self._scan is None:
+            leaf = self.target_leaf()
+            digester = Digester()
+            digester.add(self.image_leaf())
+            values: list[Any] = []
+            for index in range(len(self)):
+                item = self.plain(index)
+                digester.add(item)
+                values.append(_small(at(item, leaf)) if leaf is not None else None)
+            listed = self.listed_targets()
+            names = listed.names if listed is not None else None
+            self._scan = digester.hexdigest(), as_targets(values, names)
+        return self._scan
+
+    def state_key(self) -> str:
+        """Where the digest of all items is remembered."""
+        if self._state is None:
+            self._state = state_key(self.plain_view(), digest_of(len(self), self.image_leaf(), self.spot_digest()))
+        return self._state
+
+    def digest(self, memory: DigestMemory) -> str:
+        key = self.state_key()  # before the items are read, which may fill a cache inside the dataset
+        digest = self.scan()[0]
+        memory.remember(key, digest)
+        return digest
+
+    def quick_digest(self, memory: DigestMemory) -> str | None:
+        if not self.by_items:
+            return self.digest(memory)
+        return self._scan[0] if self._scan is not None else memory.recall(self.state_key())
+
+    def spot_digest(self) -> str:
+        """Digest of 16 evenly spaced plain items."""
+        return digest_of([self.plain(index) for index in evenly_spaced(len(self), SPOT_CHECKS)])
+
+    def check_repeatable(self) -> None:
+        with isolated_random_state():
+            for index in evenly_spaced(len(self), SPOT_CHECKS):
+                if digest_of(self.plain(index)) != digest_of(self.plain(index)):
+                    raise SourceError(
+                        f"Two reads of item {index} of {self.describe()} differ, though its transforms were taken off: "
+                        "something random is hidden inside. Features are made once from the plain image, so give the "
+                        "dataset its augmentation as an attribute named `transform`, or pass transform= here instead."
+                    )
+        self.image(self.first)  # settles the scale before worker processes are made
+
+
+def _small(value: Any) -> Any:
+    """The target if it can be a class, else a stand-in that is none: masks of a whole dataset would fill the memory."""
+    if value is None or isinstance(value, int | str | np.generic):
+        return value
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        return value.item()
+    return 0.5

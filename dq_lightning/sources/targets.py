@@ -1,0 +1,125 @@
+"""Targets of a dataset -> classes, where they are classes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dq_lightning.errors import SourceError
+from dq_lightning.records import Labels
+
+UNLABELED = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """The class of every sample as the dataset tells it.
+
+    Attributes:
+        values: int64 [N] (negative: no label) or unicode [N].
+        names: name of each class integer, when known.
+    """
+
+    values: NDArray[Any]
+    names: tuple[str, ...] | None = None
+
+    def take(self, index: NDArray[np.int64]) -> "Targets":
+        """The targets at some positions."""
+        return Targets(self.values[index], self.names)
+
+
+def join(parts: Sequence[Targets | None]) -> Targets | None:
+    """Targets of concatenated datasets; None when a part has none or integers meet strings.
+
+    Names are kept when all parts agree on them: the integers that the datasets deliver stay the classes.
+    """
+    known = [part for part in parts if part is not None]
+    if len(known) != len(parts) or len({part.values.dtype.kind for part in known}) != 1:
+        return None
+    names = known[0].names if all(part.names == known[0].names for part in known) else None
+    return Targets(np.concatenate([part.values for part in known]), names)
+
+
+def _scalar(value: Any) -> Any:
+    single = isinstance(value, np.generic) or (isinstance(value, Tensor | np.ndarray) and value.ndim == 0)
+    return value.item() if single else value
+
+
+def as_targets(values: Any, names: Sequence[str] | None = None) -> Targets | None:
+    """Read a column of targets; None unless every one is a class (an integer, a string, or missing).
+
+    Args:
+        values: tensor, array or sequence of length N. Floats, masks, boxes and multi-hot rows are no classes.
+        names: name of each class integer.
+    """
+    known = tuple(names) if names is not None else None
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().numpy() if values.dtype != torch.bfloat16 else values.float().numpy()
+    if isinstance(values, np.ndarray) and not values.dtype.hasobject:
+        if values.ndim != 1:
+            return None
+        if values.dtype.kind in "bui":
+            return Targets(values.astype(np.int64), known)
+        return Targets(values) if values.dtype.kind == "U" else None
+    scalars = [_scalar(value) for value in values]
+    present = [value for value in scalars if value is not None]
+    if present and all(isinstance(value, int) for value in present):
+        whole = np.fromiter((UNLABELED if v is None else v for v in scalars), np.int64, len(scalars))
+        return Targets(whole, known)
+    if present and all(isinstance(value, str) for value in present):
+        return Targets(np.array(["" if v is None else v for v in scalars], dtype=np.str_))
+    return None
+
+
+def to_labels(targets: Targets) -> Labels | None:
+    """Classes from targets; None when no sample has a label.
+
+    Strings become positions in their sorted list; an empty or missing string is a class like any other. Samples without
+    a label (negative integers) form one extra group behind the classes, so that they are split among themselves.
+    Integers far beyond the number of samples (identifiers) become positions in their sorted list too.
+    """
+    values, names = targets.values, targets.names
+    if values.dtype.kind == "U":
+        unique, inverse = np.unique(values, return_inverse=True)
+        return Labels(torch.from_numpy(inverse.astype(np.int64)), tuple(str(name) for name in unique))
+    missing = values < 0
+    if len(values) and missing.all():
+        return None
+    largest = int(values.max()) if len(values) else -1
+    if largest >= max(2 * len(values), 65536):
+        unique, inverse = np.unique(values[~missing], return_inverse=True)
+        values = values.copy()
+        values[~missing] = inverse
+        names, largest = tuple(str(number) for number in unique), len(unique) - 1
+    if names is not None and largest >= len(names):
+        names = None
+    if missing.any():
+        group = len(names) if names is not None else largest + 1
+        values = np.where(missing, group, values)
+        names = (*names, "(unlabeled)") if names is not None else None
+    return Labels(torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64).copy()), names)
+
+
+def given_labels(labels: Any, length: int) -> Labels:
+    """The grouping that the user passed as `labels=`.
+
+    Raises:
+        SourceError: not one whole number or string per sample.
+    """
+    try:
+        count = len(labels)
+    except TypeError as error:
+        raise SourceError(
+            f"labels= must hold one class per sample, or be False or a column name; got {type(labels).__name__}"
+        ) from error
+    if count != length:
+        raise SourceError(f"labels= holds {count} values but the dataset has {length} samples; pass one for each")
+    found = as_targets(labels)
+    made = to_labels(found) if found is not None else None
+    if made is None:
+        raise SourceError("labels= must hold whole numbers or strings, one per sample; round or bin other values first")
+    return made
