@@ -1,0 +1,173 @@
+"""The one place that decides which encoder a name or an object stands for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dq_lightning.config import Precision
+from dq_lightning.errors import FeatureError
+from dq_lightning.features.bundled import BUNDLED_ENCODER_FILE
+from dq_lightning.features.encoders import Encoder
+from dq_lightning.features.isolation import isolated
+from dq_lightning.features.origins import BundledOrigin, ModuleOrigin, Origin
+from dq_lightning.records import DigestMemory
+
+AUTO_SMALL_SIDE = 64
+# ImageNet-1k weights under Apache-2.0 with a linear head, and moderate on a CPU; timm's most used network
+AUTO_PHOTO_ENCODER = "resnet50.a1_in1k"
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """A resolved choice that is not loaded.
+
+    Attributes:
+        name: what was chosen, in short.
+        description: the line to print.
+        origin: where it comes from.
+    """
+
+    name: str
+    description: str
+    origin: Origin
+
+    def identity(self, memory: DigestMemory) -> str | None:
+        """Hexadecimal digest of weights, preprocessing and architecture, without loading the network.
+
+        Files are digested through `memory`; a network in memory by its parameters and buffers; a hub name by its commit,
+        which `resolve` has recorded. Device and precision do not enter.
+
+        Returns:
+            The digest, or None if the hub name was never resolved with this memory: then `resolve` first.
+        """
+        return self.origin.identity(memory)
+
+    def resolve(self, memory: DigestMemory) -> "EncoderSpec":
+        """The same choice with its hub commit fixed and recorded in `memory`; the only method that may ask a hub.
+
+        Raises:
+            FeatureError: the weights are neither in the local cache nor reachable; the message says what to pass.
+        """
+        return replace(self, origin=self.origin.resolve(memory))
+
+    def load(self, device: str = "auto", precision: Precision = "auto") -> Encoder:
+        """The encoder on its device, frozen, in eval mode; random state and flags of the process stay as they are.
+
+        Raises:
+            FeatureError: the weights cannot be found or do not fit. Random weights are never used in their place.
+        """
+        with isolated():
+            return self.origin.load(device, precision)
+
+
+def choose_encoder(
+    encoder: Any, *, weights: str | Path | None = None, image_size: tuple[int, int], modality: str = "image"
+) -> EncoderSpec:
+    """Decide on an encoder; nothing is loaded and no hub is asked.
+
+    | `encoder` | choice |
+    |---|---|
+    | `"auto"` | images up to 64 px (longer side): bundled; larger: `resnet50.a1_in1k` of timm. Nothing else changes it. |
+    | `"bundled"` | the CIFAR-10 network in `assets/` (with `weights`: another file of the same format) |
+    | timm name | weights from the hub, or from the local file `weights` (.safetensors or .pth) |
+    | `"hf-hub:OWNER/NAME"` | a timm network on the Hugging Face hub |
+    | `"local-dir:FOLDER"` or a folder | a folder with timm's `config.json` and weights |
+    | `nn.Module` | its own `pretrained_cfg` (timm) or `preprocess` says how images are prepared |
+    | `(nn.Module, callable)` | the callable makes a tensor of one RGB image |
+
+    Args:
+        encoder: see the table.
+        weights: local weight file for a timm name.
+        image_size: (height, width) of a typical image, in pixels.
+        modality: only `"image"`.
+
+    Raises:
+        FeatureError: the choice is unknown or incomplete, or a local file is missing.
+    """
+    if modality != "image":
+        raise FeatureError(f"there are encoders for images only, got modality {modality!r}")
+    if isinstance(encoder, nn.Module) or (isinstance(encoder, tuple) and len(encoder) == 2):
+        if weights is not None:
+            raise FeatureError("weights= goes with a timm name; a network that is passed as an object has its own")
+        return _module_spec(*encoder) if isinstance(encoder, tuple) else _module_spec(encoder, None)
+    if not isinstance(encoder, str | Path):
+        raise FeatureError(
+            f"encoder must be a name, a folder, an nn.Module or (nn.Module, preprocessing), got {type(encoder).__name__}"
+        )
+    path = _existing_weights(weights)
+    if encoder == "auto" and path is not None:
+        raise FeatureError('weights= needs the timm name it belongs to as encoder, not "auto"')
+    if encoder == "auto":
+        longer = max(image_size)
+        if longer <= AUTO_SMALL_SIDE:
+            return _bundled_spec(None, f" (auto: images up to {AUTO_SMALL_SIDE} px)")
+        return _timm_spec(AUTO_PHOTO_ENCODER, None, f" (auto: images over {AUTO_SMALL_SIDE} px)")
+    if encoder == "bundled":
+        return _bundled_spec(path, "")
+    return _timm_spec(str(encoder), path, "")
+
+
+def _existing_weights(weights: str | Path | None) -> Path | None:
+    if weights is None:
+        return None
+    path = Path(weights).expanduser().absolute()
+    if not path.is_file():
+        raise FeatureError(f"weights={str(weights)!r}: there is no such file")
+    return path
+
+
+def _bundled_spec(path: Path | None, reason: str) -> EncoderSpec:
+    if path is not None:
+        return EncoderSpec("bundled", f"small residual network, weights {path}{reason}", BundledOrigin(path))
+    if not BUNDLED_ENCODER_FILE.is_file():
+        raise FeatureError(f"the bundled encoder {BUNDLED_ENCODER_FILE} is missing: install the package again")
+    return EncoderSpec("bundled", f"bundled CIFAR-10 encoder{reason}", BundledOrigin())
+
+
+def _timm_spec(name: str, weights: Path | None, reason: str) -> EncoderSpec:
+    from dq_lightning.features.timm_encoder import TimmFileOrigin, TimmFolderOrigin, TimmHubOrigin
+
+    folder = Path(name.removeprefix("local-dir:")).expanduser()
+    path_like = name.startswith("local-dir:") or len(folder.parts) > 1 or folder.suffix in (".safetensors", ".pth")
+    # a folder that happens to be called like a timm model is not meant, unless it holds a model
+    if name.startswith("local-dir:") or (folder.exists() and (path_like or (folder / "config.json").is_file())):
+        if folder.is_file():
+            raise FeatureError(f'{name} is a file: pass encoder="NAME OF ITS timm MODEL", weights={name!r}')
+        if not (folder / "config.json").is_file():
+            raise FeatureError(f"{folder} is no timm model folder: it must have a config.json and weights")
+        if weights is not None:
+            raise FeatureError("weights= goes with a timm name; a folder has its own weights")
+        return EncoderSpec(f"local-dir:{folder}", f"timm model in {folder}", TimmFolderOrigin(folder.absolute()))
+    if name.startswith("hf-hub:"):
+        if weights is not None:
+            raise FeatureError("weights= goes with a timm name; hf-hub: names a repository with its own weights")
+        return EncoderSpec(name, f"{name}{reason}", TimmHubOrigin(name))
+    if "/" in name or "\\" in name or ":" in name:
+        raise FeatureError(
+            f"{name!r} is no existing folder and no timm name; for the Hugging Face hub pass 'hf-hub:{name}'"
+        )
+    if weights is not None:
+        return EncoderSpec(name, f"timm {name}, weights {weights}{reason}", TimmFileOrigin(name, weights))
+    return EncoderSpec(name, f"timm {name}{reason}", TimmHubOrigin(name))
+
+
+def _module_spec(module: Any, preprocess: Callable[..., Any] | None) -> EncoderSpec:
+    name = type(module).__name__
+    if not isinstance(module, nn.Module):
+        raise FeatureError(f"encoder=(network, preprocessing): the network must be an nn.Module, got {name}")
+    if preprocess is None and getattr(module, "pretrained_cfg", None):
+        from dq_lightning.features.timm_encoder import module_preprocessing
+
+        transform, mean, std, text = module_preprocessing(module)
+        return EncoderSpec(name, f"the given {name}", ModuleOrigin(module, transform, mean, std, text))
+    preprocess = preprocess or getattr(module, "preprocess", None)
+    if not callable(preprocess):
+        raise FeatureError(
+            f"nothing says how images are prepared for {name}: pass encoder=(network, preprocessing), where preprocessing "
+            "turns one RGB PIL image into a tensor, for instance torchvision's Compose([Resize(..), ToTensor(), "
+            "Normalize(mean, std)]), or give the network a `preprocess` attribute"
+        )
+    return EncoderSpec(name, f"the given {name}", ModuleOrigin(module, preprocess))

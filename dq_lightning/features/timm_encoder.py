@@ -1,0 +1,233 @@
+"""Encoders of timm: by name from a hub, by name with a local weight file, or from a folder. Opens disk and network."""
+
+import difflib
+import json
+import logging
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+from torch import nn
+
+from dq_lightning.config import Precision
+from dq_lightning.errors import FeatureError
+from dq_lightning.features.encoders import NetworkEncoder, resolve_device
+from dq_lightning.features.preprocessing import Preprocessing, digest_text
+from dq_lightning.records import DigestMemory
+
+logger = logging.getLogger("dq_lightning")
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+INSTEAD = 'pass weights="FILE.safetensors" (or .pth) with a timm name, a folder as encoder, or encoder="bundled"'
+
+
+@dataclass(frozen=True)
+class TimmFileOrigin:
+    """A timm architecture with a local weight file; nothing is asked of a hub.
+
+    Attributes:
+        name: timm name, with or without tag; the tag decides the preprocessing.
+        path: .safetensors or .pth file, read without executing anything.
+    """
+
+    name: str
+    path: Path
+
+    def identity(self, memory: DigestMemory) -> str | None:
+        return digest_text("timm_file", self.name, memory.file(self.path), registry_digest(self.name, memory))
+
+    def resolve(self, memory: DigestMemory) -> Self:
+        return self
+
+    def load(self, device: str, precision: Precision) -> NetworkEncoder:
+        from timm.models import load_state_dict
+
+        config = registry_config(self.name)
+        try:
+            state = load_state_dict(str(self.path), weights_only=True)
+        except Exception as error:
+            raise FeatureError(f"cannot read weights from {self.path}: {error}") from error
+        overlay: dict[str, Any] = {"state_dict": state}
+        arguments: dict[str, Any] = {}
+        classifier = config.classifier
+        head = state.get(f"{classifier}.weight") if isinstance(classifier, str) else None
+        # a file fine-tuned on other classes brings its own head
+        if head is not None and not config.label_offset and len(head) != config.num_classes:
+            overlay["num_classes"] = arguments["num_classes"] = len(head)
+        module = create(self.name, f"the weights in {self.path}", pretrained_cfg_overlay=overlay, **arguments)
+        return timm_network_encoder(module, device, precision)
+
+
+@dataclass(frozen=True)
+class TimmFolderOrigin:
+    """A folder with timm's `config.json` and a weight file (`local-dir:`).
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    def identity(self, memory: DigestMemory) -> str | None:
+        files = sorted(p for p in self.path.iterdir() if p.suffix in (".json", ".safetensors", ".bin", ".pth", ".tar"))
+        names = [p.name for p in files]
+        return digest_text("timm_folder", *names, *memory.files([str(p) for p in files]))
+
+    def resolve(self, memory: DigestMemory) -> Self:
+        return self
+
+    def load(self, device: str, precision: Precision) -> NetworkEncoder:
+        module = create(f"local-dir:{self.path}", f"the folder {self.path}")
+        return timm_network_encoder(module, device, precision)
+
+
+@dataclass(frozen=True)
+class TimmHubOrigin:
+    """Weights on a hub, pinned to a commit before they are loaded.
+
+    A commit that was used here before is used again, and one in the local Hugging Face cache is preferred to asking the
+    hub, so the same name gives the same features until the cache or the name (`@revision`) changes.
+
+    Attributes:
+        name: timm name, or `hf-hub:OWNER/NAME[@REVISION]`.
+        commit: hash of the commit, or None while unknown.
+    """
+
+    name: str
+    commit: str | None = None
+
+    def identity(self, memory: DigestMemory) -> str | None:
+        commit = self.commit or memory.recall(f"hub:{self.name}")
+        if commit is None:
+            return None
+        # a repository named directly holds its preprocessing at the same commit; a timm name has it in timm
+        config = "" if self._is_repository else registry_digest(self.name, memory)
+        return digest_text("timm_hub", self.name, commit, config)
+
+    def resolve(self, memory: DigestMemory) -> Self:
+        commit = self.commit or memory.recall(f"hub:{self.name}") or self._find_commit()
+        memory.remember(f"hub:{self.name}", commit)
+        return replace(self, commit=commit)
+
+    def load(self, device: str, precision: Precision) -> NetworkEncoder:
+        commit = self.commit or self._find_commit()
+        repository, _, _ = self._repository().partition("@")
+        what = f"the files of {repository} at commit {commit}"
+        if self._is_repository:
+            module = create(f"hf-hub:{repository}@{commit}", what)
+        else:
+            module = create(self.name, what, pretrained_cfg_overlay={"hf_hub_id": f"{repository}@{commit}"})
+        return timm_network_encoder(module, device, precision)
+
+    @property
+    def _is_repository(self) -> bool:
+        return self.name.startswith("hf-hub:")
+
+    def _repository(self) -> str:
+        if self._is_repository:
+            return self.name.removeprefix("hf-hub:")
+        config = registry_config(self.name)
+        if not config.hf_hub_id:
+            raise FeatureError(f"timm knows no weights on the hub for {self.name!r}: {INSTEAD}")
+        return str(config.hf_hub_id)
+
+    def _weight_files(self) -> tuple[str, ...]:
+        own = None if self._is_repository else registry_config(self.name).hf_hub_filename
+        return (own,) if own else WEIGHT_FILES
+
+    def _find_commit(self) -> str:
+        repository, _, revision = self._repository().partition("@")
+        return find_commit(self.name, repository, revision or None, self._weight_files())
+
+
+def find_commit(name: str, repository: str, revision: str | None, files: tuple[str, ...]) -> str:
+    """Commit of a repository's weights: from the local Hugging Face cache, or else downloaded.
+
+    Raises:
+        FeatureError: the weights are neither in the cache nor reachable.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    for file in files:
+        cached = try_to_load_from_cache(repository, file, revision=revision)
+        if isinstance(cached, str):
+            return _commit_of(cached, file)
+    reason: Exception | None = None
+    for file in files:
+        try:
+            return _commit_of(hf_hub_download(repository, file, revision=revision), file)
+        except Exception as error:
+            reason = reason or error
+    raise FeatureError(
+        f"encoder {name!r} needs {' or '.join(files)} of the hub repository {repository}, which is not in the local Hugging "
+        f"Face cache and cannot be downloaded ({type(reason).__name__}): connect once, or {INSTEAD}"
+    ) from reason
+
+
+def _commit_of(path: str, file: str) -> str:
+    # .../snapshots/COMMIT/FILE, where FILE may lie in subfolders
+    return Path(path).parents[len(Path(file).parts) - 1].name
+
+
+def registry_config(name: str) -> Any:
+    """Pretrained configuration that timm holds for a name.
+
+    Raises:
+        FeatureError: timm does not know the name; lists similar ones.
+    """
+    import timm
+    from timm.models import get_pretrained_cfg
+
+    if not timm.is_model(name.split(".")[0]):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise FeatureError(f"timm knows no model {name!r}{'; similar: ' + ', '.join(close) if close else ''}")
+    try:
+        config = get_pretrained_cfg(name)
+    except Exception as error:
+        raise FeatureError(f"timm has no weights {name!r}: {error}") from error
+    if config is None:
+        raise FeatureError(f"timm has no weights {name!r}; see timm.list_pretrained({name.split('.')[0] + '*'!r})")
+    return config
+
+
+def registry_digest(name: str, memory: DigestMemory) -> str:
+    """Digest of what timm's registry says of a name, remembered per timm version so that timm need not be imported."""
+    key = f"timm-config:{version('timm')}:{name}"
+    digest = memory.recall(key)
+    if digest is None:
+        digest = digest_text(json.dumps(registry_config(name).to_dict(), sort_keys=True, default=str))
+        memory.remember(key, digest)
+    return digest
+
+
+def create(name: str, what: str, **arguments: Any) -> nn.Module:
+    """`timm.create_model(name, pretrained=True)`; every failure is a FeatureError that says what was wanted."""
+    import timm
+
+    try:
+        module: nn.Module = timm.create_model(name, pretrained=True, **arguments)
+    except Exception as error:
+        raise FeatureError(f"timm cannot make {name!r} with {what}: {error}; {INSTEAD}") from error
+    return module
+
+
+def module_preprocessing(
+    module: nn.Module,
+) -> tuple[Preprocessing, tuple[float, ...], tuple[float, ...], str]:
+    """The preprocessing of a timm network's weights: a transform to uint8 [3, H, W], mean, std, and a description.
+
+    The transform is timm's evaluation transform without its last step; the normalisation runs on the device.
+    """
+    from timm import data
+
+    tools: Any = data
+    config = tools.resolve_model_data_config(module)
+    transform: Preprocessing = tools.create_transform(**config, is_training=False, normalize=False)
+    text = json.dumps(config, sort_keys=True, default=str)
+    return transform, tuple(config["mean"]), tuple(config["std"]), text
+
+
+def timm_network_encoder(module: nn.Module, device: str, precision: Precision) -> NetworkEncoder:
+    """Encoder of a loaded timm network, preprocessed as its weights ask for."""
+    transform, mean, std, _ = module_preprocessing(module)
+    return NetworkEncoder(module, transform, resolve_device(device), precision, mean, std)
