@@ -1,0 +1,1 @@
+"""Station 5: cache entries and packed stores on disk."""

@@ -1,0 +1,206 @@
+"""The only place of this station that changes the disk: write, fsync, rename, remove. Touches the disk.
+
+Every call reports to `observer` before it acts, so that a test can count the calls, kill the process or raise an error at
+any one of them.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from dq_lightning.errors import DQError
+
+# set by tests alone: called with the operation's name and the path before each operation
+observer: Callable[[str, Path], None] | None = None
+
+BUFFER_BYTES = 1 << 20
+MAX_JSON_BYTES = 64 << 20
+
+
+def _observe(operation: str, path: Path) -> None:
+    if observer is not None:
+        observer(operation, path)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Give an OSError the path it is about: `write` and `fsync` do not know it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise
+
+
+class Writer:
+    """A new file, written from start to end, with its size and sha256 at hand.
+
+    Attributes:
+        size: bytes so far.
+    """
+
+    def __init__(self, path: Path) -> None:
+        _observe("create", path)
+        self.path = path
+        self.size = 0
+        self._digest = hashlib.sha256()
+        self._pending = bytearray()
+        self._file = path.open("xb", buffering=0)
+
+    def write(self, data: Any) -> None:
+        """Append bytes, a memoryview or anything else with a buffer."""
+        self._digest.update(data)
+        before = len(self._pending)
+        self._pending += data
+        self.size += len(self._pending) - before
+        if len(self._pending) >= BUFFER_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        with _named(self.path), memoryview(self._pending) as pending:
+            done = 0
+            while done < len(pending):
+                _observe("write", self.path)
+                done += self._file.write(pending[done:])
+        self._pending = bytearray()
+
+    def sha256(self) -> str:
+        """Hexadecimal digest of all bytes so far."""
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """Hand everything to the operating system; durable only after `fsync_file`."""
+        try:
+            self._flush()
+        finally:
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a new file; it must not exist."""
+    with Writer(path) as file:
+        file.write(data)
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Write a file beside and rename it over `path`, so that readers see the old or the new content.
+
+    Not made durable: for memories whose loss costs only time.
+    """
+    beside = path.with_name(f".tmp-{os.getpid()}-{os.urandom(8).hex()}")
+    try:
+        write_bytes(beside, data)
+        _observe("replace", path)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def fsync_file(path: Path) -> None:
+    """Make a file's content durable. A failure is final: the kernel may have dropped the pages, so never retry."""
+    _observe("fsync", path)
+    _fsync(path)
+
+
+def fsync_folder(path: Path) -> None:
+    """Make a folder's names durable, where the file system knows that."""
+    _observe("fsync", path)
+    try:
+        _fsync(path)
+    except OSError as error:
+        # some network file systems refuse to sync a folder: they have no better way
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+
+
+def _fsync(path: Path) -> None:
+    with _named(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Rename a folder. A folder with content at `new` is an OSError."""
+    _observe("rename", new)
+    old.rename(new)
+
+
+def make_folder(path: Path, *, new: bool = False) -> None:
+    """Make a folder and its parents; with `new` it must not exist."""
+    _observe("mkdir", path)
+    path.mkdir(parents=True, exist_ok=not new)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder as far as possible; what stays is only disk space."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def file_digest(path: Path) -> str:
+    """Hexadecimal sha256 of a file's content, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_checksums(path: Path, chunk_bytes: int) -> list[int]:
+    """crc32 of each chunk of a file."""
+    with path.open("rb") as file:
+        return [zlib.crc32(chunk) for chunk in iter(lambda: file.read(chunk_bytes), b"")]
+
+
+def canonical_json(value: Any) -> str:
+    """JSON text that is the same for equal values on every machine; NaN is refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def seal(values: dict[str, Any]) -> bytes:
+    """JSON that carries the digest of itself, so that any changed byte is noticed."""
+    digest = hashlib.sha256(canonical_json(values).encode()).hexdigest()
+    return (json.dumps({**values, "digest": digest}, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read what `seal` made.
+
+    Raises:
+        DQError: the text is not exactly what `seal` writes for its values.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        text = file.read(MAX_JSON_BYTES + 1)
+    if len(text) > MAX_JSON_BYTES:
+        raise DQError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
+    try:
+        values = json.loads(text)
+        # a foreign JSON file may hold anything at all, also nesting that exhausts the stack
+        whole = isinstance(values, dict) and values.pop("digest", None) is not None and seal(values) == text
+    except (ValueError, RecursionError) as error:
+        raise DQError(f"{path.name} is not JSON of ours ({type(error).__name__})") from error
+    if not whole:
+        raise DQError(f"{path.name} does not match its own digest")
+    assert isinstance(values, dict)
+    return values

@@ -1,0 +1,46 @@
+"""Why an entry is made anew, in one line."""
+
+from typing import Any
+
+MAX_CHANGES = 4
+MAX_VALUE = 40
+
+
+def flatten(parts: Any, path: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted paths; everything else stays a value."""
+    if not isinstance(parts, dict) or not parts:
+        return {path: parts}
+    flat: dict[str, Any] = {}
+    for name, value in parts.items():
+        flat.update(flatten(value, f"{path}.{name}" if path else str(name)))
+    return flat
+
+
+def describe_change(station: str, wanted: dict[str, Any], existing: list[dict[str, Any]]) -> str:
+    """Compare the wanted parts with the nearest existing ones: those with the most equal values."""
+    noun = station.partition("-")[2] or station
+    if not existing:
+        return f"computing {noun}: nothing cached yet"
+    missing = object()
+    new = flatten(wanted)
+
+    def changes(parts: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+        old = flatten(parts)
+        paths = [*new, *(path for path in old if path not in new)]
+        pairs = [(path, old.get(path, missing), new.get(path, missing)) for path in paths]
+        return [(path, a, b) for path, a, b in pairs if type(a) is not type(b) or a != b]
+
+    nearest = min((changes(parts) for parts in existing), key=len)
+    if not nearest:
+        return f"computing {noun}: asked to make it again"
+    told = [f"{path} changed ({_short(a, missing)} -> {_short(b, missing)})" for path, a, b in nearest[:MAX_CHANGES]]
+    if len(nearest) > MAX_CHANGES:
+        told.append(f"and {len(nearest) - MAX_CHANGES} more")
+    return f"computing {noun}: {', '.join(told)}"
+
+
+def _short(value: Any, missing: object) -> str:
+    if value is missing:
+        return "nothing"
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= MAX_VALUE else f"{text[: MAX_VALUE - 3]}..."

@@ -1,0 +1,204 @@
+"""Write a packed store: the compact set alone, enough to train from. Touches the disk.
+
+Files of a store of M samples (all integers little-endian):
+
+    index.npy int64 [M]   bin.npy int16 [M]   the selection
+    ids.bin, id_offsets.npy int64 [M + 1]     names of the samples, UTF-8
+    column-J.npy [M, ...]                     leaf J of every sample, for leaves of fixed width
+    values.bin, value_offsets.npy int64 [M + 1]   everything else: see `store/values.py`
+    checksums.npy uint32 [M]                  crc32 over a sample's columns and values, started with its position
+    store.json                                tree, columns, attributes, and size and sha256 of every file; it seals itself
+"""
+
+import itertools
+import json
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dq_lightning.errors import StoreError
+from dq_lightning.records import EncodedImage
+from dq_lightning.store import files
+from dq_lightning.store.columns import VALUE_KIND, Leaf, Tree, describe_leaf, leaf_bytes, leaves_of, plan, tree_to_json
+from dq_lightning.store.npy import npy_header
+from dq_lightning.store.values import encode_value
+
+STORE_FILE = "store.json"
+FORMAT = "dq_lightning packed"
+FORMAT_VERSION = 1
+# the samples that decide what is a column: enough to see the rule, bounded in memory
+LOOK_AHEAD_SAMPLES = 64
+LOOK_AHEAD_BYTES = 64 << 20
+
+Item = tuple[Any, EncodedImage | None]
+
+
+def write_packed(
+    folder: Path,
+    items: Iterable[Item],
+    *,
+    ids: Sequence[str],
+    index: Tensor,
+    bins: Tensor,
+    attributes: dict[str, Any],
+) -> None:
+    """Write samples, one after the other, in memory independent of their number.
+
+    Args:
+        folder: empty or not there yet.
+        items: M pairs (sample, its image's original bytes or None). A sample is any tree of tuples, lists and dicts
+            over None, bool, int, float, complex, str, bytes, numpy and torch values, and Pillow images.
+        ids: M names.
+        index: int64 [M], positions in the source.
+        bins: int16 [M].
+        attributes: plain JSON, kept as it is.
+
+    Raises:
+        StoreError: counts that differ, or a value that cannot be stored unchanged.
+        OSError: the disk refuses.
+    """
+    num_samples = len(ids)
+    if len(index) != num_samples or len(bins) != num_samples:
+        raise StoreError(f"{num_samples} ids, {len(index)} positions and {len(bins)} bins: they must be as many")
+    try:
+        if json.loads(json.dumps(attributes, allow_nan=False)) != attributes:
+            raise ValueError("it changes on the way through JSON")
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"attributes must be plain JSON: {error}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = _StoreWriter(folder, num_samples)
+    writer.samples(items)
+    writer.small_array("index", index.to(torch.int64).numpy().astype("<i8"))
+    writer.small_array("bin", bins.to(torch.int16).numpy().astype("<i2"))
+    writer.names(ids)
+    writer.finish(attributes)
+
+
+class _StoreWriter:
+    """Files and facts of the store being written."""
+
+    def __init__(self, folder: Path, num_samples: int) -> None:
+        self.folder = folder
+        self.num_samples = num_samples
+        self.files: dict[str, dict[str, Any]] = {}
+        self.tree = Tree("leaf", 0)
+        self.leaves: list[Leaf] = []
+
+    def samples(self, items: Iterable[Item]) -> None:
+        stream = iter(items)
+        first = list(_look_ahead(stream))
+        self.tree, self.leaves = plan([sample for sample, _ in first])
+        offsets = np.zeros(self.num_samples + 1, "<i8")
+        checksums = np.zeros(self.num_samples, "<u4")
+        count = 0
+        with ExitStack() as stack:
+            columns = [self._open_column(stack, number, leaf) for number, leaf in enumerate(self.leaves)]
+            values = stack.enter_context(files.Writer(self.folder / "values.bin"))
+            for sample, encoded in itertools.chain(first, stream):
+                if count >= self.num_samples:
+                    raise StoreError(f"there are more samples than the {self.num_samples} ids")
+                try:
+                    rows, value = self._encode(sample, encoded)
+                except StoreError as error:
+                    raise StoreError(f"sample {count}: {error}") from error
+                checksum = count & 0xFFFFFFFF
+                for column, row in zip(columns, rows, strict=True):
+                    if column is not None:
+                        column.write(row)
+                        checksum = zlib.crc32(row, checksum)
+                values.write(value)
+                checksums[count] = zlib.crc32(value, checksum)
+                count += 1
+                offsets[count] = values.size
+        if count != self.num_samples:
+            raise StoreError(f"there are {count} samples but {self.num_samples} ids")
+        for written in (*columns, values):
+            if written is not None:
+                self.files[written.path.name] = {"size": written.size, "sha256": written.sha256()}
+        self.small_array("value_offsets", offsets)
+        self.small_array("checksums", checksums)
+
+    def _open_column(self, stack: ExitStack, number: int, leaf: Leaf) -> files.Writer | None:
+        if leaf.kind in (VALUE_KIND, "none"):
+            return None
+        column = stack.enter_context(files.Writer(self.folder / f"column-{number}.npy"))
+        dtype, shape = leaf.column_type()
+        column.write(npy_header(dtype, (self.num_samples, *shape)))
+        return column
+
+    def _encode(self, sample: Any, encoded: EncodedImage | None) -> tuple[list[bytes], bytes]:
+        """A sample's row in each column, and everything the columns do not hold."""
+        found = leaves_of(sample, self.tree)
+        if found is None:
+            return [bytes(leaf.row_bytes) for leaf in self.leaves], encode_value({"whole": sample}, encoded)
+        rows, beside, first_image = [], {}, True
+        for number, (value, leaf) in enumerate(zip(found, self.leaves, strict=True)):
+            image = isinstance(value, Image.Image)
+            if leaf.kind != VALUE_KIND and describe_leaf(value) == leaf:
+                rows.append(leaf_bytes(value, leaf))
+                # the bytes belong to the first image, which needs none
+                encoded = None if image and first_image else encoded
+            else:
+                rows.append(bytes(leaf.row_bytes))
+                beside[number] = value
+            first_image = first_image and not image
+        return rows, encode_value(beside, encoded) if beside else b""
+
+    def small_array(self, name: str, values: Any) -> None:
+        """An array that is verified by its digest whenever the store is opened."""
+        with files.Writer(self.folder / f"{name}.npy") as file:
+            file.write(npy_header(values.dtype.str, values.shape))
+            file.write(values.tobytes())
+        self.files[file.path.name] = {"size": file.size, "sha256": file.sha256()}
+
+    def names(self, ids: Sequence[str]) -> None:
+        offsets = np.zeros(self.num_samples + 1, "<i8")
+        with files.Writer(self.folder / "ids.bin") as file:
+            for number, name in enumerate(ids, start=1):
+                # file names may hold bytes that are no UTF-8
+                file.write(str(name).encode(errors="surrogatepass"))
+                offsets[number] = file.size
+        self.files["ids.bin"] = {"size": file.size, "sha256": file.sha256()}
+        self.small_array("id_offsets", offsets)
+
+    def finish(self, attributes: dict[str, Any]) -> None:
+        description = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "num_samples": self.num_samples,
+            "tree": tree_to_json(self.tree),
+            "columns": [{"kind": leaf.kind, "dtype": leaf.dtype, "shape": list(leaf.shape)} for leaf in self.leaves],
+            "files": self.files,
+            "attributes": attributes,
+        }
+        files.write_bytes(self.folder / STORE_FILE, files.seal(description))
+
+
+def _look_ahead(stream: Iterator[Item]) -> Iterator[Item]:
+    taken = 0
+    for item in itertools.islice(stream, LOOK_AHEAD_SAMPLES):
+        yield item
+        taken += _rough_bytes(item)
+        if taken > LOOK_AHEAD_BYTES:
+            return
+
+
+def _rough_bytes(value: Any) -> int:
+    """About how much memory a sample takes; containers are looked through."""
+    if isinstance(value, tuple | list):
+        return sum(map(_rough_bytes, value))
+    if isinstance(value, dict):
+        return sum(map(_rough_bytes, value.values()))
+    if isinstance(value, Image.Image):
+        return 4 * value.size[0] * value.size[1]
+    if isinstance(value, EncodedImage):
+        return len(value.data)
+    return int(getattr(value, "nbytes", 0)) or sys.getsizeof(value)

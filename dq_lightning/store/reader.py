@@ -1,0 +1,285 @@
+"""Read a packed store: a map-style dataset that verifies each sample. Touches the disk, read-only.
+
+Columns are memory-mapped; values are read by position from an open file, so that a file cut under a reader is an error and
+not a crash. Both are dropped when pickled and opened anew in the other process; forked processes share them safely, since
+neither has a position of its own.
+"""
+
+import mmap
+import operator
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dq_lightning.config import VerifyPolicy, check_choice
+from dq_lightning.errors import DQError, StoreError
+from dq_lightning.store import files
+from dq_lightning.store.columns import VALUE_KIND, leaf_from_json, leaf_reader, tree_builder, tree_from_json
+from dq_lightning.store.manifest import Damage, check_file, is_plain_name
+from dq_lightning.store.npy import npy_header
+from dq_lightning.store.packed import FORMAT, FORMAT_VERSION, STORE_FILE
+from dq_lightning.store.values import decode_value
+
+MAX_SAMPLES = 1 << 32
+# verified whenever the store is opened
+SMALL_FILES = ("index.npy", "bin.npy", "id_offsets.npy", "ids.bin", "value_offsets.npy", "checksums.npy")
+
+
+class Names(Sequence[str]):
+    """The ids of the samples: text without a Python object for each."""
+
+    def __init__(self, data: memoryview, offsets: memoryview) -> None:
+        self._data = data
+        self._offsets = offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @overload
+    def __getitem__(self, position: int) -> str: ...
+
+    @overload
+    def __getitem__(self, position: slice) -> list[str]: ...
+
+    def __getitem__(self, position: int | slice) -> str | list[str]:
+        if isinstance(position, slice):
+            return [self[i] for i in range(*position.indices(len(self)))]
+        at = range(len(self))[position]
+        return bytes(self._data[self._offsets[at] : self._offsets[at + 1]]).decode(errors="surrogatepass")
+
+
+class PackedDataset(Dataset[Any]):
+    """The samples of a packed store, as they were written.
+
+    Attributes:
+        path: folder of the store; it may be moved before it is opened.
+        index: int64 [M], positions in the source.
+        bin: int16 [M], the bin of each sample.
+        ids: names of the samples.
+        attributes: what the writer kept.
+    """
+
+    index: Tensor
+    bin: Tensor
+    ids: Sequence[str]
+    attributes: dict[str, Any]
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        finisher: Callable[[int, Any], Any] | None = None,
+        verify: VerifyPolicy = "size",
+    ) -> None:
+        """Open a store.
+
+        Args:
+            path: folder.
+            finisher: called with (position, sample); its answer is delivered.
+            verify: "size": sizes and small files when opened, each sample's checksum when read; "hash": whole files when
+                opened, too; "off": nothing but what keeps memory bounded.
+
+        Raises:
+            StoreError: no store, damaged, or of another format.
+        """
+        check_choice("PackedDataset", "verify", verify, VerifyPolicy)
+        self.path = Path(path).absolute()
+        self.finisher = finisher
+        self.verify: VerifyPolicy = verify
+        self._open()
+
+    def _open(self) -> None:
+        try:
+            description = files.read_sealed(self.path / STORE_FILE)
+            self._check_description(description)
+            small = {name: self._read_small(name, description["files"][name]) for name in SMALL_FILES}
+            if self.verify == "hash":
+                for name, facts in description["files"].items():
+                    check_file(self.path, name, facts, hashed=True)
+            self._set_small(small)
+            self._set_columns(description)
+        except StoreError:
+            raise
+        except (OSError, DQError) as error:
+            raise StoreError(self._advice(str(error))) from error
+
+    def _advice(self, reason: str) -> str:
+        remedy = "A store in the cache is made again by the next run; copy any other one anew"
+        return f"the packed store {self.path} cannot be used: {reason}. {remedy}"
+
+    def _check_description(self, description: dict[str, Any]) -> None:
+        if description.get("format") != FORMAT or description.get("version") != FORMAT_VERSION:
+            seen = f"{description.get('format')!r:.40} version {description.get('version')!r:.40}"
+            raise Damage(f"it is {seen}, this package reads {FORMAT!r} version {FORMAT_VERSION}")
+        count, listed, attributes = (description.get(name) for name in ("num_samples", "files", "attributes"))
+        if (
+            type(count) is not int
+            or not 0 <= count < MAX_SAMPLES
+            or not isinstance(listed, dict)
+            or not isinstance(attributes, dict)
+        ):
+            raise Damage("store.json lacks num_samples, files or attributes")
+        for name, facts in listed.items():
+            whole = isinstance(facts, dict) and type(facts.get("size")) is int and isinstance(facts.get("sha256"), str)
+            if not is_plain_name(name) or not whole:
+                raise Damage(f"store.json names {name!r:.80}, which is not a plain file with size and sha256")
+            check_file(self.path, name, facts, hashed=False)
+        missing = {*SMALL_FILES, "values.bin"} - set(listed)
+        if missing:
+            raise Damage(f"store.json does not name {', '.join(sorted(missing))}")
+        self._num_samples = count
+        self.attributes = attributes
+
+    def _read_small(self, name: str, facts: dict[str, Any]) -> memoryview:
+        check_file(self.path, name, facts, hashed=self.verify != "off")
+        if name == "ids.bin":
+            return self._map(name, facts["size"])
+        dtype, rows = {
+            "index.npy": ("<i8", self._num_samples),
+            "bin.npy": ("<i2", self._num_samples),
+            "id_offsets.npy": ("<i8", self._num_samples + 1),
+            "value_offsets.npy": ("<i8", self._num_samples + 1),
+            "checksums.npy": ("<u4", self._num_samples),
+        }[name]
+        return self._map(name, rows * int(dtype[2:]), npy_header(dtype, (rows,)))
+
+    def _set_small(self, small: dict[str, memoryview]) -> None:
+        self.index = _tensor(small["index.npy"], torch.int64)
+        self.bin = _tensor(small["bin.npy"], torch.int16)
+        self.ids = Names(small["ids.bin"], small["id_offsets.npy"].cast("q"))
+        self._offsets = small["value_offsets.npy"].cast("q")
+        self._checksums = small["checksums.npy"].cast("I")
+
+    def _set_columns(self, description: dict[str, Any]) -> None:
+        described = description.get("columns")
+        if not isinstance(described, list) or not 0 < len(described) <= 1 << 16:
+            raise Damage("store.json has no columns")
+        leaves = [leaf_from_json(value) for value in described]
+        self._build = tree_builder(tree_from_json(description.get("tree"), len(leaves)))
+        self._readers = [leaf_reader(leaf) for leaf in leaves]
+        self._value_leaves = [number for number, leaf in enumerate(leaves) if leaf.kind == VALUE_KIND]
+        # number of the leaf, rows of all samples, bytes of one row, reader
+        self._columns: list[tuple[int, memoryview, int, Callable[[Any], Any]]] = []
+        for number, leaf in enumerate(leaves):
+            if leaf.kind in (VALUE_KIND, "none"):
+                continue
+            name = f"column-{number}.npy"
+            dtype, shape = leaf.column_type()
+            header = npy_header(dtype, (self._num_samples, *shape))
+            if name not in description["files"]:
+                raise Damage(f"store.json does not name {name}")
+            rows = self._map(name, self._num_samples * leaf.row_bytes, header)
+            self._columns.append((number, rows, leaf.row_bytes, self._readers[number]))
+        self._num_leaves = len(leaves)
+        self._values = os.open(self.path / "values.bin", os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._values_size = os.fstat(self._values).st_size
+
+    def _map(self, name: str, size: int, header: bytes = b"") -> memoryview:
+        """A file's bytes after its header, in a private mapping: they are never changed on the disk."""
+        if (self.path / name).stat().st_size != len(header) + size:
+            raise Damage(f"{name} does not have the {len(header) + size} bytes of its content")
+        if not len(header) + size:
+            return memoryview(b"")
+        with (self.path / name).open("rb") as file:
+            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        if mapped[: len(header)] != header:
+            raise Damage(f"{name} does not start with the header of its content")
+        return mapped[len(header) :]
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, position: int) -> Any:
+        at = operator.index(position)
+        if at < 0:
+            at += self._num_samples
+        if not 0 <= at < self._num_samples:
+            raise IndexError(f"position {position} of {self._num_samples} samples")
+        sample = self._read(at)
+        return sample if self.finisher is None else self.finisher(at, sample)
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Any]:
+        """The samples of a batch, in order; DataLoader calls this."""
+        return [self[position] for position in positions]
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.__getitem__, range(self._num_samples))
+
+    def _read(self, at: int) -> Any:
+        leaves: list[Any] = [None] * self._num_leaves
+        checksum = at & 0xFFFFFFFF
+        crc32 = zlib.crc32
+        verified = self.verify != "off"
+        # decode only what has been verified: first all bytes, then all values
+        rows = [view[at * size : at * size + size] for _, view, size, _ in self._columns]
+        start, end = self._offsets[at], self._offsets[at + 1]
+        value = self._read_value(at, start, end) if end != start else b""
+        if verified:
+            for row in rows:
+                checksum = crc32(row, checksum)
+            if crc32(value, checksum) != self._checksums[at]:
+                raise StoreError(
+                    self._advice(f"sample {at} ({self.ids[at]}) does not match its checksum{self._suspects(value)}")
+                )
+        for (number, _, _, reader), row in zip(self._columns, rows, strict=True):
+            leaves[number] = reader(row)
+        if not value and not self._value_leaves:
+            return self._build(leaves)
+        return self._with_values(at, leaves, value)
+
+    def _read_value(self, at: int, start: int, end: int) -> bytes:
+        if not 0 <= start < end <= self._values_size:
+            raise StoreError(
+                self._advice(f"the value of sample {at} is said to be at {start} to {end} of {self._values_size} bytes")
+            )
+        data = os.pread(self._values, end - start, start)
+        if len(data) != end - start:
+            raise StoreError(self._advice(f"values.bin ends inside the value of sample {at}"))
+        return data
+
+    def _with_values(self, at: int, leaves: list[Any], data: bytes) -> Any:
+        """Put the values that stand beside the columns into their places."""
+        try:
+            beside = decode_value(data)
+            if not isinstance(beside, dict):
+                raise StoreError("it is no dict")
+            if "whole" in beside:
+                return beside["whole"]
+            for number, value in beside.items():
+                leaves[number] = value
+            if not beside.keys() >= set(self._value_leaves):
+                raise StoreError("a leaf is missing")
+            return self._build(leaves)
+        except (StoreError, TypeError, IndexError) as error:
+            raise StoreError(
+                self._advice(f"the value of sample {at} ({self.ids[at]}) in values.bin: {error}")
+            ) from error
+
+    def _suspects(self, value: bytes) -> str:
+        names = [f"column-{number}.npy" for number, *_ in self._columns] + (["values.bin"] if value else [])
+        return f" ({', '.join(names)})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "finisher": self.finisher, "verify": self.verify}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def __del__(self) -> None:
+        values = self.__dict__.pop("_values", None)
+        if values is not None:
+            os.close(values)
+
+    def __repr__(self) -> str:
+        return f"PackedDataset({str(self.path)!r}, {self._num_samples} samples)"
+
+
+def _tensor(data: memoryview, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(data, dtype=dtype) if len(data) else torch.empty(0, dtype=dtype)

@@ -1,0 +1,152 @@
+"""Tensors in a folder, without pickle, memory-mapped when read. Touches the disk.
+
+`NAME.bin` holds each tensor's bytes in C order; `tensors.json`, which seals itself, holds dtype, shape, attributes, and a crc32
+of every 16 MiB, verified when the tensors are loaded: bit rot in features would change the bins without a word.
+"""
+
+import json
+import math
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dq_lightning.config import VerifyPolicy
+from dq_lightning.errors import DQError, StoreError
+from dq_lightning.records import Bins, Features, Selection
+from dq_lightning.store import files
+from dq_lightning.store.manifest import is_plain_name
+from dq_lightning.store.values import TENSOR_DTYPES, plain_shape
+
+TENSORS_FILE = "tensors.json"
+FORMAT = "dq_lightning tensors"
+FORMAT_VERSION = 1
+CHUNK_BYTES = 16 << 20
+
+
+def save_tensors(folder: str | Path, **tensors: Tensor) -> None:
+    """Write tensors on the CPU or a GPU under their names; None is left out."""
+    write_tensor_folder(Path(folder), tensors, {})
+
+
+def load_tensors(folder: str | Path, *, verify: VerifyPolicy = "size") -> dict[str, Tensor]:
+    """Memory-mapped tensors by name; writing to them does not reach the disk.
+
+    Raises:
+        StoreError: not such a folder, or damaged.
+    """
+    return read_tensor_folder(Path(folder), verify)[0]
+
+
+def write_tensor_folder(folder: Path, tensors: dict[str, Tensor], attributes: dict[str, Any]) -> None:
+    """Write tensors and plain JSON attributes into a folder that holds none yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = {}
+    for name, tensor in tensors.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if not name.isidentifier() or dtype not in TENSOR_DTYPES:
+            raise StoreError(f"a tensor {name!r} of {tensor.dtype} cannot be stored")
+        flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
+        data = memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
+        pieces = [data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES)]
+        with files.Writer(folder / f"{name}.bin") as file:
+            for piece in pieces:
+                file.write(piece)
+        listed[name] = {
+            "dtype": dtype,
+            "shape": list(tensor.shape),
+            "checksums": [zlib.crc32(piece) for piece in pieces],
+        }
+    values = {"format": FORMAT, "version": FORMAT_VERSION, "tensors": listed, "attributes": attributes}
+    json.dumps(values, allow_nan=False)
+    files.write_bytes(folder / TENSORS_FILE, files.seal(values))
+
+
+def read_tensor_folder(folder: Path, verify: VerifyPolicy = "size") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and attributes of a folder.
+
+    Raises:
+        StoreError: not such a folder, or damaged.
+    """
+    try:
+        values = files.read_sealed(folder / TENSORS_FILE)
+        if values.get("format") != FORMAT or values.get("version") != FORMAT_VERSION:
+            raise StoreError(f"it is {values.get('format')!r:.40} version {values.get('version')!r:.40}")
+        if not isinstance(values.get("tensors"), dict) or not isinstance(values.get("attributes"), dict):
+            raise StoreError("tensors.json lacks tensors or attributes")
+        tensors = {name: _load(folder, name, facts, verify) for name, facts in values["tensors"].items()}
+    except (OSError, DQError) as error:
+        raise StoreError(
+            f"the tensors in {folder} cannot be used: {error}. Remove the folder; the next run makes it again"
+        ) from error
+    return tensors, values["attributes"]
+
+
+def _load(folder: Path, name: str, facts: Any, verify: VerifyPolicy) -> Tensor:
+    whole = isinstance(facts, dict) and facts.get("dtype") in TENSOR_DTYPES and isinstance(facts.get("checksums"), list)
+    if not is_plain_name(name) or not whole:
+        raise StoreError(f"tensors.json describes {name!r:.80} as {facts!r:.80}")
+    dtype, shape = TENSOR_DTYPES[facts["dtype"]], plain_shape(facts.get("shape"))
+    size, path = math.prod(shape) * dtype.itemsize, folder / f"{name}.bin"
+    if path.stat().st_size != size:
+        raise StoreError(f"{path.name} has {path.stat().st_size} bytes instead of {size}")
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    data = np.memmap(path, np.uint8, "c")
+    if verify != "off":
+        starts = range(0, size, CHUNK_BYTES)
+        with ThreadPoolExecutor(4) as pool:
+            seen = list(pool.map(lambda start: zlib.crc32(data[start : start + CHUNK_BYTES].data), starts))
+        if seen != facts["checksums"]:
+            raise StoreError(f"{path.name} has another content than was written")
+    return torch.from_numpy(data).view(dtype).reshape(shape)
+
+
+def _expect(folder: Path, verify: VerifyPolicy, *names: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, attributes = read_tensor_folder(folder, verify)
+    if missing := [name for name in names if name not in tensors]:
+        raise StoreError(f"{folder} holds {', '.join(tensors) or 'nothing'}, but no {', '.join(missing)}")
+    return tensors, attributes
+
+
+def write_features(folder: Path, features: Features) -> None:
+    """Features as `embedding` and, when there is one, `head_gradient`."""
+    tensors = {"embedding": features.embedding}
+    if features.head_gradient is not None:
+        tensors["head_gradient"] = features.head_gradient
+    write_tensor_folder(folder, tensors, {})
+
+
+def read_features(folder: Path, *, verify: VerifyPolicy = "size") -> Features:
+    """The inverse of `write_features`; StoreError when damaged."""
+    tensors, _ = _expect(folder, verify, "embedding")
+    return Features(tensors["embedding"], tensors.get("head_gradient"))
+
+
+def write_bins(folder: Path, bins: Bins) -> None:
+    """Bins as four tensors and their number."""
+    tensors = {"assignment": bins.assignment, "rank": bins.rank, "gain": bins.gain, "group": bins.group}
+    write_tensor_folder(folder, tensors, {"num_bins": bins.num_bins})
+
+
+def read_bins(folder: Path, *, verify: VerifyPolicy = "size") -> Bins:
+    """The inverse of `write_bins`; StoreError when damaged."""
+    tensors, attributes = _expect(folder, verify, "assignment", "rank", "gain", "group")
+    return Bins(
+        tensors["assignment"], tensors["rank"], tensors["gain"], tensors["group"], int(attributes.get("num_bins", 0))
+    )
+
+
+def write_selection(folder: Path, selection: Selection) -> None:
+    """A selection as `index` and `bin`."""
+    write_tensor_folder(folder, {"index": selection.index, "bin": selection.bin}, {})
+
+
+def read_selection(folder: Path, *, verify: VerifyPolicy = "size") -> Selection:
+    """The inverse of `write_selection`; StoreError when damaged."""
+    tensors, _ = _expect(folder, verify, "index", "bin")
+    return Selection(tensors["index"], tensors["bin"])

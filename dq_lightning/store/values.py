@@ -1,0 +1,272 @@
+"""A safe encoding for any value a dataset may deliver: JSON for the structure, raw bytes for the rest. PURE.
+
+Decoding builds only None, bool, int, float, complex, str, bytes, tuple, list, dict, numpy arrays and scalars, torch tensors and
+Pillow images. All sizes are checked against the bytes at hand before anything is made.
+
+    uint32 length of the JSON | JSON | buffers, one after the other
+"""
+
+import json
+import math
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dq_lightning.errors import StoreError
+from dq_lightning.records import EncodedImage
+from dq_lightning.store.images import decode_node, encode_image
+
+MAX_DEPTH = 64
+MAX_DIMENSIONS = 32
+NUMPY_KINDS = "biufcSUMm"
+TENSOR_DTYPES: dict[str, torch.dtype] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32),
+        *(torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
+    )
+}
+
+
+def is_plain_array(value: Any) -> bool:
+    """Whether a value is a numpy array that its bytes, dtype and shape describe in full."""
+    return type(value) in (np.ndarray, np.memmap) and value.dtype.kind in NUMPY_KINDS
+
+
+def is_plain_tensor(value: Any) -> bool:
+    """Whether a value is a torch tensor that its bytes, dtype and shape describe in full."""
+    plain = type(value) is torch.Tensor and value.layout == torch.strided and value.device.type == "cpu"
+    return plain and str(value.dtype).removeprefix("torch.") in TENSOR_DTYPES
+
+
+def array_bytes(value: Any) -> bytes:
+    """Bytes of a numpy array or scalar in C order."""
+    return np.asarray(value).tobytes()
+
+
+def tensor_bytes(value: torch.Tensor) -> bytes:
+    """Bytes of a tensor in C order."""
+    flat = value.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def array_from(data: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
+    """A writable array of its own memory."""
+    return np.frombuffer(data, dtype).reshape(shape).copy()
+
+
+def tensor_from(data: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of its own memory."""
+    if not len(data):
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+
+
+def encode_value(value: Any, encoded: EncodedImage | None = None) -> bytes:
+    """Encode a value; the first image uses the `encoded` bytes when they decode to just its pixels.
+
+    Raises:
+        StoreError: a value that cannot be stored; the message names its place and type.
+    """
+    encoder = _Encoder(encoded)
+    text = json.dumps(encoder.node(value, "item", 0), separators=(",", ":")).encode()
+    return b"".join([struct.pack("<I", len(text)), text, *encoder.buffers])
+
+
+def decode_value(data: Any) -> Any:
+    """The inverse of `encode_value`; namedtuples come back as tuples.
+
+    Raises:
+        StoreError: the bytes are not an encoding of ours.
+    """
+    view = memoryview(data)
+    try:
+        (length,) = struct.unpack_from("<I", view)
+        if length > len(view) - 4:
+            raise StoreError(f"{length} bytes of structure are claimed, {len(view) - 4} are there")
+        decoder = _Decoder(view[4 + length :])
+        value = decoder.value(json.loads(bytes(view[4 : 4 + length])), 0)
+    except StoreError:
+        raise
+    except (
+        ValueError,
+        TypeError,
+        IndexError,
+        KeyError,
+        struct.error,
+        RecursionError,
+        OverflowError,
+        MemoryError,
+    ) as error:
+        raise StoreError(f"a stored value cannot be decoded ({type(error).__name__}: {error})") from error
+    if decoder.at != len(decoder.view):
+        raise StoreError(f"{len(decoder.view) - decoder.at} bytes are left over after a stored value")
+    return value
+
+
+class _Encoder:
+    """Collects the raw buffers while it turns values into JSON nodes."""
+
+    def __init__(self, encoded: EncodedImage | None) -> None:
+        self.encoded = encoded
+        self.buffers: list[bytes] = []
+
+    def _keep(self, data: bytes) -> int:
+        self.buffers.append(data)
+        return len(data)
+
+    def node(self, value: Any, place: str, depth: int) -> Any:
+        if depth > MAX_DEPTH:
+            raise StoreError(f"{place}: more than {MAX_DEPTH} levels of nesting cannot be stored")
+        if value is None or type(value) in (bool, str):
+            return value
+        if type(value) is int:
+            return ["i", hex(value)]
+        if type(value) is float:
+            return ["f", self._keep(struct.pack("<d", value))]
+        if type(value) is complex:
+            return ["c", self._keep(struct.pack("<dd", value.real, value.imag))]
+        if type(value) is bytes:
+            return ["y", self._keep(value)]
+        if isinstance(value, tuple):
+            return ["t", *(self.node(inner, f"{place}[{i}]", depth + 1) for i, inner in enumerate(value))]
+        if type(value) is list:
+            return ["l", *(self.node(inner, f"{place}[{i}]", depth + 1) for i, inner in enumerate(value))]
+        if isinstance(value, dict):
+            nodes = ["d"]
+            for key, inner in value.items():
+                nodes.append(self.node(key, f"key of {place}", depth + 1))
+                nodes.append(self.node(inner, f"{place}[{key!r:.40}]", depth + 1))
+            return nodes
+        return self._leaf(value, place)
+
+    def _leaf(self, value: Any, place: str) -> Any:
+        if isinstance(value, np.generic) and value.dtype.kind in NUMPY_KINDS:
+            return ["g", value.dtype.str, self._keep(array_bytes(value))]
+        if is_plain_array(value):
+            return ["a", value.dtype.str, list(value.shape), self._keep(array_bytes(value))]
+        if is_plain_tensor(value):
+            name = str(value.dtype).removeprefix("torch.")
+            return ["T", name, list(value.shape), self._keep(tensor_bytes(value))]
+        if isinstance(value, Image.Image):
+            facts, data = encode_image(value, self.encoded)
+            self.encoded = None
+            return ["p", facts, self._keep(data)]
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise StoreError(
+            f"{place} is a {kind}, which a packed store cannot hold unchanged: deliver plain numbers, text, arrays, tensors "
+            'or Pillow images, or use store="indices", which keeps the dataset itself'
+        )
+
+
+class _Decoder:
+    """Takes the raw buffers one after the other while it turns JSON nodes into values."""
+
+    def __init__(self, view: memoryview) -> None:
+        self.view = view
+        self.at = 0
+
+    def _take(self, length: Any) -> memoryview:
+        if type(length) is not int or not 0 <= length <= len(self.view) - self.at:
+            raise StoreError(f"a stored value claims {length!r} bytes, {len(self.view) - self.at} are there")
+        self.at += length
+        return self.view[self.at - length : self.at]
+
+    def value(self, node: Any, depth: int) -> Any:
+        if depth > MAX_DEPTH:
+            raise StoreError(f"a stored value is nested deeper than {MAX_DEPTH} levels")
+        if node is None or type(node) in (bool, str):
+            return node
+        if type(node) is not list or not node or type(node[0]) is not str:
+            raise StoreError(f"a stored value has an unknown node {node!r:.80}")
+        return self._BY_TAG.get(node[0], _Decoder._unknown)(self, node, depth)
+
+    def _unknown(self, node: list[Any], _: int) -> Any:
+        raise StoreError(f"a stored value has an unknown tag {node[0]!r:.40}")
+
+    def _integer(self, node: list[Any], _: int) -> int:
+        return int(node[1], 16)
+
+    def _float(self, node: list[Any], _: int) -> float:
+        return float(struct.unpack("<d", self._take(node[1]))[0])
+
+    def _complex(self, node: list[Any], _: int) -> complex:
+        return complex(*struct.unpack("<dd", self._take(node[1])))
+
+    def _bytes(self, node: list[Any], _: int) -> bytes:
+        return bytes(self._take(node[1]))
+
+    def _tuple(self, node: list[Any], depth: int) -> tuple[Any, ...]:
+        return tuple(self.value(inner, depth + 1) for inner in node[1:])
+
+    def _list(self, node: list[Any], depth: int) -> list[Any]:
+        return [self.value(inner, depth + 1) for inner in node[1:]]
+
+    def _dict(self, node: list[Any], depth: int) -> dict[Any, Any]:
+        pairs = zip(node[1::2], node[2::2], strict=True)
+        return {self.value(key, depth + 1): self.value(inner, depth + 1) for key, inner in pairs}
+
+    def _scalar(self, node: list[Any], _: int) -> Any:
+        return array_from(self._take(node[2]), numpy_dtype(node[1]), ())[()]
+
+    def _array(self, node: list[Any], _: int) -> Any:
+        return array_from(self._take(node[3]), numpy_dtype(node[1]), plain_shape(node[2]))
+
+    def _tensor(self, node: list[Any], _: int) -> torch.Tensor:
+        dtype, shape = TENSOR_DTYPES[node[1]], plain_shape(node[2])
+        data = self._take(node[3])
+        if math.prod(shape) * dtype.itemsize != len(data):
+            raise StoreError(f"a stored tensor {node[1]} {shape} claims {len(data)} bytes")
+        return tensor_from(data, dtype, shape)
+
+    def _image(self, node: list[Any], _: int) -> Image.Image:
+        return decode_node(node[1], self._take(node[2]))
+
+    _BY_TAG: dict[str, Callable[["_Decoder", list[Any], int], Any]] = {  # noqa: RUF012 (a constant)
+        "i": _integer,
+        "f": _float,
+        "c": _complex,
+        "y": _bytes,
+        "t": _tuple,
+        "l": _list,
+        "d": _dict,
+        "g": _scalar,
+        "a": _array,
+        "T": _tensor,
+        "p": _image,
+    }
+
+
+def numpy_dtype(text: Any) -> np.dtype[Any]:
+    """The dtype of a stored description; only plain kinds of at most a megabyte an element.
+
+    Raises:
+        StoreError: anything else.
+    """
+    try:
+        dtype: np.dtype[Any] = np.dtype(text) if isinstance(text, str) and len(text) < 32 else np.dtype("V")
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise StoreError(f"{text!r} is no dtype") from error
+    if dtype.kind not in NUMPY_KINDS or not 0 <= dtype.itemsize <= 1 << 20:
+        raise StoreError(f"dtype {text!r:.40} is not one that a store may hold")
+    return dtype
+
+
+def plain_shape(value: Any) -> tuple[int, ...]:
+    """The shape of a stored description.
+
+    Raises:
+        StoreError: not a short list of sensible sizes.
+    """
+    sizes_fit = (
+        isinstance(value, list)
+        and len(value) <= MAX_DIMENSIONS
+        and all(type(n) is int and 0 <= n < 1 << 48 for n in value)
+    )
+    if not sizes_fit:
+        raise StoreError(f"{value!r:.80} is no shape")
+    return tuple(value)
