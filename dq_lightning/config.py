@@ -145,6 +145,8 @@ class SelectionConfig(_Json):
 
     def __post_init__(self) -> None:
         check_ratio("SelectionConfig", "keep_ratio", self.keep_ratio)
+        if self.seed < 0:
+            raise ConfigError(f"SelectionConfig.seed must be at least 0, got {self.seed}")
         check_choice("SelectionConfig", "draw", self.draw, Draw)
 
 

@@ -1,0 +1,1 @@
+"""Station 2: features to bins. Pure."""

@@ -1,0 +1,49 @@
+"""Sizes of bins, and the groups they are made in. PURE."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dq_lightning.errors import DQError
+
+
+def bin_sizes(total: int, num_bins: int) -> list[int]:
+    """Split `total` samples as evenly as possible: the first `total mod num_bins` bins get one more.
+
+    >>> bin_sizes(11, 4)
+    [3, 3, 3, 2]
+    """
+    return [total // num_bins + (number < total % num_bins) for number in range(num_bins)]
+
+
+def group_of_each(labels: NDArray[np.generic] | Tensor | None, total: int) -> NDArray[np.int32]:
+    """Return the group of each sample, int32 [N]: its label, or zeros without labels.
+
+    Raises:
+        DQError: labels are not N whole numbers that fit 32 bits.
+    """
+    if labels is None:
+        return np.zeros(total, dtype=np.int32)
+    values = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if values.shape != (total,):
+        raise DQError(f"labels must have one entry for each of {total} samples, got shape {values.shape}")
+    if total and not (np.issubdtype(values.dtype, np.integer) or values.dtype == np.bool_):
+        raise DQError(f"labels must be integers, got {values.dtype}; number the classes 0, 1, ... first")
+    if total and not (int(values.min()) >= -(2**31) and int(values.max()) < 2**31):
+        raise DQError(f"labels must fit 32 bits, got values from {values.min()} to {values.max()}")
+    return values.astype(np.int32)
+
+
+def group_members(group: NDArray[np.int32]) -> Iterator[NDArray[np.int64]]:
+    """Yield the ascending positions of each group, groups in ascending order."""
+    order = np.argsort(group, kind="stable")
+    if len(order):
+        yield from np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
+
+
+def to_tensor(values: NDArray[np.generic]) -> Tensor:
+    """Wrap an array without copying it."""
+    return torch.from_numpy(values)

@@ -1,0 +1,120 @@
+"""Bins -> Selection: the exact number of samples from every group and bin. PURE."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dq_lightning.config import Draw, SelectionConfig
+from dq_lightning.errors import ConfigError
+from dq_lightning.records import Bins, Selection
+from dq_lightning.selection.allocate import Shares, apportion, count_kept
+
+# streams of random numbers: ties among groups, ties among the bins of a group, order inside a bin
+_GROUP_TIES, _BIN_TIES, _ORDER = range(3)
+
+
+def select(
+    bins: Bins,
+    *,
+    keep_ratio: float,
+    seed: int = 0,
+    draw: Draw = "seeded",
+    bin_weights: Sequence[float] | None = None,
+) -> Selection:
+    """Draw the wanted share from every bin (Zhou et al. 2023, section 3.2).
+
+    Exactly floor(N * keep_ratio + 1/2) samples are kept. Every group is within one of its share, and so is every bin within
+    its group's count. With the same seed a smaller ratio gives a subset of what a larger one gives. The answer depends on
+    no library version, platform or thread count.
+
+    Args:
+        bins: of N samples.
+        keep_ratio: share of samples kept, 0 < keep_ratio <= 1.
+        seed: of the draw and of the ties, at least 0.
+        draw: `"seeded"` draws uniformly inside a bin, `"rank"` takes the samples of lowest rank.
+        bin_weights: num_bins weights, not negative; a bin's share is then proportional to weight times size until the bin
+            is used up. Even when None.
+
+    Returns:
+        Selection of M samples: `index` int64 [M] ascending, `bin` int16 [M].
+
+    Raises:
+        ConfigError: a setting is out of range, nothing would be kept, or the bins of positive weight are too small.
+
+    Complexity: O(N log N + M log K).
+    """
+    SelectionConfig(keep_ratio=keep_ratio, seed=seed, draw=draw, bin_weights=None)
+    _check_weights(bin_weights, bins.num_bins)
+    wanted = _wanted(len(bins), keep_ratio)
+    order, groups, sizes = _sort(bins)
+    group_sizes = [int(n) for n in sizes.sum(axis=1)]
+    quotas = apportion(Shares(group_sizes), wanted, _ranks(seed, _GROUP_TIES, 0, 0, len(groups)))
+    kept = list(_take(order, groups, sizes, quotas, seed, draw, bin_weights))
+    index = np.sort(np.concatenate(kept))
+    return Selection(torch.from_numpy(index), bins.assignment.cpu()[torch.from_numpy(index)].to(torch.int16))
+
+
+def _check_weights(weights: Sequence[float] | None, num_bins: int) -> None:
+    if weights is None:
+        return
+    if len(weights) != num_bins:
+        raise ConfigError(f"bin_weights has {len(weights)} values for {num_bins} bins; give one a bin")
+    if not all(0 <= w < float("inf") for w in weights) or not any(w > 0 for w in weights):
+        raise ConfigError(f"bin_weights must be finite, not negative and not all zero, got {tuple(weights)}")
+
+
+def _wanted(total: int, keep_ratio: float) -> int:
+    wanted = count_kept(total, keep_ratio)
+    if wanted == 0:
+        raise ConfigError(
+            f"keep_ratio={keep_ratio} of {total} samples keeps none; "
+            + (f"pass at least {0.5 / total:.6g}" if total else "the dataset is empty")
+        )
+    return wanted
+
+
+def _sort(bins: Bins) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return positions ordered by group, bin and rank; the groups [G]; the number of samples [G, num_bins]."""
+    group, assignment, rank = (t.cpu().numpy().astype(np.int64) for t in (bins.group, bins.assignment, bins.rank))
+    groups, ordinal = np.unique(group, return_inverse=True)
+    cell = ordinal * bins.num_bins + assignment
+    order = np.lexsort((rank, cell)) if len(groups) * bins.num_bins >= 2**31 else np.argsort(cell << 32 | rank)
+    sizes = np.bincount(cell, minlength=len(groups) * bins.num_bins).reshape(len(groups), bins.num_bins)
+    return order, groups, sizes
+
+
+def _take(
+    order: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    quotas: list[int],
+    seed: int,
+    draw: Draw,
+    weights: Sequence[float] | None,
+) -> Iterator[NDArray[np.int64]]:
+    """Yield the positions drawn from every bin of every group."""
+    start = 0
+    for group, bin_sizes, quota in zip(groups, sizes, quotas, strict=True):
+        ties = _ranks(seed, _BIN_TIES, int(group), 0, len(bin_sizes))
+        try:
+            counts = apportion(Shares([int(n) for n in bin_sizes], weights), quota, ties)
+        except ConfigError as error:
+            raise ConfigError(f"group {group}: {error}; lower keep_ratio or give more bins a weight") from error
+        for number, (size, count) in enumerate(zip(bin_sizes, counts, strict=True)):
+            members = order[start : start + size]
+            start += size
+            if count and draw == "seeded":
+                members = members[np.argsort(_keys(seed, _ORDER, int(group), number, int(size)), kind="stable")]
+            yield members[:count]
+
+
+def _keys(seed: int, stream: int, group: int, number: int, count: int) -> NDArray[np.uint64]:
+    """Return uniform keys from the generator's raw output, which no numpy release changes."""
+    entropy = np.random.SeedSequence([seed, stream, group % 2**32, number])
+    return np.asarray(np.random.PCG64(entropy).random_raw(count), dtype=np.uint64)
+
+
+def _ranks(seed: int, stream: int, group: int, number: int, count: int) -> list[int]:
+    return [int(r) for r in np.argsort(np.argsort(_keys(seed, stream, group, number, count), kind="stable"))]

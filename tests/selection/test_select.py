@@ -1,0 +1,123 @@
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dq_lightning.errors import ConfigError
+from dq_lightning.records import Bins
+from dq_lightning.selection.allocate import count_kept
+from dq_lightning.selection.select import select
+
+
+def made_up_bins(group_sizes, num_bins, seed=0):
+    """Even bins per group, samples in random order."""
+    rows = [
+        (group, number, rank)
+        for group, size in enumerate(group_sizes)
+        for number in range(num_bins)
+        for rank in range(size // num_bins + (number < size % num_bins))
+    ]
+    table = np.random.default_rng(seed).permutation(np.array(rows, dtype=np.int64).reshape(-1, 3))
+    group, assignment, rank = torch.from_numpy(table).unbind(1)
+    return Bins(
+        assignment.to(torch.int16), rank.to(torch.int32), torch.zeros(len(table)), group.to(torch.int32), num_bins
+    )
+
+
+UNEQUAL = st.lists(st.one_of(st.integers(1, 3), st.integers(1, 400)), min_size=1, max_size=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=UNEQUAL,
+    num_bins=st.integers(1, 12),
+    ratios=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)),
+    seed=st.integers(0, 5),
+    draw=st.sampled_from(["seeded", "rank"]),
+)
+def test_counts_shares_and_subsets(sizes, num_bins, ratios, seed, draw):
+    bins = made_up_bins(sizes, num_bins, seed)
+    small, large = sorted(ratios)
+    if count_kept(len(bins), small) == 0:
+        with pytest.raises(ConfigError, match="keeps none"):
+            select(bins, keep_ratio=small)
+        return
+    selections = [select(bins, keep_ratio=ratio, seed=seed, draw=draw) for ratio in (small, large)]
+    assert set(selections[0].index.tolist()) <= set(selections[1].index.tolist())
+    for ratio, chosen in zip((small, large), selections, strict=True):
+        total, kept = len(bins), count_kept(len(bins), ratio)
+        assert len(chosen) == kept
+        assert (chosen.index.dtype, chosen.bin.dtype) == (torch.int64, torch.int16)
+        assert torch.equal(chosen.index, chosen.index.unique())
+        assert torch.equal(chosen.bin, bins.assignment[chosen.index])
+        for group, size in enumerate(sizes):
+            inside = chosen.index[bins.group[chosen.index] == group]
+            assert abs(len(inside) - Fraction(size * kept, total)) < 1
+            for number in range(num_bins):
+                bin_size = int(((bins.group == group) & (bins.assignment == number)).sum())
+                drawn = int((bins.assignment[inside] == number).sum())
+                assert abs(drawn - Fraction(bin_size * len(inside), size)) < 1
+
+
+def test_rank_takes_prefixes_and_seeds_differ():
+    bins = made_up_bins([100, 37], 5)
+    chosen = select(bins, keep_ratio=0.3, draw="rank")
+    for group in (0, 1):
+        for number in range(5):
+            ranks = bins.rank[chosen.index][(bins.group[chosen.index] == group) & (chosen.bin == number)]
+            assert sorted(ranks.tolist()) == list(range(len(ranks)))
+    first, second, again = (select(bins, keep_ratio=0.3, seed=s).index.tolist() for s in (0, 1, 0))
+    assert first == again
+    assert first != second
+
+
+def test_a_seeded_draw_is_uniform_inside_a_bin():
+    bins = made_up_bins([40], 2)
+    hits = torch.zeros(40)
+    for seed in range(2000):
+        hits[select(bins, keep_ratio=0.25, seed=seed).index] += 1
+    # 2,000 draws with probability 1/4: five standard deviations are 97
+    assert (hits - 500).abs().max() < 97
+
+
+def test_order_of_the_samples_does_not_matter():
+    bins = made_up_bins([60, 9], 4)
+    order = torch.from_numpy(np.random.default_rng(3).permutation(len(bins)))
+    shuffled = Bins(bins.assignment[order], bins.rank[order], bins.gain[order], bins.group[order], 4)
+    mine = select(bins, keep_ratio=0.4, seed=2).index
+    assert torch.equal(order[select(shuffled, keep_ratio=0.4, seed=2).index].sort().values, mine)
+
+
+def test_weights_replace_the_even_share():
+    bins = made_up_bins([1000], 4)
+    chosen = select(bins, keep_ratio=0.1, bin_weights=[3, 1, 0, 0])
+    assert torch.bincount(chosen.bin.long(), minlength=4).tolist() == [75, 25, 0, 0]
+    crowded = select(bins, keep_ratio=0.45, bin_weights=[3, 1, 0, 0])
+    assert torch.bincount(crowded.bin.long(), minlength=4).tolist() == [250, 200, 0, 0]
+    with pytest.raises(ConfigError, match="group 0: only 500 samples"):
+        select(bins, keep_ratio=0.6, bin_weights=[3, 1, 0, 0])
+    with pytest.raises(ConfigError, match="2 values for 4 bins"):
+        select(bins, keep_ratio=0.6, bin_weights=[3, 1])
+    with pytest.raises(ConfigError, match="not all zero"):
+        select(bins, keep_ratio=0.6, bin_weights=[0, 0, 0, 0])
+
+
+def test_cifar_counts():
+    bins = made_up_bins([5000] * 10, 10)
+    chosen = select(bins, keep_ratio=0.125)
+    assert len(chosen) == 6250
+    assert set(torch.bincount(bins.group[chosen.index].long()).tolist()) == {625}
+
+
+@pytest.mark.parametrize("ratio", [0.0, -0.1, 1.1, float("nan")])
+def test_ratios_out_of_range(ratio):
+    with pytest.raises(ConfigError, match="keep_ratio"):
+        select(made_up_bins([10], 2), keep_ratio=ratio)
+
+
+def test_nothing_kept_says_what_would_be_enough():
+    with pytest.raises(ConfigError, match=r"keep_ratio=0.01 of 10 samples keeps none; pass at least 0.05"):
+        select(made_up_bins([10], 2), keep_ratio=0.01)
