@@ -21,6 +21,7 @@ IMAGE_NAMES = ("image", "img", "pixel_values", "pixels")
 TARGET_NAMES = ("label", "labels", "target", "targets", "class", "y")
 MISSING = object()
 _LONGEST_WALKED = 64
+_ROWS_AT_ONCE = 256
 
 
 def evenly_spaced(length: int, count: int) -> list[int]:
@@ -159,19 +160,24 @@ class Digester:
         self._hash.update(view)
 
     def array(self, value: Tensor | np.ndarray[Any, Any]) -> None:
-        """Add an array: kind, dtype, shape and bytes."""
-        kind = "tensor" if isinstance(value, Tensor) else "array"
+        """Add an array: kind, dtype, shape and bytes in row order, whatever the layout in memory."""
         if isinstance(value, Tensor):
-            dtype = str(value.dtype)
-            flat = value.detach().cpu().contiguous()
-            data = flat.reshape(-1).view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
+            kind, dtype = "tensor", str(value.dtype)
+            flat = value.detach().cpu().contiguous().as_subclass(torch.Tensor)
+            value = flat.reshape(-1).view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
+            shape = list(flat.shape)
         elif value.dtype.hasobject:
             self.add(value.tolist())
             return
         else:
-            dtype = value.dtype.str
-            data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-        self._put(f"{kind} {dtype} {list(value.shape)}", data)
+            kind, dtype, shape = "array", value.dtype.str, list(value.shape)
+        self._hash.update(f"{kind} {dtype} {shape}:{value.nbytes}:".encode())
+        # torchvision's CIFAR is a transposed view: copied in pieces that fit the processor's cache
+        rows = value.shape[0] if value.ndim and value.flags.c_contiguous else _ROWS_AT_ONCE
+        for start in range(0, value.shape[0], max(1, rows)) if value.ndim else (0,):
+            part = np.ascontiguousarray(value[start : start + rows] if value.ndim else value)
+            if part.size:
+                self._hash.update(part.reshape(-1).view(np.uint8))
 
     def add(self, value: Any) -> None:
         """Add a value of any supported type.

@@ -65,6 +65,8 @@ class MapSource(ItemSource):
             candidates.insert(0, TransformFinisher(transforms=used["transforms"]))
         if alone is not None:
             candidates.append(TransformFinisher(alone))
+        if target is not None:  # a class may have the attribute and not use it
+            candidates.append(self._leaf_finisher(alone, None))
         tried = [int(index[place]) for place in evenly_spaced(len(index), 3)]
         chosen: Finisher = choose_finisher(candidates, self.plain, self.delivered, tried, self.describe())
         return chosen

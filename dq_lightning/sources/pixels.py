@@ -51,8 +51,9 @@ def decide_scale(values: list[Any]) -> Scale:
     anything else is stretched from its smallest to its largest value, with a warning.
     """
     arrays = [_as_array(value) for value in values]
-    low = min(float(np.nanmin(array)) for array in arrays)
-    high = max(float(np.nanmax(array)) for array in arrays)
+    finite = [array[np.isfinite(array)] for array in arrays]  # the others are errors of their own images
+    low = min((float(array.min()) for array in finite if array.size), default=0.0)
+    high = max((float(array.max()) for array in finite if array.size), default=1.0)
     floating = any(array.dtype.kind == "f" for array in arrays)
     if floating and low >= 0 and high <= 1:
         return Scale(0.0, 1.0)

@@ -206,7 +206,9 @@ class ItemSource(ABC):
     def state_key(self) -> str:
         """Where the digest of all items is remembered."""
         if self._state is None:
-            self._state = state_key(self.plain_view(), digest_of(len(self), self.image_leaf(), self.spot_digest()))
+            self._state = state_key(
+                self.plain_view(), lambda: digest_of(len(self), self.image_leaf(), self.spot_digest())
+            )
         return self._state
 
     def digest(self, memory: DigestMemory) -> str:

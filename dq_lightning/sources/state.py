@@ -1,7 +1,7 @@
 """A cheap key for the present state of any dataset object, under which its content digest is remembered."""
 
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dq_lightning.sources.items import Digester
+from dq_lightning.sources.items import Digester, digest_of
 from dq_lightning.sources.strip import TRANSFORM_NAMES
 
 _DEEPEST = 12
@@ -90,31 +90,55 @@ class _Walk:
 
     def _attributes(self, value: Any, depth: int) -> None:
         state = vars(value)
-        # an object that keeps its content below Python shows no attributes, or only some, but tells that it has none to pickle
+        # an object that keeps its content below Python shows no attributes, but has its own way to be pickled
         kind: Any = type(value)
         if not state and (kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__):
             self.opaque = True
         for name in sorted(state):
-            if depth > 1 or name not in TRANSFORM_NAMES:
-                self.digester.add(name)
-                self.visit(state[name], depth)
+            self.digester.add(name)
+            self.visit(state[name], depth)
 
 
-def state_key(dataset: Any, spot_digest: str) -> str:
+def _parts(view: Any, prefix: str = "") -> dict[str, Any]:
+    """The attributes of a dataset object, or of every object in a list of such."""
+    if isinstance(view, list) and prefix.count("/") < _DEEPEST and len(view) <= 64:
+        inner = [_parts(part, f"{prefix}{place}/") for place, part in enumerate(view)]
+        return {name: value for part in inner for name, value in part.items()}
+    if not hasattr(view, "__dict__") or hasattr(view, "_fingerprint"):
+        return {prefix: view}
+    kept = {f"{prefix}{name}": value for name, value in vars(view).items() if name not in TRANSFORM_NAMES}
+    return {f"{prefix}class": type(view), **kept}
+
+
+def _walked(view: Any) -> tuple[dict[str, str], dict[str, Any], bool]:
+    parts = _parts(view)
+    digests, opaque = {}, False
+    for name, value in parts.items():
+        walk = _Walk()
+        walk.visit(value)
+        digests[name] = walk.digester.hexdigest()
+        opaque = opaque or walk.opaque
+    return digests, parts, opaque
+
+
+def state_key(view: Any, read_spots: Callable[[], str]) -> str:
     """Key of a dataset object's present state, without its transforms.
 
     Arrays, strings, numbers and containers among its attributes count, files that are named there by size and
-    modification time.
+    modification time. Attributes that change by reading items (counters) are left out.
 
     Args:
-        dataset: without the user's transforms; or a nest of such.
-        spot_digest: digest of its length and a few of its items, against state that does not show.
+        view: the dataset without the user's transforms, or a list of such.
+        read_spots: reads a few items and gives their digest, against state that does not show.
 
     Returns:
-        The key; it starts with `opaque:` when something (an open file, a database) could not be looked into, so that
-        equal keys do not promise equal content.
+        The key; it starts with `opaque:` when something (an open file, a database, content that changes by reading) could
+        not be looked into, so that equal keys do not promise equal content.
     """
-    walk = _Walk()
-    walk.visit(dataset)
-    walk.digester.add(spot_digest)
-    return f"{'opaque:' if walk.opaque else ''}dataset-state:{walk.digester.hexdigest()}"
+    read_spots()  # what is opened or filled at the first read is there from now on
+    before, _, _ = _walked(view)
+    spots = read_spots()
+    after, parts, opaque = _walked(view)
+    steady = {name: digest for name, digest in after.items() if before.get(name) == digest}
+    opaque = opaque or any(not isinstance(parts[name], int | float) for name in after.keys() - steady.keys())
+    return f"{'opaque:' if opaque else ''}dataset-state:{digest_of(steady, spots)}"

@@ -1,0 +1,101 @@
+"""Which targets are classes, and which classes they are."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dq_lightning.errors import SourceError
+from dq_lightning.sources.targets import as_targets, given_labels, join, to_labels
+
+
+def labels_of(values, names=None):
+    targets = as_targets(values, names)
+    return to_labels(targets) if targets is not None else None
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [2, 0, 1, 2],
+        (2, 0, 1, 2),
+        np.array([2, 0, 1, 2], np.uint8),
+        torch.tensor([2, 0, 1, 2]),
+        [torch.tensor(2), torch.tensor(0), torch.tensor(1), torch.tensor(2)],
+        [np.int32(2), np.int64(0), 1, np.array(2)],
+    ],
+)
+def test_integers_of_every_kind(values):
+    labels = labels_of(values)
+    assert labels.values.dtype == torch.int64
+    assert labels.values.tolist() == [2, 0, 1, 2]
+    assert labels.num_classes == 3
+
+
+def test_booleans_are_two_classes():
+    assert labels_of([True, False, True]).values.tolist() == [1, 0, 1]
+
+
+@given(st.lists(st.text(max_size=3), min_size=1))
+def test_strings_become_positions_in_their_sorted_list(values):
+    values = [value.replace("\0", "") for value in values]
+    labels = labels_of(values)
+    assert [labels.names[i] for i in labels.values] == values
+    assert list(labels.names) == sorted(set(values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.5, 1.0],
+        torch.tensor([0.5, 1.0]),
+        torch.zeros(4, 3, dtype=torch.int64),
+        [[0, 1], [1, 0]],
+        [np.zeros(4), np.zeros(4)],
+        [None, None],
+        [1, "a"],
+        [{"boxes": 1}, {"boxes": 2}],
+    ],
+)
+def test_what_is_no_class(values):
+    assert labels_of(values) is None
+
+
+def test_samples_without_a_label_form_a_group_of_their_own_behind_the_classes():
+    assert labels_of([0, -1, 2, None]).values.tolist() == [0, 3, 2, 3]
+    named = labels_of([0, -1, 1], ["cat", "dog", "owl"])
+    assert named.values.tolist() == [0, 3, 1]
+    assert named.names[:3] == ("cat", "dog", "owl")
+    assert labels_of([-1, -1]) is None
+
+
+def test_identifiers_far_beyond_the_count_become_dense():
+    labels = labels_of([10**12, 7, 10**12])
+    assert labels.values.tolist() == [1, 0, 1]
+    assert labels.names == ("7", str(10**12))
+
+
+def test_all_listed_names_count_as_classes():
+    assert labels_of([0, 0], ["cat", "dog"]).num_classes == 2
+
+
+def test_join():
+    a, b = as_targets([0, 1], ["cat", "dog"]), as_targets([1, 1], ["cat", "dog"])
+    assert join([a, b]).values.tolist() == [0, 1, 1, 1]
+    assert join([a, b]).names == ("cat", "dog")
+    assert join([a, as_targets([2])]).names is None
+    assert join([a, None]) is None
+    assert join([a, as_targets(["cat"])]) is None
+    assert to_labels(join([as_targets(["b"]), as_targets(["c", "a"])])).names == ("a", "b", "c")
+
+
+def test_given_labels():
+    assert given_labels(["x", "y", "x"], 3).values.tolist() == [0, 1, 0]
+    assert given_labels(np.array(["x", "y"]), 2).names == ("x", "y")
+    with pytest.raises(SourceError, match="2 values but the dataset has 3"):
+        given_labels([0, 1], 3)
+    with pytest.raises(SourceError, match="whole numbers or strings"):
+        given_labels([0.5, 1.5], 2)
+    with pytest.raises(SourceError, match="one class per sample"):
+        given_labels(7, 2)
