@@ -147,6 +147,7 @@ def find_commit(name: str, repository: str, revision: str | None, files: tuple[s
         FeatureError: the weights are neither in the cache nor reachable.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     for file in files:
         cached = try_to_load_from_cache(repository, file, revision=revision)
@@ -157,7 +158,10 @@ def find_commit(name: str, repository: str, revision: str | None, files: tuple[s
         try:
             return _commit_of(hf_hub_download(repository, file, revision=revision), file)
         except Exception as error:
-            reason = reason or error
+            reason = error
+            # only a hub that answered may have the other file; without network every attempt costs half a minute
+            if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
+                break
     raise FeatureError(
         f"encoder {name!r} needs {' or '.join(files)} of the hub repository {repository}, which is not in the local Hugging "
         f"Face cache and cannot be downloaded ({type(reason).__name__}): connect once, or {INSTEAD}"
