@@ -172,7 +172,9 @@ def plan(samples: Sequence[Any]) -> tuple[Tree, list[Leaf]]:
         leaves.append(described.pop() if len(described) == 1 else Leaf(VALUE_KIND))
         return Tree("leaf", len(leaves) - 1)
 
-    return grow(samples, 0) if samples else Tree("leaf", 0), leaves or [Leaf(VALUE_KIND)]
+    if not samples:
+        return Tree("leaf", 0), [Leaf(VALUE_KIND)]
+    return grow(samples, 0), leaves
 
 
 def _container(value: Any) -> str | None:
@@ -205,15 +207,20 @@ def leaves_of(sample: Any, tree: Tree) -> Iterator[Any] | None:
     return iter(found) if walk(sample, tree) else None
 
 
-def tree_builder(node: Tree) -> Callable[[list[Any]], Any]:
-    """A function that puts the leaves back into their tree."""
+def tree_builder(root: Tree) -> Callable[[list[Any]], Any]:
+    """A function that puts all leaves of a sample, in order, back into their tree."""
+    # most samples are a flat tuple
+    if root.kind == "tuple" and all(child.kind == "leaf" for child in root.children):
+        numbers = [child.leaf for child in root.children]
+        return tuple if numbers == list(range(len(numbers))) else lambda values: tuple(values[i] for i in numbers)
+    return _subtree_builder(root)
+
+
+def _subtree_builder(node: Tree) -> Callable[[list[Any]], Any]:
     if node.kind == "leaf":
         number = node.leaf
         return lambda values: values[number]
-    # most samples are a flat tuple
-    if node.kind == "tuple" and [child.leaf for child in node.children] == list(range(len(node.children))):
-        return tuple
-    children = [tree_builder(child) for child in node.children]
+    children = [_subtree_builder(child) for child in node.children]
     if node.kind == "dict":
         return lambda values: {key: child(values) for key, child in zip(node.keys, children, strict=True)}
     make = tuple if node.kind == "tuple" else list

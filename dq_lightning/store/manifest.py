@@ -13,6 +13,8 @@ from dq_lightning.store import files
 MANIFEST = "manifest.json"
 FORMAT = "dq_lightning entry"
 FORMAT_VERSION = 1
+# files that cost nothing to hash are always hashed
+SMALL_BYTES = 1 << 20
 
 
 class Damage(DQError):  # noqa: N818 (a finding, caught inside the station)
@@ -95,7 +97,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_entry(folder: Path, verify: VerifyPolicy, *, station: str, key: str) -> dict[str, Any]:
-    """Verify an entry: the manifest always, names and sizes unless "off", whole files too under "hash".
+    """Verify an entry: the manifest always, names, sizes and small files unless "off", all under "hash".
 
     Raises:
         Damage: with the reason.
@@ -112,7 +114,7 @@ def check_entry(folder: Path, verify: VerifyPolicy, *, station: str, key: str) -
     if foreign:
         raise Damage(f"it holds files that its manifest does not name: {', '.join(sorted(foreign)[:3])}")
     for name, facts in listed.items():
-        check_file(folder, name, facts, hashed=verify == "hash")
+        check_file(folder, name, facts, hashed=verify == "hash" or facts["size"] <= SMALL_BYTES)
     return values
 
 

@@ -201,4 +201,6 @@ def _rough_bytes(value: Any) -> int:
         return 4 * value.size[0] * value.size[1]
     if isinstance(value, EncodedImage):
         return len(value.data)
-    return int(getattr(value, "nbytes", 0)) or sys.getsizeof(value)
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return value.nbytes if isinstance(value, np.ndarray) else sys.getsizeof(value)

@@ -158,7 +158,7 @@ class PackedDataset(Dataset[Any]):
 
     def _set_columns(self, description: dict[str, Any]) -> None:
         described = description.get("columns")
-        if not isinstance(described, list) or not 0 < len(described) <= 1 << 16:
+        if not isinstance(described, list) or len(described) > 1 << 16:
             raise Damage("store.json has no columns")
         leaves = [leaf_from_json(value) for value in described]
         self._build = tree_builder(tree_from_json(description.get("tree"), len(leaves)))
