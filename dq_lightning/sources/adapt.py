@@ -1,5 +1,6 @@
 """The one place that decides which adapter fits a dataset."""
 
+import copy
 from typing import Any, cast
 
 from torch.utils.data import ConcatDataset, Subset
@@ -49,6 +50,7 @@ def as_source(
     if labels is not None and labels is not False:
         given_labels(labels, len(source))  # a wrong length is told now, not after the features
     if labels is not None:
+        source = copy.copy(source)  # a source that was passed in keeps its own grouping
         source.grouping = labels
     return cast(Source, source)
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from dq_lightning.records import DigestMemory
 
@@ -34,7 +34,8 @@ class ColumnDigest:
         return whole.hexdigest()
 
     def _feed(self, name: str, data: Any) -> None:
-        self._streams.setdefault(name, hashlib.sha256()).update(data)
+        if len(data):  # an empty piece must not tell that there was a piece
+            self._streams.setdefault(name, hashlib.sha256()).update(data)
 
     def add(self, array: Any, name: str = "") -> None:
         """Feed the next array of the column."""
@@ -44,10 +45,11 @@ class ColumnDigest:
             return
         if isinstance(array, pa.ExtensionArray):
             array = array.storage
-        kind = array.type
-        if pa.types.is_dictionary(kind):
+        if pa.types.is_dictionary(array.type):
             array = array.dictionary_decode()
-            kind = array.type
+        if pa.types.is_string_view(array.type) or pa.types.is_binary_view(array.type):
+            array = array.cast(pa.large_string() if pa.types.is_string_view(array.type) else pa.large_binary())
+        kind = array.type
         self._feed(f"{name}/valid", _bytes(array.is_valid()))
         if pa.types.is_struct(kind):
             self._struct(array, name)
@@ -84,8 +86,8 @@ class ColumnDigest:
             return
         try:
             width = array.type.bit_width // 8
-        except ValueError:  # views, maps, unions: rare, so by their values
-            self._feed(f"{name}/values", repr(array.to_pylist()).encode())
+        except ValueError:  # maps, unions: rare, so value by value
+            self._feed(f"{name}/values", "".join(f"{value!r};" for value in array.to_pylist()).encode())
             return
         buffer = array.buffers()[1]
         if buffer is not None:

@@ -224,14 +224,28 @@ class HubSource(ItemSource):
 
     def _table_key(self) -> str | None:
         """Names the present state of a table on disk without reading it; None for tables in memory."""
-        files = [entry["filename"] for entry in self.plain_dataset.cache_files]
+        files = sorted({entry["filename"] for entry in self.plain_dataset.cache_files})
         if not files:
             return None
         state = [(name, status.st_size, status.st_mtime_ns) for name in files for status in [Path(name).stat()]]
         mapping = self.plain_dataset._indices
         indices = b"" if mapping is None else mapping.column(0).to_numpy().tobytes()
-        parts = (state, self.plain_dataset._fingerprint, hashlib.sha256(indices).hexdigest(), self._column)
-        return f"hub-table:{digest_of(parts)}"
+        history = _history(self.plain_dataset.data) or self.plain_dataset._fingerprint
+        return f"hub-table:{digest_of(state, history, hashlib.sha256(indices).hexdigest(), self._column)}"
+
+
+def _history(table: Any) -> list[Any] | None:
+    """What was done to the files of a table that is wholly memory-mapped; None for others.
+
+    Unlike the fingerprint of the dataset, this does not change with its format, nor at random with a
+    transform that can't be hashed.
+    """
+    if hasattr(table, "blocks"):
+        rows = [[_history(block) for block in row] for row in table.blocks]
+        return None if any(block is None for row in rows for block in row) else rows
+    if hasattr(table, "path") and hasattr(table, "replays"):
+        return [str(table.path), repr(table.replays)]
+    return None
 
 
 def _same(batch: dict[str, Any]) -> dict[str, Any]:

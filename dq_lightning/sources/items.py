@@ -177,7 +177,7 @@ class Digester:
         for start in range(0, value.shape[0], max(1, rows)) if value.ndim else (0,):
             part = np.ascontiguousarray(value[start : start + rows] if value.ndim else value)
             if part.size:
-                self._hash.update(part.reshape(-1).view(np.uint8))
+                self._hash.update(part.reshape(-1).view(np.uint8).data)
 
     def add(self, value: Any) -> None:
         """Add a value of any supported type.

@@ -11,6 +11,7 @@ from dq_lightning.records import DigestMemory, EncodedImage
 from dq_lightning.sources.base import Finisher, Positions
 from dq_lightning.sources.finish import ConcatFinisher
 from dq_lightning.sources.items import Leaf, digest_of
+from dq_lightning.sources.pixels import needs_scale, to_rgb
 from dq_lightning.sources.reading import ItemSource
 from dq_lightning.sources.targets import Targets, join
 
@@ -102,7 +103,9 @@ class ConcatSource(ItemSource):
     def read_image(self, index: int) -> Any:
         part, place = self._place(index)
         part.image_leaf()
-        return part.read_image(place)
+        leaf = part.read_image(place)
+        # the parts may have other ranges
+        return to_rgb(leaf, part.scale()) if needs_scale(leaf) else leaf
 
     def path(self, index: int) -> str | None:
         part, place = self._place(index)

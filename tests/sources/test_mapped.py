@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchvision import transforms
-from torchvision.datasets import CIFAR10, MNIST, FakeData
+from torchvision.datasets import CIFAR10, MNIST, FakeData, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
 from dq_lightning.errors import SourceError
@@ -375,6 +375,35 @@ def test_a_wrong_length_and_a_broken_item_are_errors_that_name_the_index(memory)
 def test_a_source_passes_through():
     source = as_source(Pictures())
     assert as_source(source) is source
+
+
+def test_a_torchvision_class_that_reads_its_arrays_in_its_own_way_is_read_item_by_item(memory):
+    class Noisy(CIFAR10):
+        def __getitem__(self, index):
+            image, target = super().__getitem__(index)
+            return image, (target + index) % 10
+
+    dataset = make_cifar(AUGMENT)
+    dataset.__class__ = Noisy
+    source = as_source(dataset)
+    assert type(source) is MapSource
+    assert source.labels().values.tolist() == [(i % 10 + i) % 10 for i in range(30)]
+    assert source.digest(memory) != as_source(make_cifar()).digest(memory)
+
+
+def test_torchvisions_wrapper_for_version_two(memory):
+    dataset = wrap_dataset_for_transforms_v2(make_cifar(v2.Compose([v2.RandomHorizontalFlip(), v2.ToImage()])))
+    source = as_source(dataset)
+    source.check_repeatable()
+    assert np.array_equal(np.asarray(source.image(3)), make_cifar().data[3])
+    assert source.labels().values.tolist() == make_cifar().targets
+    torch.manual_seed(0)
+    wanted = digest_of(dataset[3])
+    torch.manual_seed(0)
+    assert digest_of(source.finisher(torch.tensor([3]))(0, source.plain(3))) == wanted
+    assert as_source(dataset, labels=False).labels() is None
+    assert as_source(source, labels=False).labels() is None
+    assert source.labels() is not None
 
 
 # the real thing

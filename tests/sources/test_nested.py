@@ -135,6 +135,13 @@ def test_parts_with_and_without_classes_have_none_together():
     assert as_source(ConcatDataset([Part(0, 3), with_floats])).labels() is None
 
 
+def test_every_part_has_its_own_range_of_values():
+    unit = [(torch.full((3, 4, 4), v), 0) for v in (0.0, 1.0)]
+    byte = [(torch.full((3, 4, 4), v), 0) for v in (0.0, 51.0, 200.0)]
+    source = as_source(ConcatDataset([unit, byte]))
+    assert [value(source, i) for i in range(5)] == [0, 255, 0, 51, 200]
+
+
 def test_an_empty_subset_is_refused():
     with pytest.raises(SourceError, match="empty"):
         as_source(Subset(Part(0, 3), []))
