@@ -133,9 +133,10 @@ def dataset_length(dataset: Any) -> int:
 
 def relative_paths(paths: list[str], root: str | None) -> list[str]:
     """Paths below the root (or below their common folder when some lie elsewhere), with forward slashes."""
-    folder = os.path.abspath(os.path.expanduser(root)) if root else ""  # noqa: PTH100, PTH111
-    full = [os.path.abspath(path) for path in paths]  # noqa: PTH100
-    if not folder or not all(path.startswith(folder.rstrip(os.sep) + os.sep) for path in full):
-        folder = os.path.commonpath([os.path.dirname(path) for path in full])  # noqa: PTH120
-    start = len(folder.rstrip(os.sep)) + 1
-    return [PurePath(path[start:]).as_posix() for path in full]
+    prefix = root.rstrip(os.sep) + os.sep if root else ""
+    # a million paths: the usual case must not take each of them apart
+    if not prefix or not all(path.startswith(prefix) for path in paths):
+        paths = [os.path.abspath(path) for path in paths]  # noqa: PTH100
+        prefix = os.path.commonpath([os.path.dirname(path) for path in paths]).rstrip(os.sep) + os.sep  # noqa: PTH120
+    cut = [path[len(prefix) :] for path in paths]
+    return cut if os.sep == "/" else [PurePath(path).as_posix() for path in cut]

@@ -41,12 +41,12 @@ def _reads_pil_rgb(dataset: Any) -> bool:
     """Whether the dataset's own code is torchvision's and opens every file with Pillow, converted to RGB."""
     if not getter_module(dataset).startswith("torchvision.datasets."):
         return False
-    if not _is_folder(dataset):
-        return True  # all torchvision classes that list image files with classes do
+    if not hasattr(dataset, "loader"):
+        return True  # all torchvision classes that list image files with classes and let no loader be chosen do
     from torchvision import get_image_backend
     from torchvision.datasets.folder import default_loader, pil_loader
 
-    loader = getattr(dataset, "loader", None)
+    loader = dataset.loader
     return loader is pil_loader or (loader is default_loader and str(get_image_backend()) == "PIL")  # type: ignore[no-untyped-call]
 
 

@@ -7,12 +7,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torchvision import transforms
-from torchvision.datasets import DatasetFolder, ImageFolder
+from torchvision.datasets import DatasetFolder, ImageFolder, VisionDataset
+from torchvision.datasets.folder import default_loader
 
 from dq_lightning.errors import SourceError
 from dq_lightning.sources.adapt import as_source
+from dq_lightning.sources.base import relative_paths
 from dq_lightning.sources.files import FileSource
 from dq_lightning.sources.items import digest_of
 
@@ -150,6 +153,32 @@ def test_a_subclass_with_more_in_its_items(folder):
     finished = source.finisher(index)(0, source.plain(3))
     torch.manual_seed(0)
     assert digest_of(finished) == digest_of(source.subset(index)[0])
+
+
+def test_relative_paths():
+    assert relative_paths(["/a/b/c/1.png", "/a/b/2.png"], "/a/b/") == ["c/1.png", "2.png"]
+    assert relative_paths(["/a/b/c/1.png", "/a/x/2.png"], "/a/b") == ["b/c/1.png", "x/2.png"]
+    assert relative_paths(["/a/b/c/1.png", "/a/b/c/2.png"], None) == ["1.png", "2.png"]
+
+
+@pytest.mark.parametrize(("kind", "reads"), [("Imagenette", True), ("GTSRB", True), ("Places365", False)])
+def test_other_torchvision_classes_that_list_files(folder, memory, kind, reads):
+    """Real objects of these classes over our own few files, in place of their downloads."""
+    owner = getattr(torchvision.datasets, kind)
+    dataset = owner.__new__(owner)
+    VisionDataset.__init__(dataset, folder, transform=AUGMENT)
+    entries = ImageFolder(folder).samples
+    dataset._samples = dataset.imgs = entries
+    dataset.targets = [target for _, target in entries]
+    if kind != "GTSRB":
+        dataset.loader = default_loader if reads else Image.open
+    source = as_source(dataset)
+    assert type(source) is FileSource
+    assert source.labels().values.tolist() == dataset.targets
+    assert (source.encoded(3) is not None) is reads
+    assert source.sample_id(3) == "cat/3.png"
+    assert source.image(3).size == (9, 8)
+    assert len(source.digest(memory)) == 64
 
 
 def test_real_photos(shared_dir, memory):
