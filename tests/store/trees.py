@@ -22,7 +22,9 @@ def images(draw: Any) -> Image.Image:
     pixels = draw(st.binary(min_size=length, max_size=length))
     if mode == "1":
         # the bits beyond the width are no pixels
-        return Image.frombytes("L", size, draw(st.binary(min_size=size[0] * size[1], max_size=size[0] * size[1]))).convert("1")
+        return Image.frombytes(
+            "L", size, draw(st.binary(min_size=size[0] * size[1], max_size=size[0] * size[1]))
+        ).convert("1")
     image = Image.frombytes(mode, size, pixels)
     if mode in ("P", "PA"):
         colours = draw(st.integers(1, 256))
@@ -53,7 +55,9 @@ def tensors(draw: Any) -> torch.Tensor:
 
 
 numbers = st.one_of(st.booleans(), st.integers(), st.floats(), st.complex_numbers())
-numpy_scalars = st.one_of(st.integers(-9, 9).map(np.int16), st.floats(width=32).map(np.float32), st.booleans().map(np.bool_))
+numpy_scalars = st.one_of(
+    st.integers(-9, 9).map(np.int16), st.floats(width=32).map(np.float32), st.booleans().map(np.bool_)
+)
 texts = st.one_of(st.none(), st.text(max_size=5), st.binary(max_size=5), st.just("\ud800"))
 leaves = st.one_of(numbers, numpy_scalars, texts, images(), arrays(), tensors())
 samples = st.recursive(
@@ -79,7 +83,9 @@ def equal(one: Any, other: Any) -> bool:
         return list(one) == list(other) and all(equal(one[key], other[key]) for key in one)
     if isinstance(one, torch.Tensor):
         same = one.dtype == other.dtype and one.shape == other.shape
-        return same and (one.numel() == 0 or bool((one.view(-1).view(torch.uint8) == other.view(-1).view(torch.uint8)).all()))
+        return same and (
+            one.numel() == 0 or bool((one.view(-1).view(torch.uint8) == other.view(-1).view(torch.uint8)).all())
+        )
     if isinstance(one, np.ndarray | np.generic):
         return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
     if isinstance(one, float):

@@ -1,0 +1,289 @@
+"""Keys, reuse, damage, permissions and messages of the cache, and the memory of digests."""
+
+import errno
+import logging
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dq_lightning.errors import CacheError, ConfigError
+from dq_lightning.store import digests, files
+from dq_lightning.store.cache import Cache, default_cache_dir, require_space
+from dq_lightning.store.digests import FileDigestMemory
+from dq_lightning.store.manifest import MANIFEST
+
+KEY = "8a658282381fa47c978bb03a154a8a45"
+PARTS: dict[str, Any] = {"source": "abc", "config": {"num_bins": 10, "lam": 1.0}, "algorithm": 1}
+
+
+def write(folder: Path) -> None:
+    (folder / "a.bin").write_bytes(b"some bytes")
+    (folder / "large.bin").write_bytes(bytes(3 << 20))
+
+
+def build(cache: Cache, parts: dict[str, Any] = PARTS, **options: Any) -> Path:
+    return cache.build("2-bins", parts, write, **options)
+
+
+def test_the_key_never_changes(tmp_path: Path) -> None:
+    # a changed literal means that every user's cache is made anew: raise the algorithm's version instead
+    assert Cache(tmp_path).key("2-bins", PARTS) == KEY
+    script = f"from dq_lightning.store.cache import Cache; print(Cache('x').key('2-bins', {PARTS!r}))"
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        seen = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+        )
+        assert seen.stdout.strip() == KEY
+
+
+def test_keys_differ_where_parts_differ(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    reordered = {"algorithm": 1, "config": {"lam": 1.0, "num_bins": 10}, "source": "abc"}
+    assert cache.key("2-bins", reordered) == cache.key("2-bins", PARTS)
+    others = [
+        {**PARTS, "algorithm": 2},
+        {**PARTS, "algorithm": "1"},
+        {**PARTS, "algorithm": True},
+        {**PARTS, "more": None},
+    ]
+    assert len({cache.key(s, p) for s in ("1-features", "2-bins") for p in (PARTS, *others)}) == 10
+
+
+@pytest.mark.parametrize("parts", [{1: "x"}, {"a": {2: 3}}, {"a": float("nan")}, {"a": object()}, {"a": b"x"}])
+def test_parts_must_be_plain(tmp_path: Path, parts: Any) -> None:
+    with pytest.raises(CacheError, match="key of 2-bins"):
+        Cache(tmp_path).key("2-bins", parts)
+
+
+def test_find_build_force_and_move(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "one")
+    assert cache.find("2-bins", PARTS) is None
+    assert not (tmp_path / "one").exists()
+    made = build(cache)
+    assert cache.find("2-bins", PARTS) == made == build(cache)
+    inode = made.stat().st_ino
+    assert build(cache, force=True) == made
+    assert made.stat().st_ino != inode
+    assert [p.name for p in made.parent.iterdir()] == [made.name]
+    (entry,) = cache.entries()
+    assert (entry.station, entry.key, entry.path, entry.parts) == ("2-bins", made.name, made, PARTS)
+    assert entry.bytes == 10 + (3 << 20)
+    shutil.move(tmp_path / "one", tmp_path / "two")
+    assert Cache(tmp_path / "two", verify="hash").find("2-bins", PARTS)
+    with pytest.raises(CacheError, match="no station"):
+        cache.find("9-else", PARTS)
+    with pytest.raises(ConfigError):
+        Cache(tmp_path, verify="maybe")  # type: ignore[arg-type]
+
+
+def other_version(entry: Path) -> None:
+    values = files.read_sealed(entry / MANIFEST)
+    (entry / MANIFEST).write_bytes(files.seal({**values, "version": 99}))
+
+
+def other_key(entry: Path) -> None:
+    values = files.read_sealed(entry / MANIFEST)
+    (entry / MANIFEST).write_bytes(files.seal({**values, "key": "0" * 32}))
+
+
+def path_trick(entry: Path) -> None:
+    values = files.read_sealed(entry / MANIFEST)
+    values["files"]["../../outside"] = values["files"]["a.bin"]
+    (entry / MANIFEST).write_bytes(files.seal(values))
+
+
+def link(entry: Path) -> None:
+    (entry / "a.bin").rename(entry.parent.parent / "elsewhere")
+    (entry / "a.bin").symlink_to(entry.parent.parent / "elsewhere")
+
+
+DAMAGES = {
+    "no manifest": lambda entry: (entry / MANIFEST).unlink(),
+    "is missing": lambda entry: (entry / "a.bin").unlink(),
+    "9 bytes instead of 10": lambda entry: (entry / "a.bin").write_bytes(b"123456789"),
+    "another content": lambda entry: (entry / "a.bin").write_bytes(b"0123456789"),
+    "does not name: foreign": lambda entry: (entry / "foreign").touch(),
+    "version 99": other_version,
+    "belongs to": other_key,
+    "outside": path_trick,
+    "not a plain file": link,
+    "is not JSON": lambda entry: (entry / MANIFEST).write_bytes(b"[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("reason", DAMAGES)
+def test_damage_is_moved_aside_reported_once_and_repaired(
+    tmp_path: Path, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = Cache(tmp_path)
+    entry = build(cache)
+    DAMAGES[reason](entry)
+    with caplog.at_level(logging.WARNING, logger="dq_lightning"):
+        assert cache.find("2-bins", PARTS) is None
+        assert cache.find("2-bins", PARTS) is None
+    assert len(caplog.records) == 1
+    assert reason in caplog.text
+    assert len(list(entry.parent.glob(".damaged-*"))) == 1
+    assert (build(cache) / "a.bin").read_bytes() == b"some bytes"
+
+
+def test_what_each_policy_notices(tmp_path: Path) -> None:
+    entry = build(Cache(tmp_path))
+    with (entry / "large.bin").open("r+b") as file:
+        file.seek(1 << 20)
+        file.write(b"x")
+    assert Cache(tmp_path).find("2-bins", PARTS)
+    (entry / "a.bin").unlink()
+    assert Cache(tmp_path, verify="off").find("2-bins", PARTS)
+    (entry / "a.bin").write_bytes(b"some bytes")
+    assert Cache(tmp_path, verify="hash").find("2-bins", PARTS) is None
+
+
+def test_a_good_entry_that_replaced_a_damaged_one_is_put_back(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    entry = build(cache)
+    cache._move_aside(entry, "it was damaged when somebody looked")
+    assert cache.find("2-bins", PARTS) == entry
+
+
+def test_read_only_cache_is_read_and_says_what_to_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(tmp_path)
+    entry = build(cache)
+
+    def refuse(operation: str, path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(files, "observer", refuse)
+    assert build(cache) == entry
+    with pytest.raises(CacheError, match="cache_dir="):
+        build(cache, {**PARTS, "algorithm": 2})
+    (entry / "a.bin").unlink()
+    assert cache.find("2-bins", PARTS) is None
+    assert entry.exists()
+
+
+def test_entries_hold_plain_files_only(tmp_path: Path) -> None:
+    for number, make in enumerate((lambda f: (f / "sub").mkdir(), lambda f: (f / "l").symlink_to("/etc/passwd"))):
+        with pytest.raises(CacheError, match="plain files only"):
+            Cache(tmp_path).build("2-bins", {"n": number}, make)
+
+
+def test_stale_temp_folders_are_cleaned(tmp_path: Path) -> None:
+    from dq_lightning.store.lock import host_name
+
+    station = tmp_path / "2-bins"
+    dead, alive, young = (
+        station / f".tmp-{host_name()}-{pid}-key-x{i}" for i, pid in enumerate((2**22 + 5, os.getpid(), 2**22 + 5))
+    )
+    for folder in (dead, alive, young):
+        folder.mkdir(parents=True)
+    for folder in (dead, alive):
+        os.utime(folder, (time.time() - 2 * 86400,) * 2)
+    build(Cache(tmp_path))
+    assert (dead.exists(), alive.exists(), young.exists()) == (False, True, True)
+
+
+def test_misses_are_explained_by_the_nearest_entry(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    assert cache.explain_miss("2-bins", PARTS) == "computing bins: nothing cached yet"
+    build(cache)
+    build(cache, {"source": "z", "config": {"num_bins": 3, "lam": 2.0}, "algorithm": 0})
+    changed = {**PARTS, "config": {"num_bins": 5, "lam": 1.0}}
+    assert cache.explain_miss("2-bins", changed) == "computing bins: config.num_bins changed (10 -> 5)"
+    assert cache.explain_miss("2-bins", {**PARTS, "more": 1}) == "computing bins: more changed (nothing -> 1)"
+    assert "again" in cache.explain_miss("2-bins", PARTS)
+
+
+def test_space_and_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_space(tmp_path / "not" / "yet", 1)
+    with pytest.raises(CacheError, match="bytes are needed"):
+        require_space(tmp_path / "not" / "yet", 1 << 60)
+    monkeypatch.setenv("DQ_LIGHTNING_CACHE", str(tmp_path))
+    assert default_cache_dir() == tmp_path
+    monkeypatch.delenv("DQ_LIGHTNING_CACHE")
+    assert default_cache_dir().name == "dq_lightning"
+
+
+def old_file(path: Path, content: bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return str(path)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Paths of the files that were really read; files count as old enough to be trusted."""
+    seen: list[str] = []
+    hash_file = digests._hash_file
+    monkeypatch.setattr(digests, "RACY_NANOSECONDS", 0)
+    monkeypatch.setattr(digests, "_hash_file", lambda path: (seen.append(path), hash_file(path))[1])
+    return seen
+
+
+def test_digests_are_remembered_until_a_file_changes(tmp_path: Path, counted: list[str]) -> None:
+    paths = [old_file(tmp_path / "data" / f"{i % 3}" / f"{i}", f"content {i}".encode()) for i in range(20)]
+    expected = [files.file_digest(Path(path)) for path in paths]
+    time.sleep(0.02)
+    assert FileDigestMemory(tmp_path / "m").files(paths) == expected
+    assert sorted(counted) == sorted(paths)
+    counted.clear()
+    assert FileDigestMemory(tmp_path / "m").files(paths) == expected
+    assert FileDigestMemory(tmp_path / "m").files(paths[::-1]) == expected[::-1]
+    assert counted == []
+    # the same size and the old date back: only the change time tells
+    before = os.stat(paths[4])
+    old_file(Path(paths[4]), b"CONTENT 4")
+    os.utime(paths[4], ns=(before.st_atime_ns, before.st_mtime_ns))
+    time.sleep(0.02)
+    assert FileDigestMemory(tmp_path / "m").files(paths)[4] == files.file_digest(Path(paths[4])) != expected[4]
+    assert counted == [paths[4]]
+    counted.clear()
+    more = old_file(tmp_path / "data" / "0" / "new", b"new")
+    time.sleep(0.02)
+    assert FileDigestMemory(tmp_path / "m").files([more, *paths[5:]])[1:] == expected[5:]
+    assert counted == [more]
+
+
+def test_single_files_keys_and_damaged_memories(tmp_path: Path, counted: list[str]) -> None:
+    path = old_file(tmp_path / "weights", b"weights")
+    time.sleep(0.02)
+    for _ in range(2):
+        assert FileDigestMemory(tmp_path / "m").file(path) == files.file_digest(Path(path))
+    assert counted == [path]
+    memory = FileDigestMemory(tmp_path / "m")
+    memory.files([path])
+    assert memory.recall("a key") is None
+    memory.remember("a key", "abc")
+    assert FileDigestMemory(tmp_path / "m").recall("a key") == "abc"
+    for stored in (tmp_path / "m").iterdir():
+        data = bytearray(stored.read_bytes())
+        data[len(data) // 2] ^= 1
+        stored.write_bytes(data)
+    assert memory.recall("a key") is None
+    assert memory.file(path) == memory.files([path])[0] == files.file_digest(Path(path))
+
+
+def test_young_files_are_not_trusted(tmp_path: Path) -> None:
+    memory = FileDigestMemory(tmp_path / "m")
+    path = old_file(tmp_path / "data", b"first")
+    first = memory.file(path), memory.files([path])
+    old_file(tmp_path / "data", b"other")
+    assert (memory.file(path), memory.files([path])) != first
+
+
+def test_a_memory_that_cannot_be_written_still_answers(tmp_path: Path) -> None:
+    (tmp_path / "m").write_text("a file in the way")
+    path = old_file(tmp_path / "data", b"x")
+    memory = FileDigestMemory(tmp_path / "m")
+    memory.remember("k", "v")
+    assert memory.recall("k") is None
+    assert memory.files([path]) == [memory.file(path)]
+    assert stat.S_ISREG((tmp_path / "m").stat().st_mode)
