@@ -69,7 +69,9 @@ def decode_image(data: Any, decoder: str) -> Image.Image:
             if image.size[0] * image.size[1] > MAX_PIXELS:
                 raise StoreError(f"an image claims {image.size[0]} x {image.size[1]} pixels")
             if decoder == "pil_rgb":
-                return image.convert("RGB")
+                image.load()
+                # what convert() gives, without its copy of pixels that nobody else holds
+                return image._new(image.im) if image.mode == "RGB" else image.convert("RGB")
             image.load()
             return _as_hub(image, decoder)
     except StoreError:

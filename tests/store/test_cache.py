@@ -239,7 +239,7 @@ def test_digests_are_remembered_until_a_file_changes(tmp_path: Path, counted: li
     assert FileDigestMemory(tmp_path / "m").files(paths[::-1]) == expected[::-1]
     assert counted == []
     # the same size and the old date back: only the change time tells
-    before = os.stat(paths[4])
+    before = Path(paths[4]).stat()
     old_file(Path(paths[4]), b"CONTENT 4")
     os.utime(paths[4], ns=(before.st_atime_ns, before.st_mtime_ns))
     time.sleep(0.02)

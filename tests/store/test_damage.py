@@ -1,5 +1,6 @@
 """Every changed byte of an entry is noticed before its data trains a model; hostile stores give an error."""
 
+import contextlib
 import json
 import pickle
 import random
@@ -221,10 +222,8 @@ def test_hostile_values_are_errors(data: bytes) -> None:
     )
 )
 def test_any_value_bytes_give_a_value_or_an_error(node: Any) -> None:
-    try:
+    with contextlib.suppress(DQError):
         values.decode_value(text_of(node, b"0123456789abcdef"))
-    except DQError:
-        pass
 
 
 def test_a_decompression_bomb_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,4 +163,4 @@ def test_a_writer_that_fails_leaves_nothing_and_its_own_error(tmp_path: Path) ->
 
     with pytest.raises(FileNotFoundError, match="cat"):
         Cache(tmp_path).build("1-features", PARTS, bad)
-    assert not [p for p in (tmp_path / "1-features").iterdir()]
+    assert not list((tmp_path / "1-features").iterdir())
