@@ -23,6 +23,7 @@ from dq_lightning.config import VerifyPolicy, check_choice
 from dq_lightning.errors import CacheError
 from dq_lightning.store import files
 from dq_lightning.store.digests import FileDigestMemory
+from dq_lightning.store.keys import canonical_parts
 from dq_lightning.store.lock import economy_lock, host_name, process_alive
 from dq_lightning.store.manifest import Damage, check_entry, read_manifest, write_manifest
 from dq_lightning.store.misses import describe_change
@@ -75,29 +76,6 @@ def require_space(path: str | Path, needed: int) -> None:
         raise CacheError(
             f"{needed:,} bytes are needed under {path}, {free:,} are free: make room, or pass another cache_dir="
         )
-
-
-def canonical_parts(station: str, parts: dict[str, Any]) -> str:
-    """Canonical JSON of a key's parts.
-
-    Raises:
-        CacheError: a part is not plain JSON.
-    """
-    try:
-        text = files.canonical_json(parts)
-        same = json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CacheError(f"the key of {station} needs plain JSON values, got {parts!r:.200}: {error}") from error
-    # json turns other dict keys into text: two different parts could share a key
-    if files.canonical_json(same) != text or _has_other_keys(parts):
-        raise CacheError(f"the key of {station} needs text as dict keys: {parts!r:.200}")
-    return text
-
-
-def _has_other_keys(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(not isinstance(key, str) or _has_other_keys(inner) for key, inner in value.items())
-    return isinstance(value, list | tuple) and any(map(_has_other_keys, value))
 
 
 class Cache:
