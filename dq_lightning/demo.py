@@ -1,0 +1,147 @@
+"""`dq-lightning demo`: quantize the bundled images, train on the compact set and on random ones, and print what came out."""
+
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset
+from torchvision.transforms import v2
+
+from dq_lightning.datamodule import QuantizedDataModule
+from dq_lightning.features.bundled import CIFAR10_MEAN, CIFAR10_STD, SmallResNet
+from dq_lightning.sample_data import SampleCIFAR10
+
+SEEDS = (0, 1, 2)
+KEEP_RATIO = 0.25
+EPOCHS = 40
+BATCH_SIZE = 50
+PLAIN = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(CIFAR10_MEAN, CIFAR10_STD)]
+AUGMENT = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), *PLAIN])
+
+
+class SmallClassifier(L.LightningModule):
+    """A residual network of 0.1 million parameters; SGD with a one-cycle learning rate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = SmallResNet(widths=(16, 32, 64), depths=(1, 1, 1))
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        """Cross-entropy of a batch."""
+        images, labels = batch
+        loss = F.cross_entropy(self.network(images), labels)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def test_step(self, batch: list[Tensor], batch_index: int) -> None:
+        """Accuracy of a batch."""
+        images, labels = batch
+        self.log("accuracy", (self.network(images).argmax(1) == labels).float().mean())
+
+    def configure_optimizers(self) -> Any:
+        """The same schedule for the same number of steps."""
+        optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def train_and_test(data: QuantizedDataModule | DataLoader[Any], seed: int, progress: bool) -> float:
+    """Train a `SmallClassifier` and return its accuracy in percent on the bundled test images, after the last epoch."""
+    L.seed_everything(seed, verbose=False)
+    trainer = L.Trainer(
+        max_epochs=EPOCHS,
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=progress,
+    )
+    model = SmallClassifier()
+    trainer.fit(model, data)
+    test = DataLoader(SampleCIFAR10(train=False, transform=v2.Compose(PLAIN)), 250)
+    trainer = L.Trainer(logger=False, devices=1, enable_progress_bar=False)
+    return 100 * trainer.test(model, test, verbose=False)[0]["accuracy"]
+
+
+def run_demo(progress: bool = True) -> dict[str, list[float]]:
+    """Run the whole flow on 2,000 bundled CIFAR-10 images, without network and in a cache of its own.
+
+    Args:
+        progress: show progress bars.
+
+    Returns:
+        Test accuracies in percent, one a seed, of `"dq"` and of `"random"`.
+    """
+    _quiet_lightning()
+    accuracies: dict[str, list[float]] = {"dq": [], "random": []}
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as cache_dir:
+        print("1. Quantize 2,000 real CIFAR-10 images: features, bins, sampling")
+        first = _quantized(cache_dir, SEEDS[0])
+        seconds = _prepare(first)
+        info = first.info
+        source_bytes = SampleCIFAR10().data.nbytes
+        print(
+            f"   kept {info.num_samples} of {info.num_source_samples:,} samples in {seconds:.1f} s; "
+            f"{info.num_samples * 32 * 32 * 3:,} of {source_bytes:,} bytes of pixels; {info.bytes:,} bytes on the disk"
+        )
+        print("2. The second run finds them in the cache")
+        seconds = _prepare(_quantized(cache_dir, SEEDS[0]))
+        print(f"   {seconds:.2f} s, no encoder loaded")
+        print(
+            f"3. Train a small network, {EPOCHS} epochs of {info.num_samples} samples, on DQ's choice and on a random one"
+        )
+        for seed in SEEDS:
+            accuracies["dq"].append(train_and_test(_quantized(cache_dir, seed), seed, progress))
+            loader = DataLoader(_random_part(info.num_samples, seed), BATCH_SIZE, shuffle=True)
+            accuracies["random"].append(train_and_test(loader, seed, progress))
+            print(f"   seed {seed}: DQ {accuracies['dq'][-1]:.1f} %, random {accuracies['random'][-1]:.1f} %")
+    for name, values in accuracies.items():
+        label = {"dq": "DQ", "random": "random"}[name]
+        print(
+            f"   {label:6} {statistics.mean(values):.1f} % +- {statistics.stdev(values):.1f} (mean and spread of {len(SEEDS)} seeds)"
+        )
+    print(f"done in {time.perf_counter() - started:.0f} s")
+    return accuracies
+
+
+def _quantized(cache_dir: str, seed: int) -> QuantizedDataModule:
+    return QuantizedDataModule(
+        SampleCIFAR10(transform=AUGMENT),
+        keep_ratio=KEEP_RATIO,
+        num_bins=10,
+        batch_size=BATCH_SIZE,
+        num_workers=0,
+        seed=seed,
+        cache_dir=Path(cache_dir),
+    )
+
+
+def _prepare(module: QuantizedDataModule) -> float:
+    started = time.perf_counter()
+    module.prepare_data()
+    module.setup("fit")
+    return time.perf_counter() - started
+
+
+def _random_part(count: int, seed: int) -> Subset[tuple[torch.Tensor, int]]:
+    whole = SampleCIFAR10(transform=AUGMENT)
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+    return Subset(whole, order[:count].tolist())
+
+
+def _quiet_lightning() -> None:
+    """The demo trains six times: what Lightning says at each start would bury the result."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.*")

@@ -1,0 +1,32 @@
+"""What is read from a user's own LightningDataModule, of `lightning` or `pytorch_lightning`, by its behaviour alone."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+BASE_PACKAGES = ("lightning.", "pytorch_lightning.")
+
+
+def is_datamodule(value: Any) -> bool:
+    """Whether a value is a data module of either Lightning package (they share no class)."""
+    return all(callable(getattr(value, name, None)) for name in ("train_dataloader", "prepare_data", "setup"))
+
+
+def overridden_transfer_hooks(datamodule: Any) -> dict[str, Callable[..., Any]]:
+    """The batch-transfer hooks that the user's class defines itself, bound, by name."""
+    return {name: getattr(datamodule, name) for name in TRANSFER_HOOKS if _defined_by_user(datamodule, name)}
+
+
+def probe_train_loader(datamodule: Any) -> Any:
+    """The train loader after `setup("fit")`, run on a shallow copy: attributes set there do not reach the user's object."""
+    probe = copy.copy(datamodule)
+    probe.setup("fit")
+    return probe.train_dataloader()
+
+
+def _defined_by_user(datamodule: Any, name: str) -> bool:
+    if name in vars(datamodule):
+        return True
+    owner = next(cls for cls in type(datamodule).__mro__ if name in vars(cls))
+    return not owner.__module__.startswith(BASE_PACKAGES)

@@ -1,0 +1,194 @@
+"""Settings of a DataLoader: chosen, read from an existing loader, and turned into a loader again."""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from dq_lightning.errors import ConfigError
+from dq_lightning.trainer_facts import TrainerFacts
+
+AutoInt = int | Literal["auto"]
+AutoBool = bool | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """What a DataLoader is made with, apart from its dataset.
+
+    Attributes:
+        weights: float [number of samples], draw probabilities of a weighted sampler, or None.
+        replacement: draw with replacement.
+        num_draws: samples per epoch of a sampler that draws; None means all.
+        Others: as in `torch.utils.data.DataLoader`; `"auto"` is resolved when the loader is made.
+    """
+
+    batch_size: int = 32
+    num_workers: AutoInt = "auto"
+    pin_memory: AutoBool = "auto"
+    persistent_workers: AutoBool = "auto"
+    drop_last: bool = False
+    shuffle: bool = True
+    collate_fn: Callable[[list[Any]], Any] | None = None
+    worker_init_fn: Callable[[int], None] | None = None
+    prefetch_factor: int | None = None
+    multiprocessing_context: Any = None
+    timeout: float = 0
+    weights: Tensor | None = None
+    replacement: bool = False
+    num_draws: int | None = None
+
+
+def automatic_workers(processes_on_node: int = 1) -> int:
+    """Loader processes that leave one core to each training process, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(0, min(8, cores // max(1, processes_on_node) - 1))
+
+
+def worker_context(given: Any, num_workers: int) -> Any:
+    """How workers start.
+
+    On Linux they are forked, as torch always did: Python 3.14's forkserver would have to pickle datasets and transforms, and
+    those defined in a notebook or holding a lambda cannot be.
+    """
+    if num_workers == 0:
+        return None
+    if (
+        given is None
+        and sys.platform == "linux"
+        and multiprocessing.get_start_method(allow_none=True) in (None, "forkserver")
+    ):
+        return "fork"
+    return given
+
+
+def make_loader(dataset: Any, settings: LoaderSettings, facts: TrainerFacts, *, seed: int = 0) -> DataLoader[Any]:
+    """A DataLoader.
+
+    Args:
+        dataset: map-style.
+        settings: how to load it.
+        facts: of the run, which resolve what is `"auto"`.
+        seed: of a sampler that draws, so that all ranks draw alike.
+    """
+    workers = automatic_workers(facts.processes_on_node) if settings.num_workers == "auto" else settings.num_workers
+    pin = facts.on_cuda if settings.pin_memory == "auto" else settings.pin_memory
+    persist = not facts.reloads if settings.persistent_workers == "auto" else settings.persistent_workers
+    sampler = make_sampler(dataset, settings, seed)
+    return DataLoader(
+        dataset,
+        batch_size=settings.batch_size,
+        shuffle=None if sampler is not None else settings.shuffle,
+        sampler=sampler,
+        num_workers=workers,
+        pin_memory=pin,
+        persistent_workers=persist and workers > 0,
+        drop_last=settings.drop_last,
+        collate_fn=settings.collate_fn,
+        worker_init_fn=settings.worker_init_fn,
+        prefetch_factor=settings.prefetch_factor if workers > 0 else None,
+        multiprocessing_context=worker_context(settings.multiprocessing_context, workers),
+        timeout=settings.timeout,
+    )
+
+
+def make_eval_loaders(given: Any, settings: LoaderSettings, facts: TrainerFacts) -> Any:
+    """Loaders in order over what a user passed for validation, test or prediction.
+
+    Args:
+        given: a dataset, a loader (passed through), a list of these, or None (no loaders).
+        settings: how to load datasets; never shuffled, never cut.
+        facts: of the run.
+    """
+    if given is None:
+        return []
+    if isinstance(given, list | tuple):
+        return [make_eval_loaders(one, settings, facts) for one in given]
+    if isinstance(given, DataLoader):
+        return given
+    settings = replace(settings, shuffle=False, drop_last=False, weights=None, replacement=False)
+    return make_loader(given, settings, facts)
+
+
+def make_sampler(dataset: Any, settings: LoaderSettings, seed: int) -> Sampler[int] | None:
+    """The sampler that the settings ask for; None for a plain shuffle or none."""
+    if settings.weights is None and not settings.replacement:
+        return None
+    draws = settings.num_draws or len(dataset)
+    generator = torch.Generator().manual_seed(seed)
+    if settings.weights is not None:
+        weights = settings.weights.tolist()
+        return WeightedRandomSampler(weights, draws, replacement=settings.replacement, generator=generator)
+    return RandomSampler(dataset, replacement=True, num_samples=draws, generator=generator)
+
+
+def read_loader(loader: Any) -> tuple[Dataset[Any], LoaderSettings]:
+    """The dataset of a user's train loader and the settings that it was made with.
+
+    Raises:
+        ConfigError: it is a collection, or has a sampler that means nothing on a part of the dataset.
+    """
+    if not isinstance(loader, DataLoader):
+        raise ConfigError(
+            f"the train loader is a {type(loader).__name__}, not one DataLoader: wrap the dataset that should be quantized, "
+            "QuantizedDataModule(train_dataset, ...), and combine the loaders in a data module of your own"
+        )
+    if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
+        raise ConfigError(
+            f"the train loader makes its batches by {type(loader.batch_sampler).__name__}: a batch sampler names positions "
+            "of the whole dataset and cannot be carried over to the compact one. Pass the dataset and batch_size="
+        )
+    dataset, sampler = loader.dataset, loader.sampler
+    weights, replacement, draws, shuffle = None, False, None, True
+    if isinstance(sampler, SubsetRandomSampler):
+        dataset = Subset(dataset, [int(i) for i in sampler.indices])
+    elif isinstance(sampler, WeightedRandomSampler):
+        weights, replacement, draws = sampler.weights.clone(), sampler.replacement, sampler.num_samples
+    elif type(sampler) is RandomSampler:
+        replacement = sampler.replacement
+        draws = sampler.num_samples if sampler.replacement or sampler.num_samples != len(dataset) else None  # type: ignore[arg-type]
+    elif type(sampler) is SequentialSampler:
+        shuffle = False
+    else:
+        raise ConfigError(
+            f"the train loader has a {type(sampler).__name__}, which may depend on positions in the whole dataset: it cannot "
+            "be carried over to the compact one. Use shuffle=True, a WeightedRandomSampler or a SubsetRandomSampler, or pass "
+            "the dataset itself"
+        )
+    if draws is not None and weights is None and not replacement:
+        raise ConfigError(
+            f"the train loader draws {draws} samples per epoch without replacement: use Trainer(limit_train_batches=...)"
+        )
+    settings = LoaderSettings(
+        batch_size=loader.batch_size,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        persistent_workers=loader.persistent_workers,
+        drop_last=loader.drop_last,
+        shuffle=shuffle,
+        collate_fn=loader.collate_fn,
+        worker_init_fn=loader.worker_init_fn,
+        prefetch_factor=loader.prefetch_factor,
+        multiprocessing_context=loader.multiprocessing_context,
+        timeout=loader.timeout,
+        weights=weights,
+        replacement=replacement,
+        num_draws=draws,
+    )
+    return dataset, settings

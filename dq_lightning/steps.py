@@ -1,0 +1,89 @@
+"""How many steps an epoch has, and which Trainer settings no longer fit when a compact set makes it short."""
+
+import math
+from typing import Any
+
+from dq_lightning.errors import ConfigError
+from dq_lightning.loaders import LoaderSettings
+from dq_lightning.logs import get_logger
+from dq_lightning.records import StoreInfo
+
+
+def steps_per_epoch(num_samples: int, batch_size: int, num_ranks: int, drop_last: bool) -> int:
+    """Batches that each rank sees in an epoch; the distributed sampler pads every rank to the same number of samples."""
+    per_rank = math.ceil(num_samples / num_ranks)
+    return per_rank // batch_size if drop_last else math.ceil(per_rank / batch_size)
+
+
+def check_steps(trainer: Any, steps: int, *, num_samples: int, batch_size: int, num_ranks: int) -> list[str]:
+    """Compare the Trainer's settings with the steps of an epoch.
+
+    Args:
+        trainer: a Lightning Trainer.
+        steps: batches per rank and epoch.
+        num_samples: of the compact set, for the messages.
+        batch_size: per rank.
+        num_ranks: processes that share an epoch.
+
+    Returns:
+        Advice on settings that work but no longer do what they did.
+
+    Raises:
+        ConfigError: the settings cannot work.
+    """
+    if steps == 0:
+        raise ConfigError(
+            f"the compact set has {num_samples:,} samples: with {num_ranks} processes, batch_size={batch_size} and "
+            "drop_last=True no batch is full, and training would take zero steps. Lower batch_size, raise keep_ratio, or "
+            "pass drop_last=False"
+        )
+    if getattr(trainer, "fast_dev_run", False) or getattr(trainer, "overfit_batches", 0):
+        return []
+    advice = []
+    limit = trainer.limit_train_batches
+    if isinstance(limit, float) and limit > 0 and int(steps * limit) == 0:
+        raise ConfigError(
+            f"limit_train_batches={limit} of the {steps} steps that an epoch of the compact set has is less than one batch: "
+            "raise it, or leave it out"
+        )
+    if isinstance(limit, int) and not isinstance(limit, bool) and limit > steps:
+        advice.append(f"limit_train_batches={limit} has no effect: an epoch of the compact set has {steps} steps")
+    steps = min(steps, limit) if isinstance(limit, int) else max(1, int(steps * limit))
+    interval = trainer.val_check_interval
+    by_epoch = trainer.check_val_every_n_epoch is not None and bool(trainer.limit_val_batches)
+    if by_epoch and isinstance(interval, int) and not isinstance(interval, bool) and interval > steps:
+        raise ConfigError(
+            f"val_check_interval={interval} is more than the {steps} steps that an epoch of the compact set has: set "
+            "check_val_every_n_epoch=None to count steps across epochs, or lower val_check_interval"
+        )
+    if trainer.loggers and trainer.log_every_n_steps > steps:
+        advice.append(
+            f"log_every_n_steps={trainer.log_every_n_steps} is more than the {steps} steps of an epoch, so some epochs log "
+            f"nothing: Trainer(log_every_n_steps={max(1, steps // 2)}) would"
+        )
+    return advice
+
+
+def report_steps(trainer: Any, info: StoreInfo, settings: LoaderSettings, *, num_ranks: int, quiet: bool) -> bool:
+    """Check the Trainer's settings, and say once on rank 0 how many steps an epoch had and has.
+
+    Returns:
+        True: it has been said.
+
+    Raises:
+        ConfigError: see `check_steps`.
+    """
+    size = settings.batch_size
+    samples = settings.num_draws or info.num_samples
+    after = steps_per_epoch(samples, size, num_ranks, settings.drop_last)
+    before = steps_per_epoch(info.num_source_samples, size, num_ranks, settings.drop_last)
+    advice = check_steps(trainer, after, num_samples=samples, batch_size=size, num_ranks=num_ranks)
+    if trainer.is_global_zero and not quiet:
+        log = get_logger()
+        log.info(
+            f"{info.num_samples:,} of {info.num_source_samples:,} samples: {after:,} steps per epoch instead of {before:,} "
+            f"(batch size {size}, {num_ranks} process{'es' * (num_ranks > 1)})"
+        )
+        for line in advice:
+            log.warning(line)
+    return True

@@ -1,0 +1,199 @@
+"""The training set behind a data module: a dataset, a wrapped data module, or a packed store. No Lightning here."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from dq_lightning.config import QuantizeConfig, VerifyPolicy
+from dq_lightning.errors import CacheError, ConfigError, DQError, SourceError
+from dq_lightning.inner import probe_train_loader
+from dq_lightning.loaders import LoaderSettings, read_loader
+from dq_lightning.pipeline import (
+    STORE,
+    Compact,
+    Plan,
+    find_compact,
+    find_or_build,
+    make_plan,
+    open_compact,
+    open_packed,
+)
+from dq_lightning.randomness import isolated_random_state
+from dq_lightning.ranks import global_rank
+from dq_lightning.sources.adapt import as_source
+from dq_lightning.store.cache import Cache
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asked for, apart from the data.
+
+    Attributes:
+        config: every setting.
+        encoder: a module, or `(module, preprocessing)`; None takes the config's name.
+        labels: as in `quantize`.
+        transform: `"keep"` or a replacement; so is `target_transform`.
+        fingerprint: identity of the data in place of their digest.
+        seed: of the random state in which a wrapped data module makes its split.
+    """
+
+    config: QuantizeConfig
+    encoder: Any = None
+    labels: Any = None
+    transform: Any = "keep"
+    target_transform: Any = "keep"
+    fingerprint: str | None = None
+    seed: int = 0
+
+    def plan(self, dataset: Any) -> Plan:
+        """The flow over a dataset, nothing computed."""
+        return make_plan(
+            dataset,
+            self.config,
+            encoder=self.encoder,
+            labels=self.labels,
+            transform=self.transform,
+            target_transform=self.target_transform,
+            fingerprint=self.fingerprint,
+        )
+
+
+@dataclass
+class Opened:
+    """A compact set ready to load.
+
+    Attributes:
+        compact: what was kept.
+        dataset: map-style, gives what the wrapped dataset gives.
+        settings: of the wrapped data module's own train loader, cut down to the compact set; None without one.
+    """
+
+    compact: Compact
+    dataset: Any
+    settings: LoaderSettings | None = None
+
+
+class TrainSet(Protocol):
+    """What a data module needs of its training set."""
+
+    def prepare(self, cache: Cache, *, device: str, force: bool, progress: bool) -> None:
+        """Make the compact set if it is not cached."""
+        ...
+
+    def open(self, cache: Cache) -> Opened:
+        """Find the compact set; builds nothing."""
+        ...
+
+    def num_classes(self) -> int | None:
+        """Known before anything is prepared, or an error."""
+        ...
+
+
+class DatasetTrainSet:
+    """A dataset of the user's."""
+
+    def __init__(self, dataset: Any, wanted: Wanted) -> None:
+        self._dataset, self._wanted = dataset, wanted
+        self._plan: Plan | None = None
+
+    def plan(self) -> Plan:
+        if self._plan is None:
+            self._plan = self._wanted.plan(self._dataset)
+        return self._plan
+
+    def prepare(self, cache: Cache, *, device: str, force: bool, progress: bool) -> None:
+        find_or_build(self.plan(), cache, device=device, force=force, progress=progress)
+
+    def open(self, cache: Cache) -> Opened:
+        compact = find_compact(self.plan(), cache)
+        if compact is None:
+            raise _missing(cache)
+        return Opened(compact, compact_dataset(self.plan(), compact, cache.verify))
+
+    def num_classes(self) -> int | None:
+        labels = self.plan().source.labels()
+        return labels.num_classes if labels is not None else None
+
+
+class DataModuleTrainSet:
+    """The train set of a wrapped data module; it exists only after the module's own `setup("fit")`."""
+
+    def __init__(self, datamodule: Any, wanted: Wanted) -> None:
+        self._datamodule, self._wanted = datamodule, wanted
+        self._prepared_identity: str | None = None
+
+    def prepare(self, cache: Cache, *, device: str, force: bool, progress: bool) -> None:
+        with isolated_random_state(self._wanted.seed):
+            dataset, _ = read_loader(probe_train_loader(self._datamodule))
+        compact = find_or_build(self._wanted.plan(dataset), cache, device=device, force=force, progress=progress)
+        self._prepared_identity = compact.parts[STORE]["source"]
+
+    def open(self, cache: Cache) -> Opened:
+        dataset, settings = read_loader(self._datamodule.train_dataloader())
+        plan = self._wanted.plan(dataset)
+        compact = find_compact(plan, cache)
+        if compact is None:
+            raise self._changed_split(plan, cache) or _missing(cache)
+        return Opened(compact, compact_dataset(plan, compact, cache.verify), cut_down(settings, compact))
+
+    def num_classes(self) -> int | None:
+        known: int | None = getattr(self._datamodule, "num_classes", None)
+        if known is None:
+            raise ConfigError("num_classes of a wrapped data module is known after setup('fit')")
+        return known
+
+    def _changed_split(self, plan: Plan, cache: Cache) -> DQError | None:
+        before, now = self._prepared_identity, plan.source.quick_digest(cache.memory)
+        if before is None or before == now or self._wanted.fingerprint is not None:
+            return None
+        return SourceError(
+            f"{type(self._datamodule).__name__}.setup('fit') gave another train set than in prepare_data (digest "
+            f"{before[:12]}, then {str(now)[:12]}): its split depends on more than the seeded random state. Give the split a "
+            "generator with a seed of its own"
+        )
+
+
+class StoreTrainSet:
+    """A packed store; nothing has to be prepared."""
+
+    def __init__(self, path: str | Path, wanted: Wanted, verify: VerifyPolicy) -> None:
+        self._path, self._wanted = Path(path), wanted
+        self._samples = open_packed(path, verify=verify)
+
+    def prepare(self, cache: Cache, *, device: str, force: bool, progress: bool) -> None:
+        """Nothing to do."""
+
+    def open(self, cache: Cache) -> Opened:
+        wanted = self._wanted
+        source = as_source(self._samples, transform=wanted.transform, target_transform=wanted.target_transform)
+        return Opened(open_compact(self._path), source.subset(torch.arange(len(self._samples))))
+
+    def num_classes(self) -> int | None:
+        return open_compact(self._path).info.num_classes
+
+
+def compact_dataset(plan: Plan, compact: Compact, verify: VerifyPolicy) -> Any:
+    """The kept samples as the wrapped dataset would deliver them."""
+    index = compact.selection.index
+    if compact.info.kind == "packed":
+        return open_packed(compact.info.path, finisher=plan.source.finisher(index), verify=verify)
+    return plan.source.subset(index)
+
+
+def cut_down(settings: LoaderSettings, compact: Compact) -> LoaderSettings:
+    """A loader's settings on the compact set: draw weights of the kept samples, draws per epoch in proportion."""
+    if settings.weights is not None:
+        settings = replace(settings, weights=settings.weights[compact.selection.index])
+    if settings.num_draws is not None:
+        settings = replace(settings, num_draws=max(1, round(settings.num_draws * compact.info.data_keep_ratio)))
+    return settings
+
+
+def _missing(cache: Cache) -> CacheError:
+    return CacheError(
+        f"no compact set for these data and settings in {cache.root} on rank {global_rank()}. If prepare_data ran on another "
+        "node, this one cannot see that folder: pass a shared cache_dir=, or set prepare_data_per_node=True. If the train set "
+        "is made by a random split, give the split a seed of its own"
+    )

@@ -1,0 +1,56 @@
+"""Fixtures shared by all tests: real data where it is, a cache of their own, no hub."""
+
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# a test must never reach a hub, nor leave anything in the user's cache
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+SHARED = Path(os.environ.get("DQ_LIGHTNING_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def pytest_collection_modifyitems(items):
+    """Skip tests marked gpu where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Every test has an empty cache."""
+    monkeypatch.setenv("DQ_LIGHTNING_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Folder with the real data, weights and golden answers."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no real data beside the project ({SHARED.name}/ is missing)")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def cifar_root(shared_dir) -> str:
+    """Root for torchvision's CIFAR10, restored once per machine from the lossless sheets."""
+    root = Path(tempfile.gettempdir()) / "dq_lightning_test_cifar10"
+    if not (root / "cifar-10-batches-py" / "batches.meta").is_file():
+        script = shared_dir / "data" / "restore_cifar.py"
+        spec = importlib.util.spec_from_file_location("restore_cifar", script)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        partial = Path(tempfile.mkdtemp(prefix="dq_cifar_"))
+        module.restore(shared_dir / "data", partial)
+        root.mkdir(exist_ok=True)
+        target = root / "cifar-10-batches-py"
+        if not target.exists():
+            os.replace(partial / "cifar-10-batches-py", target)
+    return str(root)
