@@ -1,0 +1,119 @@
+"""The import rule, the doors of heavy libraries, and how light the package is to import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "dq_lightning"
+STATIONS = ("sources", "features", "bins", "selection", "patches", "store")
+BASE = ("errors", "records", "config", "logs", "randomness")
+# file or folder (relative to the package) -> modules of heavy libraries that only it may import
+DOORS = {
+    "lightning": ("datamodule.py", "demo.py"),
+    "timm": ("features/timm_encoder.py",),
+    "datasets": ("sources/hub.py",),
+    "transformers": (),
+    "pytorch_grad_cam": (),
+}
+HEAVY = ("timm", "datasets", "pyarrow", "transformers", "pytorch_grad_cam", "torchvision", "lightning")
+
+
+def imports_of(path: Path) -> list[tuple[str, bool]]:
+    """Every module that a file imports, with whether the import runs when the file is imported."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {
+        id(node)
+        for outer in ast.walk(tree)
+        if isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef)
+        or (isinstance(outer, ast.If) and "TYPE_CHECKING" in ast.dump(outer.test))
+        for node in ast.walk(outer)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) not in inside) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            leaves = [alias.name for alias in node.names if is_module(f"{module}.{alias.name}")]
+            found += [(f"{module}.{leaf}", id(node) not in inside) for leaf in leaves]
+            if len(leaves) < len(node.names):
+                found.append((module, id(node) not in inside))
+    return found
+
+
+def is_module(name: str) -> bool:
+    """Whether a dotted name is a file or folder of the package."""
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return name.startswith("dq_lightning") and (path.with_suffix(".py").is_file() or path.is_dir())
+
+
+def package_files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def place(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+@pytest.mark.parametrize("path", package_files(), ids=place)
+def test_imports_go_one_way(path):
+    where = place(path).split("/")
+    for name, _ in imports_of(path):
+        if not name.startswith("dq_lightning"):
+            continue
+        parts = name.split(".")
+        assert parts != ["dq_lightning"] or path.name == "__init__.py", f"{place(path)} imports the package root"
+        if len(parts) < 2:
+            continue
+        target = parts[1]
+        if where[0] in STATIONS:
+            assert target in (*BASE, where[0]), f"{place(path)} (a station) imports {name}"
+            assert len(parts) > 2 or target in BASE, f"{place(path)} imports the root of {name}, not a leaf"
+        elif where[0].removesuffix(".py") in BASE:
+            assert target in BASE, f"{place(path)} (the base) imports {name}"
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_heavy_libraries_have_one_door(library):
+    for path in package_files():
+        uses = any(name.split(".")[0] == library for name, _ in imports_of(path))
+        assert not uses or place(path) in DOORS[library], f"{place(path)} imports {library}"
+
+
+def modules_after(code: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has loaded after running some code."""
+    script = f"{code}\nimport sys; print(' '.join({{m.split('.')[0] for m in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_the_package_alone_is_light():
+    assert not modules_after("import dq_lightning") & {*HEAVY, "torch", "numpy"}
+
+
+def test_the_test_of_lightness_can_fail():
+    assert "numpy" in modules_after("import numpy")
+
+
+def test_the_command_line_loads_nothing_heavy():
+    assert not modules_after("import dq_lightning.cli") & {*HEAVY, "torch"}
+
+
+def test_the_data_module_adds_no_heavy_module_to_lightning():
+    before = modules_after("import lightning")
+    after = modules_after("from dq_lightning import QuantizedDataModule")
+    assert not (after - before) & set(HEAVY)
+
+
+def test_bins_selection_and_store_work_without_lightning():
+    code = "import dq_lightning.bins.make, dq_lightning.selection.select, dq_lightning.store.reader, dq_lightning.pipeline"
+    assert not modules_after(code) & {"lightning", "pytorch_lightning", "timm", "datasets", "transformers"}
+
+
+def test_no_file_is_longer_than_a_room():
+    too_long = {place(path): n for path in package_files() if (n := len(path.read_text().splitlines())) > 300}
+    assert set(too_long) <= {"datamodule.py", "pipeline.py"}, too_long
