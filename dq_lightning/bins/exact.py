@@ -3,7 +3,9 @@
 import math
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Array = NDArray[np.float64]
 
@@ -13,7 +15,7 @@ _SPLITTER = 2.0**27 + 1.0
 
 
 class ExactSum:
-    """A sum of float64 vectors that does not depend on the order of the additions.
+    """A sum of float64 vectors that depends neither on the order of the additions nor on the device.
 
     Each entry is split on two fixed grids, 2**-28 and 2**-57 of the scale, on which floating-point addition makes no error
     for up to 2**25 summands (Demmel and Nguyen 2013, "Fast reproducible floating-point summation"). What lies below the
@@ -30,12 +32,16 @@ class ExactSum:
         self.high: Array = np.zeros(width)
         self.low: Array = np.zeros(width)
 
-    def add(self, rows: Array, sign: float = 1.0) -> None:
-        """Add the rows of an array [n, W], or subtract them with sign -1."""
-        high = (rows + self._magic[0]) - self._magic[0]
-        low = ((rows - high) + self._magic[1]) - self._magic[1]
-        self.high += sign * high.sum(axis=0)
-        self.low += sign * low.sum(axis=0)
+    def add(self, rows: Tensor, sign: float = 1.0) -> None:
+        """Add the rows of a float64 tensor [n, W], or subtract them with sign -1."""
+        high = (rows + self._magic[0]).sub_(self._magic[0])
+        low = (rows - high).add_(self._magic[1]).sub_(self._magic[1])
+        self.high += sign * high.sum(dim=0).cpu().numpy()
+        self.low += sign * low.sum(dim=0).cpu().numpy()
+
+    def rounded(self) -> Tensor:
+        """The sum as one float64 vector [W]."""
+        return torch.from_numpy(self.high + self.low)
 
 
 def two_product(left: Array, right: Array | float) -> tuple[Array, Array]:

@@ -5,11 +5,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dq_lightning.bins.graph_cut import GraphCut
-from dq_lightning.bins.rows import Rows, unit_rows
+from dq_lightning.bins.graph_cut import pick_group
+from dq_lightning.bins.prepare import as_factors, prepare
 from dq_lightning.bins.sizes import bin_sizes, group_members, group_of_each, to_tensor
 from dq_lightning.config import BinConfig, Maximizer, Objective, Similarity
-from dq_lightning.errors import FeatureError
 from dq_lightning.records import Bins, Features
 
 
@@ -47,50 +46,18 @@ def make_bins(
         DQError: labels are not N integers.
     """
     BinConfig(num_bins=num_bins, objective=objective, maximizer=maximizer, similarity=similarity, lam=lam)
-    factors = _factors(features)
-    total = len(factors[0])
+    factors = as_factors(features)
+    total = len(next(iter(factors.values())))
     group = group_of_each(labels, total)
     assignment = np.zeros(total, dtype=np.int16)
     rank = np.zeros(total, dtype=np.int32)
     gain = np.zeros(total, dtype=np.float32)
+    halved = similarity == "cosine"
+    prepared = prepare(factors, unit=halved, device=torch.device("cpu"))
     for members in group_members(group):
         sizes = bin_sizes(len(members), num_bins)
-        rows = _rows([factor[torch.from_numpy(members)] for factor in factors], similarity)
-        order, gains = GraphCut(rows, lam=lam, halved=similarity == "cosine").run(sizes)
+        order, gains = pick_group(prepared, members, sizes, lam=lam, halved=halved, tick=lambda _: None)
         assignment[members[order]] = np.repeat(np.arange(num_bins), sizes)
         rank[members[order]] = np.concatenate([np.arange(size) for size in sizes])
         gain[members[order]] = gains
     return Bins(to_tensor(assignment), to_tensor(rank), to_tensor(gain), to_tensor(group), num_bins)
-
-
-def _factors(features: Features | Tensor | NDArray[np.floating]) -> list[Tensor]:
-    """Return [embedding] or [head gradient, embedding] as finite tensors on the CPU."""
-    if isinstance(features, Features):
-        named = {"head_gradient": features.head_gradient, "embedding": features.embedding}
-    else:
-        named = {"features": features if isinstance(features, Tensor) else torch.as_tensor(np.asarray(features))}
-    factors = []
-    for name, values in named.items():
-        if values is None:
-            continue
-        if values.ndim != 2 or not values.is_floating_point():
-            raise FeatureError(f"{name} must be a floating matrix [N, width], got {values.dtype} {tuple(values.shape)}")
-        values = values.detach().cpu()
-        bad = torch.nonzero(~torch.isfinite(values).all(dim=1)).flatten().tolist()
-        if bad:
-            first = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
-            raise FeatureError(
-                f"{name}: {len(bad)} of {len(values)} rows are not finite (rows {first}); look at those samples, or run the "
-                "encoder in float32 if it overflows in half precision"
-            )
-        factors.append(values)
-    return factors
-
-
-def _rows(factors: list[Tensor], similarity: Similarity) -> Rows:
-    arrays = [factor.to(torch.float64).numpy() for factor in factors]
-    if len(arrays) == 2:
-        arrays[1] = np.concatenate([np.ones((len(arrays[1]), 1)), arrays[1]], axis=1)
-    if similarity == "cosine":
-        arrays = [unit_rows(array) for array in arrays]
-    return Rows(tuple(arrays))

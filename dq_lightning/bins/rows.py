@@ -1,11 +1,14 @@
 """What samples are compared by: rows of one or two factors, whose inner products multiply. PURE."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
-Array = NDArray[np.float64]
+# numbers in a block of rows that is widened to float64 at a time: 4 MiB
+_BLOCK_ENTRIES = 1 << 19
 
 
 @dataclass(frozen=True, eq=False)
@@ -13,68 +16,153 @@ class Rows:
     """n float64 vectors, each the outer product of its rows in the factors, never written out.
 
     An embedding has one factor [n, D]. A last-layer gradient `g (x) [1, h]` has two, [n, C] and [n, D + 1], and the inner
-    product of two such gradients is `(g_i . g_j)(1 + h_i . h_j)`.
+    product of two such gradients is `(g_i . g_j)(1 + h_i . h_j)`. A vector of that space is [D], or [C, D + 1].
     """
 
-    factors: tuple[Array, ...]
+    factors: tuple[Tensor, ...]
 
     def __len__(self) -> int:
         return len(self.factors[0])
 
-    def __getitem__(self, chosen: NDArray[np.int64] | slice) -> "Rows":
-        return Rows(tuple(factor[chosen] for factor in self.factors))
+    def take(self, chosen: Tensor) -> "Rows":
+        """Return the chosen rows, copied."""
+        return Rows(tuple(factor.index_select(0, chosen.to(factor.device)) for factor in self.factors))
+
+    def blocks(self) -> Iterator["Rows"]:
+        """Yield all rows in order; here they lie in one block."""
+        if len(self):
+            yield self
+
+    def lengths(self) -> Tensor:
+        """Euclidean lengths [n]."""
+        result = torch.linalg.vector_norm(self.factors[0], dim=1)
+        for factor in self.factors[1:]:
+            result = result * torch.linalg.vector_norm(factor, dim=1)
+        return result
+
+    def inner(self, others: "Rows") -> Tensor:
+        """Inner products [n, m] with the rows of another."""
+        result = self.factors[0] @ others.factors[0].T
+        for mine, theirs in zip(self.factors[1:], others.factors[1:], strict=True):
+            result *= mine @ theirs.T
+        return result
+
+    def against(self, vectors: Tensor) -> Tensor:
+        """Inner products [n, c] with vectors [c, D] or [c, C, D + 1]."""
+        if len(self.factors) == 1:
+            return self.factors[0] @ vectors.T
+        left, right = self.factors
+        return torch.stack([((right @ vector.T) * left).sum(dim=1) for vector in vectors], dim=1)
+
+    def sum(self) -> Tensor:
+        """The sum of all rows, [1, D] or [1, C, D + 1]."""
+        if len(self.factors) == 1:
+            return self.factors[0].sum(dim=0, keepdim=True)
+        left, right = self.factors
+        return (left.T @ right)[None]
+
+    def written_out(self) -> Iterator[Tensor]:
+        """Yield the vectors themselves, [few, W], a few rows at a time: for near ties only."""
+        if len(self.factors) == 1:
+            yield self.factors[0]
+            return
+        left, right = self.factors
+        step = max(1, _BLOCK_ENTRIES // (left.shape[1] * right.shape[1]))
+        for start in range(0, len(self), step):
+            part = slice(start, start + step)
+            yield (left[part, :, None] * right[part, None, :]).flatten(1)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRows:
+    """Some of the samples as they were given: any floating type, in memory, on a device or mapped from a file.
+
+    Rows are widened to float64, and scaled to length one for the cosine, a block at a time, so no copy of all is made.
+
+    Attributes:
+        raw: [embedding] or [head gradient, embedding], N rows each.
+        scales: float64 [N] for each factor, what its rows are divided by; None to leave them as they are.
+        members: int64 [n], which of the N samples, ascending.
+        device: where blocks are computed.
+    """
+
+    raw: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...] | None
+    members: Tensor
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @property
+    def widths(self) -> list[int]:
+        """Length of a row in each factor; the inputs of the last layer have a constant 1 in front."""
+        return [self.raw[0].shape[1], *(part.shape[1] + 1 for part in self.raw[1:])]
 
     @property
     def width(self) -> int:
         """Length of a vector when written out."""
-        return int(np.prod([factor.shape[1] for factor in self.factors]))
+        return math.prod(self.widths)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a vector of the rows' space."""
+        return tuple(self.widths)
 
     @property
     def depth(self) -> int:
-        """Number of terms that rounding errors of an inner product grow with."""
-        return sum(factor.shape[1] + 1 for factor in self.factors)
+        """Number of terms that the rounding errors of an inner product grow with."""
+        return sum(width + 2 for width in self.widths)
 
-    def norms(self) -> Array:
-        """Euclidean lengths [n]."""
-        lengths = np.ones(len(self))
-        for factor in self.factors:
-            lengths *= np.sqrt(np.einsum("ij,ij->i", factor, factor))
-        return lengths
+    def only(self, chosen: Tensor) -> "StoredRows":
+        """Return the same store for some of its members."""
+        return StoredRows(self.raw, self.scales, self.members[chosen], self.device)
 
-    def inner(self, sample: int) -> Array:
-        """Inner products [n] with one of the rows."""
-        product: Array = self.factors[0] @ self.factors[0][sample]
-        for factor in self.factors[1:]:
-            product *= factor @ factor[sample]
-        return product
+    def take(self, chosen: Tensor) -> Rows:
+        """Return the chosen rows in float64."""
+        return self.load(self.members[chosen.to(self.members.device)])
 
-    def against(self, vector: Array) -> Array:
-        """Inner products [n] with a vector [W]."""
-        if len(self.factors) == 1:
-            return np.asarray(self.factors[0] @ vector)
-        left, right = self.factors
-        return np.asarray(np.einsum("ij,ij->i", left, right @ vector.reshape(left.shape[1], right.shape[1]).T))
+    def blocks(self) -> Iterator[Rows]:
+        """Yield all rows in order, about 4 MiB at a time."""
+        step = max(1, _BLOCK_ENTRIES // sum(self.widths))
+        for start in range(0, len(self), step):
+            yield self.load(self.members[start : start + step])
 
-    def written_out(self) -> Array:
-        """The vectors themselves, [n, W]: for a few rows at a time only."""
-        if len(self.factors) == 1:
-            return self.factors[0]
-        left, right = self.factors
-        return (left[:, :, None] * right[:, None, :]).reshape(len(left), -1)
+    def load(self, samples: Tensor) -> Rows:
+        """Return the rows of samples, int64 [few], in float64."""
+        factors = []
+        for number in range(len(self.raw)):
+            values = wide_factor(self.raw, number, samples, self.device)
+            if self.scales is not None:
+                values /= self.scales[number][samples].to(self.device)[:, None]
+            factors.append(values)
+        return Rows(tuple(factors))
 
-    def blocks(self, entries: int = 1 << 18) -> "list[Rows]":
-        """Slices of about `entries` numbers when written out."""
-        step = max(1, entries // max(1, self.width))
-        return [self[start : start + step] for start in range(0, len(self), step)]
+    def against(self, vectors: Tensor) -> Tensor:
+        """Inner products [n, c] with vectors [c, D] or [c, C, D + 1]."""
+        result = torch.empty(len(self), len(vectors), dtype=torch.float64, device=self.device)
+        start = 0
+        for block in self.blocks():
+            result[start : start + len(block)] = block.against(vectors)
+            start += len(block)
+        return result
 
 
-def unit_rows(values: Array) -> Array:
-    """Scale rows to length one; a zero row stays zero.
+def wide_factor(raw: tuple[Tensor, ...], number: int, samples: Tensor, device: torch.device) -> Tensor:
+    """Return rows of one factor in float64, with the constant input 1 in front of an embedding that follows a gradient."""
+    part = raw[number]
+    values = part.index_select(0, samples.to(part.device)).to(device).to(torch.float64)
+    return torch.cat([torch.ones_like(values[:, :1]), values], dim=1) if number else values
 
-    The largest entry is taken out first, exactly, as a power of two: squares of gradients as small as 1e-200 don't vanish.
-    """
-    largest = np.abs(values).max(axis=1, initial=0.0)
-    exponent = np.frexp(largest)[1]
-    scaled = np.ldexp(values, -exponent[:, None])
-    lengths = np.sqrt(np.sum(scaled * scaled, axis=1))
-    return np.asarray(scaled / np.where(lengths > 0, lengths, 1.0)[:, None])
+
+def row_lengths(values: Tensor) -> Tensor:
+    """Euclidean lengths [n] of float64 rows, summed in one order on every device."""
+    squares = values * values
+    width = squares.shape[1]
+    if width == 0:
+        return torch.zeros(len(values), dtype=torch.float64, device=values.device)
+    while width > 1:
+        half = (width + 1) // 2
+        squares[:, : width - half] += squares[:, half:width]
+        width = half
+    return torch.sqrt(squares[:, 0])

@@ -1,0 +1,165 @@
+"""Look at every row once before the bins are made: is it finite, how long is it, which rows are equal. PURE."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dq_lightning.bins.rows import StoredRows, row_lengths, wide_factor
+from dq_lightning.errors import FeatureError
+from dq_lightning.records import Features
+
+_ROWS = 4096
+# beyond this power of two squares may leave the range of float64
+_SAFE_EXPONENT = 450
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Features with what one pass over them tells.
+
+    Attributes:
+        rows: all samples.
+        longest: bound on the length of a row.
+        largest: bound on the absolute value of an entry of a row, written out.
+        marks: int64 [N]; equal rows have equal marks, and others nearly never have.
+    """
+
+    rows: StoredRows
+    longest: float
+    largest: float
+    marks: NDArray[np.int64]
+
+
+def as_factors(features: Features | Tensor | NDArray[np.floating]) -> dict[str, Tensor]:
+    """Return the matrices that samples are compared by, named: the embedding, behind the head gradient if there is one."""
+    if isinstance(features, Features):
+        named = {"head_gradient": features.head_gradient, "embedding": features.embedding}
+    elif isinstance(features, Tensor):
+        named = {"features": features}
+    else:
+        array = np.asarray(features)
+        if not np.issubdtype(array.dtype, np.floating):
+            raise FeatureError(f"features must be a floating matrix [N, D], got {array.dtype} {array.shape}")
+        # torch warns that it can't guard arrays that are mapped read-only; nothing here writes to them
+        named = {"features": torch.as_tensor(array) if array.flags.writeable else _read_only(array)}
+    factors = {name: values.detach() for name, values in named.items() if values is not None}
+    for name, values in factors.items():
+        if values.ndim != 2 or not values.is_floating_point():
+            raise FeatureError(f"{name} must be a floating matrix [N, width], got {values.dtype} {tuple(values.shape)}")
+    return factors
+
+
+def _read_only(array: NDArray[np.floating]) -> Tensor:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.as_tensor(array)
+
+
+def prepare(factors: dict[str, Tensor], *, unit: bool, device: torch.device) -> Prepared:
+    """Look at every row once.
+
+    Args:
+        factors: of `as_factors`.
+        unit: compare by the cosine, so divide rows by their lengths.
+        device: where blocks are computed.
+
+    Raises:
+        FeatureError: some rows are not finite; the message counts them and names the first ones.
+
+    Complexity: O(N W) time for factors of W columns in all, 24 bytes a row.
+    """
+    raw = tuple(_within_range(values) if unit else values for values in factors.values())
+    total = len(raw[0])
+    lengths = [torch.empty(total, dtype=torch.float64) for _ in raw]
+    marks = torch.zeros(total, dtype=torch.int64)
+    largest = [0.0] * len(raw)
+    for start in range(0, total, _ROWS):
+        samples = torch.arange(start, min(start + _ROWS, total))
+        zero = torch.zeros(len(samples), dtype=torch.bool, device=device)
+        mark = torch.zeros(len(samples), dtype=torch.int64, device=device)
+        for number in range(len(raw)):
+            values = wide_factor(raw, number, samples, device)
+            length = row_lengths(values)
+            lengths[number][samples] = length.cpu()
+            largest[number] = max(largest[number], float(values.abs().amax())) if values.numel() else 0.0
+            zero |= length == 0
+            if unit:
+                values /= torch.where(length > 0, length, torch.ones_like(length))[:, None]
+            mark = mark * 31 + _mark(values)
+        marks[samples] = mark.masked_fill(zero, 0).cpu()
+    for (name, values), length in zip(factors.items(), lengths, strict=True):
+        _check_finite(name, values, length)
+    longest = float(np.prod([float(length.max()) if total else 0.0 for length in lengths]))
+    scales = tuple(torch.where(length > 0, length, torch.ones_like(length)) for length in lengths) if unit else None
+    rows = StoredRows(raw, scales, torch.arange(total), device)
+    if unit:
+        longest, largest = 1.0 + 2.0**-40, [1.0]
+    return Prepared(rows, longest, float(np.prod(largest)), marks.numpy())
+
+
+def _within_range(values: Tensor) -> Tensor:
+    """Scale float64 rows by powers of two where squares would overflow or vanish; the cosine stays the same."""
+    if values.dtype != torch.float64 or not values.numel():
+        return values
+    exponent = torch.frexp(values.abs().amax(dim=1))[1]
+    if int(exponent.abs().max()) < _SAFE_EXPONENT:
+        return values
+    half = torch.div(-exponent, 2, rounding_mode="floor")[:, None]
+    return torch.ldexp(torch.ldexp(values, half), -exponent[:, None] - half)
+
+
+def _mark(values: Tensor) -> Tensor:
+    """Return a 64-bit hash [n] of float64 rows; 0.0 and -0.0 are the same."""
+    bits = np.random.PCG64(0).random_raw(values.shape[1]).view(np.int64) | 1
+    words = (values + 0.0).view(torch.int64)
+    # the low bits of short fractions are zero: fold the high ones in
+    return ((words ^ (words >> 29)) * torch.from_numpy(bits).to(values.device)).sum(dim=1)
+
+
+def _check_finite(name: str, values: Tensor, length: Tensor) -> None:
+    suspects = torch.nonzero(~torch.isfinite(length)).flatten()
+    if not len(suspects):
+        return
+    bad = suspects[~torch.isfinite(values[suspects.to(values.device)]).all(dim=1).cpu()].tolist()
+    if not bad:
+        raise FeatureError(
+            f"{name}: row {int(suspects[0])} is too long to be squared in float64; scale the features down"
+        )
+    first = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
+    raise FeatureError(
+        f"{name}: {len(bad)} of {len(values)} rows are not finite (rows {first}); look at those samples, or run the encoder "
+        "in float32 if it overflows in half precision"
+    )
+
+
+def next_twins(prepared: Prepared, members: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """Find equal rows among the members of a group.
+
+    Args:
+        prepared: all samples.
+        members: int64 [n] samples, ascending.
+
+    Returns:
+        int64 [n], the next member (0 <= number < n) with an equal row, or -1; None when no two rows are equal.
+    """
+    marks = prepared.marks[members]
+    order = np.argsort(marks, kind="stable")
+    same = np.flatnonzero(marks[order[1:]] == marks[order[:-1]])
+    if not len(same):
+        return None
+    twins = np.full(len(members), -1, dtype=np.int64)
+    zero = marks[order[same]] == 0
+    for start in range(0, len(same), _ROWS):
+        part = slice(start, start + _ROWS)
+        first, second = order[same[part]], order[same[part] + 1]
+        pair = [prepared.rows.load(torch.from_numpy(members[side])).factors for side in (first, second)]
+        equal = torch.stack([(a == b).all(dim=1) for a, b in zip(*pair, strict=True)]).all(dim=0)
+        vanish = [torch.stack([(f == 0).all(dim=1) for f in side]).any(dim=0) for side in pair]
+        equal = equal.cpu().numpy() | (zero[part] & (vanish[0] & vanish[1]).cpu().numpy())
+        twins[first[equal]] = second[equal]
+    return twins
