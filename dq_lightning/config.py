@@ -8,9 +8,9 @@ from dq_lightning.errors import ConfigError
 
 FeatureKind = Literal["embedding", "gradient"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
-Objective = Literal["graph_cut"]
-Maximizer = Literal["naive"]
-Similarity = Literal["cosine", "dot"]
+Objective = Literal["graph_cut", "facility_location", "log_determinant", "sum_redundancy", "feature_based"]
+Maximizer = Literal["naive", "lazy", "stochastic", "approximate_lazy"]
+Similarity = Literal["cosine", "dot", "rbf"]
 Draw = Literal["seeded", "rank"]
 StoreKind = Literal["auto", "indices", "packed"]
 VerifyPolicy = Literal["size", "hash", "off"]
@@ -110,6 +110,11 @@ class BinConfig(_Json):
         similarity: between two samples.
         lam: weight of representativeness against diversity in the graph cut.
         by_label: make the bins inside each class when there are classes; else over the whole set.
+        clusters: split every group further into so many k-means clusters, or None. The bins are then made inside each.
+        gamma: of the radial basis function exp(-gamma |a - b|^2); one over the mean squared distance when None.
+        epsilon: accuracy of the maximizer `"stochastic"`: its samples miss the best gain this often.
+        beta: accuracy of the maximizer `"approximate_lazy"`: share of the best gain that is good enough.
+        search_seed: of the maximizer `"stochastic"` and of the clusters.
     """
 
     num_bins: int = 10
@@ -118,6 +123,11 @@ class BinConfig(_Json):
     similarity: Similarity = "cosine"
     lam: float = 1.0
     by_label: bool = True
+    clusters: int | None = None
+    gamma: float | None = None
+    epsilon: float = 0.1
+    beta: float = 0.9
+    search_seed: int = 0
 
     def __post_init__(self) -> None:
         check_choice("BinConfig", "objective", self.objective, Objective)
@@ -125,6 +135,17 @@ class BinConfig(_Json):
         check_choice("BinConfig", "similarity", self.similarity, Similarity)
         if not 1 <= self.num_bins <= 32767:
             raise ConfigError(f"BinConfig.num_bins must be between 1 and 32767, got {self.num_bins}")
+        if self.clusters is not None and self.clusters < 1:
+            raise ConfigError(f"BinConfig.clusters must be at least 1 or None, got {self.clusters}")
+        for name, value, good in (
+            ("lam", self.lam, 0 <= self.lam < float("inf")),
+            ("gamma", self.gamma, self.gamma is None or 0 < self.gamma < float("inf")),
+            ("epsilon", self.epsilon, 0 < self.epsilon < 1),
+            ("beta", self.beta, 0 < self.beta <= 1),
+            ("search_seed", self.search_seed, self.search_seed >= 0),
+        ):
+            if not good:
+                raise ConfigError(f"BinConfig.{name} is out of range: {value!r}")
 
 
 @dataclass(frozen=True)
@@ -198,9 +219,13 @@ def with_short_forms(config: QuantizeConfig | None, values: dict[str, Any]) -> Q
             raise ConfigError(
                 f"{name}={value!r} was passed as a keyword, but config.{path} is {seen!r}: set it in one place only"
             )
-        changed = replace(current, **{name: value})
-        config = replace(config, **{owner: changed}) if owner else changed
+        changed = _replaced(current, name, value)
+        config = _replaced(config, owner, changed) if owner else changed
     return config
+
+
+def _replaced(config: Any, name: str, value: Any) -> Any:
+    return replace(config, **{name: value})
 
 
 def config_fields(config: Any) -> list[str]:

@@ -11,9 +11,6 @@ from dq_lightning.bins.levels import Level, Levels
 from dq_lightning.bins.prepare import Prepared, next_twins
 from dq_lightning.bins.referee import ROUNDING, Referee
 
-# rows of a bin are widened once instead of at every pass when they have no more numbers than this: 128 MiB
-_DENSE_ENTRIES = 1 << 24
-
 
 def pick_group(
     prepared: Prepared,
@@ -22,6 +19,7 @@ def pick_group(
     *,
     lam: float,
     halved: bool,
+    entries: int,
     tick: Callable[[int], object],
 ) -> tuple[NDArray[np.int64], Array]:
     """Pick all samples of a group, bin after bin.
@@ -36,6 +34,7 @@ def pick_group(
         sizes: of the bins.
         lam: weight of representativeness against diversity.
         halved: whether S is 1/2 + (a . b)/2.
+        entries: most float64 numbers in one working array.
         tick: told how many picks were made, or taken back (negative).
 
     Returns:
@@ -44,7 +43,7 @@ def pick_group(
     rows = prepared.rows.only(torch.from_numpy(members))
     twins = next_twins(prepared, members)
     referee = Referee(rows, lam=lam, halved=halved, largest=prepared.largest)
-    levels = Levels(referee, prepared.longest, twins, tick)
+    levels = Levels(referee, prepared.longest, twins, tick, entries)
     # equal samples are one row, which stands for the lowest of them that is left
     distinct = np.ones(len(members), dtype=bool)
     if twins is not None:
@@ -63,7 +62,7 @@ def pick_group(
         left = referee.num_left
         start_error = lam * base_error
         stored = rows.only(torch.from_numpy(row))
-        table = stored.take(torch.arange(len(row))) if len(row) * sum(rows.widths) <= _DENSE_ENTRIES else stored
+        table = stored.take(torch.arange(len(row))) if len(row) * sum(rows.widths) <= entries // 2 else stored
         level = Level(table, samples, lam * base, start_error + ROUNDING * lam * reach)
         levels.forget()
         levels.reach = prepared.longest * (lam * left + 2.0 * size) * prepared.longest

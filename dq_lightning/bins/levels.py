@@ -61,7 +61,7 @@ class Levels:
         longest: bound on the length of a row.
         twins: int64 [n], the next sample with an equal row, or -1; or None.
         tick: told how many picks were made, or taken back (negative).
-        matrix_entries: most numbers in a matrix of inner products.
+        entries: most numbers in a matrix of inner products, and in the rows of a level that is copied.
 
     Attributes:
         reach: bound on the absolute value of a gain in this bin.
@@ -73,7 +73,7 @@ class Levels:
         longest: float,
         twins: NDArray[np.int64] | None,
         tick: Callable[[int], object],
-        matrix_entries: int = 1 << 25,
+        entries: int = 1 << 25,
     ) -> None:
         self.referee = referee
         self.longest = longest
@@ -82,7 +82,8 @@ class Levels:
         self.depth = referee.rows.depth
         self.unit = referee.rows.scales is not None
         self.reach = 0.0
-        self._largest_leaf = max(LEAF_ROWS, int(matrix_entries**0.5))
+        self._largest_leaf = max(LEAF_ROWS, int(entries**0.5))
+        self._largest_copy = max(LEAF_ROWS, entries // sum(referee.rows.widths))
         self._shares: dict[tuple[bool, int], float] = {}
 
     def pick(self, level: Level, count: int, *, leaf: bool = False) -> Run:
@@ -130,7 +131,7 @@ class Levels:
         while 4 * small * small <= 8 * rows:
             small *= 2
         large = LEAF_ROWS
-        while 2 * large * _GROWTH < rows and large < 4 * count:
+        while 2 * large * _GROWTH < rows and large < 4 * count and large * _GROWTH <= self._largest_copy:
             large *= _GROWTH
 
         # cost of a pick, in multiplications with a row: passes over the level and matrices, shared by the picks of a round
@@ -152,7 +153,8 @@ class Levels:
     def _candidates(self, level: Level, size: int, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
         top = torch.topk(level.gains, min(size, len(level.gains)), sorted=False).indices.cpu().numpy()
         top = np.union1d(top, wanted)
-        return top[(level.gains[torch.from_numpy(top)] > -torch.inf).cpu().numpy()]
+        held: NDArray[np.bool_] = (level.gains[torch.from_numpy(top)] > -torch.inf).cpu().numpy()
+        return np.asarray(top[held])
 
     def _remove(self, level: Level, chosen: NDArray[np.int64]) -> None:
         """Take picked rows out of a level, unless an equal sample is left to stand in for them."""

@@ -1,15 +1,25 @@
 """Features -> Bins: split every group into bins of falling representativeness and rising diversity. PURE."""
 
+import sys
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
-from dq_lightning.bins.graph_cut import pick_group
-from dq_lightning.bins.prepare import as_factors, prepare
+from dq_lightning.bins import any_objective, graph_cut
+from dq_lightning.bins.clusters import cluster_members
+from dq_lightning.bins.exact import Array
+from dq_lightning.bins.plan import Plan, choose_device, make_plan
+from dq_lightning.bins.prepare import Prepared, as_factors, prepare
 from dq_lightning.bins.sizes import bin_sizes, group_members, group_of_each, to_tensor
 from dq_lightning.config import BinConfig, Maximizer, Objective, Similarity
 from dq_lightning.records import Bins, Features
+
+# fewer samples than this are done before a bar is read
+_BAR_FROM = 20_000
 
 
 def make_bins(
@@ -21,43 +31,90 @@ def make_bins(
     maximizer: Maximizer = "naive",
     similarity: Similarity = "cosine",
     lam: float = 1.0,
+    clusters: int | None = None,
+    gamma: float | None = None,
+    epsilon: float = 0.1,
+    beta: float = 0.9,
+    search_seed: int = 0,
+    device: str | torch.device = "auto",
+    progress: bool | None = None,
 ) -> Bins:
     """Split N samples into K disjoint bins by repeated greedy selection from what remains (Zhou et al. 2023, section 3.1).
 
     With `labels` the split is made inside each class. Of n samples of a group the first `n mod K` bins get `n // K + 1`,
-    the others `n // K`. The picks are those of float64 arithmetic on a full similarity matrix, without the matrix: gains
-    closer than the rounding error are computed again, rounded once, and count as tied when equal; the lowest position wins.
+    the others `n // K`. For the graph cut the picks are those of float64 arithmetic on a full similarity matrix, without the
+    matrix, in memory of the order of the features: gains closer than a proved rounding bound are computed again, rounded
+    once, and count as tied when equal; the lowest position wins. The answer is the same on every device.
 
     Args:
-        features: floating [N, D], or `Features`; with `head_gradient` samples are compared by the last layer's gradient.
+        features: floating [N, D] of any width, in memory, on a device, or mapped from a file; or `Features`; with
+            `head_gradient` samples are compared by the last layer's gradient.
         num_bins: K, 1 to 32767.
         labels: N integers, or None.
-        objective: `"graph_cut"`.
-        maximizer: `"naive"`.
-        similarity: `"cosine"` is 1/2 + cos/2 (the cosine with a zero vector is 0), `"dot"` the inner product.
-        lam: weight of representativeness against diversity.
+        objective: `"graph_cut"`, `"facility_location"`, `"log_determinant"`, `"sum_redundancy"` or `"feature_based"`.
+        maximizer: `"naive"`, `"lazy"`, `"stochastic"` or `"approximate_lazy"`.
+        similarity: `"cosine"` is 1/2 + cos/2 (the cosine with a zero vector is 0), `"dot"` the inner product, `"rbf"`
+            exp(-gamma |a - b|^2).
+        lam: weight of representativeness against diversity in the graph cut.
+        clusters: split every group into so many k-means clusters first, and make the bins inside each: `Bins.group` then
+            numbers the clusters, 0, 1, ... through all labels.
+        gamma: of `"rbf"`; one over the mean squared distance of a group when None.
+        epsilon: accuracy of `"stochastic"`.
+        beta: accuracy of `"approximate_lazy"`.
+        search_seed: of `"stochastic"` and of the clusters.
+        device: `"auto"`, `"cpu"`, `"cuda"`, ...
+        progress: show a bar; None shows one on a terminal from 20,000 samples on.
 
     Returns:
-        Bins: `assignment` int16 [N], `rank` int32 [N], `gain` float32 [N], `group` int32 [N].
+        Bins: `assignment` int16 [N], `rank` int32 [N], `gain` float32 [N], `group` int32 [N], on the CPU.
 
     Raises:
-        ConfigError: a setting is unknown or out of range.
+        ConfigError: a setting is unknown or out of range, needs more memory than there is, or does not fit the features.
         FeatureError: features are not a finite floating matrix.
         DQError: labels are not N integers.
     """
-    BinConfig(num_bins=num_bins, objective=objective, maximizer=maximizer, similarity=similarity, lam=lam)
+    config = BinConfig(
+        num_bins, objective, maximizer, similarity, lam, True, clusters, gamma, epsilon, beta, search_seed
+    )  # fmt: skip
     factors = as_factors(features)
     total = len(next(iter(factors.values())))
     group = group_of_each(labels, total)
+    target = choose_device(device, factors)
+    groups = list(group_members(group))
+    # clusters are about even; the plan is told the size that they have then
+    sizes = [len(members) for members in groups for _ in range(clusters or 1)]
+    plan = make_plan(config, factors, [-(-size // (clusters or 1)) for size in sizes], target)
+    prepared = prepare(factors, unit=similarity == "cosine", device=target)
+    if clusters is not None:
+        groups = [part for members in groups for part in cluster_members(prepared, members, clusters, search_seed)]
+        for number, members in enumerate(groups):
+            group[members] = number
     assignment = np.zeros(total, dtype=np.int16)
     rank = np.zeros(total, dtype=np.int32)
     gain = np.zeros(total, dtype=np.float32)
-    halved = similarity == "cosine"
-    prepared = prepare(factors, unit=halved, device=torch.device("cpu"))
-    for members in group_members(group):
-        sizes = bin_sizes(len(members), num_bins)
-        order, gains = pick_group(prepared, members, sizes, lam=lam, halved=halved, tick=lambda _: None)
-        assignment[members[order]] = np.repeat(np.arange(num_bins), sizes)
-        rank[members[order]] = np.concatenate([np.arange(size) for size in sizes])
-        gain[members[order]] = gains
+    silent = not (progress if progress is not None else total >= _BAR_FROM and sys.stderr.isatty())
+    with tqdm(total=total, unit=" picks", desc="bins", disable=silent, mininterval=0.5) as bar:
+        for members in groups:
+            per_bin = bin_sizes(len(members), num_bins)
+            order, gains = _pick(prepared, members, per_bin, config, plan, bar.update)
+            chosen = members[order]
+            assignment[chosen] = np.repeat(np.arange(num_bins), per_bin)
+            rank[chosen] = np.concatenate([np.arange(size) for size in per_bin])
+            gain[chosen] = gains
     return Bins(to_tensor(assignment), to_tensor(rank), to_tensor(gain), to_tensor(group), num_bins)
+
+
+def _pick(
+    prepared: Prepared,
+    members: NDArray[np.int64],
+    sizes: list[int],
+    config: BinConfig,
+    plan: Plan,
+    tick: Callable[[int], object],
+) -> tuple[NDArray[np.int64], Array]:
+    if not plan.exact:
+        return any_objective.pick_group(prepared, members, sizes, config, tick)
+    halved = config.similarity == "cosine"
+    return graph_cut.pick_group(
+        prepared, members, sizes, lam=config.lam, halved=halved, entries=plan.entries, tick=tick
+    )

@@ -8,6 +8,7 @@ computed at every step.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,12 +70,12 @@ def first_fault(levels: "Levels", level: "Level", outside: Tensor, picked: Rows,
     total = len(picked)
     count = max(1, min(_MAX_CHECKPOINTS, total // _PICKS_A_CHECKPOINT))
     marks = np.linspace(0, total, count + 1).astype(int)
-    parts = [picked.take(torch.arange(a, b)) for a, b in zip(marks, marks[1:], strict=False)]
+    parts = [picked.take(torch.arange(a, b)) for a, b in pairwise(marks)]
     sums = torch.cat([part.sum() for part in parts]).cumsum(dim=0).to(level.gains.device)
     error = level.error + _drift_error(levels, total)
     slack = run.error + error
     chunks = [
-        _chunk(part, run.gains, int(a), int(b), slack) for part, a, b in zip(parts, marks, marks[1:], strict=False)
+        _chunk(part, run.gains, int(a), int(b), slack) for part, (a, b) in zip(parts, pairwise(marks), strict=True)
     ]
     after, suspects = _pass(levels, level, outside, sums, chunks)
     for number, chunk in enumerate(chunks):

@@ -83,9 +83,13 @@ class Referee:
         seen: set[bytes] = set()
         start = 0
         for vectors in self.rows.take(torch.from_numpy(near)).written_out():
-            values = vectors.cpu().numpy() + 0.0
-            fresh = [i for i, row in enumerate(values) if not (row.tobytes() in seen or seen.add(row.tobytes()))]
-            for i, gain in zip(fresh, exact_dot(values[fresh], vector, constant) if fresh else [], strict=True):
+            values = vectors.cpu().numpy() + 0.0  # -0.0 becomes 0.0
+            fresh = []
+            for i, row in enumerate(values):
+                if (key := row.tobytes()) not in seen:
+                    seen.add(key)
+                    fresh.append(i)
+            for i, gain in zip(fresh, exact_dot(values[fresh], vector, constant), strict=True):
                 if gain > best:
                     best, winner = gain, int(near[start + i])
             start += len(values)

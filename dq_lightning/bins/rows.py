@@ -35,7 +35,7 @@ class Rows:
 
     def lengths(self) -> Tensor:
         """Euclidean lengths [n]."""
-        result = torch.linalg.vector_norm(self.factors[0], dim=1)
+        result: Tensor = torch.linalg.vector_norm(self.factors[0], dim=1)
         for factor in self.factors[1:]:
             result = result * torch.linalg.vector_norm(factor, dim=1)
         return result

@@ -1,0 +1,109 @@
+"""How an objective is maximised greedily: each a function of an objective, the samples and their number. PURE.
+
+A new maximiser is one function and one line in `MAXIMIZERS`.
+"""
+
+import heapq
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dq_lightning.bins.exact import Array
+from dq_lightning.bins.objectives import Objective
+from dq_lightning.config import Maximizer
+
+Picks = tuple[NDArray[np.int64], Array]
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a maximiser works with.
+
+    Attributes:
+        objective: of one bin.
+        total: n, samples left when the bin is begun.
+        count: samples to pick.
+        generator: for those that draw at random.
+        epsilon: accuracy of `stochastic`.
+        beta: accuracy of `approximate_lazy`.
+        tick: told of every pick.
+    """
+
+    objective: Objective
+    total: int
+    count: int
+    generator: np.random.Generator
+    epsilon: float
+    beta: float
+    tick: Callable[[int], object]
+
+
+def naive(search: Search) -> Picks:
+    """Ask for all gains at every step."""
+    rows = torch.arange(search.total)
+    free = np.ones(search.total, dtype=bool)
+    picks, values = np.empty(search.count, dtype=np.int64), np.empty(search.count)
+    for step in range(search.count):
+        gains = np.where(free, search.objective.gains(rows).cpu().numpy(), -np.inf)
+        best = int(gains.argmax())
+        picks[step], values[step], free[best] = best, gains[best], False
+        search.objective.add(best)
+        search.tick(1)
+    return picks, values
+
+
+def lazy(search: Search, beta: float = 1.0) -> Picks:
+    """Ask again only for gains that may still be the greatest: right where gains never grow (Minoux 1978).
+
+    With beta < 1 a gain of at least beta times the bound on all others is good enough (Badanidiyuru and Vondrak 2014).
+    """
+    gains = search.objective.gains(torch.arange(search.total)).cpu().numpy()
+    bounds = [(-gain, row) for row, gain in enumerate(gains.tolist())]
+    heapq.heapify(bounds)
+    picks, values = np.empty(search.count, dtype=np.int64), np.empty(search.count)
+    for step in range(search.count):
+        while True:
+            row = heapq.heappop(bounds)[1]
+            gain = float(search.objective.gains(torch.tensor([row]))[0])
+            if not bounds or (-gain, row) <= bounds[0] or (beta < 1.0 and gain >= -beta * bounds[0][0] > 0):
+                break
+            heapq.heappush(bounds, (-gain, row))
+        picks[step], values[step] = row, gain
+        search.objective.add(row)
+        search.tick(1)
+    return picks, values
+
+
+def approximate_lazy(search: Search) -> Picks:
+    """`lazy`, content with a gain of beta times the bound on the others."""
+    return lazy(search, beta=search.beta)
+
+
+def stochastic(search: Search) -> Picks:
+    """Take the best of a random sample of (n / count) log(1 / epsilon) at every step (Mirzasoleiman et al. 2015)."""
+    size = max(1, math.ceil(search.total / search.count * math.log(1.0 / search.epsilon)))
+    free = np.arange(search.total)
+    picks, values = np.empty(search.count, dtype=np.int64), np.empty(search.count)
+    for step in range(search.count):
+        drawn = np.sort(search.generator.choice(len(free), min(size, len(free)), replace=False))
+        gains = search.objective.gains(torch.from_numpy(free[drawn])).cpu().numpy()
+        best = int(gains.argmax())
+        picks[step], values[step] = free[drawn[best]], gains[best]
+        search.objective.add(int(picks[step]))
+        free = np.delete(free, drawn[best])
+        search.tick(1)
+    return picks, values
+
+
+MAXIMIZERS: dict[Maximizer, Callable[[Search], Picks]] = {
+    "naive": naive,
+    "lazy": lazy,
+    "stochastic": stochastic,
+    "approximate_lazy": approximate_lazy,
+}
+# maximisers that reuse old gains as bounds
+LAZY: frozenset[Maximizer] = frozenset({"lazy", "approximate_lazy"})

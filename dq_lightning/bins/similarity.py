@@ -1,0 +1,80 @@
+"""Similarities between the samples of one bin, by blocks: cosine, inner product, radial basis function. PURE."""
+
+import torch
+from torch import Tensor
+
+from dq_lightning.bins.rows import Rows, StoredRows
+from dq_lightning.config import Similarity
+
+
+class Similarities:
+    """S [n, n] of some rows, never held as a whole.
+
+    Args:
+        rows: n rows, of length one (or zero) for the cosine.
+        kind: `"cosine"` is 1/2 + cos/2, `"dot"` the inner product, `"rbf"` exp(-gamma |a - b|^2).
+        gamma: of the radial basis function.
+    """
+
+    def __init__(self, rows: StoredRows, kind: Similarity, gamma: float = 1.0) -> None:
+        self.rows = rows
+        self.kind = kind
+        self.gamma = gamma
+        self._squares: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are computed."""
+        return self.rows.device
+
+    def columns(self, chosen: Tensor) -> Tensor:
+        """S[:, chosen], float64 [n, k]."""
+        others = self.rows.take(chosen)
+        return torch.cat([self._between(block, others) for block in self.rows.blocks()])
+
+    def diagonal(self) -> Tensor:
+        """S[i, i], float64 [n]."""
+        if self.kind == "rbf":
+            return torch.ones(len(self), dtype=torch.float64, device=self.device)
+        squares = torch.cat([block.lengths() ** 2 for block in self.rows.blocks()])
+        return 0.5 + 0.5 * squares if self.kind == "cosine" else squares
+
+    def sums(self) -> Tensor:
+        """Sum of every column, float64 [n]; O(n W), or O(n^2 W) for the radial basis function."""
+        if self.kind == "rbf":
+            total = torch.zeros(len(self), dtype=torch.float64, device=self.device)
+            for start in range(0, len(self), 512):
+                chosen = torch.arange(start, min(start + 512, len(self)))
+                total[chosen.to(self.device)] = self.columns(chosen).sum(dim=0)
+            return total
+        vector = torch.stack([block.sum() for block in self.rows.blocks()]).sum(dim=0)
+        linear = self.rows.against(vector)[:, 0]
+        return 0.5 * len(self) + 0.5 * linear if self.kind == "cosine" else linear
+
+    def can_be_negative(self) -> bool:
+        """Whether some similarity may be below zero: the inner product of vectors that have negative entries."""
+        if self.kind != "dot":
+            return False
+        return any(bool((factor < 0).any()) for block in self.rows.blocks() for factor in block.factors)
+
+    def _between(self, left: Rows, right: Rows) -> Tensor:
+        product = left.inner(right)
+        if self.kind == "cosine":
+            return product.mul_(0.5).add_(0.5)
+        if self.kind == "dot":
+            return product
+        # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b, which rounding may take below zero for equal rows
+        squares = left.lengths()[:, None] ** 2 + right.lengths()[None, :] ** 2
+        return torch.exp(-self.gamma * (squares - 2.0 * product).clamp_(min=0.0))
+
+
+def default_gamma(rows: StoredRows) -> float:
+    """One over the mean squared distance of two rows."""
+    total = max(1, len(rows))
+    squares = sum(float((block.lengths() ** 2).sum()) for block in rows.blocks()) / total
+    vector = torch.stack([block.sum() for block in rows.blocks()]).sum(dim=0) / total if len(rows) else torch.zeros(1)
+    spread = 2.0 * (squares - float((vector * vector).sum()))
+    return 1.0 / spread if spread > 0 else 1.0

@@ -1,0 +1,172 @@
+"""Large groups with leaves of a few rows: every level, every proof and every near tie is used on sets a twin can check."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dq_lightning.bins import levels, proof, referee
+from dq_lightning.bins.make import make_bins
+from dq_lightning.records import Features
+from tests.bins.test_make import KINDS, assert_greedy, random_features
+from tests.reference import greedy_twin as twin
+
+
+@pytest.fixture(autouse=True)
+def tiny_leaves(monkeypatch):
+    monkeypatch.setattr(levels, "LEAF_ROWS", 4)
+    monkeypatch.setattr(levels, "_GROWTH", 3)
+    monkeypatch.setattr(proof, "_PICKS_A_CHECKPOINT", 3)
+
+
+def picks_of(bins, num_bins):
+    order = np.lexsort((bins.rank.numpy(), bins.assignment.numpy()))
+    return np.split(order, np.cumsum(np.bincount(bins.assignment.numpy(), minlength=num_bins))[:-1])
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    total=st.integers(5, 150),
+    width=st.integers(1, 6),
+    num_bins=st.integers(1, 6),
+    kind=st.sampled_from([*KINDS, "drifting"]),
+    similarity=st.sampled_from(["cosine", "dot"]),
+    lam=st.sampled_from([1.0, 0.0, 0.3, 2.5]),
+)
+def test_the_picks_are_those_of_the_dense_greedy(seed, total, width, num_bins, kind, similarity, lam):
+    if kind == "drifting":
+        # a far cluster whose gains overtake those of the candidates late: the proofs must notice
+        generator = np.random.default_rng(seed)
+        values = np.abs(generator.standard_normal((total, width)))
+        values[: total // 3, 0] += 5.0
+    else:
+        values = random_features(seed, total, width, kind)
+    bins = make_bins(values, num_bins=num_bins, similarity=similarity, lam=lam)
+    S = twin.similarity_matrix(values, similarity)
+    if kind in ("plain", "positive", "clustered", "drifting") and similarity == "dot" and width > 1 and lam:
+        # no ties here, so the picks are the same one by one
+        dense = twin.make_bins_twin(S, num_bins, lam)
+        assert np.array_equal(bins.assignment, dense[0])
+        assert np.array_equal(bins.rank, dense[1])
+    elif total <= 60:
+        assert_greedy(bins, S, lam, num_bins)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    total=st.integers(5, 40),
+    width=st.integers(1, 4),
+    reach=st.sampled_from([1, 1, 2, 9]),
+    num_bins=st.integers(1, 5),
+)
+def test_true_ties_between_levels_go_to_the_lowest_position(seed, total, width, reach, num_bins):
+    values = np.random.default_rng(seed).integers(-reach, reach + 1, (total, width))
+    bins = make_bins(values.astype(np.float32), num_bins=num_bins, similarity="dot")
+    expected = twin.rational_bins_twin(values, num_bins)
+    assert [part.tolist() for part in picks_of(bins, num_bins)] == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), total=st.integers(5, 60), gap=st.sampled_from([0, 1, 2]))
+def test_gains_one_rounding_apart_are_told_apart(seed, total, gap):
+    """Rows differ in their last bits, so float64 running gains can't order them, and the exact ones can."""
+    generator = np.random.default_rng(seed)
+    values = 1.0 + gap * generator.integers(0, 4, (total, 2)) * 2.0**-50
+    bins = make_bins(values, num_bins=2, similarity="dot")
+    scaled = [[int(Fraction(float(v)) * 2**52) for v in row] for row in values]
+    exact = twin.rational_bins_twin(scaled, 2)
+    rows = [tuple(row) for row in scaled]
+
+    def gain(pick, picked, left):
+        dot = lambda a, b: sum(x * y for x, y in zip(rows[a], rows[b], strict=True))  # noqa: E731
+        return sum(dot(j, pick) for j in left) - 2 * sum(dot(s, pick) for s in picked)
+
+    left, picked = list(range(total)), []
+    for mine, theirs in zip(picks_of(bins, 2)[0], exact[0], strict=True):
+        if mine != theirs:
+            # equal once rounded to float64
+            assert float(Fraction(gain(mine, picked, left), 2**104)) == float(
+                Fraction(gain(theirs, picked, left), 2**104)
+            )
+            return
+        picked.append(mine)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), total=st.integers(5, 60), num_bins=st.integers(1, 4))
+def test_gradient_features(seed, total, num_bins):
+    generator = np.random.default_rng(seed)
+    embedding, gradient = generator.standard_normal((total, 4)), generator.standard_normal((total, 3)) * 1e-20
+    bins = make_bins(Features(torch.from_numpy(embedding), torch.from_numpy(gradient)), num_bins=num_bins)
+    assert_greedy(bins, twin.similarity_matrix(twin.last_layer_gradient(embedding, gradient)), 1.0, num_bins)
+
+
+def test_a_wrong_pick_would_be_noticed(monkeypatch):
+    """Without the proof the same data give another answer: the tests above can fail."""
+    values = np.abs(np.random.default_rng(5).standard_normal((150, 3)))
+    right = make_bins(values, num_bins=3, similarity="dot")
+
+    def believe(engine, level, outside, picked, run, start):
+        gains = level.gains - 2.0 * level.table.against(picked.sum())[:, 0]
+        return proof.Fault(len(picked), gains, level.error, np.empty(0, dtype=np.int64))
+
+    monkeypatch.setattr(levels, "first_fault", believe)
+    assert not torch.equal(make_bins(values, num_bins=3, similarity="dot").rank, right.rank)
+
+
+def test_near_ties_reach_the_referee(monkeypatch):
+    asked = []
+    settle = referee.Referee.settle
+    monkeypatch.setattr(
+        referee.Referee, "settle", lambda self, near, length=None: asked.append(len(near)) or settle(self, near, length)
+    )
+    make_bins(np.eye(40, dtype=np.float32), num_bins=3)
+    assert asked
+
+
+def test_threads_and_memory_layout_do_not_matter():
+    values = torch.randn(300, 7, generator=torch.Generator().manual_seed(1))
+    first = make_bins(values, num_bins=3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        second = make_bins(values.T.contiguous().T, num_bins=3)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(first.assignment, second.assignment)
+    assert torch.equal(first.rank, second.rank)
+
+
+def test_features_mapped_from_a_file(tmp_path):
+    values = np.random.default_rng(0).standard_normal((200, 9)).astype(np.float16)
+    np.save(tmp_path / "features.npy", values)
+    mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
+    first, second = make_bins(mapped, num_bins=4), make_bins(values, num_bins=4)
+    assert torch.equal(first.rank, second.rank)
+    assert torch.equal(first.assignment, second.assignment)
+
+
+def test_equal_rows_far_apart_cost_nothing_and_come_in_order():
+    values = np.repeat(np.random.default_rng(2).standard_normal((3, 4)), 200, axis=0)
+    bins = make_bins(values, num_bins=4)
+    for start in (0, 200, 400):
+        when = bins.assignment.long()[start : start + 200] * 1000 + bins.rank[start : start + 200]
+        assert torch.equal(when, when.sort().values)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_the_gpu_gives_the_same_bins(similarity):
+    values = torch.randn(2000, 32, generator=torch.Generator().manual_seed(3))
+    first = make_bins(values, similarity=similarity, device="cpu")
+    for second in (
+        make_bins(values, similarity=similarity, device="cuda"),
+        make_bins(values.cuda(), similarity=similarity),
+    ):
+        assert torch.equal(first.assignment, second.assignment)
+        assert torch.equal(first.rank, second.rank)
