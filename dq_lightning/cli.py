@@ -27,7 +27,7 @@ def info(path: str) -> None:
     import json
     from pathlib import Path
 
-    from dq_lightning.pipeline import open_compact
+    from dq_lightning.compact import open_compact
 
     print(json.dumps(open_compact(Path(path)).info.to_dict(), indent=2))
 

@@ -2,23 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import lightning as L
 from torch.utils.data import DataLoader
 
-from dq_lightning.config import QuantizeConfig, StoreKind, VerifyPolicy, with_short_forms
-from dq_lightning.errors import CacheError, ConfigError
-from dq_lightning.inner import is_datamodule, overridden_transfer_hooks
+from dq_lightning.compact import read_bins_of
+from dq_lightning.config import QuantizeConfig, StoreKind, VerifyPolicy
+from dq_lightning.errors import ConfigError
+from dq_lightning.inner import defined_by_user, is_datamodule, overridden_transfer_hooks
 from dq_lightning.loaders import AutoBool, AutoInt, LoaderSettings, make_eval_loaders, make_loader
-from dq_lightning.pipeline import read_bins_of
-from dq_lightning.randomness import isolated_random_state
-from dq_lightning.ranks import check_equal_on_all, raise_on_all
+from dq_lightning.preparation import Preparation
 from dq_lightning.records import Bins, Selection, StoreInfo
 from dq_lightning.steps import report_steps
-from dq_lightning.store.cache import Cache, default_cache_dir
-from dq_lightning.train_set import DataModuleTrainSet, DatasetTrainSet, Opened, StoreTrainSet, TrainSet, Wanted
+from dq_lightning.train_set import make_train_set, want
 from dq_lightning.trainer_facts import TrainerFacts
 
 
@@ -31,7 +30,7 @@ class QuantizedDataModule(L.LightningDataModule):
     Args:
         train: torchvision or Hugging Face dataset, any map-style dataset, a LightningDataModule (see `from_datamodule`), or the
             folder of a packed compact set (see `from_store`).
-        val: validation dataset, a list of them, or loaders; passed through.
+        val: validation dataset or loader, or a list or dict of these; None: there is no validation loader.
         test: likewise.
         predict: likewise.
         keep_ratio: share of the samples that are kept, in (0, 1].
@@ -43,7 +42,8 @@ class QuantizedDataModule(L.LightningDataModule):
         transform: `"keep"`, or what replaces the wrapped dataset's transform in the train loader (None: none).
         target_transform: likewise.
         collate_fn: of all loaders; None is torch's.
-        batch_size: samples per batch and process.
+        batch_size: samples per batch and process. For a wrapped data module a loader setting that equals the default here
+            counts as not given; `from_datamodule` tells the two apart.
         eval_batch_size: of the val, test and predict loaders; None is `batch_size`.
         num_workers: loader processes; `"auto"` leaves one core to each training process.
         pin_memory: `"auto"` pins when batches go to a GPU.
@@ -92,28 +92,21 @@ class QuantizedDataModule(L.LightningDataModule):
         super().__init__()
         # plain and small only: a dataset among the hyperparameters would be copied into every checkpoint
         self.save_hyperparameters("keep_ratio", "num_bins", "seed", logger=False)
-        named = isinstance(encoder, str | Path)
-        short_forms = {
-            "selection.keep_ratio": keep_ratio,
-            "selection.seed": seed,
-            "bins.num_bins": num_bins,
-            "store": store,
-        } | ({"features.encoder": str(encoder)} if named else {})
-        wanted = Wanted(
-            with_short_forms(config, short_forms),
-            encoder=None if named else encoder,
+        wanted = want(
+            config=config,
+            keep_ratio=keep_ratio,
+            num_bins=num_bins,
+            seed=seed,
+            store=store,
+            encoder=encoder,
             labels=labels,
             transform=transform,
             target_transform=target_transform,
             fingerprint=fingerprint,
-            seed=seed,
         )
         self.config = wanted.config
-        self.cache_dir, self.verify, self.device = cache_dir, verify, device
-        self.force_recompute, self.seed = force_recompute, seed
         self.batch_size: int | None = batch_size
         self.eval_batch_size = eval_batch_size
-        # what was given; for a wrapped data module its loader's settings fill the rest
         self._given: dict[str, Any] = {
             "num_workers": num_workers,
             "pin_memory": pin_memory,
@@ -122,19 +115,25 @@ class QuantizedDataModule(L.LightningDataModule):
             "collate_fn": collate_fn,
         }
         self._eval = {"val": val, "test": test, "predict": predict}
-        self._inner: Any = None
-        self._opened: Opened | None = None
-        self._failure: BaseException | None = None
-        self._expected_hash: str | None = None
         self._reported = False
-        self._train: TrainSet
-        if is_datamodule(train):
-            self._wrap(train)
-            self._train = DataModuleTrainSet(train, wanted)
-        elif isinstance(train, str | Path):
-            self._train = StoreTrainSet(train, wanted, verify)
-        else:
-            self._train = DatasetTrainSet(train, wanted)
+        self._inner = train if is_datamodule(train) else None
+        self._preparation = Preparation(
+            make_train_set(train, wanted, verify),
+            self._inner,
+            cache_dir=cache_dir,
+            verify=verify,
+            device=device,
+            force=force_recompute,
+            seed=seed,
+        )
+        if self._inner is not None:
+            self._wrap(self._inner)
+        for name in self._eval:
+            if not self._has(name):
+                # Lightning tells a missing loader from an empty one by whether the hook is that of its own class; a partial,
+                # unlike a bound method, keeps that through pickling
+                hook = getattr(L.LightningDataModule, f"{name}_dataloader")
+                setattr(self, f"{name}_dataloader", partial(hook, self))
 
     @classmethod
     def from_datamodule(
@@ -149,12 +148,12 @@ class QuantizedDataModule(L.LightningDataModule):
         store: StoreKind = "auto",
         transform: Any = "keep",
         target_transform: Any = "keep",
+        collate_fn: Callable[[list[Any]], Any] | None = None,
         batch_size: int | None = None,
         num_workers: AutoInt | None = None,
         pin_memory: AutoBool | None = None,
         persistent_workers: AutoBool | None = None,
         drop_last: bool | None = None,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
         cache_dir: str | Path | None = None,
         seed: int = 0,
         fingerprint: str | None = None,
@@ -167,6 +166,9 @@ class QuantizedDataModule(L.LightningDataModule):
         Its other loaders, batch-transfer hooks, state and attributes pass through. Batch size, collate function, sampler and
         worker settings are those of its train loader unless given here. Its `setup("fit")` runs in `prepare_data` too, both
         times from the random state `seed`, so that a split made there is the same on every rank.
+
+        Raises:
+            ConfigError: this is no data module.
         """
         if not is_datamodule(datamodule):
             raise ConfigError(f"from_datamodule takes a LightningDataModule, got {type(datamodule).__name__}")
@@ -180,6 +182,7 @@ class QuantizedDataModule(L.LightningDataModule):
             store=store,
             transform=transform,
             target_transform=target_transform,
+            collate_fn=collate_fn,
             cache_dir=cache_dir,
             seed=seed,
             fingerprint=fingerprint,
@@ -187,13 +190,13 @@ class QuantizedDataModule(L.LightningDataModule):
             verify=verify,
             device=device,
         )
+        # here None says "not given", and every other value, also a default of the class, says "given"
         made.batch_size = batch_size
-        made._given = {
+        made._given |= {
             "num_workers": num_workers,
             "pin_memory": pin_memory,
             "persistent_workers": persistent_workers,
             "drop_last": drop_last,
-            "collate_fn": collate_fn,
         }
         return made
 
@@ -219,25 +222,12 @@ class QuantizedDataModule(L.LightningDataModule):
     ) -> Self:
         """Train from a packed compact set alone; the original dataset is not needed.
 
-        Args:
-            path: folder of the entry (`StoreInfo.path`), here or copied from another machine.
-            val: and all others, as in the class.
-            test: as in the class.
-            predict: as in the class.
-            transform: of the image of each sample; transforms are code, so a store never holds them.
-            target_transform: of the target.
-            collate_fn: as in the class.
-            batch_size: as in the class.
-            eval_batch_size: as in the class.
-            num_workers: as in the class.
-            pin_memory: as in the class.
-            persistent_workers: as in the class.
-            drop_last: as in the class.
-            seed: as in the class.
-            verify: as in the class.
+        `path` is the folder of the entry (`StoreInfo.path`), here or copied from another machine. `transform` is of the image
+        and `target_transform` of the target of each sample: transforms are code, so a store never holds them. All else is as
+        in the class.
 
         Raises:
-            CacheError: the folder holds no packed set.
+            StoreError: the folder holds no packed set, or a damaged one.
         """
         return cls(
             Path(path),
@@ -270,68 +260,27 @@ class QuantizedDataModule(L.LightningDataModule):
         """Lightning's own short way, kept so that it quantizes too; further settings need the class itself."""
         if train_dataset is None:
             raise ConfigError("from_datasets needs train_dataset: there is nothing to quantize without it")
-        return cls(
-            train_dataset,
-            val=val_dataset,
-            test=test_dataset,
-            predict=predict_dataset,
-            batch_size=batch_size,
-            num_workers=num_workers,
-        )
+        evals = {"val": val_dataset, "test": test_dataset, "predict": predict_dataset}
+        return cls(train_dataset, batch_size=batch_size, num_workers=num_workers, **evals)
 
     def prepare_data(self) -> None:
-        """Make the compact set if it is not cached. Runs where Lightning says; leaves nothing but files behind."""
-        facts = TrainerFacts.of(self.trainer)
-        try:
-            if self._inner is not None:
-                self._inner.trainer = self.trainer
-                self._inner.prepare_data()
-            if facts.fits:
-                with isolated_random_state():
-                    self._train.prepare(
-                        self._cache(),
-                        device=facts.device if self.device == "auto" else self.device,
-                        force=self.force_recompute,
-                        progress=facts.progress,
-                    )
-        except (Exception, SystemExit) as error:
-            # Lightning's barrier lets the other ranks go on: they learn of the failure in setup and end with its cause
-            if facts.num_ranks == 1:
-                raise
-            self._failure = error
+        """Make the compact set if it is not cached. Runs where Lightning says; leaves nothing of use but files behind."""
+        self._preparation.prepare(self.trainer)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the compact set on every rank and check that all ranks hold the same one.
 
         Raises:
-            DQError: preparation failed on some rank, or the entry cannot be found here, or the ranks disagree.
+            DQError: preparation failed on some rank, the entry cannot be found here, the ranks disagree, or the Trainer's
+                settings cannot work with so few steps.
         """
-        failure, self._failure = self._failure, None
-        raise_on_all(failure, "preparing the compact set")
-        if self._inner is not None:
-            self._inner.trainer = self.trainer
-            with isolated_random_state(self.seed):
-                self._inner.setup(stage)
-        if stage not in (None, "fit"):
+        if not self._preparation.open(self.trainer, stage):
             return
-        error: Exception | None = None
-        with isolated_random_state():
-            try:
-                self._open()
-            except Exception as caught:
-                error = caught
-        raise_on_all(error, "opening the compact set")
-        check_equal_on_all(
-            self.info.content_hash,
-            "compact sets",
-            "Nodes without a shared cache_dir each made their own, and they came out different: share cache_dir, or copy one "
-            "node's cache to the others",
-        )
-        self._check_resumed()
+        # the batch-size finder and a model look for it here
+        self.batch_size = self._settings().batch_size
         if self.trainer is not None:
-            self._reported = report_steps(
-                self.trainer, self.info, self._settings(), quiet=self._reported, num_ranks=self.trainer.world_size
-            )
+            report_steps(self.trainer, self.info, self._settings(), quiet=self._reported)
+            self._reported = True
 
     def teardown(self, stage: str) -> None:
         """Forwarded to a wrapped data module."""
@@ -345,27 +294,25 @@ class QuantizedDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches of the compact set."""
-        if self._opened is None:
-            raise ConfigError(
-                "train_dataloader() before setup('fit'): let the Trainer call it, or call prepare_data and setup"
-            )
-        return make_loader(self._opened.dataset, self._settings(), TrainerFacts.of(self.trainer), seed=self.seed)
+        dataset = self._preparation.opened.dataset
+        return make_loader(dataset, self._settings(), TrainerFacts.of(self.trainer), self._preparation.seed)
 
     def val_dataloader(self) -> Any:
-        """Loaders over `val`, or the wrapped data module's own; none without."""
+        """Loaders over `val`, or the wrapped data module's own; not defined without."""
         return self._eval_loaders("val")
 
     def test_dataloader(self) -> Any:
-        """Loaders over `test`, or the wrapped data module's own; none without."""
+        """Loaders over `test`, or the wrapped data module's own; not defined without."""
         return self._eval_loaders("test")
 
     def predict_dataloader(self) -> Any:
-        """Loaders over `predict`, or the wrapped data module's own; none without."""
+        """Loaders over `predict`, or the wrapped data module's own; not defined without."""
         return self._eval_loaders("predict")
 
     def state_dict(self) -> dict[str, Any]:
         """The compact set's content hash, and the wrapped data module's state."""
-        state: dict[str, Any] = {"content_hash": self.info.content_hash if self._opened else self._expected_hash}
+        known = self.info.content_hash if self._preparation.is_open else self._preparation.expected_hash
+        state: dict[str, Any] = {"content_hash": known}
         if self._inner is not None:
             state["datamodule"] = self._inner.state_dict()
         return state
@@ -376,25 +323,24 @@ class QuantizedDataModule(L.LightningDataModule):
         Raises:
             CacheError: this run made another one.
         """
-        self._expected_hash = state_dict.get("content_hash")
         if self._inner is not None:
             self._inner.load_state_dict(state_dict.get("datamodule", {}))
-        self._check_resumed()
+        self._preparation.expect(state_dict.get("content_hash"))
 
     @property
     def info(self) -> StoreInfo:
         """Where the compact set is and what it costs; after `setup`."""
-        return self._compact_set().compact.info
+        return self._preparation.info
 
     @property
     def selection(self) -> Selection:
         """Which samples were kept; after `setup`."""
-        return self._compact_set().compact.selection
+        return self._preparation.compact().selection
 
     @property
     def bins(self) -> Bins:
         """The bins of the whole set; after `setup`."""
-        return read_bins_of(self._compact_set().compact, self._cache())
+        return read_bins_of(self._preparation.compact(), self._preparation.cache())
 
     @property
     def data_keep_ratio(self) -> float:
@@ -403,8 +349,11 @@ class QuantizedDataModule(L.LightningDataModule):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes, or None when the targets are no classes. For a dataset it is known before `setup`."""
-        return self.info.num_classes if self._opened is not None else self._train.num_classes()
+        """Number of classes, or None when the targets are no classes; samples without a label are of none.
+
+        For a dataset it is known before `setup`; one that lists no classes is read through for it.
+        """
+        return self._preparation.num_classes()
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of a wrapped data module that a model reads through `trainer.datamodule`."""
@@ -416,42 +365,27 @@ class QuantizedDataModule(L.LightningDataModule):
     def _wrap(self, datamodule: Any) -> None:
         if any(value is not None for value in self._eval.values()):
             raise ConfigError("val=, test= and predict= come from the wrapped data module: leave them out")
-        self._inner = datamodule
+        # what equals the class's default counts as not given: the module's own loader has the say
+        self.batch_size = None if self.batch_size == LoaderSettings().batch_size else self.batch_size
+        own = {name: getattr(LoaderSettings(), name) for name in self._given}
+        self._given = {name: None if value == own[name] else value for name, value in self._given.items()}
         self.prepare_data_per_node = datamodule.prepare_data_per_node
         for name, hook in overridden_transfer_hooks(datamodule).items():
             # on the instance, and only these: Lightning asks whether they are overridden and would else skip the model's own
             setattr(self, name, hook)
 
-    def _cache(self) -> Cache:
-        return Cache(self.cache_dir or default_cache_dir(), verify=self.verify)
-
-    def _open(self) -> None:
-        self._opened = self._train.open(self._cache())
-        if self._opened.settings is not None and self.batch_size is None:
-            self.batch_size = self._opened.settings.batch_size
-
     def _settings(self) -> LoaderSettings:
         """Settings of the train loader; the batch size is read at each call, because the batch-size finder changes it."""
-        own = self._opened.settings if self._opened is not None else None
-        given = {name: value for name, value in self._given.items() if value is not None or own is None}
-        return replace(own or LoaderSettings(), batch_size=self.batch_size or 1, **given)
+        return self._preparation.settings(self.batch_size, self._given)
 
-    def _compact_set(self) -> Opened:
-        if self._opened is None:
-            raise ConfigError("the compact set is known after setup('fit'): call prepare_data() and setup('fit') first")
-        return self._opened
-
-    def _check_resumed(self) -> None:
-        if self._opened is None or self._expected_hash in (None, self.info.content_hash):
-            return
-        raise CacheError(
-            f"the checkpoint was trained on the compact set {self._expected_hash}, but this run has "
-            f"{self.info.content_hash}: the data, the settings or the encoder's weights changed. Restore them, or start "
-            "without ckpt_path"
-        )
+    def _has(self, name: str) -> bool:
+        if self._inner is not None:
+            return defined_by_user(self._inner, f"{name}_dataloader")
+        return self._eval[name] is not None
 
     def _eval_loaders(self, name: str) -> Any:
         if self._inner is not None:
             return getattr(self._inner, f"{name}_dataloader")()
-        settings = replace(self._settings(), batch_size=self.eval_batch_size or self.batch_size or 1)
+        settings = self._settings()
+        settings = replace(settings, batch_size=self.eval_batch_size or settings.batch_size)
         return make_eval_loaders(self._eval[name], settings, TrainerFacts.of(self.trainer))

@@ -15,7 +15,7 @@ def is_datamodule(value: Any) -> bool:
 
 def overridden_transfer_hooks(datamodule: Any) -> dict[str, Callable[..., Any]]:
     """The batch-transfer hooks that the user's class defines itself, bound, by name."""
-    return {name: getattr(datamodule, name) for name in TRANSFER_HOOKS if _defined_by_user(datamodule, name)}
+    return {name: getattr(datamodule, name) for name in TRANSFER_HOOKS if defined_by_user(datamodule, name)}
 
 
 def probe_train_loader(datamodule: Any) -> Any:
@@ -25,7 +25,8 @@ def probe_train_loader(datamodule: Any) -> Any:
     return probe.train_dataloader()
 
 
-def _defined_by_user(datamodule: Any, name: str) -> bool:
+def defined_by_user(datamodule: Any, name: str) -> bool:
+    """Whether a hook is the user's own and not that of the Lightning base class."""
     if name in vars(datamodule):
         return True
     owner = next(cls for cls in type(datamodule).__mro__ if name in vars(cls))

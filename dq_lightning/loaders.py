@@ -36,6 +36,7 @@ class LoaderSettings:
         weights: float [number of samples], draw probabilities of a weighted sampler, or None.
         replacement: draw with replacement.
         num_draws: samples per epoch of a sampler that draws; None means all.
+        generator: of the user's own loader or sampler.
         Others: as in `torch.utils.data.DataLoader`; `"auto"` is resolved when the loader is made.
     """
 
@@ -53,6 +54,7 @@ class LoaderSettings:
     weights: Tensor | None = None
     replacement: bool = False
     num_draws: int | None = None
+    generator: torch.Generator | None = None
 
 
 def automatic_workers(processes_on_node: int = 1) -> int:
@@ -78,19 +80,19 @@ def worker_context(given: Any, num_workers: int) -> Any:
     return given
 
 
-def make_loader(dataset: Any, settings: LoaderSettings, facts: TrainerFacts, *, seed: int = 0) -> DataLoader[Any]:
+def make_loader(dataset: Any, settings: LoaderSettings, facts: TrainerFacts, seed: int = 0) -> DataLoader[Any]:
     """A DataLoader.
 
     Args:
         dataset: map-style.
         settings: how to load it.
         facts: of the run, which resolve what is `"auto"`.
-        seed: of a sampler that draws, so that all ranks draw alike.
+        seed: of a sampler that draws, so that all ranks draw alike; loaders made anew in a later epoch draw anew.
     """
     workers = automatic_workers(facts.processes_on_node) if settings.num_workers == "auto" else settings.num_workers
     pin = facts.on_cuda if settings.pin_memory == "auto" else settings.pin_memory
     persist = not facts.reloads if settings.persistent_workers == "auto" else settings.persistent_workers
-    sampler = make_sampler(dataset, settings, seed)
+    sampler = make_sampler(dataset, settings, seed + facts.epoch)
     return DataLoader(
         dataset,
         batch_size=settings.batch_size,
@@ -105,6 +107,7 @@ def make_loader(dataset: Any, settings: LoaderSettings, facts: TrainerFacts, *, 
         prefetch_factor=settings.prefetch_factor if workers > 0 else None,
         multiprocessing_context=worker_context(settings.multiprocessing_context, workers),
         timeout=settings.timeout,
+        generator=settings.generator,
     )
 
 
@@ -112,15 +115,15 @@ def make_eval_loaders(given: Any, settings: LoaderSettings, facts: TrainerFacts)
     """Loaders in order over what a user passed for validation, test or prediction.
 
     Args:
-        given: a dataset, a loader (passed through), a list of these, or None (no loaders).
+        given: a dataset, a loader of any kind (passed through), or a list or dict of these.
         settings: how to load datasets; never shuffled, never cut.
         facts: of the run.
     """
-    if given is None:
-        return []
     if isinstance(given, list | tuple):
         return [make_eval_loaders(one, settings, facts) for one in given]
-    if isinstance(given, DataLoader):
+    if isinstance(given, dict):
+        return {name: make_eval_loaders(one, settings, facts) for name, one in given.items()}
+    if isinstance(given, DataLoader) or not hasattr(given, "__getitem__"):
         return given
     settings = replace(settings, shuffle=False, drop_last=False, weights=None, replacement=False)
     return make_loader(given, settings, facts)
@@ -154,12 +157,19 @@ def read_loader(loader: Any) -> tuple[Dataset[Any], LoaderSettings]:
             f"the train loader makes its batches by {type(loader.batch_sampler).__name__}: a batch sampler names positions "
             "of the whole dataset and cannot be carried over to the compact one. Pass the dataset and batch_size="
         )
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        raise ConfigError(
+            f"the train loader is a {type(loader).__name__}, which gives batches in its own way: it cannot be carried over to "
+            "the compact set. Use torch's DataLoader (with collate_fn=), or pass the dataset itself"
+        )
     dataset, sampler = loader.dataset, loader.sampler
     weights, replacement, draws, shuffle = None, False, None, True
     if isinstance(sampler, SubsetRandomSampler):
         dataset = Subset(dataset, [int(i) for i in sampler.indices])
     elif isinstance(sampler, WeightedRandomSampler):
         weights, replacement, draws = sampler.weights.clone(), sampler.replacement, sampler.num_samples
+        if len(weights) != len(dataset):  # type: ignore[arg-type]
+            raise ConfigError(f"the WeightedRandomSampler has {len(weights)} weights for {len(dataset)} samples")  # type: ignore[arg-type]
     elif type(sampler) is RandomSampler:
         replacement = sampler.replacement
         draws = sampler.num_samples if sampler.replacement or sampler.num_samples != len(dataset) else None  # type: ignore[arg-type]
@@ -190,5 +200,6 @@ def read_loader(loader: Any) -> tuple[Dataset[Any], LoaderSettings]:
         weights=weights,
         replacement=replacement,
         num_draws=draws,
+        generator=loader.generator or getattr(sampler, "generator", None),
     )
     return dataset, settings

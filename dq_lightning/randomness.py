@@ -17,7 +17,7 @@ def isolated_random_state(seed: int | None = None) -> Iterator[None]:
     """
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     # asking an uninitialised CUDA for its state would create a context: a cache hit must not touch the GPU
-    cuda_before = torch.cuda.is_initialized()
+    cuda_before: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     cuda_states = torch.cuda.get_rng_state_all() if cuda_before else []
     try:
         if seed is not None:
@@ -31,6 +31,6 @@ def isolated_random_state(seed: int | None = None) -> Iterator[None]:
         torch.set_rng_state(torch_state)
         if cuda_before:
             torch.cuda.set_rng_state_all(cuda_states)
-        elif torch.cuda.is_initialized():
+        elif torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             # CUDA came up inside: its generators are as a fresh process would have seeded them
             torch.cuda.manual_seed_all(torch.initial_seed())

@@ -30,7 +30,9 @@ class Features:
             if value is None:
                 continue
             if value.ndim != 2 or not value.is_floating_point():
-                raise DQError(f"Features.{name} must be a floating tensor [N, width], got {value.dtype} {tuple(value.shape)}")
+                raise DQError(
+                    f"Features.{name} must be a floating tensor [N, width], got {value.dtype} {tuple(value.shape)}"
+                )
         if self.head_gradient is not None and len(self.head_gradient) != len(self.embedding):
             raise DQError(
                 f"Features: {len(self.embedding)} rows of embedding but {len(self.head_gradient)} of head_gradient"
@@ -45,19 +47,22 @@ class Labels:
     """The class of every sample.
 
     Attributes:
-        values: int64 [N], 0 <= value < num_classes.
+        values: int64 [N], 0 <= value < num_classes; with `unlabeled` the value `num_classes` stands for no label.
         names: the name of each class, when the dataset knows them.
+        unlabeled: whether some samples have no label. They are a group of their own, which is no class.
     """
 
     values: Tensor
     names: tuple[str, ...] | None = None
+    unlabeled: bool = False
 
     @property
     def num_classes(self) -> int:
         """Number of classes: the names that the dataset lists, or else the largest label seen plus one."""
         if self.names is not None:
             return len(self.names)
-        return int(self.values.max()) + 1 if len(self.values) else 0
+        groups = int(self.values.max()) + 1 if len(self.values) else 0
+        return groups - self.unlabeled
 
 
 @dataclass(frozen=True, eq=False)

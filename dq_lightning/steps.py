@@ -7,6 +7,7 @@ from dq_lightning.errors import ConfigError
 from dq_lightning.loaders import LoaderSettings
 from dq_lightning.logs import get_logger
 from dq_lightning.records import StoreInfo
+from dq_lightning.trainer_facts import TrainerFacts
 
 
 def steps_per_epoch(num_samples: int, batch_size: int, num_ranks: int, drop_last: bool) -> int:
@@ -41,6 +42,8 @@ def check_steps(trainer: Any, steps: int, *, num_samples: int, batch_size: int, 
         return []
     advice = []
     limit = trainer.limit_train_batches
+    if not limit:
+        return []
     if isinstance(limit, float) and limit > 0 and int(steps * limit) == 0:
         raise ConfigError(
             f"limit_train_batches={limit} of the {steps} steps that an epoch of the compact set has is less than one batch: "
@@ -64,16 +67,19 @@ def check_steps(trainer: Any, steps: int, *, num_samples: int, batch_size: int, 
     return advice
 
 
-def report_steps(trainer: Any, info: StoreInfo, settings: LoaderSettings, *, num_ranks: int, quiet: bool) -> bool:
-    """Check the Trainer's settings, and say once on rank 0 how many steps an epoch had and has.
+def report_steps(trainer: Any, info: StoreInfo, settings: LoaderSettings, *, quiet: bool) -> None:
+    """Check the Trainer's settings, and say on rank 0 how many steps an epoch had and has.
 
-    Returns:
-        True: it has been said.
+    Args:
+        trainer: a Lightning Trainer.
+        info: of the compact set.
+        settings: of the train loader.
+        quiet: only check: it has been said.
 
     Raises:
         ConfigError: see `check_steps`.
     """
-    size = settings.batch_size
+    size, num_ranks = settings.batch_size, TrainerFacts.of(trainer).num_shares
     samples = settings.num_draws or info.num_samples
     after = steps_per_epoch(samples, size, num_ranks, settings.drop_last)
     before = steps_per_epoch(info.num_source_samples, size, num_ranks, settings.drop_last)
@@ -86,4 +92,3 @@ def report_steps(trainer: Any, info: StoreInfo, settings: LoaderSettings, *, num
         )
         for line in advice:
             log.warning(line)
-    return True

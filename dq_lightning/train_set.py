@@ -1,25 +1,18 @@
 """The training set behind a data module: a dataset, a wrapped data module, or a packed store. No Lightning here."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from dq_lightning.config import QuantizeConfig, VerifyPolicy
+from dq_lightning.compact import Compact, find_compact, open_compact, open_packed
+from dq_lightning.config import QuantizeConfig, StoreKind, VerifyPolicy, with_short_forms
 from dq_lightning.errors import CacheError, ConfigError, DQError, SourceError
-from dq_lightning.inner import probe_train_loader
+from dq_lightning.inner import is_datamodule, probe_train_loader
 from dq_lightning.loaders import LoaderSettings, read_loader
-from dq_lightning.pipeline import (
-    STORE,
-    Compact,
-    Plan,
-    find_compact,
-    find_or_build,
-    make_plan,
-    open_compact,
-    open_packed,
-)
+from dq_lightning.plan import Plan, make_plan
 from dq_lightning.randomness import isolated_random_state
 from dq_lightning.ranks import global_rank
 from dq_lightning.sources.adapt import as_source
@@ -60,6 +53,44 @@ class Wanted:
         )
 
 
+def want(
+    *,
+    config: QuantizeConfig | None,
+    keep_ratio: float,
+    num_bins: int,
+    seed: int,
+    store: StoreKind,
+    encoder: Any,
+    labels: Any,
+    transform: Any,
+    target_transform: Any,
+    fingerprint: str | None,
+) -> Wanted:
+    """Put the keywords of a data module and its config together.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    short_forms: dict[str, Any] = {
+        "selection.keep_ratio": keep_ratio,
+        "selection.seed": seed,
+        "bins.num_bins": num_bins,
+        "store": store,
+    }
+    named = isinstance(encoder, str | Path)
+    if named:
+        short_forms["features.encoder"] = str(encoder)
+    return Wanted(
+        with_short_forms(config, short_forms),
+        encoder=None if named else encoder,
+        labels=labels,
+        transform=transform,
+        target_transform=target_transform,
+        fingerprint=fingerprint,
+        seed=seed,
+    )
+
+
 @dataclass
 class Opened:
     """A compact set ready to load.
@@ -75,10 +106,14 @@ class Opened:
     settings: LoaderSettings | None = None
 
 
+# (plan, cache) -> the compact set, found or built
+Build = Callable[[Plan, Cache], Compact]
+
+
 class TrainSet(Protocol):
     """What a data module needs of its training set."""
 
-    def prepare(self, cache: Cache, *, device: str, force: bool, progress: bool) -> None:
+    def prepare(self, cache: Cache, build: Build) -> None:
         """Make the compact set if it is not cached."""
         ...
 
@@ -96,25 +131,28 @@ class DatasetTrainSet:
 
     def __init__(self, dataset: Any, wanted: Wanted) -> None:
         self._dataset, self._wanted = dataset, wanted
-        self._plan: Plan | None = None
+        # left by prepare for the open that follows in the same process: it saves hashing the data a second time
+        self._prepared: tuple[Plan, Compact] | None = None
+        self._num_classes: tuple[int | None] | None = None
 
-    def plan(self) -> Plan:
-        if self._plan is None:
-            self._plan = self._wanted.plan(self._dataset)
-        return self._plan
-
-    def prepare(self, cache: Cache, *, device: str, force: bool, progress: bool) -> None:
-        find_or_build(self.plan(), cache, device=device, force=force, progress=progress)
+    def prepare(self, cache: Cache, build: Build) -> None:
+        # planned anew each time: the user may have changed the dataset since
+        plan = self._wanted.plan(self._dataset)
+        self._prepared = plan, build(plan, cache)
 
     def open(self, cache: Cache) -> Opened:
-        compact = find_compact(self.plan(), cache)
+        prepared, self._prepared = self._prepared, None
+        plan, compact = prepared or (self._wanted.plan(self._dataset), None)
+        compact = compact or find_compact(plan, cache)
         if compact is None:
             raise _missing(cache)
-        return Opened(compact, compact_dataset(self.plan(), compact, cache.verify))
+        return Opened(compact, compact_dataset(plan, compact, cache.verify))
 
     def num_classes(self) -> int | None:
-        labels = self.plan().source.labels()
-        return labels.num_classes if labels is not None else None
+        if self._num_classes is None:
+            labels = self._wanted.plan(self._dataset).labels
+            self._num_classes = (labels.num_classes if labels is not None else None,)
+        return self._num_classes[0]
 
 
 class DataModuleTrainSet:
@@ -122,20 +160,23 @@ class DataModuleTrainSet:
 
     def __init__(self, datamodule: Any, wanted: Wanted) -> None:
         self._datamodule, self._wanted = datamodule, wanted
-        self._prepared_identity: str | None = None
+        self._prepared: Compact | None = None
 
-    def prepare(self, cache: Cache, *, device: str, force: bool, progress: bool) -> None:
+    def prepare(self, cache: Cache, build: Build) -> None:
         with isolated_random_state(self._wanted.seed):
             dataset, _ = read_loader(probe_train_loader(self._datamodule))
-        compact = find_or_build(self._wanted.plan(dataset), cache, device=device, force=force, progress=progress)
-        self._prepared_identity = compact.parts[STORE]["source"]
+        self._prepared = build(self._wanted.plan(dataset), cache)
 
     def open(self, cache: Cache) -> Opened:
+        prepared, self._prepared = self._prepared, None
         dataset, settings = read_loader(self._datamodule.train_dataloader())
         plan = self._wanted.plan(dataset)
         compact = find_compact(plan, cache)
+        if prepared is not None and (compact is None or compact.parts != prepared.parts):
+            raise self._changed_split()
         if compact is None:
-            raise self._changed_split(plan, cache) or _missing(cache)
+            raise _missing(cache)
+        compact = prepared or compact
         return Opened(compact, compact_dataset(plan, compact, cache.verify), cut_down(settings, compact))
 
     def num_classes(self) -> int | None:
@@ -144,14 +185,10 @@ class DataModuleTrainSet:
             raise ConfigError("num_classes of a wrapped data module is known after setup('fit')")
         return known
 
-    def _changed_split(self, plan: Plan, cache: Cache) -> DQError | None:
-        before, now = self._prepared_identity, plan.source.quick_digest(cache.memory)
-        if before is None or before == now or self._wanted.fingerprint is not None:
-            return None
+    def _changed_split(self) -> DQError:
         return SourceError(
-            f"{type(self._datamodule).__name__}.setup('fit') gave another train set than in prepare_data (digest "
-            f"{before[:12]}, then {str(now)[:12]}): its split depends on more than the seeded random state. Give the split a "
-            "generator with a seed of its own"
+            f"{type(self._datamodule).__name__}.setup('fit') gave another train set than in prepare_data: its split depends "
+            "on more than the seeded random state. Give the split a generator with a seed of its own"
         )
 
 
@@ -162,16 +199,24 @@ class StoreTrainSet:
         self._path, self._wanted = Path(path), wanted
         self._samples = open_packed(path, verify=verify)
 
-    def prepare(self, cache: Cache, *, device: str, force: bool, progress: bool) -> None:
+    def prepare(self, cache: Cache, build: Build) -> None:
         """Nothing to do."""
 
     def open(self, cache: Cache) -> Opened:
         wanted = self._wanted
         source = as_source(self._samples, transform=wanted.transform, target_transform=wanted.target_transform)
-        return Opened(open_compact(self._path), source.subset(torch.arange(len(self._samples))))
+        compact = open_compact(self._path, verify=cache.verify)
+        return Opened(compact, source.subset(torch.arange(len(self._samples))))
 
     def num_classes(self) -> int | None:
         return open_compact(self._path).info.num_classes
+
+
+def make_train_set(train: Any, wanted: Wanted, verify: VerifyPolicy) -> TrainSet:
+    """Decide what `train` is: a data module, the folder of a packed set, or a dataset."""
+    if is_datamodule(train):
+        return DataModuleTrainSet(train, wanted)
+    return StoreTrainSet(train, wanted, verify) if isinstance(train, str | Path) else DatasetTrainSet(train, wanted)
 
 
 def compact_dataset(plan: Plan, compact: Compact, verify: VerifyPolicy) -> Any:

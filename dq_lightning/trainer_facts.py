@@ -12,7 +12,9 @@ class TrainerFacts:
 
     Attributes:
         fits: a train set is needed (not for validate, test and predict alone).
-        num_ranks: processes of the run that share an epoch.
+        num_ranks: processes of the run.
+        num_shares: processes that share an epoch: fewer than `num_ranks` when a model is spread over several of them.
+        epoch: the epoch that comes next.
         processes_on_node: training processes that share this node's cores.
         device: where this process computes.
         reloads: loaders are made anew every few epochs.
@@ -21,6 +23,8 @@ class TrainerFacts:
 
     fits: bool = True
     num_ranks: int = 1
+    num_shares: int = 1
+    epoch: int = 0
     processes_on_node: int = 1
     device: str = "auto"
     reloads: bool = False
@@ -35,7 +39,9 @@ class TrainerFacts:
             fits=trainer.state.fn is None or trainer.state.fn.value == "fit",
             num_ranks=trainer.world_size,
             processes_on_node=max(1, trainer.num_devices),
-            device=str(trainer.strategy.root_device),
+            num_shares=(trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1),
+            epoch=trainer.current_epoch,
+            device=_encoder_device(trainer.strategy.root_device),
             reloads=bool(trainer.reload_dataloaders_every_n_epochs),
             progress=trainer.progress_bar_callback is not None,
         )
@@ -44,3 +50,8 @@ class TrainerFacts:
     def on_cuda(self) -> bool:
         """Whether batches go to a GPU."""
         return torch.cuda.is_available() if self.device == "auto" else self.device.startswith("cuda")
+
+
+def _encoder_device(device: Any) -> str:
+    """Where the encoder runs in a run on `device`: there, if torch itself computes on it, and else on the CPU."""
+    return str(device) if device.type in ("cuda", "mps") else "cpu"

@@ -100,8 +100,8 @@ def to_labels(targets: Targets) -> Labels | None:
     if missing.any():
         group = len(names) if names is not None else largest + 1
         values = np.where(missing, group, values)
-        names = (*names, "(unlabeled)") if names is not None else None
-    return Labels(torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64).copy()), names)
+    grouped = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64).copy())
+    return Labels(grouped, names, unlabeled=bool(missing.any()))
 
 
 def given_labels(labels: Any, length: int) -> Labels:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dq_lightning.config import VerifyPolicy
-from dq_lightning.errors import CacheError, DQError
+from dq_lightning.errors import CacheError, DQError, StoreError
 from dq_lightning.store import files
 
 MANIFEST = "manifest.json"
@@ -116,6 +116,22 @@ def check_entry(folder: Path, verify: VerifyPolicy, *, station: str, key: str) -
     for name, facts in listed.items():
         check_file(folder, name, facts, hashed=verify == "hash" or facts["size"] <= SMALL_BYTES)
     return values
+
+
+def check_copied_entry(folder: Path, verify: VerifyPolicy, *, station: str) -> None:
+    """Verify an entry outside the cache, such as a copied one, under whatever name its folder has.
+
+    Raises:
+        StoreError: it is none of this station, incomplete or damaged.
+    """
+    try:
+        values = read_manifest(folder)
+        check_entry(folder, verify, station=station, key=str(values.get("key")))
+    except (Damage, OSError) as error:
+        raise StoreError(
+            f"{folder} is no compact set that can be used: {error}. Pass the folder that StoreInfo.path names, or a whole "
+            "copy of it; copy a damaged one again"
+        ) from error
 
 
 def check_file(folder: Path, name: str, facts: dict[str, Any], *, hashed: bool) -> None:

@@ -4,6 +4,10 @@ from typing import Any
 
 MAX_CHANGES = 4
 MAX_VALUE = 40
+MIN_DIGEST, SHOWN_DIGEST = 32, 8
+# what a user calls a part whose name in a key is shorter
+NOUNS = {"5-store": "the compact set"}
+NAMES = {"source": "the data", "encoder": "the encoder", "num_source_samples": "number of samples"}
 
 
 def flatten(parts: Any, path: str = "") -> dict[str, Any]:
@@ -18,7 +22,7 @@ def flatten(parts: Any, path: str = "") -> dict[str, Any]:
 
 def describe_change(station: str, wanted: dict[str, Any], existing: list[dict[str, Any]]) -> str:
     """Compare the wanted parts with the nearest existing ones: those with the most equal values."""
-    noun = station.partition("-")[2] or station
+    noun = NOUNS.get(station) or station.partition("-")[2] or station
     if not existing:
         return f"computing {noun}: nothing cached yet"
     missing = object()
@@ -33,14 +37,19 @@ def describe_change(station: str, wanted: dict[str, Any], existing: list[dict[st
     nearest = min((changes(parts) for parts in existing), key=len)
     if not nearest:
         return f"computing {noun}: asked to make it again"
-    told = [f"{path} changed ({_short(a, missing)} -> {_short(b, missing)})" for path, a, b in nearest[:MAX_CHANGES]]
+    told = [
+        f"{NAMES.get(path, path)} changed ({_short(a, missing)} -> {_short(b, missing)})"
+        for path, a, b in nearest[:MAX_CHANGES]
+    ]
     if len(nearest) > MAX_CHANGES:
         told.append(f"and {len(nearest) - MAX_CHANGES} more")
-    return f"computing {noun}: {', '.join(told)}"
+    return f"computing {noun} because {', '.join(told)}"
 
 
 def _short(value: Any, missing: object) -> str:
     if value is missing:
         return "nothing"
     text = value if isinstance(value, str) else repr(value)
+    if len(text) >= MIN_DIGEST and all(letter in "0123456789abcdef" for letter in text):
+        return text[:SHOWN_DIGEST]
     return text if len(text) <= MAX_VALUE else f"{text[: MAX_VALUE - 3]}..."

@@ -82,6 +82,12 @@ def write_packed(
     writer.finish(attributes)
 
 
+def estimate_bytes(items: Iterable[Item], num_samples: int) -> int:
+    """About how many bytes a store of `num_samples` takes, from a few of its items."""
+    sizes = [len(encoded.data) if encoded is not None else _rough_bytes(sample) for sample, encoded in items]
+    return sum(sizes) * num_samples // max(1, len(sizes))
+
+
 class _StoreWriter:
     """Files and facts of the store being written."""
 

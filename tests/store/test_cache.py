@@ -197,8 +197,8 @@ def test_misses_are_explained_by_the_nearest_entry(tmp_path: Path) -> None:
     build(cache)
     build(cache, {"source": "z", "config": {"num_bins": 3, "lam": 2.0}, "algorithm": 0})
     changed = {**PARTS, "config": {"num_bins": 5, "lam": 1.0}}
-    assert cache.explain_miss("2-bins", changed) == "computing bins: config.num_bins changed (10 -> 5)"
-    assert cache.explain_miss("2-bins", {**PARTS, "more": 1}) == "computing bins: more changed (nothing -> 1)"
+    assert cache.explain_miss("2-bins", changed) == "computing bins because config.num_bins changed (10 -> 5)"
+    assert cache.explain_miss("2-bins", {**PARTS, "more": 1}) == "computing bins because more changed (nothing -> 1)"
     assert "again" in cache.explain_miss("2-bins", PARTS)
 
 

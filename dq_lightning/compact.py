@@ -1,0 +1,118 @@
+"""A compact set on the disk: found in the cache, or opened in any folder that holds a whole entry."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dq_lightning.config import VerifyPolicy
+from dq_lightning.errors import CacheError, DQError, StoreError
+from dq_lightning.plan import BINS, STORE, Parts, Plan, source_identity, station_parts
+from dq_lightning.records import Bins, Selection, StoreInfo
+from dq_lightning.store.cache import Cache
+from dq_lightning.store.files import read_sealed, seal, write_bytes
+from dq_lightning.store.manifest import check_copied_entry
+from dq_lightning.store.reader import PackedDataset
+from dq_lightning.store.tensors import read_bins, read_selection
+
+COMPACT_FILE = "compact.json"
+
+
+@dataclass(frozen=True)
+class Compact:
+    """A compact set: where it is, which samples it holds, and the identity of every station."""
+
+    info: StoreInfo
+    selection: Selection
+    parts: Parts = field(default_factory=dict)
+
+
+def write_description(folder: Path, plan: Plan) -> None:
+    """Write down, in one sealed file, what a compact set was made of."""
+    labels = plan.labels
+    described = {
+        "kind": plan.store_kind,
+        "source": plan.source.describe(),
+        "encoder": plan.encoder.description,
+        "num_source_samples": len(plan.source),
+        "num_classes": labels.num_classes if labels is not None else None,
+        "class_names": list(labels.names) if labels is not None and labels.names is not None else None,
+        "config": plan.config.to_dict(),
+    }
+    write_bytes(folder / COMPACT_FILE, seal(described))
+
+
+def find_compact(plan: Plan, cache: Cache) -> Compact | None:
+    """The compact set in the cache, or None. Reads no dataset, loads no model and touches no GPU."""
+    source = source_identity(plan, cache.memory, full=False)
+    encoder = plan.encoder.identity(cache.memory)
+    if source is None or encoder is None:
+        return None
+    parts = station_parts(plan, source, encoder)
+    path = cache.find(STORE, parts[STORE])
+    return open_compact(path, parts) if path is not None else None
+
+
+def open_compact(
+    path: Path, parts: Parts | None = None, *, reused: bool = True, verify: VerifyPolicy = "size"
+) -> Compact:
+    """Read the selection and the description of an entry of the store station.
+
+    Args:
+        path: its folder, in the cache or copied from one.
+        parts: identity of every station. None: the cache has not verified the entry, so it is verified here.
+        reused: what `StoreInfo.reused` says.
+        verify: how.
+
+    Raises:
+        StoreError: the folder holds no compact set, or a damaged one.
+    """
+    if parts is None:
+        check_copied_entry(path, verify, station=STORE)
+    try:
+        described = read_sealed(path / COMPACT_FILE)
+        selection = read_selection(path)
+        info = StoreInfo(
+            path=str(path),
+            kind=described["kind"],
+            num_samples=len(selection),
+            num_source_samples=described["num_source_samples"],
+            bytes=sum(file.stat().st_size for file in path.iterdir()),
+            content_hash=selection.content_hash(),
+            num_classes=described["num_classes"],
+            reused=reused,
+        )
+    except (OSError, DQError, KeyError) as error:
+        raise StoreError(
+            f"{path} holds no compact set that can be used ({error}): remove the folder, and the next run makes it again"
+        ) from error
+    return Compact(info, selection, parts or {})
+
+
+def read_bins_of(compact: Compact, cache: Cache) -> Bins:
+    """The bins behind a compact set.
+
+    Raises:
+        CacheError: they are not in this cache.
+    """
+    path = cache.find(BINS, compact.parts[BINS]) if BINS in compact.parts else None
+    if path is None:
+        raise CacheError(
+            f"the bins behind the compact set {compact.info.path} are not in {cache.root}: they stay in the cache where it was "
+            "made, and a run with force_recompute=True over the original dataset makes them again"
+        )
+    return read_bins(path)
+
+
+def open_packed(path: str | Path, *, finisher: Any = None, verify: VerifyPolicy = "size") -> PackedDataset:
+    """The packed samples of a compact set.
+
+    Raises:
+        StoreError: there is no packed set, or a damaged one.
+    """
+    compact = open_compact(Path(path), verify=verify)
+    if compact.info.kind != "packed":
+        raise StoreError(
+            f"{path} holds indices, not samples: it needs the original dataset. Quantize with store='packed' to get a set "
+            "that stands alone"
+        )
+    return PackedDataset(path, finisher=finisher, verify=verify)

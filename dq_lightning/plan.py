@@ -1,0 +1,129 @@
+"""What will be quantized and how, and the identity of every station's entry that follows from it. Computes nothing."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from dq_lightning.config import QuantizeConfig
+from dq_lightning.features.choose import EncoderSpec, choose_encoder
+from dq_lightning.records import DigestMemory, Labels
+from dq_lightning.sources.adapt import as_source
+from dq_lightning.sources.base import Source
+
+FEATURES, BINS, SELECTION, STORE = "1-features", "2-bins", "3-selection", "5-store"
+# Raised by whoever changes what a station computes: old entries are then never reused.
+ALGORITHM_VERSIONS = {FEATURES: 1, BINS: 1, SELECTION: 1, STORE: 1}
+
+Parts = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be quantized and how; nothing is computed yet.
+
+    Attributes:
+        source: the dataset as the stations see it.
+        encoder: the resolved encoder, not loaded.
+        config: every setting.
+        fingerprint: identity of the dataset given by the user, in place of its content digest.
+        labels_id: names the grouping given by the user; None when it is the dataset's own.
+    """
+
+    source: Source
+    encoder: EncoderSpec
+    config: QuantizeConfig
+    fingerprint: str | None = None
+    labels_id: str | None = None
+
+    @cached_property
+    def labels(self) -> Labels | None:
+        """The class of every sample; a dataset that lists none is read through for it, once."""
+        return self.source.labels()
+
+    @cached_property
+    def store_kind(self) -> str:
+        """`"auto"` resolved: nothing is copied as long as all patches are kept."""
+        return "indices" if self.config.store == "auto" else self.config.store
+
+
+def make_plan(
+    dataset: Any,
+    config: QuantizeConfig,
+    *,
+    encoder: Any = None,
+    labels: Any = None,
+    transform: Any = "keep",
+    target_transform: Any = "keep",
+    fingerprint: str | None = None,
+) -> Plan:
+    """Adapt the dataset and choose the encoder. Reads one image at most; loads no weights."""
+    source = as_source(
+        dataset,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        labels=labels,
+        transform=transform,
+        target_transform=target_transform,
+    )
+    spec = choose_encoder(
+        config.features.encoder if encoder is None else encoder,
+        weights=config.features.weights,
+        image_size=source.image(0).size,
+        modality=source.modality,
+    )
+    return Plan(source, spec, config, fingerprint, _labels_id(source, config, labels))
+
+
+def _labels_id(source: Source, config: QuantizeConfig, labels: Any) -> str | None:
+    if labels is False:
+        return "none"
+    column = labels if isinstance(labels, str) else config.label_column
+    if labels is None or isinstance(labels, str):
+        # the column's values belong to the source's own identity: its name is enough, and costs no reading
+        return None if column is None else f"column:{column}"
+    given = source.labels()
+    return "none" if given is None else hashlib.sha256(given.values.numpy().tobytes()).hexdigest()
+
+
+def source_identity(plan: Plan, memory: DigestMemory, *, full: bool) -> str | None:
+    """Identity of the data.
+
+    Args:
+        plan: what is to be made.
+        memory: of digests.
+        full: read the whole dataset if that is what it takes. False only looks digests up, as ranks that build nothing do;
+            the answer is then None when it is not known here.
+    """
+    if plan.fingerprint is not None:
+        column = plan.config.image_column
+        return f"given:{plan.fingerprint}" + (f" column:{column}" if column is not None else "")
+    if not full:
+        return plan.source.quick_digest(memory)
+    if not plan.source.identity_is_certain:
+        return plan.source.digest(memory)
+    return plan.source.quick_digest(memory) or plan.source.digest(memory)
+
+
+def station_parts(plan: Plan, source: str, encoder: str) -> Parts:
+    """What identifies the entry of each station; every station's parts contain those of its parent.
+
+    Args:
+        plan: what is to be made.
+        source: identity of the data.
+        encoder: identity of the encoder.
+    """
+    config = plan.config
+    features = {
+        "source": source,
+        "num_source_samples": len(plan.source),
+        "encoder": encoder,
+        "kind": config.features.kind,
+        "features_version": ALGORITHM_VERSIONS[FEATURES],
+    }
+    if config.features.kind == "gradient":
+        features["labels"] = plan.labels_id
+    bins = features | config.bins.to_dict() | {"labels": plan.labels_id, "bins_version": ALGORITHM_VERSIONS[BINS]}
+    selection = bins | config.selection.to_dict() | {"selection_version": ALGORITHM_VERSIONS[SELECTION]}
+    store = selection | {"store": plan.store_kind, "store_version": ALGORITHM_VERSIONS[STORE]}
+    return {FEATURES: features, BINS: bins, SELECTION: selection, STORE: store}

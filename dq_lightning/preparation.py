@@ -1,0 +1,174 @@
+"""What happens between `prepare_data` and the loaders: build or find on one process, open and compare on all. No Lightning."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dq_lightning.compact import Compact
+from dq_lightning.config import VerifyPolicy
+from dq_lightning.errors import CacheError, ConfigError
+from dq_lightning.loaders import LoaderSettings
+from dq_lightning.pipeline import find_or_build
+from dq_lightning.randomness import isolated_random_state
+from dq_lightning.ranks import check_equal_on_all, raise_on_all
+from dq_lightning.records import StoreInfo
+from dq_lightning.store.cache import Cache, default_cache_dir
+from dq_lightning.train_set import Opened, TrainSet
+from dq_lightning.trainer_facts import TrainerFacts
+
+
+class Preparation:
+    """The compact set of one data module, from nothing to opened on every rank.
+
+    Args:
+        train: the training set.
+        inner: wrapped data module, whose own hooks run at the same places; or None.
+        cache_dir: as in `QuantizedDataModule`.
+        verify: likewise.
+        device: likewise.
+        force: make once, in this process, what is in the cache already.
+        seed: of the random state in which the wrapped data module makes its split.
+    """
+
+    def __init__(
+        self,
+        train: TrainSet,
+        inner: Any,
+        *,
+        cache_dir: str | Path | None,
+        verify: VerifyPolicy,
+        device: str,
+        force: bool,
+        seed: int,
+    ) -> None:
+        self.train, self.inner = train, inner
+        self.cache_dir, self.verify, self.device, self.force, self.seed = cache_dir, verify, device, force, seed
+        self.expected_hash: str | None = None
+        self._opened: Opened | None = None
+        self._failure: BaseException | None = None
+
+    def cache(self) -> Cache:
+        """The cache; the environment is asked at each call."""
+        return Cache(self.cache_dir or default_cache_dir(), verify=self.verify)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether `open` has run in this process."""
+        return self._opened is not None
+
+    @property
+    def opened(self) -> Opened:
+        """The compact set, ready to load.
+
+        Raises:
+            ConfigError: `open` has not run.
+        """
+        if self._opened is None:
+            raise ConfigError(
+                "the compact set is known after setup('fit'): let the Trainer call it, or call prepare_data() and setup('fit')"
+            )
+        return self._opened
+
+    @property
+    def info(self) -> StoreInfo:
+        """Where the compact set is and what it costs."""
+        return self.opened.compact.info
+
+    def prepare(self, trainer: Any) -> None:
+        """Make the compact set if a train set is needed and it is not cached. Runs on the processes Lightning picks.
+
+        Raises:
+            DQError: in a run of one process; in others `open` raises it, on every rank.
+        """
+        facts = TrainerFacts.of(trainer)
+        try:
+            if self.inner is not None:
+                self.inner.trainer = trainer
+                self.inner.prepare_data()
+            if facts.fits:
+                build = partial(
+                    find_or_build,
+                    device=facts.device if self.device == "auto" else self.device,
+                    force=self.force,
+                    progress=facts.progress,
+                )
+                with isolated_random_state():
+                    self.train.prepare(self.cache(), build)
+                self.force = False
+        except (Exception, SystemExit) as error:
+            # Lightning's barrier lets the other ranks go on: they learn of the failure in setup and end with its cause
+            if facts.num_ranks == 1:
+                raise
+            self._failure = error
+
+    def open(self, trainer: Any, stage: str | None) -> bool:
+        """Open the compact set on every rank and check that all ranks hold the same one.
+
+        Returns:
+            Whether the stage needs a train set.
+
+        Raises:
+            DQError: preparation failed on some rank, or the entry cannot be found here, or the ranks disagree.
+        """
+        failure, self._failure = self._failure, None
+        raise_on_all(failure, "preparing the compact set")
+        wanted = stage in (None, "fit")
+        error: Exception | None = None
+        try:
+            if self.inner is not None:
+                self.inner.trainer = trainer
+                with isolated_random_state(self.seed):
+                    self.inner.setup(stage)
+            if wanted:
+                with isolated_random_state():
+                    self._opened = self.train.open(self.cache())
+        except Exception as caught:
+            error = caught
+        raise_on_all(error, "opening the compact set")
+        if wanted:
+            check_equal_on_all(
+                self.info.content_hash,
+                "compact sets",
+                "Nodes without a shared cache_dir each made their own, and they came out different: share cache_dir, or copy "
+                "one node's cache to the others",
+            )
+            self.check_resumed()
+        return wanted
+
+    def compact(self) -> Compact:
+        """The opened set's selection, description and identity."""
+        return self.opened.compact
+
+    def settings(self, batch_size: int | None, given: dict[str, Any]) -> LoaderSettings:
+        """Settings of the train loader: what was given, then the wrapped data module's own, then the defaults."""
+        own = self._opened.settings if self._opened is not None else None
+        known = {name: value for name, value in given.items() if value is not None}
+        settings = replace(own or LoaderSettings(), **known)
+        return replace(settings, batch_size=batch_size or settings.batch_size)
+
+    def expect(self, content_hash: str | None) -> None:
+        """Training goes on from a checkpoint: only with the compact set it began with.
+
+        Raises:
+            CacheError: this run has another one.
+        """
+        self.expected_hash = content_hash
+        self.check_resumed()
+
+    def check_resumed(self) -> None:
+        """Compare the opened set with the expected one, when both are known."""
+        if self._opened is None or self.expected_hash in (None, self.info.content_hash):
+            return
+        raise CacheError(
+            f"the checkpoint was trained on the compact set {self.expected_hash}, but this run has "
+            f"{self.info.content_hash}: the data, the settings or the encoder's weights changed. Restore them, or start "
+            "without ckpt_path"
+        )
+
+    def num_classes(self) -> int | None:
+        """Of the opened set, or of the dataset before that."""
+        if self._opened is not None:
+            return self.info.num_classes
+        with isolated_random_state():
+            return self.train.num_classes()
