@@ -1,6 +1,6 @@
 """Make the sample of CIFAR-10 that the package bundles.
 
-    python examples/make_sample.py --data DATA_DIR --output dq_lightning/assets/cifar10_sample.npz
+python examples/make_sample.py --data DATA_DIR --output dq_lightning/assets/cifar10_sample.npz
 """
 
 import argparse
@@ -15,7 +15,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder that holds cifar-10-batches-py")
     parser.add_argument("--output", required=True)
-    parser.add_argument("--per-class", type=int, nargs=2, default=(200, 50), help="training and test images of each class")
+    parser.add_argument(
+        "--per-class", type=int, nargs=2, default=(200, 50), help="training and test images of each class"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     arrays = {}

@@ -56,7 +56,7 @@ class EncoderTraining(L.LightningModule):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def test_step(self, batch: list[Tensor], _: int) -> None:
+    def test_step(self, batch: list[Tensor], batch_index: int) -> None:
         images, labels = batch
         self.log("test_accuracy", (self(images).argmax(1) == labels).float().mean())
 
@@ -64,9 +64,7 @@ class EncoderTraining(L.LightningModule):
         decayed = [p for p in self.parameters() if p.ndim > 1]
         plain = [p for p in self.parameters() if p.ndim <= 1]
         groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-        optimizer = torch.optim.SGD(
-            groups, lr=0.1, momentum=0.9, nesterov=True, weight_decay=self.hparams.weight_decay
-        )
+        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True, weight_decay=self.hparams.weight_decay)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, self.hparams.learning_rate, total_steps=self.trainer.estimated_stepping_batches, pct_start=0.2
         )
@@ -93,14 +91,23 @@ def main() -> None:
     train, test = cifar10_tensors(args.data, True), cifar10_tensors(args.data, False)
     module = EncoderTraining(args.learning_rate)
     trainer = L.Trainer(
-        max_epochs=args.epochs, precision="bf16-mixed", logger=False, enable_checkpointing=False, devices=1,
-        limit_train_batches=args.limit_batches, limit_test_batches=args.limit_batches,
+        max_epochs=args.epochs,
+        precision="bf16-mixed",
+        logger=False,
+        enable_checkpointing=False,
+        devices=1,
+        limit_train_batches=args.limit_batches,
+        limit_test_batches=args.limit_batches,
     )
     started = time.perf_counter()
     trainer.fit(module, DataLoader(train, args.batch_size, shuffle=True, drop_last=True))
     metadata = {
-        "widths": json.dumps([32, 64, 128]), "depths": json.dumps([1, 1, 2]), "num_classes": "10",
-        "trained_on": "CIFAR-10 train split", "epochs": str(args.epochs), "seed": str(args.seed),
+        "widths": json.dumps([32, 64, 128]),
+        "depths": json.dumps([1, 1, 2]),
+        "num_classes": "10",
+        "trained_on": "CIFAR-10 train split",
+        "epochs": str(args.epochs),
+        "seed": str(args.seed),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     save_file(to_half(module.model.state_dict()), args.output, metadata)
@@ -109,7 +116,9 @@ def main() -> None:
     trainer = L.Trainer(logger=False, enable_checkpointing=False, devices=1, limit_test_batches=args.limit_batches)
     accuracy = trainer.test(module, DataLoader(test, 500), verbose=False)[0]["test_accuracy"]
     save_file(to_half(module.model.state_dict()), args.output, metadata | {"test_accuracy": f"{accuracy:.4f}"})
-    print(f"test accuracy {accuracy:.2%} after {args.epochs} epochs, {time.perf_counter() - started:.0f} s, {args.output}")
+    print(
+        f"test accuracy {accuracy:.2%} after {args.epochs} epochs, {time.perf_counter() - started:.0f} s, {args.output}"
+    )
 
 
 if __name__ == "__main__":
