@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from dq_lightning.bins.exact import Array
 from dq_lightning.bins.levels import Level, Levels
+from dq_lightning.bins.plan import Room
 from dq_lightning.bins.prepare import Prepared, next_twins
 from dq_lightning.bins.referee import ROUNDING, Referee
 
@@ -19,7 +20,7 @@ def pick_group(
     *,
     lam: float,
     halved: bool,
-    entries: int,
+    room: Room,
     tick: Callable[[int], object],
 ) -> tuple[NDArray[np.int64], Array]:
     """Pick all samples of a group, bin after bin.
@@ -34,7 +35,7 @@ def pick_group(
         sizes: of the bins.
         lam: weight of representativeness against diversity.
         halved: whether S is 1/2 + (a . b)/2.
-        entries: most float64 numbers in one working array.
+        room: for working arrays.
         tick: told how many picks were made, or taken back (negative).
 
     Returns:
@@ -43,7 +44,7 @@ def pick_group(
     rows = prepared.rows.only(torch.from_numpy(members))
     twins = next_twins(prepared, members)
     referee = Referee(rows, lam=lam, halved=halved, largest=prepared.largest)
-    levels = Levels(referee, prepared.longest, twins, tick, entries)
+    levels = Levels(referee, prepared.longest, twins, tick, room)
     # equal samples are one row, which stands for the lowest of them that is left
     distinct = np.ones(len(members), dtype=bool)
     if twins is not None:
@@ -62,7 +63,7 @@ def pick_group(
         left = referee.num_left
         start_error = lam * base_error
         stored = rows.only(torch.from_numpy(row))
-        table = stored.take(torch.arange(len(row))) if len(row) * sum(rows.widths) <= entries // 2 else stored
+        table = stored.take(torch.arange(len(row))) if len(row) * sum(rows.widths) <= room.rows else stored
         level = Level(table, samples, lam * base, start_error + ROUNDING * lam * reach)
         levels.forget()
         levels.reach = prepared.longest * (lam * left + 2.0 * size) * prepared.longest

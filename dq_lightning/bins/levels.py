@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dq_lightning.bins.exact import Array
+from dq_lightning.bins.plan import Room
 from dq_lightning.bins.proof import first_fault
 from dq_lightning.bins.referee import ROUNDING, Referee
 from dq_lightning.bins.rows import Rows, StoredRows
@@ -61,7 +62,7 @@ class Levels:
         longest: bound on the length of a row.
         twins: int64 [n], the next sample with an equal row, or -1; or None.
         tick: told how many picks were made, or taken back (negative).
-        entries: most numbers in a matrix of inner products, and in the rows of a level that is copied.
+        room: for matrices of inner products and copies of rows.
 
     Attributes:
         reach: bound on the absolute value of a gain in this bin.
@@ -73,17 +74,18 @@ class Levels:
         longest: float,
         twins: NDArray[np.int64] | None,
         tick: Callable[[int], object],
-        entries: int = 1 << 25,
+        room: Room,
     ) -> None:
         self.referee = referee
         self.longest = longest
         self.twins = twins
         self.tick = tick
         self.depth = referee.rows.depth
+        self.workers = referee.rows.workers
         self.unit = referee.rows.scales is not None
         self.reach = 0.0
-        self._largest_leaf = max(LEAF_ROWS, int(entries**0.5))
-        self._largest_copy = max(LEAF_ROWS, entries // sum(referee.rows.widths))
+        self._largest_leaf = max(LEAF_ROWS, int(room.matrix**0.5))
+        self._largest_copy = max(LEAF_ROWS, room.rows // sum(referee.rows.widths))
         self._shares: dict[tuple[bool, int], float] = {}
 
     def pick(self, level: Level, count: int, *, leaf: bool = False) -> Run:
@@ -168,7 +170,7 @@ class Levels:
 
     def _pick_in_leaf(self, level: Level, count: int) -> Run:
         rows = level.table if isinstance(level.table, Rows) else level.table.take(torch.arange(len(level.table)))
-        doubled: Array = rows.inner(rows).mul_(2.0).cpu().numpy()
+        doubled = self._doubled(rows)
         gains: Array = level.gains.cpu().numpy()
         size = float(np.abs(gains[gains > -np.inf]).max(initial=0.0)) + 2.0 * count * self.longest**2
         step_error = ROUNDING * (2.0 * (self.depth + 4) * self.longest**2 + size)
@@ -198,6 +200,14 @@ class Levels:
         level.gains = torch.from_numpy(gains)
         self.tick(count)
         return Run(picks, values, level.error)
+
+    def _doubled(self, rows: Rows) -> Array:
+        """Twice the inner products of all rows, [n, n]."""
+        step = max(LEAF_ROWS, -(-len(rows) // self.workers.count))
+        spans = [(first, min(first + step, len(rows))) for first in range(0, len(rows), step)]
+        parts = list(self.workers.map(lambda ends: rows.span(*ends).inner(rows).mul_(2.0), spans))
+        whole: Array = (parts[0] if len(parts) == 1 else torch.cat(parts)).cpu().numpy()
+        return whole
 
     def _settle(self, level: Level, gains: Array, least: float) -> int:
         near = np.flatnonzero(gains >= least)

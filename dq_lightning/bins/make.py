@@ -1,7 +1,7 @@
 """Features -> Bins: split every group into bins of falling representativeness and rising diversity. PURE."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dq_lightning.bins import any_objective, graph_cut
+from dq_lightning.bins import any_objective, batched, graph_cut
+from dq_lightning.bins.batched import Picked
 from dq_lightning.bins.clusters import cluster_members
-from dq_lightning.bins.exact import Array
 from dq_lightning.bins.plan import Plan, choose_device, make_plan
 from dq_lightning.bins.prepare import Prepared, as_factors, prepare
 from dq_lightning.bins.sizes import bin_sizes, group_members, group_of_each, to_tensor
+from dq_lightning.bins.workers import block_workers
 from dq_lightning.config import BinConfig, Maximizer, Objective, Similarity
 from dq_lightning.records import Bins, Features
 
@@ -84,37 +85,42 @@ def make_bins(
     # clusters are about even; the plan is told the size that they have then
     sizes = [len(members) for members in groups for _ in range(clusters or 1)]
     plan = make_plan(config, factors, [-(-size // (clusters or 1)) for size in sizes], target)
-    prepared = prepare(factors, unit=similarity == "cosine", device=target)
-    if clusters is not None:
-        groups = [part for members in groups for part in cluster_members(prepared, members, clusters, search_seed)]
-        for number, members in enumerate(groups):
-            group[members] = number
     assignment = np.zeros(total, dtype=np.int16)
     rank = np.zeros(total, dtype=np.int32)
     gain = np.zeros(total, dtype=np.float32)
     silent = not (progress if progress is not None else total >= _BAR_FROM and sys.stderr.isatty())
-    with tqdm(total=total, unit=" picks", desc="bins", disable=silent, mininterval=0.5) as bar:
-        for members in groups:
-            per_bin = bin_sizes(len(members), num_bins)
-            order, gains = _pick(prepared, members, per_bin, config, plan, bar.update)
-            chosen = members[order]
-            assignment[chosen] = np.repeat(np.arange(num_bins), per_bin)
-            rank[chosen] = np.concatenate([np.arange(size) for size in per_bin])
-            gain[chosen] = gains
+    with block_workers(target) as workers:
+        prepared = prepare(factors, unit=similarity == "cosine", device=target, workers=workers)
+        if clusters is not None:
+            groups = [part for members in groups for part in cluster_members(prepared, members, clusters, search_seed)]
+            for number, members in enumerate(groups):
+                group[members] = number
+        with tqdm(total=total, unit=" picks", desc="bins", disable=silent, mininterval=0.5) as bar:
+            for members, order, gains in _pick(prepared, groups, config, plan, bar.update):
+                per_bin = bin_sizes(len(members), num_bins)
+                chosen = members[order]
+                assignment[chosen] = np.repeat(np.arange(num_bins), per_bin)
+                rank[chosen] = np.concatenate([np.arange(size) for size in per_bin])
+                gain[chosen] = gains
     return Bins(to_tensor(assignment), to_tensor(rank), to_tensor(gain), to_tensor(group), num_bins)
 
 
 def _pick(
-    prepared: Prepared,
-    members: NDArray[np.int64],
-    sizes: list[int],
-    config: BinConfig,
-    plan: Plan,
-    tick: Callable[[int], object],
-) -> tuple[NDArray[np.int64], Array]:
+    prepared: Prepared, groups: list[NDArray[np.int64]], config: BinConfig, plan: Plan, tick: Callable[[int], object]
+) -> Iterator[Picked]:
+    """Yield the members of every group, their order, and their gains."""
     if not plan.exact:
-        return any_objective.pick_group(prepared, members, sizes, config, tick)
-    halved = config.similarity == "cosine"
-    return graph_cut.pick_group(
-        prepared, members, sizes, lam=config.lam, halved=halved, entries=plan.entries, tick=tick
-    )
+        for members in groups:
+            sizes = bin_sizes(len(members), config.num_bins)
+            yield members, *any_objective.pick_group(prepared, members, sizes, config, tick)
+        return
+    lam, halved = config.lam, config.similarity == "cosine"
+    small = [members for members in groups if len(members) <= plan.small_group]
+    yield from batched.pick_groups(prepared, small, config.num_bins, lam=lam, halved=halved, room=plan.room, tick=tick)
+    for members in groups:
+        if len(members) > plan.small_group:
+            sizes = bin_sizes(len(members), config.num_bins)
+            yield (
+                members,
+                *graph_cut.pick_group(prepared, members, sizes, lam=lam, halved=halved, room=plan.room, tick=tick),
+            )

@@ -13,8 +13,29 @@ from dq_lightning.config import BinConfig
 from dq_lightning.errors import ConfigError, FeatureError
 
 log = logging.getLogger("dq_lightning")
-# a group up to this size is one matrix of inner products, and groups of this size share a call
-SMALL_GROUP = 2048
+# groups up to this size share their steps; a GPU needs larger ones to be kept busy
+_SMALL_GROUP = {"cpu": 256, "cuda": 2048}
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many float64 numbers the matrix-free graph cut may hold.
+
+    Attributes:
+        matrix: in matrices of inner products.
+        rows: in copies of rows.
+    """
+
+    matrix: int = 1 << 25
+    rows: int = 1 << 25
+
+    @classmethod
+    def beside(cls, stored: int, device: torch.device) -> "Room":
+        """In proportion to the bytes of the features, and a share of the memory on a GPU, where speed depends on it."""
+        if device.type != "cpu":
+            most = max(1 << 25, free_memory(device) // 32)
+            return cls(most, most)
+        return cls(min(1 << 25, max(1 << 20, stored * 3 // 8)), min(1 << 25, max(1 << 20, stored // 16)))
 
 
 @dataclass(frozen=True)
@@ -23,12 +44,14 @@ class Plan:
 
     Attributes:
         exact: whether the matrix-free graph cut applies: no similarity matrix, float64's own answer.
-        entries: most float64 numbers in one working array of the graph cut.
+        room: sizes of the graph cut's working arrays.
+        small_group: groups up to this size are done together, each as one matrix.
         bytes: memory beyond the features, about.
     """
 
     exact: bool
-    entries: int
+    room: Room
+    small_group: int
     bytes: int
 
 
@@ -48,10 +71,9 @@ def make_plan(config: BinConfig, factors: dict[str, Tensor], sizes: list[int], d
     width = sum(values.shape[1] + number for number, values in enumerate(factors.values()))
     stored = sum(values.numel() * values.element_size() for values in factors.values())
     exact = config.objective == "graph_cut" and config.maximizer == "naive" and config.similarity != "rbf"
-    entries = min(1 << 25, max(1 << 20, stored // 16))
+    room = Room.beside(stored, device)
     if exact:
-        group = min(largest * largest, 2 * entries) + min(largest, entries // max(1, width)) * width + 6 * largest
-        needed = 8 * group + 32 * total
+        needed = 8 * (min(largest**2, room.matrix) + min(largest * width, 2 * room.rows) + 6 * largest) + 32 * total
         way = "graph cut without a similarity matrix"
     else:
         need = OBJECTIVES[config.objective].memory
@@ -72,7 +94,7 @@ def make_plan(config: BinConfig, factors: dict[str, Tensor], sizes: list[int], d
         _size(needed),
         device,
     )
-    return Plan(exact, entries, needed)
+    return Plan(exact, room, _SMALL_GROUP.get(device.type, 2048), needed)
 
 
 def refuse_growing_gains(config: BinConfig, negative: bool) -> None:

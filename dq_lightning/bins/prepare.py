@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dq_lightning.bins.rows import StoredRows, row_lengths, wide_factor
+from dq_lightning.bins.workers import Workers
 from dq_lightning.errors import FeatureError
 from dq_lightning.records import Features
 
@@ -60,13 +61,14 @@ def _read_only(array: NDArray[np.floating]) -> Tensor:
         return torch.as_tensor(array)
 
 
-def prepare(factors: dict[str, Tensor], *, unit: bool, device: torch.device) -> Prepared:
+def prepare(factors: dict[str, Tensor], *, unit: bool, device: torch.device, workers: Workers) -> Prepared:
     """Look at every row once.
 
     Args:
         factors: of `as_factors`.
         unit: compare by the cosine, so divide rows by their lengths.
         device: where blocks are computed.
+        workers: what computes them.
 
     Raises:
         FeatureError: some rows are not finite; the message counts them and names the first ones.
@@ -78,25 +80,32 @@ def prepare(factors: dict[str, Tensor], *, unit: bool, device: torch.device) -> 
     lengths = [torch.empty(total, dtype=torch.float64) for _ in raw]
     marks = torch.zeros(total, dtype=torch.int64)
     largest = [0.0] * len(raw)
-    for start in range(0, total, _ROWS):
+
+    def look(start: int) -> list[float]:
         samples = torch.arange(start, min(start + _ROWS, total))
+        reach = [0.0] * len(raw)
         zero = torch.zeros(len(samples), dtype=torch.bool, device=device)
         mark = torch.zeros(len(samples), dtype=torch.int64, device=device)
         for number in range(len(raw)):
             values = wide_factor(raw, number, samples, device)
             length = row_lengths(values)
             lengths[number][samples] = length.cpu()
-            largest[number] = max(largest[number], float(values.abs().amax())) if values.numel() else 0.0
+            if not unit and values.numel():
+                reach[number] = float(values.abs().amax())
             zero |= length == 0
             if unit:
                 values /= torch.where(length > 0, length, torch.ones_like(length))[:, None]
             mark = mark * 31 + _mark(values)
         marks[samples] = mark.masked_fill(zero, 0).cpu()
+        return reach
+
+    for reach in workers.map(look, range(0, total, _ROWS)):
+        largest = [max(pair) for pair in zip(largest, reach, strict=True)]
     for (name, values), length in zip(factors.items(), lengths, strict=True):
         _check_finite(name, values, length)
     longest = float(np.prod([float(length.max()) if total else 0.0 for length in lengths]))
     scales = tuple(torch.where(length > 0, length, torch.ones_like(length)) for length in lengths) if unit else None
-    rows = StoredRows(raw, scales, torch.arange(total), device)
+    rows = StoredRows(raw, scales, torch.arange(total), device, workers)
     if unit:
         longest, largest = 1.0 + 2.0**-40, [1.0]
     return Prepared(rows, longest, float(np.prod(largest)), marks.numpy())

@@ -128,22 +128,20 @@ def _pass(
     limits = torch.tensor([chunk.limits for chunk in chunks], dtype=torch.float64, device=device)
     margins = torch.tensor([2.0 * chunk.deviation for chunk in chunks], dtype=torch.float64, device=device)
     after = torch.empty_like(level.gains)
-    found: list[list[Tensor]] = [[] for _ in chunks]
-    start = 0
-    for block in level.table.blocks():
-        part = slice(start, start + len(block))
+
+    def look(ends: tuple[int, int]) -> Tensor:
+        part = slice(*ends)
+        block = level.table.span(*ends)
         gains = level.gains[part, None]
         states = torch.cat([gains, gains - 2.0 * block.against(sums)], dim=1)
         reach = margins[None] * (levels.longest if levels.unit else block.lengths()[:, None])
-        open_rows = (states[:, :-1] + reach >= limits[:, 0]) | (states[:, 1:] + reach >= limits[:, 1])
-        open_rows &= outside[part, None]
+        suspects = (states[:, :-1] + reach >= limits[:, 0]) | (states[:, 1:] + reach >= limits[:, 1])
+        suspects &= outside[part, None]
         after[part] = states[:, -1]
-        if bool(open_rows.any()):
-            for number in range(len(chunks)):
-                found[number].append(torch.nonzero(open_rows[:, number]).flatten() + start)
-        start += len(block)
-    empty = torch.empty(0, dtype=torch.int64)
-    return after, [torch.cat(rows).cpu().numpy() if rows else empty.numpy() for rows in found]
+        return torch.nonzero(suspects) + torch.tensor([ends[0], 0], device=device)
+
+    found = torch.cat(list(levels.workers.map(look, level.table.ranges()))).cpu().numpy()
+    return after, [found[found[:, 1] == number, 0] for number in range(len(chunks))]
 
 
 def _walk(

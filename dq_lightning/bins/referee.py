@@ -32,13 +32,15 @@ class Referee:
         self.num_left = len(rows)
         self.trail = np.empty(len(rows), dtype=np.int64)
         self.length = 0
+        self.bins_closed = 0
         self._added = 0
         self._largest = largest
         self._left = ExactSum(rows.width, largest)
         self._picked = ExactSum(rows.width, largest)
-        for block in rows.blocks():
-            for vectors in block.written_out():
-                self._left.add(vectors)
+        # sums on a grid are exact, so it does not matter which thread adds which block
+        for part in rows.workers.map(self._sum_of, rows.ranges()):
+            self._left.high += part.high
+            self._left.low += part.low
 
     def left_vector(self) -> torch.Tensor:
         """The sum of what is left, [1, D] or [1, C, D + 1], on the device of the rows."""
@@ -48,6 +50,11 @@ class Referee:
         """Note a pick."""
         self.trail[self.length] = sample
         self.length += 1
+
+    def extend(self, samples: NDArray[np.int64]) -> None:
+        """Note the picks of the bin beyond those noted before."""
+        self.trail[self.length : len(samples)] = samples[self.length :]
+        self.length = len(samples)
 
     def rewind(self, length: int) -> None:
         """Take back all picks but the first `length` of this bin."""
@@ -61,6 +68,7 @@ class Referee:
         picks = self.trail[: self.length].copy()
         self._add(self._left, picks, -1.0)
         self.num_left -= len(picks)
+        self.bins_closed += 1
         self._picked = ExactSum(self.rows.width, self._largest)
         self.length = self._added = 0
         return picks
@@ -94,6 +102,12 @@ class Referee:
                     best, winner = gain, int(near[start + i])
             start += len(values)
         return winner
+
+    def _sum_of(self, ends: tuple[int, int]) -> ExactSum:
+        total = ExactSum(self.rows.width, self._largest)
+        for vectors in self.rows.span(*ends).written_out():
+            total.add(vectors)
+        return total
 
     def _add(self, total: ExactSum, samples: NDArray[np.int64], sign: float) -> None:
         for start in range(0, len(samples), 4096):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dq_lightning.bins.workers import Workers
+
 # numbers in a block of rows that is widened to float64 at a time: 4 MiB
 _BLOCK_ENTRIES = 1 << 19
 
@@ -28,10 +30,13 @@ class Rows:
         """Return the chosen rows, copied."""
         return Rows(tuple(factor.index_select(0, chosen.to(factor.device)) for factor in self.factors))
 
-    def blocks(self) -> Iterator["Rows"]:
-        """Yield all rows in order; here they lie in one block."""
-        if len(self):
-            yield self
+    def ranges(self) -> list[tuple[int, int]]:
+        """First and last row (exclusive) of blocks of about 4 MiB."""
+        return block_ranges(len(self), sum(factor.shape[1] for factor in self.factors))
+
+    def span(self, first: int, last: int) -> "Rows":
+        """Return a range of rows, not copied."""
+        return Rows(tuple(factor[first:last] for factor in self.factors))
 
     def lengths(self) -> Tensor:
         """Euclidean lengths [n]."""
@@ -84,12 +89,14 @@ class StoredRows:
         scales: float64 [N] for each factor, what its rows are divided by; None to leave them as they are.
         members: int64 [n], which of the N samples, ascending.
         device: where blocks are computed.
+        workers: what computes them.
     """
 
     raw: tuple[Tensor, ...]
     scales: tuple[Tensor, ...] | None
     members: Tensor
     device: torch.device
+    workers: Workers
 
     def __len__(self) -> int:
         return len(self.members)
@@ -116,17 +123,29 @@ class StoredRows:
 
     def only(self, chosen: Tensor) -> "StoredRows":
         """Return the same store for some of its members."""
-        return StoredRows(self.raw, self.scales, self.members[chosen], self.device)
+        return StoredRows(self.raw, self.scales, self.members[chosen], self.device, self.workers)
 
     def take(self, chosen: Tensor) -> Rows:
         """Return the chosen rows in float64."""
-        return self.load(self.members[chosen.to(self.members.device)])
+        samples = self.members[chosen]
+        parts = [samples[first:last] for first, last in block_ranges(len(samples), sum(self.widths))]
+        if len(parts) < 2:
+            return self.load(samples)
+        loaded = list(self.workers.map(self.load, parts))
+        return Rows(tuple(torch.cat([part.factors[i] for part in loaded]) for i in range(len(self.raw))))
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """First and last row (exclusive) of blocks of about 4 MiB."""
+        return block_ranges(len(self), sum(self.widths))
+
+    def span(self, first: int, last: int) -> Rows:
+        """Return a range of rows in float64."""
+        return self.load(self.members[first:last])
 
     def blocks(self) -> Iterator[Rows]:
         """Yield all rows in order, about 4 MiB at a time."""
-        step = max(1, _BLOCK_ENTRIES // sum(self.widths))
-        for start in range(0, len(self), step):
-            yield self.load(self.members[start : start + step])
+        for first, last in self.ranges():
+            yield self.span(first, last)
 
     def load(self, samples: Tensor) -> Rows:
         """Return the rows of samples, int64 [few], in float64."""
@@ -140,12 +159,15 @@ class StoredRows:
 
     def against(self, vectors: Tensor) -> Tensor:
         """Inner products [n, c] with vectors [c, D] or [c, C, D + 1]."""
-        result = torch.empty(len(self), len(vectors), dtype=torch.float64, device=self.device)
-        start = 0
-        for block in self.blocks():
-            result[start : start + len(block)] = block.against(vectors)
-            start += len(block)
-        return result
+        parts = list(self.workers.map(lambda ends: self.span(*ends).against(vectors), self.ranges()))
+        empty = torch.empty(0, len(vectors), dtype=torch.float64, device=self.device)
+        return torch.cat(parts) if parts else empty
+
+
+def block_ranges(total: int, width: int) -> list[tuple[int, int]]:
+    """Split rows into blocks of about 4 MiB of float64."""
+    step = max(1, _BLOCK_ENTRIES // max(1, width))
+    return [(first, min(first + step, total)) for first in range(0, total, step)]
 
 
 def wide_factor(raw: tuple[Tensor, ...], number: int, samples: Tensor, device: torch.device) -> Tensor:

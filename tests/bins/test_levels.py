@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dq_lightning.bins import levels, proof, referee
+from dq_lightning.bins import levels, plan, proof, referee
 from dq_lightning.bins.make import make_bins
 from dq_lightning.records import Features
 from tests.bins.test_make import KINDS, assert_greedy, random_features
@@ -20,6 +20,8 @@ def tiny_leaves(monkeypatch):
     monkeypatch.setattr(levels, "LEAF_ROWS", 4)
     monkeypatch.setattr(levels, "_GROWTH", 3)
     monkeypatch.setattr(proof, "_PICKS_A_CHECKPOINT", 3)
+    # and none of them small enough to be done in lockstep with others
+    monkeypatch.setattr(plan, "_SMALL_GROUP", {"cpu": 0})
 
 
 def picks_of(bins, num_bins):
