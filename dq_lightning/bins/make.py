@@ -1,13 +1,11 @@
 """Features -> Bins: split every group into bins of falling representativeness and rising diversity. PURE."""
 
-import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from dq_lightning.bins import any_objective, batched, graph_cut
 from dq_lightning.bins.batched import Picked
@@ -17,6 +15,7 @@ from dq_lightning.bins.prepare import Prepared, as_factors, prepare
 from dq_lightning.bins.sizes import bin_sizes, group_members, group_of_each, to_tensor
 from dq_lightning.bins.workers import block_workers
 from dq_lightning.config import BinConfig, Maximizer, Objective, Similarity
+from dq_lightning.progress import progress_bar
 from dq_lightning.records import Bins, Features
 
 # fewer samples than this are done before a bar is read
@@ -88,14 +87,14 @@ def make_bins(
     assignment = np.zeros(total, dtype=np.int16)
     rank = np.zeros(total, dtype=np.int32)
     gain = np.zeros(total, dtype=np.float32)
-    silent = not (progress if progress is not None else total >= _BAR_FROM and sys.stderr.isatty())
+    show = progress if progress is not None else total >= _BAR_FROM
     with block_workers(target) as workers:
         prepared = prepare(factors, unit=similarity == "cosine", device=target, workers=workers)
         if clusters is not None:
             groups = [part for members in groups for part in cluster_members(prepared, members, clusters, search_seed)]
             for number, members in enumerate(groups):
                 group[members] = number
-        with tqdm(total=total, unit=" picks", desc="bins", disable=silent, mininterval=0.5) as bar:
+        with progress_bar(show, total=total, unit=" picks", description="bins") as bar:
             for members, order, gains in _pick(prepared, groups, config, plan, bar.update):
                 per_bin = bin_sizes(len(members), num_bins)
                 chosen = members[order]

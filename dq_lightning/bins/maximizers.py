@@ -42,14 +42,27 @@ class Search:
     tick: Callable[[int], object]
 
 
+# running sums are off by about this share of the largest gain: closer ones are ties, and the lowest position wins
+_NOISE = 2.0**-42
+
+
+def _first_best(gains: Array, noise: float) -> int:
+    return int(np.argmax(gains >= gains.max() - noise))
+
+
+def _noise(gains: Array) -> float:
+    return _NOISE * float(np.abs(gains).max(initial=0.0))
+
+
 def naive(search: Search) -> Picks:
     """Ask for all gains at every step."""
     rows = torch.arange(search.total)
     free = np.ones(search.total, dtype=bool)
     picks, values = np.empty(search.count, dtype=np.int64), np.empty(search.count)
+    noise = _noise(search.objective.gains(rows).cpu().numpy())
     for step in range(search.count):
         gains = np.where(free, search.objective.gains(rows).cpu().numpy(), -np.inf)
-        best = int(gains.argmax())
+        best = _first_best(gains, noise)
         picks[step], values[step], free[best] = best, gains[best], False
         search.objective.add(best)
         search.tick(1)
@@ -65,17 +78,38 @@ def lazy(search: Search, beta: float = 1.0) -> Picks:
     bounds = [(-gain, row) for row, gain in enumerate(gains.tolist())]
     heapq.heapify(bounds)
     picks, values = np.empty(search.count, dtype=np.int64), np.empty(search.count)
+    noise = _noise(gains)
     for step in range(search.count):
         while True:
             row = heapq.heappop(bounds)[1]
             gain = float(search.objective.gains(torch.tensor([row]))[0])
-            if not bounds or (-gain, row) <= bounds[0] or (beta < 1.0 and gain >= -beta * bounds[0][0] > 0):
+            rest = -bounds[0][0] if bounds else -math.inf
+            if beta < 1.0 and gain >= beta * rest > 0:
+                break
+            if gain >= rest - noise:
+                row, gain = _lowest_of_ties(search, bounds, row, gain, noise)
                 break
             heapq.heappush(bounds, (-gain, row))
         picks[step], values[step] = row, gain
         search.objective.add(row)
         search.tick(1)
     return picks, values
+
+
+def _lowest_of_ties(
+    search: Search, bounds: list[tuple[float, int]], row: int, gain: float, noise: float
+) -> tuple[int, float]:
+    """Compare a sample with those whose bounds are as good; the others go back with their new gains."""
+    pool = [(row, gain)]
+    while bounds and -bounds[0][0] >= gain - noise:
+        other = heapq.heappop(bounds)[1]
+        pool.append((other, float(search.objective.gains(torch.tensor([other]))[0])))
+    greatest = max(value for _, value in pool)
+    chosen = min(pair for pair in pool if pair[1] >= greatest - noise)
+    for pair in pool:
+        if pair != chosen:
+            heapq.heappush(bounds, (-pair[1], pair[0]))
+    return chosen
 
 
 def approximate_lazy(search: Search) -> Picks:
@@ -87,11 +121,12 @@ def stochastic(search: Search) -> Picks:
     """Take the best of a random sample of (n / count) log(1 / epsilon) at every step (Mirzasoleiman et al. 2015)."""
     size = max(1, math.ceil(search.total / search.count * math.log(1.0 / search.epsilon)))
     free = np.arange(search.total)
+    noise = _noise(search.objective.gains(torch.from_numpy(free)).cpu().numpy())
     picks, values = np.empty(search.count, dtype=np.int64), np.empty(search.count)
     for step in range(search.count):
         drawn = np.sort(search.generator.choice(len(free), min(size, len(free)), replace=False))
         gains = search.objective.gains(torch.from_numpy(free[drawn])).cpu().numpy()
-        best = int(gains.argmax())
+        best = _first_best(gains, noise)
         picks[step], values[step] = free[drawn[best]], gains[best]
         search.objective.add(int(picks[step]))
         free = np.delete(free, drawn[best])

@@ -1,0 +1,100 @@
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+from dq_lightning.bins.curve import draw_gain_curve, gain_curve
+from dq_lightning.bins.make import make_bins
+from dq_lightning.errors import ConfigError, FeatureError
+from dq_lightning.records import Features
+
+
+def far_blobs(seed=0, per_blob=40):
+    generator = np.random.default_rng(seed)
+    centres = np.eye(5) * 10
+    blob = generator.permutation(np.repeat(np.arange(5), per_blob))
+    return centres[blob] + 0.1 * generator.standard_normal((len(blob), 5)), blob
+
+
+def test_clusters_find_blobs_and_bins_are_made_inside():
+    values, blob = far_blobs()
+    bins = make_bins(values, num_bins=4, clusters=5)
+    pairs = set(zip(bins.group.tolist(), blob.tolist(), strict=True))
+    # a first centre may fall on a blob twice: then two clusters share it, but none mixes far blobs unless centres lack
+    assert len(bins.group.unique()) <= 5
+    for group in bins.group.unique():
+        inside = bins.group == group
+        assert torch.equal(bins.rank[inside], make_bins(values[inside.numpy()], num_bins=4).rank)
+    assert len(pairs) < 5 + 5
+
+
+def test_clusters_inside_labels():
+    values, blob = far_blobs(1)
+    labels = blob % 2
+    bins = make_bins(values, num_bins=2, labels=labels, clusters=3)
+    for group in bins.group.unique():
+        assert len(np.unique(labels[(bins.group == group).numpy()])) == 1
+    again = make_bins(values, num_bins=2, labels=labels, clusters=3)
+    assert torch.equal(bins.group, again.group)
+
+
+def test_one_cluster_is_no_cluster_and_more_than_samples_is_no_error():
+    values, _ = far_blobs(2, 4)
+    assert torch.equal(make_bins(values, clusters=1).rank, make_bins(values).rank)
+    assert sorted(make_bins(values, clusters=1000).group.unique().tolist()) == list(range(20))
+
+
+def test_equal_rows_make_one_cluster():
+    assert make_bins(np.ones((30, 3)), num_bins=3, clusters=4).group.unique().tolist() == [0]
+
+
+def test_clusters_need_plain_embeddings():
+    with pytest.raises(ConfigError, match="labels="):
+        make_bins(Features(torch.ones(6, 2), torch.ones(6, 2)), clusters=2)
+
+
+def test_gain_curve_is_the_mean_over_groups():
+    values, blob = far_blobs(3)
+    bins = make_bins(values, num_bins=3, labels=blob)
+    curve = gain_curve(bins)
+    assert curve.shape == (3, 14)
+    for number, rank in [(0, 0), (1, 5), (2, 12)]:
+        chosen = (bins.assignment == number) & (bins.rank == rank)
+        assert float(curve[number, rank]) == pytest.approx(float(bins.gain[chosen].double().mean()))
+    # 40 samples in 3 bins: 14, 13, 13
+    assert torch.isnan(curve[2, 13])
+    assert bool((curve[0].diff() < 0).all())
+
+
+def test_the_picture_is_valid_and_has_a_line_for_each_bin():
+    bins = make_bins(far_blobs()[0], num_bins=6)
+    picture = ElementTree.fromstring(draw_gain_curve(bins))
+    assert len(picture.findall("{http://www.w3.org/2000/svg}polyline")) == 6
+
+
+def test_progress_counts_every_pick(capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    make_bins(torch.randn(1500, 8), num_bins=3, progress=True)
+    shown = capsys.readouterr().err
+    assert "1500/1500" in shown
+    assert "picks/s" in shown
+    make_bins(torch.randn(50, 8), num_bins=3)
+    assert capsys.readouterr().err == "" or not sys.stderr.isatty()
+
+
+def test_a_missing_gpu_is_told():
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(FeatureError, match="device='cpu'"):
+        make_bins(torch.ones(3, 2), device="cuda")
+
+
+def test_torch_threads_and_random_state_are_left_alone():
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    make_bins(torch.ones(30, 2) * torch.arange(30)[:, None], num_bins=2, maximizer="stochastic")
+    with pytest.raises(FeatureError):
+        make_bins(torch.full((3, 2), float("nan")))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
