@@ -1,13 +1,11 @@
 """The batch loop: a source through an encoder, in order, to one row of features a sample."""
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dq_lightning.config import FeatureKind, Precision
 from dq_lightning.errors import FeatureError
@@ -16,6 +14,7 @@ from dq_lightning.features.encoders import Encoder, resolve_device
 from dq_lightning.features.gradient import HeadLoss, head_gradient
 from dq_lightning.features.isolation import isolated, release_memory
 from dq_lightning.features.loading import ImageBatches, ImageSource, iterate_batches
+from dq_lightning.progress import progress_bar
 from dq_lightning.records import Features
 
 logger = logging.getLogger("dq_lightning")
@@ -176,7 +175,6 @@ def _collect(
     rows: Iterator[tuple[Tensor, Tensor | None]], num_samples: int, progress: bool, allocate: Allocate
 ) -> Features:
     """Copy the rows to the host, a block of batches at a time, and check that they are finite."""
-    silent = not progress or os.environ.get("TQDM_DISABLE", "") not in ("", "0")
     filled: dict[str, Tensor] = {}
     waiting: list[tuple[Tensor, ...]] = []
     not_finite: list[Tensor] = []
@@ -193,7 +191,7 @@ def _collect(
         done += sum(len(parts[0]) for parts in waiting)
         waiting.clear()
 
-    with tqdm(total=num_samples, unit="img", desc="features", disable=silent) as bar:
+    with progress_bar(progress, total=num_samples, unit="img", description="features") as bar:
         for embedding, gradient in rows:
             waiting.append((embedding,) if gradient is None else (embedding, gradient))
             if len(waiting) == BATCHES_PER_COPY:
