@@ -1,5 +1,6 @@
 """The one progress bar: drawn on a terminal or in a notebook, silent in logs and with TQDM_DISABLE."""
 
+import os
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -14,6 +15,7 @@ def progress_bar(show: bool, *, total: int, unit: str, description: str) -> Any:
         unit: of a step, for the rate.
         description: what goes on.
     """
+    show = show and os.environ.get("TQDM_DISABLE", "") in ("", "0")
     # None lets tqdm look whether it writes to a terminal; its notebook widget must not look
     in_notebook = tqdm.__name__ == "tqdm_notebook"
     disable = False if in_notebook else None

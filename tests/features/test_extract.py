@@ -256,8 +256,11 @@ def test_rows_are_written_where_the_caller_wants_them(spec, make_source, tmp_pat
     assert set(made) == {"embedding", "head_gradient"}
 
 
-def test_progress_bar_is_silent_when_asked(spec, make_source, capsys, monkeypatch):
+def test_progress_bar_is_for_terminals_and_silent_when_asked(spec, make_source, capsys, monkeypatch):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    extract_features(make_source(3), spec, device="cpu", num_workers=0)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     extract_features(make_source(3), spec, device="cpu", num_workers=0)
     assert "img/s" in capsys.readouterr().err
     extract_features(make_source(3), spec, device="cpu", num_workers=0, progress=False)
