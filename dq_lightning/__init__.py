@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dq_lightning.bins.make import make_bins
-    from dq_lightning.config import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig
+    from dq_lightning.config import BinConfig, FeatureConfig, PatchConfig, QuantizeConfig, SelectionConfig
     from dq_lightning.datamodule import QuantizedDataModule
     from dq_lightning.errors import DQError
+    from dq_lightning.patches.mae import load_mae
     from dq_lightning.pipeline import quantize
-    from dq_lightning.records import Bins, Features, Selection, StoreInfo
+    from dq_lightning.records import Bins, Features, PatchChoice, Selection, StoreInfo
     from dq_lightning.selection.select import select
     from dq_lightning.sources.adapt import as_source
     from dq_lightning.store.reader import PackedDataset
@@ -26,12 +27,15 @@ _HOMES = {
     "FeatureConfig": "config",
     "Features": "records",
     "PackedDataset": "store.reader",
+    "PatchChoice": "records",
+    "PatchConfig": "config",
     "QuantizeConfig": "config",
     "QuantizedDataModule": "datamodule",
     "Selection": "records",
     "SelectionConfig": "config",
     "StoreInfo": "records",
     "as_source": "sources.adapt",
+    "load_mae": "patches.mae",
     "make_bins": "bins.make",
     "quantize": "pipeline",
     "select": "selection.select",
@@ -44,12 +48,15 @@ __all__ = [
     "FeatureConfig",
     "Features",
     "PackedDataset",
+    "PatchChoice",
+    "PatchConfig",
     "QuantizeConfig",
     "QuantizedDataModule",
     "Selection",
     "SelectionConfig",
     "StoreInfo",
     "as_source",
+    "load_mae",
     "make_bins",
     "quantize",
     "select",

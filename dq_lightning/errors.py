@@ -17,6 +17,10 @@ class FeatureError(DQError):
     """An encoder cannot be found or run, or features are not finite."""
 
 
+class PatchError(DQError):
+    """A classifier or reconstructor cannot be found or run, or patches and images do not fit together."""
+
+
 class CacheError(DQError):
     """A cache entry is missing, damaged or belongs to something else."""
 

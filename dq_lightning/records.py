@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -112,6 +113,86 @@ class Selection:
         digest.update(self.index.to(torch.int64).numpy().tobytes())
         digest.update(self.bin.to(torch.int16).numpy().tobytes())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class PatchChoice:
+    """Which patches of M images are kept. Images may differ in size.
+
+    The patches of an image are numbered row by row over its grid of ceil(H / P) x ceil(W / P); those at the right and lower
+    edge are smaller when P does not divide the size.
+
+    Attributes:
+        patch_size: P, side of a patch in pixels.
+        sizes: int32 [M, 2], height and width of every image in pixels.
+        packed: uint8 [sum of ceil(L_i / 8)], the masks of all images one after the other, each as `pack_mask` gives it.
+    """
+
+    patch_size: int
+    sizes: Tensor
+    packed: Tensor
+
+    def __post_init__(self) -> None:
+        if self.patch_size < 1 or self.sizes.ndim != 2 or self.sizes.shape[1:] != (2,):
+            raise DQError(
+                f"PatchChoice: sizes must be [M, 2] and P at least 1, got {tuple(self.sizes.shape)}, {self.patch_size}"
+            )
+        if int(self.offsets[-1]) != len(self.packed):
+            raise DQError(f"PatchChoice: these images need {int(self.offsets[-1])} mask bytes, got {len(self.packed)}")
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @cached_property
+    def num_patches(self) -> Tensor:
+        """int64 [M], patches L of every image."""
+        return (-(-self.sizes.long() // self.patch_size)).prod(1)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """int64 [M + 1], where the mask of every image begins in `packed`."""
+        return torch.cat([torch.zeros(1, dtype=torch.int64), (-(-self.num_patches // 8)).cumsum(0)])
+
+    def mask(self, position: int) -> Tensor:
+        """Mask bool [L], True where a patch of this image is kept."""
+        first, last = int(self.offsets[position]), int(self.offsets[position + 1])
+        return unpack_mask(self.packed[first:last], int(self.num_patches[position]))
+
+    def kept(self, position: int) -> Tensor:
+        """int64 [k], the kept patches of this image, ascending."""
+        return self.mask(position).nonzero().flatten()
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """int64 [M], kept patches of every image."""
+        bits = torch.tensor([byte.bit_count() for byte in range(256)])
+        running = torch.cat([torch.zeros(1, dtype=torch.int64), bits[self.packed.long()].cumsum(0)])
+        return running[self.offsets].diff()
+
+    @property
+    def keep_ratio(self) -> float:
+        """Share of all patches that is kept."""
+        return int(self.counts.sum()) / max(1, int(self.num_patches.sum()))
+
+    def content_hash(self) -> str:
+        """Hexadecimal digest: equal exactly when the same patches of images of the same sizes are kept."""
+        digest = hashlib.sha256(str(self.patch_size).encode())
+        digest.update(self.sizes.to(torch.int32).numpy().tobytes())
+        digest.update(self.packed.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Bits of a mask, bool [..., L], as uint8 [..., ceil(L / 8)]: patch j is bit j % 8 of byte j // 8, unused bits are 0."""
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8))
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (padded.view(*mask.shape[:-1], padded.shape[-1] // 8, 8) * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_mask(packed: Tensor, num_patches: int) -> Tensor:
+    """The inverse of `pack_mask`: uint8 [..., ceil(L / 8)] to bool [..., L]."""
+    bits = packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (bits & 1).flatten(-2)[..., :num_patches].bool()
 
 
 @dataclass(frozen=True)

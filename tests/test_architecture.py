@@ -9,14 +9,14 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "dq_lightning"
 STATIONS = ("sources", "features", "bins", "selection", "patches", "store")
-BASE = ("errors", "records", "config", "logs", "progress", "randomness")
+BASE = ("errors", "records", "config", "logs", "progress", "randomness", "weights")
 # file or folder (relative to the package) -> modules of heavy libraries that only it may import
 DOORS = {
     "lightning": ("datamodule.py", "demo.py"),
     "timm": ("features/timm_encoder.py",),
     "datasets": ("sources/hub.py",),
-    "transformers": (),
-    "pytorch_grad_cam": (),
+    "transformers": ("patches/mae.py",),
+    "pytorch_grad_cam": ("patches/package_maps.py",),
 }
 HEAVY = ("timm", "datasets", "pyarrow", "transformers", "pytorch_grad_cam", "torchvision", "lightning")
 
@@ -110,7 +110,9 @@ def test_the_data_module_adds_no_heavy_module_to_lightning():
 
 
 def test_bins_selection_and_store_work_without_lightning():
-    code = "import dq_lightning.bins.make, dq_lightning.selection.select, dq_lightning.store.reader, dq_lightning.pipeline"
+    code = (
+        "import dq_lightning.bins.make, dq_lightning.selection.select, dq_lightning.store.reader, dq_lightning.pipeline"
+    )
     assert not modules_after(code) & {"lightning", "pytorch_lightning", "timm", "datasets", "transformers"}
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dq_lightning.errors import FeatureError
+from dq_lightning.weights import digest_text
 
 Preprocessing = Callable[[Image.Image], Tensor]
 
@@ -35,11 +36,6 @@ class ResizeToSquare:
         if image.size != (self.side, self.side):
             image = image.resize((self.side, self.side), Image.Resampling.BICUBIC)
         return image_to_uint8(image)
-
-
-def digest_text(*parts: object) -> str:
-    """Hexadecimal SHA-256 of the parts' texts, kept apart by a separator."""
-    return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()
 
 
 def describe_callable(function: Any) -> str:

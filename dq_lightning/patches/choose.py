@@ -1,0 +1,162 @@
+"""How many patches are kept, and which: exact counts, ties to the lowest index, budgets spread over images. PURE."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from math import floor
+
+import torch
+from torch import Tensor
+
+from dq_lightning.errors import PatchError
+from dq_lightning.patches.grid import Grid
+from dq_lightning.records import PatchChoice, pack_mask
+
+
+def kept_count(num_patches: int, drop_ratio: float) -> int:
+    """Number of patches that are kept: floor(L * (1 - drop_ratio) + 1/2), the ratio read as the decimal that was written.
+
+    The one truth for mask, store and model. In binary floating point 15 * (1 - 0.9) is 1.4999999999999996, and the half would
+    be lost.
+
+    >>> kept_count(64, 0.2), kept_count(15, 0.9), kept_count(196, 0.1)
+    (51, 2, 176)
+
+    Raises:
+        PatchError: the ratio is outside [0, 1).
+    """
+    if not 0 <= drop_ratio < 1:
+        raise PatchError(f"drop_ratio must be in [0, 1), got {drop_ratio!r}")
+    return floor(num_patches * (1 - Fraction(repr(float(drop_ratio)))) + Fraction(1, 2))
+
+
+def choose_kept(scores: Tensor, count: int) -> Tensor:
+    """The `count` patches of highest score of every image, ties to the lowest index.
+
+    Args:
+        scores: real [B, L], finite.
+        count: k, patches to keep of each image.
+
+    Returns:
+        int64 [B, k], ascending.
+
+    Raises:
+        PatchError: scores are not finite, or there are fewer than `count` patches.
+    """
+    _check_finite(scores)
+    if scores.ndim != 2 or not 0 <= count <= scores.shape[1]:
+        raise PatchError(f"cannot keep {count} patches with scores of shape {tuple(scores.shape)}")
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
+
+
+def mask_of(kept: Tensor, num_patches: int) -> Tensor:
+    """Mask bool [B, L], True at the kept patches, int64 [B, k]."""
+    mask = torch.zeros(len(kept), num_patches, dtype=torch.bool, device=kept.device)
+    return mask.scatter_(1, kept, True)
+
+
+def spread_budget(scores: Sequence[Tensor], total: int, least: Sequence[int] | None = None) -> list[Tensor]:
+    """Keep the `total` best patches of all images together, but of every image at least some.
+
+    An image whose saliency lies on few patches gives up more of the others than one that is salient all over. Scores must
+    mean the same in all images.
+
+    Args:
+        scores: for each of M images a real tensor [L_i], finite.
+        total: patches to keep in all.
+        least: for each image the number of its best patches that are kept in any case; 0 when None.
+
+    Returns:
+        For each image a bool tensor [L_i]. Their sum is exactly `total`. In every image the best patches are kept. Ties go to
+        the lowest image, then to the lowest patch.
+
+    Raises:
+        PatchError: scores are not finite, or `total` cannot be met.
+
+    Complexity: O(n log n) time and O(n) memory for n patches in all.
+    """
+    lengths = torch.tensor([len(row) for row in scores], dtype=torch.int64)
+    owed = torch.zeros_like(lengths) if least is None else torch.tensor(least, dtype=torch.int64)
+    if bool((owed > lengths).any()) or bool((owed < 0).any()) or not int(owed.sum()) <= total <= int(lengths.sum()):
+        raise PatchError(
+            f"cannot keep {total} of {int(lengths.sum())} patches in all with at least {int(owed.sum())} owed to single images"
+        )
+    if not len(scores):
+        return []
+    flat = torch.cat([row.detach().cpu().double() for row in scores])
+    _check_finite(flat)
+    image = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    # two stable sorts: by score, then by image; the place inside the image is the rank there
+    by_score = flat.sort(descending=True, stable=True).indices
+    by_image = by_score[image[by_score].sort(stable=True).indices]
+    starts = lengths.cumsum(0) - lengths
+    rank = torch.empty_like(by_image)
+    rank[by_image] = torch.arange(len(flat)) - starts[image[by_image]]
+    mask = rank < owed[image]
+    open_places = by_score[~mask[by_score]]
+    mask[open_places[: total - int(owed.sum())]] = True
+    return list(torch.split(mask, lengths.tolist()))
+
+
+def make_choice(masks: Sequence[Tensor], sizes: Sequence[tuple[int, int]], patch_size: int) -> PatchChoice:
+    """Record of the kept patches of M images: masks bool [L_i] and (height, width) of each."""
+    packed = [pack_mask(mask.cpu()) for mask in masks]
+    return PatchChoice(
+        patch_size,
+        torch.tensor(sizes, dtype=torch.int32).reshape(-1, 2),
+        torch.cat(packed) if packed else torch.zeros(0, dtype=torch.uint8),
+    )
+
+
+def choose_patches(
+    scores: Sequence[Tensor],
+    sizes: Sequence[tuple[int, int]],
+    patch_size: int,
+    drop_ratio: float,
+    *,
+    spread: bool = False,
+    least_ratio: float = 0.0,
+) -> PatchChoice:
+    """Decide on the patches of M images.
+
+    Args:
+        scores: for each image a real tensor [L_i].
+        sizes: for each image (height, width) in pixels.
+        patch_size: P.
+        drop_ratio: share of the patches that is dropped; of every image `kept_count(L_i, drop_ratio)` stay.
+        spread: spread the same total over all images by `spread_budget` instead.
+        least_ratio: with `spread`, the share of its patches that every image keeps in any case, at most 1 - drop_ratio.
+
+    Returns:
+        The choice; its `counts` add up to the same number with and without `spread`.
+
+    Raises:
+        PatchError: scores do not fit the images' grids or are not finite.
+    """
+    for row, size in zip(scores, sizes, strict=True):
+        if len(row) != Grid(*size, patch_size).num_patches:
+            raise PatchError(f"{len(row)} scores do not fit {Grid(*size, patch_size)}")
+    counts = [kept_count(len(row), drop_ratio) for row in scores]
+    if not spread:
+        return make_choice(_best_of_each(scores, counts), sizes, patch_size)
+    share = Fraction(repr(float(least_ratio)))
+    least = [min(count, floor(len(row) * share + Fraction(1, 2))) for row, count in zip(scores, counts, strict=True)]
+    return make_choice(spread_budget(scores, sum(counts), least), sizes, patch_size)
+
+
+def _best_of_each(scores: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """Masks bool [L_i] of the best `counts[i]` patches; images with equally many patches are sorted together."""
+    masks: list[Tensor] = [torch.empty(0)] * len(scores)
+    groups: dict[int, list[int]] = {}
+    for position, row in enumerate(scores):
+        groups.setdefault(len(row), []).append(position)
+    for length, members in groups.items():
+        stacked = torch.stack([scores[position] for position in members])
+        rows = mask_of(choose_kept(stacked, counts[members[0]]), length)
+        for position, row in zip(members, rows, strict=True):
+            masks[position] = row
+    return masks
+
+
+def _check_finite(scores: Tensor) -> None:
+    if not bool(torch.isfinite(scores).all()):
+        raise PatchError("patch scores are not finite: the classifier gives NaN or infinity on these images")

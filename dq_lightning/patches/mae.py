@@ -1,0 +1,248 @@
+"""Filling dropped patches with a masked autoencoder (He et al. 2022). The one door to transformers; opens disk and network."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dq_lightning.errors import PatchError
+from dq_lightning.patches.choose import mask_of
+from dq_lightning.patches.grid import Grid, pad_to_grid, pixel_mask, unpatchify
+from dq_lightning.patches.original_checkpoint import convert_keys, read_original, read_sizes
+from dq_lightning.patches.reconstructors import bundled_folder
+from dq_lightning.randomness import isolated_random_state
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class MaskedAutoencoder:
+    """A reconstructor: fills what was dropped, leaves what was kept as it is.
+
+    The patches of an image stand for the model's patches one to one. An image whose grid is the model's is resized to the
+    model's size and back when its patches are larger or smaller; any other grid is run with the position embeddings
+    interpolated in two dimensions.
+
+    Args:
+        model: `ViTMAEForPreTraining`; owned and frozen.
+        mean: of the channels in [0, 1], for which the model was trained.
+        std: likewise.
+
+    Raises:
+        PatchError: the model was trained for normalised patches, which say nothing about a patch's colour.
+    """
+
+    def __init__(
+        self, model: nn.Module, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
+    ) -> None:
+        self._model: Any = model
+        self._model.eval().requires_grad_(False)
+        config: Any = model.config
+        if config.norm_pix_loss:
+            raise PatchError(
+                "this masked autoencoder predicts patches normalised one by one (norm_pix_loss), from which no image can be "
+                "made; pass one trained on plain pixels, as facebook/vit-mae-base is"
+            )
+        self.mean, self.std = mean, std
+        self._positions: dict[tuple[int, int], Tensor] = {}
+
+    @property
+    def model_patch_size(self) -> int:
+        """Side of the model's own patches, in pixels."""
+        size = self._model.config.patch_size
+        return int(size if isinstance(size, int) else size[0])
+
+    @property
+    def model_grid(self) -> tuple[int, int]:
+        """Rows and columns of the model's own grid."""
+        size = self._model.config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height // self.model_patch_size, width // self.model_patch_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = next(self._model.parameters()).device
+        return device
+
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
+        """Move the model, in place, and change its precision if one is given."""
+        self._model.to(device=device, dtype=dtype or self._model.dtype)
+        self._positions.clear()
+        return self
+
+    def patch_size_for(self, height: int, width: int) -> int:
+        """The patch side for images of this size: their share of the model's grid where it divides them, else the model's."""
+        rows, columns = self.model_grid
+        if height % rows == 0 and width % columns == 0 and height // rows == width // columns:
+            return height // rows
+        return self.model_patch_size
+
+    def reconstruct(self, images: Tensor, kept: Tensor, patch_size: int | None = None) -> Tensor:
+        """Fill the patches that are not kept.
+
+        Args:
+            images: floating [B, C, H, W], normalised with `mean` and `std`; what is in dropped patches is never seen.
+            kept: int64 [B, k], the kept patches of each image, each once, in any order.
+            patch_size: P of the grid that `kept` numbers, in pixels; `patch_size_for` the images when None.
+
+        Returns:
+            The images' dtype and device, [B, C, H, W]; pixels of kept patches are those of `images`, bit by bit.
+
+        Raises:
+            PatchError: `kept` does not fit the grid.
+        """
+        grid = Grid(images.shape[2], images.shape[3], patch_size or self.patch_size_for(*images.shape[2:]))
+        mask = _checked_mask(kept, len(images), grid).to(images.device)
+        if bool(mask.all()) or not len(images):
+            return images.clone()
+        stays = pixel_mask(mask, grid)
+        # what was dropped may be anything, also NaN
+        visible = pad_to_grid(torch.where(stays, images, 0), grid)
+        size = (grid.rows * self.model_patch_size, grid.columns * self.model_patch_size)
+        predicted = self._predict(_resize_patches(visible, mask, grid, size), mask)
+        if size != tuple(visible.shape[2:]):
+            whole = (visible.shape[2], visible.shape[3])
+            predicted = F.interpolate(predicted, whole, mode="bicubic", align_corners=False, antialias=True)
+        filled = predicted[..., : grid.height, : grid.width].to(images)
+        return torch.where(stays, images, filled)
+
+    def _predict(self, images: Tensor, mask: Tensor) -> Tensor:
+        """The model's picture float32 [B, C, h, w] of images on a grid of its patches, seeing only where `mask` is True."""
+        config, size = self._model.config, self.model_patch_size
+        grid = Grid(images.shape[2], images.shape[3], size)
+        count, total = int(mask[0].sum()), grid.num_patches
+        # the model keeps int(L * (1 - mask_ratio)) of lowest noise; half a patch more lets no rounding lose one
+        config.mask_ratio = 1 - (count + 0.5) / total
+        places = torch.arange(total, device=mask.device)
+        noise = (places + total * (~mask)).float().to(self.device)
+        own = (grid.rows, grid.columns) == self.model_grid
+        arguments: dict[str, Any] = {"noise": noise, "interpolate_pos_encoding": not own}
+        replaced = {} if own else {"decoder.decoder_pos_embed": self._decoder_positions(grid)}
+        with torch.no_grad():
+            output = torch.func.functional_call(
+                self._model, replaced, (images.to(self.device, self._model.dtype),), arguments
+            )
+        if not torch.equal(output.mask.bool(), ~mask.to(self.device)):
+            raise PatchError(
+                "the masked autoencoder did not keep the chosen patches; this version of transformers is not known"
+            )
+        pixels = output.logits.float().view(len(images), total, size, size, -1).permute(0, 1, 4, 2, 3)
+        return unpatchify(pixels, grid)
+
+    def _decoder_positions(self, grid: Grid) -> Tensor:
+        """Position embeddings of the decoder for another grid; the model's own interpolation takes the grid for a line."""
+        key = (grid.rows, grid.columns)
+        if key not in self._positions:
+            whole: Tensor = self._model.decoder.decoder_pos_embed.detach()
+            square = whole[:, 1:].float().transpose(1, 2).reshape(1, whole.shape[2], *self.model_grid)
+            spread = F.interpolate(square, key, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+            self._positions[key] = torch.cat([whole[:, :1], spread.to(whole)], dim=1)
+        return self._positions[key]
+
+
+def _checked_mask(kept: Tensor, batch: int, grid: Grid) -> Tensor:
+    if kept.ndim != 2 or len(kept) != batch or kept.is_floating_point():
+        raise PatchError(f"kept must be int64 [{batch}, k], got {kept.dtype} {tuple(kept.shape)}")
+    if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < grid.num_patches:
+        raise PatchError(
+            f"kept must lie in 0 ... {grid.num_patches - 1} for {grid}, got {int(kept.min())} ... {int(kept.max())}"
+        )
+    mask = mask_of(kept.long(), grid.num_patches)
+    if bool((mask.sum(1) != kept.shape[1]).any()):
+        raise PatchError("kept names a patch of an image twice")
+    return mask
+
+
+def _resize_patches(visible: Tensor, mask: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
+    """Resize images whose dropped pixels are 0 to `size`, so that nothing of the dropped ones bleeds into the kept."""
+    if size == tuple(visible.shape[2:]):
+        return visible
+    padded = Grid(visible.shape[2], visible.shape[3], grid.patch_size)
+    both = torch.cat([visible.float(), pixel_mask(mask, padded).float()], dim=1)
+    # bilinear, because its weights are positive inside of the kept patches; elsewhere the model does not look
+    both = F.interpolate(both, size, mode="bilinear", align_corners=False, antialias=True)
+    inside = pixel_mask(mask, Grid(*size, size[0] // grid.rows))
+    return torch.where(inside, both[:, :-1] / torch.where(inside, both[:, -1:], 1), 0)
+
+
+def load_mae(
+    path_or_name: Any,
+    *,
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    revision: str | None = None,
+    device: str | torch.device = "cpu",
+) -> MaskedAutoencoder:
+    """Load a masked autoencoder.
+
+    Args:
+        path_or_name: `"bundled"`, a hub name (`"facebook/vit-mae-base"`), a folder that transformers can load, a checkpoint
+            file of the original format (`mae_visualize_vit_large_ganloss.pth`), or a `ViTMAEForPreTraining`. Nothing in a
+            file is executed.
+        num_heads: heads of the encoder in a checkpoint file whose size is not official.
+        decoder_num_heads: likewise of its decoder.
+        revision: branch, tag or commit of a hub name.
+        device: where it runs.
+
+    Returns:
+        The reconstructor, frozen.
+
+    Raises:
+        PatchError: it cannot be found or read, its heads are not known, or weights are missing.
+    """
+    if isinstance(path_or_name, nn.Module):
+        return MaskedAutoencoder(path_or_name).to(device)
+    path = bundled_folder() if path_or_name == "bundled" else Path(path_or_name).expanduser()
+    if path.is_file():
+        return MaskedAutoencoder(_from_original(path, num_heads, decoder_num_heads)).to(device)
+    if num_heads or decoder_num_heads:
+        raise PatchError(f"{path_or_name!r} is no checkpoint file: its configuration tells the number of heads")
+    name = str(path) if path.is_dir() else str(path_or_name)
+    return MaskedAutoencoder(_from_pretrained(name, revision), *_normalisation(name, revision)).to(device)
+
+
+def _from_original(path: Path, num_heads: int | None, decoder_num_heads: int | None) -> nn.Module:
+    from transformers import ViTMAEConfig
+
+    state = read_original(path)
+    config = ViTMAEConfig(**read_sizes(state, num_heads, decoder_num_heads).values)
+    return _from_pretrained(None, None, config=config, state_dict=convert_keys(state), what=str(path))
+
+
+def _from_pretrained(name: str | None, revision: str | None, what: str | None = None, **arguments: Any) -> nn.Module:
+    from transformers import ViTMAEForPreTraining
+
+    if revision is not None:
+        arguments["revision"] = revision
+    tool: Any = ViTMAEForPreTraining
+    try:
+        # weights that a file lacks would be drawn at random before that is reported
+        with isolated_random_state():
+            model, report = tool.from_pretrained(name, output_loading_info=True, dtype=torch.float32, **arguments)
+    except Exception as error:
+        raise PatchError(
+            f"transformers cannot load a masked autoencoder from {what or name}: {error}. Pass a hub name, a folder with "
+            "config.json and weights, or a checkpoint file of the original format"
+        ) from error
+    absent = [key for kind in ("missing_keys", "mismatched_keys") for key in report[kind]]
+    if absent:
+        raise PatchError(
+            f"{what or name} is no whole masked autoencoder: it lacks {', '.join(map(str, sorted(absent)[:5]))}"
+        )
+    network: nn.Module = model
+    return network
+
+
+def _normalisation(name: str, revision: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std in the model's preprocessor_config.json; those of ImageNet, as published, without one."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    tool: Any = ImageProcessingMixin
+    try:
+        values, _ = tool.get_image_processor_dict(name, **({} if revision is None else {"revision": revision}))
+    except OSError:
+        return IMAGENET_MEAN, IMAGENET_STD
+    return tuple(values.get("image_mean", IMAGENET_MEAN)), tuple(values.get("image_std", IMAGENET_STD))

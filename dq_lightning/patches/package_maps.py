@@ -1,0 +1,84 @@
+"""The other methods of pytorch-grad-cam, through the package itself: slower, on NumPy. The one door to it."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dq_lightning.errors import PatchError
+from dq_lightning.patches.activation_maps import TargetChoice, logits_of, upscale
+from dq_lightning.patches.target_layer import TargetLayer, find_target_layer, frozen
+
+# our names -> the package's classes
+PACKAGE_METHODS = {
+    "ablationcam": "AblationCAM",
+    "eigencam": "EigenCAM",
+    "eigengradcam": "EigenGradCAM",
+    "fem": "FEM",
+    "fullgrad": "FullGrad",
+    "kpcacam": "KPCA_CAM",
+    "scorecam": "ScoreCAM",
+    "segeigencam": "SegEigenCAM",
+    "shapleycam": "ShapleyCAM",
+}
+
+
+class PackageMaps:
+    """Saliency maps by a method of pytorch-grad-cam, in float32, on a copy of the network (the package changes it).
+
+    Args:
+        module: classifier, on the images' device.
+        method: a name in `PACKAGE_METHODS`.
+        targets: which class is explained.
+        target_layer: name of the layer; found by `find_target_layer` when None.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        method: str,
+        targets: TargetChoice | None = None,
+        target_layer: str | None = None,
+    ) -> None:
+        if method not in PACKAGE_METHODS:
+            raise PatchError(f"unknown saliency method {method!r}; the package has {', '.join(PACKAGE_METHODS)}")
+        # Shapley-CAM differentiates the gradient, which without parameters in the graph may be a constant
+        self._module = copy.deepcopy(module).float().eval().requires_grad_(method == "shapleycam")
+        self._method = method
+        self._targets = targets or TargetChoice()
+        self._layer_name = target_layer
+        self._layer: TargetLayer | None = None
+
+    def __call__(self, images: Tensor, labels: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
+        """Saliency in [0, 1] of every pixel; arguments and result as in `ActivationMaps`."""
+        import pytorch_grad_cam
+        import pytorch_grad_cam.utils.model_targets
+
+        package: Any = pytorch_grad_cam
+        images = images.detach().float()
+        if self._layer is None:
+            self._layer = find_target_layer(self._module, images, self._layer_name)
+        with frozen(self._module), torch.no_grad():
+            classes = self._targets.choose(logits_of(self._module(images)), labels)
+        make: Callable[..., Any] = getattr(package, PACKAGE_METHODS[self._method])
+        layers = [] if self._method == "fullgrad" else [self._module.get_submodule(self._layer.name)]
+        options: dict[str, Any] = {"reshape_transform": None if self._layer.layout == "NCHW" else self._layer.to_map}
+        if self._method == "ablationcam" and self._layer.layout == "tokens":
+            options["ablation_layer"] = package.AblationLayerVit()
+        tool = make(self._module, layers, **options)
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                wanted = [package.utils.model_targets.ClassifierOutputTarget(int(c)) for c in classes]
+                # the graph hangs on the images, since the copy's parameters are frozen
+                maps = tool(images.clone().requires_grad_(), wanted)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise PatchError(
+                f"pytorch-grad-cam's {self._method} fails on {type(self._module).__name__}: {error}"
+            ) from error
+        finally:
+            tool.activations_and_grads.release()
+        pixels = torch.from_numpy(np.ascontiguousarray(maps, dtype=np.float32)).to(images.device)
+        return pixels if size in (None, tuple(images.shape[2:])) else upscale(pixels, (size or (0, 0)))

@@ -1,0 +1,153 @@
+"""The one place that decides which reconstructor a name stands for, and what identifies it without loading it."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from dq_lightning.errors import DQError, PatchError
+from dq_lightning.records import DigestMemory
+from dq_lightning.weights import digest_module, digest_text, find_commit
+
+if TYPE_CHECKING:
+    from dq_lightning.patches.mae import MaskedAutoencoder
+
+BUNDLED_MAE = Path(__file__).resolve().parent.parent / "assets" / "cifar10_mae"
+AUTO_SMALL_SIDE = 64
+# published weights on plain pixels; a third of the large network's cost
+AUTO_PHOTO_MAE = "facebook/vit-mae-base"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+FOLDER_FILES = (".json", ".safetensors", ".bin")
+INSTEAD = 'pass a folder or a checkpoint file of the original format, or reconstructor="bundled"'
+
+
+@dataclass(frozen=True)
+class ReconstructorSpec:
+    """A resolved choice that is not loaded.
+
+    Attributes:
+        name: what was chosen: `"bundled"`, a hub name with or without `@REVISION`, a path, or a class's name.
+        path: folder or checkpoint file, or None.
+        module: network in memory, or None.
+        commit: of a hub name, or None while unknown.
+        num_heads: of a checkpoint file.
+        decoder_num_heads: likewise.
+    """
+
+    name: str
+    path: Path | None = None
+    module: nn.Module | None = field(default=None, repr=False, compare=False)
+    commit: str | None = None
+    num_heads: int | None = None
+    decoder_num_heads: int | None = None
+
+    def identity(self, memory: DigestMemory) -> str | None:
+        """Hexadecimal digest of weights and configuration, without loading the network.
+
+        Returns:
+            The digest, or None if the hub name was never resolved with this memory: then `resolve` first.
+        """
+        if self.module is not None:
+            return digest_text("mae_module", digest_module(self.module), getattr(self.module, "config", ""))
+        if self.path is not None and self.path.is_file():
+            return digest_text("mae_file", memory.file(self.path), self.num_heads, self.decoder_num_heads)
+        if self.path is not None:
+            files = sorted(path for path in self.path.iterdir() if path.suffix in FOLDER_FILES)
+            return digest_text(
+                "mae_folder", *[path.name for path in files], *memory.files([str(path) for path in files])
+            )
+        commit = self.commit or memory.recall(f"hub:{self.name}")
+        return None if commit is None else digest_text("mae_hub", self.name.partition("@")[0], commit)
+
+    def resolve(self, memory: DigestMemory) -> "ReconstructorSpec":
+        """The same choice with its hub commit fixed and recorded in `memory`; the only method that may ask a hub.
+
+        Raises:
+            PatchError: the weights are neither in the local cache nor reachable; the message says what to pass.
+        """
+        if self.path is not None or self.module is not None:
+            return self
+        commit = self.commit or memory.recall(f"hub:{self.name}")
+        if commit is None:
+            repository, _, revision = self.name.partition("@")
+            try:
+                commit = find_commit(repository, revision or None, WEIGHT_FILES)
+            except DQError as error:
+                raise PatchError(f"reconstructor {self.name!r} needs {error}, or {INSTEAD}") from error
+        memory.remember(f"hub:{self.name}", commit)
+        return replace(self, commit=commit)
+
+    def load(self, device: str = "cpu") -> "MaskedAutoencoder":
+        """The reconstructor on its device, frozen.
+
+        Raises:
+            PatchError: it cannot be found or read.
+        """
+        from dq_lightning.patches.mae import load_mae
+
+        if self.module is not None:
+            return load_mae(self.module, device=device)
+        if self.path is not None:
+            return load_mae(
+                self.path, num_heads=self.num_heads, decoder_num_heads=self.decoder_num_heads, device=device
+            )
+        repository, _, revision = self.name.partition("@")
+        return load_mae(repository, revision=self.commit or revision or None, device=device)
+
+
+def choose_reconstructor(
+    reconstructor: Any,
+    *,
+    image_size: tuple[int, int],
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+) -> ReconstructorSpec:
+    """Decide on a masked autoencoder; nothing is loaded and no hub is asked.
+
+    | `reconstructor` | choice |
+    |---|---|
+    | `"auto"` | images up to 64 px (longer side): bundled; larger: `facebook/vit-mae-base`. Nothing else changes it. |
+    | `"bundled"` | the CIFAR-10 network in `assets/` |
+    | existing folder | one that transformers can load |
+    | existing file | a checkpoint of the original format |
+    | `"OWNER/NAME"`, `"OWNER/NAME@REVISION"` | a repository on the Hugging Face hub |
+    | `nn.Module` | a `ViTMAEForPreTraining` |
+
+    Args:
+        reconstructor: see the table.
+        image_size: (height, width) of a typical image, in pixels.
+        num_heads: of the encoder in a checkpoint file whose size is not official.
+        decoder_num_heads: likewise of its decoder.
+
+    Raises:
+        PatchError: the choice is unknown, or a local file is missing.
+    """
+    if isinstance(reconstructor, nn.Module):
+        return ReconstructorSpec(type(reconstructor).__name__, module=reconstructor)
+    if not isinstance(reconstructor, str | Path):
+        raise PatchError(f"reconstructor must be a name, a path or a network, got {type(reconstructor).__name__}")
+    name = str(reconstructor)
+    if name == "auto":
+        name = "bundled" if max(image_size) <= AUTO_SMALL_SIDE else AUTO_PHOTO_MAE
+    if name == "bundled":
+        return ReconstructorSpec(name, path=bundled_folder())
+    path = Path(name).expanduser()
+    if path.exists():
+        return ReconstructorSpec(name, path.absolute(), num_heads=num_heads, decoder_num_heads=decoder_num_heads)
+    if path.is_absolute() or path.suffix in (".pth", ".pt", ".bin", ".safetensors") or name.count("/") != 1:
+        raise PatchError(f"reconstructor={name!r} is no existing file or folder, and no hub name OWNER/NAME")
+    return ReconstructorSpec(name)
+
+
+def bundled_folder() -> Path:
+    """Folder of the bundled network.
+
+    Raises:
+        PatchError: it is missing.
+    """
+    if not (BUNDLED_MAE / "config.json").is_file():
+        raise PatchError(
+            f"the bundled masked autoencoder {BUNDLED_MAE} is missing: install the package again, or {INSTEAD}"
+        )
+    return BUNDLED_MAE

@@ -1,0 +1,149 @@
+"""From images to a score of every patch: by a classifier's saliency map, by variance, or at random."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dq_lightning.config import PatchConfig
+from dq_lightning.errors import PatchError
+from dq_lightning.patches.activation_maps import METHODS, ActivationMaps, TargetChoice
+from dq_lightning.patches.grid import grid_of, pool_to_patches
+
+
+class PatchScorer(Protocol):
+    """Says how informative every patch is; nothing depends on which images share a batch."""
+
+    def scores(self, images: Tensor, labels: Tensor | None, positions: Tensor, patch_size: int) -> Tensor:
+        """Score every patch.
+
+        Args:
+            images: uint8 [B, 3, H, W], or floating as the classifier takes them, on the scorer's device.
+            labels: int64 [B] or None.
+            positions: int64 [B], positions of the images in the source.
+            patch_size: P in pixels.
+
+        Returns:
+            float32 [B, L] on the images' device; the higher, the more informative.
+        """
+        ...
+
+
+class SaliencyMaps(Protocol):
+    """Maps float32 [B, H, W] in [0, 1] of images [B, 3, h, w], with `size` = (H, W)."""
+
+    def __call__(self, images: Tensor, labels: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class RandomScorer:
+    """Independent uniform scores: a baseline. They depend on the seed and the image's position alone.
+
+    Attributes:
+        seed: of all images.
+    """
+
+    seed: int = 0
+
+    def scores(self, images: Tensor, labels: Tensor | None, positions: Tensor, patch_size: int) -> Tensor:
+        count = grid_of(images, patch_size).num_patches
+        drawn = [
+            np.random.Generator(np.random.Philox(key=[self.seed, position])).random(count, dtype=np.float32)
+            for position in positions.tolist()
+        ]
+        return torch.from_numpy(np.stack(drawn)).to(images.device)
+
+
+@dataclass(frozen=True)
+class VarianceScorer:
+    """Variance of the pixels of a patch, summed over the channels: a baseline that needs no classifier."""
+
+    def scores(self, images: Tensor, labels: Tensor | None, positions: Tensor, patch_size: int) -> Tensor:
+        # float64, because the difference of two means loses half of the digits
+        pixels = images.double().flatten(0, 1)
+        variance = pool_to_patches(pixels**2, patch_size) - pool_to_patches(pixels, patch_size) ** 2
+        return variance.clamp(min=0).view(*images.shape[:2], -1).sum(1).float()
+
+
+class ClassifierScorer:
+    """Mean of a classifier's saliency map over every patch.
+
+    Args:
+        maps: gives the maps.
+        mean: of the channels in [0, 1], to normalise uint8 images with, together with `std`.
+        std: likewise.
+        input_size: (height, width) the whole image is resized to for the classifier; as it is when None.
+    """
+
+    def __init__(
+        self,
+        maps: SaliencyMaps,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        input_size: tuple[int, int] | None = None,
+    ) -> None:
+        self._maps = maps
+        self._mean, self._std = mean, std
+        self._input_size = input_size
+
+    def scores(self, images: Tensor, labels: Tensor | None, positions: Tensor, patch_size: int) -> Tensor:
+        size = (images.shape[2], images.shape[3])
+        return pool_to_patches(self._maps(self._prepare(images), labels, size), patch_size)
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        whole = images
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        if self._input_size is not None and tuple(images.shape[2:]) != tuple(self._input_size):
+            # the whole image: a centre crop would leave patches without a score
+            images = F.interpolate(images, self._input_size, mode="bilinear", align_corners=False, antialias=True)
+        if whole.dtype != torch.uint8:
+            return images
+        if self._mean is None or self._std is None:
+            raise PatchError("uint8 images need mean= and std= of the classifier, or pass them normalised")
+        mean = torch.tensor(self._mean, device=images.device)[:, None, None]
+        return (images - mean) / torch.tensor(self._std, device=images.device)[:, None, None]
+
+
+def make_scorer(
+    config: PatchConfig,
+    classifier: nn.Module | None = None,
+    *,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    input_size: tuple[int, int] | None = None,
+    num_classes: int | None = None,
+) -> PatchScorer:
+    """The scorer that a config names; the one place that decides.
+
+    Args:
+        config: `saliency`, `target`, `class_map`, `target_layer` and `seed` are used.
+        classifier: network on its device; not needed for `"random"` and `"variance"`.
+        mean: see `ClassifierScorer`.
+        std: likewise.
+        input_size: likewise.
+        num_classes: of the dataset, or None without labels.
+
+    Raises:
+        PatchError: there is no classifier for a method that needs one.
+    """
+    method = config.saliency
+    if method == "random":
+        return RandomScorer(config.seed)
+    if method == "variance":
+        return VarianceScorer()
+    if classifier is None:
+        raise PatchError(f'saliency={method!r} needs a classifier; "variance" and "random" need none')
+    targets = TargetChoice(config.target, num_classes, config.class_map)
+    make: Callable[..., SaliencyMaps]
+    if method in METHODS:
+        make = ActivationMaps
+    else:
+        from dq_lightning.patches.package_maps import PackageMaps
+
+        make = PackageMaps
+    return ClassifierScorer(make(classifier, method, targets, config.target_layer), mean, std, input_size)

@@ -1,0 +1,87 @@
+"""Identity of weights: the content of a network in memory, the commit of a hub repository. Opens disk and network."""
+
+import hashlib
+import inspect
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dq_lightning.errors import DQError
+
+# the forward pass of these is identified by the class's name; that of others by its source
+KNOWN_LIBRARIES = ("torch", "torchvision", "timm", "transformers")
+
+
+def digest_text(*parts: object) -> str:
+    """Hexadecimal SHA-256 of the parts' texts, kept apart by a separator."""
+    return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()
+
+
+def digest_module(module: nn.Module) -> str:
+    """Digest of a network: its printed structure, the source of its own classes, every parameter and buffer.
+
+    Reads every byte of the weights once; device, precision and train mode do not enter.
+
+    Raises:
+        DQError: a parameter has no values yet.
+    """
+    digest = hashlib.sha256(repr(module).encode())
+    for kind in sorted(
+        {type(child) for child in module.modules()}, key=lambda kind: f"{kind.__module__}.{kind.__name__}"
+    ):
+        digest.update(f"{kind.__module__}.{kind.__qualname__}".encode())
+        # the forward pass of a network written for the occasion is not visible in its structure
+        if kind.__module__.split(".")[0] not in KNOWN_LIBRARIES:
+            try:
+                digest.update(inspect.getsource(kind).encode())
+            except (OSError, TypeError):
+                continue
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    if tensor.is_meta or isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
+        raise DQError("the network has parameters without values (meta or lazy); load or initialise it first")
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def find_commit(repository: str, revision: str | None, files: tuple[str, ...]) -> str:
+    """Commit of a repository's weights: from the local Hugging Face cache, or else downloaded.
+
+    Args:
+        repository: `OWNER/NAME`.
+        revision: branch, tag or commit; the default branch when None.
+        files: names of weight files, the preferred one first.
+
+    Raises:
+        DQError: the weights are neither in the cache nor reachable. The caller says what can be passed instead.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    for file in files:
+        cached = try_to_load_from_cache(repository, file, revision=revision)
+        if isinstance(cached, str):
+            return _commit_of(cached, file)
+    reason: Exception | None = None
+    for file in files:
+        try:
+            return _commit_of(hf_hub_download(repository, file, revision=revision), file)
+        except Exception as error:
+            reason = error
+            # only a hub that answered may have the other file; without network every attempt costs half a minute
+            if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
+                break
+    raise DQError(
+        f"{' or '.join(files)} of the hub repository {repository}, which is not in the local Hugging Face cache and cannot "
+        f"be downloaded ({type(reason).__name__}): connect once"
+    ) from reason
+
+
+def _commit_of(path: str, file: str) -> str:
+    # .../snapshots/COMMIT/FILE, where FILE may lie in subfolders
+    return Path(path).parents[len(Path(file).parts) - 1].name
