@@ -165,7 +165,7 @@ class ActivationMaps:
             finally:
                 handle.remove()
             classes = self._targets.choose(logits.detach(), labels)
-            score = logits.float().gather(1, classes[:, None]).sum()
+            score = logits.gather(1, classes[:, None]).sum()
             if not score.requires_grad:
                 raise PatchError(f"the logits do not depend on layer {layer.name!r}; pass another target_layer")
             gradient = torch.autograd.grad(score, leaves[-1], allow_unused=True)[0]
@@ -174,7 +174,9 @@ class ActivationMaps:
                 f"the gradient of the class score is zero at layer {layer.name!r}: the classifier does not look at the patches "
                 "there (class-token pooling behind the last attention does this); pass another target_layer"
             )
-        return layer.to_map(leaves[-1].detach()).float(), layer.to_map(gradient).float()
+        # half precision would lose the sums over places; double stays, because Grad-CAM++ divides by what may nearly vanish
+        kind = torch.promote_types(gradient.dtype, torch.float32)
+        return layer.to_map(leaves[-1].detach()).to(kind), layer.to_map(gradient).to(kind)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -193,7 +195,7 @@ def upscale(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Cut off what is negative in maps [B, h, w], scale each to [0, 1], enlarge them bilinearly to `size`, scale again."""
     scaled = _scale(maps.clamp(min=0))
     enlarged = F.interpolate(scaled[:, None], size, mode="bilinear", align_corners=False)[:, 0]
-    return _scale(enlarged)
+    return _scale(enlarged).float()
 
 
 def _scale(maps: Tensor) -> Tensor:

@@ -209,7 +209,11 @@ def _from_original(path: Path, num_heads: int | None, decoder_num_heads: int | N
 
     state = read_original(path)
     config = ViTMAEConfig(**read_sizes(state, num_heads, decoder_num_heads).values)
-    return _from_pretrained(None, None, config=config, state_dict=convert_keys(state), what=str(path))
+    network = _from_pretrained(None, None, config=config, state_dict=convert_keys(state), what=str(path))
+    sizes = [sum(tensor.numel() for tensor in tensors) for tensors in (network.parameters(), state.values())]
+    if sizes[0] != sizes[1]:
+        raise PatchError(f"{path} has {sizes[1]} weights, of which {sizes[0]} are known: it is of another architecture")
+    return network
 
 
 def _from_pretrained(name: str | None, revision: str | None, what: str | None = None, **arguments: Any) -> nn.Module:
