@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from dq_lightning.errors import PatchError
 from dq_lightning.patches.choose import mask_of
+from dq_lightning.patches.fill import fill_harmonically
 from dq_lightning.patches.grid import Grid, pad_to_grid, pixel_mask, unpatchify
 from dq_lightning.patches.original_checkpoint import convert_keys, read_original, read_sizes
 from dq_lightning.patches.reconstructors import bundled_folder
@@ -29,13 +30,18 @@ class MaskedAutoencoder:
         model: `ViTMAEForPreTraining`; owned and frozen.
         mean: of the channels in [0, 1], for which the model was trained.
         std: likewise.
+        harmonic: whether the model was trained to predict the difference from the harmonic filling, not the pixels.
 
     Raises:
         PatchError: the model was trained for normalised patches, which say nothing about a patch's colour.
     """
 
     def __init__(
-        self, model: nn.Module, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
+        self,
+        model: nn.Module,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        harmonic: bool = False,
     ) -> None:
         self._model: Any = model
         self._model.eval().requires_grad_(False)
@@ -46,6 +52,7 @@ class MaskedAutoencoder:
                 "made; pass one trained on plain pixels, as facebook/vit-mae-base is"
             )
         self.mean, self.std = mean, std
+        self.harmonic = harmonic
         self._positions: dict[tuple[int, int], Tensor] = {}
 
     @property
@@ -107,6 +114,8 @@ class MaskedAutoencoder:
             whole = (visible.shape[2], visible.shape[3])
             predicted = F.interpolate(predicted, whole, mode="bicubic", align_corners=False, antialias=True)
         filled = predicted[..., : grid.height, : grid.width].to(images)
+        if self.harmonic:
+            filled = filled + fill_harmonically(images, stays)
         return torch.where(stays, images, filled)
 
     def _predict(self, images: Tensor, mask: Tensor) -> Tensor:
@@ -201,7 +210,7 @@ def load_mae(
     if num_heads or decoder_num_heads:
         raise PatchError(f"{path_or_name!r} is no checkpoint file: its configuration tells the number of heads")
     name = str(path) if path.is_dir() else str(path_or_name)
-    return MaskedAutoencoder(_from_pretrained(name, revision), *_normalisation(name, revision)).to(device)
+    return MaskedAutoencoder(_from_pretrained(name, revision), **_preprocessing(name, revision)).to(device)
 
 
 def _from_original(path: Path, num_heads: int | None, decoder_num_heads: int | None) -> nn.Module:
@@ -240,13 +249,17 @@ def _from_pretrained(name: str | None, revision: str | None, what: str | None = 
     return network
 
 
-def _normalisation(name: str, revision: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std in the model's preprocessor_config.json; those of ImageNet, as published, without one."""
+def _preprocessing(name: str, revision: str | None) -> dict[str, Any]:
+    """What the model's preprocessor_config.json says: `image_mean`, `image_std` (ImageNet's without it), `harmonic`."""
     from transformers.image_processing_base import ImageProcessingMixin
 
     tool: Any = ImageProcessingMixin
     try:
         values, _ = tool.get_image_processor_dict(name, **({} if revision is None else {"revision": revision}))
     except OSError:
-        return IMAGENET_MEAN, IMAGENET_STD
-    return tuple(values.get("image_mean", IMAGENET_MEAN)), tuple(values.get("image_std", IMAGENET_STD))
+        values = {}
+    return {
+        "mean": tuple(values.get("image_mean", IMAGENET_MEAN)),
+        "std": tuple(values.get("image_std", IMAGENET_STD)),
+        "harmonic": bool(values.get("harmonic", False)),
+    }

@@ -13,7 +13,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from dq_lightning import load_mae
 from dq_lightning.errors import PatchError
 from dq_lightning.patches.choose import choose_kept, mask_of
-from dq_lightning.patches.fill import fill_by_mask
+from dq_lightning.patches.fill import HarmonicFill, fill_by_mask
 from dq_lightning.patches.grid import Grid, pixel_mask
 from dq_lightning.patches.original_checkpoint import convert_keys, read_sizes
 from dq_lightning.patches.reconstructors import choose_reconstructor
@@ -156,7 +156,7 @@ def test_a_folder_brings_weights_and_normalisation(tmp_path):
         json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]})
     )
     own = load_mae(tmp_path)
-    assert (own.mean, own.std) == ((0.1, 0.2, 0.3), (1, 2, 3))
+    assert (own.mean, own.std, own.harmonic) == ((0.1, 0.2, 0.3), (1, 2, 3), False)
     torch.testing.assert_close(own.reconstruct(images, kept), load_mae(model).reconstruct(images, kept))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(PatchError, match="cannot load"):
@@ -243,6 +243,18 @@ def test_positions_of_another_grid_are_interpolated_in_two_dimensions(tiny):
     inner = rows.view(4, 4, 2, -1).mean(2)
     torch.testing.assert_close(inner[:, 1:3], own[0, 1:].view(4, 4, -1)[:, 1:3], atol=0.1, rtol=0)
     assert torch.equal(tiny._decoder_positions(Grid(16, 16, 4)), own)
+
+
+def test_a_model_of_the_difference_adds_the_harmonic_filling(tiny, tmp_path):
+    model = tiny_model()
+    torch.nn.init.zeros_(model.decoder.decoder_pred.weight)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"harmonic": True}))
+    images, kept = torch.randn(2, 3, 16, 16), choose_kept(torch.rand(2, 16), 8)
+    filled = load_mae(tmp_path).reconstruct(images, kept)
+    torch.testing.assert_close(filled, HarmonicFill(4).reconstruct(images, kept))
+    stays = stays_of(images, kept, 4)
+    assert torch.equal(filled[stays], images[stays])
 
 
 def test_half_precision_gives_nearly_the_same_and_leaves_the_kept(tiny):
