@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -128,12 +127,6 @@ class QuantizedDataModule(L.LightningDataModule):
         )
         if self._inner is not None:
             self._wrap(self._inner)
-        for name in self._eval:
-            if not self._has(name):
-                # Lightning tells a missing loader from an empty one by whether the hook is that of its own class; a partial,
-                # unlike a bound method, keeps that through pickling
-                hook = getattr(L.LightningDataModule, f"{name}_dataloader")
-                setattr(self, f"{name}_dataloader", partial(hook, self))
 
     @classmethod
     def from_datamodule(
@@ -298,15 +291,15 @@ class QuantizedDataModule(L.LightningDataModule):
         return make_loader(dataset, self._settings(), TrainerFacts.of(self.trainer), self._preparation.seed)
 
     def val_dataloader(self) -> Any:
-        """Loaders over `val`, or the wrapped data module's own; not defined without."""
+        """Loaders over `val`, or the wrapped data module's own; without, none while training."""
         return self._eval_loaders("val")
 
     def test_dataloader(self) -> Any:
-        """Loaders over `test`, or the wrapped data module's own; not defined without."""
+        """Loaders over `test`, or the wrapped data module's own."""
         return self._eval_loaders("test")
 
     def predict_dataloader(self) -> Any:
-        """Loaders over `predict`, or the wrapped data module's own; not defined without."""
+        """Loaders over `predict`, or the wrapped data module's own."""
         return self._eval_loaders("predict")
 
     def state_dict(self) -> dict[str, Any]:
@@ -378,14 +371,17 @@ class QuantizedDataModule(L.LightningDataModule):
         """Settings of the train loader; the batch size is read at each call, because the batch-size finder changes it."""
         return self._preparation.settings(self.batch_size, self._given)
 
-    def _has(self, name: str) -> bool:
-        if self._inner is not None:
-            return defined_by_user(self._inner, f"{name}_dataloader")
-        return self._eval[name] is not None
-
     def _eval_loaders(self, name: str) -> Any:
+        hook = f"{name}_dataloader"
+        given = self._eval[name] if self._inner is None else defined_by_user(self._inner, hook) or None
+        if given is None:
+            if name == "val" and TrainerFacts.of(self.trainer).fits:
+                return []
+            raise ConfigError(
+                f"there is no {hook}: pass {name}= to QuantizedDataModule, or define it in the wrapped module"
+            )
         if self._inner is not None:
-            return getattr(self._inner, f"{name}_dataloader")()
+            return getattr(self._inner, hook)()
         settings = self._settings()
         settings = replace(settings, batch_size=self.eval_batch_size or settings.batch_size)
         return make_eval_loaders(self._eval[name], settings, TrainerFacts.of(self.trainer))
