@@ -205,9 +205,19 @@ class Levels:
         """Twice the inner products of all rows, [n, n]."""
         step = max(LEAF_ROWS, -(-len(rows) // self.workers.count))
         spans = [(first, min(first + step, len(rows))) for first in range(0, len(rows), step)]
-        parts = list(self.workers.map(lambda ends: rows.span(*ends).inner(rows).mul_(2.0), spans))
-        whole: Array = (parts[0] if len(parts) == 1 else torch.cat(parts)).cpu().numpy()
-        return whole
+        whole = torch.empty(len(rows), len(rows), dtype=torch.float64, device=rows.factors[0].device)
+
+        def fill(ends: tuple[int, int]) -> None:
+            part = whole[ends[0] : ends[1]]
+            torch.mm(rows.factors[0][ends[0] : ends[1]], rows.factors[0].T, out=part)
+            for factor in rows.factors[1:]:
+                part *= factor[ends[0] : ends[1]] @ factor.T
+            part *= 2.0
+
+        for _ in self.workers.map(fill, spans):
+            pass
+        doubled: Array = whole.cpu().numpy()
+        return doubled
 
     def _settle(self, level: Level, gains: Array, least: float) -> int:
         near = np.flatnonzero(gains >= least)
