@@ -21,7 +21,7 @@ from dq_lightning.bins.referee import ROUNDING, Referee
 from dq_lightning.bins.rows import Rows, StoredRows
 
 # rows whose inner products are kept as a matrix
-LEAF_ROWS = 512
+LEAF_ROWS = 256
 # a level has this many times the rows of the candidates drawn from it
 _GROWTH = 8
 # what reading a row in a pass costs, in multiplications with a row
