@@ -35,7 +35,7 @@ def row(function):
 
 
 def private_bytes():
-    with open("/proc/self/status") as lines:
+    with Path("/proc/self/status").open() as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
 
@@ -267,7 +267,8 @@ def machine(device):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     gpu = f", {torch.cuda.get_device_name()}" if device.startswith("cuda") else ""
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}; torch {torch.__version__}, numpy {np.__version__}"
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{name}, {cores}{gpu}; torch {torch.__version__}, numpy {np.__version__}"
 
 
 def main():
@@ -301,10 +302,8 @@ def main():
             mark = "~" if got["scaled"] else ""
             instead = f"{what}: {mark}{got['instead']:.1f} s"
             faster = f"{mark}{got['instead'] / got['seconds']:.0f}"
-        print(
-            f"| {work}{''.join(f' ({note})' for note in notes)} | {got['seconds']:.2f} | {memory} | {instead} | {faster} |",
-            flush=True,
-        )
+        work += "".join(f" ({note})" for note in notes)
+        print(f"| {work} | {got['seconds']:.2f} | {memory} | {instead} | {faster} |", flush=True)
 
 
 if __name__ == "__main__":
