@@ -27,7 +27,9 @@ def dataset(kind, shared, every):
         return Subset(folder, picked)
     import datasets
 
-    features = datasets.Features({"image": datasets.Image(mode="RGB"), "label": datasets.ClassLabel(names=folder.classes)})
+    features = datasets.Features(
+        {"image": datasets.Image(mode="RGB"), "label": datasets.ClassLabel(names=folder.classes)}
+    )
     rows = [folder.samples[i] for i in picked]
     columns = {"image": [path for path, _ in rows], "label": [label for _, label in rows]}
     made = datasets.Dataset.from_dict(columns, features=features)
