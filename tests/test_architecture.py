@@ -110,7 +110,9 @@ def test_the_data_module_adds_no_heavy_module_to_lightning():
 
 
 def test_bins_selection_and_store_work_without_lightning():
-    code = "import dq_lightning.bins.make, dq_lightning.selection.select, dq_lightning.store.reader, dq_lightning.pipeline"
+    code = (
+        "import dq_lightning.bins.make, dq_lightning.selection.select, dq_lightning.store.reader, dq_lightning.pipeline"
+    )
     assert not modules_after(code) & {"lightning", "pytorch_lightning", "timm", "datasets", "transformers"}
 
 
