@@ -6,10 +6,11 @@ import re
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from dq_lightning import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig, quantize
+from dq_lightning import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig, as_source, quantize
 from dq_lightning.compact import open_compact
-from dq_lightning.errors import SourceError
+from dq_lightning.errors import ConfigError, SourceError
 from dq_lightning.plan import BINS, FEATURES, SELECTION, STORE, make_plan, source_identity, station_parts
 from dq_lightning.store.cache import Cache
 from tests.lightning_scripts.common import photos, to_tensor
@@ -101,13 +102,56 @@ def test_keys_hold_what_changes_the_result_and_nothing_else(tmp_path):
     assert changed(fingerprint="mine") == list(stations)
 
 
+def test_the_grouping_of_a_source_is_part_of_the_key(tmp_path):
+    plain, halves = photos(40), [0] * 20 + [1] * 20
+    base = parts_of(tmp_path, plain)
+    made = [
+        parts_of(tmp_path, as_source(plain, **options))
+        for options in ({"labels": halves}, {"labels": [0, 1] * 20}, {"labels": False}, {"label_column": "1"})
+    ]
+    assert all(parts[FEATURES] == base[FEATURES] for parts in made)
+    assert len({str(parts[STORE]) for parts in (base, *made)}) == 5
+    # whichever door the grouping came through
+    assert made[0] == parts_of(tmp_path, plain, labels=halves)
+    assert made[0] == parts_of(tmp_path, as_source(plain), labels=halves)
+    assert made[2] == parts_of(tmp_path, plain, labels=False)
+    assert made[3] == parts_of(tmp_path, plain, config=settings(label_column="1"))
+    assert base == parts_of(tmp_path, as_source(plain))
+
+
+def test_options_that_come_too_late_for_a_source_are_told():
+    source = as_source(photos(40), label_column="1")
+    assert make_plan(source, settings(label_column="1")).source is source
+    for options in ({"transform": np.asarray}, {"transform": None}, {"target_transform": str}):
+        with pytest.raises(ConfigError, match=r"transform= was given for a source that is made already"):
+            make_plan(source, settings(), **options)
+    with pytest.raises(ConfigError, match=r"image_column=, label_column= was given"):
+        make_plan(source, settings(image_column="0", label_column="0"))
+
+
+def test_auto_looks_at_more_than_the_first_image():
+    class Sizes(torch.utils.data.Dataset):
+        def __init__(self, odd):
+            self.odd = odd
+
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, i):
+            return Image.new("RGB", (500, 400) if (i == 0) == self.odd else (60, 50)), 0
+
+    small, large = (make_plan(Sizes(odd), settings()).encoder.description for odd in (True, False))
+    assert "images up to 64 px" in small
+    assert "images over 64 px" in large
+
+
 def test_identity_is_looked_up_where_nothing_is_built(tmp_path):
     class Counting(torch.utils.data.Dataset):
         def __init__(self):
-            self.photos = photos(40, transform=None)
+            self.photos = photos(80, transform=None)
 
         def __len__(self):
-            return 40
+            return 80
 
         def __getitem__(self, i):
             READS.append(i)
@@ -117,11 +161,11 @@ def test_identity_is_looked_up_where_nothing_is_built(tmp_path):
     cache = Cache(tmp_path)
     plan = make_plan(Counting(), settings())
     assert source_identity(plan, cache.memory, full=False) is None
-    assert len(READS) < 40
+    assert len(READS) < 80
     known = source_identity(plan, cache.memory, full=True)
     READS.clear()
     assert source_identity(make_plan(Counting(), settings()), Cache(tmp_path).memory, full=False) == known
-    assert len(READS) < 40
+    assert len(READS) < 80
 
 
 def test_random_state_stays_as_it_was(tmp_path):
