@@ -325,6 +325,28 @@ def test_a_touched_file_behind_a_dataset_changes_the_state(memory, tmp_path):
     assert as_source(dataset).quick_digest(memory) is None
 
 
+def test_files_below_a_folder_are_read_again_though_some_may_have_changed_unseen(memory, tmp_path):
+    class Listed(Dataset):
+        def __init__(self):
+            self.root, self.names = str(tmp_path), [f"{i}.png" for i in range(40)]
+
+        def __len__(self):
+            return len(self.names)
+
+        def __getitem__(self, index):
+            return Image.open(f"{self.root}/{self.names[index]}").convert("RGB"), index % 2
+
+    for i, row in enumerate(pictures(40)):
+        Image.fromarray(row).save(tmp_path / f"{i}.png")
+    first = as_source(Listed())
+    digest = first.digest(memory)
+    Image.new("RGB", (5, 6)).save(tmp_path / "1.png")  # no spot is looked at there
+    second = as_source(Listed())
+    assert second.state_key() == first.state_key()
+    assert not second.identity_is_certain
+    assert second.digest(memory) != digest
+
+
 # refusals
 
 
