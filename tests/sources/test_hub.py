@@ -325,6 +325,9 @@ def test_files_behind_paths_count_by_content_even_when_the_table_is_known(tmp_pa
     (tmp_path / "1.png").unlink()
     with pytest.raises(SourceError, match=r"Item 1 .*1\.png"):
         as_source(dataset).image(1)
+    (tmp_path / "0.png").rename(tmp_path / "1.png")
+    with pytest.raises(SourceError, match=r"Item 2 .*0\.png"):
+        as_source(dataset.select([1, 2, 0])).digest(memory)
 
 
 def test_real_photos(shared_dir, tmp_path, memory):
