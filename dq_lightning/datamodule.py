@@ -318,7 +318,7 @@ class QuantizedDataModule(L.LightningDataModule):
         """
         if self._inner is not None:
             self._inner.load_state_dict(state_dict.get("datamodule", {}))
-        self._preparation.expect(state_dict.get("content_hash"))
+        self._preparation.expect(state_dict.get("content_hash"), self.trainer)
 
     @property
     def info(self) -> StoreInfo:

@@ -241,8 +241,15 @@ def test_checkpoints_are_small_resume_and_know_their_subset(warm, tmp_path):
     changed = QuantizedDataModule.load_from_checkpoint(path, train=photos(), cache_dir=warm, keep_ratio=0.5)
     with pytest.raises(CacheError, match="trained on the compact set"):
         ready(changed)
-    # testing needs no train set, and so no comparison
-    trainer().test(Recorder(), datamodule=make(warm, seed=9, test=held_out()), ckpt_path=path, verbose=False)
+    # testing needs no train set, and so no comparison, whether there was a fit before or comes one later
+    other = make(warm, seed=9, test=held_out())
+    for fits in (1, 2):
+        trainer().test(Recorder(), datamodule=other, ckpt_path=path, verbose=False)
+        trainer(max_epochs=fits).fit(Recorder(), other)
+    # and after a refusal the advice works
+    with pytest.raises(CacheError, match="trained on the compact set"):
+        trainer(max_epochs=2).fit(Recorder(), other, ckpt_path=path)
+    trainer().fit(Recorder(), other)
 
 
 def test_notebook_use(warm):

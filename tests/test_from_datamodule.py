@@ -281,6 +281,24 @@ def test_unseeded_split_is_seeded_by_us(warm):
     assert list(reseeded.train.indices) != runs[0][1]
 
 
+def test_split_made_with_the_loader_is_seeded_too(warm):
+    class Late(L.LightningDataModule):
+        def setup(self, stage):
+            torch.rand(3)
+
+        def train_dataloader(self):
+            self.train, _ = random_split(photos(), [0.5, 0.5])
+            return DataLoader(self.train, 5, shuffle=True)
+
+    runs = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        module = quantized(Late(), warm)
+        trainer().fit(Recorder(), module)
+        runs.append((module.info.content_hash, list(module.train.indices)))
+    assert runs[0] == runs[1]
+
+
 def test_split_that_cannot_be_repeated_is_refused(warm):
     def from_the_clock():
         return torch.Generator().manual_seed(int.from_bytes(os.urandom(4), "little"))
