@@ -22,6 +22,8 @@ from dq_lightning.bins.rows import Rows, StoredRows
 
 # rows whose inner products are kept as a matrix
 LEAF_ROWS = 256
+# rows of such a matrix that are computed at a time, at least
+_MATRIX_BLOCK = 128
 # a level has this many times the rows of the candidates drawn from it
 _GROWTH = 8
 # what reading a row in a pass costs, in multiplications with a row
@@ -202,19 +204,19 @@ class Levels:
         return Run(picks, values, level.error)
 
     def _doubled(self, rows: Rows) -> Array:
-        """Twice the inner products of all rows, [n, n]."""
-        step = max(LEAF_ROWS, -(-len(rows) // self.workers.count))
-        spans = [(first, min(first + step, len(rows))) for first in range(0, len(rows), step)]
-        whole = torch.empty(len(rows), len(rows), dtype=torch.float64, device=rows.factors[0].device)
+        """Twice the inner products of all rows, [n, n]; blocks above the diagonal are copied from below."""
+        total = len(rows)
+        step = max(_MATRIX_BLOCK, -(-total // 8))
+        whole = torch.empty(total, total, dtype=torch.float64, device=rows.factors[0].device)
 
-        def fill(ends: tuple[int, int]) -> None:
-            part = whole[ends[0] : ends[1]]
-            torch.mm(rows.factors[0][ends[0] : ends[1]], rows.factors[0].T, out=part)
-            for factor in rows.factors[1:]:
-                part *= factor[ends[0] : ends[1]] @ factor.T
-            part *= 2.0
+        def fill(first: int) -> None:
+            last = min(first + step, total)
+            part = rows.span(first, last).inner(rows.span(0, last)).mul_(2.0)
+            whole[first:last, :last] = part
+            whole[:first, first:last] = part[:, :first].T
 
-        for _ in self.workers.map(fill, spans):
+        # the largest blocks first, so that no thread is left alone with one
+        for _ in self.workers.map(fill, range(0, total, step)[::-1]):
             pass
         doubled: Array = whole.cpu().numpy()
         return doubled
