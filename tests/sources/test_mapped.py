@@ -1,7 +1,9 @@
 """torch and torchvision datasets in memory, and any other map-style dataset."""
 
+import logging
 import pickle
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -236,6 +238,46 @@ def test_targets_that_are_no_classes_stay_untouched(target):
     source = as_source(items)
     assert source.labels() is None
     assert source.delivered(2)[1] is target
+
+
+def test_integers_of_shape_one_are_classes():
+    items = [(Image.new("RGB", (4, 4), (i, 0, 0)), np.array([i % 3])) for i in range(9)]
+    assert as_source(items).labels().values.tolist() == [0, 1, 2] * 3
+
+
+def test_that_no_classes_were_found_is_told_once(caplog):
+    items = [(Image.new("RGB", (4, 4), (i, 0, 0)), 0.5) for i in range(5)]
+    with caplog.at_level(logging.INFO, "dq_lightning"):
+        as_source(items, labels=False).labels()
+        as_source([(image, 3) for image, _ in items]).labels()
+        assert "no classes" not in caplog.text
+        source = as_source(items)
+        assert source.labels() is source.labels() is None
+    assert caplog.text.count("no classes found") == 1
+
+
+def test_hidden_randomness_is_found_before_the_long_pass(memory):
+    class Hidden(Pictures):
+        def __getitem__(self, index):
+            return transforms.RandomCrop(3)(super().__getitem__(index)[0]), self.answers[index]
+
+    source = as_source(Hidden(500))
+    with pytest.raises(SourceError, match="transform"):
+        source.digest(memory)
+    assert source.plain_dataset.reads < 100
+
+
+def test_a_long_pass_is_told_and_draws_a_bar_on_a_terminal(memory, caplog, capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with caplog.at_level(logging.INFO, "dq_lightning"):
+        as_source(Pictures(1200)).digest(memory)
+    assert caplog.text.count("reading every item") == 1
+    assert "1200/1200" in capsys.readouterr().err
+    quiet = as_source(Pictures(1200, seed=1))
+    quiet.shows_progress = False
+    quiet.digest(memory)
+    assert capsys.readouterr().err == ""
 
 
 def test_bare_images_have_no_labels():
