@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from dq_lightning.config import Precision
 from dq_lightning.errors import FeatureError
 from dq_lightning.features.bundled import BUNDLED_ENCODER_FILE, CIFAR10_MEAN, CIFAR10_STD, load_small_resnet
+from dq_lightning.features.describe import describe_callable, describe_settings, digest_text, is_library
 from dq_lightning.features.encoders import NetworkEncoder, resolve_device
-from dq_lightning.features.preprocessing import Preprocessing, ResizeToSquare, describe_callable, digest_text
+from dq_lightning.features.preprocessing import Preprocessing, ResizeToSquare
 from dq_lightning.records import DigestMemory
 
 
@@ -85,7 +86,7 @@ class ModuleOrigin:
 
 
 def digest_module(module: nn.Module) -> str:
-    """Digest of a network: its printed structure, the source of its own classes, every parameter and buffer.
+    """Digest of a network: its printed structure, source and attributes of its own classes, every parameter and buffer.
 
     Reads every byte of the weights once; device, precision and train mode do not enter.
     """
@@ -95,11 +96,12 @@ def digest_module(module: nn.Module) -> str:
     ):
         digest.update(f"{kind.__module__}.{kind.__qualname__}".encode())
         # the forward pass of a network written for the occasion is not visible in its structure
-        if kind.__module__.split(".")[0] not in ("torch", "torchvision", "timm", "transformers"):
+        if not is_library(kind):
             try:
                 digest.update(inspect.getsource(kind).encode())
             except (OSError, TypeError):
                 continue
+    digest.update(describe_settings(module).encode())
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes_of(tensor))

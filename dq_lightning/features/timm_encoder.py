@@ -12,8 +12,9 @@ from torch import nn
 
 from dq_lightning.config import Precision
 from dq_lightning.errors import FeatureError
+from dq_lightning.features.describe import digest_text
 from dq_lightning.features.encoders import NetworkEncoder, resolve_device
-from dq_lightning.features.preprocessing import Preprocessing, digest_text
+from dq_lightning.features.preprocessing import Preprocessing
 from dq_lightning.records import DigestMemory
 
 logger = logging.getLogger("dq_lightning")
