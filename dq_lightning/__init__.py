@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dq_lightning.bins.make import make_bins
+    from dq_lightning.compact import load_selection
     from dq_lightning.config import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig
     from dq_lightning.datamodule import QuantizedDataModule
     from dq_lightning.errors import DQError
@@ -32,6 +33,7 @@ _HOMES = {
     "SelectionConfig": "config",
     "StoreInfo": "records",
     "as_source": "sources.adapt",
+    "load_selection": "compact",
     "make_bins": "bins.make",
     "quantize": "pipeline",
     "select": "selection.select",
@@ -50,6 +52,7 @@ __all__ = [
     "SelectionConfig",
     "StoreInfo",
     "as_source",
+    "load_selection",
     "make_bins",
     "quantize",
     "select",

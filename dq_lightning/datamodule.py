@@ -89,8 +89,6 @@ class QuantizedDataModule(L.LightningDataModule):
         device: str = "auto",
     ) -> None:
         super().__init__()
-        # plain and small only: a dataset among the hyperparameters would be copied into every checkpoint
-        self.save_hyperparameters("keep_ratio", "num_bins", "seed", logger=False)
         wanted = want(
             config=config,
             keep_ratio=keep_ratio,
@@ -104,6 +102,10 @@ class QuantizedDataModule(L.LightningDataModule):
             fingerprint=fingerprint,
         )
         self.config = wanted.config
+        selected, seed = wanted.config.selection, wanted.seed
+        # what holds, wherever it was set. Plain and small only: a dataset here would be copied into every checkpoint
+        keep_ratio, num_bins = selected.keep_ratio, wanted.config.bins.num_bins
+        self.save_hyperparameters("keep_ratio", "num_bins", "seed", logger=False)
         self.batch_size: int | None = batch_size
         self.eval_batch_size = eval_batch_size
         self._given: dict[str, Any] = {
@@ -158,7 +160,8 @@ class QuantizedDataModule(L.LightningDataModule):
 
         Its other loaders, batch-transfer hooks, state and attributes pass through. Batch size, collate function, sampler and
         worker settings are those of its train loader unless given here. Its `setup("fit")` runs in `prepare_data` too, both
-        times from the random state `seed`, so that a split made there is the same on every rank.
+        times from the random state `seed`, so that a split made there is the same on every rank. In `prepare_data` it runs
+        on one process of each node alone: a barrier or other collective call inside it would wait for ever.
 
         Raises:
             ConfigError: this is no data module.
@@ -356,8 +359,10 @@ class QuantizedDataModule(L.LightningDataModule):
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def _wrap(self, datamodule: Any) -> None:
-        if any(value is not None for value in self._eval.values()):
-            raise ConfigError("val=, test= and predict= come from the wrapped data module: leave them out")
+        if any(value is not None for value in (*self._eval.values(), self.eval_batch_size)):
+            raise ConfigError(
+                "val=, test=, predict= and eval_batch_size= come from the wrapped data module: leave them out"
+            )
         # what equals the class's default counts as not given: the module's own loader has the say
         self.batch_size = None if self.batch_size == LoaderSettings().batch_size else self.batch_size
         own = {name: getattr(LoaderSettings(), name) for name in self._given}

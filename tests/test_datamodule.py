@@ -24,7 +24,9 @@ def warm(tmp_path_factory):
 
 
 def make(cache_dir, **settings):
-    return QuantizedDataModule(photos(), **({"keep_ratio": 0.25, "num_bins": 5, "cache_dir": cache_dir} | settings))
+    return QuantizedDataModule(
+        photos(), **({"keep_ratio": 0.25, "num_bins": 5, "num_workers": 0, "cache_dir": cache_dir} | settings)
+    )
 
 
 def ready(module):
@@ -157,6 +159,28 @@ def test_evaluation_loaders_are_ordered_whole_and_only_where_given(warm):
     assert make(warm, val=held_out(5), eval_batch_size=2, batch_size=4).val_dataloader().batch_size == 2
 
 
+def test_a_list_of_samples_is_one_dataset(warm):
+    samples = [held_out(transform=None)[i] for i in range(5)]
+    dicts = [{"image": image, "label": label} for image, label in samples]
+    images = [image for image, _ in samples]
+    for given in (samples, dicts, images, list(torch.rand(5, 3))):
+        loader = make(warm, val=given, collate_fn=list, num_workers=0).val_dataloader()
+        assert isinstance(loader, DataLoader)
+        assert len(next(iter(loader))) == 5
+    several = make(warm, val=[samples, held_out(3), DataLoader(held_out(4))]).val_dataloader()
+    assert [len(loader.dataset) for loader in several] == [5, 3, 4]
+
+
+def test_a_dataset_dict_is_no_validation_set(warm):
+    datasets = pytest.importorskip("datasets")
+    part = datasets.Dataset.from_dict({"x": [1, 2, 3]})
+    both = datasets.DatasetDict(train=part, validation=part)
+    for given in (both, [both]):
+        with pytest.raises(ConfigError, match=r"a DatasetDict holds several splits \('train', 'validation'\)"):
+            make(warm, val=given).val_dataloader()
+    assert len(make(warm, val={"a": part, "b": part}).val_dataloader()) == 2
+
+
 @pytest.mark.parametrize(("verb", "name"), [("validate", "val"), ("test", "test"), ("predict", "predict")])
 def test_evaluation_without_data_is_an_error(warm, verb, name):
     with pytest.raises(ConfigError, match=f"no {name}_dataloader: pass {name}="):
@@ -287,6 +311,11 @@ def test_keywords_and_config(warm):
     from_config = QuantizedDataModule(photos(), config=config, cache_dir=warm)
     assert ready(from_config).info.content_hash == ready(make(warm)).info.content_hash
     assert ready(make(warm, config=config)).info.reused
+    seeded = QuantizeConfig(bins=BinConfig(num_bins=4), selection=SelectionConfig(keep_ratio=0.3, seed=5))
+    module = QuantizedDataModule(photos(), config=seeded)
+    assert module.hparams == {"keep_ratio": 0.3, "num_bins": 4, "seed": 5}
+    assert module._preparation.seed == 5
+    assert QuantizedDataModule(photos(), config=seeded, **module.hparams).config == seeded
     with pytest.raises(ConfigError, match=r"keep_ratio=0.5 was passed as a keyword, but config.selection.keep_ratio"):
         QuantizedDataModule(photos(), config=config, keep_ratio=0.5)
 

@@ -125,6 +125,8 @@ def test_settings_given_here_come_first(warm):
     assert ready(other).train_dataloader().batch_size == 3
     with pytest.raises(ConfigError, match="come from the wrapped data module"):
         QuantizedDataModule(inner(), val=held_out())
+    with pytest.raises(ConfigError, match="eval_batch_size= come from the wrapped data module"):
+        QuantizedDataModule(inner(), eval_batch_size=4)
     with pytest.raises(ConfigError, match="takes a LightningDataModule, got Subset"):
         QuantizedDataModule.from_datamodule(photos())
 

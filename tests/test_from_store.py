@@ -12,8 +12,8 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms import v2
 
-from dq_lightning import PackedDataset, QuantizedDataModule, quantize
-from dq_lightning.errors import CacheError, DQError, StoreError
+from dq_lightning import PackedDataset, QuantizeConfig, QuantizedDataModule, as_source, load_selection, quantize
+from dq_lightning.errors import CacheError, DQError, SourceError, StoreError
 from dq_lightning.sample_data import SampleCIFAR10
 from tests.lightning_scripts.common import Recorder, held_out, name_of, photos, to_tensor, trainer
 
@@ -176,8 +176,66 @@ def test_what_is_no_store_is_told(store, tmp_path):
     with pytest.raises(StoreError, match="no compact set"):
         QuantizedDataModule.from_store(tmp_path / "nowhere")
     indices = ready(photos(COUNT), tmp_path / "cache").info.path
-    with pytest.raises(StoreError, match=r"holds indices.*store='packed'"):
-        QuantizedDataModule.from_store(indices)
+    for open_it in (QuantizedDataModule.from_store, PackedDataset):
+        with pytest.raises(StoreError, match=r"holds indices.*store='packed'"):
+            open_it(indices)
+
+
+@pytest.mark.parametrize("kind", ["indices", "packed"])
+def test_the_selection_can_be_read_without_lightning(kind, tmp_path):
+    info = quantize(photos(COUNT, None), QuantizeConfig(store=kind), cache_dir=tmp_path, progress=False)
+    selection = load_selection(info.path)
+    assert len(selection) == info.num_samples == 8
+    assert selection.content_hash() == info.content_hash
+    if kind == "packed":
+        assert torch.equal(PackedDataset(info.path).index, selection.index)
+
+
+class TwoImages(torch.utils.data.Dataset):
+    """Samples in which nothing tells the one image apart."""
+
+    def __len__(self):
+        return COUNT
+
+    def __getitem__(self, i):
+        left, label = photos(COUNT, None)[i]
+        return {"left": left, "right": left.rotate(90), "label": label}
+
+
+@pytest.mark.parametrize("through", ["config", "source"])
+def test_a_column_that_was_named_stays_known(through, tmp_path):
+    named = through == "config"
+    config = QuantizeConfig(store="packed", image_column="right" if named else None)
+    source = TwoImages() if named else as_source(TwoImages(), image_column="right")
+    info = quantize(source, config, cache_dir=tmp_path, progress=False)
+    module = QuantizedDataModule.from_store(info.path, collate_fn=list, num_workers=0)
+    module.setup("fit")
+    positions = load_selection(info.path).index.tolist()
+    plain = module.train_dataloader().dataset
+    assert [name_of(sample["right"]) for sample in plain] == [name_of(TwoImages()[i]["right"]) for i in positions]
+    module = QuantizedDataModule.from_store(info.path, transform=np.asarray)
+    module.setup("fit")
+    sample = module.train_dataloader().dataset[0]
+    assert isinstance(sample["right"], np.ndarray)
+    assert isinstance(sample["left"], Image.Image)
+
+
+def test_what_cannot_be_packed_is_told_before_the_work(tmp_path, monkeypatch):
+    class Hidden(torch.utils.data.Dataset):
+        def __init__(self):
+            self.transform = to_tensor
+
+        def __len__(self):
+            return COUNT
+
+        def __getitem__(self, i):
+            image, label = photos(COUNT, None)[i]
+            # what is done to the transformed image is in no attribute
+            return (image, label) if self.transform is None else (self.transform(image) + 1, label)
+
+    monkeypatch.setattr("dq_lightning.pipeline.extract_features", None)
+    with pytest.raises(SourceError, match="can't be made from its plain items"):
+        ready(Hidden(), tmp_path, store="packed")
 
 
 def test_damage_inside_the_cache_is_repaired(tmp_path, caplog):

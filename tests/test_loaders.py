@@ -145,3 +145,9 @@ def test_facts_of_a_trainer():
         fits=True, num_ranks=1, num_shares=1, processes_on_node=1, device="cpu", reloads=True, progress=False
     )
     assert TrainerFacts.of(None) == TrainerFacts()
+
+
+@pytest.mark.parametrize(("shared", "shares"), [(True, 2), (False, 1)])
+def test_processes_share_an_epoch_only_by_lightnings_sampler(shared, shares):
+    facts = TrainerFacts.of(trainer(devices=2, strategy="ddp", use_distributed_sampler=shared))
+    assert (facts.num_ranks, facts.num_shares) == (2, shares)
