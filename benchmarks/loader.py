@@ -27,28 +27,18 @@ def samples_per_second(loader: DataLoader) -> float:
     return count / (time.perf_counter() - started)
 
 
-def compare(name: str, dataset, store: str, workers: int, rounds: int, batch_size: int, keep_ratio: float) -> None:
-    """One row: ours over a compact set, theirs over a random part of the same size of the wrapped dataset."""
-    with tempfile.TemporaryDirectory() as cache:
-        module = QuantizedDataModule(
-            dataset,
-            keep_ratio=keep_ratio,
-            batch_size=batch_size,
-            num_workers=workers,
-            store=store,
-            cache_dir=cache,
-            encoder="bundled",
-            persistent_workers=False,
-        )
-        module.prepare_data()
-        module.setup("fit")
-        ours = module.train_dataloader()
-        same = torch.utils.data.Subset(dataset, module.selection.index.tolist())
-        theirs = DataLoader(same, batch_size, shuffle=True, num_workers=workers)
-        pairs = [(samples_per_second(ours), samples_per_second(theirs)) for _ in range(rounds + 1)][1:]
+def compare(name: str, dataset, args: argparse.Namespace, cache: str, **settings) -> None:
+    """One row: ours over a compact set, theirs over the same samples of the wrapped dataset."""
+    module = QuantizedDataModule(dataset, cache_dir=cache, encoder="bundled", persistent_workers=False, **settings)
+    module.prepare_data()
+    module.setup("fit")
+    ours = module.train_dataloader()
+    same = torch.utils.data.Subset(dataset, module.selection.index.tolist())
+    theirs = DataLoader(same, settings["batch_size"], shuffle=True, num_workers=settings["num_workers"])
+    pairs = [(samples_per_second(ours), samples_per_second(theirs)) for _ in range(args.rounds + 1)][1:]
     ratio = statistics.median(a / b for a, b in pairs)
     print(
-        f"| {name}, {store}, {workers} workers | {statistics.median(a for a, _ in pairs):,.0f} | "
+        f"| {name}, {settings['store']}, {settings['num_workers']} workers | {statistics.median(a for a, _ in pairs):,.0f} | "
         f"{statistics.median(b for _, b in pairs):,.0f} | {ratio:.2f} |",
         flush=True,
     )
@@ -62,12 +52,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     print("| loader | ours, samples/s | torchvision, samples/s | ratio |\n|---|---|---|---|")
-    for workers in args.workers:
-        for store in ("indices", "packed"):
-            if args.cifar:
-                compare("CIFAR-10", CIFAR10(args.cifar, transform=SMALL), store, workers, args.rounds, 128, 0.2)
-            if args.photos:
-                compare("photos", ImageFolder(args.photos, transform=LARGE), store, workers, args.rounds, 32, 0.4)
+    with tempfile.TemporaryDirectory() as cache:
+        for workers in args.workers:
+            for store in ("indices", "packed"):
+                shared = {"store": store, "num_workers": workers}
+                if args.cifar:
+                    small = CIFAR10(args.cifar, transform=SMALL)
+                    compare("CIFAR-10", small, args, cache, keep_ratio=0.125, batch_size=128, **shared)
+                if args.photos:
+                    large = ImageFolder(args.photos, transform=LARGE)
+                    compare("photos", large, args, cache, keep_ratio=0.4, batch_size=32, **shared)
 
 
 if __name__ == "__main__":

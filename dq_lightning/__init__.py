@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dq_lightning.bins.make import make_bins
+    from dq_lightning.compact import load_selection
     from dq_lightning.config import BinConfig, FeatureConfig, PatchConfig, QuantizeConfig, SelectionConfig
     from dq_lightning.datamodule import QuantizedDataModule
     from dq_lightning.errors import DQError
@@ -36,6 +37,7 @@ _HOMES = {
     "StoreInfo": "records",
     "as_source": "sources.adapt",
     "load_mae": "patches.mae",
+    "load_selection": "compact",
     "make_bins": "bins.make",
     "quantize": "pipeline",
     "select": "selection.select",
@@ -57,6 +59,7 @@ __all__ = [
     "StoreInfo",
     "as_source",
     "load_mae",
+    "load_selection",
     "make_bins",
     "quantize",
     "select",

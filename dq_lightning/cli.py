@@ -1,6 +1,8 @@
 """The console script: every command is one call of the public API, imported when it is asked for."""
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from jsonargparse import auto_cli
 
@@ -32,7 +34,7 @@ def info(path: str) -> None:
     print(json.dumps(open_compact(Path(path)).info.to_dict(), indent=2))
 
 
-COMMANDS = {"demo": demo, "info": info}
+COMMANDS: list[Callable[..., Any] | type] = [demo, info]
 
 
 def main() -> None:

@@ -19,16 +19,19 @@ COMPACT_FILE = "compact.json"
 
 @dataclass(frozen=True)
 class Compact:
-    """A compact set: where it is, which samples it holds, and the identity of every station."""
+    """A compact set: where it is, which samples it holds, the identity of every station, and the settings."""
 
     info: StoreInfo
     selection: Selection
     parts: Parts = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def write_description(folder: Path, plan: Plan) -> None:
     """Write down, in one sealed file, what a compact set was made of."""
     labels = plan.labels
+    # a source that was passed in may have been made with columns that the config does not name
+    columns = {name: getattr(plan.source, name, None) for name in ("image_column", "label_column")}
     described = {
         "kind": plan.store_kind,
         "source": plan.source.describe(),
@@ -36,7 +39,7 @@ def write_description(folder: Path, plan: Plan) -> None:
         "num_source_samples": len(plan.source),
         "num_classes": labels.num_classes if labels is not None else None,
         "class_names": list(labels.names) if labels is not None and labels.names is not None else None,
-        "config": plan.config.to_dict(),
+        "config": plan.config.to_dict() | columns,
     }
     write_bytes(folder / COMPACT_FILE, seal(described))
 
@@ -81,11 +84,24 @@ def open_compact(
             num_classes=described["num_classes"],
             reused=reused,
         )
+        config = described["config"]
     except (OSError, DQError, KeyError) as error:
         raise StoreError(
             f"{path} holds no compact set that can be used ({error}): remove the folder, and the next run makes it again"
         ) from error
-    return Compact(info, selection, parts or {})
+    return Compact(info, selection, parts or {}, config)
+
+
+def load_selection(path: str | Path) -> Selection:
+    """Which samples a compact set holds: positions in the dataset that it was made from, and their bins.
+
+    Args:
+        path: folder of the entry (`StoreInfo.path`), of either kind.
+
+    Raises:
+        StoreError: the folder holds no compact set, or a damaged one.
+    """
+    return open_compact(Path(path)).selection
 
 
 def read_bins_of(compact: Compact, cache: Cache) -> Bins:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -90,8 +89,6 @@ class QuantizedDataModule(L.LightningDataModule):
         device: str = "auto",
     ) -> None:
         super().__init__()
-        # plain and small only: a dataset among the hyperparameters would be copied into every checkpoint
-        self.save_hyperparameters("keep_ratio", "num_bins", "seed", logger=False)
         wanted = want(
             config=config,
             keep_ratio=keep_ratio,
@@ -105,6 +102,10 @@ class QuantizedDataModule(L.LightningDataModule):
             fingerprint=fingerprint,
         )
         self.config = wanted.config
+        selected, seed = wanted.config.selection, wanted.seed
+        # what holds, wherever it was set. Plain and small only: a dataset here would be copied into every checkpoint
+        keep_ratio, num_bins = selected.keep_ratio, wanted.config.bins.num_bins
+        self.save_hyperparameters("keep_ratio", "num_bins", "seed", logger=False)
         self.batch_size: int | None = batch_size
         self.eval_batch_size = eval_batch_size
         self._given: dict[str, Any] = {
@@ -128,12 +129,6 @@ class QuantizedDataModule(L.LightningDataModule):
         )
         if self._inner is not None:
             self._wrap(self._inner)
-        for name in self._eval:
-            if not self._has(name):
-                # Lightning tells a missing loader from an empty one by whether the hook is that of its own class; a partial,
-                # unlike a bound method, keeps that through pickling
-                hook = getattr(L.LightningDataModule, f"{name}_dataloader")
-                setattr(self, f"{name}_dataloader", partial(hook, self))
 
     @classmethod
     def from_datamodule(
@@ -165,7 +160,8 @@ class QuantizedDataModule(L.LightningDataModule):
 
         Its other loaders, batch-transfer hooks, state and attributes pass through. Batch size, collate function, sampler and
         worker settings are those of its train loader unless given here. Its `setup("fit")` runs in `prepare_data` too, both
-        times from the random state `seed`, so that a split made there is the same on every rank.
+        times from the random state `seed`, so that a split made there is the same on every rank. In `prepare_data` it runs
+        on one process of each node alone: a barrier or other collective call inside it would wait for ever.
 
         Raises:
             ConfigError: this is no data module.
@@ -298,15 +294,15 @@ class QuantizedDataModule(L.LightningDataModule):
         return make_loader(dataset, self._settings(), TrainerFacts.of(self.trainer), self._preparation.seed)
 
     def val_dataloader(self) -> Any:
-        """Loaders over `val`, or the wrapped data module's own; not defined without."""
+        """Loaders over `val`, or the wrapped data module's own; without, none while training."""
         return self._eval_loaders("val")
 
     def test_dataloader(self) -> Any:
-        """Loaders over `test`, or the wrapped data module's own; not defined without."""
+        """Loaders over `test`, or the wrapped data module's own."""
         return self._eval_loaders("test")
 
     def predict_dataloader(self) -> Any:
-        """Loaders over `predict`, or the wrapped data module's own; not defined without."""
+        """Loaders over `predict`, or the wrapped data module's own."""
         return self._eval_loaders("predict")
 
     def state_dict(self) -> dict[str, Any]:
@@ -325,7 +321,7 @@ class QuantizedDataModule(L.LightningDataModule):
         """
         if self._inner is not None:
             self._inner.load_state_dict(state_dict.get("datamodule", {}))
-        self._preparation.expect(state_dict.get("content_hash"))
+        self._preparation.expect(state_dict.get("content_hash"), self.trainer)
 
     @property
     def info(self) -> StoreInfo:
@@ -363,8 +359,10 @@ class QuantizedDataModule(L.LightningDataModule):
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def _wrap(self, datamodule: Any) -> None:
-        if any(value is not None for value in self._eval.values()):
-            raise ConfigError("val=, test= and predict= come from the wrapped data module: leave them out")
+        if any(value is not None for value in (*self._eval.values(), self.eval_batch_size)):
+            raise ConfigError(
+                "val=, test=, predict= and eval_batch_size= come from the wrapped data module: leave them out"
+            )
         # what equals the class's default counts as not given: the module's own loader has the say
         self.batch_size = None if self.batch_size == LoaderSettings().batch_size else self.batch_size
         own = {name: getattr(LoaderSettings(), name) for name in self._given}
@@ -378,14 +376,17 @@ class QuantizedDataModule(L.LightningDataModule):
         """Settings of the train loader; the batch size is read at each call, because the batch-size finder changes it."""
         return self._preparation.settings(self.batch_size, self._given)
 
-    def _has(self, name: str) -> bool:
-        if self._inner is not None:
-            return defined_by_user(self._inner, f"{name}_dataloader")
-        return self._eval[name] is not None
-
     def _eval_loaders(self, name: str) -> Any:
+        hook = f"{name}_dataloader"
+        given = self._eval[name] if self._inner is None else defined_by_user(self._inner, hook) or None
+        if given is None:
+            if name == "val" and TrainerFacts.of(self.trainer).fits:
+                return []
+            raise ConfigError(
+                f"there is no {hook}: pass {name}= to QuantizedDataModule, or define it in the wrapped module"
+            )
         if self._inner is not None:
-            return getattr(self._inner, f"{name}_dataloader")()
+            return getattr(self._inner, hook)()
         settings = self._settings()
         settings = replace(settings, batch_size=self.eval_batch_size or settings.batch_size)
         return make_eval_loaders(self._eval[name], settings, TrainerFacts.of(self.trainer))

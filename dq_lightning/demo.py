@@ -114,10 +114,9 @@ def run_demo(progress: bool = True) -> dict[str, list[float]]:
             accuracies["random"].append(train_and_test(loader, seed, progress))
             print(f"   seed {seed}: DQ {accuracies['dq'][-1]:.1f} %, random {accuracies['random'][-1]:.1f} %")
     for name, values in accuracies.items():
+        mean, spread = statistics.mean(values), statistics.stdev(values)
         label = {"dq": "DQ", "random": "random"}[name]
-        print(
-            f"   {label:6} {statistics.mean(values):.1f} % +- {statistics.stdev(values):.1f} (mean and spread of {len(SEEDS)} seeds)"
-        )
+        print(f"   {label:6} {mean:.1f} % +- {spread:.1f} (mean and standard deviation of {len(SEEDS)} seeds)")
     print(f"done in {time.perf_counter() - started:.0f} s")
     return accuracies
 

@@ -3,11 +3,13 @@
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -22,6 +24,7 @@ from torch.utils.data import (
 )
 
 from dq_lightning.errors import ConfigError
+from dq_lightning.sources.hub import hub_kind
 from dq_lightning.trainer_facts import TrainerFacts
 
 AutoInt = int | Literal["auto"]
@@ -115,11 +118,17 @@ def make_eval_loaders(given: Any, settings: LoaderSettings, facts: TrainerFacts)
     """Loaders in order over what a user passed for validation, test or prediction.
 
     Args:
-        given: a dataset, a loader of any kind (passed through), or a list or dict of these.
+        given: a dataset, a loader of any kind (passed through), or a list or dict of these. A list of samples is a dataset.
         settings: how to load datasets; never shuffled, never cut.
         facts: of the run.
+
+    Raises:
+        ConfigError: a DatasetDict, whose splits are not all meant.
     """
-    if isinstance(given, list | tuple):
+    if (kind := hub_kind(given)) in ("DatasetDict", "IterableDatasetDict"):
+        splits = ", ".join(map(repr, given))
+        raise ConfigError(f"a {kind} holds several splits ({splits}): pass one of them, dataset[name]")
+    if isinstance(given, list | tuple) and all(map(_is_dataset, given)):
         return [make_eval_loaders(one, settings, facts) for one in given]
     if isinstance(given, dict):
         return {name: make_eval_loaders(one, settings, facts) for name, one in given.items()}
@@ -127,6 +136,14 @@ def make_eval_loaders(given: Any, settings: LoaderSettings, facts: TrainerFacts)
         return given
     settings = replace(settings, shuffle=False, drop_last=False, weights=None, replacement=False)
     return make_loader(given, settings, facts)
+
+
+def _is_dataset(value: Any) -> bool:
+    """Whether an element of a list is a dataset or loader, and not a sample."""
+    if isinstance(value, tuple | Mapping | str | bytes | Tensor | np.ndarray | Image.Image):
+        return hub_kind(value) is not None
+    # loaders of other kinds are only iterated
+    return hasattr(value, "__iter__") or (hasattr(value, "__len__") and hasattr(value, "__getitem__"))
 
 
 def make_sampler(dataset: Any, settings: LoaderSettings, seed: int) -> Sampler[int] | None:

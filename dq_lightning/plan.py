@@ -1,6 +1,5 @@
 """What will be quantized and how, and the identity of every station's entry that follows from it. Computes nothing."""
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -8,12 +7,14 @@ from typing import Any
 from dq_lightning.config import QuantizeConfig
 from dq_lightning.features.choose import EncoderSpec, choose_encoder
 from dq_lightning.records import DigestMemory, Labels
-from dq_lightning.sources.adapt import as_source
+from dq_lightning.sources.adapt import as_source, grouping_id
 from dq_lightning.sources.base import Source
+from dq_lightning.sources.items import evenly_spaced
 
 FEATURES, BINS, SELECTION, STORE = "1-features", "2-bins", "3-selection", "5-store"
 # Raised by whoever changes what a station computes: old entries are then never reused.
 ALGORITHM_VERSIONS = {FEATURES: 1, BINS: 1, SELECTION: 1, STORE: 1}
+SIZE_SAMPLES = 16
 
 Parts = dict[str, dict[str, Any]]
 
@@ -57,7 +58,7 @@ def make_plan(
     target_transform: Any = "keep",
     fingerprint: str | None = None,
 ) -> Plan:
-    """Adapt the dataset and choose the encoder. Reads one image at most; loads no weights."""
+    """Adapt the dataset and choose the encoder. Reads a few images at most; loads no weights."""
     source = as_source(
         dataset,
         image_column=config.image_column,
@@ -66,24 +67,20 @@ def make_plan(
         transform=transform,
         target_transform=target_transform,
     )
+    encoder = config.features.encoder if encoder is None else encoder
     spec = choose_encoder(
-        config.features.encoder if encoder is None else encoder,
+        encoder,
         weights=config.features.weights,
-        image_size=source.image(0).size,
+        image_size=_typical_size(source) if isinstance(encoder, str) and encoder == "auto" else (0, 0),
         modality=source.modality,
     )
-    return Plan(source, spec, config, fingerprint, _labels_id(source, config, labels))
+    return Plan(source, spec, config, fingerprint, grouping_id(source))
 
 
-def _labels_id(source: Source, config: QuantizeConfig, labels: Any) -> str | None:
-    if labels is False:
-        return "none"
-    column = labels if isinstance(labels, str) else config.label_column
-    if labels is None or isinstance(labels, str):
-        # the column's values belong to the source's own identity: its name is enough, and costs no reading
-        return None if column is None else f"column:{column}"
-    given = source.labels()
-    return "none" if given is None else hashlib.sha256(given.values.numpy().tobytes()).hexdigest()
+def _typical_size(source: Source) -> tuple[int, int]:
+    """Width and height of the image whose longer side is the median of a few evenly spaced ones."""
+    sizes = sorted((source.image(i).size for i in evenly_spaced(len(source), SIZE_SAMPLES)), key=max)
+    return sizes[len(sizes) // 2]
 
 
 def source_identity(plan: Plan, memory: DigestMemory, *, full: bool) -> str | None:

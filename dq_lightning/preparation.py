@@ -116,12 +116,12 @@ class Preparation:
         wanted = stage in (None, "fit")
         error: Exception | None = None
         try:
-            if self.inner is not None:
-                self.inner.trainer = trainer
-                with isolated_random_state(self.seed):
+            # one random state around both, as in prepare: some modules split in setup, others in train_dataloader
+            with isolated_random_state(None if self.inner is None else self.seed):
+                if self.inner is not None:
+                    self.inner.trainer = trainer
                     self.inner.setup(stage)
-            if wanted:
-                with isolated_random_state():
+                if wanted:
                     self._opened = self.train.open(self.cache())
         except Exception as caught:
             error = caught
@@ -133,7 +133,8 @@ class Preparation:
                 "Nodes without a shared cache_dir each made their own, and they came out different: share cache_dir, or copy "
                 "one node's cache to the others",
             )
-            self.check_resumed()
+            if TrainerFacts.of(trainer).fits:
+                self._check_resumed()
         return wanted
 
     def compact(self) -> Compact:
@@ -147,21 +148,25 @@ class Preparation:
         settings = replace(own or LoaderSettings(), **known)
         return replace(settings, batch_size=batch_size or settings.batch_size)
 
-    def expect(self, content_hash: str | None) -> None:
-        """Training goes on from a checkpoint: only with the compact set it began with.
+    def expect(self, content_hash: str | None, trainer: Any) -> None:
+        """Training goes on from a checkpoint: only with the compact set it began with. Evaluation needs none.
 
         Raises:
             CacheError: this run has another one.
         """
+        if not TrainerFacts.of(trainer).fits:
+            return
         self.expected_hash = content_hash
-        self.check_resumed()
+        if self._opened is not None:
+            self._check_resumed()
 
-    def check_resumed(self) -> None:
-        """Compare the opened set with the expected one, when both are known."""
-        if self._opened is None or self.expected_hash in (None, self.info.content_hash):
+    def _check_resumed(self) -> None:
+        """Compare the opened set with the expected one; each checkpoint is held against one run only."""
+        expected, self.expected_hash = self.expected_hash, None
+        if expected in (None, self.info.content_hash):
             return
         raise CacheError(
-            f"the checkpoint was trained on the compact set {self.expected_hash}, but this run has "
+            f"the checkpoint was trained on the compact set {expected}, but this run has "
             f"{self.info.content_hash}: the data, the settings or the encoder's weights changed. Restore them, or start "
             "without ckpt_path"
         )

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from tqdm.auto import tqdm
+from tqdm import auto
 
 
 def progress_bar(show: bool, *, total: int, unit: str, description: str) -> Any:
@@ -15,8 +15,9 @@ def progress_bar(show: bool, *, total: int, unit: str, description: str) -> Any:
         unit: of a step, for the rate.
         description: what goes on.
     """
+    bar: Any = auto.tqdm
     show = show and os.environ.get("TQDM_DISABLE", "") in ("", "0")
     # None lets tqdm look whether it writes to a terminal; its notebook widget must not look
-    in_notebook = tqdm.__name__ == "tqdm_notebook"
+    in_notebook = bar.__name__ == "tqdm_notebook"
     disable = False if in_notebook else None
-    return tqdm(total=total, unit=unit, desc=description, disable=disable if show else True, mininterval=0.5)
+    return bar(total=total, unit=unit, desc=description, disable=disable if show else True, mininterval=0.5)

@@ -31,6 +31,7 @@ def isolated_random_state(seed: int | None = None) -> Iterator[None]:
         torch.set_rng_state(torch_state)
         if cuda_before:
             torch.cuda.set_rng_state_all(cuda_states)
-        elif torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            # CUDA came up inside: its generators are as a fresh process would have seeded them
+        else:
+            # a seed set inside would wait in torch's queue until CUDA comes up, or is in its generators if it came up: in
+            # both cases put there what the restored state says (queued again, which creates no context)
             torch.cuda.manual_seed_all(torch.initial_seed())

@@ -16,6 +16,7 @@ from dq_lightning.plan import Plan, make_plan
 from dq_lightning.randomness import isolated_random_state
 from dq_lightning.ranks import global_rank
 from dq_lightning.sources.adapt import as_source
+from dq_lightning.sources.strip import KEEP
 from dq_lightning.store.cache import Cache
 
 
@@ -80,14 +81,15 @@ def want(
     named = isinstance(encoder, str | Path)
     if named:
         short_forms["features.encoder"] = str(encoder)
+    config = with_short_forms(config, short_forms)
     return Wanted(
-        with_short_forms(config, short_forms),
+        config,
         encoder=None if named else encoder,
         labels=labels,
         transform=transform,
         target_transform=target_transform,
         fingerprint=fingerprint,
-        seed=seed,
+        seed=config.selection.seed,
     )
 
 
@@ -138,6 +140,7 @@ class DatasetTrainSet:
     def prepare(self, cache: Cache, build: Build) -> None:
         # planned anew each time: the user may have changed the dataset since
         plan = self._wanted.plan(self._dataset)
+        check_deliverable(plan)
         self._prepared = plan, build(plan, cache)
 
     def open(self, cache: Cache) -> Opened:
@@ -165,7 +168,9 @@ class DataModuleTrainSet:
     def prepare(self, cache: Cache, build: Build) -> None:
         with isolated_random_state(self._wanted.seed):
             dataset, _ = read_loader(probe_train_loader(self._datamodule))
-        self._prepared = build(self._wanted.plan(dataset), cache)
+        plan = self._wanted.plan(dataset)
+        check_deliverable(plan)
+        self._prepared = build(plan, cache)
 
     def open(self, cache: Cache) -> Opened:
         prepared, self._prepared = self._prepared, None
@@ -204,8 +209,15 @@ class StoreTrainSet:
 
     def open(self, cache: Cache) -> Opened:
         wanted = self._wanted
-        source = as_source(self._samples, transform=wanted.transform, target_transform=wanted.target_transform)
         compact = open_compact(self._path, verify=cache.verify)
+        # a store holds no transforms, so there is nothing to keep; and without any, no need to tell the image apart
+        given = [
+            None if isinstance(one, str) and one == KEEP else one for one in (wanted.transform, wanted.target_transform)
+        ]
+        if given == [None, None]:
+            return Opened(compact, self._samples)
+        columns = {name: compact.config.get(name) for name in ("image_column", "label_column")}
+        source = as_source(self._samples, transform=given[0], target_transform=given[1], **columns)
         return Opened(compact, source.subset(torch.arange(len(self._samples))))
 
     def num_classes(self) -> int | None:
@@ -217,6 +229,12 @@ def make_train_set(train: Any, wanted: Wanted, verify: VerifyPolicy) -> TrainSet
     if is_datamodule(train):
         return DataModuleTrainSet(train, wanted)
     return StoreTrainSet(train, wanted, verify) if isinstance(train, str | Path) else DatasetTrainSet(train, wanted)
+
+
+def check_deliverable(plan: Plan) -> None:
+    """Tell before the hours of work that packed samples could not be turned into what the dataset delivers."""
+    if plan.store_kind == "packed":
+        plan.source.finisher(torch.arange(len(plan.source)))
 
 
 def compact_dataset(plan: Plan, compact: Compact, verify: VerifyPolicy) -> Any:
@@ -240,5 +258,6 @@ def _missing(cache: Cache) -> CacheError:
     return CacheError(
         f"no compact set for these data and settings in {cache.root} on rank {global_rank()}. If prepare_data ran on another "
         "node, this one cannot see that folder: pass a shared cache_dir=, or set prepare_data_per_node=True. If the train set "
-        "is made by a random split, give the split a seed of its own"
+        "is made by a random split, give the split a seed of its own. If the dataset keeps state that differs between "
+        "processes (a time, a cache, a counter), pass fingerprint= with a name of your own for this version of the data"
     )

@@ -52,5 +52,5 @@ def cifar_root(shared_dir) -> str:
         root.mkdir(exist_ok=True)
         target = root / "cifar-10-batches-py"
         if not target.exists():
-            os.replace(partial / "cifar-10-batches-py", target)
+            (partial / "cifar-10-batches-py").replace(target)
     return str(root)

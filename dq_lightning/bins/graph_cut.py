@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dq_lightning.bins.exact import Array
 from dq_lightning.bins.levels import Level, Levels
@@ -51,10 +52,10 @@ def pick_group(
         distinct[twins[twins >= 0]] = False
     row = np.flatnonzero(distinct)
     samples = row.copy()
-    vector = referee.left_vector()
+    vector, vector_error = _sum_of_rows(referee, prepared.longest)
     base = rows.only(torch.from_numpy(row)).against(vector)[:, 0]
     reach = prepared.longest * float(vector.norm())
-    base_error = ROUNDING * (rows.depth + 4) * reach
+    base_error = ROUNDING * (rows.depth + 4) * reach + prepared.longest * vector_error
     order: list[NDArray[np.int64]] = [row[:0]]
     values: list[Array] = [np.empty(0)]
     for size in sizes:
@@ -77,3 +78,18 @@ def pick_group(
         keep = alive.cpu().numpy()
         row, samples = row[keep], level.samples[keep]
     return np.concatenate(order), np.concatenate(values)
+
+
+def _sum_of_rows(referee: Referee, longest: float) -> tuple[Tensor, float]:
+    """The sum of a group's rows, [1, D] or [1, C, D + 1], and a bound on the length of its error.
+
+    Vectors of one factor are added exactly, as near ties need them. The others are never written out as long as there are no
+    near ties, so their sum is a product of matrices.
+    """
+    rows = referee.rows
+    if len(rows.shape) == 1:
+        return referee.left().rounded().reshape(1, *rows.shape).to(rows.device), 0.0
+    ranges = rows.ranges()
+    sums = list(rows.workers.map(lambda ends: rows.span(*ends).sum(), ranges))
+    terms = max((last - first for first, last in ranges), default=0) + len(ranges) + 2
+    return torch.stack(sums).sum(dim=0), ROUNDING * terms * len(rows) * longest

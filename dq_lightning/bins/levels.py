@@ -21,7 +21,9 @@ from dq_lightning.bins.referee import ROUNDING, Referee
 from dq_lightning.bins.rows import Rows, StoredRows
 
 # rows whose inner products are kept as a matrix
-LEAF_ROWS = 512
+LEAF_ROWS = 256
+# rows of such a matrix that are computed at a time, at least
+_MATRIX_BLOCK = 128
 # a level has this many times the rows of the candidates drawn from it
 _GROWTH = 8
 # what reading a row in a pass costs, in multiplications with a row
@@ -202,12 +204,22 @@ class Levels:
         return Run(picks, values, level.error)
 
     def _doubled(self, rows: Rows) -> Array:
-        """Twice the inner products of all rows, [n, n]."""
-        step = max(LEAF_ROWS, -(-len(rows) // self.workers.count))
-        spans = [(first, min(first + step, len(rows))) for first in range(0, len(rows), step)]
-        parts = list(self.workers.map(lambda ends: rows.span(*ends).inner(rows).mul_(2.0), spans))
-        whole: Array = (parts[0] if len(parts) == 1 else torch.cat(parts)).cpu().numpy()
-        return whole
+        """Twice the inner products of all rows, [n, n]; blocks above the diagonal are copied from below."""
+        total = len(rows)
+        step = max(_MATRIX_BLOCK, -(-total // 8))
+        whole = torch.empty(total, total, dtype=torch.float64, device=rows.factors[0].device)
+
+        def fill(first: int) -> None:
+            last = min(first + step, total)
+            part = rows.span(first, last).inner(rows.span(0, last)).mul_(2.0)
+            whole[first:last, :last] = part
+            whole[:first, first:last] = part[:, :first].T
+
+        # the largest blocks first, so that no thread is left alone with one
+        for _ in self.workers.map(fill, range(0, total, step)[::-1]):
+            pass
+        doubled: Array = whole.cpu().numpy()
+        return doubled
 
     def _settle(self, level: Level, gains: Array, least: float) -> int:
         near = np.flatnonzero(gains >= least)

@@ -35,7 +35,7 @@ class Room:
         if device.type != "cpu":
             most = max(1 << 25, free_memory(device) // 32)
             return cls(most, most)
-        return cls(min(1 << 25, max(1 << 20, stored * 3 // 8)), min(1 << 25, max(1 << 20, stored // 16)))
+        return cls(min(1 << 25, max(1 << 22, stored * 3 // 8)), min(1 << 25, max(1 << 22, stored // 16)))
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def choose_device(device: str | torch.device, factors: dict[str, Tensor]) -> tor
             )
         return chosen
     values = next(iter(factors.values()))
-    if values.device.type != "cpu":
+    if values.device.type == "cuda":
         return values.device
     if torch.cuda.is_available() and sum(v.numel() * v.element_size() for v in factors.values()) > 1 << 22:
         return torch.device("cuda", torch.cuda.current_device())

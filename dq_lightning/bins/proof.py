@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _MAX_CHECKPOINTS = 12
 _PICKS_A_CHECKPOINT = 48
 # numbers in a table of outside rows times steps
-_TABLE_ENTRIES = 1 << 22
+_TABLE_ENTRIES = 1 << 20
 
 
 @dataclass(eq=False)

@@ -29,22 +29,43 @@ class Referee:
         self.rows = rows
         self.lam = lam
         self.halved = halved
-        self.num_left = len(rows)
         self.trail = np.empty(len(rows), dtype=np.int64)
         self.length = 0
-        self.bins_closed = 0
         self._added = 0
         self._largest = largest
-        self._left = ExactSum(rows.width, largest)
+        self._closed: list[NDArray[np.int64]] = []
+        self._left: ExactSum | None = None
         self._picked = ExactSum(rows.width, largest)
-        # sums on a grid are exact, so it does not matter which thread adds which block
-        for part in rows.workers.map(self._sum_of, rows.ranges()):
-            self._left.high += part.high
-            self._left.low += part.low
 
-    def left_vector(self) -> torch.Tensor:
-        """The sum of what is left, [1, D] or [1, C, D + 1], on the device of the rows."""
-        return self._left.rounded().reshape(1, *self.rows.shape).to(self.rows.device)
+    @property
+    def num_left(self) -> int:
+        """Samples left when the bin was begun."""
+        return len(self.rows) - sum(map(len, self._closed))
+
+    @property
+    def bins_closed(self) -> int:
+        """Bins that are done."""
+        return len(self._closed)
+
+    def left(self) -> ExactSum:
+        """The sum of what was left when the bin was begun, found when it is first asked for."""
+        if self._left is None:
+            alive = np.ones(len(self.rows), dtype=bool)
+            alive[np.concatenate([np.empty(0, dtype=np.int64), *self._closed])] = False
+            rows = self.rows.only(torch.from_numpy(np.flatnonzero(alive)))
+            self._left = ExactSum(rows.width, self._largest)
+
+            def sum_of(ends: tuple[int, int]) -> ExactSum:
+                total = ExactSum(rows.width, self._largest)
+                for vectors in rows.span(*ends).written_out():
+                    total.add(vectors)
+                return total
+
+            # sums on a grid are exact, so it does not matter which thread adds which block
+            for part in rows.workers.map(sum_of, rows.ranges()):
+                self._left.high += part.high
+                self._left.low += part.low
+        return self._left
 
     def push(self, sample: int) -> None:
         """Note a pick."""
@@ -66,9 +87,9 @@ class Referee:
     def close_bin(self) -> NDArray[np.int64]:
         """Return the picks of the bin, and begin the next one with what is left."""
         picks = self.trail[: self.length].copy()
-        self._add(self._left, picks, -1.0)
-        self.num_left -= len(picks)
-        self.bins_closed += 1
+        self._closed.append(picks)
+        if self._left is not None:
+            self._add(self._left, picks, -1.0)
         self._picked = ExactSum(self.rows.width, self._largest)
         self.length = self._added = 0
         return picks
@@ -80,10 +101,11 @@ class Referee:
         self._add(self._picked, self.trail[self._added : length], 1.0)
         self._add(self._picked, self.trail[length : self._added], -1.0)
         self._added = length
+        left = self.left()
         vector = (
-            *two_product(self._left.high, self.lam),
+            *two_product(left.high, self.lam),
             -2.0 * self._picked.high,
-            self.lam * self._left.low,
+            self.lam * left.low,
             -2.0 * self._picked.low,
         )
         constant = self.lam * self.num_left - 2.0 * length if self.halved else 0.0
@@ -102,12 +124,6 @@ class Referee:
                     best, winner = gain, int(near[start + i])
             start += len(values)
         return winner
-
-    def _sum_of(self, ends: tuple[int, int]) -> ExactSum:
-        total = ExactSum(self.rows.width, self._largest)
-        for vectors in self.rows.span(*ends).written_out():
-            total.add(vectors)
-        return total
 
     def _add(self, total: ExactSum, samples: NDArray[np.int64], sign: float) -> None:
         for start in range(0, len(samples), 4096):

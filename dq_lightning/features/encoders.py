@@ -69,8 +69,26 @@ def find_head(module: nn.Module) -> nn.Linear | None:
     return linear[-1] if linear else None
 
 
-def pool(features: Tensor) -> Tensor:
-    """Features [B, D] of a network's output: maps [B, D, H, W] are averaged over their places."""
+def pool(output: Any) -> Tensor:
+    """Features [B, D] of a network's output: maps [B, D, H, W] are averaged over their places.
+
+    Of an output with named parts, as transformers gives it, `pooler_output` is taken, or else the mean over the tokens
+    of `last_hidden_state` [B, T, D].
+
+    Raises:
+        FeatureError: none of these.
+    """
+    features = output
+    if not isinstance(output, Tensor):
+        features = getattr(output, "pooler_output", None)
+        tokens = getattr(output, "last_hidden_state", None)
+        if features is None and isinstance(tokens, Tensor):
+            features = tokens.mean(dim=1) if tokens.ndim == 3 else tokens
+    if not isinstance(features, Tensor):
+        raise FeatureError(
+            f"the encoder gives a {type(output).__module__}.{type(output).__qualname__}; it must give a tensor [B, D] or "
+            "[B, D, H, W], or an output with pooler_output or last_hidden_state: wrap it in a module that returns one"
+        )
     if features.ndim == 4:
         features = features.mean(dim=(2, 3))
     if features.ndim != 2:
@@ -164,7 +182,8 @@ class NetworkEncoder:
             output = self._module(batch)
         finally:
             handle.remove()
-        if seen and seen[-1][1] is output:
+        # transformers' classifiers name the head's output
+        if seen and (seen[-1][1] is output or seen[-1][1] is getattr(output, "logits", None)):
             return pool(seen[-1][0])
         # the linear layer found is an inner one: what the network gives are the features
         self._head = None

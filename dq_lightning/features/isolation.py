@@ -23,6 +23,18 @@ def _gpu_in_use() -> bool:
 
 
 @contextmanager
+def _own_gpu_seed() -> Iterator[None]:
+    """Leave GPUs that were not in use before as the process's own seed would have them."""
+    before = _gpu_in_use()
+    try:
+        yield
+    finally:
+        # a seed set before there is a context waits for it; this replaces the one that was set inside
+        if not before:
+            torch.cuda.manual_seed_all(torch.initial_seed())
+
+
+@contextmanager
 def isolated() -> Iterator[None]:
     """Fix the flags that change results, seed every generator alike, and restore all of it afterwards.
 
@@ -38,7 +50,7 @@ def isolated() -> Iterator[None]:
     python_state, numpy_state = random.getstate(), np.random.get_state()
     # an uninitialised GPU has no state worth keeping, and asking for it would create a context
     devices = list(range(torch.cuda.device_count())) if _gpu_in_use() else []
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with _own_gpu_seed(), torch.random.fork_rng(devices), torch.no_grad():
         try:
             torch.manual_seed(0)
             random.seed(0)

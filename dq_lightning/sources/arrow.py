@@ -1,6 +1,7 @@
 """Content digest of Arrow columns: the same however they are chunked, sliced, saved and loaded again."""
 
 import hashlib
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
+from dq_lightning.errors import SourceError
 from dq_lightning.records import DigestMemory
 
 
@@ -25,6 +27,7 @@ class ColumnDigest:
         self._memory = memory
         self._streams: dict[str, Any] = {}
         self.saw_files = False
+        self._rows = 0
 
     def hexdigest(self) -> str:
         """Of all streams together."""
@@ -61,6 +64,8 @@ class ColumnDigest:
             self._feed(f"{name}/bytes", _characters(array.drop_null()))
         elif not pa.types.is_null(kind):
             self._fixed(array.drop_null(), name)
+        if not name:
+            self._rows += len(array)
 
     def _struct(self, array: Any, name: str) -> None:
         fields = {array.type.field(i).name: part for i, part in enumerate(array.flatten())}
@@ -77,8 +82,21 @@ class ColumnDigest:
         paths = path.filter(only_path).to_pylist()
         if paths:
             self.saw_files = True
-            for digest in self._memory.files(paths):
+            try:
+                digests = self._memory.files(paths)
+            except OSError as error:
+                raise self._unreadable(only_path, paths, name) from error
+            for digest in digests:
                 self._feed(f"{name}.files", f"{digest};".encode())
+
+    def _unreadable(self, only_path: Any, paths: list[str], name: str) -> SourceError:
+        bad = next((place for place, path in enumerate(paths) if not os.access(path, os.R_OK)), 0)
+        # inside of lists the row is not known
+        row = self._rows + int(np.flatnonzero(only_path.to_numpy(zero_copy_only=False))[bad]) if not name else None
+        return SourceError(
+            f"Item{'' if row is None else f' {row}'} of a Hugging Face dataset names the image file {paths[bad]}, which "
+            "can't be read. Put the file back, or leave the item out with dataset.select."
+        )
 
     def _fixed(self, array: Any, name: str) -> None:
         if pa.types.is_boolean(array.type):

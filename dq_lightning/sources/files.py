@@ -104,10 +104,20 @@ class FileSource(MapSource):
             return None
         return EncodedImage(Path(path).read_bytes(), "pil_rgb")
 
+    def _file_digests(self, paths: list[str], memory: DigestMemory) -> list[str]:
+        try:
+            return memory.files(paths)
+        except OSError as error:
+            index = next((place for place, path in enumerate(paths) if not os.access(path, os.R_OK)), None)
+            if index is None:
+                raise
+            with self._explaining(index):
+                raise error
+
     def digest(self, memory: DigestMemory) -> str:
         paths = self._paths()
         targets = self.listed_targets()
-        content = "\n".join(memory.files(paths))
+        content = "\n".join(self._file_digests(paths, memory))
         # code of the user's that reads the files is part of what the items are
         reading = "" if self._standard else self.spot_digest()
         values = targets.values if targets is not None else None

@@ -15,6 +15,7 @@ from dq_lightning.records import DigestMemory, EncodedImage
 from dq_lightning.sources.base import Finisher, dataset_length
 from dq_lightning.sources.finish import BatchFinisher, FormatFinisher, TransformFinisher, choose_finisher
 from dq_lightning.sources.items import IMAGE_NAMES, TARGET_NAMES, Leaf, digest_of, evenly_spaced
+from dq_lightning.sources.pixels import header_problem
 from dq_lightning.sources.reading import ItemSource
 from dq_lightning.sources.strip import KEEP
 from dq_lightning.sources.targets import Targets, as_targets
@@ -167,6 +168,14 @@ class HubSource(ItemSource):
                 return None
             data = Path(stored["path"]).read_bytes()
         return EncodedImage(data, f"hf:{self._mode}" if self._mode else "hf")
+
+    def decode_problem(self, index: int) -> str | None:
+        # without a mode nothing is converted; these modes hold what the file holds
+        if self._mode is None or self._mode.startswith(("I", "F")):
+            return None
+        stored = self._stored_image(index)
+        data = (stored["bytes"] or stored["path"]) if stored else None
+        return header_problem(data, turned=False) if data else None
 
     # transforms
 

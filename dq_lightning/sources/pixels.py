@@ -118,14 +118,21 @@ def to_rgb(value: Any, scale: Scale | None = None) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
 
 
-def header_problem(data: str | Path | bytes) -> str | None:
-    """What Pillow's plain RGB conversion is known to get wrong for an encoded image, from its header alone; or None."""
+def header_problem(data: str | Path | bytes, *, turned: bool = True) -> str | None:
+    """What Pillow's plain RGB conversion is known to get wrong for an encoded image, from its header alone; or None.
+
+    Args:
+        data: the encoded image, or its file.
+        turned: whether an orientation in the header is a problem; False where the decoder follows it.
+    """
     try:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
             if image.mode in (*_SIXTEEN_BIT, "I"):
                 return f"{image.mode} pixels of 16 bits or more are clipped at 255, which is nearly white"
             if image.mode == "F":
                 return "float pixels are clipped to 0..255, so that values in [0, 1] turn black"
+            if not turned:
+                return None
             # the subclass for PNG would decode the whole image to look for a trailing chunk
             orientation = Image.Image.getexif(image).get(0x0112)
             if orientation not in (None, 1):

@@ -1,5 +1,6 @@
 """The part of a source that all adapters share: reading, explaining failures, targets, identity by items."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,16 +12,20 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from dq_lightning.errors import SourceError
+from dq_lightning.progress import progress_bar
 from dq_lightning.randomness import isolated_random_state
 from dq_lightning.records import DigestMemory, EncodedImage, Labels
 from dq_lightning.sources.base import Finisher, Positions, dataset_length
 from dq_lightning.sources.items import Digester, Leaf, at, digest_of, evenly_spaced, find_image, find_target
 from dq_lightning.sources.pixels import Scale, decide_scale, needs_scale, to_rgb
 from dq_lightning.sources.state import state_key
-from dq_lightning.sources.targets import Targets, as_targets, given_labels, to_labels
+from dq_lightning.sources.targets import Targets, as_targets, given_labels, scalar, to_labels
+
+logger = logging.getLogger("dq_lightning")
 
 SPOT_CHECKS = 16
 _SCALE_SAMPLES = 64
+_LONG_PASS = 1000
 
 
 class ItemSource(ABC):
@@ -35,6 +40,8 @@ class ItemSource(ABC):
     modality = "image"
     by_items = False
     """Whether identity means reading every item."""
+    shows_progress = True
+    """Whether a pass over all items draws a bar (on a terminal)."""
     trusts_list = False
     """Whether `listed_targets` is known to be what the items deliver."""
 
@@ -50,6 +57,8 @@ class ItemSource(ABC):
         self._targets: tuple[Targets | None] | None = None
         self._scan: tuple[str, Targets | None] | None = None
         self._state: str | None = None
+        self._told_no_classes = False
+        self._repeatable = False
 
     @property
     def identity_is_certain(self) -> bool:
@@ -140,7 +149,11 @@ class ItemSource(ABC):
         if self.grouping is not None:
             return given_labels(self.grouping, len(self))
         targets = self.targets()
-        return to_labels(targets) if targets is not None else None
+        labels = to_labels(targets) if targets is not None else None
+        if labels is None and not self._told_no_classes:
+            self._told_no_classes = True
+            logger.info("%s: no classes found: bins over the whole set", self.describe())
+        return labels
 
     def encoded(self, index: int) -> EncodedImage | None:
         return None
@@ -190,14 +203,19 @@ class ItemSource(ABC):
     def scan(self) -> tuple[str, Targets | None]:
         """Digest of all plain items, and their targets: one pass, whose result is kept, since it may decode everything."""
         if self._scan is None:
+            self._check_reads()  # something random inside is found before the long pass, not after it
             leaf = self.target_leaf()
             digester = Digester()
             digester.add(self.image_leaf())
             values: list[Any] = []
-            for index in range(len(self)):
-                item = self.plain(index)
-                digester.add(item)
-                values.append(_small(at(item, leaf)) if leaf is not None else None)
+            logger.info("%s: reading every item once for its content digest", self.describe())
+            show = self.shows_progress and len(self) >= _LONG_PASS
+            with progress_bar(show, total=len(self), unit="item", description="reading items") as bar:
+                for index in range(len(self)):
+                    item = self.plain(index)
+                    digester.add(item)
+                    values.append(_small(at(item, leaf)) if leaf is not None else None)
+                    bar.update()
             listed = self.listed_targets()
             names = listed.names if listed is not None else None
             self._scan = digester.hexdigest(), as_targets(values, names)
@@ -227,6 +245,12 @@ class ItemSource(ABC):
         return digest_of([self.plain(index) for index in evenly_spaced(len(self), SPOT_CHECKS)])
 
     def check_repeatable(self) -> None:
+        self._check_reads()
+        self.image(self.first)  # settles the scale before worker processes are made
+
+    def _check_reads(self) -> None:
+        if self._repeatable:
+            return
         with isolated_random_state():
             for index in evenly_spaced(len(self), SPOT_CHECKS):
                 if digest_of(self.plain(index)) != digest_of(self.plain(index)):
@@ -235,13 +259,12 @@ class ItemSource(ABC):
                         "something random is hidden inside. Features are made once from the plain image, so give the "
                         "dataset its augmentation as an attribute named `transform`, or pass transform= here instead."
                     )
-        self.image(self.first)  # settles the scale before worker processes are made
+        self._repeatable = True
 
 
 def _small(value: Any) -> Any:
     """The target if it can be a class, else a stand-in that is none: masks of a whole dataset would fill the memory."""
     if value is None or isinstance(value, int | str | np.generic):
         return value
-    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
-        return value.item()
-    return 0.5
+    single = scalar(value)
+    return 0.5 if isinstance(single, Tensor | np.ndarray) or single is value else single

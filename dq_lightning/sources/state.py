@@ -1,5 +1,6 @@
 """A cheap key for the present state of any dataset object, under which its content digest is remembered."""
 
+import stat
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
@@ -46,8 +47,14 @@ class _Walk:
 
     def _file(self, value: str | PurePath) -> None:
         try:
-            status = Path(value).stat()
+            status = Path(value).stat() if value != "" else None
         except (OSError, ValueError):
+            return
+        if status is None:
+            return
+        if stat.S_ISDIR(status.st_mode):
+            # files below it that are rewritten in place do not show in the folder's own time
+            self.opaque = True
             return
         self.digester.add((status.st_size, status.st_mtime_ns))
 
@@ -132,8 +139,8 @@ def state_key(view: Any, read_spots: Callable[[], str]) -> str:
         read_spots: reads a few items and gives their digest, against state that does not show.
 
     Returns:
-        The key; it starts with `opaque:` when something (an open file, a database, content that changes by reading) could
-        not be looked into, so that equal keys do not promise equal content.
+        The key; it starts with `opaque:` when something (an open file, a database, a folder, content that changes by
+        reading) could not be looked into, so that equal keys do not promise equal content.
     """
     read_spots()  # what is opened or filled at the first read is there from now on
     before, _, _ = _walked(view)

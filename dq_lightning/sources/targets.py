@@ -44,28 +44,41 @@ def join(parts: Sequence[Targets | None]) -> Targets | None:
     return Targets(np.concatenate([part.values for part in known]), names)
 
 
-def _scalar(value: Any) -> Any:
-    single = isinstance(value, np.generic) or (isinstance(value, Tensor | np.ndarray) and value.ndim == 0)
-    return value.item() if single else value
+def scalar(value: Any) -> Any:
+    """The Python value of a NumPy or torch scalar, or of an integer array with one element (shape [1]); else `value`."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if not isinstance(value, Tensor | np.ndarray):
+        return value
+    return value.item() if value.ndim == 0 or (tuple(value.shape) == (1,) and _is_integer(value)) else value
+
+
+def _is_integer(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    return bool(value.dtype.kind in "iu")
 
 
 def as_targets(values: Any, names: Sequence[str] | None = None) -> Targets | None:
     """Read a column of targets; None unless every one is a class (an integer, a string, or missing).
 
     Args:
-        values: tensor, array or sequence of length N. Floats, masks, boxes and multi-hot rows are no classes.
+        values: tensor, array or sequence of length N, or integers [N, 1].
+            Floats, masks, boxes and multi-hot rows are no classes.
         names: name of each class integer.
     """
     known = tuple(names) if names is not None else None
     if isinstance(values, Tensor):
         values = values.detach().cpu().numpy() if values.dtype != torch.bfloat16 else values.float().numpy()
     if isinstance(values, np.ndarray) and not values.dtype.hasobject:
+        if values.ndim == 2 and values.shape[1] == 1 and _is_integer(values):
+            values = values[:, 0]
         if values.ndim != 1:
             return None
         if values.dtype.kind in "bui":
             return Targets(values.astype(np.int64), known)
         return Targets(values) if values.dtype.kind == "U" else None
-    scalars = [_scalar(value) for value in values]
+    scalars = [scalar(value) for value in values]
     present = [value for value in scalars if value is not None]
     if present and all(isinstance(value, int) for value in present):
         whole = np.fromiter((UNLABELED if v is None else v for v in scalars), np.int64, len(scalars))

@@ -178,7 +178,8 @@ def plan(samples: Sequence[Any]) -> tuple[Tree, list[Leaf]]:
 
 
 def _container(value: Any) -> str | None:
-    if isinstance(value, tuple):
+    # a namedtuple would come back as a plain tuple: it is no container here, and refused as a value
+    if type(value) is tuple:
         return "tuple"
     if type(value) is list:
         return "list"

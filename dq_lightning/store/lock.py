@@ -8,6 +8,7 @@ succeed for everybody, the builders just work side by side.
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import threading
@@ -16,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+logger = logging.getLogger("dq_lightning")
 
 BEAT_SECONDS = 5.0
 SILENCE_SECONDS = 60.0
@@ -71,6 +74,7 @@ def economy_lock(path: Path, finished: Callable[[], bool]) -> Iterator[bool]:
 def _wait(lock: FileLock, owner: Path, finished: Callable[[], bool]) -> bool:
     """Wait for the lock until it is held (True), the work is finished, or the owner is given up (False)."""
     beat, since = None, time.monotonic()
+    told = False
     while True:
         try:
             lock.acquire(timeout=0)
@@ -86,6 +90,9 @@ def _wait(lock: FileLock, owner: Path, finished: Callable[[], bool]) -> bool:
         seen = _read_beat(owner)
         if seen != beat:
             beat, since = seen, time.monotonic()
+        if seen and not told:
+            told = True
+            logger.info("waiting for process %d on %s, which makes the same entry (%s)", seen[1], seen[0], owner.name)
         silent = time.monotonic() - since
         dead_here = bool(seen and seen[0] == host_name() and not process_alive(seen[1]))
         # one beat of patience, for a new owner that has not written its name yet

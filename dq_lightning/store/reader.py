@@ -24,6 +24,7 @@ from dq_lightning.store.columns import VALUE_KIND, leaf_from_json, leaf_reader, 
 from dq_lightning.store.manifest import Damage, check_file, is_plain_name
 from dq_lightning.store.npy import npy_header
 from dq_lightning.store.packed import FORMAT, FORMAT_VERSION, STORE_FILE
+from dq_lightning.store.tensors import TENSORS_FILE
 from dq_lightning.store.values import decode_value
 
 MAX_SAMPLES = 1 << 32
@@ -95,6 +96,11 @@ class PackedDataset(Dataset[Any]):
         self._open()
 
     def _open(self) -> None:
+        if (self.path / TENSORS_FILE).exists() and not (self.path / STORE_FILE).exists():
+            raise StoreError(
+                f"{self.path} holds indices, not samples: load_selection(path).index are their positions in the original "
+                "dataset. Quantize with store='packed' to get a set that stands alone"
+            )
         try:
             description = files.read_sealed(self.path / STORE_FILE)
             self._check_description(description)

@@ -78,7 +78,7 @@ def encode_value(value: Any, encoded: EncodedImage | None = None) -> bytes:
 
 
 def decode_value(data: Any) -> Any:
-    """The inverse of `encode_value`; namedtuples come back as tuples.
+    """The inverse of `encode_value`.
 
     Raises:
         StoreError: the bytes are not an encoding of ours.
@@ -132,7 +132,7 @@ class _Encoder:
             return ["c", self._keep(struct.pack("<dd", value.real, value.imag))]
         if type(value) is bytes:
             return ["y", self._keep(value)]
-        if isinstance(value, tuple):
+        if type(value) is tuple:
             return ["t", *(self.node(inner, f"{place}[{i}]", depth + 1) for i, inner in enumerate(value))]
         if type(value) is list:
             return ["l", *(self.node(inner, f"{place}[{i}]", depth + 1) for i, inner in enumerate(value))]

@@ -1,4 +1,5 @@
 import json
+import threading
 
 import pytest
 import timm
@@ -89,14 +90,17 @@ def test_function_identity_follows_what_it_refers_to(tiny, memory):
     assert identity((tiny, scaled(torch.ones(2))), memory) != identity((tiny, scaled(torch.zeros(2))), memory)
 
 
-def test_preprocessing_without_visible_settings_is_refused(tiny, memory):
-    class Opaque:
+def test_preprocessing_that_cannot_be_looked_into_is_refused(tiny, memory):
+    class Locked:
+        def __init__(self):
+            self.lock = threading.Lock()
+
         def __call__(self, image):
             return torch.zeros(3, 4, 4)
 
     with pytest.raises(FeatureError, match="identity"):
-        identity((tiny, Opaque()), memory)
-    named = Opaque()
+        identity((tiny, transforms.Compose([Locked()])), memory)
+    named = Locked()
     named.identity = "zeros-1"
     assert identity((tiny, named), memory) == identity((tiny, named), memory)
 

@@ -99,6 +99,33 @@ def test_output_of_odd_shape_is_refused():
         NetworkEncoder(nn.Flatten(2), lambda image: image, CPU).embed(torch.rand(2, 3, 2, 4))
 
 
+def test_networks_of_transformers_give_what_they_pool_or_the_mean_of_their_tokens(to_float, make_source):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = transformers.ViTConfig(image_size=32, patch_size=8, **sizes)
+    batch = torch.stack([to_float(make_source(2).image(i)) for i in range(2)])
+    for pooled in (True, False):
+        network = transformers.ViTModel(config, add_pooling_layer=pooled).eval()
+        encoder = choose_encoder((network, to_float), image_size=(32, 32)).load("cpu")
+        with torch.no_grad():
+            output = network(batch)
+            wanted = output.pooler_output if pooled else output.last_hidden_state.mean(dim=1)
+            torch.testing.assert_close(encoder.embed(batch), wanted)
+    network = transformers.ViTForImageClassification(config).eval()
+    encoder = choose_encoder((network, to_float), image_size=(32, 32)).load("cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.logits(encoder.embed(batch)), network(batch).logits)
+
+
+def test_output_that_is_no_tensor_is_refused_by_its_type():
+    class Pairs(nn.Module):
+        def forward(self, x):
+            return {"features": x}
+
+    with pytest.raises(FeatureError, match=r"builtins\.dict"):
+        NetworkEncoder(Pairs(), lambda image: image, CPU).embed(torch.rand(2, 3, 4, 4))
+
+
 def test_half_precision_stays_near_and_features_are_float32():
     torch.manual_seed(0)
     network, batch = SmallResNet(), torch.rand(4, 3, 32, 32)

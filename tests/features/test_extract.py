@@ -1,6 +1,7 @@
 import logging
 import os
 import random
+import subprocess
 import sys
 import weakref
 
@@ -134,6 +135,22 @@ def test_the_process_is_left_as_it_was(spec, make_source, num_workers, fails):
         torch.set_default_dtype(torch.float32)
         torch.backends.cudnn.benchmark = before_flags[0]
         torch.set_float32_matmul_precision(before_flags[1])
+
+
+def test_a_seed_that_waits_for_the_gpu_is_still_the_callers():
+    """Until there is a context, torch keeps the call that will seed the GPU; in a fresh process there is none."""
+    code = (
+        "import torch\n"
+        "from dq_lightning.features.isolation import isolated\n"
+        "torch.manual_seed(42)\n"
+        "with isolated():\n"
+        "    torch.rand(3)\n"
+        "waiting, _ = torch.cuda._lazy_seed_tracker.get_calls()[-1]\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "print([cell.cell_contents for cell in waiting.__closure__], torch.initial_seed())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[42]", "42"]
 
 
 def test_random_preprocessing_does_not_depend_on_the_callers_seed(tiny, to_float, make_source):

@@ -82,6 +82,13 @@ def test_a_truncated_file_is_an_error_with_index_and_path(folder):
         as_source(ImageFolder(folder)).image(5)
 
 
+def test_a_missing_file_is_an_error_of_the_identity_with_index_and_path(folder, memory):
+    dataset = ImageFolder(folder)
+    (folder / "dog" / "0.jpg").unlink()
+    with pytest.raises(SourceError, match=r"Item 5 .*dog/0.jpg.*FileNotFoundError"):
+        as_source(dataset).digest(memory)
+
+
 def test_known_wrong_decodes_are_told_with_index_and_path(folder):
     wide = np.full((8, 9), 30000, np.uint16)
     Image.fromarray(wide).save(folder / "cat" / "1.png")

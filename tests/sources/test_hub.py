@@ -142,6 +142,25 @@ def test_orientation_and_sixteen_bits_are_right_here():
     assert source.decode_warning(0) is source.decode_warning(1) is None
 
 
+@pytest.mark.parametrize("stored", ["bytes", "path"])
+def test_sixteen_bits_that_a_mode_clips_are_told(tmp_path, stored):
+    wide, turned = tmp_path / "wide.png", Pil.new("RGB", (5, 6)).getexif()
+    turned[0x0112] = 6
+    Pil.fromarray(np.full((4, 4), 257 * 9, np.uint16)).save(wide)
+    (tmp_path / "turned.jpg").write_bytes(encoded(0, "JPEG", exif=turned))
+    rows = [
+        {"bytes": path.read_bytes() if stored == "bytes" else None, "path": str(path) if stored == "path" else None}
+        for path in (wide, tmp_path / "turned.jpg")
+    ]
+    sources = {
+        mode: as_source(Dataset.from_dict({"image": rows}, features=Features({"image": Image(mode=mode)})))
+        for mode in ("RGB", "I")
+    }
+    assert np.asarray(sources["RGB"].image(0)).min() == 255
+    assert "16 bits" in sources["RGB"].decode_warning(0)
+    assert sources["RGB"].decode_warning(1) is sources["I"].decode_warning(0) is None
+
+
 def test_the_same_images_through_torchvision_and_hugging_face(tmp_path, memory):
     for i in range(10):
         (tmp_path / NAMES[i % 2]).mkdir(exist_ok=True)
@@ -325,6 +344,9 @@ def test_files_behind_paths_count_by_content_even_when_the_table_is_known(tmp_pa
     (tmp_path / "1.png").unlink()
     with pytest.raises(SourceError, match=r"Item 1 .*1\.png"):
         as_source(dataset).image(1)
+    (tmp_path / "0.png").rename(tmp_path / "1.png")
+    with pytest.raises(SourceError, match=r"Item 2 .*0\.png"):
+        as_source(dataset.select([1, 2, 0])).digest(memory)
 
 
 def test_real_photos(shared_dir, tmp_path, memory):

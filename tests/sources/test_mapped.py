@@ -1,7 +1,9 @@
 """torch and torchvision datasets in memory, and any other map-style dataset."""
 
+import logging
 import pickle
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -238,6 +240,46 @@ def test_targets_that_are_no_classes_stay_untouched(target):
     assert source.delivered(2)[1] is target
 
 
+def test_integers_of_shape_one_are_classes():
+    items = [(Image.new("RGB", (4, 4), (i, 0, 0)), np.array([i % 3])) for i in range(9)]
+    assert as_source(items).labels().values.tolist() == [0, 1, 2] * 3
+
+
+def test_that_no_classes_were_found_is_told_once(caplog):
+    items = [(Image.new("RGB", (4, 4), (i, 0, 0)), 0.5) for i in range(5)]
+    with caplog.at_level(logging.INFO, "dq_lightning"):
+        as_source(items, labels=False).labels()
+        as_source([(image, 3) for image, _ in items]).labels()
+        assert "no classes" not in caplog.text
+        source = as_source(items)
+        assert source.labels() is source.labels() is None
+    assert caplog.text.count("no classes found") == 1
+
+
+def test_hidden_randomness_is_found_before_the_long_pass(memory):
+    class Hidden(Pictures):
+        def __getitem__(self, index):
+            return transforms.RandomCrop(3)(super().__getitem__(index)[0]), self.answers[index]
+
+    source = as_source(Hidden(500))
+    with pytest.raises(SourceError, match="transform"):
+        source.digest(memory)
+    assert source.plain_dataset.reads < 100
+
+
+def test_a_long_pass_is_told_and_draws_a_bar_on_a_terminal(memory, caplog, capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with caplog.at_level(logging.INFO, "dq_lightning"):
+        as_source(Pictures(1200)).digest(memory)
+    assert caplog.text.count("reading every item") == 1
+    assert "1200/1200" in capsys.readouterr().err
+    quiet = as_source(Pictures(1200, seed=1))
+    quiet.shows_progress = False
+    quiet.digest(memory)
+    assert capsys.readouterr().err == ""
+
+
 def test_bare_images_have_no_labels():
     source = as_source([Image.new("L", (4, 4), i) for i in range(5)])
     assert source.labels() is None
@@ -323,6 +365,28 @@ def test_a_touched_file_behind_a_dataset_changes_the_state(memory, tmp_path):
     assert as_source(dataset).quick_digest(memory) is not None
     path.write_text("three")
     assert as_source(dataset).quick_digest(memory) is None
+
+
+def test_files_below_a_folder_are_read_again_though_some_may_have_changed_unseen(memory, tmp_path):
+    class Listed(Dataset):
+        def __init__(self):
+            self.root, self.names = str(tmp_path), [f"{i}.png" for i in range(40)]
+
+        def __len__(self):
+            return len(self.names)
+
+        def __getitem__(self, index):
+            return Image.open(f"{self.root}/{self.names[index]}").convert("RGB"), index % 2
+
+    for i, row in enumerate(pictures(40)):
+        Image.fromarray(row).save(tmp_path / f"{i}.png")
+    first = as_source(Listed())
+    digest = first.digest(memory)
+    Image.new("RGB", (5, 6)).save(tmp_path / "1.png")  # no spot is looked at there
+    second = as_source(Listed())
+    assert second.state_key() == first.state_key()
+    assert not second.identity_is_certain
+    assert second.digest(memory) != digest
 
 
 # refusals

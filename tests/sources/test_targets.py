@@ -24,6 +24,9 @@ def labels_of(values, names=None):
         torch.tensor([2, 0, 1, 2]),
         [torch.tensor(2), torch.tensor(0), torch.tensor(1), torch.tensor(2)],
         [np.int32(2), np.int64(0), 1, np.array(2)],
+        np.array([[2], [0], [1], [2]]),
+        torch.tensor([[2], [0], [1], [2]]),
+        [np.array([2]), torch.tensor([0]), 1, np.array([2], np.uint8)],
     ],
 )
 def test_integers_of_every_kind(values):
@@ -53,6 +56,8 @@ def test_strings_become_positions_in_their_sorted_list(values):
         torch.zeros(4, 3, dtype=torch.int64),
         [[0, 1], [1, 0]],
         [np.zeros(4), np.zeros(4)],
+        [np.zeros(1), np.zeros(1)],
+        torch.zeros(4, 1),
         [None, None],
         [1, "a"],
         [{"boxes": 1}, {"boxes": 2}],

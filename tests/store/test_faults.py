@@ -1,6 +1,7 @@
 """Kill, fill and race the builder: afterwards an undisturbed run gives the undisturbed bytes."""
 
 import errno
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -143,6 +144,21 @@ def test_racing_builders_give_one_whole_entry(tmp_path: Path, monkeypatch: pytes
         assert len([p for p in (root / "5-store").iterdir() if not p.name.startswith(".")]) == 1
         assert not list(root.glob("5-store/.tmp-*"))
         assert not list(root.glob("5-store/.damaged-*"))
+
+
+def test_who_waits_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lock, "SILENCE_SECONDS", 0.5)
+    place = tmp_path / "entry"
+    (tmp_path / "entry.owner").write_text(json.dumps({"host": "elsewhere", "pid": 7, "beat": 0}))
+    with (
+        caplog.at_level("INFO", "dq_lightning"),
+        filelock.FileLock(place, thread_local=False),
+        lock.economy_lock(place, lambda: False) as held,
+    ):
+        assert not held
+    assert [m for m in caplog.messages if "waiting for process 7 on elsewhere" in m] == caplog.messages[:1]
 
 
 def test_nobody_waits_for_a_dead_or_silent_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,9 +73,20 @@ def test_a_sample_that_differs_after_the_look_ahead_comes_back(tmp_path: Path) -
     assert equal(np.load(tmp_path / "s" / "column-1.npy")[:3], np.arange(3))
 
 
-def test_namedtuples_become_tuples_and_results_are_independent(tmp_path: Path) -> None:
+def test_namedtuples_are_refused(tmp_path: Path) -> None:
     pair = collections.namedtuple("pair", "x y")
-    read = PackedDataset(pack(tmp_path / "s", [pair(np.zeros(3), torch.ones(2)), pair(np.ones(3), torch.ones(2))]))
+    late: list[Any] = [(0, 1)] * (LOOK_AHEAD_SAMPLES + 1)
+    for name, items in {
+        "whole": [pair(0, 1)] * 2,
+        "inside": [(pair(0, 1), 2)] * 2,
+        "late": [*late, pair(0, 1)],
+    }.items():
+        with pytest.raises(StoreError, match=r'pair, which a packed store cannot hold unchanged.*store="indices"'):
+            pack(tmp_path / name, items)
+
+
+def test_results_are_independent(tmp_path: Path) -> None:
+    read = PackedDataset(pack(tmp_path / "s", [(np.zeros(3), torch.ones(2)), (np.ones(3), torch.ones(2))]))
     read[0][0][:] = 7
     read[0][1][:] = 7
     assert equal(read[0], (np.zeros(3), torch.ones(2)))

@@ -1,0 +1,48 @@
+"""What the bins cost in memory, measured from outside: in a fresh process, so nothing that ran before counts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# the greatest private memory while the bins are made, above what was there before
+SCRIPT = """
+import sys, threading, time
+import numpy as np, torch
+from dq_lightning.bins.make import make_bins
+torch.set_num_threads(1)
+
+def private():
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+total, width = int(sys.argv[1]), int(sys.argv[2])
+generator = np.random.default_rng(0)
+values = (generator.standard_normal((total, width), dtype=np.float32) + 0.3)
+make_bins(values[:3000])
+before, peak, done = private(), [0], threading.Event()
+
+def watch():
+    while not done.wait(0.003):
+        peak[0] = max(peak[0], private())
+
+thread = threading.Thread(target=watch)
+thread.start()
+make_bins(values)
+done.set()
+thread.join()
+print(peak[0] - before, values.nbytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to measure memory with")
+def test_memory_is_of_the_order_of_the_features():
+    total, width = 20_000, 512
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(total), str(width)], capture_output=True, text=True, check=True
+    )
+    extra, features = map(int, result.stdout.split()[-2:])
+    # a matrix of similarities would take 3.2 GB
+    assert 8 * total * total > 75 * features
+    assert 0 < extra < 4 * features

@@ -1,0 +1,185 @@
+"""Objects that behave alike have one text, others different texts, here and in other processes."""
+
+import functools
+import logging
+import os
+import random
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+from torch import nn
+from torchvision import transforms
+from torchvision.transforms import v2
+
+from dq_lightning.errors import FeatureError
+from dq_lightning.features.describe import describe_callable, describe_settings
+from dq_lightning.features.origins import digest_module
+
+FACTOR = 2.0
+log = logging.getLogger(__name__)
+
+
+class Shift(nn.Module):
+    """A step whose setting its `repr` does not show."""
+
+    def __init__(self, shift, buffer=0.0):
+        super().__init__()
+        self.shift = shift
+        self.register_buffer("base", torch.tensor(buffer))
+
+    def forward(self, x):
+        return x - self.shift - self.base
+
+
+class Slotted:
+    __slots__ = ("size",)
+
+    def __init__(self, size):
+        self.size = size
+
+    def __call__(self, image):
+        return image.resize((self.size, self.size))
+
+
+@dataclass
+class Settings:
+    mean: tuple
+    table: dict
+
+
+class Node:
+    def __init__(self, value):
+        self.value, self.me = value, self
+
+    def __call__(self, image):
+        log.info("seen")
+        return self.value
+
+
+def make_class(factor):
+    class Scale:
+        factor = 1
+
+        def __call__(self, image):
+            return image * self.factor
+
+    Scale.factor = factor
+    return Scale()
+
+
+def closure(value, default=1):
+    def inner(image, by=default, *, also=None):
+        return [value * by for _ in range(3)]
+
+    return inner
+
+
+def uses_global(image):
+    return [image * FACTOR for _ in "ab"]
+
+
+def steps(*parts):
+    return transforms.Compose([transforms.ToTensor(), *parts])
+
+
+# pairs that differ in one setting each; every maker is called twice
+PAIRS = {
+    "lambdas on one line": (
+        lambda: steps(transforms.Lambda(lambda x: x * 2)),
+        lambda: steps(transforms.Lambda(lambda x: 1 - x)),
+    ),
+    "lambdas of version 2": (lambda: v2.Lambda(lambda x: x * 2), lambda: v2.Lambda(lambda x: x * 3)),
+    "attribute of a module": (lambda: steps(Shift(0.1)), lambda: steps(Shift(0.9))),
+    "buffer of a module": (lambda: Shift(0.1, 1.0), lambda: Shift(0.1, 2.0)),
+    "dtype": (lambda: v2.ToDtype(torch.float32, scale=True), lambda: v2.ToDtype(torch.float64, scale=True)),
+    "order": (lambda: steps(v2.Resize(8), v2.CenterCrop(8)), lambda: steps(v2.CenterCrop(8), v2.Resize(8))),
+    "slots": (lambda: Slotted(3), lambda: Slotted(4)),
+    "dataclass": (lambda: Settings((1,), {"a": 1}), lambda: Settings((1,), {"a": 2})),
+    "class attribute": (lambda: make_class(2), lambda: make_class(3)),
+    "closure": (lambda: closure(2), lambda: closure(3)),
+    "defaults": (lambda: closure(2, 1), lambda: closure(2, 4)),
+    "partial": (lambda: functools.partial(closure(2), by=1), lambda: functools.partial(closure(2), by=2)),
+    "method": (lambda: Node(1).__call__, lambda: Node(2).__call__),
+    "cycle": (lambda: Node(1), lambda: Node(2)),
+    "array": (lambda: closure(np.arange(3)), lambda: closure(np.arange(3)[::-1])),
+    "half precision": (lambda: closure(torch.ones(2, dtype=torch.bfloat16)), lambda: closure(torch.ones(2))),
+    "pattern": (lambda: closure(re.compile("a" * 300)), lambda: closure(re.compile("a" * 301))),
+    "filter": (lambda: closure(ImageFilter.GaussianBlur(1)), lambda: closure(ImageFilter.GaussianBlur(2))),
+    "image": (lambda: closure(Image.new("L", (2, 2))), lambda: closure(Image.new("L", (2, 2), 1))),
+    "set": (lambda: closure({"a", "b", "c"}), lambda: closure({"a", "b", "d"})),
+    "built-in": (lambda: closure(len), lambda: closure(max)),
+    "type": (lambda: closure(1), lambda: closure(1.0)),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_settings_tell_apart_what_they_change(name):
+    first, second = PAIRS[name]
+    assert describe_callable(first()) == describe_callable(first())
+    assert describe_callable(second()) == describe_callable(second())
+    assert describe_callable(first()) != describe_callable(second())
+
+
+def test_global_names_count_also_inside_of_inner_code(monkeypatch):
+    before = describe_callable(uses_global)
+    monkeypatch.setitem(globals(), "FACTOR", 3.0)
+    assert describe_callable(uses_global) != before
+
+
+def test_states_of_generators_and_places_of_computation_are_no_settings():
+    for make in (random.Random, np.random.default_rng, torch.Generator):
+        assert describe_callable(closure(make())) == describe_callable(closure(make()))
+    assert describe_callable(closure(torch.device("cpu"))) == describe_callable(closure(torch.device("cuda")))
+
+
+def test_what_cannot_be_looked_into_is_refused_and_an_identity_believed():
+    with Path(__file__).open() as handle, pytest.raises(FeatureError, match="identity"):
+        describe_callable(closure(handle))
+    step = Shift(lambda: None)
+    step.identity = "shift-1"
+    assert describe_callable(step) == "shift-1"
+    assert describe_callable(steps(step)) != describe_callable(steps(Shift(0.1)))
+
+
+def test_other_processes_find_the_same_text():
+    code = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('elsewhere', {__file__!r})\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "sys.modules['elsewhere'] = module\n"
+        "spec.loader.exec_module(module)\n"
+        "print([module.describe_callable(make()) for make, _ in module.PAIRS.values()])\n"
+    )
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert outputs[0] == outputs[1]
+    assert outputs[0].count("'") > len(PAIRS)
+
+
+def test_attributes_of_networks_count_and_training_does_not():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), Shift(0.1))
+    first = digest_module(network)
+    network[1].shift = 0.9
+    second = digest_module(network)
+    network[1].handle = object()
+    assert digest_module(network) != second != first
+    one, two = (nn.MultiheadAttention(8, heads) for heads in (1, 2))
+    assert describe_settings(one) != describe_settings(two)
+    before = describe_settings(network)
+    network.eval().requires_grad_(False)
+    assert describe_settings(network) == before

@@ -1,0 +1,70 @@
+"""Settings: validated when made, JSON both ways, short forms."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dq_lightning import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig
+from dq_lightning.config import with_short_forms
+from dq_lightning.errors import ConfigError
+
+configs = st.builds(
+    QuantizeConfig,
+    features=st.builds(
+        FeatureConfig,
+        encoder=st.sampled_from(["auto", "resnet18"]),
+        kind=st.sampled_from(["embedding", "gradient"]),
+        batch_size=st.integers(1, 999),
+        num_workers=st.one_of(st.just("auto"), st.integers(0, 8)),
+    ),
+    bins=st.builds(BinConfig, num_bins=st.integers(1, 32767), lam=st.floats(0, 10), by_label=st.booleans()),
+    selection=st.builds(
+        SelectionConfig,
+        keep_ratio=st.floats(1e-6, 1),
+        seed=st.integers(0, 2**40),
+        bin_weights=st.one_of(st.none(), st.tuples(st.floats(0, 1), st.floats(0, 1))),
+    ),
+    store=st.sampled_from(["auto", "indices", "packed"]),
+    label_column=st.one_of(st.none(), st.text()),
+)
+
+
+@given(configs)
+def test_json_both_ways(config):
+    assert QuantizeConfig.from_json(config.to_json()) == config
+    assert QuantizeConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: SelectionConfig(keep_ratio=0), r"keep_ratio must be in \(0, 1\], got 0"),
+        (lambda: SelectionConfig(keep_ratio=1.01), "keep_ratio"),
+        (lambda: SelectionConfig(keep_ratio=float("nan")), "keep_ratio"),
+        (lambda: SelectionConfig(seed=-1), "seed must be at least 0"),
+        (lambda: SelectionConfig(draw="best"), "draw must be one of 'seeded', 'rank', got 'best'"),
+        (lambda: BinConfig(num_bins=0), "num_bins must be between 1 and 32767"),
+        (lambda: BinConfig(objective="cut"), "objective must be one of"),
+        (lambda: FeatureConfig(kind="gradients"), "kind must be one of"),
+        (lambda: FeatureConfig(batch_size=0), "batch_size must be at least 1"),
+        (lambda: QuantizeConfig(store="zip"), "store must be one of"),
+        (lambda: QuantizeConfig.from_dict({"binz": {}}), "QuantizeConfig has no field binz; its fields are features"),
+        (lambda: QuantizeConfig.from_dict({"bins": {"k": 3}}), "BinConfig has no field k"),
+    ],
+)
+def test_mistakes_are_named(make, told):
+    with pytest.raises(ConfigError, match=told):
+        make()
+
+
+def test_short_forms():
+    made = with_short_forms(None, {"selection.keep_ratio": 0.5, "store": "packed"})
+    assert made == QuantizeConfig(selection=SelectionConfig(keep_ratio=0.5), store="packed")
+    # a keyword that equals the default counts as not given
+    given_there = QuantizeConfig(selection=SelectionConfig(keep_ratio=0.5))
+    assert with_short_forms(given_there, {"selection.keep_ratio": 0.125}) == given_there
+    assert with_short_forms(given_there, {"selection.keep_ratio": 0.5}) == given_there
+    with pytest.raises(
+        ConfigError, match=r"keep_ratio=0.25 was passed as a keyword, but config.selection.keep_ratio is 0.5"
+    ):
+        with_short_forms(given_there, {"selection.keep_ratio": 0.25})

@@ -1,0 +1,65 @@
+"""The demo, its bundled images and weights."""
+
+import numpy as np
+import pytest
+import torch
+
+from dq_lightning import demo
+from dq_lightning.features.bundled import CIFAR10_MEAN, CIFAR10_STD, load_small_resnet
+from dq_lightning.sample_data import SampleCIFAR10, balanced_choice, cut_sheet, decode_sheet, encode_sheet, make_sheet
+
+
+def test_the_demo_runs_and_prints_what_came_out(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "EPOCHS", 1)
+    accuracies = demo.run_demo(progress=False)
+    printed = capsys.readouterr().out
+    assert {name: len(values) for name, values in accuracies.items()} == {"dq": 3, "random": 3}
+    assert all(0 <= value <= 100 for values in accuracies.values() for value in values)
+    assert "kept 500 of 2,000 samples" in printed
+    for name in accuracies:
+        assert f"{np.mean(accuracies[name]):.1f} %" in printed
+
+
+@pytest.mark.parametrize(("train", "per_class"), [(True, 200), (False, 50)])
+def test_the_bundled_images_are_balanced(train, per_class):
+    sample = SampleCIFAR10(train=train)
+    assert np.bincount(sample.targets).tolist() == [per_class] * 10
+    image, label = sample[7]
+    assert (image.size, image.mode, label) == ((32, 32), "RGB", sample.targets[7])
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_bundled_images_are_those_of_cifar10(cifar_root, train):
+    from torchvision.datasets import CIFAR10
+
+    sample, whole = SampleCIFAR10(train=train), CIFAR10(cifar_root, train=train)
+    rows = {image.tobytes(): label for image, label in zip(whole.data, whole.targets, strict=True)}
+    assert all(rows[image.tobytes()] == label for image, label in zip(sample.data, sample.targets, strict=True))
+
+
+def test_sheets_come_back_bit_for_bit():
+    images = np.random.default_rng(0).integers(0, 256, (73, 32, 32, 3), dtype=np.uint8)
+    assert np.array_equal(cut_sheet(decode_sheet(encode_sheet(make_sheet(images))), 73), images)
+
+
+def test_balanced_choice_takes_as_many_of_each_class():
+    labels = np.repeat([0, 1, 2], [5, 50, 9])
+    chosen = balanced_choice(labels, 4, seed=0)
+    assert np.bincount(labels[chosen]).tolist() == [4, 4, 4]
+    assert np.array_equal(chosen, np.unique(chosen))
+    assert not np.array_equal(chosen, balanced_choice(labels, 4, seed=1))
+
+
+def test_the_bundled_encoder_is_as_good_as_its_metadata_says(cifar_root):
+    from torchvision.datasets import CIFAR10
+
+    model, metadata = load_small_resnet()
+    test = CIFAR10(cifar_root, train=False)
+    images = torch.from_numpy(test.data[:2000]).permute(0, 3, 1, 2) / 255
+    images = (images - torch.tensor(CIFAR10_MEAN).view(3, 1, 1)) / torch.tensor(CIFAR10_STD).view(3, 1, 1)
+    with torch.inference_mode():
+        predicted = torch.cat([model(part).argmax(1) for part in images.split(500)])
+    accuracy = (predicted == torch.tensor(test.targets[:2000])).float().mean()
+    assert float(metadata["test_accuracy"]) >= 0.85
+    # 2,000 images of 10,000: within three standard errors of the figure of all
+    assert abs(accuracy - float(metadata["test_accuracy"])) < 3 * (0.92 * 0.08 / 2000) ** 0.5

@@ -1,0 +1,207 @@
+"""The flow without Lightning: what is computed, what is said, and what a key is made of."""
+
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dq_lightning import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig, as_source, quantize
+from dq_lightning.compact import open_compact
+from dq_lightning.errors import ConfigError, SourceError
+from dq_lightning.plan import BINS, FEATURES, SELECTION, STORE, make_plan, source_identity, station_parts
+from dq_lightning.store.cache import Cache
+from tests.lightning_scripts.common import photos, to_tensor
+
+
+def settings(keep_ratio=0.1, seed=0, num_bins=5, **more):
+    return QuantizeConfig(
+        bins=BinConfig(num_bins=num_bins), selection=SelectionConfig(keep_ratio=keep_ratio, seed=seed), **more
+    )
+
+
+class TwoNumbers(torch.nn.Module):
+    """An encoder for tests: mean colour through fixed weights."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.weight = torch.nn.Parameter(scale * torch.tensor([[1.0, 0.5], [0.2, -1.0], [0.3, 0.1]]))
+
+    def forward(self, images):
+        return images.mean(dim=(2, 3)) @ self.weight
+
+
+def test_one_line_says_what_is_computed_and_why(tmp_path, caplog):
+    def told(dataset, config, **more):
+        caplog.clear()
+        with caplog.at_level("INFO", "dq_lightning"):
+            quantize(dataset, config, cache_dir=tmp_path, encoder=(TwoNumbers(), to_tensor), progress=False, **more)
+        return next(m for m in caplog.messages if m.startswith(("computing", "reusing")))
+
+    data = photos(40)
+    assert told(data, settings()) == "computing the compact set: nothing cached yet; encoder: the given TwoNumbers"
+    assert re.fullmatch(r"reusing the compact set of 4 of 40 samples: .*5-store.\w+", told(data, settings()))
+    assert told(data, settings(keep_ratio=0.125)) == (
+        "computing the compact set because keep_ratio changed (0.1 -> 0.125); reusing features and bins"
+    )
+    assert told(data, settings(seed=3)) == (
+        "computing the compact set because seed changed (0 -> 3); reusing features and bins"
+    )
+    assert told(data, settings(num_bins=4)) == (
+        "computing the compact set because num_bins changed (5 -> 4); reusing features"
+    )
+    assert told(data, settings(store="packed")) == (
+        "computing the compact set because store changed (indices -> packed); reusing features, bins and selection"
+    )
+    changed = photos(40)
+    changed.dataset.data = 255 - changed.dataset.data
+    assert re.fullmatch(
+        r"computing the compact set because the data changed \(\w{8} -> \w{8}\); encoder: the given TwoNumbers",
+        told(changed, settings()),
+    )
+    assert told(data, settings(), force_recompute=True) == (
+        "computing everything because force_recompute=True; encoder: the given TwoNumbers"
+    )
+    caplog.clear()
+    with caplog.at_level("INFO", "dq_lightning"):
+        other = (TwoNumbers(scale=-2.0), to_tensor)
+        quantize(data, settings(), cache_dir=tmp_path, encoder=other, progress=False)
+    assert re.search(r"because the encoder changed \(\w{8} -> \w{8}\); encoder: the given", caplog.text)
+
+
+def parts_of(tmp_path, dataset=None, config=None, **more):
+    plan = make_plan(dataset or photos(40), config or settings(), encoder=(TwoNumbers(), to_tensor), **more)
+    memory = Cache(tmp_path).memory
+    source, encoder = source_identity(plan, memory, full=True), plan.encoder.identity(memory)
+    return station_parts(plan, source, encoder)
+
+
+def test_keys_hold_what_changes_the_result_and_nothing_else(tmp_path):
+    base = parts_of(tmp_path)
+    stations = (FEATURES, BINS, SELECTION, STORE)
+
+    def changed(**more):
+        parts = parts_of(tmp_path, **more)
+        return [station for station in stations if parts[station] != base[station]]
+
+    assert changed() == []
+    workers = FeatureConfig(batch_size=7, num_workers=0, precision="float32")
+    assert changed(config=settings(features=workers)) == []
+    assert changed(dataset=photos(40, transform=None)) == []
+    assert changed(config=settings(store="packed")) == [STORE]
+    assert changed(config=settings(seed=1)) == [SELECTION, STORE]
+    assert changed(config=settings(num_bins=3)) == [BINS, SELECTION, STORE]
+    assert changed(labels=False) == [BINS, SELECTION, STORE]
+    assert changed(labels=[0, 1] * 20) == [BINS, SELECTION, STORE]
+    assert changed(labels="1") == [BINS, SELECTION, STORE]
+    assert changed(config=settings(label_column="1")) == [BINS, SELECTION, STORE]
+    assert changed(config=settings(features=FeatureConfig(kind="gradient"))) == list(stations)
+    assert changed(dataset=photos(50)) == list(stations)
+    assert changed(fingerprint="mine") == list(stations)
+
+
+def test_the_grouping_of_a_source_is_part_of_the_key(tmp_path):
+    plain, halves = photos(40), [0] * 20 + [1] * 20
+    base = parts_of(tmp_path, plain)
+    made = [
+        parts_of(tmp_path, as_source(plain, **options))
+        for options in ({"labels": halves}, {"labels": [0, 1] * 20}, {"labels": False}, {"label_column": "1"})
+    ]
+    assert all(parts[FEATURES] == base[FEATURES] for parts in made)
+    assert len({str(parts[STORE]) for parts in (base, *made)}) == 5
+    # whichever door the grouping came through
+    assert made[0] == parts_of(tmp_path, plain, labels=halves)
+    assert made[0] == parts_of(tmp_path, as_source(plain), labels=halves)
+    assert made[2] == parts_of(tmp_path, plain, labels=False)
+    assert made[3] == parts_of(tmp_path, plain, config=settings(label_column="1"))
+    assert base == parts_of(tmp_path, as_source(plain))
+
+
+def test_options_that_come_too_late_for_a_source_are_told():
+    source = as_source(photos(40), label_column="1")
+    assert make_plan(source, settings(label_column="1")).source is source
+    for options in ({"transform": np.asarray}, {"transform": None}, {"target_transform": str}):
+        with pytest.raises(ConfigError, match=r"transform= was given for a source that is made already"):
+            make_plan(source, settings(), **options)
+    with pytest.raises(ConfigError, match=r"image_column=, label_column= was given"):
+        make_plan(source, settings(image_column="0", label_column="0"))
+
+
+def test_auto_looks_at_more_than_the_first_image():
+    class Sizes(torch.utils.data.Dataset):
+        def __init__(self, odd):
+            self.odd = odd
+
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, i):
+            return Image.new("RGB", (500, 400) if (i == 0) == self.odd else (60, 50)), 0
+
+    small, large = (make_plan(Sizes(odd), settings()).encoder.description for odd in (True, False))
+    assert "images up to 64 px" in small
+    assert "images over 64 px" in large
+
+
+def test_identity_is_looked_up_where_nothing_is_built(tmp_path):
+    class Counting(torch.utils.data.Dataset):
+        def __init__(self):
+            self.photos = photos(80, transform=None)
+
+        def __len__(self):
+            return 80
+
+        def __getitem__(self, i):
+            READS.append(i)
+            return self.photos[i]
+
+    READS: list[int] = []
+    cache = Cache(tmp_path)
+    plan = make_plan(Counting(), settings())
+    assert source_identity(plan, cache.memory, full=False) is None
+    assert len(READS) < 80
+    known = source_identity(plan, cache.memory, full=True)
+    READS.clear()
+    assert source_identity(make_plan(Counting(), settings()), Cache(tmp_path).memory, full=False) == known
+    assert len(READS) < 80
+
+
+def test_random_state_stays_as_it_was(tmp_path):
+    for seed in (1, 2):
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        quantize(photos(40), settings(), cache_dir=tmp_path, progress=False)
+        assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
+def test_info_of_a_build_and_of_a_hit(tmp_path):
+    built = quantize(photos(40), settings(), cache_dir=tmp_path, progress=False)
+    assert not built.reused
+    assert list(built.seconds) == ["identity", "features", "bins", "selection", "store"]
+    again = quantize(photos(40), settings(), cache_dir=tmp_path, progress=False)
+    assert again.reused
+    assert again.seconds == {}
+    assert (again.path, again.content_hash, again.bytes) == (built.path, built.content_hash, built.bytes)
+    assert open_compact(tmp_path / "5-store" / built.path.rsplit("/", 1)[1]).info.num_classes == 10
+
+
+def test_hidden_randomness_is_refused(tmp_path):
+    class Noisy(torch.utils.data.Dataset):
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, i):
+            return torch.rand(3, 8, 8), 0
+
+    with pytest.raises(SourceError, match=r"Two reads of item"):
+        quantize(Noisy(), settings(), cache_dir=tmp_path, fingerprint="noise", progress=False)
+
+
+def test_gradient_features(tmp_path):
+    config = settings(features=FeatureConfig(encoder="bundled", kind="gradient"))
+    info = quantize(photos(40), config, cache_dir=tmp_path, progress=False)
+    assert info.num_samples == 4
+    embedding = quantize(photos(40), settings(), cache_dir=tmp_path, progress=False)
+    assert embedding.path != info.path

@@ -1,0 +1,57 @@
+"""What the documents say can be done, can be done."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import dq_lightning
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_there_are_exactly_two_set_up_lines():
+    lines = [line for line in README.splitlines() if "pip install" in line]
+    assert lines == [
+        "python -m pip install . && dq-lightning demo",
+        'python -m pip install -e ".[test]" && python -m pytest',
+    ]
+
+
+def test_ci_runs_the_test_line_of_the_readme():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert 'python -m pip install -q -e ".[test]"' in script
+    assert script.rstrip().endswith("python -m pytest")
+
+
+def test_python_blocks_parse_and_import_public_names():
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "dq_lightning":
+                assert all(hasattr(dq_lightning, alias.name) for alias in node.names)
+
+
+def test_named_files_exist():
+    for document in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for name in re.findall(r"`((?:examples|benchmarks|tests|dq_lightning)/[\w/.]+\.(?:py|md))`", text):
+            assert (ROOT / name).is_file(), f"{document} names {name}"
+
+
+def test_architecture_is_a_page():
+    assert len((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_every_public_name_can_be_imported():
+    for name in dq_lightning.__all__:
+        assert getattr(dq_lightning, name).__doc__
+
+
+def test_benchmark_commands_in_documents_name_their_options():
+    text = README + (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for line in re.findall(r"^python (benchmarks/\w+\.py.*)$", text, re.MULTILINE):
+        script, *arguments = shlex.split(line, comments=True)
+        source = (ROOT / script).read_text(encoding="utf-8")
+        for option in (part for part in arguments if part.startswith("--")):
+            assert f'"{option}"' in source, f"{script} has no {option}"
