@@ -35,7 +35,7 @@ class Room:
         if device.type != "cpu":
             most = max(1 << 25, free_memory(device) // 32)
             return cls(most, most)
-        return cls(min(1 << 25, max(1 << 22, stored * 3 // 8)), min(1 << 25, max(1 << 22, stored // 16)))
+        return cls(min(1 << 25, max(1 << 22, stored // 4)), min(1 << 25, max(1 << 22, stored // 16)))
 
 
 @dataclass(frozen=True)

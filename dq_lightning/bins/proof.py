@@ -79,7 +79,7 @@ def first_fault(levels: "Levels", level: "Level", outside: Tensor, picked: Rows,
     ]
     after, suspects = _pass(levels, level, outside, sums, chunks)
     for number, chunk in enumerate(chunks):
-        rows = suspects[number]
+        rows = torch.nonzero(suspects[:, number]).flatten().cpu().numpy()
         if len(rows):
             before = sums[number - 1 : number] if number else torch.zeros_like(sums[:1])
             step, spoilers = _walk(levels, level, rows, before, parts[number], chunk, run, slack, start)
@@ -122,26 +122,27 @@ def _deviation(part: Rows) -> float:
 
 def _pass(
     levels: "Levels", level: "Level", outside: Tensor, sums: Tensor, chunks: list[_Chunk]
-) -> tuple[Tensor, list[NDArray[np.int64]]]:
-    """Return all gains after the last pick, and for every chunk the outside rows that are not cleared by its two ends."""
+) -> tuple[Tensor, Tensor]:
+    """Return all gains after the last pick, and bool [n, chunks]: the outside rows that a chunk's two ends don't clear."""
     device = level.gains.device
     limits = torch.tensor([chunk.limits for chunk in chunks], dtype=torch.float64, device=device)
     margins = torch.tensor([2.0 * chunk.deviation for chunk in chunks], dtype=torch.float64, device=device)
     after = torch.empty_like(level.gains)
+    suspects = torch.empty(len(after), len(chunks), dtype=torch.bool, device=device)
 
-    def look(ends: tuple[int, int]) -> Tensor:
+    def look(ends: tuple[int, int]) -> None:
         part = slice(*ends)
         block = level.table.span(*ends)
         gains = level.gains[part, None]
         states = torch.cat([gains, gains - 2.0 * block.against(sums)], dim=1)
         reach = margins[None] * (levels.longest if levels.unit else block.lengths()[:, None])
-        suspects = (states[:, :-1] + reach >= limits[:, 0]) | (states[:, 1:] + reach >= limits[:, 1])
-        suspects &= outside[part, None]
+        unclear = (states[:, :-1] + reach >= limits[:, 0]) | (states[:, 1:] + reach >= limits[:, 1])
+        suspects[part] = unclear & outside[part, None]
         after[part] = states[:, -1]
-        return torch.nonzero(suspects) + torch.tensor([ends[0], 0], device=device)
 
-    found = torch.cat(list(levels.workers.map(look, level.table.ranges()))).cpu().numpy()
-    return after, [found[found[:, 1] == number, 0] for number in range(len(chunks))]
+    for _ in levels.workers.map(look, level.table.ranges()):
+        pass
+    return after, suspects
 
 
 def _walk(
@@ -158,30 +159,32 @@ def _walk(
     """Compute the gains of some outside rows at every step of a chunk; return the first fault, or the chunk's end."""
     step = chunk.last
     spoilers: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-    size = max(1, _TABLE_ENTRIES // len(part))
-    limits = run.gains[chunk.first : chunk.last]
     close: dict[int, list[int]] = {}
-    for begin in range(0, len(rows), size):
-        some = torch.from_numpy(rows[begin : begin + size])
-        block = level.table.take(some)
-        gains = level.gains[some.to(level.gains.device)] - 2.0 * block.against(before)[:, 0]
-        steps = block.inner(part).mul_(2.0).cumsum(dim=1)
-        steps = gains[:, None] - torch.nn.functional.pad(steps, (1, 0))[:, :-1]
-        over = steps.cpu().numpy() - limits[None]
-        for row, at in zip(*np.nonzero(over >= -slack), strict=True):
-            close.setdefault(int(at), []).append(int(rows[begin + row]))
+    begin = 0
+    while begin < len(rows) and step > chunk.first:
+        # only what comes before the first fault found so far is of interest
+        span = step - chunk.first
+        some = rows[begin : begin + max(1, _TABLE_ENTRIES // span)]
+        begin += len(some)
+        block = level.table.take(torch.from_numpy(some))
+        gains = level.gains[torch.from_numpy(some).to(level.gains.device)] - 2.0 * block.against(before)[:, 0]
+        drift = block.inner(part.span(0, span)).mul_(2.0).cumsum(dim=1)
+        states = gains[:, None] - torch.nn.functional.pad(drift, (1, 0))[:, :-1]
+        over = states.cpu().numpy() - run.gains[None, chunk.first : step]
         sure = np.flatnonzero((over > slack).any(axis=0))
-        if len(sure) and chunk.first + sure[0] < step:
+        if len(sure):
             step = chunk.first + int(sure[0])
-            spoilers = rows[begin : begin + size][over[:, sure[0]] > slack]
+            spoilers = some[over[:, sure[0]] > slack]
+            over = over[:, : sure[0]]
+        for row, at in zip(*np.nonzero(over >= -slack), strict=True):
+            close.setdefault(chunk.first + int(at), []).append(int(some[row]))
     # the gain of a pick and that of an outside row are too close to call: ask the referee, step by step
     picks = levels.referee.trail[start : start + len(run.rows)]
     for at in sorted(close):
-        if chunk.first + at >= step:
+        if at >= step:
             break
-        pick = picks[chunk.first + at]
         others = level.samples[close[at]]
-        winner = levels.referee.settle(np.append(others, pick), start + chunk.first + at)
-        if winner != pick:
-            step, spoilers = chunk.first + at, np.array(close[at], dtype=np.int64)[others == winner]
+        winner = levels.referee.settle(np.append(others, picks[at]), start + at)
+        if winner != picks[at]:
+            step, spoilers = at, np.array(close[at], dtype=np.int64)[others == winner]
     return step, spoilers
