@@ -27,6 +27,9 @@ _MAX_CHECKPOINTS = 12
 _PICKS_A_CHECKPOINT = 48
 # numbers in a table of outside rows times steps
 _TABLE_ENTRIES = 1 << 20
+# so few picks are checked at every step, if the table of all rows times steps has no more numbers than this
+_FEW_PICKS = 16
+_ALL_STEPS_ENTRIES = 1 << 23
 
 
 @dataclass(eq=False)
@@ -68,12 +71,14 @@ def first_fault(levels: "Levels", level: "Level", outside: Tensor, picked: Rows,
         start: number of picks of the bin before these.
     """
     total = len(picked)
+    error = level.error + _drift_error(levels, total)
+    slack = run.error + error
+    if total <= _FEW_PICKS and total * len(outside) <= _ALL_STEPS_ENTRIES:
+        return _every_step(levels, level, outside, picked, run, slack, error, start)
     count = max(1, min(_MAX_CHECKPOINTS, total // _PICKS_A_CHECKPOINT))
     marks = np.linspace(0, total, count + 1).astype(int)
     parts = [picked.take(torch.arange(a, b)) for a, b in pairwise(marks)]
     sums = torch.cat([part.sum() for part in parts]).cumsum(dim=0).to(level.gains.device)
-    error = level.error + _drift_error(levels, total)
-    slack = run.error + error
     chunks = [
         _chunk(part, run.gains, int(a), int(b), slack) for part, (a, b) in zip(parts, pairwise(marks), strict=True)
     ]
@@ -88,6 +93,45 @@ def first_fault(levels: "Levels", level: "Level", outside: Tensor, picked: Rows,
                 gains = level.gains - 2.0 * level.table.against(vector)[:, 0]
                 return Fault(step, gains, error, spoilers)
     return Fault(total, after, error, np.empty(0, dtype=np.int64))
+
+
+def _every_step(
+    levels: "Levels",
+    level: "Level",
+    outside: Tensor,
+    picked: Rows,
+    run: "Run",
+    slack: float,
+    error: float,
+    start: int,
+) -> Fault:
+    """Compute the gains of all rows at every step: no dearer than at the last one alone, when rows are read but once."""
+    total, device = len(picked), level.gains.device
+    states = torch.empty(total + 1, len(level.gains), dtype=torch.float64, device=device)
+    states[0] = level.gains
+
+    def look(ends: tuple[int, int]) -> None:
+        part = slice(*ends)
+        drift = picked.inner(level.table.span(*ends)).mul_(2.0).cumsum(dim=0)
+        states[1:, part] = level.gains[part] - drift
+
+    for _ in levels.workers.map(look, level.table.ranges()):
+        pass
+    limits = torch.from_numpy(run.gains).to(device)
+    greatest = torch.where(outside, states[:-1], -torch.inf).amax(dim=1) - limits
+    step, spoilers = total, np.empty(0, dtype=np.int64)
+    for at in torch.nonzero(greatest >= -slack).flatten().tolist():
+        over = torch.where(outside, states[at], -torch.inf) - limits[at]
+        rows = torch.nonzero(over >= -slack).flatten().cpu().numpy()
+        if float(greatest[at]) > slack:
+            step, spoilers = at, torch.nonzero(over > slack).flatten().cpu().numpy()
+            break
+        pick = levels.referee.trail[start + at]
+        winner = levels.referee.settle(np.append(level.samples[rows], pick), start + at)
+        if winner != pick:
+            step, spoilers = at, rows[level.samples[rows] == winner]
+            break
+    return Fault(step, states[step].clone(), error, spoilers)
 
 
 def _drift_error(levels: "Levels", picks: int) -> float:
