@@ -1,10 +1,10 @@
 """Every setting of the flow: frozen dataclasses, validated when made, JSON both ways."""
 
-import json
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, ClassVar, Literal, Self, get_args, get_type_hints
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal
 
 from dq_lightning.errors import ConfigError
+from dq_lightning.fields import JsonFields, check_choice, check_ratio
 
 FeatureKind = Literal["embedding", "gradient"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -21,66 +21,14 @@ Saliency = Literal[
 SaliencyTarget = Literal["auto", "label", "argmax"]
 Reconstruct = Literal["prepare", "batch", "off"]
 PatchCodec = Literal["auto", "raw", "png", "jpeg", "webp"]
+Template = Literal["auto", "alpaca", "prompt", "chat", "plain"]
+EmbeddedText = Literal["both", "instruction", "response"]
+Pooling = Literal["auto", "mean", "cls"]
 VerifyPolicy = Literal["size", "hash", "off"]
 
 
-def check_choice(owner: str, name: str, value: object, choices: Any) -> None:
-    """Raise ConfigError unless `value` is one of the Literal type `choices`."""
-    if value not in get_args(choices):
-        raise ConfigError(f"{owner}.{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
-
-
-def check_ratio(owner: str, name: str, value: float, *, zero: bool = False) -> None:
-    """Raise ConfigError unless 0 < value <= 1 (0 <= value < 1 with `zero`)."""
-    inside = (0 <= value < 1) if zero else (0 < value <= 1)
-    if not inside:
-        raise ConfigError(f"{owner}.{name} must be in {'[0, 1)' if zero else '(0, 1]'}, got {value!r}")
-
-
-class _Json:
-    """JSON in both directions for nested frozen dataclasses; unknown fields are errors."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain nested dicts, lists and scalars."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return plain
-
-    def to_json(self) -> str:
-        """Indented JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ConfigError: a field is unknown or its value invalid.
-        """
-        hints = get_type_hints(cls)
-        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
-        if unknown:
-            known = ", ".join(cls.__dataclass_fields__)
-            raise ConfigError(f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {known}")
-        made = {}
-        for name, value in values.items():
-            hint = hints[name]
-            if isinstance(hint, type) and issubclass(hint, _Json) and isinstance(value, dict):
-                value = hint.from_dict(value)
-            elif isinstance(value, list):
-                value = tuple(value)
-            made[name] = value
-        return cls(**made)
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The inverse of `to_json`."""
-        return cls.from_dict(json.loads(text))
-
-
 @dataclass(frozen=True)
-class FeatureConfig(_Json):
+class FeatureConfig(JsonFields):
     """How samples become vectors.
 
     Attributes:
@@ -91,6 +39,7 @@ class FeatureConfig(_Json):
         precision: of the encoder; `"auto"` is bfloat16 or float16 on a GPU and float32 on a CPU. Not part of the identity.
         batch_size: images per step; halved by itself when the GPU's memory is short. Not part of the identity.
         num_workers: loader processes. Not part of the identity.
+        whiten: decorrelate the embeddings (principal components scaled to unit variance) before the bins.
     """
 
     encoder: str = "auto"
@@ -99,6 +48,7 @@ class FeatureConfig(_Json):
     precision: Precision = "auto"
     batch_size: int = 256
     num_workers: int | Literal["auto"] = "auto"
+    whiten: bool = False
 
     def __post_init__(self) -> None:
         check_choice("FeatureConfig", "kind", self.kind, FeatureKind)
@@ -108,7 +58,7 @@ class FeatureConfig(_Json):
 
 
 @dataclass(frozen=True)
-class BinConfig(_Json):
+class BinConfig(JsonFields):
     """How features become bins (Dataset Quantization, Zhou et al. 2023, section 3.2).
 
     Attributes:
@@ -123,6 +73,8 @@ class BinConfig(_Json):
         epsilon: accuracy of the maximizer `"stochastic"`: its samples miss the best gain this often.
         beta: accuracy of the maximizer `"approximate_lazy"`: share of the best gain that is good enough.
         search_seed: of the maximizer `"stochastic"` and of the clusters.
+        deduplicate: cosine similarity from which on a sample counts as a near-duplicate of an earlier one and is left out of
+            the bins, or None.
     """
 
     num_bins: int = 10
@@ -136,6 +88,7 @@ class BinConfig(_Json):
     epsilon: float = 0.1
     beta: float = 0.9
     search_seed: int = 0
+    deduplicate: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("BinConfig", "objective", self.objective, Objective)
@@ -151,13 +104,14 @@ class BinConfig(_Json):
             ("epsilon", self.epsilon, 0 < self.epsilon < 1),
             ("beta", self.beta, 0 < self.beta <= 1),
             ("search_seed", self.search_seed, self.search_seed >= 0),
+            ("deduplicate", self.deduplicate, self.deduplicate is None or 0 < self.deduplicate <= 1),
         ):
             if not good:
                 raise ConfigError(f"BinConfig.{name} is out of range: {value!r}")
 
 
 @dataclass(frozen=True)
-class SelectionConfig(_Json):
+class SelectionConfig(JsonFields):
     """How bins become a selection.
 
     Attributes:
@@ -180,7 +134,7 @@ class SelectionConfig(_Json):
 
 
 @dataclass(frozen=True)
-class PatchConfig(_Json):
+class PatchConfig(JsonFields):
     """Which patches of an image are kept, and how the others are filled (Zhou et al. 2023, section 3.3).
 
     Attributes:
@@ -239,13 +193,41 @@ class PatchConfig(_Json):
 
 
 @dataclass(frozen=True)
-class QuantizeConfig(_Json):
+class TextConfig(JsonFields):
+    """How the rows of a text dataset are read.
+
+    Attributes:
+        template: which columns hold what: `"alpaca"` (instruction, input, output), `"prompt"` (prompt, completion),
+            `"chat"` (messages), `"plain"` (text), or `"auto"`, by the columns.
+        embed: the part of a row that is embedded: `"instruction"` with its input, `"response"`, or `"both"`, as published.
+        pooling: of the encoder's tokens; `"auto"` is what the model's own files say.
+        normalize: scale every embedding to length 1.
+        max_length: tokens of a row that the encoder reads; its own limit when None.
+    """
+
+    template: Template = "auto"
+    embed: EmbeddedText = "both"
+    pooling: Pooling = "auto"
+    normalize: bool = True
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in (("template", Template), ("embed", EmbeddedText), ("pooling", Pooling)):
+            check_choice("TextConfig", name, getattr(self, name), choices)
+        if self.max_length is not None and self.max_length < 1:
+            raise ConfigError(f"TextConfig.max_length must be at least 1 or None, got {self.max_length}")
+
+
+@dataclass(frozen=True)
+class QuantizeConfig(JsonFields):
     """The whole flow.
 
     Attributes:
         features: station 1.
         bins: station 2.
         selection: station 3.
+        patches: station 4, for images; nothing happens while `drop_ratio` is 0.
+        text: how text is read.
         store: `"indices"` copies nothing, `"packed"` is self-contained, `"auto"` is `"indices"` while all patches are kept.
         image_column: column of a Hugging Face dataset; found by its feature type when None.
         label_column: likewise.
@@ -254,6 +236,8 @@ class QuantizeConfig(_Json):
     features: FeatureConfig = field(default_factory=FeatureConfig)
     bins: BinConfig = field(default_factory=BinConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
+    patches: PatchConfig = field(default_factory=PatchConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     store: StoreKind = "auto"
     image_column: str | None = None
     label_column: str | None = None

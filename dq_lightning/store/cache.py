@@ -19,8 +19,9 @@ from typing import Any
 
 import platformdirs
 
-from dq_lightning.config import VerifyPolicy, check_choice
+from dq_lightning.config import VerifyPolicy
 from dq_lightning.errors import CacheError
+from dq_lightning.fields import check_choice
 from dq_lightning.store import files
 from dq_lightning.store.digests import FileDigestMemory
 from dq_lightning.store.keys import canonical_parts

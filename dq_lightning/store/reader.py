@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dq_lightning.config import VerifyPolicy, check_choice
+from dq_lightning.config import VerifyPolicy
 from dq_lightning.errors import DQError, StoreError
+from dq_lightning.fields import check_choice
 from dq_lightning.store import files
 from dq_lightning.store.columns import VALUE_KIND, leaf_from_json, leaf_reader, tree_builder, tree_from_json
 from dq_lightning.store.manifest import Damage, check_file, is_plain_name
