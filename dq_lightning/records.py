@@ -243,6 +243,10 @@ class StoreInfo:
         num_classes: number of classes, or None when the targets are no classes.
         reused: whether the entry was found in the cache.
         seconds: wall time of every station that ran, by name.
+        patch_keep_ratio: share of the patches of the kept samples that is stored.
+        original_bytes: of the same samples as their owner stores them (files, or raw pixels); known for packed patches.
+        source_bytes: likewise of the whole dataset; from evenly spaced samples when it is no folder of files.
+        unpatched_bytes: of the same samples, whole, in the same codec and quality; from at most 1,000 of them.
     """
 
     path: str
@@ -254,11 +258,15 @@ class StoreInfo:
     num_classes: int | None = None
     reused: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
+    patch_keep_ratio: float = 1.0
+    original_bytes: int | None = None
+    source_bytes: int | None = None
+    unpatched_bytes: int | None = None
 
     @property
     def data_keep_ratio(self) -> float:
-        """Share of the data that is kept: samples kept over samples there were."""
-        return self.num_samples / self.num_source_samples
+        """Share of the data that is kept: samples kept over samples there were, times the share of their patches."""
+        return self.num_samples / self.num_source_samples * self.patch_keep_ratio
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

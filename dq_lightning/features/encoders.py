@@ -123,6 +123,7 @@ class NetworkEncoder:
         std: tuple[float, ...] | None = None,
     ) -> None:
         self.preprocess = preprocess
+        self.mean, self.std = mean, std
         self._device = device
         self._dtype = resolve_precision(precision, device)
         own: Any = copy.deepcopy(module).to(device).float().eval().requires_grad_(False)
@@ -134,6 +135,12 @@ class NetworkEncoder:
         if mean is not None and std is not None:
             self._mean = 255 * torch.tensor(mean, device=device)[:, None, None]
             self._std = 255 * torch.tensor(std, device=device)[:, None, None]
+
+    @property
+    def network(self) -> nn.Module:
+        """The whole network, on its device, frozen and in eval mode."""
+        module: nn.Module = self._module
+        return module
 
     @property
     def num_classes(self) -> int | None:

@@ -32,6 +32,37 @@ def fill_by_mask(reconstructor: Reconstructor, images: Tensor, mask: Tensor, pat
     return filled
 
 
+def fill_pixels(
+    reconstructor: Reconstructor,
+    images: Tensor,
+    mask: Tensor,
+    patch_size: int,
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0),
+    std: tuple[float, ...] = (1.0, 1.0, 1.0),
+) -> Tensor:
+    """Fill images as they are stored.
+
+    Args:
+        reconstructor: takes images in [0, 1], normalised with `mean` and `std`.
+        images: uint8 [B, C, H, W]; of a single channel the reconstructor gets three copies and gives their mean.
+        mask: bool [B, L], the kept patches.
+        patch_size: P in pixels.
+        mean: of the channels.
+        std: likewise.
+
+    Returns:
+        uint8 [B, C, H, W]: kept pixels as they were, the others rounded to the nearest value in 0 ... 255.
+    """
+    means, stds = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (mean, std))
+    wide = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+    filled = fill_by_mask(reconstructor, (wide.float() / 255 - means) / stds, mask, patch_size)
+    pixels = (filled.float() * stds + means) * 255
+    if images.shape[1] == 1:
+        pixels = pixels.mean(1, keepdim=True)
+    stays = pixel_mask(mask.to(images.device), grid_of(images, patch_size))
+    return torch.where(stays, images, pixels.round().clamp(0, 255).to(torch.uint8))
+
+
 @dataclass(frozen=True)
 class MeanFill:
     """Every dropped patch gets the mean colour of its image's kept pixels; 0 where nothing is kept.

@@ -77,6 +77,8 @@ class ClassifierScorer:
         mean: of the channels in [0, 1], to normalise uint8 images with, together with `std`.
         std: likewise.
         input_size: (height, width) the whole image is resized to for the classifier; as it is when None.
+        preprocess: from one uint8 image [3, H, W] to what the classifier takes, in place of the three above. It must see
+            the whole image: what it crops has no score of its own.
     """
 
     def __init__(
@@ -85,10 +87,12 @@ class ClassifierScorer:
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         input_size: tuple[int, int] | None = None,
+        preprocess: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._maps = maps
         self._mean, self._std = mean, std
         self._input_size = input_size
+        self._preprocess = preprocess
 
     def scores(self, images: Tensor, labels: Tensor | None, positions: Tensor, patch_size: int) -> Tensor:
         size = (images.shape[2], images.shape[3])
@@ -96,6 +100,8 @@ class ClassifierScorer:
 
     def _prepare(self, images: Tensor) -> Tensor:
         whole = images
+        if self._preprocess is not None:
+            return torch.stack([self._preprocess(image).to(images.device) for image in images])
         if images.dtype == torch.uint8:
             images = images.float() / 255
         if self._input_size is not None and tuple(images.shape[2:]) != tuple(self._input_size):
@@ -117,6 +123,7 @@ def make_scorer(
     std: tuple[float, ...] | None = None,
     input_size: tuple[int, int] | None = None,
     num_classes: int | None = None,
+    preprocess: Callable[[Tensor], Tensor] | None = None,
 ) -> PatchScorer:
     """The scorer that a config names; the one place that decides.
 
@@ -127,6 +134,7 @@ def make_scorer(
         std: likewise.
         input_size: likewise.
         num_classes: of the dataset, or None without labels.
+        preprocess: see `ClassifierScorer`.
 
     Raises:
         PatchError: there is no classifier for a method that needs one.
@@ -146,4 +154,4 @@ def make_scorer(
         from dq_lightning.patches.package_maps import PackageMaps
 
         make = PackageMaps
-    return ClassifierScorer(make(classifier, method, targets, config.target_layer), mean, std, input_size)
+    return ClassifierScorer(make(classifier, method, targets, config.target_layer), mean, std, input_size, preprocess)
