@@ -14,8 +14,8 @@ BASE = ("errors", "records", "fields", "config", "logs", "progress", "randomness
 DOORS = {
     "lightning": ("datamodule.py", "demo.py"),
     "timm": ("features/timm_encoder.py",),
-    "datasets": ("sources/hub.py",),
-    "transformers": ("patches/mae.py",),
+    "datasets": ("sources/hub.py", "exports.py"),
+    "transformers": ("patches/mae.py", "tokenizer.py"),
     "pytorch_grad_cam": ("patches/package_maps.py",),
 }
 HEAVY = ("timm", "datasets", "pyarrow", "transformers", "pytorch_grad_cam", "torchvision", "lightning")

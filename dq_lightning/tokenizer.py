@@ -1,0 +1,46 @@
+"""The tokenizer of a language model: an object of the user's, or a name that transformers loads, here and nowhere else."""
+
+from pathlib import Path
+from typing import Any
+
+from dq_lightning.errors import ConfigError
+
+
+def load_tokenizer(given: Any) -> Any:
+    """A tokenizer that rows can be encoded with.
+
+    Args:
+        given: a tokenizer of transformers, which is returned as it is, or the name or folder of one.
+
+    Raises:
+        ConfigError: it cannot be loaded, is no tokenizer, or has no end-of-sequence token.
+    """
+    tokenizer = _from_transformers(str(given)) if isinstance(given, str | Path) else given
+    if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
+        raise ConfigError(
+            f"tokenizer= takes a tokenizer of transformers, or the name or folder of one, got {type(given).__name__}; "
+            "wrap one of the tokenizers package in transformers.PreTrainedTokenizerFast(tokenizer_object=...)"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            "the tokenizer has no end-of-sequence token, so a model could not learn where a response ends; set "
+            "tokenizer.eos_token to a token of its vocabulary"
+        )
+    return tokenizer
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The token that batches are filled with; without one of its own, the end-of-sequence token, masked all the same."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def _from_transformers(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"the tokenizer {name!r} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); pass a folder "
+            "that holds its files, or the tokenizer itself"
+        ) from error
