@@ -2,19 +2,31 @@
 
 import copy
 import hashlib
+from pathlib import Path
 from typing import Any, cast
 
 from torch.utils.data import ConcatDataset, Subset
 
+from dq_lightning.config import TextConfig
 from dq_lightning.errors import ConfigError, SourceError
 from dq_lightning.sources.base import Source, dataset_length
 from dq_lightning.sources.files import FileSource, file_list
 from dq_lightning.sources.hub import HubSource, hub_kind
+from dq_lightning.sources.jsonl import NAMES, is_rows_file, read_rows
 from dq_lightning.sources.mapped import ArraySource, MapSource, arrays_of, getter_module
 from dq_lightning.sources.nested import ConcatSource, SubsetSource, filled_parts
 from dq_lightning.sources.reading import ItemSource
 from dq_lightning.sources.strip import KEEP
 from dq_lightning.sources.targets import given_labels
+from dq_lightning.sources.text import (
+    HubTextSource,
+    RowsSource,
+    TextConcatSource,
+    TextRows,
+    TextSubsetSource,
+    hub_is_text,
+    is_row,
+)
 
 
 def as_source(
@@ -25,12 +37,14 @@ def as_source(
     labels: Any = None,
     transform: Any = KEEP,
     target_transform: Any = KEEP,
+    text: TextConfig | None = None,
 ) -> Source:
     """See any dataset through the source protocol. The given object is never changed.
 
     Args:
         dataset: a torchvision dataset, `Subset`, `ConcatDataset`, any object with `__getitem__` and `__len__`, a Hugging Face
-            `Dataset`, or a `DatasetDict` with a split named `train`. A source is returned as it is, or with another grouping.
+            `Dataset`, or a `DatasetDict` with a split named `train`; for text also a list of dicts, or the path of a JSON or
+            JSON Lines file. A source is returned as it is, or with another grouping.
         image_column: column, key or position of the image; found when None.
         label_column: the same for the class.
         labels: grouping in place of the dataset's own classes: N whole numbers or strings, a column's name, or False for
@@ -38,6 +52,8 @@ def as_source(
         transform: in place of the dataset's own: None removes it, `"keep"` keeps it. For Hugging Face a function of a
             batch, as for `set_transform`.
         target_transform: likewise.
+        text: how rows of text are read. Rows of a Hugging Face dataset or a list are text when they hold strings and no
+            image; those of other datasets when a template is named here.
 
     Raises:
         SourceError: the dataset is empty, a stream, or without a split, image or column that can be told apart.
@@ -56,7 +72,10 @@ def as_source(
             )
         return dataset
     options = (image_column, label_column, transform, target_transform)
-    source = dataset if isinstance(dataset, ItemSource) else _adapt(dataset, *options)
+    source = dataset if isinstance(dataset, ItemSource) else _adapt(dataset, text or TextConfig(), *options)
+    if isinstance(source, TextRows) and text is not None:
+        source = copy.copy(source)
+        source.settings = text
     if labels is not None and labels is not False:
         given_labels(labels, len(source))  # a wrong length is told now, not after the features
     if labels is not None:
@@ -93,7 +112,7 @@ def _check_ready(source: Any, columns: dict[str, str | None], transforms: dict[s
         )
 
 
-def _adapt(dataset: Any, *options: Any) -> ItemSource:
+def _adapt(dataset: Any, text: TextConfig, *options: Any) -> ItemSource:
     kind = hub_kind(dataset)
     if kind == "DatasetDict":
         if "train" not in dataset:
@@ -101,21 +120,54 @@ def _adapt(dataset: Any, *options: Any) -> ItemSource:
             raise SourceError(
                 f"The DatasetDict has no 'train' split but {splits or 'none'}: pass one split, dataset[name]"
             )
-        return _adapt(dataset["train"], *options)
+        return _adapt(dataset["train"], text, *options)
     if kind in ("IterableDataset", "IterableDatasetDict"):
         raise SourceError(
             f"A Hugging Face {kind} is a stream, but every sample must be compared with every other: load it with "
             "streaming=False, or collect it with datasets.Dataset.from_generator."
         )
     if kind == "Dataset":
-        return HubSource(dataset, *options)
+        is_text = options[0] is None and (text.template != "auto" or hub_is_text(dataset))
+        return HubTextSource(dataset, *options) if is_text else HubSource(dataset, *options)
+    if isinstance(dataset, str | Path):
+        return _rows_of_file(dataset, *options)
     dataset_length(dataset)
     # subclasses that read items in their own way are datasets like any other
     by_torch = getter_module(dataset) == "torch.utils.data.dataset"
     if isinstance(dataset, Subset) and by_torch:
-        return SubsetSource(dataset, _adapt(dataset.dataset, *options))
+        inner = _adapt(dataset.dataset, text, *options)
+        return TextSubsetSource(dataset, inner) if isinstance(inner, TextRows) else SubsetSource(dataset, inner)
     if isinstance(dataset, ConcatDataset) and by_torch:
-        return ConcatSource(dataset, [_adapt(part, *options) for part in filled_parts(dataset)])
+        return _concatenation(dataset, [_adapt(part, text, *options) for part in filled_parts(dataset)])
+    in_memory = isinstance(dataset, list | tuple) and is_row(dataset[0])
+    if options[0] is None and (in_memory or text.template != "auto"):
+        return _rows(dataset, None, *options)
     if arrays_of(dataset) is not None:
         return ArraySource(dataset, *options)
     return FileSource(dataset, *options) if file_list(dataset) is not None else MapSource(dataset, *options)
+
+
+def _concatenation(dataset: Any, parts: list[ItemSource]) -> ItemSource:
+    kinds = {part.modality for part in parts}
+    if len(kinds) > 1:
+        raise SourceError("The ConcatDataset joins images and text, which can't be compared: quantize each on its own")
+    return TextConcatSource(dataset, parts) if kinds == {"text"} else ConcatSource(dataset, parts)
+
+
+def _rows_of_file(path: str | Path, *options: Any) -> ItemSource:
+    if not is_rows_file(path):
+        raise SourceError(
+            f"{str(path)!r} is not named like a file of text rows ({NAMES}): pass such a file, or the dataset itself"
+        )
+    rows = read_rows(path)
+    if not rows:
+        raise SourceError(f"{path} is empty: there is nothing to choose from")
+    return _rows(rows, Path(path).name, *options)
+
+
+def _rows(
+    rows: Any, name: str | None, image_column: str | None, label_column: str | None, transform: Any, target: Any
+) -> ItemSource:
+    if image_column is not None or target != KEEP:
+        raise SourceError("image_column= and target_transform= do not fit rows of text; transform= sees the whole row")
+    return RowsSource(rows, label_column, transform, name)

@@ -73,8 +73,12 @@ class HubSource(ItemSource):
         if transform != KEEP:
             dataset = self.plain_dataset if transform is None else self.plain_dataset.with_transform(transform)
         super().__init__(dataset, image_column, label_column)
+        self._open_pictures()
+
+    def _open_pictures(self) -> None:
+        """Find the image column, and how its cells become pixels."""
         self._column = self._image_column()
-        feature = dataset.features[self._column]
+        feature = self.dataset.features[self._column]
         self._mode = getattr(feature, "mode", None)
         self._decodes = bool(getattr(feature, "decode", False))
         pictures = self.plain_dataset.select_columns([self._column])

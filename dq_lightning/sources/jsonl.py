@@ -1,0 +1,82 @@
+"""Lists of rows in JSON or JSON Lines files, compressed or not. Touches the disk."""
+
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dq_lightning.errors import SourceError
+
+_OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
+_KINDS = (".json", ".jsonl")
+NAMES = ", ".join(_KINDS) + f" (also with {', '.join(_OPENERS)} behind)"
+
+
+def is_rows_file(path: Any) -> bool:
+    """Whether a path is named like a file of rows: `.json` or `.jsonl`, perhaps compressed. Does not touch the disk."""
+    return isinstance(path, str | Path) and bool(_kind(Path(path)))
+
+
+def _kind(path: Path) -> str:
+    inner = path.with_suffix("") if path.suffix.lower() in _OPENERS else path
+    return inner.suffix.lower() if inner.suffix.lower() in _KINDS else ""
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a file: a JSON list of objects, or one JSON object a line (empty lines are passed over).
+
+    Args:
+        path: `.json` or `.jsonl`, optionally `.xz`, `.gz` or `.bz2` behind; UTF-8. A `.json` file with one object a line is
+            read as such.
+
+    Returns:
+        One dict a row, with all its fields in the file's order.
+
+    Raises:
+        SourceError: the file is missing, damaged, or holds something else; names row or line.
+    """
+    path = Path(path).expanduser()
+    if not _kind(path):
+        raise SourceError(f"{path} is not named like a file of rows: expected {NAMES}")
+    opener = _OPENERS.get(path.suffix.lower(), open)
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            text = file.read()
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path} can't be read: {type(error).__name__}: {error}") from error
+    rows = _parsed_list(text, path) if text.lstrip().startswith("[") and _kind(path) == ".json" else _lines(text, path)
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise SourceError(f"{path}, row {number}: expected an object {{field: value}}, got {_shown(row)}")
+    return rows
+
+
+def _parsed_list(text: str, path: Path) -> list[Any]:
+    try:
+        rows: list[Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SourceError(f"{path} is no valid JSON: {error}") from error
+    return rows
+
+
+def _lines(text: str, path: Path) -> list[Any]:
+    rows = []
+    # not splitlines: JSON text may hold the other separators that it knows
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise SourceError(
+                f"{path}, line {number} is no valid JSON: {error}; repair the line or remove it"
+            ) from error
+    return rows
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"

@@ -1,0 +1,198 @@
+"""Datasets of text rows: the same adapters as for images, with a text where those have an image."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from dq_lightning.config import TextConfig
+from dq_lightning.errors import SourceError
+from dq_lightning.prompts import Template, choose_template
+from dq_lightning.records import DigestMemory, EncodedImage, Labels
+from dq_lightning.sources.hub import HubSource
+from dq_lightning.sources.items import IMAGE_NAMES, Leaf, digest_of, image_leaves
+from dq_lightning.sources.mapped import MapSource
+from dq_lightning.sources.nested import ConcatSource, SubsetSource
+from dq_lightning.sources.reading import ItemSource
+from dq_lightning.sources.strip import KEEP
+from dq_lightning.sources.targets import Targets, as_targets
+
+
+class TextRows(ItemSource):
+    """What rows of text have in place of an image; to be mixed into an adapter.
+
+    Attributes:
+        settings: which columns are read, and what of them is embedded.
+    """
+
+    modality = "text"
+    settings = TextConfig()
+
+    def columns(self) -> list[str]:
+        """Names of the rows' fields."""
+        return list(self.plain(self.first))
+
+    def rows(self, positions: Sequence[int]) -> list[Mapping[str, Any]]:
+        """The plain rows at some positions."""
+        return [self.plain(index) for index in positions]
+
+    def template(self) -> Template:
+        """How a row is read.
+
+        Raises:
+            SourceError: the columns fit no template.
+        """
+        return choose_template(self.columns(), self.settings.template)
+
+    def text(self, index: int) -> str:
+        """The text of a row that is embedded.
+
+        Raises:
+            SourceError: the row has no such text; names row and column.
+        """
+        return self.texts([index])[0]
+
+    def texts(self, positions: Sequence[int]) -> list[str]:
+        """The same for several rows, read together."""
+        template, part = self.template(), self.settings.embed
+        rows = self.rows(positions)
+        return [template.embedded_text(row, part, index) for index, row in zip(positions, rows, strict=True)]
+
+    def text_identity(self) -> dict[str, Any]:
+        """What decides, beside the rows, which text is embedded."""
+        template = self.template()
+        return {"template": template.name, "columns": list(template.columns), "embed": self.settings.embed}
+
+    # in place of the image
+
+    def image(self, index: int) -> Image.Image:
+        raise SourceError(f"{self.describe()} holds rows of text, which have no image: pass an encoder of text")
+
+    def image_leaf(self) -> Leaf:
+        return ()
+
+    def decode_problem(self, index: int) -> str | None:
+        return None
+
+    def encoded(self, index: int) -> EncodedImage | None:
+        return None
+
+    def check_repeatable(self) -> None:
+        self._check_reads()
+
+    # groups: none, unless a column is named
+
+    def target_leaf(self) -> Leaf | None:
+        return None if self.label_column is None else (self.label_column,)
+
+    def listed_targets(self) -> Targets | None:
+        return None if self.label_column is None else super().listed_targets()  # type: ignore[safe-super]
+
+    def labels(self) -> Labels | None:
+        if self.label_column is None and self.grouping is None:
+            return None
+        if self.grouping is None and self.label_column not in self.columns():
+            listed = ", ".join(map(repr, self.columns()))
+            raise SourceError(f"labels={self.label_column!r}: the columns are {listed}; pass one of them")
+        found = super().labels()
+        if found is None and self.grouping is None:
+            raise SourceError(
+                f"labels={self.label_column!r}: this column holds neither strings nor whole numbers, so its values are no "
+                "groups; pass another column, or labels= with one value a row"
+            )
+        return found
+
+
+class HubTextSource(TextRows, HubSource):
+    """A Hugging Face `Dataset` of text rows."""
+
+    def _open_pictures(self) -> None:
+        self._column, self._mode, self._decodes, self._stored = "", None, False, None
+
+    def columns(self) -> list[str]:
+        return list(self.plain_dataset.column_names)
+
+    def rows(self, positions: Sequence[int]) -> list[Mapping[str, Any]]:
+        # one read for all: reading row by row costs more than tokenizing
+        wanted = self.plain_dataset.select_columns(list(self.template().columns))
+        together = range(positions[0], positions[-1] + 1) if len(positions) else range(0)
+        batch = wanted[together.start : together.stop] if list(together) == list(positions) else wanted[list(positions)]
+        return [dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True)]
+
+
+class RowsSource(TextRows, MapSource):
+    """Rows in memory (a list of dicts), or any map-style dataset whose items are dicts of text.
+
+    Args:
+        dataset: the rows.
+        label_column: field to group by.
+        transform: of a whole row.
+        name: for messages.
+    """
+
+    def __init__(self, dataset: Any, label_column: str | None, transform: Any = KEEP, name: str | None = None) -> None:
+        super().__init__(dataset, None, label_column, transform)
+        self._rows: Sequence[Any] | None = dataset if isinstance(dataset, list | tuple) else None
+        self._name = name or ("list of rows" if self._rows is not None else self._name)
+        self.by_items, self.trusts_list = self._rows is None, self._rows is not None
+        for index, row in enumerate(self._rows or ()):
+            if not isinstance(row, Mapping):
+                raise SourceError(f"row {index} is no dict of fields but a {type(row).__name__}; leave it out")
+
+    def columns(self) -> list[str]:
+        if self._rows is None:
+            return super().columns()
+        return list(dict.fromkeys(name for row in self._rows for name in row))
+
+    def listed_targets(self) -> Targets | None:
+        if self.label_column is None or self._rows is None:
+            return None
+        return as_targets([row.get(self.label_column) for row in self._rows])
+
+    def digest(self, memory: DigestMemory) -> str:
+        if self._rows is None:
+            return super().digest(memory)
+        return digest_of("rows", *(list(row.items()) for row in self._rows))
+
+
+class TextSubsetSource(TextRows, SubsetSource):
+    """Some rows of another source of text."""
+
+    inner: TextRows
+
+    def columns(self) -> list[str]:
+        return self.inner.columns()
+
+    def rows(self, positions: Sequence[int]) -> list[Mapping[str, Any]]:
+        return self.inner.rows([self.positions[index] for index in positions])
+
+
+class TextConcatSource(TextRows, ConcatSource):
+    """Several sources of text, one after the other."""
+
+
+def hub_is_text(dataset: Any) -> bool:
+    """Whether a Hugging Face dataset holds text rows: its columns fit a template or are strings, and none is an image."""
+    kinds = {
+        name: (type(feature).__name__, str(getattr(feature, "dtype", ""))) for name, feature in dataset.features.items()
+    }
+    if any(kind in ("Image", "Array2D", "Array3D") or name.lower() in IMAGE_NAMES for name, (kind, _) in kinds.items()):
+        return False
+    dtypes = [dtype for _, dtype in kinds.values()]
+    strings = any(dtype in ("string", "large_string", "string_view") for dtype in dtypes)
+    return (strings and "binary" not in dtypes) or _fits(list(kinds))
+
+
+def is_row(item: Any) -> bool:
+    """Whether an item is a dict with text somewhere and no image."""
+    if not isinstance(item, Mapping) or image_leaves(item):
+        return False
+    return _fits(list(item)) or any(isinstance(value, str) for value in item.values())
+
+
+def _fits(columns: list[str]) -> bool:
+    try:
+        choose_template(columns)
+    except SourceError:
+        return False
+    return True
