@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, Sampler
 
-# batches whose rows are sorted together: more waste less padding, fewer mix better
-_POOL = 50
+# batches whose rows are sorted together, at most this many and a quarter of an epoch: more waste less padding, but rows would
+# meet the same rows in every epoch
+_POOL, _SHARE = 50, 4
 
 
 class EpochShuffle(Sampler[int]):
@@ -37,9 +38,10 @@ class EpochShuffle(Sampler[int]):
 class LengthBatchSampler(BatchSampler):
     """Groups what a sampler draws into batches of similar length: little padding, in random order.
 
-    Of every 50 batches' worth of draws the rows are sorted by length, cut into batches, and the batches shuffled. Lightning
-    puts a distributed sampler in the place of `sampler`; every rank then gets the same number of batches. All ranks
-    shuffle them alike, so that batches of about the same length meet in a step and no rank waits for long rows elsewhere.
+    Of every 50 batches' worth of draws (a quarter of the epoch when that is less) the rows are sorted by length, cut into
+    batches, and the batches shuffled. Lightning puts a distributed sampler in the place of `sampler`; every rank then gets
+    the same number of batches. All ranks shuffle them alike, so that batches of about the same length meet in a step and no
+    rank waits for long rows elsewhere.
 
     Args:
         sampler: of positions; with an attribute `epoch`, as `EpochShuffle` and `DistributedSampler` have it.
@@ -55,13 +57,15 @@ class LengthBatchSampler(BatchSampler):
         super().__init__(sampler, batch_size, drop_last)
         self.lengths = torch.as_tensor(lengths).tolist()
         self.seed = seed
+        self._passes = 0
 
     def __iter__(self) -> Iterator[list[int]]:
         drawn = list(self.sampler)
-        epoch = int(getattr(self.sampler, "epoch", 0))
+        epoch = int(getattr(self.sampler, "epoch", self._passes))
+        self._passes += 1
         if self.drop_last:
             drawn = drawn[: len(self) * self.batch_size]
-        size = _POOL * self.batch_size
+        size = max(1, min(_POOL, len(self) // _SHARE)) * self.batch_size
         for number, start in enumerate(range(0, len(drawn), size)):
             # a stable sort: rows of one length stay in the order of the draw
             pool = sorted(drawn[start : start + size], key=self.lengths.__getitem__)
