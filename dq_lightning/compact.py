@@ -1,12 +1,13 @@
 """A compact set on the disk: found in the cache, or opened in any folder that holds a whole entry."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dq_lightning.config import VerifyPolicy
 from dq_lightning.errors import CacheError, DQError, StoreError
-from dq_lightning.plan import BINS, STORE, Parts, Plan, source_identity, station_parts
+from dq_lightning.patch_bytes import PatchFacts
+from dq_lightning.plan import BINS, FILLED, STORE, Parts, Plan, source_identity, station_parts
 from dq_lightning.records import Bins, Selection, StoreInfo
 from dq_lightning.store.cache import Cache
 from dq_lightning.store.files import read_sealed, seal, write_bytes
@@ -19,15 +20,26 @@ COMPACT_FILE = "compact.json"
 
 @dataclass(frozen=True)
 class Compact:
-    """A compact set: where it is, which samples it holds, the identity of every station, and the settings."""
+    """A compact set: where it is, which samples it holds, the identity of every station, and the settings.
+
+    Attributes:
+        info: where it is and what it costs.
+        selection: which samples it holds.
+        parts: identity of every station; empty for an entry that was opened outside of the cache.
+        config: the settings it was made with.
+        patches: of a store of patches, else None.
+        filled: folder of the same samples with their dropped patches filled, where they were filled ahead.
+    """
 
     info: StoreInfo
     selection: Selection
     parts: Parts = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    patches: PatchFacts | None = None
+    filled: Path | None = None
 
 
-def write_description(folder: Path, plan: Plan) -> None:
+def write_description(folder: Path, plan: Plan, patches: PatchFacts | None = None) -> None:
     """Write down, in one sealed file, what a compact set was made of."""
     labels = plan.labels
     # a source that was passed in may have been made with columns that the config does not name
@@ -40,6 +52,7 @@ def write_description(folder: Path, plan: Plan) -> None:
         "num_classes": labels.num_classes if labels is not None else None,
         "class_names": list(labels.names) if labels is not None and labels.names is not None else None,
         "config": plan.config.to_dict() | columns,
+        "patches": None if patches is None else asdict(patches),
     }
     write_bytes(folder / COMPACT_FILE, seal(described))
 
@@ -47,12 +60,22 @@ def write_description(folder: Path, plan: Plan) -> None:
 def find_compact(plan: Plan, cache: Cache) -> Compact | None:
     """The compact set in the cache, or None. Reads no dataset, loads no model and touches no GPU."""
     source = source_identity(plan, cache.memory, full=False)
-    encoder = plan.encoder.identity(cache.memory)
-    if source is None or encoder is None:
+    identities = plan.identities(cache.memory)
+    if source is None or identities is None:
         return None
-    parts = station_parts(plan, source, encoder)
+    return find_by_parts(station_parts(plan, source, identities), cache)
+
+
+def find_by_parts(parts: Parts, cache: Cache) -> Compact | None:
+    """The compact set in the cache, with its filled images where those are wanted, or None when something is missing."""
     path = cache.find(STORE, parts[STORE])
-    return open_compact(path, parts) if path is not None else None
+    if path is None:
+        return None
+    compact = open_compact(path, parts)
+    if FILLED not in parts:
+        return compact
+    filled = cache.find(FILLED, parts[FILLED])
+    return replace(compact, filled=filled) if filled is not None else None
 
 
 def open_compact(
@@ -74,6 +97,7 @@ def open_compact(
     try:
         described = read_sealed(path / COMPACT_FILE)
         selection = read_selection(path)
+        patches = described["patches"] and PatchFacts(**described["patches"])
         info = StoreInfo(
             path=str(path),
             kind=described["kind"],
@@ -83,13 +107,23 @@ def open_compact(
             content_hash=selection.content_hash(),
             num_classes=described["num_classes"],
             reused=reused,
+            **(_costs(patches) if patches else {}),
         )
         config = described["config"]
-    except (OSError, DQError, KeyError) as error:
+    except (OSError, DQError, KeyError, TypeError) as error:
         raise StoreError(
             f"{path} holds no compact set that can be used ({error}): remove the folder, and the next run makes it again"
         ) from error
-    return Compact(info, selection, parts or {}, config)
+    return Compact(info, selection, parts or {}, config, patches)
+
+
+def _costs(patches: PatchFacts) -> dict[str, Any]:
+    return {
+        "patch_keep_ratio": patches.keep_ratio,
+        "original_bytes": patches.original_bytes,
+        "source_bytes": patches.source_bytes,
+        "unpatched_bytes": patches.unpatched_bytes,
+    }
 
 
 def load_selection(path: str | Path) -> Selection:
@@ -119,8 +153,14 @@ def read_bins_of(compact: Compact, cache: Cache) -> Bins:
     return read_bins(path)
 
 
-def open_packed(path: str | Path, *, finisher: Any = None, verify: VerifyPolicy = "size") -> PackedDataset:
-    """The packed samples of a compact set.
+def open_packed(
+    path: str | Path,
+    *,
+    finisher: Any = None,
+    verify: VerifyPolicy = "size",
+    patches: Literal["mean", "packed"] = "mean",
+) -> PackedDataset:
+    """The packed samples of a compact set; `patches` as in `PackedDataset`.
 
     Raises:
         StoreError: there is no packed set, or a damaged one.
@@ -131,4 +171,4 @@ def open_packed(path: str | Path, *, finisher: Any = None, verify: VerifyPolicy 
             f"{path} holds indices, not samples: it needs the original dataset. Quantize with store='packed' to get a set "
             "that stands alone"
         )
-    return PackedDataset(path, finisher=finisher, verify=verify)
+    return PackedDataset(path, finisher=finisher, verify=verify, patches=patches)

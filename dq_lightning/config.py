@@ -139,9 +139,11 @@ class PatchConfig(JsonFields):
 
     Attributes:
         drop_ratio: share of patches dropped; floor(L * (1 - drop_ratio) + 0.5) of L are kept, exactly.
-        patch_size: side of a patch in pixels; that of the reconstructor when None.
+        patch_size: side of a patch in pixels; 4 for images up to 64 px and 16 for larger ones when None.
         spread: spread the same total over all images by how much saliency each patch holds.
-        least_ratio: share of its patches that every image keeps when `spread` is set.
+        max_bytes: upper bound on the stored patches of all images, in bytes; more patches are dropped, of the least salient
+            images first, until it holds. None: no bound.
+        least_ratio: share of its patches that every image keeps when the total is spread.
         saliency: how patches are scored; `"variance"` and `"random"` need no classifier.
         classifier: as `FeatureConfig.encoder`, with a linear head; `weights` likewise.
         target: class explained: the `"label"`, the classifier's `"argmax"`, or the label where the classifier knows it.
@@ -159,6 +161,7 @@ class PatchConfig(JsonFields):
     drop_ratio: float = 0.0
     patch_size: int | None = None
     spread: bool = False
+    max_bytes: int | None = None
     least_ratio: float = 0.25
     saliency: Saliency = "gradcam"
     classifier: str = "auto"
@@ -175,6 +178,11 @@ class PatchConfig(JsonFields):
     quality: int = 90
     batch_size: int = 64
 
+    @property
+    def drops(self) -> bool:
+        """Whether any patch may be dropped."""
+        return self.drop_ratio > 0 or self.max_bytes is not None
+
     def __post_init__(self) -> None:
         check_ratio("PatchConfig", "drop_ratio", self.drop_ratio, zero=True)
         for name, choices in (("saliency", Saliency), ("target", SaliencyTarget), ("codec", PatchCodec)):
@@ -182,6 +190,7 @@ class PatchConfig(JsonFields):
         check_choice("PatchConfig", "reconstruct", self.reconstruct, Reconstruct)
         for name, good in (
             ("patch_size", self.patch_size is None or self.patch_size >= 1),
+            ("max_bytes", self.max_bytes is None or self.max_bytes >= 1),
             ("least_ratio", 0 <= self.least_ratio <= 1),
             ("class_map", self.class_map is None or min(self.class_map, default=-1) >= 0),
             ("seed", 0 <= self.seed < 2**64),

@@ -8,16 +8,18 @@ from typing import Any, Self
 import lightning as L
 from torch.utils.data import DataLoader
 
+from dq_lightning.batch_filling import BatchFiller, check_batch_transform, is_unfilled
 from dq_lightning.compact import read_bins_of
-from dq_lightning.config import QuantizeConfig, StoreKind, VerifyPolicy
+from dq_lightning.config import QuantizeConfig, Reconstruct, StoreKind, VerifyPolicy
 from dq_lightning.errors import ConfigError
 from dq_lightning.inner import defined_by_user, is_datamodule, overridden_transfer_hooks
 from dq_lightning.loaders import AutoBool, AutoInt, LoaderSettings, make_eval_loaders, make_loader
 from dq_lightning.preparation import Preparation
 from dq_lightning.records import Bins, Selection, StoreInfo
 from dq_lightning.steps import report_steps
-from dq_lightning.train_set import make_train_set, want
+from dq_lightning.store_train_set import StoreFolder, make_train_set
 from dq_lightning.trainer_facts import TrainerFacts
+from dq_lightning.wanted import want
 
 
 class QuantizedDataModule(L.LightningDataModule):
@@ -34,12 +36,20 @@ class QuantizedDataModule(L.LightningDataModule):
         predict: likewise.
         keep_ratio: share of the samples that are kept, in (0, 1].
         num_bins: K.
+        drop_ratio: share of the patches of every kept image that is dropped, in [0, 1); the others alone are stored, and a
+            masked autoencoder fills the holes. Everything else about it is in `config.patches`.
         encoder: `"auto"`, `"bundled"`, a timm name, a folder or file, an `nn.Module`, or `(module, preprocessing)`.
+        classifier: network, or `(network, preprocessing)`, whose saliency scores the patches, in place of the name
+            `config.patches.classifier`.
+        reconstructor: a `ViTMAEForPreTraining` that fills dropped patches, in place of the name `config.patches.reconstructor`.
         labels: class of every sample [N], a column name, or False for bins over the whole set; None takes the dataset's own.
         config: everything else; a setting given here and as a keyword with another value is an error.
-        store: `"indices"` copies nothing, `"packed"` makes a self-contained set, `"auto"` is `"indices"`.
+        store: `"indices"` copies nothing, `"packed"` makes a self-contained set, `"auto"` is `"indices"` while all patches are
+            kept.
         transform: `"keep"`, or what replaces the wrapped dataset's transform in the train loader (None: none).
         target_transform: likewise.
+        batch_transform: with `config.patches.reconstruct="batch"`, and only there: from filled uint8 images [B, C, H, W] on the
+            device to what the training takes, in place of the dataset's own image transform.
         collate_fn: of all loaders; None is torch's.
         batch_size: samples per batch and process. For a wrapped data module a loader setting that equals the default here
             counts as not given; `from_datamodule` tells the two apart.
@@ -68,12 +78,16 @@ class QuantizedDataModule(L.LightningDataModule):
         predict: Any = None,
         keep_ratio: float = 0.125,
         num_bins: int = 10,
+        drop_ratio: float = 0.0,
         encoder: Any = "auto",
+        classifier: Any = None,
+        reconstructor: Any = None,
         labels: Any = None,
         config: QuantizeConfig | None = None,
         store: StoreKind = "auto",
         transform: Any = "keep",
         target_transform: Any = "keep",
+        batch_transform: Callable[..., Any] | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
@@ -100,6 +114,9 @@ class QuantizedDataModule(L.LightningDataModule):
             transform=transform,
             target_transform=target_transform,
             fingerprint=fingerprint,
+            drop_ratio=drop_ratio,
+            classifier=classifier,
+            reconstructor=reconstructor,
         )
         self.config = wanted.config
         selected, seed = wanted.config.selection, wanted.seed
@@ -118,8 +135,10 @@ class QuantizedDataModule(L.LightningDataModule):
         self._eval = {"val": val, "test": test, "predict": predict}
         self._reported = False
         self._inner = train if is_datamodule(train) else None
+        train_set = make_train_set(train, wanted, verify)
+        check_batch_transform(batch_transform, train_set.fills_late)
         self._preparation = Preparation(
-            make_train_set(train, wanted, verify),
+            train_set,
             self._inner,
             cache_dir=cache_dir,
             verify=verify,
@@ -129,6 +148,12 @@ class QuantizedDataModule(L.LightningDataModule):
         )
         if self._inner is not None:
             self._wrap(self._inner)
+        self._batch_transform = batch_transform
+        self._filler: BatchFiller | None = None
+        if train_set.fills_late:
+            # on the instance, and only then: Lightning would else skip the model's own hook
+            self._next_hook = vars(self).get("on_after_batch_transfer")
+            self.on_after_batch_transfer = self._fill_batch  # type: ignore[method-assign]
 
     @classmethod
     def from_datamodule(
@@ -137,12 +162,16 @@ class QuantizedDataModule(L.LightningDataModule):
         *,
         keep_ratio: float = 0.125,
         num_bins: int = 10,
+        drop_ratio: float = 0.0,
         encoder: Any = "auto",
+        classifier: Any = None,
+        reconstructor: Any = None,
         labels: Any = None,
         config: QuantizeConfig | None = None,
         store: StoreKind = "auto",
         transform: Any = "keep",
         target_transform: Any = "keep",
+        batch_transform: Callable[..., Any] | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         batch_size: int | None = None,
         num_workers: AutoInt | None = None,
@@ -172,12 +201,16 @@ class QuantizedDataModule(L.LightningDataModule):
             datamodule,
             keep_ratio=keep_ratio,
             num_bins=num_bins,
+            drop_ratio=drop_ratio,
             encoder=encoder,
+            classifier=classifier,
+            reconstructor=reconstructor,
             labels=labels,
             config=config,
             store=store,
             transform=transform,
             target_transform=target_transform,
+            batch_transform=batch_transform,
             collate_fn=collate_fn,
             cache_dir=cache_dir,
             seed=seed,
@@ -206,6 +239,9 @@ class QuantizedDataModule(L.LightningDataModule):
         predict: Any = None,
         transform: Any = None,
         target_transform: Any = None,
+        batch_transform: Callable[..., Any] | None = None,
+        reconstruct: Reconstruct | None = None,
+        reconstructor: Any = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
@@ -213,25 +249,31 @@ class QuantizedDataModule(L.LightningDataModule):
         pin_memory: AutoBool = "auto",
         persistent_workers: AutoBool = "auto",
         drop_last: bool = False,
+        cache_dir: str | Path | None = None,
         seed: int = 0,
+        force_recompute: bool = False,
         verify: VerifyPolicy = "size",
+        device: str = "auto",
     ) -> Self:
         """Train from a packed compact set alone; the original dataset is not needed.
 
         `path` is the folder of the entry (`StoreInfo.path`), here or copied from another machine. `transform` is of the image
-        and `target_transform` of the target of each sample: transforms are code, so a store never holds them. All else is as
-        in the class.
+        and `target_transform` of the target of each sample: transforms are code, so a store never holds them. Of a store of
+        patches, `reconstruct` (`"prepare"`, `"batch"`, `"off"`) and `reconstructor` replace what it was made with. All else is
+        as in the class.
 
         Raises:
             StoreError: the folder holds no packed set, or a damaged one.
         """
         return cls(
-            Path(path),
+            StoreFolder(Path(path), reconstruct),
             val=val,
             test=test,
             predict=predict,
             transform=transform,
             target_transform=target_transform,
+            batch_transform=batch_transform,
+            reconstructor=reconstructor,
             collate_fn=collate_fn,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
@@ -239,8 +281,11 @@ class QuantizedDataModule(L.LightningDataModule):
             pin_memory=pin_memory,
             persistent_workers=persistent_workers,
             drop_last=drop_last,
+            cache_dir=cache_dir,
             seed=seed,
+            force_recompute=force_recompute,
             verify=verify,
+            device=device,
         )
 
     @classmethod
@@ -371,6 +416,20 @@ class QuantizedDataModule(L.LightningDataModule):
         for name, hook in overridden_transfer_hooks(datamodule).items():
             # on the instance, and only these: Lightning asks whether they are overridden and would else skip the model's own
             setattr(self, name, hook)
+
+    def _fill_batch(self, batch: Any, dataloader_idx: int) -> Any:
+        """Fill the images of a train batch on its device, then let the hook run that would have run without this one."""
+        if is_unfilled(batch):
+            opened = self._preparation.opened
+            if self._filler is None:
+                assert opened.patches is not None
+                assert self._batch_transform is not None
+                self._filler = BatchFiller(opened.patches, opened.dataset.place, self._batch_transform)
+            batch = self._filler(batch)
+        following = self._next_hook
+        if following is None and self.trainer is not None:
+            following = self.trainer.lightning_module.on_after_batch_transfer
+        return batch if following is None else following(batch, dataloader_idx)
 
     def _settings(self) -> LoaderSettings:
         """Settings of the train loader; the batch size is read at each call, because the batch-size finder changes it."""

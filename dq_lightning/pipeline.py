@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,39 @@ import torch
 from torch import Tensor
 
 from dq_lightning.bins.make import make_bins
-from dq_lightning.compact import Compact, open_compact, write_description
+from dq_lightning.compact import Compact, find_by_parts, open_compact, write_description
 from dq_lightning.config import QuantizeConfig, VerifyPolicy
 from dq_lightning.errors import CacheError
 from dq_lightning.features.extract import extract_features
+from dq_lightning.filling import write_filled
 from dq_lightning.logs import get_logger
-from dq_lightning.plan import BINS, FEATURES, SELECTION, STORE, Plan, make_plan, source_identity, station_parts
+from dq_lightning.patch_bytes import measure_bytes
+from dq_lightning.patching import choose, image_place, packed_items, score_selection
+from dq_lightning.plan import (
+    BINS,
+    FEATURES,
+    FILLED,
+    PATCHES,
+    SELECTION,
+    STORE,
+    Plan,
+    make_plan,
+    source_identity,
+    station_parts,
+)
 from dq_lightning.randomness import isolated_random_state
-from dq_lightning.records import StoreInfo
+from dq_lightning.records import Selection, StoreInfo
 from dq_lightning.selection.select import select
 from dq_lightning.store.cache import Cache, default_cache_dir, require_space
-from dq_lightning.store.packed import estimate_bytes, write_packed
+from dq_lightning.store.packed import Item, estimate_bytes, write_packed
 from dq_lightning.store.tensors import (
     read_bins,
     read_features,
+    read_scores,
     read_selection,
     write_bins,
     write_features,
+    write_scores,
     write_selection,
 )
 
@@ -38,6 +55,8 @@ def quantize(
     config: QuantizeConfig | None = None,
     *,
     encoder: Any = None,
+    classifier: Any = None,
+    reconstructor: Any = None,
     labels: Any = None,
     cache_dir: str | Path | None = None,
     device: str = "auto",
@@ -52,6 +71,9 @@ def quantize(
         source: any torchvision or Hugging Face dataset, map-style dataset, or `Source`.
         config: settings; the defaults keep 12.5 % of the samples from 10 bins.
         encoder: an `nn.Module`, or `(module, preprocessing)`; None uses `config.features.encoder`.
+        classifier: network, or `(network, preprocessing)`, whose saliency scores the patches; None uses
+            `config.patches.classifier`.
+        reconstructor: a `ViTMAEForPreTraining` that fills dropped patches; None uses `config.patches.reconstructor`.
         labels: class of every sample [N], a column name, or False for none; None takes the dataset's own.
         cache_dir: folder of the cache; None uses `DQ_LIGHTNING_CACHE` or the platform's cache folder.
         device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, ...
@@ -67,7 +89,15 @@ def quantize(
         DQError: with what was seen and what to do.
     """
     with isolated_random_state():
-        plan = make_plan(source, config or QuantizeConfig(), encoder=encoder, labels=labels, fingerprint=fingerprint)
+        plan = make_plan(
+            source,
+            config or QuantizeConfig(),
+            encoder=encoder,
+            classifier=classifier,
+            reconstructor=reconstructor,
+            labels=labels,
+            fingerprint=fingerprint,
+        )
     cache = Cache(cache_dir or default_cache_dir(), verify=verify)
     return find_or_build(plan, cache, device=device, force=force_recompute, progress=progress).info
 
@@ -82,14 +112,12 @@ def find_or_build(
     with isolated_random_state():
         started = time.perf_counter()
         source = source_identity(plan, cache.memory, full=True)
-        encoder = plan.encoder.identity(cache.memory)
-        if source is not None and encoder is not None and not force:
-            parts = station_parts(plan, source, encoder)
-            path = cache.find(STORE, parts[STORE])
-            if path is not None:
-                found = open_compact(path, parts)
+        identities = plan.identities(cache.memory)
+        if source is not None and identities is not None and not force:
+            found = find_by_parts(station_parts(plan, source, identities), cache)
+            if found is not None:
                 kept, whole = len(found.selection), len(plan.source)
-                get_logger().info(f"reusing the compact set of {kept:,} of {whole:,} samples: {path}")
+                get_logger().info(f"reusing the compact set of {kept:,} of {whole:,} samples: {found.info.path}")
                 return found
         assert source is not None
         seconds = {"identity": round(time.perf_counter() - started, 3)}
@@ -111,14 +139,14 @@ class _Build:
     ) -> None:
         self.cache, self.device, self.force, self.progress = cache, device, force, progress
         self.seconds = seconds
-        self.plan = replace(plan, encoder=plan.encoder.resolve(cache.memory))
-        encoder = self.plan.encoder.identity(cache.memory)
-        if encoder is None:
+        self.plan = plan.resolve(cache.memory)
+        identities = self.plan.identities(cache.memory)
+        if identities is None:
             raise CacheError(
-                f"the identity of {self.plan.encoder.description} could not be recorded in {cache.root}; pass a cache_dir= "
-                "that can be written"
+                f"the identity of {self.plan.encoder.description} or of another network could not be recorded in "
+                f"{cache.root}; pass a cache_dir= that can be written"
             )
-        self.parts = station_parts(self.plan, source, encoder)
+        self.parts = station_parts(self.plan, source, identities)
 
     def run(self) -> Compact:
         started = time.perf_counter()
@@ -126,11 +154,15 @@ class _Build:
         log.info(self._reason())
         path = self._entry(STORE, self._write_store)
         compact = open_compact(path, self.parts, reused=False)
+        if FILLED in self.parts:
+            compact = replace(compact, filled=self._entry(FILLED, partial(self._write_filled, compact)))
         spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         log.info(
             f"kept {len(compact.selection):,} of {len(self.plan.source):,} samples in {time.perf_counter() - started:.1f} s "
             f"({spent}): {path}"
         )
+        if self.plan.patches is not None:
+            log.info(describe_costs(compact.info))
         return replace(compact, info=replace(compact.info, seconds=self.seconds))
 
     def _reason(self) -> str:
@@ -139,9 +171,15 @@ class _Build:
         if self.force:
             return f"computing everything because force_recompute=True{encoder}"
         why = self.cache.explain_miss(STORE, self.parts[STORE])
-        stations = {SELECTION: "features, bins and selection", BINS: "features and bins", FEATURES: "features"}
+        stations = {
+            STORE: "the packed patches",
+            PATCHES: "features, bins, selection and saliency",
+            SELECTION: "features, bins and selection",
+            BINS: "features and bins",
+            FEATURES: "features",
+        }
         for station, reused in stations.items():
-            if self.cache.find(station, self.parts[station]) is not None:
+            if station in self.parts and self.cache.find(station, self.parts[station]) is not None:
                 return f"{why}; reusing {reused}"
         return why + encoder
 
@@ -156,22 +194,55 @@ class _Build:
 
     def _write_store(self, folder: Path) -> None:
         selection = read_selection(self._entry(SELECTION, self._write_selection))
-        source = self.plan.source
+        if self.plan.patches is not None:
+            self._write_patches(folder, selection)
+            return
         with self._timed("store"):
             write_selection(folder, selection)
             if self.plan.store_kind == "packed":
-                positions = selection.index.tolist()
-                tried = ((source.plain(i), source.encoded(i)) for i in positions[:: max(1, len(positions) // 16)])
-                require_space(folder, estimate_bytes(tried, len(positions)))
-                write_packed(
-                    folder,
-                    ((source.plain(i), source.encoded(i)) for i in positions),
-                    ids=[source.sample_id(i) for i in positions],
-                    index=selection.index,
-                    bins=selection.bin,
-                    attributes={"source": source.describe()},
-                )
+                step = max(1, len(selection) // 16)
+                require_space(folder, estimate_bytes(self._whole_items(selection.index[::step]), len(selection)))
+                self._write_samples(folder, selection, self._whole_items(selection.index))
             write_description(folder, self.plan)
+
+    def _write_patches(self, folder: Path, selection: Selection) -> None:
+        plan = self.plan
+        scores, sizes = read_scores(self._entry(PATCHES, partial(self._write_scores, selection)))
+        with self._timed("store"):
+            choice = choose(plan, selection, scores, sizes)
+            facts = measure_bytes(plan, selection, choice)
+            require_space(folder, round(facts.unpatched_bytes * facts.keep_ratio))
+            write_selection(folder, selection)
+            one_size = bool((sizes == sizes[:1]).all())
+            items = packed_items(plan, selection, choice)
+            self._write_samples(folder, selection, items, image_place=list(image_place(plan)), one_size=one_size)
+            write_description(folder, plan, facts)
+
+    def _whole_items(self, index: Tensor) -> Iterator[Item]:
+        source = self.plan.source
+        for position in index.tolist():
+            yield source.plain(position), source.encoded(position)
+
+    def _write_samples(self, folder: Path, selection: Selection, items: Iterator[Item], **attributes: Any) -> None:
+        source = self.plan.source
+        write_packed(
+            folder,
+            items,
+            ids=[source.sample_id(i) for i in selection.index.tolist()],
+            index=selection.index,
+            bins=selection.bin,
+            attributes={"source": source.describe()} | attributes,
+        )
+
+    def _write_scores(self, selection: Selection, folder: Path) -> None:
+        with self._timed("saliency"):
+            scored = score_selection(self.plan, selection, device=self.device, progress=self.progress)
+        write_scores(folder, *scored)
+
+    def _write_filled(self, compact: Compact, folder: Path) -> None:
+        assert self.plan.patches is not None
+        with self._timed("filling"):
+            write_filled(folder, Path(compact.info.path), self.plan.patches, device=self.device, progress=self.progress)
 
     def _write_selection(self, folder: Path) -> None:
         bins = read_bins(self._entry(BINS, self._write_bins))
@@ -234,3 +305,16 @@ class _Build:
                 out=allocate,
             )
         write_features(folder, features)
+
+
+def describe_costs(info: StoreInfo) -> str:
+    """One line: the bytes of a store of patches beside those of the same samples elsewhere."""
+    compared = {
+        "of the same samples as they were": info.original_bytes,
+        "of the whole dataset": info.source_bytes,
+        "of the same samples in this codec without dropping": info.unpatched_bytes,
+    }
+    shares = ", ".join(f"{info.bytes / size:.1%} {of} ({size:,})" for of, size in compared.items() if size)
+    return (
+        f"{info.patch_keep_ratio:.1%} of the patches, {info.bytes:,} bytes on the disk, everything included: {shares}"
+    )

@@ -1,19 +1,23 @@
 """What will be quantized and how, and the identity of every station's entry that follows from it. Computes nothing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from dq_lightning.config import QuantizeConfig
+from dq_lightning.errors import ConfigError
 from dq_lightning.features.choose import EncoderSpec, choose_encoder
+from dq_lightning.patch_plan import PatchPlan, check_modality, make_patch_plan
 from dq_lightning.records import DigestMemory, Labels
 from dq_lightning.sources.adapt import as_source, grouping_id
 from dq_lightning.sources.base import Source
 from dq_lightning.sources.items import evenly_spaced
 
-FEATURES, BINS, SELECTION, STORE = "1-features", "2-bins", "3-selection", "5-store"
+FEATURES, BINS, SELECTION, PATCHES, STORE = "1-features", "2-bins", "3-selection", "4-patches", "5-store"
+# images with their dropped patches filled: made from the store alone, so this folder may be removed at any time
+FILLED = "6-filled"
 # Raised by whoever changes what a station computes: old entries are then never reused.
-ALGORITHM_VERSIONS = {FEATURES: 1, BINS: 1, SELECTION: 1, STORE: 1}
+ALGORITHM_VERSIONS = {FEATURES: 1, BINS: 1, SELECTION: 1, PATCHES: 1, STORE: 1, FILLED: 1}
 SIZE_SAMPLES = 16
 
 Parts = dict[str, dict[str, Any]]
@@ -29,6 +33,7 @@ class Plan:
         config: every setting.
         fingerprint: identity of the dataset given by the user, in place of its content digest.
         labels_id: names the grouping given by the user; None when it is the dataset's own.
+        patches: the step on patches, or None while all of them are kept.
     """
 
     source: Source
@@ -36,6 +41,7 @@ class Plan:
     config: QuantizeConfig
     fingerprint: str | None = None
     labels_id: str | None = None
+    patches: PatchPlan | None = None
 
     @cached_property
     def labels(self) -> Labels | None:
@@ -45,7 +51,20 @@ class Plan:
     @cached_property
     def store_kind(self) -> str:
         """`"auto"` resolved: nothing is copied as long as all patches are kept."""
-        return "indices" if self.config.store == "auto" else self.config.store
+        if self.config.store == "auto":
+            return "indices" if self.patches is None else "packed"
+        return self.config.store
+
+    def resolve(self, memory: DigestMemory) -> "Plan":
+        """The same plan with the commits of hub names fixed; the only method that may ask a hub."""
+        patches = self.patches and self.patches.resolve(memory)
+        return replace(self, encoder=self.encoder.resolve(memory), patches=patches)
+
+    def identities(self, memory: DigestMemory) -> dict[str, str] | None:
+        """Identity of every network used, by name; None when one is known to a hub alone."""
+        encoder = self.encoder.identity(memory)
+        others = {} if self.patches is None else self.patches.identities(memory)
+        return None if encoder is None or others is None else {"encoder": encoder} | others
 
 
 def make_plan(
@@ -53,6 +72,8 @@ def make_plan(
     config: QuantizeConfig,
     *,
     encoder: Any = None,
+    classifier: Any = None,
+    reconstructor: Any = None,
     labels: Any = None,
     transform: Any = "keep",
     target_transform: Any = "keep",
@@ -74,7 +95,18 @@ def make_plan(
         image_size=_typical_size(source) if isinstance(encoder, str) and encoder == "auto" else (0, 0),
         modality=source.modality,
     )
-    return Plan(source, spec, config, fingerprint, grouping_id(source))
+    patches = None
+    if config.patches.drops:
+        check_modality(source.modality)
+        if config.store == "indices":
+            raise ConfigError(
+                'store="indices" copies nothing, so no patch can be dropped: leave it out, or drop_ratio='
+            )
+        size = _typical_size(source)
+        patches = make_patch_plan(
+            config.patches, (size[1], size[0]), classifier=classifier, reconstructor=reconstructor
+        )
+    return Plan(source, spec, config, fingerprint, grouping_id(source), patches)
 
 
 def _typical_size(source: Source) -> tuple[int, int]:
@@ -102,25 +134,39 @@ def source_identity(plan: Plan, memory: DigestMemory, *, full: bool) -> str | No
     return plan.source.quick_digest(memory) or plan.source.digest(memory)
 
 
-def station_parts(plan: Plan, source: str, encoder: str) -> Parts:
+def station_parts(plan: Plan, source: str, identities: dict[str, str]) -> Parts:
     """What identifies the entry of each station; every station's parts contain those of its parent.
 
     Args:
         plan: what is to be made.
         source: identity of the data.
-        encoder: identity of the encoder.
+        identities: of the networks, by name.
     """
-    config = plan.config
+    config, version = plan.config, ALGORITHM_VERSIONS
     features = {
         "source": source,
         "num_source_samples": len(plan.source),
-        "encoder": encoder,
+        "encoder": identities["encoder"],
         "kind": config.features.kind,
-        "features_version": ALGORITHM_VERSIONS[FEATURES],
+        "features_version": version[FEATURES],
     }
     if config.features.kind == "gradient":
         features["labels"] = plan.labels_id
-    bins = features | config.bins.to_dict() | {"labels": plan.labels_id, "bins_version": ALGORITHM_VERSIONS[BINS]}
-    selection = bins | config.selection.to_dict() | {"selection_version": ALGORITHM_VERSIONS[SELECTION]}
-    store = selection | {"store": plan.store_kind, "store_version": ALGORITHM_VERSIONS[STORE]}
-    return {FEATURES: features, BINS: bins, SELECTION: selection, STORE: store}
+    grouped = {"labels": plan.labels_id, "whiten": config.features.whiten, "bins_version": version[BINS]}
+    bins = features | config.bins.to_dict() | grouped
+    selection = bins | config.selection.to_dict() | {"selection_version": version[SELECTION]}
+    parts = {FEATURES: features, BINS: bins, SELECTION: selection}
+    store = selection
+    if plan.patches is not None:
+        scored = {"patches": plan.patches.saliency_parts(identities), "patches_version": version[PATCHES]}
+        parts[PATCHES] = selection | scored
+        store = parts[PATCHES] | {"stored_patches": plan.patches.store_parts()}
+    parts[STORE] = store | {"store": plan.store_kind, "store_version": version[STORE]}
+    if plan.patches is not None and plan.patches.fills_ahead:
+        parts[FILLED] = filled_parts(parts[STORE], identities["reconstructor"])
+    return parts
+
+
+def filled_parts(store: dict[str, Any], reconstructor: str) -> dict[str, Any]:
+    """What identifies the filled images of a store."""
+    return store | {"reconstructor": reconstructor, "filled_version": ALGORITHM_VERSIONS[FILLED]}

@@ -1,20 +1,19 @@
 """What happens between `prepare_data` and the loaders: build or find on one process, open and compare on all. No Lightning."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dq_lightning.batch_filling import UnfilledCollate
 from dq_lightning.compact import Compact
 from dq_lightning.config import VerifyPolicy
 from dq_lightning.errors import CacheError, ConfigError
 from dq_lightning.loaders import LoaderSettings
-from dq_lightning.pipeline import find_or_build
 from dq_lightning.randomness import isolated_random_state
 from dq_lightning.ranks import check_equal_on_all, raise_on_all
 from dq_lightning.records import StoreInfo
 from dq_lightning.store.cache import Cache, default_cache_dir
-from dq_lightning.train_set import Opened, TrainSet
+from dq_lightning.train_set import BuildOptions, Opened, TrainSet
 from dq_lightning.trainer_facts import TrainerFacts
 
 
@@ -87,14 +86,9 @@ class Preparation:
                 self.inner.trainer = trainer
                 self.inner.prepare_data()
             if facts.fits:
-                build = partial(
-                    find_or_build,
-                    device=facts.device if self.device == "auto" else self.device,
-                    force=self.force,
-                    progress=facts.progress,
-                )
+                device = facts.device if self.device == "auto" else self.device
                 with isolated_random_state():
-                    self.train.prepare(self.cache(), build)
+                    self.train.prepare(self.cache(), BuildOptions(device, self.force, facts.progress))
                 self.force = False
         except (Exception, SystemExit) as error:
             # Lightning's barrier lets the other ranks go on: they learn of the failure in setup and end with its cause
@@ -146,6 +140,8 @@ class Preparation:
         own = self._opened.settings if self._opened is not None else None
         known = {name: value for name, value in given.items() if value is not None}
         settings = replace(own or LoaderSettings(), **known)
+        if self._opened is not None and self._opened.patches is not None:
+            settings = replace(settings, collate_fn=UnfilledCollate(settings.collate_fn))
         return replace(settings, batch_size=batch_size or settings.batch_size)
 
     def expect(self, content_hash: str | None, trainer: Any) -> None:

@@ -1,96 +1,25 @@
 """The training set behind a data module: a dataset, a wrapped data module, or a packed store. No Lightning here."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from dq_lightning.compact import Compact, find_compact, open_compact, open_packed
-from dq_lightning.config import QuantizeConfig, StoreKind, VerifyPolicy, with_short_forms
+from dq_lightning.batch_filling import UnfilledDataset
+from dq_lightning.compact import Compact, find_compact, open_packed
+from dq_lightning.config import VerifyPolicy
 from dq_lightning.errors import CacheError, ConfigError, DQError, SourceError
-from dq_lightning.inner import is_datamodule, probe_train_loader
+from dq_lightning.inner import probe_train_loader
 from dq_lightning.loaders import LoaderSettings, read_loader
-from dq_lightning.plan import Plan, make_plan
+from dq_lightning.patch_plan import PatchPlan
+from dq_lightning.patching import check_packable
+from dq_lightning.pipeline import find_or_build
+from dq_lightning.plan import Plan
 from dq_lightning.randomness import isolated_random_state
 from dq_lightning.ranks import global_rank
-from dq_lightning.sources.adapt import as_source
-from dq_lightning.sources.strip import KEEP
 from dq_lightning.store.cache import Cache
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the user asked for, apart from the data.
-
-    Attributes:
-        config: every setting.
-        encoder: a module, or `(module, preprocessing)`; None takes the config's name.
-        labels: as in `quantize`.
-        transform: `"keep"` or a replacement; so is `target_transform`.
-        fingerprint: identity of the data in place of their digest.
-        seed: of the random state in which a wrapped data module makes its split.
-    """
-
-    config: QuantizeConfig
-    encoder: Any = None
-    labels: Any = None
-    transform: Any = "keep"
-    target_transform: Any = "keep"
-    fingerprint: str | None = None
-    seed: int = 0
-
-    def plan(self, dataset: Any) -> Plan:
-        """The flow over a dataset, nothing computed."""
-        return make_plan(
-            dataset,
-            self.config,
-            encoder=self.encoder,
-            labels=self.labels,
-            transform=self.transform,
-            target_transform=self.target_transform,
-            fingerprint=self.fingerprint,
-        )
-
-
-def want(
-    *,
-    config: QuantizeConfig | None,
-    keep_ratio: float,
-    num_bins: int,
-    seed: int,
-    store: StoreKind,
-    encoder: Any,
-    labels: Any,
-    transform: Any,
-    target_transform: Any,
-    fingerprint: str | None,
-) -> Wanted:
-    """Put the keywords of a data module and its config together.
-
-    Raises:
-        ConfigError: they contradict each other.
-    """
-    short_forms: dict[str, Any] = {
-        "selection.keep_ratio": keep_ratio,
-        "selection.seed": seed,
-        "bins.num_bins": num_bins,
-        "store": store,
-    }
-    named = isinstance(encoder, str | Path)
-    if named:
-        short_forms["features.encoder"] = str(encoder)
-    config = with_short_forms(config, short_forms)
-    return Wanted(
-        config,
-        encoder=None if named else encoder,
-        labels=labels,
-        transform=transform,
-        target_transform=target_transform,
-        fingerprint=fingerprint,
-        seed=config.selection.seed,
-    )
+from dq_lightning.store.reader import PackedDataset
+from dq_lightning.wanted import Wanted, without_transform
 
 
 @dataclass
@@ -101,21 +30,34 @@ class Opened:
         compact: what was kept.
         dataset: map-style, gives what the wrapped dataset gives.
         settings: of the wrapped data module's own train loader, cut down to the compact set; None without one.
+        patches: the step on patches, when its images are to be filled batch by batch; else None.
     """
 
     compact: Compact
     dataset: Any
     settings: LoaderSettings | None = None
+    patches: PatchPlan | None = None
 
 
-# (plan, cache) -> the compact set, found or built
-Build = Callable[[Plan, Cache], Compact]
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a compact set is made; none of it changes what comes out.
+
+    Attributes:
+        device: as in `quantize`.
+        force: make what is in the cache already.
+        progress: show bars.
+    """
+
+    device: str = "auto"
+    force: bool = False
+    progress: bool = True
 
 
 class TrainSet(Protocol):
     """What a data module needs of its training set."""
 
-    def prepare(self, cache: Cache, build: Build) -> None:
+    def prepare(self, cache: Cache, options: BuildOptions) -> None:
         """Make the compact set if it is not cached."""
         ...
 
@@ -127,21 +69,27 @@ class TrainSet(Protocol):
         """Known before anything is prepared, or an error."""
         ...
 
+    @property
+    def fills_late(self) -> bool:
+        """Whether images are filled batch by batch."""
+        ...
+
 
 class DatasetTrainSet:
     """A dataset of the user's."""
 
     def __init__(self, dataset: Any, wanted: Wanted) -> None:
-        self._dataset, self._wanted = dataset, wanted
+        self._dataset, self._wanted = dataset, without_transform(wanted)
+        self.fills_late = wanted.fills_late
         # left by prepare for the open that follows in the same process: it saves hashing the data a second time
         self._prepared: tuple[Plan, Compact] | None = None
         self._num_classes: tuple[int | None] | None = None
 
-    def prepare(self, cache: Cache, build: Build) -> None:
+    def prepare(self, cache: Cache, options: BuildOptions) -> None:
         # planned anew each time: the user may have changed the dataset since
         plan = self._wanted.plan(self._dataset)
         check_deliverable(plan)
-        self._prepared = plan, build(plan, cache)
+        self._prepared = plan, build(plan, cache, options)
 
     def open(self, cache: Cache) -> Opened:
         prepared, self._prepared = self._prepared, None
@@ -149,7 +97,7 @@ class DatasetTrainSet:
         compact = compact or find_compact(plan, cache)
         if compact is None:
             raise _missing(cache)
-        return Opened(compact, compact_dataset(plan, compact, cache.verify))
+        return Opened(compact, compact_dataset(plan, compact, cache.verify), patches=filled_late(plan.patches))
 
     def num_classes(self) -> int | None:
         if self._num_classes is None:
@@ -162,15 +110,16 @@ class DataModuleTrainSet:
     """The train set of a wrapped data module; it exists only after the module's own `setup("fit")`."""
 
     def __init__(self, datamodule: Any, wanted: Wanted) -> None:
-        self._datamodule, self._wanted = datamodule, wanted
+        self._datamodule, self._wanted = datamodule, without_transform(wanted)
+        self.fills_late = wanted.fills_late
         self._prepared: Compact | None = None
 
-    def prepare(self, cache: Cache, build: Build) -> None:
+    def prepare(self, cache: Cache, options: BuildOptions) -> None:
         with isolated_random_state(self._wanted.seed):
             dataset, _ = read_loader(probe_train_loader(self._datamodule))
         plan = self._wanted.plan(dataset)
         check_deliverable(plan)
-        self._prepared = build(plan, cache)
+        self._prepared = build(plan, cache, options)
 
     def open(self, cache: Cache) -> Opened:
         prepared, self._prepared = self._prepared, None
@@ -182,7 +131,8 @@ class DataModuleTrainSet:
         if compact is None:
             raise _missing(cache)
         compact = prepared or compact
-        return Opened(compact, compact_dataset(plan, compact, cache.verify), cut_down(settings, compact))
+        dataset = compact_dataset(plan, compact, cache.verify)
+        return Opened(compact, dataset, cut_down(settings, compact), filled_late(plan.patches))
 
     def num_classes(self) -> int | None:
         known: int | None = getattr(self._datamodule, "num_classes", None)
@@ -197,52 +147,44 @@ class DataModuleTrainSet:
         )
 
 
-class StoreTrainSet:
-    """A packed store; nothing has to be prepared."""
-
-    def __init__(self, path: str | Path, wanted: Wanted, verify: VerifyPolicy) -> None:
-        self._path, self._wanted = Path(path), wanted
-        self._samples = open_packed(path, verify=verify)
-
-    def prepare(self, cache: Cache, build: Build) -> None:
-        """Nothing to do."""
-
-    def open(self, cache: Cache) -> Opened:
-        wanted = self._wanted
-        compact = open_compact(self._path, verify=cache.verify)
-        # a store holds no transforms, so there is nothing to keep; and without any, no need to tell the image apart
-        given = [
-            None if isinstance(one, str) and one == KEEP else one for one in (wanted.transform, wanted.target_transform)
-        ]
-        if given == [None, None]:
-            return Opened(compact, self._samples)
-        columns = {name: compact.config.get(name) for name in ("image_column", "label_column")}
-        source = as_source(self._samples, transform=given[0], target_transform=given[1], **columns)
-        return Opened(compact, source.subset(torch.arange(len(self._samples))))
-
-    def num_classes(self) -> int | None:
-        return open_compact(self._path).info.num_classes
+def build(plan: Plan, cache: Cache, options: BuildOptions) -> Compact:
+    """The compact set, found or made."""
+    return find_or_build(plan, cache, device=options.device, force=options.force, progress=options.progress)
 
 
-def make_train_set(train: Any, wanted: Wanted, verify: VerifyPolicy) -> TrainSet:
-    """Decide what `train` is: a data module, the folder of a packed set, or a dataset."""
-    if is_datamodule(train):
-        return DataModuleTrainSet(train, wanted)
-    return StoreTrainSet(train, wanted, verify) if isinstance(train, str | Path) else DatasetTrainSet(train, wanted)
+def filled_late(patches: PatchPlan | None) -> PatchPlan | None:
+    """The step on patches if its images are filled batch by batch."""
+    return patches if patches is not None and patches.config.reconstruct == "batch" else None
 
 
 def check_deliverable(plan: Plan) -> None:
     """Tell before the hours of work that packed samples could not be turned into what the dataset delivers."""
     if plan.store_kind == "packed":
         plan.source.finisher(torch.arange(len(plan.source)))
+    if plan.patches is not None:
+        check_packable(plan)
 
 
 def compact_dataset(plan: Plan, compact: Compact, verify: VerifyPolicy) -> Any:
     """The kept samples as the wrapped dataset would deliver them."""
     index = compact.selection.index
-    if compact.info.kind == "packed":
-        return open_packed(compact.info.path, finisher=plan.source.finisher(index), verify=verify)
-    return plan.source.subset(index)
+    if compact.info.kind != "packed":
+        return plan.source.subset(index)
+    finisher = plan.source.finisher(index)
+    if plan.patches is None:
+        return open_packed(compact.info.path, finisher=finisher, verify=verify)
+    return patched_dataset(compact, plan.patches, finisher, verify)
+
+
+def patched_dataset(compact: Compact, patches: PatchPlan, finisher: Any, verify: VerifyPolicy) -> Any:
+    """The samples of a store of patches, filled ahead, to be filled by the batch, or with the mean colour."""
+    if patches.fills_ahead:
+        assert compact.filled is not None
+        return PackedDataset(compact.filled, finisher=finisher, verify=verify)
+    if patches.config.reconstruct == "off":
+        return open_packed(compact.info.path, finisher=finisher, verify=verify)
+    samples = open_packed(compact.info.path, verify=verify, patches="packed")
+    return UnfilledDataset(samples, tuple(samples.attributes["image_place"]), finisher)
 
 
 def cut_down(settings: LoaderSettings, compact: Compact) -> LoaderSettings:

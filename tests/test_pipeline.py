@@ -74,8 +74,8 @@ def test_one_line_says_what_is_computed_and_why(tmp_path, caplog):
 def parts_of(tmp_path, dataset=None, config=None, **more):
     plan = make_plan(dataset or photos(40), config or settings(), encoder=(TwoNumbers(), to_tensor), **more)
     memory = Cache(tmp_path).memory
-    source, encoder = source_identity(plan, memory, full=True), plan.encoder.identity(memory)
-    return station_parts(plan, source, encoder)
+    source, identities = source_identity(plan, memory, full=True), plan.identities(memory)
+    return station_parts(plan, source, identities)
 
 
 def test_keys_hold_what_changes_the_result_and_nothing_else(tmp_path):

@@ -111,7 +111,7 @@ def score_images(
 def split_scores(scores: Tensor, sizes: Tensor, patch_size: int) -> list[Tensor]:
     """The inverse of the concatenation in `score_images`: for every image a view [L_i]."""
     counts = [Grid(height, width, patch_size).num_patches for height, width in sizes.tolist()]
-    return list(scores.split(counts)) if counts else []
+    return list(torch.split(scores, counts)) if counts else []
 
 
 def _read_all(images: _Images, num_workers: int) -> Iterator[_Read]:

@@ -31,7 +31,7 @@ from dq_lightning.store.misses import describe_change
 
 logger = logging.getLogger("dq_lightning")
 
-STATIONS = ("1-features", "2-bins", "3-selection", "5-store")
+STATIONS = ("1-features", "2-bins", "3-selection", "4-patches", "5-store", "6-filled")
 STALE_SECONDS = 24 * 3600.0
 # a temp folder of another host, whose processes cannot be asked about
 FOREIGN_STALE_SECONDS = 7 * 24 * 3600.0

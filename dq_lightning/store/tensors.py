@@ -150,3 +150,14 @@ def read_selection(folder: Path, *, verify: VerifyPolicy = "size") -> Selection:
     """The inverse of `write_selection`; StoreError when damaged."""
     tensors, _ = _expect(folder, verify, "index", "bin")
     return Selection(tensors["index"], tensors["bin"])
+
+
+def write_scores(folder: Path, scores: Tensor, sizes: Tensor) -> None:
+    """Scores of patches as `scores` and `sizes`."""
+    write_tensor_folder(folder, {"scores": scores, "sizes": sizes}, {})
+
+
+def read_scores(folder: Path, *, verify: VerifyPolicy = "size") -> tuple[Tensor, Tensor]:
+    """The inverse of `write_scores`; StoreError when damaged."""
+    tensors, _ = _expect(folder, verify, "scores", "sizes")
+    return tensors["scores"], tensors["sizes"]

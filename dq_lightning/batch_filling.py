@@ -1,0 +1,150 @@
+"""Filling on the device of the training: loaders deliver images with holes and their masks, the transfer hook fills them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from dq_lightning.errors import ConfigError, PatchError
+from dq_lightning.filling import Filler
+from dq_lightning.patch_plan import PatchPlan
+from dq_lightning.sources.items import at, with_value
+from dq_lightning.store.patched import unpack_image
+from dq_lightning.store.reader import PackedDataset
+
+# of the dict that travels from a worker to the hook
+BATCH, MASKS = "dq_lightning_batch", "dq_lightning_masks"
+
+Place = tuple[str | int, ...]
+
+
+class UnfilledDataset(Dataset[Any]):
+    """The samples of a store of patches with their image as uint8 tensor [C, H, W], dropped patches in the mean colour.
+
+    Each comes as a dict with the sample under `BATCH` and the mask of its patches, bool [L], under `MASKS`.
+
+    Args:
+        samples: delivers packed images, all of one size.
+        place: of the image in a sample.
+        finisher: called with (position, sample); leaves the image as it is.
+
+    Raises:
+        PatchError: the images differ in size.
+    """
+
+    def __init__(self, samples: PackedDataset, place: Place, finisher: Callable[[int, Any], Any] | None = None) -> None:
+        if not samples.attributes["one_size"]:
+            raise PatchError(
+                'reconstruct="batch" needs images of one size, because a batch is filled before any transform: use '
+                'reconstruct="prepare", or let the dataset give images of one size'
+            )
+        self.samples, self.place, self.finisher = samples, place, finisher
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        sample = self.samples[position]
+        pixels, mask = unpack_image(at(sample, self.place))
+        image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        sample = with_value(sample, self.place, image)
+        if self.finisher is not None:
+            sample = self.finisher(position, sample)
+        return {BATCH: sample, MASKS: torch.from_numpy(mask)}
+
+
+class UnfilledCollate:
+    """A collate function over the samples inside; the masks are stacked."""
+
+    def __init__(self, collate_fn: Callable[[list[Any]], Any] | None = None) -> None:
+        self.collate_fn = collate_fn or default_collate
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        return {BATCH: self.collate_fn([item[BATCH] for item in items]), MASKS: torch.stack([i[MASKS] for i in items])}
+
+
+class BatchFiller:
+    """Fills the images of a batch on their device, and transforms them.
+
+    The reconstructor is loaded at the first batch, once in each process, and never travels with a pickle.
+
+    Args:
+        patches: names the reconstructor.
+        place: of the image in a sample.
+        batch_transform: from uint8 images [B, C, H, W] to what the training takes, on the device.
+    """
+
+    def __init__(self, patches: PatchPlan, place: Place, batch_transform: Callable[[Tensor], Any]) -> None:
+        self.patches, self.place, self.batch_transform = patches, place, batch_transform
+        self._filler: tuple[str, Filler] | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> Any:
+        """The user's batch with its images filled and transformed."""
+        inside = batch[BATCH]
+        place = find_images(inside, self.place)
+        images = at(inside, place)
+        device = str(images.device)
+        if self._filler is None or self._filler[0] != device:
+            self._filler = device, Filler(self.patches, device)
+        filled = self._filler[1].fill(images, batch[MASKS])
+        return with_value(inside, place, self.batch_transform(filled))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_filler": None}
+
+
+def check_batch_transform(batch_transform: Any, fills_late: bool) -> None:
+    """Raise ConfigError unless a batch transform is given just where it is needed."""
+    if fills_late and batch_transform is None:
+        raise ConfigError(
+            'reconstruct="batch" fills the images on the device, after the loader, so the dataset\'s own transform cannot run '
+            "before it: pass batch_transform=, a function of uint8 images [B, C, H, W] as of torchvision.transforms.v2, "
+            'or use reconstruct="prepare"'
+        )
+    if batch_transform is not None and not fills_late:
+        raise ConfigError(
+            'batch_transform= belongs to patches that are filled by the batch (drop_ratio= and reconstruct="batch"): here the '
+            "dataset's own transform does this"
+        )
+
+
+def is_unfilled(batch: Any) -> bool:
+    """Whether a batch comes from an `UnfilledDataset`."""
+    return isinstance(batch, dict) and batch.keys() == {BATCH, MASKS}
+
+
+def find_images(batch: Any, place: Place) -> Place:
+    """Where in a collated batch the images uint8 [B, C, H, W] are: at the place of a sample's image, or anywhere else.
+
+    Raises:
+        PatchError: there are none, or several.
+    """
+    try:
+        if _is_images(at(batch, place)):
+            return place
+    except (KeyError, IndexError, TypeError):
+        pass  # the collate function changed the structure
+    found = _image_places(batch)
+    if len(found) != 1:
+        raise PatchError(
+            f"the collate function gives {len(found)} tensors uint8 [B, C, H, W], so the images to fill are not known: let "
+            "it stack the images of the samples and leave them uint8"
+        )
+    return found[0]
+
+
+def _is_images(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.uint8 and value.ndim == 4
+
+
+def _image_places(value: Any, prefix: Place = ()) -> list[Place]:
+    if _is_images(value):
+        return [prefix]
+    children: Any = ()
+    if isinstance(value, Mapping):
+        children = value.items()
+    elif isinstance(value, tuple | list):
+        children = enumerate(value)
+    return [place for key, child in children for place in _image_places(child, (*prefix, key))]

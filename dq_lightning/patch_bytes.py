@@ -1,0 +1,94 @@
+"""What a store of patches is compared with: bytes of the same samples elsewhere."""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from dq_lightning.patching import image_place, patches_of, whole_leaf
+from dq_lightning.plan import Plan
+from dq_lightning.records import PatchChoice, Selection
+from dq_lightning.sources.items import at, evenly_spaced
+
+MEASURED_SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class PatchFacts:
+    """What a store of patches is compared with; see `StoreInfo`.
+
+    Attributes:
+        patch_size: P in pixels.
+        image_size: (height, width) of a typical image.
+        keep_ratio: share of the patches that is stored.
+        original_bytes: of the same samples as their owner stores them.
+        source_bytes: of the whole dataset.
+        unpatched_bytes: of the same samples, whole, in the same codec.
+    """
+
+    patch_size: int
+    image_size: tuple[int, int]
+    keep_ratio: float
+    original_bytes: int
+    source_bytes: int
+    unpatched_bytes: int
+
+
+def measure_bytes(plan: Plan, selection: Selection, choice: PatchChoice) -> PatchFacts:
+    """What the same samples and the whole dataset take elsewhere.
+
+    Complexity: one look at every file of a folder; else, and for the whole images, at most 1,000 samples are read.
+    """
+    patches, place = patches_of(plan), image_place(plan)
+    kept, whole = selection.index.tolist(), len(plan.source)
+    tried = [kept[place] for place in evenly_spaced(len(kept), MEASURED_SAMPLES)]
+    unpatched = 0
+    for position in tried:
+        leaf = whole_leaf(plan, position, plan.source.plain(position), place)
+        unpatched += plain_bytes(leaf, patches.codec, patches.config.quality)
+    return PatchFacts(
+        patch_size=patches.patch_size,
+        image_size=patches.image_size,
+        keep_ratio=choice.keep_ratio,
+        original_bytes=_owner_bytes(plan, kept),
+        source_bytes=_owner_bytes(plan, range(whole)),
+        unpatched_bytes=round(unpatched * len(kept) / max(1, len(tried))),
+    )
+
+
+def plain_bytes(leaf: Any, codec: str, quality: int) -> int:
+    """Bytes of a whole image as a plain file of a codec, as Pillow writes it by default."""
+    if codec == "raw":
+        return int(np.asarray(leaf).nbytes)
+    image = leaf if isinstance(leaf, Image.Image) else _as_pil(leaf)
+    buffer = io.BytesIO()
+    image.save(buffer, codec.upper(), **({} if codec == "png" else {"quality": quality}))
+    return len(buffer.getvalue())
+
+
+def _as_pil(leaf: Any) -> Image.Image:
+    pixels = leaf.numpy() if isinstance(leaf, Tensor) else leaf
+    if isinstance(leaf, Tensor) and pixels.ndim == 3:
+        pixels = pixels.transpose(1, 2, 0)
+    return Image.fromarray(
+        pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else np.ascontiguousarray(pixels)
+    )
+
+
+def _owner_bytes(plan: Plan, positions: Sequence[int]) -> int:
+    """Bytes of samples as their owner stores them: files, encoded bytes, or raw pixels."""
+    source: Any = plan.source
+    path: Callable[[int], str | None] = getattr(source, "path", lambda _: None)
+    if len(positions) and path(positions[0]) is not None:
+        return sum(Path(str(path(position))).stat().st_size for position in positions)
+    tried = [positions[place] for place in evenly_spaced(len(positions), MEASURED_SAMPLES)]
+    place, total = image_place(plan), 0
+    for position in tried:
+        encoded = source.encoded(position)
+        total += len(encoded.data) if encoded is not None else np.asarray(at(source.plain(position), place)).nbytes
+    return round(total * len(positions) / max(1, len(tried)))

@@ -1,0 +1,146 @@
+"""A compact set as training set: nothing but its folder is needed, on this machine or another."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dq_lightning.compact import open_compact, open_packed
+from dq_lightning.config import PatchConfig, Reconstruct, VerifyPolicy
+from dq_lightning.errors import CacheError, ConfigError
+from dq_lightning.filling import write_filled
+from dq_lightning.inner import is_datamodule
+from dq_lightning.logs import get_logger
+from dq_lightning.patch_plan import PatchPlan, make_patch_plan
+from dq_lightning.plan import FILLED, filled_parts
+from dq_lightning.sources.adapt import as_source
+from dq_lightning.sources.strip import KEEP
+from dq_lightning.store.cache import Cache
+from dq_lightning.store.manifest import read_manifest
+from dq_lightning.store.reader import PackedDataset
+from dq_lightning.train_set import (
+    BuildOptions,
+    DataModuleTrainSet,
+    DatasetTrainSet,
+    Opened,
+    TrainSet,
+    filled_late,
+    patched_dataset,
+)
+from dq_lightning.wanted import Wanted
+
+
+@dataclass(frozen=True)
+class StoreFolder:
+    """A compact set by its folder.
+
+    Attributes:
+        path: of the entry.
+        reconstruct: when dropped patches are filled; None for what it was made with.
+    """
+
+    path: Path
+    reconstruct: Reconstruct | None = None
+
+
+class StoreTrainSet:
+    """A packed store; with patches that are filled ahead, the filled images are made in the cache."""
+
+    def __init__(self, folder: StoreFolder, wanted: Wanted, verify: VerifyPolicy) -> None:
+        self._path, self._wanted, self._reconstruct = folder.path, wanted, folder.reconstruct
+        self._samples = open_packed(self._path, verify=verify)
+        self._patches = self._patch_plan()
+
+    @property
+    def fills_late(self) -> bool:
+        return filled_late(self._patches) is not None
+
+    def prepare(self, cache: Cache, options: BuildOptions) -> None:
+        patches = self._patches
+        if patches is None or not patches.fills_ahead:
+            return
+        assert patches.reconstructor is not None
+        resolved = replace(patches, reconstructor=patches.reconstructor.resolve(cache.memory))
+
+        def write(folder: Path) -> None:
+            get_logger().info(f"filling the dropped patches of {len(self._samples):,} samples of {self._path}")
+            write_filled(folder, self._path, resolved, device=options.device, progress=options.progress)
+
+        cache.build(FILLED, self._filled_parts(resolved, cache), write, force=options.force)
+
+    def open(self, cache: Cache) -> Opened:
+        compact = open_compact(self._path, verify=cache.verify)
+        finisher, patches = self._finisher(compact.config), self._patches
+        if patches is None:
+            dataset = (
+                self._samples if finisher is None else open_packed(self._path, finisher=finisher, verify=cache.verify)
+            )
+            return Opened(compact, dataset)
+        if patches.fills_ahead:
+            filled = cache.find(FILLED, self._filled_parts(patches, cache))
+            if filled is None:
+                raise CacheError(
+                    f"the filled images of {self._path} are not in {cache.root}: prepare_data makes them; on several nodes "
+                    "pass a shared cache_dir=, or set prepare_data_per_node=True"
+                )
+            compact = replace(compact, filled=filled)
+        return Opened(compact, patched_dataset(compact, patches, finisher, cache.verify), patches=filled_late(patches))
+
+    def num_classes(self) -> int | None:
+        return open_compact(self._path).info.num_classes
+
+    def _patch_plan(self) -> PatchPlan | None:
+        compact = open_compact(self._path, verify="off")
+        if compact.patches is None:
+            return None
+        config = PatchConfig.from_dict(compact.config["patches"])
+        wanted = self._wanted
+        # what filled the dropped patches where the store was made is asked for anew: a path of another machine means nothing
+        given = wanted.config.patches
+        config = replace(
+            config,
+            # a classifier is no longer needed
+            saliency="random",
+            reconstruct=self._reconstruct or config.reconstruct,
+            reconstructor=given.reconstructor if given.reconstructor != "auto" else config.reconstructor,
+            patch_size=compact.patches.patch_size,
+        )
+        height, width = compact.patches.image_size
+        return make_patch_plan(config, (height, width), reconstructor=wanted.reconstructor)
+
+    def _filled_parts(self, patches: PatchPlan, cache: Cache) -> dict[str, Any]:
+        assert patches.reconstructor is not None
+        identity = patches.reconstructor.identity(cache.memory)
+        if identity is None:
+            raise CacheError(
+                f"the identity of {patches.reconstructor.name} is not known in {cache.root}: run prepare_data"
+            )
+        return filled_parts(read_manifest(self._path)["parts"], identity)
+
+    def _finisher(self, config: dict[str, Any]) -> Any:
+        """What applies the transforms that were passed; a store holds none, so there is nothing to keep."""
+        wanted = self._wanted
+        given = [
+            None if isinstance(one, str) and one == KEEP else one for one in (wanted.transform, wanted.target_transform)
+        ]
+        if given[0] is not None and self.fills_late:
+            raise ConfigError(
+                'transform= cannot run before the filling of reconstruct="batch": pass it as batch_transform='
+            )
+        if given == [None, None]:
+            # without any there is no need to tell the image apart
+            return None
+        columns = {name: config.get(name) for name in ("image_column", "label_column")}
+        samples = PackedDataset(self._path, verify=self._samples.verify)
+        source = as_source(samples, transform=given[0], target_transform=given[1], **columns)
+        return source.finisher(torch.arange(len(samples)))
+
+
+def make_train_set(train: Any, wanted: Wanted, verify: VerifyPolicy) -> TrainSet:
+    """Decide what `train` is: a data module, the folder of a packed set, or a dataset."""
+    if is_datamodule(train):
+        return DataModuleTrainSet(train, wanted)
+    if isinstance(train, str | Path):
+        train = StoreFolder(Path(train))
+    return StoreTrainSet(train, wanted, verify) if isinstance(train, StoreFolder) else DatasetTrainSet(train, wanted)

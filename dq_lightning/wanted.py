@@ -1,0 +1,119 @@
+"""What a user asked for, from the keywords of a data module and its config."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dq_lightning.config import QuantizeConfig, StoreKind, with_short_forms
+from dq_lightning.errors import ConfigError
+from dq_lightning.plan import Plan, make_plan
+from dq_lightning.sources.strip import KEEP
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asked for, apart from the data.
+
+    Attributes:
+        config: every setting.
+        encoder: a module, or `(module, preprocessing)`; None takes the config's name.
+        labels: as in `quantize`.
+        transform: `"keep"` or a replacement; so is `target_transform`.
+        fingerprint: identity of the data in place of their digest.
+        seed: of the random state in which a wrapped data module makes its split.
+        classifier: a network in place of the config's name.
+        reconstructor: likewise.
+    """
+
+    config: QuantizeConfig
+    encoder: Any = None
+    labels: Any = None
+    transform: Any = "keep"
+    target_transform: Any = "keep"
+    fingerprint: str | None = None
+    seed: int = 0
+    classifier: Any = None
+    reconstructor: Any = None
+
+    @property
+    def fills_late(self) -> bool:
+        """Whether images are filled batch by batch."""
+        patches = self.config.patches
+        return patches.drops and patches.reconstruct == "batch"
+
+    def plan(self, dataset: Any) -> Plan:
+        """The flow over a dataset, nothing computed."""
+        return make_plan(
+            dataset,
+            self.config,
+            encoder=self.encoder,
+            classifier=self.classifier,
+            reconstructor=self.reconstructor,
+            labels=self.labels,
+            transform=self.transform,
+            target_transform=self.target_transform,
+            fingerprint=self.fingerprint,
+        )
+
+
+def want(
+    *,
+    config: QuantizeConfig | None,
+    keep_ratio: float,
+    num_bins: int,
+    seed: int,
+    store: StoreKind,
+    encoder: Any,
+    labels: Any,
+    transform: Any,
+    target_transform: Any,
+    fingerprint: str | None,
+    drop_ratio: float = 0.0,
+    classifier: Any = None,
+    reconstructor: Any = None,
+) -> Wanted:
+    """Put the keywords of a data module and its config together.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    short_forms: dict[str, Any] = {
+        "selection.keep_ratio": keep_ratio,
+        "selection.seed": seed,
+        "bins.num_bins": num_bins,
+        "patches.drop_ratio": drop_ratio,
+        "store": store,
+    }
+    named = isinstance(encoder, str | Path)
+    if named:
+        short_forms["features.encoder"] = str(encoder)
+    for name, value in (("classifier", classifier), ("reconstructor", reconstructor)):
+        if isinstance(value, str | Path):
+            short_forms[f"patches.{name}"] = str(value)
+    config = with_short_forms(config, short_forms)
+    return Wanted(
+        config,
+        encoder=None if named else encoder,
+        labels=labels,
+        transform=transform,
+        target_transform=target_transform,
+        fingerprint=fingerprint,
+        seed=config.selection.seed,
+        classifier=None if isinstance(classifier, str | Path) else classifier,
+        reconstructor=None if isinstance(reconstructor, str | Path) else reconstructor,
+    )
+
+
+def without_transform(wanted: Wanted) -> Wanted:
+    """The same wishes with no image transform where images are filled batch by batch.
+
+    Raises:
+        ConfigError: one was passed.
+    """
+    if not wanted.fills_late:
+        return wanted
+    if not (isinstance(wanted.transform, str) and wanted.transform == KEEP):
+        raise ConfigError(
+            'transform= cannot run before the filling of reconstruct="batch": pass it as batch_transform='
+        )
+    return replace(wanted, transform=None)
