@@ -106,10 +106,10 @@ def encode_image(image: Image.Image, encoded: EncodedImage | None) -> tuple[list
         try:
             bare.save(buffer, "PNG")
         except (OSError, ValueError, TypeError):
-            return _raw(image)
+            return raw_image(image)
         if _decodes_to(image, buffer.getvalue(), "hf"):
             return ["e", "hf"], buffer.getvalue()
-    return _raw(image)
+    return raw_image(image)
 
 
 def _decodes_to(image: Image.Image, data: bytes, decoder: str) -> bool:
@@ -119,7 +119,12 @@ def _decodes_to(image: Image.Image, data: bytes, decoder: str) -> bool:
         return False
 
 
-def _raw(image: Image.Image) -> tuple[list[Any], bytes]:
+def raw_image(image: Image.Image) -> tuple[list[Any], bytes]:
+    """Facts and bytes of an image as its pixels.
+
+    Raises:
+        StoreError: a mode that Pillow itself cannot give bytes of.
+    """
     if image.mode not in MODE_BITS:
         raise StoreError(f'a Pillow image of mode {image.mode!r} cannot be stored: convert it, or use store="indices"')
     palette = _palette(image)

@@ -5,7 +5,9 @@ Files of a store of M samples (all integers little-endian):
     index.npy int64 [M]   bin.npy int16 [M]   the selection
     ids.bin, id_offsets.npy int64 [M + 1]     names of the samples, UTF-8
     column-J.npy [M, ...]                     leaf J of every sample, for leaves of fixed width
-    values.bin, value_offsets.npy int64 [M + 1]   everything else: see `store/values.py`
+    values.bin, value_offsets.npy int64 [M + 1]   for each sample its patched images of varying length, each after its length
+                                              as uvarint (0: it is among the rest), see `store/patch_stream.py`; then the
+                                              rest, see `store/values.py`
     checksums.npy uint32 [M]                  crc32 over a sample's columns and values, started with its position
     store.json                                tree, columns, attributes, and size and sha256 of every file; it seals itself
 """
@@ -25,15 +27,29 @@ from PIL import Image
 from torch import Tensor
 
 from dq_lightning.errors import StoreError
+from dq_lightning.patch_records import PatchedImage
 from dq_lightning.records import EncodedImage
 from dq_lightning.store import files
-from dq_lightning.store.columns import VALUE_KIND, Leaf, Tree, describe_leaf, leaf_bytes, leaves_of, plan, tree_to_json
+from dq_lightning.store.columns import (
+    STREAM_KIND,
+    VALUE_KIND,
+    Leaf,
+    fits,
+    leaf_bytes,
+    leaf_to_json,
+    plan,
+)
 from dq_lightning.store.npy import npy_header
+from dq_lightning.store.patch_stream import uvarint, write_stream
+from dq_lightning.store.patched import patched_images
+from dq_lightning.store.trees import Tree, leaves_of, tree_to_json
 from dq_lightning.store.values import encode_value
 
 STORE_FILE = "store.json"
 FORMAT = "dq_lightning packed"
-FORMAT_VERSION = 1
+# 2 has patched images; a store without any is still written as 1
+FORMAT_VERSION = 2
+VERSION_WITHOUT_PATCHES = 1
 # the samples that decide what is a column: enough to see the rule, bounded in memory
 LOOK_AHEAD_SAMPLES = 64
 LOOK_AHEAD_BYTES = 64 << 20
@@ -49,17 +65,19 @@ def write_packed(
     index: Tensor,
     bins: Tensor,
     attributes: dict[str, Any],
+    raw_images: bool = False,
 ) -> None:
     """Write samples, one after the other, in memory independent of their number.
 
     Args:
         folder: empty or not there yet.
         items: M pairs (sample, its image's original bytes or None). A sample is any tree of tuples, lists and dicts
-            over None, bool, int, float, complex, str, bytes, numpy and torch values, and Pillow images.
+            over None, bool, int, float, complex, str, bytes, numpy and torch values, Pillow images and `PatchedImage`.
         ids: M names.
         index: int64 [M], positions in the source.
         bins: int16 [M].
         attributes: plain JSON, kept as it is.
+        raw_images: write Pillow images of any size as raw pixels, which are the fastest to read and the largest.
 
     Raises:
         StoreError: counts that differ, or a value that cannot be stored unchanged.
@@ -74,7 +92,7 @@ def write_packed(
     except (TypeError, ValueError) as error:
         raise StoreError(f"attributes must be plain JSON: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
-    writer = _StoreWriter(folder, num_samples)
+    writer = _StoreWriter(folder, num_samples, raw_images)
     writer.samples(items)
     writer.small_array("index", index.to(torch.int64).numpy().astype("<i8"))
     writer.small_array("bin", bins.to(torch.int16).numpy().astype("<i2"))
@@ -84,24 +102,29 @@ def write_packed(
 
 def estimate_bytes(items: Iterable[Item], num_samples: int) -> int:
     """About how many bytes a store of `num_samples` takes, from a few of its items."""
-    sizes = [len(encoded.data) if encoded is not None else _rough_bytes(sample) for sample, encoded in items]
+    sizes = [
+        len(encoded.data) if encoded is not None and not patched_images(sample) else _rough_bytes(sample)
+        for sample, encoded in items
+    ]
     return sum(sizes) * num_samples // max(1, len(sizes))
 
 
 class _StoreWriter:
     """Files and facts of the store being written."""
 
-    def __init__(self, folder: Path, num_samples: int) -> None:
+    def __init__(self, folder: Path, num_samples: int, raw_images: bool) -> None:
         self.folder = folder
         self.num_samples = num_samples
+        self.raw_images = raw_images
         self.files: dict[str, dict[str, Any]] = {}
         self.tree = Tree("leaf", 0)
         self.leaves: list[Leaf] = []
+        self.version = VERSION_WITHOUT_PATCHES
 
     def samples(self, items: Iterable[Item]) -> None:
         stream = iter(items)
         first = list(_look_ahead(stream))
-        self.tree, self.leaves = plan([sample for sample, _ in first])
+        self.tree, self.leaves = plan([sample for sample, _ in first], self.raw_images)
         offsets = np.zeros(self.num_samples + 1, "<i8")
         checksums = np.zeros(self.num_samples, "<u4")
         count = 0
@@ -133,7 +156,7 @@ class _StoreWriter:
         self.small_array("checksums", checksums)
 
     def _open_column(self, stack: ExitStack, number: int, leaf: Leaf) -> files.Writer | None:
-        if leaf.kind in (VALUE_KIND, "none"):
+        if leaf.kind in (VALUE_KIND, STREAM_KIND, "none"):
             return None
         column = stack.enter_context(files.Writer(self.folder / f"column-{number}.npy"))
         dtype, shape = leaf.column_type()
@@ -143,12 +166,20 @@ class _StoreWriter:
     def _encode(self, sample: Any, encoded: EncodedImage | None) -> tuple[list[bytes], bytes]:
         """A sample's row in each column, and everything the columns do not hold."""
         found = leaves_of(sample, self.tree)
+        if self.version == VERSION_WITHOUT_PATCHES and patched_images(sample):
+            self.version = FORMAT_VERSION
         if found is None:
-            return [bytes(leaf.row_bytes) for leaf in self.leaves], encode_value({"whole": sample}, encoded)
-        rows, beside, first_image = [], {}, True
+            no_streams = bytes(sum(leaf.kind == STREAM_KIND for leaf in self.leaves))
+            value = no_streams + encode_value({"whole": sample}, encoded, self.raw_images)
+            return [bytes(leaf.row_bytes) for leaf in self.leaves], value
+        rows, streams, beside, first_image = [], b"", {}, True
         for number, (value, leaf) in enumerate(zip(found, self.leaves, strict=True)):
-            image = isinstance(value, Image.Image)
-            if leaf.kind != VALUE_KIND and describe_leaf(value) == leaf:
+            image = isinstance(value, Image.Image | PatchedImage)
+            fitting = fits(value, leaf, self.raw_images)
+            if leaf.kind == STREAM_KIND:
+                stream = write_stream(value, leaf.shared) if fitting else b""
+                streams += uvarint(len(stream)) + stream
+            if fitting:
                 rows.append(leaf_bytes(value, leaf))
                 # the bytes belong to the first image, which needs none
                 encoded = None if image and first_image else encoded
@@ -156,7 +187,7 @@ class _StoreWriter:
                 rows.append(bytes(leaf.row_bytes))
                 beside[number] = value
             first_image = first_image and not image
-        return rows, encode_value(beside, encoded) if beside else b""
+        return rows, streams + (encode_value(beside, encoded, self.raw_images) if beside else b"")
 
     def small_array(self, name: str, values: Any) -> None:
         """An array that is verified by its digest whenever the store is opened."""
@@ -178,10 +209,10 @@ class _StoreWriter:
     def finish(self, attributes: dict[str, Any]) -> None:
         description = {
             "format": FORMAT,
-            "version": FORMAT_VERSION,
+            "version": self.version,
             "num_samples": self.num_samples,
             "tree": tree_to_json(self.tree),
-            "columns": [{"kind": leaf.kind, "dtype": leaf.dtype, "shape": list(leaf.shape)} for leaf in self.leaves],
+            "columns": [leaf_to_json(leaf) for leaf in self.leaves],
             "files": self.files,
             "attributes": attributes,
         }
@@ -207,6 +238,8 @@ def _rough_bytes(value: Any) -> int:
         return 4 * value.size[0] * value.size[1]
     if isinstance(value, EncodedImage):
         return len(value.data)
+    if isinstance(value, PatchedImage):
+        return len(value.mask) + len(value.data)
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     return value.nbytes if isinstance(value, np.ndarray) else sys.getsizeof(value)

@@ -11,7 +11,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,40 +20,21 @@ from torch.utils.data import Dataset
 from dq_lightning.config import VerifyPolicy
 from dq_lightning.errors import DQError, StoreError
 from dq_lightning.fields import check_choice
+from dq_lightning.patch_records import PatchedImage
 from dq_lightning.store import files
-from dq_lightning.store.columns import VALUE_KIND, leaf_from_json, leaf_reader, tree_builder, tree_from_json
-from dq_lightning.store.manifest import Damage, check_file, is_plain_name
+from dq_lightning.store.columns import STREAM_KIND, VALUE_KIND, leaf_from_json, leaf_reader
+from dq_lightning.store.description import SMALL_FILES, check_description
+from dq_lightning.store.manifest import Damage, check_file
+from dq_lightning.store.names import Names
 from dq_lightning.store.npy import npy_header
-from dq_lightning.store.packed import FORMAT, FORMAT_VERSION, STORE_FILE
+from dq_lightning.store.packed import FORMAT_VERSION, STORE_FILE
+from dq_lightning.store.patch_stream import facts_of, take_streams
+from dq_lightning.store.patched import map_patched, mean_filled, patched_images
 from dq_lightning.store.tensors import TENSORS_FILE
+from dq_lightning.store.trees import tree_builder, tree_from_json
 from dq_lightning.store.values import decode_value
 
-MAX_SAMPLES = 1 << 32
-# verified whenever the store is opened
-SMALL_FILES = ("index.npy", "bin.npy", "id_offsets.npy", "ids.bin", "value_offsets.npy", "checksums.npy")
-
-
-class Names(Sequence[str]):
-    """The ids of the samples: text without a Python object for each."""
-
-    def __init__(self, data: memoryview, offsets: memoryview) -> None:
-        self._data = data
-        self._offsets = offsets
-
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    @overload
-    def __getitem__(self, position: int) -> str: ...
-
-    @overload
-    def __getitem__(self, position: slice) -> list[str]: ...
-
-    def __getitem__(self, position: int | slice) -> str | list[str]:
-        if isinstance(position, slice):
-            return [self[i] for i in range(*position.indices(len(self)))]
-        at = range(len(self))[position]
-        return bytes(self._data[self._offsets[at] : self._offsets[at + 1]]).decode(errors="surrogatepass")
+Patches = Literal["mean", "packed"]
 
 
 class PackedDataset(Dataset[Any]):
@@ -65,12 +46,14 @@ class PackedDataset(Dataset[Any]):
         bin: int16 [M], the bin of each sample.
         ids: names of the samples.
         attributes: what the writer kept.
+        has_patches: whether images may have lost patches.
     """
 
     index: Tensor
     bin: Tensor
     ids: Sequence[str]
     attributes: dict[str, Any]
+    has_patches: bool
 
     def __init__(
         self,
@@ -78,6 +61,7 @@ class PackedDataset(Dataset[Any]):
         *,
         finisher: Callable[[int, Any], Any] | None = None,
         verify: VerifyPolicy = "size",
+        patches: Patches = "mean",
     ) -> None:
         """Open a store.
 
@@ -86,14 +70,18 @@ class PackedDataset(Dataset[Any]):
             finisher: called with (position, sample); its answer is delivered.
             verify: "size": sizes and small files when opened, each sample's checksum when read; "hash": whole files when
                 opened, too; "off": nothing but what keeps memory bounded.
+            patches: where patches were dropped, deliver the image as its owner had it, with the mean colour there ("mean"), or
+                the `PatchedImage` itself ("packed").
 
         Raises:
             StoreError: no store, damaged, or of another format.
         """
         check_choice("PackedDataset", "verify", verify, VerifyPolicy)
+        check_choice("PackedDataset", "patches", patches, Patches)
         self.path = Path(path).absolute()
         self.finisher = finisher
         self.verify: VerifyPolicy = verify
+        self.patches: Patches = patches
         self._open()
 
     def _open(self) -> None:
@@ -104,7 +92,8 @@ class PackedDataset(Dataset[Any]):
             )
         try:
             description = files.read_sealed(self.path / STORE_FILE)
-            self._check_description(description)
+            self._num_samples, self.attributes = check_description(self.path, description)
+            self.has_patches = description["version"] == FORMAT_VERSION
             small = {name: self._read_small(name, description["files"][name]) for name in SMALL_FILES}
             if self.verify == "hash":
                 for name, facts in description["files"].items():
@@ -119,29 +108,6 @@ class PackedDataset(Dataset[Any]):
     def _advice(self, reason: str) -> str:
         remedy = "A store in the cache is made again by the next run; copy any other one anew"
         return f"the packed store {self.path} cannot be used: {reason}. {remedy}"
-
-    def _check_description(self, description: dict[str, Any]) -> None:
-        if description.get("format") != FORMAT or description.get("version") != FORMAT_VERSION:
-            seen = f"{description.get('format')!r:.40} version {description.get('version')!r:.40}"
-            raise Damage(f"it is {seen}, this package reads {FORMAT!r} version {FORMAT_VERSION}")
-        count, listed, attributes = (description.get(name) for name in ("num_samples", "files", "attributes"))
-        if (
-            type(count) is not int
-            or not 0 <= count < MAX_SAMPLES
-            or not isinstance(listed, dict)
-            or not isinstance(attributes, dict)
-        ):
-            raise Damage("store.json lacks num_samples, files or attributes")
-        for name, facts in listed.items():
-            whole = isinstance(facts, dict) and type(facts.get("size")) is int and isinstance(facts.get("sha256"), str)
-            if not is_plain_name(name) or not whole:
-                raise Damage(f"store.json names {name!r:.80}, which is not a plain file with size and sha256")
-            check_file(self.path, name, facts, hashed=False)
-        missing = {*SMALL_FILES, "values.bin"} - set(listed)
-        if missing:
-            raise Damage(f"store.json does not name {', '.join(sorted(missing))}")
-        self._num_samples = count
-        self.attributes = attributes
 
     def _read_small(self, name: str, facts: dict[str, Any]) -> memoryview:
         check_file(self.path, name, facts, hashed=self.verify != "off")
@@ -171,10 +137,16 @@ class PackedDataset(Dataset[Any]):
         self._build = tree_builder(tree_from_json(description.get("tree"), len(leaves)))
         self._readers = [leaf_reader(leaf) for leaf in leaves]
         self._value_leaves = [number for number, leaf in enumerate(leaves) if leaf.kind == VALUE_KIND]
+        # number of the leaf, what all images of the stream have in common
+        self._streams = [
+            (number, facts_of(leaf.dtype, leaf.shape[0]), leaf.shared)
+            for number, leaf in enumerate(leaves)
+            if leaf.kind == STREAM_KIND
+        ]
         # number of the leaf, rows of all samples, bytes of one row, reader
         self._columns: list[tuple[int, memoryview, int, Callable[[Any], Any]]] = []
         for number, leaf in enumerate(leaves):
-            if leaf.kind in (VALUE_KIND, "none"):
+            if leaf.kind in (VALUE_KIND, STREAM_KIND, "none"):
                 continue
             name = f"column-{number}.npy"
             dtype, shape = leaf.column_type()
@@ -202,14 +174,35 @@ class PackedDataset(Dataset[Any]):
     def __len__(self) -> int:
         return self._num_samples
 
-    def __getitem__(self, position: int) -> Any:
+    def _position(self, position: int) -> int:
         at = operator.index(position)
         if at < 0:
             at += self._num_samples
         if not 0 <= at < self._num_samples:
             raise IndexError(f"position {position} of {self._num_samples} samples")
+        return at
+
+    def __getitem__(self, position: int) -> Any:
+        at = self._position(position)
         sample = self._read(at)
+        if self.has_patches and self.patches == "mean":
+            try:
+                sample = map_patched(sample, mean_filled)
+            except StoreError as error:
+                raise StoreError(self._advice(f"the patches of sample {at} ({self.ids[at]}): {error}")) from error
         return sample if self.finisher is None else self.finisher(at, sample)
+
+    def patched(self, position: int) -> PatchedImage:
+        """The kept patches of a sample's first image that lost some, without the finisher.
+
+        Raises:
+            StoreError: no image of this sample was stored by patches.
+        """
+        at = self._position(position)
+        found = patched_images(self._read(at))
+        if not found:
+            raise StoreError(f"sample {at} ({self.ids[at]}) of {self.path} has no image that was stored by patches")
+        return found[0]
 
     def __getitems__(self, positions: Sequence[int]) -> list[Any]:
         """The samples of a batch, in order; DataLoader calls this."""
@@ -234,11 +227,15 @@ class PackedDataset(Dataset[Any]):
                 raise StoreError(
                     self._advice(f"sample {at} ({self.ids[at]}) does not match its checksum{self._suspects(value)}")
                 )
-        for (number, _, _, reader), row in zip(self._columns, rows, strict=True):
-            leaves[number] = reader(row)
-        if not value and not self._value_leaves:
-            return self._build(leaves)
-        return self._with_values(at, leaves, value)
+        try:
+            for (number, _, _, reader), row in zip(self._columns, rows, strict=True):
+                leaves[number] = reader(row)
+            value, missing = take_streams(self._streams, leaves, value)
+            if not value and not self._value_leaves and not missing:
+                return self._build(leaves)
+            return self._with_values(leaves, value, missing)
+        except (StoreError, TypeError, IndexError) as error:
+            raise StoreError(self._advice(f"the value of sample {at} ({self.ids[at]}): {error}")) from error
 
     def _read_value(self, at: int, start: int, end: int) -> bytes:
         if not 0 <= start < end <= self._values_size:
@@ -250,30 +247,25 @@ class PackedDataset(Dataset[Any]):
             raise StoreError(self._advice(f"values.bin ends inside the value of sample {at}"))
         return data
 
-    def _with_values(self, at: int, leaves: list[Any], data: bytes) -> Any:
+    def _with_values(self, leaves: list[Any], data: bytes, missing: set[int]) -> Any:
         """Put the values that stand beside the columns into their places."""
-        try:
-            beside = decode_value(data)
-            if not isinstance(beside, dict):
-                raise StoreError("it is no dict")
-            if "whole" in beside:
-                return beside["whole"]
-            for number, value in beside.items():
-                leaves[number] = value
-            if not beside.keys() >= set(self._value_leaves):
-                raise StoreError("a leaf is missing")
-            return self._build(leaves)
-        except (StoreError, TypeError, IndexError) as error:
-            raise StoreError(
-                self._advice(f"the value of sample {at} ({self.ids[at]}) in values.bin: {error}")
-            ) from error
+        beside = decode_value(data)
+        if not isinstance(beside, dict):
+            raise StoreError("it is no dict")
+        if "whole" in beside:
+            return beside["whole"]
+        for number, value in beside.items():
+            leaves[number] = value
+        if not beside.keys() >= missing.union(self._value_leaves):
+            raise StoreError("a leaf is missing")
+        return self._build(leaves)
 
     def _suspects(self, value: bytes) -> str:
         names = [f"column-{number}.npy" for number, *_ in self._columns] + (["values.bin"] if value else [])
         return f" ({', '.join(names)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "finisher": self.finisher, "verify": self.verify}
+        return {"path": self.path, "finisher": self.finisher, "verify": self.verify, "patches": self.patches}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

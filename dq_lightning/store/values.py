@@ -1,7 +1,7 @@
 """A safe encoding for any value a dataset may deliver: JSON for the structure, raw bytes for the rest. PURE.
 
-Decoding builds only None, bool, int, float, complex, str, bytes, tuple, list, dict, numpy arrays and scalars, torch tensors and
-Pillow images. All sizes are checked against the bytes at hand before anything is made.
+Decoding builds only None, bool, int, float, complex, str, bytes, tuple, list, dict, numpy arrays and scalars, torch tensors,
+Pillow images and patched images. All sizes are checked against the bytes at hand before anything is made.
 
     uint32 length of the JSON | JSON | buffers, one after the other
 """
@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 from dq_lightning.errors import StoreError
+from dq_lightning.patch_records import PatchedImage
 from dq_lightning.records import EncodedImage
-from dq_lightning.store.images import decode_node, encode_image
+from dq_lightning.store.images import decode_node, encode_image, raw_image
 
 MAX_DEPTH = 64
 MAX_DIMENSIONS = 32
@@ -66,13 +67,15 @@ def tensor_from(data: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
 
 
-def encode_value(value: Any, encoded: EncodedImage | None = None) -> bytes:
+def encode_value(value: Any, encoded: EncodedImage | None = None, raw_images: bool = False) -> bytes:
     """Encode a value; the first image uses the `encoded` bytes when they decode to just its pixels.
+
+    With `raw_images` all images are written as their pixels.
 
     Raises:
         StoreError: a value that cannot be stored; the message names its place and type.
     """
-    encoder = _Encoder(encoded)
+    encoder = _Encoder(encoded, raw_images)
     text = json.dumps(encoder.node(value, "item", 0), separators=(",", ":")).encode()
     return b"".join([struct.pack("<I", len(text)), text, *encoder.buffers])
 
@@ -111,8 +114,9 @@ def decode_value(data: Any) -> Any:
 class _Encoder:
     """Collects the raw buffers while it turns values into JSON nodes."""
 
-    def __init__(self, encoded: EncodedImage | None) -> None:
+    def __init__(self, encoded: EncodedImage | None, raw_images: bool) -> None:
         self.encoded = encoded
+        self.raw_images = raw_images
         self.buffers: list[bytes] = []
 
     def _keep(self, data: bytes) -> int:
@@ -153,9 +157,12 @@ class _Encoder:
             name = str(value.dtype).removeprefix("torch.")
             return ["T", name, list(value.shape), self._keep(tensor_bytes(value))]
         if isinstance(value, Image.Image):
-            facts, data = encode_image(value, self.encoded)
+            facts, data = raw_image(value) if self.raw_images else encode_image(value, self.encoded)
             self.encoded = None
             return ["p", facts, self._keep(data)]
+        if isinstance(value, PatchedImage):
+            facts = [value.height, value.width, value.mode, value.layout, value.patch_size, value.codec]
+            return ["q", facts, self._keep(value.mask), self._keep(value.data)]
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise StoreError(
             f"{place} is a {kind}, which a packed store cannot hold unchanged: deliver plain numbers, text, arrays, tensors "
@@ -226,6 +233,11 @@ class _Decoder:
     def _image(self, node: list[Any], _: int) -> Image.Image:
         return decode_node(node[1], self._take(node[2]))
 
+    def _patched(self, node: list[Any], _: int) -> PatchedImage:
+        height, width, mode, layout, patch_size, codec = node[1]
+        mask = bytes(self._take(node[2]))
+        return PatchedImage(height, width, mode, layout, patch_size, mask, codec, bytes(self._take(node[3])))
+
     _BY_TAG: dict[str, Callable[["_Decoder", list[Any], int], Any]] = {  # noqa: RUF012 (a constant)
         "i": _integer,
         "f": _float,
@@ -238,6 +250,7 @@ class _Decoder:
         "a": _array,
         "T": _tensor,
         "p": _image,
+        "q": _patched,
     }
 
 
