@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "dq_lightning"
 STATIONS = ("sources", "features", "bins", "selection", "patches", "store")
-BASE = ("errors", "records", "fields", "config", "logs", "progress", "randomness", "weights", "prompts")
+BASE = ("errors", "records", "patch_records", "fields", "config", "logs", "progress", "randomness", "weights", "prompts")
 # file or folder (relative to the package) -> modules of heavy libraries that only it may import
 DOORS = {
     "lightning": ("datamodule.py", "demo.py"),
