@@ -15,10 +15,11 @@ DOORS = {
     "lightning": ("datamodule.py", "demo.py"),
     "timm": ("features/timm_encoder.py",),
     "datasets": ("sources/hub.py", "exports.py"),
-    "transformers": ("patches/mae.py", "tokenizer.py"),
+    "transformers": ("patches/mae.py", "features/text_encoder.py", "tokenizer.py"),
+    "openai": ("features/openai_embeddings.py",),
     "pytorch_grad_cam": ("patches/package_maps.py",),
 }
-HEAVY = ("timm", "datasets", "pyarrow", "transformers", "pytorch_grad_cam", "torchvision", "lightning")
+HEAVY = ("timm", "datasets", "pyarrow", "transformers", "openai", "pytorch_grad_cam", "torchvision", "lightning")
 
 
 def imports_of(path: Path) -> list[tuple[str, bool]]:

@@ -7,17 +7,24 @@ from typing import Any
 
 from torch import nn
 
-from dq_lightning.config import Precision
+from dq_lightning.config import Precision, TextConfig
 from dq_lightning.errors import FeatureError
 from dq_lightning.features.bundled import BUNDLED_ENCODER_FILE
-from dq_lightning.features.encoders import Encoder
+from dq_lightning.features.encoders import Encoder, RowEncoder, TextEncoder
 from dq_lightning.features.isolation import isolated
+from dq_lightning.features.openai_embeddings import PREFIX as OPENAI
+from dq_lightning.features.openai_embeddings import openai_origin
 from dq_lightning.features.origins import BundledOrigin, ModuleOrigin, Origin
+from dq_lightning.features.ready_made import ReadyOrigin, is_ready_made, ready_origin
+from dq_lightning.features.text_encoder import INSTEAD as TEXT_INSTEAD
+from dq_lightning.features.text_encoder import text_origin
 from dq_lightning.records import DigestMemory
 
 AUTO_SMALL_SIDE = 64
 # ImageNet-1k weights under Apache-2.0 with a linear head, and moderate on a CPU; timm's most used network
 AUTO_PHOTO_ENCODER = "resnet50.a1_in1k"
+# small, trained on a billion sentence pairs, under Apache-2.0; the most used encoder of sentences
+AUTO_TEXT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,11 @@ class EncoderSpec:
     name: str
     description: str
     origin: Origin
+
+    @property
+    def reads_samples(self) -> bool:
+        """False for ready-made embeddings, which take the samples' place."""
+        return not isinstance(self.origin, ReadyOrigin)
 
     def identity(self, memory: DigestMemory) -> str | None:
         """Hexadecimal digest of weights, preprocessing and architecture, without loading the network.
@@ -53,7 +65,7 @@ class EncoderSpec:
         """
         return replace(self, origin=self.origin.resolve(memory))
 
-    def load(self, device: str = "auto", precision: Precision = "auto") -> Encoder:
+    def load(self, device: str = "auto", precision: Precision = "auto") -> Encoder | TextEncoder | RowEncoder:
         """The encoder on its device, frozen, in eval mode; random state and flags of the process stay as they are.
 
         Raises:
@@ -64,7 +76,12 @@ class EncoderSpec:
 
 
 def choose_encoder(
-    encoder: Any, *, weights: str | Path | None = None, image_size: tuple[int, int], modality: str = "image"
+    encoder: Any,
+    *,
+    weights: str | Path | None = None,
+    image_size: tuple[int, int] = (0, 0),
+    modality: str = "image",
+    text: TextConfig | None = None,
 ) -> EncoderSpec:
     """Decide on an encoder; nothing is loaded and no hub is asked.
 
@@ -77,18 +94,36 @@ def choose_encoder(
     | `"local-dir:FOLDER"` or a folder | a folder with timm's `config.json` and weights |
     | `nn.Module` | its own `pretrained_cfg` (timm) or `preprocess` says how images are prepared |
     | `(nn.Module, callable)` | the callable makes a tensor of one RGB image |
+    | array or tensor [N, D], `"FILE.npy"` | ready-made embeddings, of images or text |
+
+    For text:
+
+    | `encoder` | choice |
+    |---|---|
+    | `"auto"` | `sentence-transformers/all-MiniLM-L6-v2` |
+    | `"OWNER/NAME[@REVISION]"` | a transformers model on the Hugging Face hub |
+    | a folder | one with `config.json`, tokenizer and weights |
+    | `"openai:MODEL"` | OpenAI's embeddings API; the key is taken from `OPENAI_API_KEY` alone |
 
     Args:
         encoder: see the table.
         weights: local weight file for a timm name.
         image_size: (height, width) of a typical image, in pixels.
-        modality: only `"image"`.
+        modality: `"image"` or `"text"`.
+        text: pooling, normalisation and length of a text encoder.
 
     Raises:
         FeatureError: the choice is unknown or incomplete, or a local file is missing.
     """
+    if is_ready_made(encoder):
+        if weights is not None:
+            raise FeatureError("weights= goes with a timm name; ready-made embeddings need none")
+        ready = ready_origin(encoder)
+        return EncoderSpec("ready-made", ready.describe(), ready)
+    if modality == "text":
+        return _text_spec(encoder, weights, text or TextConfig())
     if modality != "image":
-        raise FeatureError(f"there are encoders for images only, got modality {modality!r}")
+        raise FeatureError(f"there are encoders of images and of text, got modality {modality!r}")
     if isinstance(encoder, nn.Module) or (isinstance(encoder, tuple) and len(encoder) == 2):
         if weights is not None:
             raise FeatureError("weights= goes with a timm name; a network that is passed as an object has its own")
@@ -108,6 +143,16 @@ def choose_encoder(
     if encoder == "bundled":
         return _bundled_spec(path, "")
     return _timm_spec(str(encoder), path, "")
+
+
+def _text_spec(encoder: Any, weights: str | Path | None, text: TextConfig) -> EncoderSpec:
+    if not isinstance(encoder, str | Path) or encoder == "bundled" or weights is not None:
+        seen = "weights=" if weights is not None else repr(encoder) if encoder == "bundled" else type(encoder).__name__
+        raise FeatureError(f"{seen} does not go with text: {TEXT_INSTEAD}")
+    name, reason = (AUTO_TEXT_ENCODER, " (auto: text)") if encoder == "auto" else (str(encoder), "")
+    if name.startswith(OPENAI):
+        return EncoderSpec(name, f"OpenAI's {name.removeprefix(OPENAI)}", openai_origin(name, text))
+    return EncoderSpec(name, f"transformers {name}{reason}", text_origin(name, text))
 
 
 def _existing_weights(weights: str | Path | None) -> Path | None:

@@ -1,8 +1,10 @@
 """Encoders that are ready to run, and the one implementation of them around a network."""
 
 import copy
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from dq_lightning.config import Precision
 from dq_lightning.errors import FeatureError
+from dq_lightning.features.collect import Rows
 from dq_lightning.features.preprocessing import Preprocessing
 
 HEAD_NAMES = ("head", "fc", "classifier", "linear")
@@ -33,6 +36,37 @@ class Encoder(Protocol):
 
     def logits(self, embedding: Tensor, /) -> Tensor:
         """Output float32 [B, C] of the linear head for features [B, D]."""
+        ...
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """A frozen network on its device that reads tokens."""
+
+    num_classes: None
+    max_length: int
+
+    def tokenize(self, texts: list[str], /) -> list[list[int]]:
+        """Token ids of texts, special tokens included, at least one and at most `max_length` each."""
+        ...
+
+    def embed(self, tokens: Tensor, /) -> Tensor:
+        """Pooled features float32 [B, D] of token ids int64 [B, T], -1 behind the end, on the encoder's device."""
+        ...
+
+
+@runtime_checkable
+class RowEncoder(Protocol):
+    """Gives rows by itself: nothing is batched for it."""
+
+    num_classes: None
+    advice: str
+    """What to do about rows that are not finite."""
+
+    def rows(
+        self, source: Any, batch_size: int, num_workers: int | Literal["auto"], scratch: Path | None, /
+    ) -> Iterator[Rows]:
+        """Features of every sample, each once, in any order; `scratch` may keep what need not be made twice."""
         ...
 
 

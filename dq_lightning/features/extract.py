@@ -1,8 +1,9 @@
-"""The batch loop: a source through an encoder, in order, to one row of features a sample."""
+"""The batch loop: a source through an encoder to one row of features a sample."""
 
 import logging
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,22 +11,21 @@ from torch import Tensor
 from dq_lightning.config import FeatureKind, Precision
 from dq_lightning.errors import FeatureError
 from dq_lightning.features.choose import EncoderSpec
-from dq_lightning.features.encoders import Encoder, resolve_device
+from dq_lightning.features.collect import NAMED_SAMPLES, Allocate, Rows, allocate_in_memory, collect
+from dq_lightning.features.encoders import Encoder, RowEncoder, TextEncoder, resolve_device
 from dq_lightning.features.gradient import HeadLoss, head_gradient
 from dq_lightning.features.isolation import isolated, release_memory
-from dq_lightning.features.loading import ImageBatches, ImageSource, iterate_batches
-from dq_lightning.progress import progress_bar
+from dq_lightning.features.loading import ImageBatches, iterate_batches
+from dq_lightning.features.text_loading import iterate_text_batches
 from dq_lightning.records import Features
 
 logger = logging.getLogger("dq_lightning")
-Allocate = Callable[[str, tuple[int, int]], Tensor]
-# rows stay on the device until so many batches are done, because every copy to the host waits for the device
-BATCHES_PER_COPY = 16
-NAMED_SAMPLES = 5
+
+LOOK_AT_SAMPLES = 'Look at the samples; on a GPU, half precision may overflow: pass precision="float32"'
 
 
 def extract_features(
-    source: ImageSource,
+    source: Any,
     spec: EncoderSpec,
     *,
     kind: FeatureKind = "embedding",
@@ -38,6 +38,7 @@ def extract_features(
     progress: bool = True,
     out: Allocate | None = None,
     loss: HeadLoss = "softmax_cross_entropy",
+    scratch: Path | None = None,
 ) -> Features:
     """Run every sample of a source through an encoder.
 
@@ -46,19 +47,21 @@ def extract_features(
     rounding.
 
     Args:
-        source: N samples with `image(i)` (RGB) and `decode_warning(i)`.
+        source: N samples: `image(i)` (RGB) and `decode_warning(i)` for an encoder of images, `texts(positions)` for one of
+            text; ready-made embeddings need neither.
         spec: from `choose_encoder`.
         kind: `"embedding"`, or `"gradient"` to add the gradient with respect to the logits.
         labels: int64 [N], for `"gradient"`.
         num_classes: of the labels; the largest label plus one when None.
         device: `"auto"` is the GPU when there is one.
         precision: see `resolve_precision`. Features are float32 in any case.
-        batch_size: images a step.
-        num_workers: loader processes; `"auto"` decides by the time a few samples take.
+        batch_size: samples a step.
+        num_workers: loader processes, or requests at a time; `"auto"` decides by the time a few samples take.
         progress: show a bar (never when `TQDM_DISABLE` is set).
         out: makes the float32 CPU tensor to fill, of a name (`"embedding"`, `"head_gradient"`) and a shape; a
             memory-mapped one keeps large features off the heap.
         loss: see `head_gradient`.
+        scratch: folder where an encoder that is paid for each row records what it has; None keeps nothing.
 
     Returns:
         embedding float32 [N, D], and for `"gradient"` head_gradient float32 [N, C], both on the CPU, in the source's order.
@@ -79,20 +82,27 @@ def extract_features(
             if kind == "gradient" and labels is not None:
                 _check_head(encoder, labels, len(source), num_classes)
                 wanted = labels
-            batches = ImageBatches(source, encoder.preprocess, batch_size)
-            rows = _run(encoder, batches, wanted, loss, target, num_workers)
-            features = _collect(rows, len(source), progress, out or _allocate)
-            del encoder, rows, batches
+            advice = LOOK_AT_SAMPLES
+            stream: Iterator[Rows]
+            if isinstance(encoder, RowEncoder):
+                stream = encoder.rows(source, batch_size, num_workers, scratch)
+                advice = encoder.advice
+            elif isinstance(encoder, TextEncoder):
+                stream = _text_to_rows(encoder, source, batch_size)
+            else:
+                stream = _images_to_rows(
+                    encoder, ImageBatches(source, encoder.preprocess, batch_size), wanted, loss, target, num_workers
+                )
+            features = collect(stream, len(source), progress, out or allocate_in_memory, advice)
+            del encoder, stream
     finally:
         release_memory()
     return features
 
 
-def _allocate(name: str, shape: tuple[int, int]) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32)
-
-
-def _check_head(encoder: Encoder, labels: Tensor, num_samples: int, num_classes: int | None) -> None:
+def _check_head(
+    encoder: Encoder | TextEncoder | RowEncoder, labels: Tensor, num_samples: int, num_classes: int | None
+) -> None:
     if len(labels) != num_samples:
         raise FeatureError(f"{len(labels)} labels for {num_samples} samples")
     seen = int(labels.max()) + 1
@@ -111,23 +121,27 @@ def _check_head(encoder: Encoder, labels: Tensor, num_samples: int, num_classes:
 
 
 class _HalvedBatch:
-    """The largest batch that the device's memory has held so far; embeds in pieces of that size."""
+    """The largest batch that the device's memory has held so far; embeds in pieces of that size.
 
-    def __init__(self, encoder: Encoder) -> None:
+    The size counts elements: short texts still go many at a time after long ones did not fit.
+    """
+
+    def __init__(self, encoder: Encoder | TextEncoder) -> None:
         self._encoder = encoder
         self._limit: int | None = None
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, batch: Tensor) -> Tensor:
         pieces: list[Tensor] = []
         done = 0
-        while done < len(images):
-            piece = images[done : done + (self._limit or len(images))]
+        while done < len(batch):
+            at_once = len(batch) if self._limit is None else max(1, self._limit // batch[0].numel())
+            piece = batch[done : done + at_once]
             embedding = self._try(piece)
             if embedding is None:
                 if len(piece) == 1:
-                    raise FeatureError('one image alone exceeds the GPU\'s memory; free some, or pass device="cpu"')
-                self._limit = len(piece) // 2
-                logger.warning("features: GPU memory is short; going on with %d images a step", self._limit)
+                    raise FeatureError('one sample alone exceeds the GPU\'s memory; free some, or pass device="cpu"')
+                self._limit = piece.numel() // 2
+                logger.warning("features: GPU memory is short; going on with %d samples a step", len(piece) // 2)
                 release_memory()
                 continue
             pieces.append(embedding)
@@ -142,15 +156,21 @@ class _HalvedBatch:
             return None
 
 
-def _run(
+def _text_to_rows(encoder: TextEncoder, source: Any, batch_size: int) -> Iterator[Rows]:
+    embedder = _HalvedBatch(encoder)
+    for batch in iterate_text_batches(source, encoder, batch_size):
+        yield Rows(batch.positions, embedder.embed(batch.tokens))
+
+
+def _images_to_rows(
     encoder: Encoder,
     batches: ImageBatches,
     labels: Tensor | None,
     loss: HeadLoss,
     device: torch.device,
     num_workers: int | Literal["auto"],
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Rows [B, D] and [B, C] of every batch, in order, still on the device."""
+) -> Iterator[Rows]:
+    """Rows of every batch, in order, still on the device."""
     warnings: list[tuple[int, str]] = []
     embedder = _HalvedBatch(encoder)
     done = 0
@@ -163,51 +183,10 @@ def _run(
         gradient = None
         if labels is not None:
             gradient = head_gradient(encoder.logits(embedding), labels[done : done + len(embedding)], loss)
+        positions = torch.arange(done, done + len(embedding))
         done += len(embedding)
-        yield embedding, gradient
+        yield Rows(positions, embedding, gradient)
     if warnings:
         first = "; ".join(f"sample {index}: {text}" for index, text in warnings[:NAMED_SAMPLES])
         more = f"; and {len(warnings) - NAMED_SAMPLES} more" if len(warnings) > NAMED_SAMPLES else ""
         logger.warning("%d of %d images were decoded doubtfully: %s%s", len(warnings), done, first, more)
-
-
-def _collect(
-    rows: Iterator[tuple[Tensor, Tensor | None]], num_samples: int, progress: bool, allocate: Allocate
-) -> Features:
-    """Copy the rows to the host, a block of batches at a time, and check that they are finite."""
-    filled: dict[str, Tensor] = {}
-    waiting: list[tuple[Tensor, ...]] = []
-    not_finite: list[Tensor] = []
-    done = 0
-
-    def copy() -> None:
-        nonlocal done
-        for name, parts in zip(("embedding", "head_gradient"), zip(*waiting, strict=True), strict=False):
-            block = torch.cat(parts)
-            if name not in filled:
-                filled[name] = allocate(name, (num_samples, block.shape[1]))
-            filled[name][done : done + len(block)] = block
-            not_finite.append(done + (~block.isfinite().all(dim=1)).nonzero()[:, 0].cpu())
-        done += sum(len(parts[0]) for parts in waiting)
-        waiting.clear()
-
-    with progress_bar(progress, total=num_samples, unit="img", description="features") as bar:
-        for embedding, gradient in rows:
-            waiting.append((embedding,) if gradient is None else (embedding, gradient))
-            if len(waiting) == BATCHES_PER_COPY:
-                copy()
-            bar.update(len(embedding))
-        if waiting:
-            copy()
-    _check_finite(torch.unique(torch.cat(not_finite)), num_samples)
-    return Features(filled["embedding"], filled.get("head_gradient"))
-
-
-def _check_finite(bad: Tensor, num_samples: int) -> None:
-    if len(bad) == 0:
-        return
-    names = ", ".join(str(int(index)) for index in bad[:NAMED_SAMPLES])
-    raise FeatureError(
-        f"{len(bad)} of {num_samples} samples have features that are NaN or infinite; the first are samples {names}. Look at "
-        'their pixels; on a GPU, half precision may overflow: pass precision="float32"'
-    )

@@ -13,7 +13,7 @@ from dq_lightning.config import Precision
 from dq_lightning.errors import FeatureError
 from dq_lightning.features.bundled import BUNDLED_ENCODER_FILE, CIFAR10_MEAN, CIFAR10_STD, load_small_resnet
 from dq_lightning.features.describe import describe_callable, describe_settings, digest_text, is_library
-from dq_lightning.features.encoders import NetworkEncoder, resolve_device
+from dq_lightning.features.encoders import Encoder, NetworkEncoder, RowEncoder, TextEncoder, resolve_device
 from dq_lightning.features.preprocessing import Preprocessing, ResizeToSquare
 from dq_lightning.records import DigestMemory
 
@@ -29,7 +29,7 @@ class Origin(Protocol):
         """This origin with its revision fixed and remembered; may ask a hub."""
         ...
 
-    def load(self, device: str, precision: Precision) -> NetworkEncoder:
+    def load(self, device: str, precision: Precision) -> Encoder | TextEncoder | RowEncoder:
         """The encoder, ready to run."""
         ...
 

@@ -279,7 +279,7 @@ def test_progress_bar_is_for_terminals_and_silent_when_asked(spec, make_source, 
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     extract_features(make_source(3), spec, device="cpu", num_workers=0)
-    assert "img/s" in capsys.readouterr().err
+    assert "sample/s" in capsys.readouterr().err
     extract_features(make_source(3), spec, device="cpu", num_workers=0, progress=False)
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("TQDM_DISABLE", "1")

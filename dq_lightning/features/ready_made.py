@@ -1,0 +1,146 @@
+"""Embeddings that exist already, as an array or a `.npy` file, in place of an encoder."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dq_lightning.config import Precision
+from dq_lightning.errors import FeatureError
+from dq_lightning.features.collect import Rows
+from dq_lightning.records import DigestMemory
+
+ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class ReadyOrigin:
+    """An array in memory, or the file that holds it.
+
+    Attributes:
+        path: `.npy` file, or None.
+        array: floating [N, D], or None.
+    """
+
+    path: Path | None = None
+    array: Any = field(default=None, repr=False, compare=False)
+
+    def identity(self, memory: DigestMemory) -> str | None:
+        """Digest of the content: an array has that of the file which `numpy.save` makes of it."""
+        return f"ready-made:{memory.file(self.path) if self.path is not None else digest_of_npy(self._open())}"
+
+    def resolve(self, memory: DigestMemory) -> Self:
+        return self
+
+    def load(self, device: str, precision: Precision) -> "ReadyRows":
+        return ReadyRows(self._open(), self.describe())
+
+    def describe(self) -> str:
+        """One line for messages."""
+        return f"ready-made embeddings in {self.path}" if self.path is not None else "the given embeddings"
+
+    def _open(self) -> np.ndarray[Any, Any]:
+        """The array, a file memory-mapped.
+
+        Raises:
+            FeatureError: it is no floating array [N, D], or the file can't be read.
+        """
+        if self.path is None:
+            array = _as_numpy(self.array)
+        else:
+            try:
+                array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:
+                raise FeatureError(
+                    f"{self.path} can't be read as a numpy array: {error}; write it with numpy.save"
+                ) from error
+        if array.ndim != 2 or array.dtype.kind != "f" or 0 in array.shape:
+            raise FeatureError(
+                f"{self.describe()} must be floating numbers [N, D], one row a sample, got {array.dtype} "
+                f"{list(array.shape)}; convert them first"
+            )
+        return array
+
+
+class ReadyRows:
+    """Rows of ready-made embeddings; see `encoders.RowEncoder`."""
+
+    num_classes: None = None
+
+    def __init__(self, array: np.ndarray[Any, Any], name: str) -> None:
+        self._array, self._name = array, name
+        self.advice = f"Repair these rows of {name}, or leave the samples out"
+
+    def rows(
+        self, source: Any, batch_size: int, num_workers: int | Literal["auto"], scratch: Path | None
+    ) -> Iterator[Rows]:
+        """The rows, a block at a time, in order.
+
+        Raises:
+            FeatureError: there is not one row a sample.
+        """
+        if len(self._array) != len(source):
+            raise FeatureError(
+                f"{self._name} has {len(self._array):,} rows, but the dataset has {len(source):,} samples: pass the embeddings "
+                "of exactly these samples, in their order"
+            )
+        for start in range(0, len(self._array), ROWS_AT_ONCE):
+            # float64 beyond the range of float32 becomes infinite, which is told
+            with np.errstate(over="ignore"):
+                block = torch.from_numpy(np.array(self._array[start : start + ROWS_AT_ONCE], dtype=np.float32))
+            yield Rows(torch.arange(start, start + len(block)), block)
+
+
+def is_ready_made(encoder: Any) -> bool:
+    """Whether `encoder=` is an array, a tensor, or named like a `.npy` file."""
+    if isinstance(encoder, str | Path):
+        return str(encoder).lower().endswith(".npy")
+    return isinstance(encoder, np.ndarray | Tensor)
+
+
+def ready_origin(encoder: Any) -> ReadyOrigin:
+    """The origin of what `is_ready_made` accepts.
+
+    Raises:
+        FeatureError: a file is missing, or the array is no floating [N, D].
+    """
+    if not isinstance(encoder, str | Path):
+        origin = ReadyOrigin(array=encoder)
+    else:
+        path = Path(encoder).expanduser().absolute()
+        if not path.is_file():
+            raise FeatureError(f"encoder={str(encoder)!r}: there is no such file")
+        origin = ReadyOrigin(path)
+    origin._open()
+    return origin
+
+
+def _as_numpy(array: Any) -> np.ndarray[Any, Any]:
+    if not isinstance(array, Tensor):
+        return np.asarray(array)
+    plain = array.detach().cpu()
+    # numpy has no bfloat16
+    return plain.float().numpy() if plain.dtype == torch.bfloat16 else plain.numpy()
+
+
+class _Hashing:
+    """Where `numpy.lib.format` writes to."""
+
+    def __init__(self) -> None:
+        self.hash = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        return len(data)
+
+
+def digest_of_npy(array: np.ndarray[Any, Any]) -> str:
+    """Hexadecimal sha256 of the bytes that `numpy.save` writes."""
+    sink: Any = _Hashing()
+    np.lib.format.write_array(sink, array, allow_pickle=False)
+    return str(sink.hash.hexdigest())

@@ -1,0 +1,84 @@
+"""Texts to batches of tokens, the longest first, so that little is padded."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dq_lightning.features.encoders import TextEncoder
+
+logger = logging.getLogger("dq_lightning")
+# so many batches are sorted by length together: memory stays bounded, and the padding is that of a full sort within 2 %
+BATCHES_PER_WINDOW = 64
+TOKENS_PER_BATCH = 131_072
+"""Upper bound on rows times longest row: long rows go fewer at a time."""
+PADDING = -1
+
+
+class TextSource(Protocol):
+    """What the loader needs of a dataset."""
+
+    def __len__(self) -> int: ...
+
+    def texts(self, positions: Sequence[int], /) -> list[str]:
+        """Texts of some samples."""
+        ...
+
+
+class TextBatch(NamedTuple):
+    """Samples of about the same length.
+
+    Attributes:
+        positions: int64 [B], where they are in the source.
+        tokens: int64 [B, T], their token ids; -1 behind the end.
+    """
+
+    positions: Tensor
+    tokens: Tensor
+
+
+def iterate_text_batches(source: TextSource, encoder: TextEncoder, batch_size: int) -> Iterator[TextBatch]:
+    """Batches of all samples, the longest of each window first; the next window is tokenized meanwhile, in a thread."""
+    window = batch_size * BATCHES_PER_WINDOW
+    starts = range(0, len(source), window)
+    full = 0
+
+    def tokenized(start: int) -> list[list[int]]:
+        return encoder.tokenize(source.texts(range(start, min(start + window, len(source)))))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as pool:
+        ahead = pool.submit(tokenized, 0)
+        for start in starts:
+            tokens = ahead.result()
+            if start + window < len(source):
+                ahead = pool.submit(tokenized, start + window)
+            full += sum(len(row) >= encoder.max_length for row in tokens)
+            for places in batches_by_length([len(row) for row in tokens], batch_size):
+                yield TextBatch(torch.from_numpy(places + start), pad([tokens[place] for place in places]))
+    if full:
+        logger.info(
+            "features: %d of %d texts fill the %d tokens that the encoder reads", full, len(source), encoder.max_length
+        )
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
+    """Positions in batches, the longest first, equal lengths in their order; `TOKENS_PER_BATCH` bounds each batch."""
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    batches, first = [], 0
+    while first < len(order):
+        count = min(batch_size, max(1, TOKENS_PER_BATCH // max(1, lengths[order[first]])))
+        batches.append(order[first : first + count])
+        first += count
+    return batches
+
+
+def pad(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of token ids as int64 [B, T], -1 behind the end of each."""
+    lengths = np.array([len(row) for row in rows])
+    padded = np.full((len(rows), lengths.max()), PADDING, dtype=np.int64)
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = np.concatenate([np.asarray(row, np.int64) for row in rows])
+    return torch.from_numpy(padded)

