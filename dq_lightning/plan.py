@@ -12,6 +12,7 @@ from dq_lightning.records import DigestMemory, Labels
 from dq_lightning.sources.adapt import as_source, grouping_id
 from dq_lightning.sources.base import Source
 from dq_lightning.sources.items import evenly_spaced
+from dq_lightning.sources.text import TextRows
 
 FEATURES, BINS, SELECTION, PATCHES, STORE = "1-features", "2-bins", "3-selection", "4-patches", "5-store"
 # images with their dropped patches filled: made from the store alone, so this folder may be removed at any time
@@ -87,13 +88,15 @@ def make_plan(
         labels=labels,
         transform=transform,
         target_transform=target_transform,
+        text=config.text,
     )
     encoder = config.features.encoder if encoder is None else encoder
     spec = choose_encoder(
         encoder,
         weights=config.features.weights,
-        image_size=_typical_size(source) if isinstance(encoder, str) and encoder == "auto" else (0, 0),
+        image_size=_typical_size(source) if _by_size(encoder, source) else (0, 0),
         modality=source.modality,
+        text=config.text,
     )
     patches = None
     if config.patches.drops:
@@ -107,6 +110,11 @@ def make_plan(
             config.patches, (size[1], size[0]), classifier=classifier, reconstructor=reconstructor
         )
     return Plan(source, spec, config, fingerprint, grouping_id(source), patches)
+
+
+def _by_size(encoder: Any, source: Source) -> bool:
+    """Whether the encoder is chosen by the size of the images."""
+    return isinstance(encoder, str) and encoder == "auto" and source.modality == "image"
 
 
 def _typical_size(source: Source) -> tuple[int, int]:
@@ -150,6 +158,8 @@ def station_parts(plan: Plan, source: str, identities: dict[str, str]) -> Parts:
         "kind": config.features.kind,
         "features_version": version[FEATURES],
     }
+    if isinstance(plan.source, TextRows) and plan.encoder.reads_samples:
+        features["text"] = plan.source.text_identity()
     if config.features.kind == "gradient":
         features["labels"] = plan.labels_id
     grouped = {"labels": plan.labels_id, "whiten": config.features.whiten, "bins_version": version[BINS]}
