@@ -88,7 +88,9 @@ def openai_origin(name: str, settings: TextConfig) -> OpenAIOrigin:
         raise FeatureError(f'{name!r} names no model: pass for instance "{PREFIX}text-embedding-3-small"')
     for setting in ("pooling", "max_length"):
         if getattr(settings, setting) != getattr(TextConfig(), setting):
-            raise FeatureError(f"config.text.{setting} does not go with {name!r}: pooling and length are the server's own")
+            raise FeatureError(
+                f"config.text.{setting} does not go with {name!r}: pooling and length are the server's own"
+            )
     return OpenAIOrigin(model)
 
 

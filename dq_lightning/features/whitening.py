@@ -14,7 +14,8 @@ def whiten(embedding: Tensor) -> Tensor:
     Whitening a whole set by its own mean and covariance is that of Su et al. 2021, "Whitening Sentence Representations",
     section 3.2; the covariance is summed in float64, a block of rows at a time. Directions in which the rows do not vary
     (a variance of at most D eps^2 times the largest variance plus the largest squared mean, eps of the embedding's own
-    dtype) are left out, since scaling would only blow up rounding errors. Each component points so that its largest weight is positive, which makes the answer one.
+    dtype) are left out, since scaling would only blow up rounding errors. Each component points so that its largest weight
+    is positive, which makes the answer one.
 
     Args:
         embedding: floating [N, D], finite.

@@ -1,0 +1,297 @@
+"""OpenAI's protocol against a server on this machine that limits, fails, stalls and hangs up."""
+
+import base64
+import hashlib
+import json
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dq_lightning.config import TextConfig
+from dq_lightning.errors import FeatureError
+from dq_lightning.features import openai_embeddings
+from dq_lightning.features.choose import choose_encoder
+from dq_lightning.features.extract import extract_features
+from dq_lightning.features.openai_embeddings import OpenAIOrigin, cut_bytes, split
+
+pytest.importorskip("openai", reason="the optional extra openai is not installed")
+NAME, KEY, WIDTH = "openai:text-embedding-3-small", "sk-secret-of-this-test", 8
+
+
+def vector(text):
+    digest = hashlib.sha256(text.encode()).digest()[: 4 * WIDTH]
+    return (np.frombuffer(digest, np.uint8)[:WIDTH] / 255).astype(np.float32)
+
+
+class Server(ThreadingHTTPServer):
+    """Counts what it is paid for; `trouble(request number)` says what goes wrong."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lock = threading.Lock()
+        self.requests, self.times, self.paid, self.running, self.most_running = [], [], [], 0, 0
+        self.trouble = lambda number: None
+        self.delay = 0.0
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            number = len(server.requests)
+            server.requests.append((self.path, self.headers["Authorization"], body))
+            server.times.append(time.monotonic())
+            server.running += 1
+            server.most_running = max(server.most_running, server.running)
+        try:
+            time.sleep(server.delay)
+            self.answer(body, server.trouble(number))
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        finally:
+            with server.lock:
+                server.running -= 1
+
+    def answer(self, body, trouble):
+        kind, value = trouble or ("ok", None)
+        if kind == "hang up":
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+        elif kind == "cut":
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            self.wfile.write(b'{"data": [')
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+        elif kind == "stall":
+            time.sleep(value)
+            self.close_connection = True
+        elif kind == "status":
+            status, headers = value
+            self.reply(status, {"error": {"message": f"status {status} for {KEY}", "type": "t"}}, headers)
+        elif any(not text for text in body["input"]) or any(len(text.encode()) > 20_000 for text in body["input"]):
+            self.reply(400, {"error": {"message": "maximum context length"}}, {})
+        else:
+            with self.server.lock:
+                self.server.paid += body["input"]
+            rows = [vector(text) for text in body["input"]]
+            rows = rows[:-1] if kind == "short" else rows
+            encoded = body.get("encoding_format") == "base64"
+            shown = [base64.b64encode(row.tobytes()).decode() if encoded else row.tolist() for row in rows]
+            data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(shown)]
+            usage = {"prompt_tokens": 1, "total_tokens": 1}
+            # the order of the answer is not promised
+            self.reply(200, {"object": "list", "data": data[::-1], "model": body["model"], "usage": usage}, {})
+
+    def reply(self, status, body, headers):
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    running = Server()
+    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{running.server_port}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.2)
+    yield running
+    running.shutdown()
+    running.server_close()
+
+
+class Texts:
+    def __init__(self, texts):
+        self.all = texts
+
+    def __len__(self):
+        return len(self.all)
+
+    def texts(self, positions):
+        return [self.all[position] for position in positions]
+
+
+TEXTS = [f"text {i} é 你" for i in range(23)] + ["", "text 3 é 你", "  "]
+
+
+def embed(texts=TEXTS, batch_size=4, threads=3, **options):
+    spec = choose_encoder(NAME, modality="text")
+    return extract_features(
+        Texts(texts), spec, batch_size=batch_size, num_workers=threads, progress=False, **options
+    ).embedding
+
+
+def wanted(texts=TEXTS):
+    return torch.from_numpy(np.stack([vector(text if text.strip() else " ") for text in texts]))
+
+
+def test_rows_in_order_equal_texts_paid_once(server):
+    assert torch.equal(embed(), wanted())
+    assert sorted(server.paid) == sorted({text if text.strip() else " " for text in TEXTS})
+    paths, keys, bodies = zip(*server.requests, strict=True)
+    assert set(paths) == {"/v1/embeddings"}
+    assert set(keys) == {f"Bearer {KEY}"}
+    assert {body["model"] for body in bodies} == {"text-embedding-3-small"}
+    assert max(len(body["input"]) for body in bodies) == 4
+
+
+def test_requests_go_in_parallel_but_not_more_than_asked(server):
+    server.delay = 0.1
+    embed(batch_size=2, threads=4)
+    assert 2 <= server.most_running <= 4
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        ("status", (429, {"Retry-After": "0.05"})),
+        ("status", (429, {})),
+        ("status", (500, {})),
+        ("status", (503, {})),
+        ("stall", 1.5),
+        ("hang up", None),
+        ("cut", None),
+    ],
+    ids=str,
+)
+def test_trouble_that_passes_is_waited_out(server, trouble, monkeypatch):
+    monkeypatch.setattr(openai_embeddings.OpenAIOrigin, "client", _with_timeout(OpenAIOrigin.client, 0.5))
+    server.trouble = lambda number: trouble if number % 3 == 0 else None
+    assert torch.equal(embed(), wanted())
+    # what the server refused was not paid for, and what it answered was asked once
+    assert len(server.paid) == len(set(server.paid)) == 25 - 1
+
+
+def _with_timeout(make, seconds):
+    def client(self):
+        return make(OpenAIOrigin(self.model, self.retries, seconds))
+
+    return client
+
+
+def test_the_wait_that_the_server_asks_for_is_kept(server):
+    server.trouble = lambda number: ("status", (429, {"Retry-After": "0.7"})) if number == 0 else None
+    embed(TEXTS[:3], batch_size=8)
+    assert server.times[1] - server.times[0] >= 0.7
+
+
+def test_an_interrupted_run_goes_on_without_paying_twice(server, tmp_path):
+    server.trouble = lambda number: ("status", (400, {})) if number >= 3 else None
+    with pytest.raises(FeatureError, match="refuses"):
+        embed(scratch=tmp_path, threads=1)
+    before = list(server.paid)
+    assert 4 <= len(before) < 24
+    server.trouble = lambda number: None
+    # another batch size cuts the texts in another way
+    assert torch.equal(embed(scratch=tmp_path, batch_size=5), wanted())
+    assert len(server.paid) == len(set(server.paid)) == 24
+    assert torch.equal(embed(scratch=tmp_path), wanted())
+    assert len(server.paid) == 24
+
+
+def test_a_damaged_record_is_paid_again_and_others_are_not_touched(server, tmp_path, caplog):
+    embed(scratch=tmp_path)
+    records = sorted(tmp_path.rglob("*.npz"))
+    assert len(records) == 6
+    records[0].write_bytes(records[0].read_bytes()[:60])
+    records[1].with_suffix(".partial").write_bytes(b"cut")
+    assert torch.equal(embed(scratch=tmp_path), wanted())
+    assert len(server.paid) == 24 + 4
+    assert records[0].name in caplog.text
+
+
+def test_models_and_servers_do_not_share_records_or_identity(server, tmp_path, memory, monkeypatch):
+    embed(TEXTS[:4], scratch=tmp_path)
+    names = [NAME, "openai:text-embedding-3-large"]
+    first, second = (choose_encoder(name, modality="text").identity(memory) for name in names)
+    extract_features(Texts(TEXTS[:4]), choose_encoder(names[1], modality="text"), progress=False, scratch=tmp_path)
+    assert len(server.paid) == 8
+    monkeypatch.delenv("OPENAI_BASE_URL")
+    assert len({first, second, choose_encoder(NAME, modality="text").identity(memory)}) == 3
+
+
+def test_long_texts_are_cut_when_the_server_refuses_them(server, caplog):
+    long = "äb" * 20_000
+    made = embed(["short", long])
+    assert torch.equal(made, wanted(["short", long.encode()[:8191].decode(errors="ignore")]))
+    assert "cut" in caplog.text
+
+
+def test_the_key_is_in_no_message_and_no_file(server, tmp_path, caplog, capsys):
+    caplog.set_level("INFO")
+    embed(TEXTS[:4], scratch=tmp_path)
+    server.trouble = lambda number: ("status", (401, {}))
+    with pytest.raises(FeatureError, match="OPENAI_API_KEY is refused") as caught:
+        embed(scratch=tmp_path)
+    shown = str(caught.value) + caplog.text + "".join(capsys.readouterr())
+    assert KEY not in shown
+    assert all(KEY.encode() not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert KEY not in repr(choose_encoder(NAME, modality="text"))
+
+
+def test_trouble_that_stays_is_told(server, monkeypatch):
+    monkeypatch.setattr(OpenAIOrigin, "client", _with_retries(OpenAIOrigin.client, 2))
+    server.trouble = lambda number: ("status", (500, {}))
+    with pytest.raises(FeatureError, match=r"InternalServerError.*start again later"):
+        embed(TEXTS[:4], threads=1)
+    assert len(server.requests) == 3
+    server.trouble = lambda number: ("short", None)
+    with pytest.raises(FeatureError, match="4 texts with 3 embeddings"):
+        embed(TEXTS[:4])
+
+
+def _with_retries(make, retries):
+    def client(self):
+        return make(OpenAIOrigin(self.model, retries, self.timeout))
+
+    return client
+
+
+def test_without_key_or_model(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(FeatureError, match="OPENAI_API_KEY"):
+        embed()
+    with pytest.raises(FeatureError, match="max_length"):
+        choose_encoder(NAME, modality="text", text=TextConfig(max_length=9))
+
+
+@given(st.lists(st.integers(0, 400_000), max_size=40), st.integers(1, 9))
+def test_requests_hold_everything_in_order_within_their_bounds(sizes, most):
+    batches = split(sizes, most)
+    assert [position for batch in batches for position in batch] == list(range(len(sizes)))
+    for batch in batches:
+        total = sum(sizes[position] for position in batch)
+        assert 1 <= len(batch) <= most
+        assert len(batch) == 1 or total <= openai_embeddings.BYTES_PER_REQUEST
+
+
+@given(st.text(), st.integers(0, 30))
+def test_a_cut_text_is_a_beginning_within_the_bound(text, most):
+    cut = cut_bytes(text, most)
+    assert text.startswith(cut)
+    assert len(cut.encode()) <= most
+    assert len(text.encode()) > most or cut == text
+    assert len(text.encode()) <= most or len(cut.encode()) > most - 4
