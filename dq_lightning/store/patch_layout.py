@@ -106,14 +106,40 @@ def patches_in(strip: Pixels, layout: Layout) -> Pixels:
 def place(patches: Pixels, mask: Mask, layout: Layout) -> Pixels:
     """Put patches [k, P, P * C] where the mask keeps them; the rest gets the mean colour. Returns [H, W, C]."""
     rows, columns = layout.grid
-    patch, channels = layout.patch, layout.channels
-    # a row of a patch is one element: numpy then copies it at once
-    run = np.dtype((np.void, patch * channels))
-    padded = np.zeros((rows * patch, columns * patch, channels), np.uint8)
-    cells = padded.reshape(rows, patch, columns, patch * channels).view(run)[..., 0].swapaxes(1, 2)
-    cells[mask.reshape(rows, columns)] = patches.view(run)[..., 0]
-    whole = padded if layout.divides else np.ascontiguousarray(padded[: layout.height, : layout.width])
-    return _fill_zeros(whole, mask, layout)
+    shape = (rows * layout.patch, columns * layout.patch, layout.channels)
+    # with whole patches every pixel is written below
+    padded = np.empty(shape, np.uint8) if layout.divides else np.zeros(shape, np.uint8)
+    run = np.dtype((np.void, layout.patch * layout.channels))
+    _cells(padded, layout)[mask.reshape(rows, columns)] = patches.view(run)[..., 0]
+    if not layout.divides:
+        return _fill_zeros(np.ascontiguousarray(padded[: layout.height, : layout.width]), mask, layout)
+    if layout.count < len(mask):
+        _paint(padded, _mean_of(patches, layout), mask, layout)
+    return padded
+
+
+def _mean_of(patches: Pixels, layout: Layout) -> Pixels:
+    """Mean colour [C] of whole patches [k, P, P * C], rounded half up."""
+    # the strip's own order, so that numpy adds long rows
+    total = _sum_of_rows(patches.swapaxes(0, 1), layout.channels)
+    count = layout.count * layout.patch**2
+    return ((2 * total + count) // (2 * count)).astype(np.uint8)
+
+
+def _sum_of_rows(rows: Pixels, channels: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Sum [C] over pixels [n, m, w * C]."""
+    # sums of 257 bytes fit into 16 bits; one axis after the other, because short rows are slow
+    narrow = np.add.reduce(rows, 0, np.uint16 if len(rows) <= 257 else np.uint32)
+    wide = np.add.reduce(narrow, 0, np.int64)
+    total: np.ndarray[Any, np.dtype[np.int64]] = np.add.reduce(wide.reshape(-1, channels), 0)
+    return total
+
+
+def _cells(whole: Pixels, layout: Layout) -> np.ndarray[Any, np.dtype[np.void]]:
+    """Rows of patches [rows, columns, P] of contiguous pixels; each is one element, which numpy copies at once."""
+    rows, columns = layout.grid
+    run = np.dtype((np.void, layout.patch * layout.channels))
+    return whole.reshape(rows, layout.patch, columns, -1).view(run)[..., 0].swapaxes(1, 2)
 
 
 def refill(pixels: Pixels, mask: Mask, layout: Layout) -> Pixels:
@@ -128,9 +154,7 @@ def _fill_zeros(whole: Pixels, mask: Mask, layout: Layout) -> Pixels:
     """Paint the dropped patches, 0 so far, in the mean colour [C] of the kept pixels, rounded half up."""
     if layout.count == len(mask):
         return whole
-    # sums of 257 bytes fit into 16 bits
-    columns = np.add.reduce(whole.reshape(layout.height, -1), 0, np.uint16 if layout.height <= 257 else np.uint32)
-    total = columns.reshape(-1, layout.channels).sum(0, dtype=np.int64)
+    total = _sum_of_rows(whole.reshape(layout.height, 1, -1), layout.channels)
     num_kept = max(1, _num_pixels(mask, layout))
     _paint(whole, ((2 * total + num_kept) // (2 * num_kept)).astype(np.uint8), mask, layout)
     return whole
@@ -141,10 +165,8 @@ def _paint(whole: Pixels, colour: Pixels, mask: Mask, layout: Layout) -> None:
     if not layout.divides:
         whole[~pixel_mask(mask, layout)] = colour
         return
-    rows, columns = layout.grid
     run = np.dtype((np.void, layout.patch * layout.channels))
-    cells = whole.reshape(rows, layout.patch, columns, -1).view(run)[..., 0].swapaxes(1, 2)
-    cells[~mask.reshape(rows, columns)] = np.tile(colour, layout.patch).view(run)[0]
+    _cells(whole, layout)[~mask.reshape(layout.grid)] = np.frombuffer(colour.tobytes() * layout.patch, run)[0]
 
 
 def _num_pixels(mask: Mask, layout: Layout) -> int:

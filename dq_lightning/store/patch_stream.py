@@ -22,19 +22,40 @@ MAX_SHARED_BYTES = 1 << 15
 # signature, size and format; a JPEG's head ends where its scan begins
 _HEAD_BYTES = {"raw": 0, "png": 41, "webp": 30}
 _START_OF_SCAN = 0xDA
+_PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)
+# the others of C0 to CF are tables
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 def head_bytes(codec: str, data: bytes) -> int:
     """Length of the head of an encoded file; 0 when there is none that we know."""
     if codec != "jpeg":
         return min(_HEAD_BYTES[codec], len(data))
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return jpeg_head(data)[0]
+
+
+def jpeg_head(data: bytes) -> tuple[int, tuple[int, int, int]]:
+    """Length of a JPEG's head, and height, width and components of its one 8-bit frame.
+
+    Only what every writer writes is understood: segments without a gap, one baseline or progressive frame before the scan. Else
+    all is 0.
+    """
+    at, frame = 2, (0, 0, 0)
+    end = min(len(data), MAX_HEAD_BYTES)
+    while at + 4 <= end and data[at] == 0xFF:
+        marker, start = data[at + 1], at + 4
+        at = start - 2 + (data[at + 2] << 8) + data[at + 3]
+        if marker in _FRAMES:
+            if frame != (0, 0, 0) or at > end or at < start + 6 or marker not in _PLAIN_FRAMES or data[start] != 8:
+                break
+            frame = (
+                (data[start + 1] << 8) + data[start + 2],
+                (data[start + 3] << 8) + data[start + 4],
+                data[start + 5],
+            )
         if marker == _START_OF_SCAN:
-            return at if at <= min(len(data), MAX_HEAD_BYTES) else 0
-    return 0
+            return (at, frame) if at <= end else (0, (0, 0, 0))
+    return 0, (0, 0, 0)
 
 
 def shared_heads(images: Sequence[PatchedImage]) -> bytes:

@@ -20,6 +20,7 @@ The tables at the head of a JPEG are alike in a store; `store/patch_stream.py` k
 """
 
 import io
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ from dq_lightning.store.patch_layout import (
     refill,
     strip_of,
 )
+from dq_lightning.store.patch_stream import jpeg_head
 from dq_lightning.store.values import is_plain_array, is_plain_tensor
 
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
@@ -126,10 +128,16 @@ def layout_of(patched: PatchedImage) -> Layout:
     Raises:
         StoreError: it would be too large.
     """
+    facts = (patched.height, patched.width, CHANNELS[patched.mode], patched.patch_size)
+    return _layout(*facts, patched.codec == "jpeg", patched.num_kept)
+
+
+@lru_cache(maxsize=1024)
+def _layout(height: int, width: int, channels: int, patch_size: int, in_blocks: bool, count: int) -> Layout:
     # one patch that is larger than the image is the image
-    patch = min(patched.patch_size, max(patched.height, patched.width))
-    side = -(-patch // JPEG_BLOCK) * JPEG_BLOCK if patched.codec == "jpeg" else patch
-    return Layout(patched.height, patched.width, CHANNELS[patched.mode], patch, side, patched.num_kept)
+    patch = min(patch_size, max(height, width))
+    side = -(-patch // JPEG_BLOCK) * JPEG_BLOCK if in_blocks else patch
+    return Layout(height, width, channels, patch, side, count)
 
 
 def map_patched(value: Any, change: Any) -> Any:
@@ -209,6 +217,17 @@ def _with_predictions(pixels: Pixels, mask: Mask, layout: Layout) -> Pixels:
 
 def _decode(patched: PatchedImage, size: tuple[int, int]) -> Pixels:
     """Pixels [height, width, C] of just this size; nothing is decoded of an image that claims another."""
+    channels = CHANNELS[patched.mode]
+    if patched.codec == "jpeg" and jpeg_head(patched.data)[1] == (*size, channels):
+        try:
+            # Pillow's decoder alone; the file's facts, which it would read in Python, are known and compared
+            decoded = np.asarray(
+                Image.frombytes(patched.mode, size[::-1], patched.data, "jpeg", patched.mode, "", 1, 0)
+            )
+            return decoded.reshape(*size, channels)
+        except ValueError:
+            # Pillow's whole reader finds the reason
+            pass
     try:
         with Image.open(io.BytesIO(patched.data), formats=[FORMATS[patched.codec]]) as image:
             grey_webp = patched.codec == "webp" and patched.mode == "L" and image.mode == "RGB"
@@ -222,4 +241,4 @@ def _decode(patched: PatchedImage, size: tuple[int, int]) -> Pixels:
     except Exception as error:
         # Pillow's format plugins raise all sorts of errors on damaged files
         raise StoreError(f"kept patches cannot be decoded ({type(error).__name__}: {error})") from error
-    return decoded if decoded.ndim == 3 else decoded[..., None]
+    return decoded.reshape(*size, channels)
