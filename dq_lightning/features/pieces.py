@@ -1,0 +1,249 @@
+"""Embeddings made in pieces, by processes or machines that know nothing of each other, and put together. Touches the disk.
+
+Piece `index` of `nums` rows holds the rows from `index * nums` on, as `NAME_{index}.npy` (float32 [B, D]), with a
+`NAME_{index}.json` beside it, written last, that says which rows of which data these are, made by which encoder.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dq_lightning.config import Precision
+from dq_lightning.errors import FeatureError
+from dq_lightning.features.choose import EncoderSpec
+from dq_lightning.features.extract import extract_features
+
+NAME = "embeds"
+AGAIN = "make the piece again, or remove its .npy and .json when it is none of these"
+
+
+class Part:
+    """Consecutive samples of a source, as a source of its own for `extract_features`."""
+
+    def __init__(self, source: Any, rows: range) -> None:
+        self._source, self._rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def texts(self, positions: Sequence[int]) -> list[str]:
+        """See `text_loading.TextSource`."""
+        # a range of positions stays a range, so that the source can read them at once
+        chosen = (
+            self._rows[positions.start : positions.stop] if _is_plain(positions) else [self._rows[i] for i in positions]
+        )
+        made: list[str] = self._source.texts(chosen)
+        return made
+
+    def image(self, index: int) -> Any:
+        """See `loading.ImageSource`."""
+        return self._source.image(self._rows[index])
+
+    def decode_warning(self, index: int) -> str | None:
+        """Likewise."""
+        warning: str | None = self._source.decode_warning(self._rows[index])
+        return warning
+
+
+def embed_piece(
+    source: Any,
+    spec: EncoderSpec,
+    *,
+    index: int,
+    nums: int,
+    out_dir: str | Path,
+    identity: Mapping[str, Any],
+    name: str = NAME,
+    device: str = "auto",
+    precision: Precision = "auto",
+    batch_size: int = 256,
+    num_workers: int | Literal["auto"] = "auto",
+    progress: bool = True,
+    scratch: Path | None = None,
+) -> Path:
+    """Embed the rows from `index * nums` on, at most `nums`, and write them; a piece that is there and whole is kept.
+
+    Args:
+        source: as for `extract_features`.
+        spec: likewise, resolved.
+        index: number of the piece, from 0.
+        nums: rows of a piece; the last one may have fewer.
+        out_dir: folder of the pieces; made when it is missing.
+        identity: what must be equal in all pieces: the source's digest, the encoder's, what text is embedded. JSON values.
+        name: beginning of the files' names.
+        device: as for `extract_features`, and so are the others.
+        precision: likewise.
+        batch_size: likewise.
+        num_workers: likewise.
+        progress: likewise.
+        scratch: likewise.
+
+    Returns:
+        The `.npy` file.
+
+    Raises:
+        FeatureError: there are no such rows, or as `extract_features`.
+    """
+    total = len(source)
+    if nums < 1 or not 0 <= index * nums < total:
+        raise FeatureError(
+            f"piece {index} of {nums} rows lies outside of the {total:,} samples: there are the pieces 0 to "
+            f"{-(-total // max(nums, 1)) - 1}"
+        )
+    rows = range(index * nums, min((index + 1) * nums, total))
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{name}_{index}.npy"
+    facts = _facts(identity, index, nums, rows, total)
+    written = _read_facts(target.with_suffix(".json"))
+    if written is not None and _is_whole(target, written) and _without_digest(written) == facts:
+        return target
+    made = extract_features(
+        Part(source, rows),
+        spec,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        progress=progress,
+        scratch=scratch,
+    ).embedding.numpy()
+    # without its description a piece counts as missing, so the old one goes first and the new one comes last
+    target.with_suffix(".json").unlink(missing_ok=True)
+    _write(target, lambda file: np.save(file, made, allow_pickle=False))
+    facts["sha256"] = _digest(target)
+    _write(target.with_suffix(".json"), lambda file: file.write(json.dumps(facts, indent=2).encode()))
+    return target
+
+
+def merge_pieces(
+    folder: str | Path, *, name: str = NAME, identity: Mapping[str, Any] | None = None
+) -> NDArray[np.float32]:
+    """Put the pieces of a folder together.
+
+    Args:
+        folder: of the pieces.
+        name: beginning of the files' names.
+        identity: what they must have been made of; None asks only that all agree.
+
+    Returns:
+        float32 [N, D], row i that of sample i.
+
+    Raises:
+        FeatureError: a piece is missing, damaged or foreign; names it.
+    """
+    folder = Path(folder)
+    found = {path: _read_facts(path) for path in sorted(folder.glob(f"{name}_*.json"))}
+    if not found:
+        raise FeatureError(f"there is no piece {name}_*.npy with its {name}_*.json in {folder}")
+    damaged = [path for path, facts in found.items() if facts is None]
+    if damaged:
+        raise FeatureError(f"{damaged[0]} can't be read: {AGAIN}")
+    pieces = {path.with_suffix(".npy"): facts for path, facts in found.items() if facts is not None}
+    first_path, first = next(iter(pieces.items()))
+    shared = {key: first[key] for key in ("identity", "nums", "num_samples")}
+    if identity is not None:
+        shared["identity"], first_path = _plain(identity), Path("what was asked for")
+    for path, facts in pieces.items():
+        _check_same(path, facts, shared, first_path.name)
+    by_index = {facts["index"]: path for path, facts in pieces.items()}
+    nums, total = shared["nums"], shared["num_samples"]
+    missing = [index for index in range(-(-total // nums)) if index not in by_index]
+    if missing:
+        listed = "; ".join(f"{name}_{i}.npy (rows {i * nums} to {min((i + 1) * nums, total) - 1})" for i in missing[:5])
+        raise FeatureError(f"{len(missing)} of {-(-total // nums)} pieces are missing in {folder}: {listed}")
+    return _joined([by_index[index] for index in sorted(by_index)], pieces, total)
+
+
+def _joined(paths: Sequence[Path], pieces: Mapping[Path, Mapping[str, Any]], total: int) -> NDArray[np.float32]:
+    merged: NDArray[np.float32] | None = None
+    for path in paths:
+        facts = pieces[path]
+        if not _is_whole(path, facts):
+            raise FeatureError(f"{path} is missing or not what its .json describes: {AGAIN}")
+        part = np.load(path, mmap_mode="r", allow_pickle=False)
+        if merged is None:
+            merged = np.empty((total, part.shape[1]), np.float32)
+        if part.shape != (facts["last"] + 1 - facts["first"], merged.shape[1]):
+            raise FeatureError(f"{path} has the shape {list(part.shape)}, which does not fit the others: {AGAIN}")
+        merged[facts["first"] : facts["last"] + 1] = part
+    assert merged is not None
+    return merged
+
+
+def _check_same(path: Path, facts: Mapping[str, Any], shared: Mapping[str, Any], reference: str) -> None:
+    for key, wanted in shared.items():
+        seen = facts[key]
+        if seen == wanted:
+            continue
+        if isinstance(seen, Mapping):
+            key = next(k for k in {*seen, *wanted} if seen.get(k) != wanted.get(k))
+            seen, wanted = seen.get(key), wanted.get(key)
+        raise FeatureError(
+            f"{path} is a foreign piece: its {key} is {seen!r}, but that of {reference} is {wanted!r}; {AGAIN}"
+        )
+    rows = range(facts["index"] * shared["nums"], min((facts["index"] + 1) * shared["nums"], shared["num_samples"]))
+    numbered = path.stem.rpartition("_")[2] == str(facts["index"])
+    if not numbered or not len(rows) or (facts["first"], facts["last"]) != (rows[0], rows[-1]):
+        raise FeatureError(
+            f"{path} is a foreign piece: it describes itself as piece {facts['index']}, rows {facts['first']} to "
+            f"{facts['last']}; {AGAIN}"
+        )
+
+
+def _facts(identity: Mapping[str, Any], index: int, nums: int, rows: range, total: int) -> dict[str, Any]:
+    return {
+        "index": index,
+        "nums": nums,
+        "first": rows[0],
+        "last": rows[-1],
+        "num_samples": total,
+        "identity": _plain(identity),
+    }
+
+
+def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(dict(identity)))
+    return plain
+
+
+def _without_digest(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in facts.items() if key != "sha256"}
+
+
+def _read_facts(path: Path) -> dict[str, Any] | None:
+    """The description of a piece; None when there is none that can be understood."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    numbers = ("index", "nums", "first", "last", "num_samples")
+    if not isinstance(facts, dict) or not all(type(facts.get(key)) is int for key in numbers):
+        return None
+    return facts if isinstance(facts.get("identity"), dict) and facts["nums"] > 0 else None
+
+
+def _is_whole(path: Path, facts: Mapping[str, Any]) -> bool:
+    return path.is_file() and facts.get("sha256") == _digest(path)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, put: Callable[[Any], Any]) -> None:
+    """Write under another name and rename: a file that is there is whole."""
+    handle, partial = tempfile.mkstemp(suffix=".partial", dir=path.parent)
+    with os.fdopen(handle, "wb") as file:
+        put(file)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(partial).replace(path)
