@@ -36,9 +36,10 @@ class Part:
     def texts(self, positions: Sequence[int]) -> list[str]:
         """See `text_loading.TextSource`."""
         # a range of positions stays a range, so that the source can read them at once
-        chosen = (
-            self._rows[positions.start : positions.stop] if _is_plain(positions) else [self._rows[i] for i in positions]
-        )
+        if isinstance(positions, range) and positions.step == 1 and len(positions):
+            chosen: Sequence[int] = self._rows[positions[0] : positions[-1] + 1]
+        else:
+            chosen = [self._rows[position] for position in positions]
         made: list[str] = self._source.texts(chosen)
         return made
 
