@@ -38,6 +38,7 @@ from dq_lightning.store.patch_layout import (
     cut,
     mask_array,
     patches_in,
+    pixel_mask,
     place,
     place_raw,
     raw_bytes,
@@ -205,13 +206,14 @@ def _encode(pixels: Pixels, mask: Mask, patched: PatchedImage, quality: int, sub
 def _with_predictions(pixels: Pixels, mask: Mask, layout: Layout) -> Pixels:
     """The image with every dropped patch in the mean colour of the pixels above and left of it, one after the other."""
     out = pixels.copy()
+    first = pixels[pixel_mask(mask, layout)].mean(0).round()
     patch, columns = layout.patch, layout.grid[1]
     for number in np.flatnonzero(~mask).tolist():
         top, left = number // columns * patch, number % columns * patch
         inside = np.s_[top : top + patch, left : left + patch]
         border = [out[top : top + patch, left - 1]] if left else []
         border += [out[top - 1, left : left + patch]] if top else []
-        out[inside] = np.concatenate(border).mean(0).round() if border else 128
+        out[inside] = np.concatenate(border).mean(0).round() if border else first
     return out
 
 
