@@ -95,7 +95,17 @@ class _Search:
     def _close(self, rows: Tensor, others: Tensor) -> Tensor:
         """Whether the cosine reaches the threshold, bool [len(rows), len(others)]."""
         # NumPy's product: torch's may be set to fewer bits by the user (set_float32_matmul_precision), also on the CPU
-        cosine = torch.from_numpy(self.single[rows.numpy()] @ self.single[others.numpy()].T)
+        product = self.single[rows.numpy()] @ self.single[others.numpy()].T
+        close = torch.zeros(product.shape, dtype=torch.bool)
+        # one look at each number for the many rows that are close to nothing
+        places = torch.from_numpy(np.flatnonzero(product.max(axis=1, initial=-1.0) >= self.limit - self.error))
+        if len(places) == 0:
+            return close
+        cosine = torch.from_numpy(product)[places]
+        close[places] = self._decided(cosine, rows[places], others)
+        return close
+
+    def _decided(self, cosine: Tensor, rows: Tensor, others: Tensor) -> Tensor:
         close = cosine >= self.limit + self.error
         doubtful = ((cosine >= self.limit - self.error) & ~close).nonzero()
         for start in range(0, len(doubtful), _PAIRS):

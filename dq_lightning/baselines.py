@@ -1,0 +1,93 @@
+"""Other ways to choose a subset, to compare with: random, the longest responses, the rows nearest to k-means centres."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dq_lightning.errors import ConfigError, FeatureError
+from dq_lightning.kmeans import kmeans
+from dq_lightning.prompts import choose_template
+from dq_lightning.records import Features, Selection
+from dq_lightning.selection.allocate import count_kept
+
+Baseline = Literal["random", "longest", "kmeans"]
+
+
+def baseline_selection(
+    name: Baseline,
+    data: Any,
+    *,
+    keep_ratio: float,
+    seed: int = 0,
+) -> Selection:
+    """Choose floor(N * keep_ratio + 1/2) of N rows without Dataset Quantization, to compare with it.
+
+    Args:
+        name: `"random"` draws uniformly, and with one seed a smaller ratio gives a subset of a larger one; `"longest"` takes
+            the rows whose responses have the most characters, ties by position; `"kmeans"` makes as many clusters as rows
+            are kept (see `kmeans`) and takes the row nearest to each centre; where a cluster is empty (equal rows), the row
+            farthest from its own centre instead.
+        data: what it is chosen by. Random: anything with a length. Longest: rows (dicts), or the N lengths as a tensor or
+            array. k-means: features floating [N, D], or `Features`.
+        keep_ratio: share of rows kept, in (0, 1].
+        seed: of random and k-means.
+
+    Returns:
+        `index` int64 [M] ascending; `bin` int16 [M], all 0.
+
+    Raises:
+        ConfigError: the name is unknown, the ratio out of range, or nothing would be kept.
+        FeatureError: k-means got no finite floating matrix.
+        SourceError: the columns of the rows fit no template, or a response is no text.
+    """
+    if name not in get_args(Baseline):
+        raise ConfigError(f"the baseline must be one of {', '.join(map(repr, get_args(Baseline)))}, got {name!r}")
+    if not 0 < keep_ratio <= 1:
+        raise ConfigError(f"keep_ratio must be in (0, 1], got {keep_ratio!r}")
+    wanted = count_kept(len(data), keep_ratio)
+    if wanted == 0:
+        raise ConfigError(f"keep_ratio={keep_ratio} of {len(data)} rows keeps none")
+    if name == "random":
+        keys = np.random.PCG64(np.random.SeedSequence([seed])).random_raw(len(data))
+        chosen = np.argsort(keys, kind="stable")[:wanted]
+    elif name == "longest":
+        lengths = data if isinstance(data, Tensor | np.ndarray) else response_lengths(data)
+        chosen = np.argsort(-np.asarray(lengths).astype(np.int64), kind="stable")[:wanted]
+    else:
+        chosen = _nearest_to_centres(_matrix(data), wanted, seed)
+    index = torch.from_numpy(np.sort(chosen).astype(np.int64))
+    return Selection(index, torch.zeros(wanted, dtype=torch.int16))
+
+
+def response_lengths(rows: Sequence[Any]) -> NDArray[np.int64]:
+    """Characters of every row's response, int64 [N]."""
+    template = choose_template(list(rows[0]))
+    return np.array([len(template.prompt_and_response(rows[i], i)[1]) for i in range(len(rows))], dtype=np.int64)
+
+
+def _nearest_to_centres(rows: NDArray[np.float32], wanted: int, seed: int) -> NDArray[np.int64]:
+    centres, label = kmeans(rows, wanted, seed)
+    distance = np.concatenate(
+        [
+            np.square(rows[start : start + 4096] - centres[label[start : start + 4096]]).sum(axis=1)
+            for start in range(0, len(rows), 4096)
+        ]
+    )
+    # by cluster, then by distance, then by position
+    order = np.lexsort((distance, label))
+    first = np.flatnonzero(np.diff(label[order], prepend=-1))
+    chosen = order[first]
+    rest = np.setdiff1d(np.argsort(-distance, kind="stable"), chosen, assume_unique=True)
+    # setdiff1d keeps the order of what it is given when told that it is unique
+    return np.concatenate([chosen, rest[: wanted - len(chosen)]])
+
+
+def _matrix(data: Any) -> NDArray[np.float32]:
+    values = data.embedding if isinstance(data, Features) else torch.as_tensor(data)
+    if values.ndim != 2 or not values.is_floating_point() or not bool(torch.isfinite(values).all()):
+        raise FeatureError(f"k-means needs finite floating features [N, D], got {values.dtype} {tuple(values.shape)}")
+    return np.ascontiguousarray(values.float().cpu().numpy())

@@ -1,0 +1,114 @@
+"""A compact set of rows as files: JSON as Alpaca was published, a Hugging Face dataset on disk, row numbers."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dq_lightning.errors import StoreError
+from dq_lightning.sources.hub import hub_kind
+
+
+def write_json(rows: Any, index: Tensor, path: str | Path) -> Path:
+    """Write the kept rows as a JSON list, indented by four as Alpaca is; one row a line when the name ends in .jsonl.
+
+    All fields are written, in the order of the original, and text as it is (UTF-8). The file appears whole or not at all.
+
+    Args:
+        rows: all N rows, dicts by position: a list or a Hugging Face dataset.
+        index: int64 [M], `Selection.index`.
+        path: of the file; its folder is made.
+
+    Raises:
+        StoreError: a row does not exist, or holds what JSON has no words for.
+    """
+
+    def write(place: Path) -> None:
+        with place.open("w", encoding="utf-8") as file:
+            if Path(path).suffix == ".jsonl":
+                file.writelines(f"{_as_json(row, number)}\n" for number, row in _kept(rows, index))
+            else:
+                written = ",\n".join(_as_json(row, number, indent=4) for number, row in _kept(rows, index))
+                file.write("[\n" + "".join(f"    {line}\n" for line in written.split("\n")) + "]")
+
+    return _whole(Path(path), write)
+
+
+def write_dataset(rows: Any, index: Tensor, path: str | Path) -> Path:
+    """Write the kept rows as a Hugging Face dataset that `datasets.load_from_disk` opens; features and formats stay.
+
+    Args:
+        rows: all N rows, dicts by position: a list or a Hugging Face dataset.
+        index: int64 [M], `Selection.index`.
+        path: a folder that does not exist, or holds such a dataset, which is replaced.
+
+    Raises:
+        StoreError: a row does not exist, or the folder holds something else.
+    """
+    from datasets import Dataset
+
+    target = Path(path)
+    if target.exists() and not (target / "dataset_info.json").is_file():
+        raise StoreError(f"{target} exists and is no dataset of ours; pass another folder")
+    if hub_kind(rows) == "Dataset":
+        _check(rows, index)
+        # without this the whole table would be written, and a list of positions
+        kept = rows.select(index.tolist()).flatten_indices()
+    else:
+        kept = Dataset.from_list([dict(row) for _, row in _kept(rows, index)])
+    return _whole(target, kept.save_to_disk)
+
+
+def write_index(index: Tensor, path: str | Path) -> Path:
+    """Write row numbers, int64 [M], as .npy; `numpy.load` reads them."""
+
+    def write(place: Path) -> None:
+        with place.open("wb") as file:
+            np.save(file, index.numpy().astype(np.int64), allow_pickle=False)
+
+    return _whole(Path(path), write)
+
+
+def _kept(rows: Any, index: Tensor) -> Iterator[tuple[int, Any]]:
+    _check(rows, index)
+    for number in index.tolist():
+        yield number, rows[number]
+
+
+def _check(rows: Any, index: Tensor) -> None:
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(rows):
+        raise StoreError(
+            f"the selection has rows {int(index.min())} to {int(index.max())}, but there are {len(rows)}: it was made from "
+            "another dataset"
+        )
+
+
+def _as_json(row: Any, number: int, indent: int | None = None) -> str:
+    try:
+        # NaN is no JSON: other readers stop at it
+        return json.dumps(dict(row), ensure_ascii=False, indent=indent, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise StoreError(
+            f"row {number} cannot be written as JSON ({error}); leave the column out, or write a dataset instead"
+        ) from error
+
+
+def _whole(target: Path, write: Callable[[Path], Any]) -> Path:
+    """Write beside the target and rename, so that nobody sees a half."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        place = folder / target.name
+        write(place)
+        if place.is_dir() and target.exists():
+            target.rename(folder / "before")
+        os.replace(place, target)  # noqa: PTH105
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return target
