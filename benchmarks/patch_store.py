@@ -2,10 +2,10 @@
 
     python benchmarks/patch_store.py --images DIR [--weights FILE] [--count 200] [--qualities 75 90] [--layouts]
 
-DIR is an ImageFolder of ten Imagenette classes, 224 x 224; FILE the weights of timm's tf_efficientnet_lite0, which chooses the
-patches by Grad-CAM (without it only random patches are measured). All bytes of an entry are counted: pixels, masks, labels, ids,
-positions, checksums, JSON. "error" is the mean squared error on the kept pixels over that of the plain file. "--layouts" tries
-other orders of the patches. Small images are raw; their time is compared with a plain column.
+DIR is an ImageFolder of ten Imagenette classes, 224 x 224; FILE the weights of timm's tf_efficientnet_lite0, which chooses
+the patches by Grad-CAM (without it only random patches are measured). All bytes of an entry are counted: pixels, masks, labels,
+ids, positions, checksums, JSON. "error" is the mean squared error on the kept pixels over that of the plain file. "--layouts"
+tries other orders of the patches. Small images are raw; their time is compared with a plain column, in batches of 50.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from dq_lightning.patches.choose import choose_patches
 from dq_lightning.patches.grid import Grid, pixel_mask
 from dq_lightning.patches.saliency import make_scorer
 from dq_lightning.store.packed import write_packed
-from dq_lightning.store.patched import FORMATS, pack_image, unpack_image
+from dq_lightning.store.patched import pack_image, unpack_image
 from dq_lightning.store.reader import PackedDataset
 
 PATCH, DROP, ROUNDS = 16, 0.2, 15

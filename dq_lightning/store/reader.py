@@ -28,6 +28,7 @@ from dq_lightning.store.manifest import Damage, check_file
 from dq_lightning.store.names import Names
 from dq_lightning.store.npy import npy_header
 from dq_lightning.store.packed import FORMAT_VERSION, STORE_FILE
+from dq_lightning.store.patch_batches import BatchDecoder
 from dq_lightning.store.patch_stream import facts_of, take_streams
 from dq_lightning.store.patched import map_patched, mean_filled, patched_images
 from dq_lightning.store.tensors import TENSORS_FILE
@@ -145,6 +146,8 @@ class PackedDataset(Dataset[Any]):
         ]
         # number of the leaf, rows of all samples, bytes of one row, reader
         self._columns: list[tuple[int, memoryview, int, Callable[[Any], Any]]] = []
+        # number of the leaf, and its values of a batch as far as they can be decoded together
+        self._batched: list[tuple[int, BatchDecoder]] = []
         for number, leaf in enumerate(leaves):
             if leaf.kind in (VALUE_KIND, STREAM_KIND, "none"):
                 continue
@@ -155,6 +158,8 @@ class PackedDataset(Dataset[Any]):
                 raise Damage(f"store.json does not name {name}")
             rows = self._map(name, self._num_samples * leaf.row_bytes, header)
             self._columns.append((number, rows, leaf.row_bytes, self._readers[number]))
+            if self._num_samples and BatchDecoder.fits(leaf):
+                self._batched.append((number, BatchDecoder(leaf, rows)))
         self._num_leaves = len(leaves)
         self._values = os.open(self.path / "values.bin", os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self._values_size = os.fstat(self._values).st_size
@@ -183,8 +188,11 @@ class PackedDataset(Dataset[Any]):
         return at
 
     def __getitem__(self, position: int) -> Any:
+        return self._get(position, {})
+
+    def _get(self, position: int, ready: dict[int, Any]) -> Any:
         at = self._position(position)
-        sample = self._read(at)
+        sample = self._read(at, ready)
         if self.has_patches and self.patches == "mean":
             try:
                 sample = map_patched(sample, mean_filled)
@@ -199,19 +207,26 @@ class PackedDataset(Dataset[Any]):
             StoreError: no image of this sample was stored by patches.
         """
         at = self._position(position)
-        found = patched_images(self._read(at))
+        found = patched_images(self._read(at, {}))
         if not found:
             raise StoreError(f"sample {at} ({self.ids[at]}) of {self.path} has no image that was stored by patches")
         return found[0]
 
     def __getitems__(self, positions: Sequence[int]) -> list[Any]:
         """The samples of a batch, in order; DataLoader calls this."""
-        return [self[position] for position in positions]
+        ready: dict[int, list[Any]] = {}
+        if self.patches == "mean" and self._batched:
+            places = [self._position(position) for position in positions]
+            ready = {number: decode(places) for number, decode in self._batched}
+        return [
+            self._get(position, {number: values[i] for number, values in ready.items()})
+            for i, position in enumerate(positions)
+        ]
 
     def __iter__(self) -> Iterator[Any]:
         return map(self.__getitem__, range(self._num_samples))
 
-    def _read(self, at: int) -> Any:
+    def _read(self, at: int, ready: dict[int, Any]) -> Any:
         leaves: list[Any] = [None] * self._num_leaves
         checksum = at & 0xFFFFFFFF
         crc32 = zlib.crc32
@@ -229,7 +244,8 @@ class PackedDataset(Dataset[Any]):
                 )
         try:
             for (number, _, _, reader), row in zip(self._columns, rows, strict=True):
-                leaves[number] = reader(row)
+                done = ready.get(number)
+                leaves[number] = reader(row) if done is None else done
             value, missing = take_streams(self._streams, leaves, value)
             if not value and not self._value_leaves and not missing:
                 return self._build(leaves)

@@ -198,7 +198,7 @@ def test_real_entries_are_small(tmp_path: Path, imagenette: list[Image.Image]) -
         plain = sum(map(len, files))
         ours = [unpack_image(item)[0] for item, _ in items]
         kept = [kept_pixels(mask, 224, 224, 16) for mask in masks]
-        assert squared(ours, images, kept) < 1.4 * squared([decoded(data) for data in files], images, kept)
+        assert squared(ours, images, kept) < 1.6 * squared([decoded(data) for data in files], images, kept)
         names = ("values.bin", "value_offsets.npy", "checksums.npy", "column-1.npy", "index.npy", "bin.npy")
         assert sum((folder / name).stat().st_size for name in names) < bound * plain
         assert estimate_bytes([(item, None) for item in items], len(items)) == pytest.approx(
@@ -489,3 +489,26 @@ def test_raw_images_of_any_size_are_columns_when_wanted(tmp_path: Path) -> None:
     )
     assert np.load(tmp_path / "s" / "column-0.npy").shape == (3, 200, 300, 3)
     assert all(equal(seen, image) for (seen, _), image in zip(PackedDataset(tmp_path / "s"), images, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_batch_is_what_its_samples_are(tmp_path: Path, layout: str) -> None:
+    channels = 3 if layout in ("pil", "array", "tensor") else 1
+    items: list[Any] = [
+        (pack_image(leaf_of(pixels_of(24, 40, channels, i), layout), some_mask(24, 40, 8, 11, i), 8, "raw"), i)
+        for i in range(LOOK_AHEAD_SAMPLES + 5)
+    ]
+    items[-2] = (pack_image(leaf_of(pixels_of(24, 40, channels), layout), some_mask(24, 40, 8, 2), 8, "raw"), 0)
+    items[-1] = "another"
+    folder = pack(tmp_path / "s", items)
+    read = PackedDataset(folder)
+    positions = [3, -1, 0, len(items) - 2, 3, 50]
+    batch = read.__getitems__(positions)
+    assert all(equal(seen, read[position]) for seen, position in zip(batch, positions, strict=True))
+    assert PackedDataset(folder, patches="packed").__getitems__(positions) == [items[i] for i in positions]
+    path = folder / "column-0.npy"
+    data = bytearray(path.read_bytes())
+    data[200] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match="checksum"):
+        PackedDataset(folder).__getitems__([0, 1])
