@@ -1,6 +1,7 @@
 """Raw patches of a whole batch at once: for small images the calls, not the pixels, take the time. PURE."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ class BatchDecoder:
     def __init__(self, leaf: Leaf, rows: memoryview) -> None:
         self.whole: PatchedImage = leaf_reader(leaf)(bytes(leaf.row_bytes))
         self.mask_bytes = len(self.whole.mask)
+        bare = layout_of(self.whole)
+        count = leaf.shape[3] // (bare.patch**2 * bare.channels)
+        self.layout = replace(bare, count=count)
         self.rows = np.frombuffer(rows, np.uint8).reshape(-1, leaf.row_bytes)
 
     @staticmethod
@@ -36,11 +40,11 @@ class BatchDecoder:
 
     def __call__(self, positions: Sequence[int]) -> list[Any]:
         """The images at these positions; None for a row whose mask does not fit its pixels."""
+        if not len(positions):
+            return []
         taken = self.rows[np.asarray(positions, np.int64)]
         data = taken[:, self.mask_bytes :]
-        count = data.shape[1] // layout_of(self.whole).patch ** 2 // layout_of(self.whole).channels
-        whole = layout_of(self.whole)
-        layout = Layout(whole.height, whole.width, whole.channels, whole.patch, whole.side, count)
+        layout, count = self.layout, self.layout.count
         masks = np.unpackbits(taken[:, : self.mask_bytes], axis=1, bitorder="little").view(np.bool_)
         good = masks.sum(1) == count
         masks = masks[:, : self.whole.num_patches]
@@ -75,8 +79,10 @@ def _place_all(data: Pixels, masks: np.ndarray[Any, np.dtype[np.bool_]], layout:
     cells[shaped] = data.reshape(-1, patch, patch * channels).view(run)[..., 0]
     holes = masks.shape[1] - layout.count
     if holes:
-        sums = np.add.reduce(data.reshape(batch, layout.count * patch, -1), 1, np.uint32)
-        total = sums.reshape(batch, patch, channels).sum(1, dtype=np.int64)
+        # sums of 257 bytes fit into 16 bits
+        narrow = np.uint16 if layout.count <= 257 else np.uint32
+        sums = np.add.reduce(data.reshape(batch, layout.count, -1), 1, narrow)
+        total = np.add.reduce(sums.reshape(batch, patch**2, channels), 1, np.int64)
         number = layout.count * patch**2
         colours = ((2 * total + number) // (2 * number)).astype(np.uint8)
         runs = np.ascontiguousarray(np.tile(colours, patch)).view(run)

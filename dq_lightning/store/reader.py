@@ -148,6 +148,7 @@ class PackedDataset(Dataset[Any]):
         self._columns: list[tuple[int, memoryview, int, Callable[[Any], Any]]] = []
         # number of the leaf, and its values of a batch as far as they can be decoded together
         self._batched: list[tuple[int, BatchDecoder]] = []
+        together = all(BatchDecoder.fits(leaf) for leaf in leaves if leaf.kind == "patches")
         for number, leaf in enumerate(leaves):
             if leaf.kind in (VALUE_KIND, STREAM_KIND, "none"):
                 continue
@@ -158,7 +159,7 @@ class PackedDataset(Dataset[Any]):
                 raise Damage(f"store.json does not name {name}")
             rows = self._map(name, self._num_samples * leaf.row_bytes, header)
             self._columns.append((number, rows, leaf.row_bytes, self._readers[number]))
-            if self._num_samples and BatchDecoder.fits(leaf):
+            if together and BatchDecoder.fits(leaf):
                 self._batched.append((number, BatchDecoder(leaf, rows)))
         self._num_leaves = len(leaves)
         self._values = os.open(self.path / "values.bin", os.O_RDONLY | getattr(os, "O_BINARY", 0))
@@ -193,7 +194,9 @@ class PackedDataset(Dataset[Any]):
     def _get(self, position: int, ready: dict[int, Any]) -> Any:
         at = self._position(position)
         sample = self._read(at, ready)
-        if self.has_patches and self.patches == "mean":
+        # a sample without a value of its own has no other patched image than those that are ready
+        alone = 0 < len(self._batched) == len(ready) and self._offsets[at] == self._offsets[at + 1]
+        if self.has_patches and self.patches == "mean" and not alone:
             try:
                 sample = map_patched(sample, mean_filled)
             except StoreError as error:
@@ -214,12 +217,9 @@ class PackedDataset(Dataset[Any]):
 
     def __getitems__(self, positions: Sequence[int]) -> list[Any]:
         """The samples of a batch, in order; DataLoader calls this."""
-        ready: dict[int, list[Any]] = {}
-        if self.patches == "mean" and self._batched:
-            places = [self._position(position) for position in positions]
-            ready = {number: decode(places) for number, decode in self._batched}
+        ready = {number: decode(positions) for number, decode in self._batched} if self.patches == "mean" else {}
         return [
-            self._get(position, {number: values[i] for number, values in ready.items()})
+            self._get(position, {number: values[i] for number, values in ready.items() if values[i] is not None})
             for i, position in enumerate(positions)
         ]
 
@@ -244,8 +244,7 @@ class PackedDataset(Dataset[Any]):
                 )
         try:
             for (number, _, _, reader), row in zip(self._columns, rows, strict=True):
-                done = ready.get(number)
-                leaves[number] = reader(row) if done is None else done
+                leaves[number] = ready[number] if number in ready else reader(row)
             value, missing = take_streams(self._streams, leaves, value)
             if not value and not self._value_leaves and not missing:
                 return self._build(leaves)

@@ -512,3 +512,16 @@ def test_a_batch_is_what_its_samples_are(tmp_path: Path, layout: str) -> None:
     path.write_bytes(data)
     with pytest.raises(StoreError, match="checksum"):
         PackedDataset(folder).__getitems__([0, 1])
+
+
+def test_columns_of_whole_and_of_partial_patches_side_by_side(tmp_path: Path) -> None:
+    whole = pack_image(photo(32, 32), some_mask(32, 32, 8, 9), 8, "raw")
+    partial = pack_image(photo(30, 30), some_mask(30, 30, 8, 9), 8, "raw")
+    read = PackedDataset(pack(tmp_path / "s", [(whole, partial, whole)] * 3))
+    assert equal(read.__getitems__([0, -1]), [read[0], read[2]])
+    assert [image.size for image in read[1]] == [(32, 32), (30, 30), (32, 32)]
+    assert read.__getitems__([]) == []
+    with pytest.raises(IndexError):
+        read.__getitems__([0, 3])
+    empty = PackedDataset(pack(tmp_path / "empty", []))
+    assert empty.__getitems__([]) == []
