@@ -1,0 +1,133 @@
+"""The example of fine-tuning runs at a small size, and what it writes loads; the benchmark of text prints its tables."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.small_tokenizers import byte_tokenizer
+from tests.test_examples import EXAMPLES, run
+
+ROWS = [
+    {"instruction": f"Repeat the word {word}.", "input": "", "output": f"{word} {word}"}
+    for word in ("tree", "house", "river", "stone", "cloud")
+    for _ in range(8)
+]
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    """A Llama of two layers that knows nothing, with its tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder, tokenizer = tmp_path_factory.mktemp("model"), byte_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def example():
+    spec = importlib.util.spec_from_file_location("finetune_alpaca", EXAMPLES / "finetune_alpaca.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("packing", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_finetune_lowers_the_loss_and_saves_a_model(small_model, tmp_path, packing):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rows = [row | {"output": f"{row['output']} {n}"} for n, row in enumerate(ROWS)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    np.save(tmp_path / "rows.npy", np.arange(0, 40, 2))
+    tuned = tmp_path / "tuned"
+    printed = run(
+        "finetune_alpaca.py", "--model", str(small_model), "--data", str(tmp_path / "data.json"),
+        "--rows", str(tmp_path / "rows.npy"), "--output", str(tuned), "--held-out", "6", "--epochs", "4",
+        "--accumulate", "1", "--learning-rate", "1e-2", "--precision", "32-true", "--accelerator", "cpu", "--quiet",
+        *(["--packing"] if packing else []), cwd=tmp_path,
+    )  # fmt: skip
+    assert "20 training rows, 6 held out" in printed
+    before, after = (
+        float(printed.split("per token: ")[1].split(mark)[0].split()[-1]) for mark in (" before", " after")
+    )
+    assert after < before - 0.5
+    assert f"lm_eval --model hf --model_args pretrained={tuned}" in printed
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tuned), AutoTokenizer.from_pretrained(tuned)
+    start = AutoModelForCausalLM.from_pretrained(small_model)
+    assert not torch.equal(model.model.norm.weight, start.model.norm.weight)
+    assert model.config.use_cache
+    ids = tokenizer("Repeat the word tree.", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
+
+
+def test_held_out_rows_are_never_trained_on(tmp_path):
+    module = example()
+    (tmp_path / "data.json").write_text(json.dumps(ROWS))
+    # rows 0 to 7 are copies of one another: none of them may be held out
+    np.save(tmp_path / "rows.npy", np.array([0, 8, 16]))
+    args = _arguments(tmp_path)
+    data = module.make_data(byte_tokenizer(), args)
+    seen = {tuple(data.train[i]["input_ids"].tolist()) for i in range(len(data.train))}
+    held_out = [tuple(data.held_out[i]["input_ids"].tolist()) for i in range(len(data.held_out))]
+    assert len(held_out) == 16
+    assert not seen & set(held_out)
+    args.rows = None
+    with pytest.raises(SystemExit, match="all rows are in the training set"):
+        module.make_data(byte_tokenizer(), args)
+
+
+def test_recipe_and_sharding(small_model, monkeypatch):
+    module = example()
+    command = ["finetune_alpaca.py", "--model", str(small_model), "--data", "x", "--output", "y", "--strategy", "fsdp"]
+    monkeypatch.setattr("sys.argv", command)
+    args = module.parse()
+    assert (args.epochs, args.batch_size, args.accumulate, args.learning_rate) == (9, 4, 4, 8e-6)
+    assert (args.weight_decay, args.precision) == (0.1, "bf16-mixed")
+    tuner = module.FineTuner(args.model, args.learning_rate, args.weight_decay)
+    assert [kind.__name__ for kind in module.decoder_layers(tuner.network)] == ["LlamaDecoderLayer"]
+    strategy = module.make_strategy(args, tuner.network)
+    policy = strategy.kwargs["auto_wrap_policy"]
+    wrapped = [name for name, part in tuner.named_modules() if policy(module=part, recurse=False, nonwrapped_numel=0)]
+    assert wrapped == ["network.model.layers.0", "network.model.layers.1"]
+
+
+def test_rows_of_every_kind_of_file(tmp_path):
+    import lzma
+
+    module = example()
+    (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n")
+    (tmp_path / "a.json.xz").write_bytes(lzma.compress(json.dumps(ROWS).encode()))
+    for name in ("a.json", "a.jsonl", "a.json.xz"):
+        assert module.read_rows(tmp_path / name) == ROWS
+
+
+def test_benchmark_of_text(tmp_path):
+    rows = [row | {"output": f"{row['output']} {n}"} for n, row in enumerate(ROWS * 30)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    np.save(tmp_path / "embeddings.npy", np.random.default_rng(0).normal(size=(1200, 8)).astype(np.float32))
+    name = str(Path("..") / "benchmarks" / "text.py")
+    files = ("--alpaca-json", str(tmp_path / "data.json"), "--embeddings", str(tmp_path / "embeddings.npy"))
+    printed = run(name, *files, cwd=tmp_path)
+    assert "| 1,200 | 120 |" in printed
+    for ratio, count in (("1%", 12), ("10%", 120)):
+        for way in ("DQ", "random", "longest", "kmeans"):
+            assert f"| {ratio} | {way} | {count} |" in printed
+
+
+def _arguments(folder):
+    from argparse import Namespace
+
+    return Namespace(
+        data=folder / "data.json", rows=folder / "rows.npy", held_out=500, held_out_data=None, max_length=256,
+        batch_size=4, eval_batch_size=2, seed=0, packing=False,
+    )  # fmt: skip
