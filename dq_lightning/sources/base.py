@@ -26,10 +26,10 @@ class Finisher(Protocol):
 
 @runtime_checkable
 class Source(Protocol):
-    """Any image dataset, seen the one way the stations need. Positions run from 0 to `len(source) - 1`.
+    """Any dataset of images or text rows, seen the one way the stations need. Positions run from 0 to `len(source) - 1`.
 
     Attributes:
-        modality: `"image"`.
+        modality: `"image"`, or `"text"`: then there is `texts(positions)` in place of `image(i)`; see `text.TextRows`.
         identity_is_certain: False when the dataset holds state that can't be looked into, so that `quick_digest` may
             recall the digest of older content.
     """
