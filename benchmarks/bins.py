@@ -220,6 +220,7 @@ def apricot(options):
     import apricot
 
     values = unit(peer_values())
+    make_bins(values, device=options.device)  # first-use costs are no more ours than theirs
     S = 0.5 + 0.5 * values @ values.T
     apricot.GraphCutSelection(5, metric="precomputed", optimizer="naive").fit(S[:200, :200])  # compiles
     start = time.perf_counter()
@@ -238,6 +239,7 @@ def submodlib(options):
     import submodlib
 
     values = unit(peer_values())
+    make_bins(values, similarity="dot", device=options.device)
     start = time.perf_counter()
     function = submodlib.GraphCutFunction(n=4000, mode="dense", lambdaVal=1.0, data=values, metric="cosine")
     theirs = [pick for pick, _ in function.maximize(budget=400, optimizer="NaiveGreedy", show_progress=False)]
@@ -293,7 +295,8 @@ def main():
         run = subprocess.run([sys.executable, __file__, "--one", name, *passed], capture_output=True, text=True)
         notes = [line for line in run.stderr.splitlines() if line.startswith("same picks")]
         if run.returncode:
-            print(f"| {work} | not run: {run.stderr.strip().splitlines()[-1]} | | {what} | |", flush=True)
+            reason = [f"status {run.returncode}", *run.stderr.strip().splitlines()][-1]
+            print(f"| {work} | not run: {reason} | | {what} | |", flush=True)
             continue
         got = json.loads(run.stdout.splitlines()[-1])
         memory = f"{got['extra'] / 2**20:.0f} MiB ({got['extra'] / got['stored']:.1f} x the features)"

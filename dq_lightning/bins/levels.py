@@ -28,6 +28,9 @@ _MATRIX_BLOCK = 128
 _GROWTH = 8
 # what reading a row in a pass costs, in multiplications with a row
 _READING = 4.0
+# candidates may cost so many passes over their level before what was picked among them is proved: where the order of
+# gains turns quickly, most of it will be taken back
+_PATIENCE = 8.0
 
 
 @dataclass(eq=False)
@@ -90,22 +93,27 @@ class Levels:
         self._largest_copy = max(LEAF_ROWS, room.rows // sum(referee.rows.widths))
         self._shares: dict[tuple[bool, int], float] = {}
 
-    def pick(self, level: Level, count: int, *, leaf: bool = False) -> Run:
-        """Make `count` picks from a level; the level's gains and samples are brought up to date."""
+    def pick(self, level: Level, count: int, *, leaf: bool = False, patience: float = float("inf")) -> Run:
+        """Make `count` picks from a level; the level's gains and samples are brought up to date.
+
+        Fewer, but at least one, when they cost more than `patience`, in multiplications with a row.
+        """
         if leaf or len(level.samples) <= LEAF_ROWS:
             return self._pick_in_leaf(level, count)
         rows, gains, error = [np.empty(0, dtype=np.int64)], [np.empty(0)], 0.0
         wanted: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        while count:
-            run, wanted = self._round(level, count, wanted)
+        made = 0
+        while made < count and (patience > 0 or made == 0):
+            run, wanted, cost = self._round(level, count - made, wanted)
+            patience -= cost
             rows.append(run.rows)
             gains.append(run.gains)
             error = max(error, run.error)
-            count -= len(run.rows)
+            made += len(run.rows)
         return Run(np.concatenate(rows), np.concatenate(gains), error)
 
-    def _round(self, level: Level, count: int, wanted: NDArray[np.int64]) -> tuple[Run, NDArray[np.int64]]:
-        """Pick among the rows of greatest gain, keep what is proved, and name the rows that spoilt the rest."""
+    def _round(self, level: Level, count: int, wanted: NDArray[np.int64]) -> tuple[Run, NDArray[np.int64], float]:
+        """Pick among the rows of greatest gain, keep what is proved; name the rows that spoilt the rest, and the cost."""
         leaf, size = self._plan(len(level.samples), count)
         start = self.referee.length
         top = self._candidates(level, size, wanted)
@@ -114,20 +122,25 @@ class Levels:
         outside[torch.from_numpy(top).to(outside.device)] = False
         target = min(count, max(1, int(share * len(top)))) if bool(outside.any()) else count
         child = Level(level.table.take(torch.from_numpy(top)), level.samples[top], level.gains[top], level.error)
-        run = self.pick(child, target, leaf=leaf)
+        own_pass = _READING * len(level.samples)
+        run = self.pick(child, target, leaf=leaf, patience=_PATIENCE * own_pass)
+        made = len(run.rows)
         picked = child.table.take(torch.from_numpy(run.rows))
         fault = first_fault(self, level, outside, picked, run, start)
         kept = fault.step
         # with duplicates a row can be picked more than once, so this is a share of picks, not of rows
-        self._shares[leaf, size] = min(0.8, share * 1.1) if kept == target else max(4 / size, 0.9 * kept / len(top))
-        if kept < target:
+        if kept < made:
+            self._shares[leaf, size] = max(4 / size, 0.9 * kept / len(top))
             self.referee.rewind(start + kept)
-            self.tick(kept - target)
+            self.tick(kept - made)
+        elif made == target:
+            self._shares[leaf, size] = min(0.8, share * 1.1)
         level.gains = fault.gains
         level.error = fault.error
         chosen = top[run.rows[:kept]]
         self._remove(level, chosen)
-        return Run(chosen, run.gains[:kept], run.error), fault.rows
+        cost = own_pass + (len(top) ** 2 if leaf else _PATIENCE * _READING * len(top))
+        return Run(chosen, run.gains[:kept], run.error), fault.rows, cost
 
     def _plan(self, rows: int, count: int) -> tuple[bool, int]:
         """Choose how many candidates to draw from a level, and whether they are few enough for a matrix."""
@@ -156,7 +169,8 @@ class Levels:
 
     def _candidates(self, level: Level, size: int, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
         top = torch.topk(level.gains, min(size, len(level.gains)), sorted=False).indices.cpu().numpy()
-        top = np.union1d(top, wanted)
+        # where more rows than that were better, the best of them are among the top already
+        top = np.union1d(top, wanted[:0] if len(wanted) > size else wanted)
         held: NDArray[np.bool_] = (level.gains[torch.from_numpy(top)] > -torch.inf).cpu().numpy()
         return np.asarray(top[held])
 

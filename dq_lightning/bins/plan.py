@@ -35,7 +35,9 @@ class Room:
         if device.type != "cpu":
             most = max(1 << 25, free_memory(device) // 32)
             return cls(most, most)
-        return cls(min(1 << 25, max(1 << 22, stored // 4)), min(1 << 25, max(1 << 22, stored // 16)))
+        # of very many rows the last bins fit in memory as float64, where a pass over them is several times faster
+        rows = min(1 << 28, stored // 8) if stored > 1 << 30 else min(1 << 25, max(1 << 22, stored // 16))
+        return cls(min(1 << 25, max(1 << 22, stored // 4)), rows)
 
 
 @dataclass(frozen=True)
