@@ -1,5 +1,6 @@
 """The one place that decides which reconstructor a name stands for, and what identifies it without loading it."""
 
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,7 @@ class ReconstructorSpec:
             The digest, or None if the hub name was never resolved with this memory: then `resolve` first.
         """
         if self.module is not None:
-            return digest_text("mae_module", digest_module(self.module), getattr(self.module, "config", ""))
+            return digest_text("mae_module", digest_module(self.module), _settings_of(self.module))
         if self.path is not None and self.path.is_file():
             return digest_text("mae_file", memory.file(self.path), self.num_heads, self.decoder_num_heads)
         if self.path is not None:
@@ -87,7 +88,8 @@ class ReconstructorSpec:
         from dq_lightning.patches.mae import load_mae
 
         if self.module is not None:
-            return load_mae(self.module, device=device)
+            # a copy: the user's own keeps its device, mode and mask ratio
+            return load_mae(deepcopy(self.module), device=device)
         if self.path is not None:
             return load_mae(
                 self.path, num_heads=self.num_heads, decoder_num_heads=self.decoder_num_heads, device=device
@@ -138,6 +140,13 @@ def choose_reconstructor(
     if path.is_absolute() or path.suffix in (".pth", ".pt", ".bin", ".safetensors") or name.count("/") != 1:
         raise PatchError(f"reconstructor={name!r} is no existing file or folder, and no hub name OWNER/NAME")
     return ReconstructorSpec(name)
+
+
+def _settings_of(module: nn.Module) -> list[tuple[str, Any]]:
+    """The configuration of a network as far as it changes what is filled: the mask is given, its share is not read."""
+    config: Any = getattr(module, "config", None)
+    settings = {} if config is None else config.to_dict()
+    return sorted((name, str(value)) for name, value in settings.items() if name != "mask_ratio")
 
 
 def bundled_folder() -> Path:
