@@ -56,12 +56,14 @@ class UnfilledDataset(Dataset[Any]):
 
 
 class UnfilledCollate:
-    """A collate function over the samples inside; the masks are stacked."""
+    """A collate function over the samples inside; masks are stacked. It gets other items, as of a validation set, as they are."""
 
     def __init__(self, collate_fn: Callable[[list[Any]], Any] | None = None) -> None:
         self.collate_fn = collate_fn or default_collate
 
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, items: list[Any]) -> Any:
+        if not is_unfilled(items[0]):
+            return self.collate_fn(items)
         return {BATCH: self.collate_fn([item[BATCH] for item in items]), MASKS: torch.stack([i[MASKS] for i in items])}
 
 
@@ -111,7 +113,7 @@ def check_batch_transform(batch_transform: Any, fills_late: bool) -> None:
 
 
 def is_unfilled(batch: Any) -> bool:
-    """Whether a batch comes from an `UnfilledDataset`."""
+    """Whether an item or a batch comes from an `UnfilledDataset`."""
     return isinstance(batch, dict) and batch.keys() == {BATCH, MASKS}
 
 

@@ -1,4 +1,4 @@
-"""Training on packed patches: every mode, one process and two, from the store alone, and that no image meets another's label."""
+"""Training on packed patches: every mode, one process and two, from the store alone; no image meets another's label."""
 
 import json
 import os
