@@ -56,7 +56,7 @@ class UnfilledDataset(Dataset[Any]):
 
 
 class UnfilledCollate:
-    """A collate function over the samples inside; masks are stacked. It gets other items, as of a validation set, as they are."""
+    """A collate function over the samples inside; masks are stacked. Other items, as of a validation set, pass as they are."""
 
     def __init__(self, collate_fn: Callable[[list[Any]], Any] | None = None) -> None:
         self.collate_fn = collate_fn or default_collate
