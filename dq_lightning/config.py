@@ -212,6 +212,8 @@ class TextConfig(JsonFields):
         pooling: of the encoder's tokens; `"auto"` is what the model's own files say.
         normalize: scale every embedding to length 1.
         max_length: tokens of a row that the encoder reads; its own limit when None.
+        train_length: tokens of a row in training, with `tokenizer=`. Not part of the identity, nor is the next.
+        pack_rows: put several rows into one sequence of `train_length` tokens, none of which sees another row's.
     """
 
     template: Template = "auto"
@@ -219,8 +221,12 @@ class TextConfig(JsonFields):
     pooling: Pooling = "auto"
     normalize: bool = True
     max_length: int | None = None
+    train_length: int = 512
+    pack_rows: bool = False
 
     def __post_init__(self) -> None:
+        if self.train_length < 8:
+            raise ConfigError(f"TextConfig.train_length must be at least 8 tokens, got {self.train_length}")
         for name, choices in (("template", Template), ("embed", EmbeddedText), ("pooling", Pooling)):
             check_choice("TextConfig", name, getattr(self, name), choices)
         if self.max_length is not None and self.max_length < 1:

@@ -18,6 +18,7 @@ from dq_lightning.preparation import Preparation
 from dq_lightning.records import Bins, Selection, StoreInfo
 from dq_lightning.steps import report_steps
 from dq_lightning.store_train_set import StoreFolder, make_train_set
+from dq_lightning.token_loading import TokenLoading
 from dq_lightning.trainer_facts import TrainerFacts
 from dq_lightning.wanted import want
 
@@ -51,6 +52,8 @@ class QuantizedDataModule(L.LightningDataModule):
         batch_transform: with `config.patches.reconstruct="batch"`, and only there: from filled uint8 images [B, C, H, W] on the
             device to what the training takes, in place of the dataset's own image transform.
         collate_fn: of all loaders; None is torch's.
+        tokenizer: of transformers, or its name or folder. Loaders of instruction data then give batches of `input_ids`,
+            `labels` (-100 over prompts) and `attention_mask`; `config.text` says how long and whether packed.
         batch_size: samples per batch and process. For a wrapped data module a loader setting that equals the default here
             counts as not given; `from_datamodule` tells the two apart.
         eval_batch_size: of the val, test and predict loaders; None is `batch_size`.
@@ -89,6 +92,7 @@ class QuantizedDataModule(L.LightningDataModule):
         target_transform: Any = "keep",
         batch_transform: Callable[..., Any] | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        tokenizer: Any = None,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         num_workers: AutoInt = "auto",
@@ -148,6 +152,7 @@ class QuantizedDataModule(L.LightningDataModule):
         )
         if self._inner is not None:
             self._wrap(self._inner)
+        self._tokens = None if tokenizer is None else TokenLoading(tokenizer, wanted.config.text, seed)
         self._batch_transform = batch_transform
         self._filler: BatchFiller | None = None
         if train_set.fills_late:
@@ -173,6 +178,7 @@ class QuantizedDataModule(L.LightningDataModule):
         target_transform: Any = "keep",
         batch_transform: Callable[..., Any] | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        tokenizer: Any = None,
         batch_size: int | None = None,
         num_workers: AutoInt | None = None,
         pin_memory: AutoBool | None = None,
@@ -212,6 +218,7 @@ class QuantizedDataModule(L.LightningDataModule):
             target_transform=target_transform,
             batch_transform=batch_transform,
             collate_fn=collate_fn,
+            tokenizer=tokenizer,
             cache_dir=cache_dir,
             seed=seed,
             fingerprint=fingerprint,
@@ -243,6 +250,8 @@ class QuantizedDataModule(L.LightningDataModule):
         reconstruct: Reconstruct | None = None,
         reconstructor: Any = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        tokenizer: Any = None,
+        config: QuantizeConfig | None = None,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         num_workers: AutoInt = "auto",
@@ -275,6 +284,8 @@ class QuantizedDataModule(L.LightningDataModule):
             batch_transform=batch_transform,
             reconstructor=reconstructor,
             collate_fn=collate_fn,
+            tokenizer=tokenizer,
+            config=config,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
             num_workers=num_workers,
@@ -320,7 +331,12 @@ class QuantizedDataModule(L.LightningDataModule):
         # the batch-size finder and a model look for it here
         self.batch_size = self._settings().batch_size
         if self.trainer is not None:
-            report_steps(self.trainer, self.info, self._settings(), quiet=self._reported)
+            settings = self._settings()
+            if self._tokens is not None:
+                settings = self._tokens.for_report(self._preparation.opened.dataset, settings)
+                if self.trainer.is_global_zero and not self._reported:
+                    self._tokens.report(self._preparation.opened.dataset)
+            report_steps(self.trainer, self.info, settings, quiet=self._reported)
             self._reported = True
 
     def teardown(self, stage: str) -> None:
@@ -335,8 +351,10 @@ class QuantizedDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches of the compact set."""
-        dataset = self._preparation.opened.dataset
-        return make_loader(dataset, self._settings(), TrainerFacts.of(self.trainer), self._preparation.seed)
+        dataset, facts = self._preparation.opened.dataset, TrainerFacts.of(self.trainer)
+        if self._tokens is not None:
+            return self._tokens.loader(dataset, self._settings(), facts)
+        return make_loader(dataset, self._settings(), facts, self._preparation.seed)
 
     def val_dataloader(self) -> Any:
         """Loaders over `val`, or the wrapped data module's own; without, none while training."""
@@ -448,4 +466,5 @@ class QuantizedDataModule(L.LightningDataModule):
             return getattr(self._inner, hook)()
         settings = self._settings()
         settings = replace(settings, batch_size=self.eval_batch_size or settings.batch_size)
-        return make_eval_loaders(self._eval[name], settings, TrainerFacts.of(self.trainer))
+        make = None if self._tokens is None else self._tokens.loader
+        return make_eval_loaders(self._eval[name], settings, TrainerFacts.of(self.trainer), make)

@@ -114,13 +114,19 @@ def make_loader(dataset: Any, settings: LoaderSettings, facts: TrainerFacts, see
     )
 
 
-def make_eval_loaders(given: Any, settings: LoaderSettings, facts: TrainerFacts) -> Any:
+def make_eval_loaders(
+    given: Any,
+    settings: LoaderSettings,
+    facts: TrainerFacts,
+    make: Callable[[Any, LoaderSettings, TrainerFacts], DataLoader[Any]] | None = None,
+) -> Any:
     """Loaders in order over what a user passed for validation, test or prediction.
 
     Args:
         given: a dataset, a loader of any kind (passed through), or a list or dict of these. A list of samples is a dataset.
         settings: how to load datasets; never shuffled, never cut.
         facts: of the run.
+        make: makes one loader of a dataset; `make_loader` when None.
 
     Raises:
         ConfigError: a DatasetDict, whose splits are not all meant.
@@ -129,13 +135,13 @@ def make_eval_loaders(given: Any, settings: LoaderSettings, facts: TrainerFacts)
         splits = ", ".join(map(repr, given))
         raise ConfigError(f"a {kind} holds several splits ({splits}): pass one of them, dataset[name]")
     if isinstance(given, list | tuple) and all(map(_is_dataset, given)):
-        return [make_eval_loaders(one, settings, facts) for one in given]
+        return [make_eval_loaders(one, settings, facts, make) for one in given]
     if isinstance(given, dict):
-        return {name: make_eval_loaders(one, settings, facts) for name, one in given.items()}
+        return {name: make_eval_loaders(one, settings, facts, make) for name, one in given.items()}
     if isinstance(given, DataLoader) or not hasattr(given, "__getitem__"):
         return given
     settings = replace(settings, shuffle=False, drop_last=False, weights=None, replacement=False)
-    return make_loader(given, settings, facts)
+    return (make or make_loader)(given, settings, facts)
 
 
 def _is_dataset(value: Any) -> bool:

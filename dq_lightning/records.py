@@ -71,8 +71,8 @@ class Bins:
     """Which bin each of N samples fell into, and in which order.
 
     Attributes:
-        assignment: int16 [N], the bin of each sample, 0 <= bin < num_bins.
-        rank: int32 [N], the order in which a sample was picked inside its group and bin, from 0.
+        assignment: int16 [N], the bin of each sample, 0 <= bin < num_bins; -1 where it was left out as a near-duplicate.
+        rank: int32 [N], the order in which a sample was picked inside its group and bin, from 0; -1 likewise.
         gain: float32 [N], the objective's gain when it was picked.
         group: int32 [N], class or stratum; zeros without labels.
         num_bins: K; the largest assignment plus one when not given.

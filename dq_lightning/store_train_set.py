@@ -15,6 +15,7 @@ from dq_lightning.logs import get_logger
 from dq_lightning.patch_plan import PatchPlan, make_patch_plan
 from dq_lightning.plan import FILLED, filled_parts
 from dq_lightning.sources.adapt import as_source
+from dq_lightning.sources.jsonl import is_rows_file
 from dq_lightning.sources.strip import KEEP
 from dq_lightning.store.cache import Cache
 from dq_lightning.store.manifest import read_manifest
@@ -138,9 +139,9 @@ class StoreTrainSet:
 
 
 def make_train_set(train: Any, wanted: Wanted, verify: VerifyPolicy) -> TrainSet:
-    """Decide what `train` is: a data module, the folder of a packed set, or a dataset."""
+    """Decide what `train` is: a data module, the folder of a packed set, or a dataset, which may be a file of rows."""
     if is_datamodule(train):
         return DataModuleTrainSet(train, wanted)
-    if isinstance(train, str | Path):
+    if isinstance(train, str | Path) and not is_rows_file(train):
         train = StoreFolder(Path(train))
     return StoreTrainSet(train, wanted, verify) if isinstance(train, StoreFolder) else DatasetTrainSet(train, wanted)

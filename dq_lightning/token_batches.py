@@ -1,7 +1,7 @@
 """Encoded rows to batches that causal language models of transformers take: padded, or several rows in one sequence."""
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -148,7 +148,8 @@ def make_token_loader(
     drop_last: bool = False,
     seed: int = 0,
     packing: bool = False,
-    collator: TokenCollator | None = None,
+    capacity: int | None = None,
+    collator: Callable[[list[dict[str, Tensor]]], Any] | None = None,
     **settings: Any,
 ) -> DataLoader[dict[str, Tensor]]:
     """A loader of padded or packed batches. For DDP make it inside `train_dataloader`, where Lightning looks at it.
@@ -161,10 +162,11 @@ def make_token_loader(
         drop_last: leave out the last, smaller batch.
         seed: of the order.
         packing: put several rows into one sequence.
+        capacity: tokens of such a sequence; the longest row when None.
         collator: in place of `TokenCollator(pad_id)`.
         settings: further ones of `DataLoader`. Workers are seldom worth it: the rows are encoded already.
     """
-    data = PackedRows(rows) if packing else rows
+    data = PackedRows(rows, capacity) if packing else rows
     collate = TokenCollator(pad_id) if collator is None else collator
     if not shuffle:
         return DataLoader(data, batch_size, drop_last=drop_last, collate_fn=collate, **settings)

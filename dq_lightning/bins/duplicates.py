@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dq_lightning.errors import ConfigError, FeatureError
+from dq_lightning.records import Bins
 
 # rows compared at a time: 4 MiB of similarities
 _BLOCK = 1024
@@ -51,6 +52,23 @@ def find_duplicates(features: NDArray[np.floating] | Tensor, threshold: float) -
     if not bool(torch.isfinite(single).all()):
         raise FeatureError("features hold NaN or infinite numbers; embed the samples again")
     return _Search(values, single, threshold).run()
+
+
+def spread_bins(bins: Bins, kept: Tensor, total: int) -> Bins:
+    """Bins of some samples among all.
+
+    Args:
+        bins: of M samples.
+        kept: int64 [M], their positions, ascending.
+        total: N.
+
+    Returns:
+        Bins of N samples: the others have assignment and rank -1 and gain 0, and no selection takes them.
+    """
+    assignment, rank = torch.full((total,), -1, dtype=torch.int16), torch.full((total,), -1, dtype=torch.int32)
+    gain, group = torch.zeros(total), torch.zeros(total, dtype=torch.int32)
+    assignment[kept], rank[kept], gain[kept], group[kept] = bins.assignment, bins.rank, bins.gain, bins.group
+    return Bins(assignment, rank, gain, group, bins.num_bins)
 
 
 class _Search:

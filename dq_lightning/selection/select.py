@@ -25,9 +25,9 @@ def select(
 ) -> Selection:
     """Draw the wanted share from every bin (Zhou et al. 2023, section 3.2).
 
-    Exactly floor(N * keep_ratio + 1/2) samples are kept. Every group is within one of its share, and so is every bin within
-    its group's count. With the same seed a smaller ratio gives a subset of what a larger one gives. The answer depends on
-    no library version, platform or thread count.
+    Exactly floor(N * keep_ratio + 1/2) samples are kept, of those that are in a bin. Every group is within one of its share,
+    and so is every bin within its group's count. With the same seed a smaller ratio gives a subset of what a larger one
+    gives. The answer depends on no library version, platform or thread count.
 
     Args:
         bins: of N samples.
@@ -48,7 +48,13 @@ def select(
     SelectionConfig(keep_ratio=keep_ratio, seed=seed, draw=draw, bin_weights=None)
     _check_weights(bin_weights, bins.num_bins)
     wanted = _wanted(len(bins), keep_ratio)
-    order, groups, sizes = _sort(bins)
+    present = np.flatnonzero(bins.assignment.cpu().numpy() >= 0)
+    if wanted > len(present):
+        raise ConfigError(
+            f"keep_ratio={keep_ratio} of {len(bins)} samples wants {wanted}, but only {len(present)} are left without "
+            "near-duplicates; lower keep_ratio, or raise deduplicate"
+        )
+    order, groups, sizes = _sort(bins, present)
     group_sizes = [int(n) for n in sizes.sum(axis=1)]
     quotas = apportion(Shares(group_sizes), wanted, _ranks(seed, _GROUP_TIES, 0, 0, len(groups)))
     kept = list(_take(order, groups, sizes, quotas, seed, draw, bin_weights))
@@ -75,14 +81,15 @@ def _wanted(total: int, keep_ratio: float) -> int:
     return wanted
 
 
-def _sort(bins: Bins) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Return positions ordered by group, bin and rank; the groups [G]; the number of samples [G, num_bins]."""
-    group, assignment, rank = (t.cpu().numpy().astype(np.int64) for t in (bins.group, bins.assignment, bins.rank))
+def _sort(bins: Bins, present: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return positions `present` ordered by group, bin and rank; the groups [G]; the number of samples [G, num_bins]."""
+    fields = (bins.group, bins.assignment, bins.rank)
+    group, assignment, rank = (t.cpu().numpy()[present].astype(np.int64) for t in fields)
     groups, ordinal = np.unique(group, return_inverse=True)
     cell = ordinal * bins.num_bins + assignment
     order = np.lexsort((rank, cell)) if len(groups) * bins.num_bins >= 2**31 else np.argsort(cell << 32 | rank)
     sizes = np.bincount(cell, minlength=len(groups) * bins.num_bins).reshape(len(groups), bins.num_bins)
-    return order, groups, sizes
+    return present[order], groups, sizes
 
 
 def _take(
