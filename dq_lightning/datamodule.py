@@ -53,7 +53,8 @@ class QuantizedDataModule(L.LightningDataModule):
             device to what the training takes, in place of the dataset's own image transform.
         collate_fn: of all loaders; None is torch's.
         tokenizer: of transformers, or its name or folder. Loaders of instruction data then give batches of `input_ids`,
-            `labels` (-100 over prompts) and `attention_mask`; `config.text` says how long and whether packed.
+            `labels` (-100 over prompts) and `attention_mask`; `config.text` says how long and whether packed. A `collate_fn`
+            then gets items of `input_ids` and `labels`.
         batch_size: samples per batch and process. For a wrapped data module a loader setting that equals the default here
             counts as not given; `from_datamodule` tells the two apart.
         eval_batch_size: of the val, test and predict loaders; None is `batch_size`.

@@ -1,9 +1,12 @@
 """Fine-tune a causal language model on a compact part of an instruction set, with Lightning and the recipe of LIMA.
 
+python examples/finetune_alpaca.py --model MODEL --data alpaca_data.json --keep-ratio 0.1 --encoder ENCODER --output tuned
 python examples/finetune_alpaca.py --model MODEL --data alpaca_data.json --rows rows.npy --output tuned
 python examples/finetune_alpaca.py --model MODEL --data alpaca_data_dq_1k.json --output tuned       # all rows of a file
 torchrun is not needed: --devices 8 --strategy fsdp shards the model over eight GPUs.
 
+The first line does all at once: the rows are embedded by ENCODER (a name or folder of transformers, an OpenAI model, or a .npy
+of ready-made embeddings, one row for each row of the file), put into bins, sampled, cached and tokenized by the data module.
 The model and its tokenizer are a name or folder of transformers; the result is such a folder again. Defaults are the published
 ones: 9 epochs, batches of 4, 4 of them a step, AdamW (0.9, 0.95), weight decay 0.1, 8e-6 falling linearly, bf16, tf32.
 """
@@ -20,6 +23,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
+from dq_lightning import QuantizeConfig, QuantizedDataModule
+from dq_lightning.config import TextConfig
 from dq_lightning.token_batches import make_token_loader
 from dq_lightning.tokenizer import padding_id
 from dq_lightning.tokens import IGNORED, encode_rows
@@ -82,6 +87,8 @@ def make_data(tokenizer, args: argparse.Namespace) -> L.LightningDataModule:
     rows = read_rows(args.data)
     others = read_rows(args.held_out_data) if args.held_out_data else rows
     chosen = np.arange(len(rows)) if args.rows is None else np.load(args.rows, allow_pickle=False)
+    if args.keep_ratio is not None:
+        return quantized_data(rows, others, tokenizer, args)
     used = {json.dumps(rows[i], sort_keys=True) for i in chosen.tolist()}
     # one order for all runs, so that subsets are measured on the same rows; copies of training rows are passed over
     order = np.random.default_rng(0).permutation(len(others)).tolist()
@@ -91,6 +98,26 @@ def make_data(tokenizer, args: argparse.Namespace) -> L.LightningDataModule:
         raise SystemExit("all rows are in the training set: pass --rows with some of them, or --held-out-data")
     print(f"{len(chosen):,} training rows, {len(held_out):,} held out")
     return InstructionData([rows[i] for i in chosen.tolist()], held_out, tokenizer, args)
+
+
+def quantized_data(rows: list[dict], others: list[dict], tokenizer, args: argparse.Namespace) -> QuantizedDataModule:
+    """The whole flow over the rows of the file; held-out rows are taken away before it."""
+    order = np.random.default_rng(0).permutation(len(others))[: args.held_out]
+    held_out = {json.dumps(others[i], sort_keys=True) for i in order.tolist()}
+    pool = [i for i, row in enumerate(rows) if json.dumps(row, sort_keys=True) not in held_out]
+    # embeddings of all rows are cut down to those that may be trained on
+    encoder = np.load(args.encoder, mmap_mode="r")[pool] if args.encoder.endswith(".npy") else args.encoder
+    return QuantizedDataModule(
+        [rows[i] for i in pool],
+        val=[others[i] for i in order.tolist()],
+        keep_ratio=args.keep_ratio,
+        encoder=encoder,
+        tokenizer=tokenizer,
+        config=QuantizeConfig(text=TextConfig(train_length=args.max_length, pack_rows=args.packing)),
+        batch_size=args.batch_size,
+        eval_batch_size=args.eval_batch_size,
+        seed=args.seed,
+    )
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -141,6 +168,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="name or folder of a causal language model of transformers")
     parser.add_argument("--data", type=Path, required=True, help="Alpaca JSON or JSON lines, or either with .xz")
     parser.add_argument("--rows", type=Path, help=".npy of the rows to train on; all of them without")
+    parser.add_argument(
+        "--keep-ratio", type=float, help="quantize the file to this share of its rows, in place of --rows"
+    )
+    parser.add_argument(
+        "--encoder", default="auto", help="with --keep-ratio: what embeds the rows, or .npy of embeddings"
+    )
     parser.add_argument("--held-out", type=int, default=500, help="rows that the loss is measured on, never trained on")
     parser.add_argument("--held-out-data", type=Path, help="another file to take them from")
     parser.add_argument("--output", type=Path, required=True)

@@ -85,6 +85,28 @@ def test_held_out_rows_are_never_trained_on(tmp_path):
         module.make_data(byte_tokenizer(), args)
 
 
+def test_the_whole_flow_holds_rows_out_before_it_quantizes(tmp_path):
+    rows = [row | {"output": f"{row['output']} {n}"} for n, row in enumerate(ROWS)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32))
+    args = _arguments(tmp_path)
+    args.keep_ratio, args.held_out, args.encoder, args.rows = 0.5, 8, str(tmp_path / "vectors.npy"), None
+    data = example().make_data(byte_tokenizer(), args)
+    data.prepare_data()
+    data.setup("fit")
+
+    def sentences(loader):
+        return {
+            tuple(ids[mask.bool()].tolist())
+            for b in loader
+            for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)
+        }
+
+    trained, held_out = sentences(data.train_dataloader()), sentences(data.val_dataloader())
+    assert (len(trained), len(held_out)) == (16, 8)
+    assert not trained & held_out
+
+
 def test_recipe_and_sharding(small_model, monkeypatch):
     module = example()
     command = ["finetune_alpaca.py", "--model", str(small_model), "--data", "x", "--output", "y", "--strategy", "fsdp"]
@@ -129,5 +151,5 @@ def _arguments(folder):
 
     return Namespace(
         data=folder / "data.json", rows=folder / "rows.npy", held_out=500, held_out_data=None, max_length=256,
-        batch_size=4, eval_batch_size=2, seed=0, packing=False,
+        batch_size=4, eval_batch_size=2, seed=0, packing=False, keep_ratio=None, encoder="auto",
     )  # fmt: skip

@@ -1,0 +1,170 @@
+"""Instruction data through the data module: rows in, batches of tokens out."""
+
+import json
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dq_lightning import QuantizeConfig, QuantizedDataModule
+from dq_lightning.config import BinConfig, FeatureConfig, TextConfig
+from dq_lightning.errors import ConfigError, DQError
+from dq_lightning.tokens import IGNORED
+from tests.lightning_scripts.common import photos, trainer
+from tests.small_tokenizers import byte_tokenizer
+
+COUNT = 60
+
+
+def rows(count=COUNT):
+    return [
+        {"id": i, "instruction": f"Name number {i}", "input": "", "output": f"It is {i}." + " Yes." * (i % 9)}
+        for i in range(count)
+    ]
+
+
+def vectors(count=COUNT):
+    return np.random.default_rng(0).normal(size=(count, 6)).astype(np.float32)
+
+
+def module(data=None, **options):
+    return QuantizedDataModule(
+        rows() if data is None else data,
+        **{"encoder": vectors(), "keep_ratio": 0.5, "tokenizer": byte_tokenizer(), "batch_size": 4} | options,
+    )
+
+
+def opened(data_module):
+    data_module.prepare_data()
+    data_module.setup("fit")
+    return data_module
+
+
+def texts(batch):
+    """What each row of a batch asks and answers."""
+    tokenizer = byte_tokenizer()
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        learned = labels != IGNORED
+        yield tokenizer.decode(ids[: int(learned.nonzero()[0])]), tokenizer.decode(labels[learned])
+
+
+class Writer(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.network = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(byte_tokenizer()),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+            )
+        )
+        self.sizes = []
+        self.validated = 0
+
+    def training_step(self, batch, _):
+        self.sizes.append(len(batch["input_ids"]))
+        return self.network(**batch).loss
+
+    def validation_step(self, batch, _):
+        self.validated += len(batch["input_ids"])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["list", "hub", "file"])
+@pytest.mark.parametrize("store", ["indices", "packed"])
+def test_every_row_of_the_selection_comes_once_an_epoch(kind, store, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows()))
+    data = {"list": rows(), "hub": Dataset.from_list(rows()), "file": str(path)}[kind]
+    made = opened(module(data, store=store))
+    answers = [answer for batch in made.train_dataloader() for _, answer in texts(batch)]
+    wanted = [rows()[i]["output"] + "</s>" for i in made.selection.index.tolist()]
+    assert sorted(answers) == sorted(wanted)
+    asked = {question for batch in made.train_dataloader() for question, _ in texts(batch)}
+    assert all("### Response:" in question for question in asked)
+
+
+def test_fit_with_validation_rows_and_packing():
+    for packed in (False, True):
+        config = QuantizeConfig(text=TextConfig(train_length=1024, pack_rows=packed))
+        model = Writer()
+        made = module(config=config, val=rows(10), eval_batch_size=5)
+        trainer(max_epochs=2).fit(model, made)
+        assert model.validated >= 20
+        if packed:
+            assert len(model.sizes) < 2 * 8
+        else:
+            assert sum(model.sizes) == 2 * 30
+
+
+def test_a_collate_function_gets_token_items():
+    seen = []
+
+    def collate(items):
+        seen.extend(items)
+        return len(items)
+
+    made = opened(module(collate_fn=collate))
+    assert sum(made.train_dataloader()) == 30
+    assert all(item.keys() == {"input_ids", "labels"} for item in seen)
+
+
+def test_without_a_tokenizer_rows_come_as_they_are():
+    made = opened(module(tokenizer=None, collate_fn=list))
+    delivered = [row for batch in made.train_dataloader() for row in batch]
+    assert sorted(row["id"] for row in delivered) == made.selection.index.tolist()
+    assert all(row == rows()[row["id"]] for row in delivered)
+
+
+def test_from_a_store_alone(tmp_path):
+    made = opened(module(store="packed"))
+    alone = QuantizedDataModule.from_store(made.info.path, tokenizer=byte_tokenizer(), cache_dir=tmp_path)
+    answers = sorted(answer for batch in opened(alone).train_dataloader() for _, answer in texts(batch))
+    assert answers == sorted(rows()[i]["output"] + "</s>" for i in made.selection.index.tolist())
+
+
+def test_a_wrapped_module_of_rows():
+    class Rows(L.LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(rows(), batch_size=3, shuffle=True)
+
+    made = QuantizedDataModule.from_datamodule(Rows(), encoder=vectors(), keep_ratio=0.5, tokenizer=byte_tokenizer())
+    sizes = [len(batch["input_ids"]) for batch in opened(made).train_dataloader()]
+    assert sizes == [3] * 10
+
+
+def test_images_have_no_tokens():
+    made = QuantizedDataModule(photos(40), keep_ratio=0.5, num_bins=2, tokenizer=byte_tokenizer())
+    with pytest.raises(DQError, match=r"columns|rows"):
+        opened(made).train_dataloader()
+
+
+def test_patches_of_text_are_refused():
+    with pytest.raises(ConfigError, match="patches of images"):
+        opened(module(drop_ratio=0.2))
+
+
+def test_whitening_changes_the_bins_and_their_key():
+    plain, white = (
+        opened(module(config=QuantizeConfig(features=FeatureConfig(whiten=flag)))) for flag in (False, True)
+    )
+    assert plain.info.path != white.info.path
+    assert plain.bins.assignment.tolist() != white.bins.assignment.tolist()
+
+
+def test_near_duplicates_are_never_selected():
+    doubled = np.concatenate([vectors(30), vectors(30) * 2])
+    made = opened(module(encoder=doubled, keep_ratio=0.25, config=QuantizeConfig(bins=BinConfig(deduplicate=0.999))))
+    assert len(made.selection) == 15
+    assert int(made.selection.index.max()) < 30
+    assert (made.bins.assignment[30:] == -1).all()
+    with pytest.raises(ConfigError, match="near-duplicates"):
+        opened(module(encoder=doubled, keep_ratio=0.75, config=QuantizeConfig(bins=BinConfig(deduplicate=0.999))))
