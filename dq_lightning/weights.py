@@ -7,24 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dq_lightning.describe import describe_settings, is_library
 from dq_lightning.errors import DQError
-
-# the forward pass of these is identified by the class's name; that of others by its source
-KNOWN_LIBRARIES = ("torch", "torchvision", "timm", "transformers")
-
-
-def digest_text(*parts: object) -> str:
-    """Hexadecimal SHA-256 of the parts' texts, kept apart by a separator."""
-    return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()
 
 
 def digest_module(module: nn.Module) -> str:
-    """Digest of a network: its printed structure, the source of its own classes, every parameter and buffer.
+    """Digest of a network: its printed structure, source and attributes of its own classes, every parameter and buffer.
 
     Reads every byte of the weights once; device, precision and train mode do not enter.
-
-    Raises:
-        DQError: a parameter has no values yet.
     """
     digest = hashlib.sha256(repr(module).encode())
     for kind in sorted(
@@ -32,11 +22,12 @@ def digest_module(module: nn.Module) -> str:
     ):
         digest.update(f"{kind.__module__}.{kind.__qualname__}".encode())
         # the forward pass of a network written for the occasion is not visible in its structure
-        if kind.__module__.split(".")[0] not in KNOWN_LIBRARIES:
+        if not is_library(kind):
             try:
                 digest.update(inspect.getsource(kind).encode())
             except (OSError, TypeError):
                 continue
+    digest.update(describe_settings(module).encode())
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes_of(tensor))

@@ -9,12 +9,24 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "dq_lightning"
 STATIONS = ("sources", "features", "bins", "selection", "patches", "store")
-BASE = ("errors", "records", "patch_records", "fields", "config", "logs", "progress", "randomness", "weights", "prompts")
+BASE = (
+    "describe",
+    "errors",
+    "records",
+    "patch_records",
+    "fields",
+    "config",
+    "logs",
+    "progress",
+    "randomness",
+    "weights",
+    "prompts",
+)
 # file or folder (relative to the package) -> modules of heavy libraries that only it may import
 DOORS = {
     "lightning": ("datamodule.py", "demo.py"),
     "timm": ("features/timm_encoder.py",),
-    "datasets": ("sources/hub.py", "exports.py"),
+    "datasets": ("sources/hub.py", "exports.py", "export_hub.py", "opening.py"),
     "transformers": ("patches/mae.py", "features/text_encoder.py", "tokenizer.py"),
     "openai": ("features/openai_embeddings.py",),
     "pytorch_grad_cam": ("patches/package_maps.py",),

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from dq_lightning.config import Precision, TextConfig
+from dq_lightning.describe import digest_text
 from dq_lightning.errors import FeatureError
 from dq_lightning.features.collect import Rows
-from dq_lightning.features.describe import digest_text
 from dq_lightning.features.paid_rows import Array, PaidRows
 from dq_lightning.records import DigestMemory
 

@@ -1,21 +1,18 @@
 """Where an encoder comes from: the bundled file, or a network in memory; timm's are in `timm_encoder.py`."""
 
-import hashlib
-import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, Self
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dq_lightning.config import Precision
-from dq_lightning.errors import FeatureError
+from dq_lightning.describe import describe_callable, digest_text
 from dq_lightning.features.bundled import BUNDLED_ENCODER_FILE, CIFAR10_MEAN, CIFAR10_STD, load_small_resnet
-from dq_lightning.features.describe import describe_callable, describe_settings, digest_text, is_library
 from dq_lightning.features.encoders import Encoder, NetworkEncoder, RowEncoder, TextEncoder, resolve_device
 from dq_lightning.features.preprocessing import Preprocessing, ResizeToSquare
 from dq_lightning.records import DigestMemory
+from dq_lightning.weights import digest_module
 
 
 class Origin(Protocol):
@@ -83,32 +80,3 @@ class ModuleOrigin:
 
     def load(self, device: str, precision: Precision) -> NetworkEncoder:
         return NetworkEncoder(self.module, self.preprocess, resolve_device(device), precision, self.mean, self.std)
-
-
-def digest_module(module: nn.Module) -> str:
-    """Digest of a network: its printed structure, source and attributes of its own classes, every parameter and buffer.
-
-    Reads every byte of the weights once; device, precision and train mode do not enter.
-    """
-    digest = hashlib.sha256(repr(module).encode())
-    for kind in sorted(
-        {type(child) for child in module.modules()}, key=lambda kind: f"{kind.__module__}.{kind.__name__}"
-    ):
-        digest.update(f"{kind.__module__}.{kind.__qualname__}".encode())
-        # the forward pass of a network written for the occasion is not visible in its structure
-        if not is_library(kind):
-            try:
-                digest.update(inspect.getsource(kind).encode())
-            except (OSError, TypeError):
-                continue
-    digest.update(describe_settings(module).encode())
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes_of(tensor))
-    return digest.hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    if tensor.is_meta or isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
-        raise FeatureError("the encoder has parameters without values (meta or lazy); load or initialise it first")
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

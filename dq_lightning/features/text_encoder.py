@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from dq_lightning.config import Precision, TextConfig
+from dq_lightning.describe import digest_text
 from dq_lightning.errors import DQError, FeatureError
-from dq_lightning.features.describe import digest_text
 from dq_lightning.features.encoders import resolve_device, resolve_precision
 from dq_lightning.features.text_card import CARD_FILES, Card, read_card
 from dq_lightning.records import DigestMemory

@@ -11,11 +11,12 @@ from typing import Any, Self
 from torch import nn
 
 from dq_lightning.config import Precision
-from dq_lightning.errors import FeatureError
-from dq_lightning.features.describe import digest_text
+from dq_lightning.describe import digest_text
+from dq_lightning.errors import DQError, FeatureError
 from dq_lightning.features.encoders import NetworkEncoder, resolve_device
 from dq_lightning.features.preprocessing import Preprocessing
 from dq_lightning.records import DigestMemory
+from dq_lightning.weights import find_commit
 
 logger = logging.getLogger("dq_lightning")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -138,40 +139,10 @@ class TimmHubOrigin:
 
     def _find_commit(self) -> str:
         repository, _, revision = self._repository().partition("@")
-        return find_commit(self.name, repository, revision or None, self._weight_files())
-
-
-def find_commit(name: str, repository: str, revision: str | None, files: tuple[str, ...]) -> str:
-    """Commit of a repository's weights: from the local Hugging Face cache, or else downloaded.
-
-    Raises:
-        FeatureError: the weights are neither in the cache nor reachable.
-    """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    for file in files:
-        cached = try_to_load_from_cache(repository, file, revision=revision)
-        if isinstance(cached, str):
-            return _commit_of(cached, file)
-    reason: Exception | None = None
-    for file in files:
         try:
-            return _commit_of(hf_hub_download(repository, file, revision=revision), file)
-        except Exception as error:
-            reason = error
-            # only a hub that answered may have the other file; without network every attempt costs half a minute
-            if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
-                break
-    raise FeatureError(
-        f"encoder {name!r} needs {' or '.join(files)} of the hub repository {repository}, which is not in the local Hugging "
-        f"Face cache and cannot be downloaded ({type(reason).__name__}): connect once, or {INSTEAD}"
-    ) from reason
-
-
-def _commit_of(path: str, file: str) -> str:
-    # .../snapshots/COMMIT/FILE, where FILE may lie in subfolders
-    return Path(path).parents[len(Path(file).parts) - 1].name
+            return find_commit(repository, revision or None, self._weight_files())
+        except DQError as error:
+            raise FeatureError(f"encoder {self.name!r} needs {error}, or {INSTEAD}") from error
 
 
 def registry_config(name: str) -> Any:

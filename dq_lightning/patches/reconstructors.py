@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from dq_lightning.describe import digest_text
 from dq_lightning.errors import DQError, PatchError
 from dq_lightning.records import DigestMemory
-from dq_lightning.weights import digest_module, digest_text, find_commit
+from dq_lightning.weights import digest_module, find_commit
 
 if TYPE_CHECKING:
     from dq_lightning.patches.mae import MaskedAutoencoder

@@ -18,9 +18,9 @@ from torch import nn
 from torchvision import transforms
 from torchvision.transforms import v2
 
+from dq_lightning.describe import describe_callable, describe_settings
 from dq_lightning.errors import FeatureError
-from dq_lightning.features.describe import describe_callable, describe_settings
-from dq_lightning.features.origins import digest_module
+from dq_lightning.weights import digest_module
 
 FACTOR = 2.0
 log = logging.getLogger(__name__)
