@@ -1,5 +1,6 @@
 """What is made again and what is reused when settings of patches change; budgets; classifiers and reconstructors."""
 
+import gc
 import shutil
 
 import numpy as np
@@ -33,6 +34,14 @@ WORK = {
     "filling": (pipeline, "write_filled"),
     "reconstructor": (filling, "Filler"),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """What the libraries made at import is not looked through each time that memory is released."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

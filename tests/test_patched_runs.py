@@ -1,5 +1,6 @@
 """Training on packed patches: every mode, one process and two, from the store alone; no image meets another's label."""
 
+import gc
 import json
 import os
 import shutil
@@ -21,6 +22,14 @@ from tests.lightning_scripts.common import Recorder, name_of, photos, to_tensor,
 from tests.lightning_scripts.patched_images import MODES, quantized, stored
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """What the libraries made at import is not looked through each time that memory is released."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Kinds of images whose patches are packed, and the transfer hook that fills them batch by batch."""
 
+import gc
+
 import lightning as L
 import numpy as np
 import pytest
@@ -14,6 +16,14 @@ from tests.lightning_scripts.common import Recorder, held_out, name_of, photos, 
 from tests.lightning_scripts.patched_images import MODES, as_floats, quantized, small_mae
 
 COUNT = 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """What the libraries made at import is not looked through each time that memory is released."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
