@@ -1,49 +1,57 @@
-"""The console script: every command is one call of the public API, imported when it is asked for."""
+"""The console script: every command is one call of the public API; what it needs is imported when it runs."""
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
-from jsonargparse import auto_cli
+from jsonargparse import auto_cli, set_parsing_settings
 
+from dq_lightning.commands import care, quantizing, stations, texts
 from dq_lightning.errors import DQError
+from dq_lightning.fields import JsonFields
+
+COMMANDS: dict[str, Any] = {
+    "quantize": quantizing.quantize_dataset,
+    "bins": stations.bins,
+    "sample": stations.sample,
+    "reconstruct": stations.reconstruct,
+    "embed": texts.embed,
+    "sample-text": texts.sample_text,
+    "info": care.info,
+    "verify": care.verify,
+    "export": care.export,
+    "prune": care.prune,
+    "demo": care.demo,
+}
+# switches of the published scripts, which are written without a value
+SWITCHES = ("--merge", "--random", "--dry_run", "--force_recompute", "--public")
 
 
-def demo(progress: bool = True) -> None:
-    """Quantize bundled images, train on the result and on random samples, and print what came out (no network needed).
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; an error of the package is printed without a traceback and exits with status 1.
 
     Args:
-        progress: show progress bars.
+        arguments: of the command line; None takes the process's own.
     """
-    from dq_lightning.demo import run_demo
-
-    run_demo(progress=progress)
-
-
-def info(path: str) -> None:
-    """Print what a compact set holds and what it costs.
-
-    Args:
-        path: folder of the set.
-    """
-    import json
-    from pathlib import Path
-
-    from dq_lightning.compact import open_compact
-
-    print(json.dumps(open_compact(Path(path)).info.to_dict(), indent=2))
-
-
-COMMANDS: list[Callable[..., Any] | type] = [demo, info]
-
-
-def main() -> None:
-    """Run a command; an error of the package is printed without a traceback and exits with status 1."""
+    given = sys.argv[1:] if arguments is None else arguments
+    # nested settings are listed in the help, not hidden behind a class path
+    set_parsing_settings(subclasses_disabled=[JsonFields])
     try:
-        auto_cli(COMMANDS, prog="dq-lightning", as_positional=True)
+        auto_cli(COMMANDS, args=_with_values(given), prog="dq-lightning", as_positional=True)
     except DQError as error:
         print(f"dq-lightning: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("dq-lightning: stopped; what was finished stays in the cache", file=sys.stderr)
+        sys.exit(130)
+
+
+def _with_values(arguments: list[str]) -> list[str]:
+    """`--merge` as `--merge=true`, unless a value follows."""
+    following = [*arguments[1:], ""]
+    return [
+        f"{one}=true" if one in SWITCHES and after not in ("true", "false") else one
+        for one, after in zip(arguments, following, strict=True)
+    ]
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def write_json(rows: Any, index: Tensor, path: str | Path) -> Path:
                 written = ",\n".join(_as_json(row, number, indent=4) for number, row in _kept(rows, index))
                 file.write("[\n" + "".join(f"    {line}\n" for line in written.split("\n")) + "]")
 
-    return _whole(Path(path), write)
+    return whole(Path(path), write)
 
 
 def write_dataset(rows: Any, index: Tensor, path: str | Path) -> Path:
@@ -62,7 +62,7 @@ def write_dataset(rows: Any, index: Tensor, path: str | Path) -> Path:
         kept = rows.select(index.tolist()).flatten_indices()
     else:
         kept = Dataset.from_list([dict(row) for _, row in _kept(rows, index)])
-    return _whole(target, kept.save_to_disk)
+    return whole(target, kept.save_to_disk)
 
 
 def write_index(index: Tensor, path: str | Path) -> Path:
@@ -72,7 +72,7 @@ def write_index(index: Tensor, path: str | Path) -> Path:
         with place.open("wb") as file:
             np.save(file, index.numpy().astype(np.int64), allow_pickle=False)
 
-    return _whole(Path(path), write)
+    return whole(Path(path), write)
 
 
 def _kept(rows: Any, index: Tensor) -> Iterator[tuple[int, Any]]:
@@ -99,8 +99,13 @@ def _as_json(row: Any, number: int, indent: int | None = None) -> str:
         ) from error
 
 
-def _whole(target: Path, write: Callable[[Path], Any]) -> Path:
-    """Write beside the target and rename, so that nobody sees a half."""
+def whole(target: Path, write: Callable[[Path], Any]) -> Path:
+    """Write beside the target and rename, so that nobody sees a half.
+
+    Args:
+        target: file or folder; what is there is replaced.
+        write: makes a file or folder at the path it is given.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

@@ -211,7 +211,7 @@ class Cache:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR):
                     raise
                 if force:
-                    self._retire(target)
+                    self.retire(target)
                 elif self._find(target):
                     return
                 elif os.path.lexists(target):
@@ -221,7 +221,7 @@ class Cache:
                 return
         raise CacheError(f"{target} could not be put in place: other processes keep replacing it")
 
-    def _retire(self, target: Path) -> None:
+    def retire(self, target: Path) -> None:
         """Take an entry away. Open files of it stay readable: nothing is ever rewritten in place."""
         old = target.with_name(f".old-{host_name()}-{os.getpid()}-{target.name}-{os.urandom(4).hex()}")
         with contextlib.suppress(FileNotFoundError):

@@ -1,0 +1,183 @@
+"""Looking after what was made: whole-file checks of compact sets and caches, and removal of what is old or too much."""
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from dq_lightning.errors import CacheError, ConfigError, StoreError
+from dq_lightning.store import files
+from dq_lightning.store.cache import STATIONS, Cache, EntryInfo
+from dq_lightning.store.manifest import MANIFEST, Damage, check_entry, read_manifest
+
+# what was made or opened within this time may be about to be opened by the run that asked for it
+YOUNG_SECONDS = 60.0
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was seen of one entry.
+
+    Attributes:
+        path: its folder.
+        problem: why it cannot be used; empty when it is whole.
+    """
+
+    path: Path
+    problem: str
+
+
+def verify_folder(path: str | Path) -> list[Finding]:
+    """Compare every file with the size and the SHA-256 that were written down. Changes nothing.
+
+    Args:
+        path: a compact set, any other entry, or a whole cache.
+
+    Returns:
+        One finding an entry.
+
+    Raises:
+        StoreError: the folder holds no entry.
+    """
+    place = Path(path).expanduser()
+    entries = [place] if (place / MANIFEST).exists() else list(_entries_below(place))
+    if not entries:
+        raise StoreError(
+            f"{place} holds no compact set and no cache of ours (no {MANIFEST}): pass StoreInfo.path, a copy of it, or the "
+            "folder of the cache"
+        )
+    return [_finding(entry) for entry in entries]
+
+
+def _entries_below(root: Path) -> Iterator[Path]:
+    for station in STATIONS:
+        if (root / station).is_dir():
+            yield from sorted(p for p in (root / station).iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _finding(folder: Path) -> Finding:
+    try:
+        values = read_manifest(folder)
+        check_entry(folder, "hash", station=str(values.get("station")), key=str(values.get("key")))
+    except (Damage, OSError) as error:
+        return Finding(folder, str(error))
+    return Finding(folder, "")
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What `prune` did.
+
+    Attributes:
+        removed: entries that are gone (or would be, in a dry run).
+        busy: entries that should have gone, but are being made, or were made or used a moment ago.
+        left_bytes: of the entries that stay.
+    """
+
+    removed: list[EntryInfo]
+    busy: list[EntryInfo]
+    left_bytes: int
+
+
+def prune(
+    root: str | Path, *, older_than_days: float | None = None, max_bytes: int | None = None, dry_run: bool = False
+) -> Pruned:
+    """Remove entries from a cache: first those not used for so long, then the longest unused until the rest is small enough.
+
+    An entry was last used when one of its files was last read or written, as far as the file system notes reading (many do
+    once a day), and at least when it was made. It is left alone while its lock is held, or for a minute after it was made or
+    read. Files that a training has open stay readable on POSIX systems: an entry leaves by a rename, its space when the last
+    reader closes. A training that opens its entry anew (another process, a later epoch's workers) after that stops with an
+    error that says so, and its next start makes the entry again; so prune between trainings, or with a generous age. What
+    was being built and was left over by a killed process goes as well, by the cache's own rules.
+
+    Args:
+        root: of the cache.
+        older_than_days: entries that were not used for longer go; None removes none by age.
+        max_bytes: of all entries that stay; None removes none by size.
+        dry_run: only tell.
+
+    Raises:
+        ConfigError: neither bound is given, or one is negative.
+        CacheError: there is no cache, or an entry cannot be removed.
+    """
+    if older_than_days is None and max_bytes is None:
+        raise ConfigError("prune needs a bound: older_than_days=, max_bytes=, or both")
+    if (older_than_days or 0) < 0 or (max_bytes or 0) < 0:
+        raise ConfigError(f"a bound is negative: older_than_days={older_than_days}, max_bytes={max_bytes}")
+    cache = Cache(root)
+    if not cache.root.is_dir():
+        raise CacheError(f"there is no cache at {cache.root}: pass cache_dir=, or set DQ_LIGHTNING_CACHE")
+    now = time.time()
+    entries = cache.entries()
+    used = {entry.path: last_used(entry) for entry in entries}
+    entries.sort(key=lambda entry: (used[entry.path], entry.path))
+    total = sum(entry.bytes for entry in entries)
+    removed, busy = [], []
+    for entry in entries:
+        old = older_than_days is not None and now - used[entry.path] > 86400 * older_than_days
+        if not old and (max_bytes is None or total <= max_bytes):
+            continue
+        if now - used[entry.path] > YOUNG_SECONDS and _remove(cache, entry, dry_run):
+            removed.append(entry)
+            total -= entry.bytes
+        else:
+            busy.append(entry)
+    return Pruned(removed, busy, total)
+
+
+def last_used(entry: EntryInfo) -> float:
+    """Seconds since 1970 when a file of an entry was last read or written."""
+    times = []
+    with suppress(ValueError):
+        times.append(datetime.fromisoformat(entry.created).timestamp())
+    for path in entry.path.iterdir():
+        # the manifest is read by looking at the cache, which is no use of the entry
+        with suppress(OSError):
+            seen = path.stat()
+            times.append(seen.st_mtime if path.name == MANIFEST else max(seen.st_atime, seen.st_mtime))
+    return max(times, default=0.0)
+
+
+def _remove(cache: Cache, entry: EntryInfo, dry_run: bool) -> bool:
+    """Whether an entry is gone; False while somebody holds its lock."""
+    lock = FileLock(cache.root / ".locks" / f"{entry.station}-{entry.key}", thread_local=False)
+    held = False
+    try:
+        files.make_folder(cache.root / ".locks")
+        lock.acquire(timeout=0)
+        held = True
+    except Timeout:
+        return False
+    except (OSError, NotImplementedError):
+        # locks only save work: without them the age alone decides
+        pass
+    try:
+        if not dry_run:
+            cache.retire(entry.path)
+    except OSError as error:
+        raise CacheError(
+            f"{entry.path} cannot be removed ({error}): repair its permissions, or remove it by hand"
+        ) from error
+    finally:
+        if held:
+            lock.release()
+    return True
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of `"20GB"`, `"1.5 TB"` or `"1000000"`; powers of 1,000.
+
+    Raises:
+        ConfigError: it is no such text.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?)\s*", text.upper())
+    if match is None or match[2] not in UNITS:
+        raise ConfigError(f"{text!r} is no size: write a number of bytes, or one with KB, MB, GB or TB behind")
+    return round(float(match[1]) * UNITS[match[2]])

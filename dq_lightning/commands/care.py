@@ -1,0 +1,134 @@
+"""`info`, `verify`, `export`, `prune`, `demo`."""
+
+from typing import Any, Literal
+
+ExportFormat = Literal["imagefolder", "indices", "huggingface", "parquet", "webdataset", "litdata", "json", "hub"]
+
+
+def info(path: str) -> None:
+    """Print what a compact set holds and what it costs.
+
+    Args:
+        path: folder of the set.
+    """
+    import json
+    from pathlib import Path
+
+    from dq_lightning.compact import open_compact
+
+    print(json.dumps(open_compact(Path(path)).info.to_dict(), indent=2))
+
+
+def verify(path: str) -> None:
+    """Compare every file of a compact set, or of a whole cache, with the SHA-256 that was written down; changes nothing.
+
+    Exits with status 1 and the reasons when something is damaged.
+
+    Args:
+        path: folder of the set, or of a cache.
+    """
+    from dq_lightning.cache_care import verify_folder
+    from dq_lightning.errors import StoreError
+
+    findings = verify_folder(path)
+    for finding in findings:
+        print(f"{'damaged' if finding.problem else 'whole':8} {finding.path}")
+    damaged = [f"{finding.path}: {finding.problem}" for finding in findings if finding.problem]
+    if damaged:
+        raise StoreError(
+            f"{len(damaged)} of {len(findings)} damaged. "
+            + "; ".join(damaged)
+            + ". In a cache the next run makes it again; copy "
+            "any other one anew"
+        )
+
+
+def export(
+    path: str,
+    format: ExportFormat,
+    output: str,
+    dataset: str | dict[str, Any] | None = None,
+    data_path: str | None = None,
+    split: str = "train",
+    fill: bool = True,
+    reconstructor: str | None = None,
+    public: bool = False,
+    device: str = "auto",
+    progress: bool = True,
+) -> None:
+    """Write a compact set in another format.
+
+    Example: dq-lightning export results/cifar/compact imagefolder exported --dataset CIFAR10 --data_path ~/data_cifar
+
+    Args:
+        path: folder of the set (what quantize printed), or an .npy of positions; a packed set needs no dataset.
+        format: imagefolder (with metadata.csv), indices (.npy and ids.txt), huggingface (load_from_disk), parquet, webdataset
+            (tar), litdata, json (rows of text as Alpaca was published), hub (upload; output is OWNER/NAME).
+        output: folder or file.
+        dataset: as in quantize.
+        data_path: as in quantize.
+        split: of datasets that have several.
+        fill: let the reconstructor fill dropped patches; false leaves the mean colour.
+        reconstructor: in place of the set's own.
+        public: make a new hub repository public.
+        device: of the reconstructor.
+        progress: show progress bars.
+    """
+    from dq_lightning.export_command import export_set
+    from dq_lightning.opening import dataset_name, open_dataset
+
+    given = dataset is not None or data_path is not None
+    written = export_set(
+        path,
+        format,
+        output,
+        dataset=open_dataset(dataset, data_path, split) if given else None,
+        name=dataset_name(dataset, data_path) if given else "dataset",
+        fill=fill,
+        reconstructor=reconstructor,
+        private=not public,
+        device=device,
+        progress=progress,
+    )
+    print(written)
+
+
+def prune(
+    cache_dir: str | None = None,
+    older_than_days: float | None = None,
+    max_size: str | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Remove entries from the cache: those unused for so long, then the longest unused until the rest is small enough.
+
+    What is being made, or was made or read within the last minute, stays. Do not prune under a running training: its open files
+    stay readable, but a process that it starts later does not find the set.
+    Example: dq-lightning prune --older_than_days 30 --max_size 20GB
+
+    Args:
+        cache_dir: folder of the cache; else DQ_LIGHTNING_CACHE, else the platform's.
+        older_than_days: remove what was not used for longer.
+        max_size: of what stays, such as 20GB.
+        dry_run: only tell.
+    """
+    from dq_lightning.cache_care import parse_bytes, prune
+    from dq_lightning.store.cache import default_cache_dir
+
+    bound = None if max_size is None else parse_bytes(max_size)
+    done = prune(cache_dir or default_cache_dir(), older_than_days=older_than_days, max_bytes=bound, dry_run=dry_run)
+    for entry in done.removed:
+        print(f"{'would remove' if dry_run else 'removed'} {entry.station}/{entry.key} ({entry.bytes:,} bytes)")
+    for entry in done.busy:
+        print(f"in use: {entry.station}/{entry.key} ({entry.bytes:,} bytes)")
+    print(f"{done.left_bytes:,} bytes in use")
+
+
+def demo(progress: bool = True) -> None:
+    """Quantize bundled images, train on the result and on random samples, and print what came out (no network needed).
+
+    Args:
+        progress: show progress bars.
+    """
+    from dq_lightning.demo import run_demo
+
+    run_demo(progress=progress)

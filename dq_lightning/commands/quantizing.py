@@ -1,0 +1,115 @@
+"""`quantize`: all stations at once.
+
+No function here may bear a public name: jsonargparse looks it up in the package, which would import what stands behind it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from dq_lightning.config import (
+    BinConfig,
+    FeatureConfig,
+    PatchConfig,
+    QuantizeConfig,
+    SelectionConfig,
+    StoreKind,
+    TextConfig,
+    VerifyPolicy,
+    with_short_forms,
+)
+
+
+def quantize_dataset(
+    dataset: str | dict[str, Any] | None = None,
+    data_path: str | None = None,
+    split: str = "train",
+    output: str | None = None,
+    keep_ratio: float = 0.125,
+    num_bins: int = 10,
+    drop_ratio: float = 0.0,
+    encoder: str = "auto",
+    seed: int = 0,
+    features: FeatureConfig = FeatureConfig(),  # noqa: B008 (frozen)
+    bins: BinConfig = BinConfig(),  # noqa: B008
+    selection: SelectionConfig = SelectionConfig(),  # noqa: B008
+    patches: PatchConfig = PatchConfig(),  # noqa: B008
+    text: TextConfig = TextConfig(),  # noqa: B008
+    store: StoreKind = "auto",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    labels: str | bool | None = None,
+    cache_dir: str | None = None,
+    device: str = "auto",
+    fingerprint: str | None = None,
+    force_recompute: bool = False,
+    verify: VerifyPolicy = "size",
+    progress: bool = True,
+) -> None:
+    """Make the compact set of a dataset: features, bins, sampling, patches, store.
+
+    Example: dq-lightning quantize --dataset CIFAR10 --data_path ~/data_cifar --keep_ratio 0.125 --output results/cifar
+
+    Args:
+        dataset: a torchvision class (CIFAR10), ImageNet, ImageFolder, hub:OWNER/NAME, package.module.Class, or in YAML
+            class_path and init_args; told by data_path when left out.
+        data_path: folder or file of the dataset: class folders, Parquet, Arrow, CSV, a saved Hugging Face dataset, JSON rows.
+        split: of datasets that have several.
+        output: folder for config.yaml (every setting, resolved; pass it as --config to repeat), info.json, the positions as
+            select_indices_NAME_RATIO.npy, and the compact set as a copy in compact/; without it the set stays in the cache alone.
+        keep_ratio: share of samples kept.
+        num_bins: K.
+        drop_ratio: share of the patches of every image that is dropped.
+        encoder: auto, bundled, a name of timm or transformers, a folder, a .npy of ready-made features, openai:MODEL.
+        seed: of the draw.
+        features: station 1.
+        bins: station 2.
+        selection: station 3.
+        patches: station 4, for images.
+        text: how text is read.
+        store: indices copies nothing, packed is self-contained, auto is indices while all patches are kept.
+        image_column: of a Hugging Face dataset; found by its feature type when left out.
+        label_column: likewise.
+        labels: a column to group by in place of the classes, or false for no groups.
+        cache_dir: folder of the cache; else DQ_LIGHTNING_CACHE, else the platform's.
+        device: auto, cpu, cuda, cuda:1, ...
+        fingerprint: identity of the dataset, in place of the digest of its content.
+        force_recompute: build again what is in the cache already.
+        verify: how an entry is checked before use.
+        progress: show progress bars.
+    """
+    config = QuantizeConfig(features, bins, selection, patches, text, store, image_column, label_column)
+    short = {
+        "selection.keep_ratio": keep_ratio,
+        "bins.num_bins": num_bins,
+        "patches.drop_ratio": drop_ratio,
+        "features.encoder": encoder,
+        "selection.seed": seed,
+    }
+    config = with_short_forms(config, short)
+    from dq_lightning.opening import open_dataset
+    from dq_lightning.pipeline import quantize
+
+    info = quantize(
+        open_dataset(dataset, data_path, split),
+        config,
+        labels=labels,
+        cache_dir=cache_dir,
+        device=device,
+        fingerprint=fingerprint,
+        force_recompute=force_recompute,
+        verify=verify,
+        progress=progress,
+    )
+    if output is not None:
+        from dq_lightning.results import write_results
+
+        place = {
+            "dataset": dataset,
+            "data_path": data_path,
+            "split": split,
+            "labels": labels,
+            "fingerprint": fingerprint,
+        }
+        write_results(Path(output), info, config, place)
+    share = info.num_samples / info.num_source_samples
+    print(f"{info.num_samples:,} of {info.num_source_samples:,} samples ({share:.2%}): {output or info.path}")

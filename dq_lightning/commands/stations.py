@@ -1,0 +1,170 @@
+"""`bins`, `sample`, `reconstruct`: the stations for images one by one, over the files of the published scripts."""
+
+from pathlib import Path
+from typing import Any
+
+from dq_lightning.config import (
+    BinConfig,
+    Draw,
+    FeatureConfig,
+    PatchConfig,
+    QuantizeConfig,
+    SelectionConfig,
+    TextConfig,
+    with_short_forms,
+)
+
+
+def bins(
+    output: str,
+    dataset: str | dict[str, Any] | None = None,
+    data_path: str | None = None,
+    split: str = "train",
+    num_bins: int = 10,
+    encoder: str = "auto",
+    features: FeatureConfig = FeatureConfig(),  # noqa: B008 (frozen)
+    bins: BinConfig = BinConfig(),  # noqa: B008
+    text: TextConfig = TextConfig(),  # noqa: B008
+    labels: str | bool | None = None,
+    cache_dir: str | None = None,
+    device: str = "auto",
+    progress: bool = True,
+) -> None:
+    """Split a dataset into bins (was quantize_sample.py); writes select_indices_NAME_exp{0..K-1}.npy, bins.npz, config.yaml.
+
+    Example: dq-lightning bins results/bin_cifar_010 --dataset CIFAR10 --data_path ~/data_cifar
+
+    Args:
+        output: folder for the files.
+        dataset: as in quantize.
+        data_path: as in quantize.
+        split: of datasets that have several.
+        num_bins: K.
+        encoder: as in quantize.
+        features: how samples become vectors.
+        bins: how vectors become bins.
+        text: how text is read.
+        labels: a column to group by in place of the classes, or false for no groups.
+        cache_dir: folder of the cache.
+        device: auto, cpu, cuda, ...
+        progress: show progress bars.
+    """
+    config = QuantizeConfig(features=features, bins=bins, text=text, store="indices")
+    config = with_short_forms(config, {"bins.num_bins": num_bins, "features.encoder": encoder})
+    from dq_lightning.dataset_bins import bins_of_dataset
+    from dq_lightning.opening import dataset_name, open_dataset
+    from dq_lightning.published import write_bin_files
+    from dq_lightning.results import CONFIG, write_config
+
+    opened = open_dataset(dataset, data_path, split)
+    made = bins_of_dataset(opened, config, labels=labels, cache_dir=cache_dir, device=device, progress=progress)
+    folder, name = Path(output), dataset_name(dataset, data_path)
+    write_bin_files(folder, name, made)
+    place = {"output": output, "dataset": dataset, "data_path": data_path, "split": split, "labels": labels}
+    settings = config.to_dict()
+    write_config(folder / CONFIG, place | {key: settings[key] for key in ("features", "bins", "text")})
+    print(f"{len(made):,} samples in {made.num_bins} bins: {folder}/select_indices_{name}_exp*.npy")
+
+
+def sample(
+    bins_path: str,
+    keep_ratio: float = 0.125,
+    output: str | None = None,
+    seed: int = 0,
+    draw: Draw = "seeded",
+    bin_weights: tuple[float, ...] | None = None,
+    dataset: str | dict[str, Any] | None = None,
+    data_path: str | None = None,
+    split: str = "train",
+) -> None:
+    """Draw the same share from every bin (was quantize_bin.py); writes select_indices_NAME_RATIO.npy.
+
+    Example: dq-lightning sample results/bin_cifar_010 --keep_ratio 0.125 --output results/sample_quantized_cifar_010
+
+    Args:
+        bins_path: folder that bins wrote, or of published files select_indices_NAME_exp{k}.npy.
+        keep_ratio: share of samples kept; floor(N * keep_ratio + 1/2) samples, exactly.
+        output: folder of the file; bins_path when left out.
+        seed: of the draw.
+        draw: seeded draws uniformly inside a bin, rank takes the first picked.
+        bin_weights: one weight a bin in place of the even share.
+        dataset: gives the classes, for published files without bins.npz, whose shares are then kept even by class too.
+        data_path: of that dataset.
+        split: of that dataset.
+    """
+    SelectionConfig(keep_ratio, seed, draw, bin_weights)
+    from dq_lightning.exports import write_index
+    from dq_lightning.opening import open_dataset
+    from dq_lightning.published import select_from_files, selection_file
+    from dq_lightning.sources.adapt import as_source
+
+    labels = None
+    if dataset is not None or data_path is not None:
+        labels = as_source(open_dataset(dataset, data_path, split)).labels()
+    selection, name = select_from_files(
+        bins_path,
+        keep_ratio=keep_ratio,
+        seed=seed,
+        labels=None if labels is None else labels.values,
+        draw=draw,
+        bin_weights=bin_weights,
+    )
+    path = write_index(selection.index, Path(output or bins_path) / selection_file(name, keep_ratio))
+    print(f"{len(selection):,} samples: {path}")
+
+
+def reconstruct(
+    output: str,
+    dataset: str | dict[str, Any] | None = None,
+    data_path: str | None = None,
+    split: str = "train",
+    indices: str | None = None,
+    drop_ratio: float = 0.2,
+    reconstructor: str = "auto",
+    patches: PatchConfig = PatchConfig(),  # noqa: B008 (frozen)
+    cache_dir: str | None = None,
+    device: str = "auto",
+    progress: bool = True,
+) -> None:
+    """Drop uninformative patches and fill them again (was quantize_pixel.py); writes CLASS/POSITION.png and tables.
+
+    Example: dq-lightning reconstruct results/pixel --dataset CIFAR10 --data_path ~/data_cifar
+    --indices results/sample/select_indices_CIFAR10_0.125.npy --drop_ratio 0.2
+
+    Args:
+        output: folder; not there yet, or of an earlier run.
+        dataset: as in quantize.
+        data_path: as in quantize.
+        split: of datasets that have several.
+        indices: .npy of the samples to reconstruct; all of them when left out, as published.
+        drop_ratio: share of patches dropped (published: mask_ratio).
+        reconstructor: auto, bundled, a hub name, a folder, or an original checkpoint file (published: resume).
+        patches: saliency, classifier, patch size and the rest; saliency random is published as leaving out cam_mask.
+        cache_dir: folder of the cache, which remembers digests of weights.
+        device: auto, cpu, cuda, ...
+        progress: show progress bars.
+    """
+    config = QuantizeConfig(patches=patches)
+    short = {"patches.drop_ratio": drop_ratio, "patches.reconstructor": reconstructor}
+    config = with_short_forms(config, short)
+    import torch
+
+    from dq_lightning.export_images import write_image_folder
+    from dq_lightning.opening import dataset_name, open_dataset
+    from dq_lightning.published import read_index
+    from dq_lightning.reconstruction import reconstruct_images
+    from dq_lightning.records import Selection
+    from dq_lightning.sources.adapt import as_source
+
+    source = as_source(open_dataset(dataset, data_path, split))
+    index = torch.arange(len(source)) if indices is None else torch.from_numpy(read_index(indices, len(source)))
+    images = reconstruct_images(
+        source,
+        Selection(index, torch.full((len(index),), -1, dtype=torch.int16)),
+        config.patches,
+        name=dataset_name(dataset, data_path),
+        cache_dir=cache_dir,
+        device=device,
+        progress=progress,
+    )
+    print(f"{len(images):,} images: {write_image_folder(images, output)}")

@@ -1,0 +1,111 @@
+"""`embed` and `sample-text`: instruction data, over the files of the published scripts."""
+
+from dq_lightning.config import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig, TextConfig
+
+EMBEDS = "alpaca_embeds"
+
+
+def embed(
+    data: str,
+    output: str = ".",
+    index: int = 0,
+    nums: int | None = None,
+    merge: bool = False,
+    encoder: str = "auto",
+    text: TextConfig = TextConfig(),  # noqa: B008 (frozen)
+    features: FeatureConfig = FeatureConfig(),  # noqa: B008
+    cache_dir: str | None = None,
+    device: str = "auto",
+    progress: bool = True,
+) -> None:
+    """Embed instruction data in pieces (was embed.py), or put the pieces together (was alpaca_embed.py --merge).
+
+    Writes alpaca_embeds_{index}.npy with a .json beside it, and with --merge alpaca_embeds.npy. A piece that is there is kept.
+    Example: dq-lightning embed alpaca_data.json --encoder openai:text-embedding-ada-002 --index 0 --nums 10000
+
+    Args:
+        data: the rows, .json or .jsonl (also .xz, .gz, .bz2), or anything that quantize takes as data_path.
+        output: folder of the pieces.
+        index: number of the piece.
+        nums: rows of a piece; all rows in one when left out.
+        merge: put all pieces together.
+        encoder: auto, a name or folder of transformers, or openai:MODEL (the key is taken from OPENAI_API_KEY).
+        text: which part of a row is embedded, pooling, and the rest.
+        features: batch_size, num_workers, precision.
+        cache_dir: folder of the cache; requests that are paid for are recorded beside the pieces.
+        device: auto, cpu, cuda, ...
+        progress: show progress bars.
+    """
+    from dq_lightning.embedding_pieces import embed_rows, merge_rows
+
+    if merge:
+        print(merge_rows(data, output, name=EMBEDS, text=text))
+        return
+    path = embed_rows(
+        data, output, index=index, nums=nums, name=EMBEDS, encoder=encoder, text=text, features=features, cache_dir=cache_dir,
+        device=device, progress=progress,
+    )  # fmt: skip
+    print(path)
+
+
+def sample_text(
+    data: str,
+    output: str,
+    embeds: str | None = None,
+    ratio: float = 0.1,
+    k: int = 10,
+    random: bool = False,
+    seed: int = 0,
+    encoder: str = "auto",
+    text: TextConfig = TextConfig(),  # noqa: B008 (frozen)
+    features: FeatureConfig = FeatureConfig(),  # noqa: B008
+    bins: BinConfig = BinConfig(),  # noqa: B008
+    cache_dir: str | None = None,
+    device: str = "auto",
+    progress: bool = True,
+) -> None:
+    """Choose rows of instruction data (was alpaca_sample.py); writes the rows as JSON and their numbers as .npy beside it.
+
+    Example: dq-lightning sample-text alpaca_data.json alpaca_data_dq_k10.json --embeds alpaca_embeds.npy --ratio 0.1 --k 10
+
+    Args:
+        data: the rows, .json or .jsonl (also .xz, .gz, .bz2), or anything that quantize takes as data_path.
+        output: .json (as Alpaca was published) or .jsonl.
+        embeds: .npy of embeddings [N, D], as embed --merge writes; made with the encoder when left out.
+        ratio: share of rows kept.
+        k: bins.
+        random: draw uniformly instead, to compare with.
+        seed: of the draw.
+        encoder: as in embed.
+        text: which part of a row is embedded, and the rest.
+        features: batch_size, num_workers, precision.
+        bins: objective, maximizer and the rest.
+        cache_dir: folder of the cache.
+        device: auto, cpu, cuda, ...
+        progress: show progress bars.
+    """
+    from dataclasses import replace
+
+    from dq_lightning.baselines import baseline_selection
+    from dq_lightning.compact import load_selection
+    from dq_lightning.exports import write_index, write_json
+    from dq_lightning.opening import open_dataset
+    from dq_lightning.pipeline import quantize
+    from dq_lightning.sources.jsonl import is_rows_file, read_rows
+
+    opened = open_dataset(None, data)
+    rows = read_rows(opened) if is_rows_file(opened) else opened
+    config = QuantizeConfig(
+        features=replace(features, encoder=embeds or encoder),
+        bins=replace(bins, num_bins=k),
+        selection=SelectionConfig(keep_ratio=ratio, seed=seed),
+        text=text,
+        store="indices",
+    )
+    if random:
+        index = baseline_selection("random", rows, keep_ratio=ratio, seed=seed).index
+    else:
+        index = load_selection(quantize(rows, config, cache_dir=cache_dir, device=device, progress=progress).path).index
+    path = write_json(rows, index, output)
+    write_index(index, path.with_suffix(".npy"))
+    print(f"{len(index):,} of {len(rows):,} rows: {path}, {path.with_suffix('.npy').name}")

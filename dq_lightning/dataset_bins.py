@@ -1,0 +1,48 @@
+"""The first two stations alone: a dataset to its bins, through the cache."""
+
+from pathlib import Path
+from typing import Any
+
+from dq_lightning.compact import read_bins_of
+from dq_lightning.config import QuantizeConfig, SelectionConfig
+from dq_lightning.pipeline import find_or_build
+from dq_lightning.plan import make_plan
+from dq_lightning.randomness import isolated_random_state
+from dq_lightning.records import Bins
+from dq_lightning.store.cache import Cache, default_cache_dir
+
+
+def bins_of_dataset(
+    dataset: Any,
+    config: QuantizeConfig,
+    *,
+    labels: Any = None,
+    cache_dir: str | Path | None = None,
+    device: str = "auto",
+    progress: bool = True,
+) -> Bins:
+    """Make the bins of a dataset, or find them in the cache.
+
+    Args:
+        dataset: as in `quantize`, and so are the others.
+        config: `features`, `bins` and `text` count.
+        labels: as in `quantize`.
+        cache_dir: likewise.
+        device: likewise.
+        progress: likewise.
+
+    Returns:
+        Bins of the N samples.
+
+    Raises:
+        DQError: as `quantize`.
+    """
+    with isolated_random_state():
+        plan = make_plan(dataset, config, labels=labels)
+    # the smallest selection: the flow ends with one, and its entry holds row numbers alone
+    least = SelectionConfig(keep_ratio=min(1.0, 1 / len(plan.source)))
+    plan = make_plan(
+        plan.source, QuantizeConfig(config.features, config.bins, least, text=config.text, store="indices")
+    )
+    cache = Cache(cache_dir or default_cache_dir())
+    return read_bins_of(find_or_build(plan, cache, device=device, progress=progress), cache)

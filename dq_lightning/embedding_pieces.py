@@ -1,0 +1,111 @@
+"""Embeddings of a file of rows in pieces; see `features/pieces.py`. Pieces of the published script can be merged too."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dq_lightning.config import FeatureConfig, TextConfig
+from dq_lightning.errors import FeatureError
+from dq_lightning.exports import whole
+from dq_lightning.features.choose import choose_encoder
+from dq_lightning.features.pieces import embed_piece, merge_pieces
+from dq_lightning.logs import get_logger
+from dq_lightning.opening import open_dataset
+from dq_lightning.sources.adapt import as_source
+from dq_lightning.store.cache import Cache, default_cache_dir
+
+
+def embed_rows(
+    data: str,
+    output: str | Path,
+    *,
+    index: int,
+    nums: int | None,
+    name: str,
+    encoder: Any,
+    text: TextConfig,
+    features: FeatureConfig,
+    cache_dir: str | None = None,
+    device: str = "auto",
+    progress: bool = True,
+) -> Path:
+    """Embed one piece of the rows of a dataset; see `embed_piece`. Returns its `.npy`."""
+    source: Any = as_source(open_dataset(None, data), text=text)
+    if source.modality != "text":
+        raise FeatureError(
+            f"{source.describe()} holds images: embed reads rows of text; quantize makes features of images"
+        )
+    memory = Cache(cache_dir or default_cache_dir()).memory
+    spec = choose_encoder(encoder, modality="text", text=text).resolve(memory)
+    identity = {"source": source.digest(memory), "encoder": spec.identity(memory), "text": source.text_identity()}
+    return embed_piece(
+        source,
+        spec,
+        index=index,
+        nums=len(source) if nums is None else nums,
+        out_dir=output,
+        identity=identity,
+        name=name,
+        device=device,
+        precision=features.precision,
+        batch_size=features.batch_size,
+        num_workers=features.num_workers,
+        progress=progress,
+        scratch=Path(output) / "paid",
+    )
+
+
+def merge_rows(data: str, folder: str | Path, *, name: str, text: TextConfig) -> Path:
+    """Put the pieces of a folder together as `NAME.npy`, float32 [N, D].
+
+    Args:
+        data: what they were made of; the number of rows is compared, and for our own pieces the content.
+        folder: of the pieces.
+        name: beginning of their names.
+        text: how the rows are read.
+
+    Raises:
+        FeatureError: a piece is missing, damaged or foreign.
+    """
+    folder = Path(folder)
+    source: Any = as_source(open_dataset(None, data), text=text)
+    own = any(folder.glob(f"{name}_*.json"))
+    merged = merge_pieces(folder, name=name) if own else _published(folder, name)
+    if len(merged) != len(source):
+        raise FeatureError(
+            f"the pieces have {len(merged):,} rows, {data} has {len(source):,}: one is of another dataset"
+        )
+
+    def save(place: Path) -> None:
+        with place.open("wb") as file:
+            np.save(file, merged, allow_pickle=False)
+
+    return whole(folder / f"{name}.npy", save)
+
+
+def _published(folder: Path, name: str) -> NDArray[np.float32]:
+    """Pieces without descriptions, in the order of their numbers; nothing but that none is missing in between is known."""
+    found = {
+        int(m[1]): path
+        for path in folder.glob(f"{name}_*.npy")
+        if (m := re.fullmatch(rf"{name}_(\d+)\.npy", path.name))
+    }
+    if not found:
+        raise FeatureError(
+            f"there is no {name}_*.npy in {folder}: run `dq-lightning embed DATA --index 0 --nums 10000` first"
+        )
+    missing = [number for number in range(max(found)) if number not in found]
+    if missing:
+        raise FeatureError(f"{folder / f'{name}_{missing[0]}.npy'} is missing: embed this piece, too")
+    get_logger().warning(f"the pieces in {folder} have no descriptions: their content is taken as it is")
+    try:
+        parts = [np.load(found[number], allow_pickle=False) for number in sorted(found)]
+        merged = np.concatenate([np.asarray(part, dtype=np.float32) for part in parts])
+    except (OSError, ValueError) as error:
+        raise FeatureError(f"the pieces in {folder} do not fit together: {error}") from error
+    if merged.ndim != 2 or not np.isfinite(merged).all():
+        raise FeatureError(f"the pieces in {folder} are {list(merged.shape)}, expected finite numbers [N, D]")
+    return merged

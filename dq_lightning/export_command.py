@@ -1,0 +1,133 @@
+"""One function for every export format: which samples a path stands for, and which writer a format has."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dq_lightning.compact import open_compact
+from dq_lightning.config import TextConfig
+from dq_lightning.errors import StoreError
+from dq_lightning.export_hub import push_images, write_image_dataset
+from dq_lightning.export_images import write_ids, write_image_folder, write_litdata, write_parquet, write_webdataset
+from dq_lightning.export_samples import KeptImages, kept_of_source, kept_of_store
+from dq_lightning.exports import write_dataset, write_index, write_json
+from dq_lightning.published import read_index
+from dq_lightning.records import Selection
+from dq_lightning.sources.adapt import as_source
+from dq_lightning.store.reader import PackedDataset
+
+WRITERS = {
+    "imagefolder": write_image_folder,
+    "huggingface": write_image_dataset,
+    "parquet": write_parquet,
+    "webdataset": write_webdataset,
+    "litdata": write_litdata,
+}
+
+
+def export_set(
+    path: str | Path,
+    format: str,
+    output: str,
+    *,
+    dataset: Any = None,
+    name: str = "dataset",
+    fill: bool = True,
+    reconstructor: Any = None,
+    private: bool = True,
+    device: str = "auto",
+    progress: bool = True,
+) -> str:
+    """Write a compact set in another format.
+
+    Args:
+        path: folder of the set, or an `.npy` of positions.
+        format: a key of `WRITERS`, or `"indices"`, `"json"`, `"hub"`.
+        output: folder or file; `OWNER/NAME` for the hub.
+        dataset: that the positions belong to; not needed for a packed set.
+        name: of the dataset, for files.
+        fill: see `kept_of_store`.
+        reconstructor: likewise.
+        private: of a hub repository that is made now.
+        device: likewise.
+        progress: likewise.
+
+    Returns:
+        What was written.
+
+    Raises:
+        StoreError: the set and the dataset do not belong together, or have not what the format needs.
+    """
+    selection, packed, source = _opened(Path(path).expanduser(), dataset)
+    if format == "indices":
+        return _write_indices(Path(output), selection, packed, source, name)
+    if format == "json" or (source is not None and source.modality == "text"):
+        return _write_rows(format, output, selection, packed, source)
+    images: KeptImages
+    if source is not None and (packed is None or not packed.has_patches):
+        images = kept_of_source(source, selection, name)
+    elif packed is not None:
+        images = kept_of_store(path, fill=fill, reconstructor=reconstructor, device=device, progress=progress)
+    else:
+        raise _needs_dataset(path)
+    if format == "hub":
+        push_images(images, output, private=private)
+        return output
+    return str(WRITERS[format](images, output))
+
+
+def _opened(path: Path, dataset: Any) -> tuple[Selection, PackedDataset | None, Any]:
+    """Selection, packed samples if there are any, and the source if it was given."""
+    if path.suffix in (".npy", ".npz"):
+        index = torch.from_numpy(read_index(path))
+        selection, packed, total, text = Selection(index, torch.full((len(index),), -1).short()), None, None, None
+    else:
+        compact = open_compact(path, verify="hash")
+        selection, total = compact.selection, compact.info.num_source_samples
+        packed = PackedDataset(path) if compact.info.kind == "packed" else None
+        text = TextConfig.from_dict(compact.config["text"]) if "text" in compact.config else None
+    if dataset is None:
+        return selection, packed, None
+    source: Any = as_source(dataset, text=text)
+    if (total is not None and len(source) != total) or (len(selection) and int(selection.index[-1]) >= len(source)):
+        raise StoreError(
+            f"{path} belongs to a dataset of {total or int(selection.index[-1]) + 1:,} samples, the given one "
+            f"has {len(source):,}"
+        )
+    return selection, packed, source
+
+
+def _write_indices(output: Path, selection: Selection, packed: PackedDataset | None, source: Any, name: str) -> str:
+    path = output if output.suffix == ".npy" else output / f"select_indices_{name}.npy"
+    write_index(selection.index, path)
+    names = packed.ids if packed is not None else None
+    if source is not None:
+        names = [source.sample_id(position) for position in selection.index.tolist()]
+    if names is None:
+        return f"{path} (without ids: pass the dataset for those)"
+    write_ids(list(names), path.with_suffix(".ids.txt"))
+    return f"{path}, {path.with_suffix('.ids.txt').name}"
+
+
+def _write_rows(format: str, output: str, selection: Selection, packed: PackedDataset | None, source: Any) -> str:
+    if source is not None and source.modality != "text":
+        raise StoreError(f"json holds rows of text, {source.describe()} holds images: choose another format")
+    if source is None and packed is None:
+        raise _needs_dataset("this set")
+    rows = packed if packed is not None else source.plain_dataset
+    index = torch.arange(len(packed)) if packed is not None else selection.index
+    if len(rows) and not hasattr(rows[int(index[0])], "keys"):
+        raise StoreError("the samples are no rows of named fields: choose another format than json")
+    if format == "json":
+        return str(write_json(rows, index, output))
+    if format == "huggingface":
+        return str(write_dataset(rows, index, output))
+    raise StoreError(f"rows of text are exported as json, huggingface or indices, not as {format}")
+
+
+def _needs_dataset(path: Any) -> StoreError:
+    return StoreError(
+        f"{path} holds positions, not samples: pass --dataset and --data_path of the dataset that it was made from, or "
+        "quantize with --store packed"
+    )

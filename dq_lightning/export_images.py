@@ -1,0 +1,220 @@
+"""Kept images as files: a folder of class folders, tar shards, Parquet, the hub, litdata."""
+
+import csv
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dq_lightning.errors import StoreError
+from dq_lightning.export_samples import KeptImage, KeptImages
+from dq_lightning.exports import whole, write_index
+from dq_lightning.logs import get_logger
+
+METADATA = "metadata.csv"
+INDEX = "index.npy"
+SHARD_BYTES = 1 << 30
+ROW_GROUP = 256
+LITDATA_CHUNK_BYTES = 64 << 20
+UNLABELED = "unlabeled"
+
+
+def write_image_folder(images: KeptImages, folder: str | Path) -> Path:
+    """Write a folder that torchvision's `ImageFolder` and Hugging Face's `imagefolder` read.
+
+    Files lie in one folder a class and are named by their position in the source, with leading zeros, so that every reader
+    that sorts names sees the order of the source inside a class; the class folders sort in the order of the labels. Beside
+    them `metadata.csv` names position, bin and id of every file, and `index.npy` (int64 [M]) has the position of item i of
+    `ImageFolder`.
+
+    Args:
+        images: to write.
+        folder: not there yet, empty, or one that this function wrote, which is replaced.
+
+    Raises:
+        StoreError: the folder holds something else.
+    """
+    target = Path(folder)
+    check_free(target, METADATA)
+    names = folder_names(images.class_names)
+
+    def write(place: Path) -> None:
+        place.mkdir()
+        for name in names:
+            (place / name).mkdir()
+        rows = sorted(_put(image, names, place) for image in images)
+        with (place / METADATA).open("w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(["file_name", "label", "class_name", "index", "bin", "id"])
+            for _, name, image_facts in rows:
+                label = image_facts[0]
+                table.writerow([name, label, _class_name(images, label), *image_facts[1:]])
+        write_index(torch.tensor([facts[1] for _, _, facts in rows], dtype=torch.int64), place / INDEX)
+        if empty := [name for name in names if not any((place / name).iterdir())]:
+            get_logger().warning(
+                f"no image of {', '.join(empty[:5])} was kept: open with ImageFolder(..., allow_empty=True)"
+            )
+
+    return whole(target, write)
+
+
+def folder_names(class_names: tuple[str, ...] | None) -> list[str]:
+    """Names of the class folders: the classes' own where they sort in the order of the labels, else numbers of one width."""
+    names = list(class_names or (UNLABELED,))
+    plain = all(name and not name.startswith(".") and not set(name) & set('/\\:\0<>|?*"') for name in names)
+    if plain and sorted(set(names)) == names:
+        return names
+    width = len(str(len(names) - 1))
+    return [f"{number:0{width}d}" for number in range(len(names))]
+
+
+def _put(image: KeptImage, names: list[str], place: Path) -> tuple[tuple[str, str], str, tuple[Any, ...]]:
+    """Write one file; gives its place in the order of `ImageFolder`, its name, and its facts."""
+    label = image.label if image.label is not None else 0
+    if not 0 <= label < len(names):
+        raise StoreError(
+            f"sample {image.position} has no class ({label}): a folder of class folders has no place for it"
+        )
+    file = f"{image.position:09d}{image.suffix}"
+    (place / names[label] / file).write_bytes(image.data)
+    facts = (image.label if image.label is not None else "", image.position, image.bin, image.name)
+    return (names[label], file), f"{names[label]}/{file}", facts
+
+
+def _class_name(images: KeptImages, label: Any) -> str:
+    return "" if label == "" or images.class_names is None else images.class_names[label]
+
+
+def write_webdataset(images: KeptImages, folder: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
+    """Write tar shards `NAME-000000.tar` as WebDataset reads them: image, `.cls` and `.json` of each sample.
+
+    Equal sets give equal bytes: times and owners are left out.
+
+    Args:
+        images: to write.
+        folder: as in `write_image_folder`; replaced when it holds `shards.json`.
+        shard_bytes: a shard ends after the sample that exceeds this.
+    """
+    target = Path(folder)
+    check_free(target, "shards.json")
+
+    def write(place: Path) -> None:
+        place.mkdir()
+        counts: dict[str, int] = {}
+        shard: tarfile.TarFile | None = None
+        for image in images:
+            if shard is None or shard.offset > shard_bytes:
+                if shard is not None:
+                    shard.close()
+                shard = tarfile.open(place / f"{images.name}-{len(counts):06d}.tar", "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+                counts[Path(str(shard.name)).name] = 0
+            for suffix, data in _members(image):
+                facts = tarfile.TarInfo(f"{image.position:09d}{suffix}")
+                facts.size = len(data)
+                shard.addfile(facts, io.BytesIO(data))
+            counts[Path(str(shard.name)).name] += 1
+        if shard is not None:
+            shard.close()
+        described = {"shards": counts, "class_names": images.class_names}
+        (place / "shards.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+
+    return whole(target, write)
+
+
+def _members(image: KeptImage) -> Iterator[tuple[str, bytes]]:
+    yield image.suffix, image.data
+    if image.label is not None:
+        yield ".cls", str(image.label).encode()
+    yield ".json", json.dumps({"index": image.position, "bin": image.bin, "id": image.name}).encode()
+
+
+def write_parquet(images: KeptImages, path: str | Path) -> Path:
+    """Write one Parquet file with the images' bytes inside, as Hugging Face datasets reads them (`Dataset.from_parquet`).
+
+    Columns: `image`, `label` (a `ClassLabel`; missing without classes), `index`, `bin`, `id`.
+
+    Args:
+        images: to write, in groups of 256 rows, in memory independent of their number.
+        path: of the file.
+    """
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    from dq_lightning.export_hub import features_of
+
+    schema = features_of(images.class_names)
+
+    def write(place: Path) -> None:
+        with pq.ParquetWriter(place, schema, write_page_checksum=True) as file:
+            waiting: list[dict[str, Any]] = []
+            for image in images:
+                waiting.append(_row(image))
+                if len(waiting) == ROW_GROUP:
+                    file.write_table(pa.Table.from_pylist(waiting, schema))
+                    waiting = []
+            file.write_table(pa.Table.from_pylist(waiting, schema))
+
+    return whole(Path(path), write)
+
+
+def _row(image: KeptImage) -> dict[str, Any]:
+    row = {
+        "image": {"bytes": image.data, "path": f"{image.position:09d}{image.suffix}"},
+        "index": image.position,
+        "bin": image.bin,
+        "id": image.name,
+    }
+    return row if image.label is None else row | {"label": image.label}
+
+
+def write_litdata(images: KeptImages, folder: str | Path) -> Path:
+    """Write chunks that litdata's `StreamingDataset` reads: dicts of `image` (file bytes), `label`, `index`, `bin`, `id`.
+
+    Args:
+        images: to write.
+        folder: as in `write_image_folder`; replaced when it holds litdata's `index.json`.
+
+    Raises:
+        StoreError: litdata is not installed.
+    """
+    try:
+        from litdata.streaming.writer import BinaryWriter
+    except ImportError as error:
+        raise StoreError('this export needs litdata: pip install "dq-lightning[litdata]"') from error
+    target = Path(folder)
+    check_free(target, "index.json")
+
+    def write(place: Path) -> None:
+        place.mkdir()
+        writer = BinaryWriter(cache_dir=str(place), chunk_bytes=LITDATA_CHUNK_BYTES)
+        for number, image in enumerate(images):
+            row = _row(image) | {"image": image.data}
+            writer[number] = row
+        writer.done()
+        writer.merge(1)
+
+    return whole(target, write)
+
+
+def write_ids(names: Sequence[str], path: str | Path) -> Path:
+    """Write the names of the kept samples, one a line, in the order of the selection."""
+
+    def write(place: Path) -> None:
+        with place.open("w", encoding="utf-8", errors="surrogateescape") as file:
+            file.writelines(f"{name}\n" for name in names)
+
+    return whole(Path(path), write)
+
+
+def check_free(folder: Path, marker: str) -> None:
+    """Refuse to replace a folder that holds something else than an earlier export.
+
+    Raises:
+        StoreError: it does.
+    """
+    if folder.exists() and not (folder / marker).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StoreError(f"{folder} exists and holds something else (no {marker}): pass another folder")

@@ -1,0 +1,216 @@
+"""The kept images of a compact set, one by one, in the form that every export writes."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from dq_lightning.compact import COMPACT_FILE, Compact, open_compact, open_packed
+from dq_lightning.config import PatchConfig
+from dq_lightning.errors import StoreError
+from dq_lightning.filling import filled_items
+from dq_lightning.patch_plan import make_patch_plan
+from dq_lightning.records import EncodedImage, Labels, Selection
+from dq_lightning.sources.items import Leaf, at, find_image, find_target
+from dq_lightning.store.files import read_sealed
+from dq_lightning.store.patched import map_patched, mean_filled
+from dq_lightning.store.reader import PackedDataset
+
+# encodings that every reader of images knows; what is in another one is written anew, as PNG
+SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
+PNG_MODES = ("RGB", "L", "RGBA", "LA", "1")
+
+
+@dataclass(frozen=True)
+class KeptImage:
+    """One kept image.
+
+    Attributes:
+        position: in the source.
+        bin: that it came from; -1 when that is not known.
+        name: its id in the source: a relative path, or the position.
+        label: its class, or None.
+        data: bytes of the image file.
+        suffix: of such a file, `.png`, `.jpg` or `.webp`.
+    """
+
+    position: int
+    bin: int
+    name: str
+    label: int | None
+    data: bytes
+    suffix: str
+
+
+class KeptImages:
+    """The kept images of a compact set, ascending by their position in the source.
+
+    Attributes:
+        selection: positions and bins.
+        class_names: of the labels; None without labels.
+        name: of the set, for files.
+    """
+
+    def __init__(
+        self, selection: Selection, class_names: tuple[str, ...] | None, items: Any, name: str = "dataset"
+    ) -> None:
+        self.selection, self.class_names, self.name = selection, class_names, name
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self.selection)
+
+    def __iter__(self) -> Iterator[KeptImage]:
+        return iter(self._items())
+
+
+def kept_of_source(source: Any, selection: Selection, name: str = "dataset") -> KeptImages:
+    """The kept images of a dataset; files keep their bytes.
+
+    Args:
+        source: from `as_source`, of images.
+        selection: positions in it.
+        name: of the set, for files.
+    """
+    labels: Labels | None = source.labels()
+
+    def items() -> Iterator[KeptImage]:
+        for number, position in enumerate(selection.index.tolist()):
+            data, suffix = _file_of(
+                source.encoded(position), lambda p=position: at(source.plain(p), source.image_leaf())
+            )
+            label = None if labels is None else int(labels.values[position])
+            yield KeptImage(position, int(selection.bin[number]), source.sample_id(position), label, data, suffix)
+
+    return KeptImages(selection, _names(labels), items, name)
+
+
+def kept_of_items(source: Any, selection: Selection, samples: Any, name: str = "dataset") -> KeptImages:
+    """Kept images whose samples come from elsewhere, such as filled ones.
+
+    Args:
+        source: from `as_source`; gives labels and names.
+        selection: positions in it.
+        samples: makes an iterator over the M samples, in order.
+        name: of the set, for files.
+    """
+    labels: Labels | None = source.labels()
+
+    def items() -> Iterator[KeptImage]:
+        pairs = zip(selection.index.tolist(), selection.bin.tolist(), samples(), strict=True)
+        for position, bin_number, sample in pairs:
+            label = None if labels is None else int(labels.values[position])
+            data = as_png(at(sample, source.image_leaf()))
+            yield KeptImage(position, bin_number, source.sample_id(position), label, data, ".png")
+
+    return KeptImages(selection, _names(labels), items, name)
+
+
+def kept_of_store(
+    path: str | Path, *, fill: bool = True, reconstructor: Any = None, device: str = "auto", progress: bool = True
+) -> KeptImages:
+    """The kept images of a packed set, without its dataset.
+
+    Args:
+        path: folder of the set.
+        fill: give dropped patches to the reconstructor, if the set was made to be filled; else they have the mean colour.
+        reconstructor: in place of the set's own, a name, folder or network.
+        device: of the reconstructor.
+        progress: show a bar while filling.
+
+    Raises:
+        StoreError: there is no packed set of images.
+    """
+    compact = open_compact(Path(path))
+    store = open_packed(path, patches="packed")
+    described = read_sealed(Path(path) / COMPACT_FILE)
+    names = described["class_names"]
+    first = map_patched(store[0], mean_filled)
+    image = find_image(first, described["config"].get("image_column"))
+    target = find_target(first, image, described["config"].get("label_column"))
+    if described["num_classes"] is None:
+        target = None
+    elif names is None:
+        names = [str(number) for number in range(described["num_classes"])]
+
+    def items() -> Iterator[KeptImage]:
+        samples = _samples(compact, store, image, fill, reconstructor, device, progress)
+        for number, sample in enumerate(samples):
+            label = None if target is None else _label(at(sample, target), names)
+            position, bin_number = int(store.index[number]), int(store.bin[number])
+            yield KeptImage(position, bin_number, store.ids[number], label, as_png(at(sample, image)), ".png")
+
+    return KeptImages(compact.selection, None if target is None else tuple(names), items, Path(path).name)
+
+
+def _samples(
+    compact: Compact, store: PackedDataset, image: Leaf, fill: bool, reconstructor: Any, device: str, progress: bool
+) -> Iterator[Any]:
+    """Samples with whole images: as they are, filled, or in the mean colour."""
+    if compact.patches is None:
+        return iter(store)
+    config = PatchConfig.from_dict(compact.config["patches"] | {"saliency": "random"})
+    if not fill or config.reconstruct == "off":
+        return (map_patched(sample, mean_filled) for sample in store)
+    plan = make_patch_plan(config, compact.patches.image_size, reconstructor=reconstructor)
+    filled = filled_items(
+        store, tuple(store.attributes["image_place"]) or image, plan, device=device, progress=progress
+    )
+    return (sample for sample, _ in filled)
+
+
+def as_png(leaf: Any) -> bytes:
+    """An image as PNG bytes, without loss.
+
+    Raises:
+        StoreError: it is none that PNG holds exactly.
+    """
+    image = leaf if isinstance(leaf, Image.Image) else _from_array(leaf)
+    if image.mode == "P":
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    if image.mode not in PNG_MODES:
+        raise StoreError(f"an image of mode {image.mode} has no exact PNG: deliver RGB, L, RGBA or LA (image.convert)")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _from_array(leaf: Any) -> Image.Image:
+    pixels = leaf.numpy() if isinstance(leaf, Tensor) else leaf
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+        seen = f"{getattr(leaf, 'dtype', '')} {tuple(getattr(leaf, 'shape', ()))}".strip()
+        raise StoreError(
+            f"the image is a {type(leaf).__name__} {seen}: only Pillow images and uint8 arrays are written as files"
+        )
+    if isinstance(leaf, Tensor) and pixels.ndim == 3:
+        pixels = pixels.transpose(1, 2, 0)
+    return Image.fromarray(
+        np.ascontiguousarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
+    )
+
+
+def _file_of(encoded: EncodedImage | None, decode: Any) -> tuple[bytes, str]:
+    """The bytes of an image file: the owner's own, if any reader takes them, else PNG."""
+    if encoded is not None:
+        with Image.open(io.BytesIO(encoded.data)) as image:
+            if image.format in SUFFIXES:
+                return encoded.data, SUFFIXES[image.format]
+    return as_png(decode()), ".png"
+
+
+def _names(labels: Labels | None) -> tuple[str, ...] | None:
+    if labels is None:
+        return None
+    return labels.names or tuple(str(number) for number in range(labels.num_classes))
+
+
+def _label(value: Any, names: list[str]) -> int:
+    """The class of a stored target, which is a number or a name."""
+    if isinstance(value, str):
+        return names.index(value)
+    return int(value)

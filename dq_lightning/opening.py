@@ -1,0 +1,155 @@
+"""Which dataset a name, a folder or a file on the command line stands for."""
+
+import inspect
+import os
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from dq_lightning.errors import DQError, SourceError
+from dq_lightning.sources.jsonl import is_rows_file
+
+HUB = "hub:"
+# what the published scripts call a folder of class folders below train/ and val/
+FOLDERS = ("ImageNet", "ImageFolder")
+TABLES = (".parquet", ".arrow", ".csv")
+KINDS = (
+    "a torchvision class (CIFAR10, torchvision.datasets.SVHN), ImageNet or ImageFolder with data_path=, hub:OWNER/NAME, "
+    "a class of your own (package.module.Class), or in data_path= a folder of class folders, a .json, .jsonl, .parquet, "
+    ".arrow or .csv file, or a folder that datasets saved"
+)
+
+
+def open_dataset(
+    dataset: str | dict[str, Any] | None, data_path: str | Path | None = None, split: str = "train"
+) -> Any:
+    """Open a dataset without transforms.
+
+    Args:
+        dataset: what kind it is (see `KINDS`), or `{"class_path": ..., "init_args": {...}}` as in LightningCLI. None: told by
+            `data_path`.
+        data_path: folder or file.
+        split: of datasets that have several.
+
+    Returns:
+        What `as_source` accepts; the path itself for a file of rows.
+
+    Raises:
+        SourceError: there is no such dataset, or it cannot be opened.
+    """
+    place = Path(data_path).expanduser() if data_path is not None else None
+    if isinstance(dataset, dict):
+        return _made(dataset)
+    if dataset in FOLDERS:
+        return _folder(_needed(place, dataset), split)
+    if dataset is not None and dataset.startswith(HUB):
+        return _hub(dataset.removeprefix(HUB), split)
+    if dataset is not None:
+        return _of_class(dataset, place, split)
+    return _by_path(_needed(place, None), split)
+
+
+def dataset_name(dataset: str | dict[str, Any] | None, data_path: str | Path | None = None) -> str:
+    """A short name for files: of the class, the hub repository, or the folder or file."""
+    if isinstance(dataset, dict):
+        return str(dataset.get("class_path", "dataset")).rpartition(".")[2]
+    if dataset is not None:
+        return dataset.removeprefix(HUB).replace("/", "_").rpartition(".")[2]
+    return Path(data_path or "dataset").expanduser().absolute().name.partition(".")[0] or "dataset"
+
+
+def _needed(place: Path | None, dataset: str | None) -> Path:
+    if place is None:
+        raise SourceError(f"{dataset or 'a dataset'} needs data_path=; a dataset is {KINDS}")
+    if not place.exists():
+        raise SourceError(f"{place} does not exist; a dataset is {KINDS}")
+    return place
+
+
+def _by_path(place: Path, split: str) -> Any:
+    if is_rows_file(place):
+        return str(place)
+    if place.is_file() and place.suffix.lower() in TABLES:
+        return _table([place])
+    if (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():
+        from datasets import DatasetDict, load_from_disk
+
+        found = _opened(lambda: load_from_disk(str(place)), str(place))
+        return _split_of(found, split) if isinstance(found, DatasetDict) else found
+    tables = sorted(path for path in place.rglob("*") if path.suffix.lower() in TABLES) if place.is_dir() else []
+    if tables:
+        chosen = [path for path in tables if path.name.startswith(split)] or tables
+        return _table([path for path in chosen if path.suffix == chosen[0].suffix])
+    return _folder(place, split)
+
+
+def _folder(place: Path, split: str) -> Any:
+    from torchvision.datasets import ImageFolder
+
+    root = place / split if (place / split).is_dir() else place
+    return _opened(lambda: ImageFolder(str(root)), str(root))
+
+
+def _table(paths: list[Path]) -> Any:
+    from datasets import Dataset, concatenate_datasets
+
+    kind = paths[0].suffix.lower()
+    names: list[Any] = [os.fspath(path) for path in paths]
+    if kind == ".arrow":
+        return _opened(lambda: concatenate_datasets([Dataset.from_file(name) for name in names]), names[0])
+    read = Dataset.from_parquet if kind == ".parquet" else Dataset.from_csv
+    return _opened(lambda: read(names), names[0])
+
+
+def _hub(name: str, split: str) -> Any:
+    from datasets import load_dataset
+
+    return _opened(lambda: load_dataset(name, split=split), name)
+
+
+def _split_of(found: Any, split: str) -> Any:
+    if split not in found:
+        raise SourceError(f"there is no split {split!r}, only {', '.join(found)}; pass split=")
+    return found[split]
+
+
+def _of_class(name: str, place: Path | None, split: str) -> Any:
+    made = _class(name if "." in name else f"torchvision.datasets.{name}")
+    parameters = inspect.signature(made).parameters
+    arguments: dict[str, Any] = {}
+    if "root" in parameters:
+        arguments["root"] = str(_needed(place, name))
+    if "train" in parameters:
+        arguments["train"] = split == "train"
+    elif "split" in parameters:
+        arguments["split"] = split
+    return _opened(lambda: made(**arguments), name)
+
+
+def _made(described: Any) -> Any:
+    """The object of a class path; its arguments may be such objects again."""
+    if isinstance(described, list):
+        return [_made(one) for one in described]
+    if not isinstance(described, dict) or "class_path" not in described:
+        return described
+    arguments = {name: _made(value) for name, value in described.get("init_args", {}).items()}
+    return _opened(lambda: _class(described["class_path"])(**arguments), described["class_path"])
+
+
+def _class(path: str) -> Callable[..., Any]:
+    module, _, name = path.rpartition(".")
+    try:
+        found: Callable[..., Any] = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SourceError(f"there is no {path} ({error}); a dataset is {KINDS}") from error
+    return found
+
+
+def _opened(make: Callable[[], Any], name: str) -> Any:
+    try:
+        return make()
+    except DQError:
+        raise
+    except Exception as error:
+        raise SourceError(f"{name} cannot be opened: {type(error).__name__}: {error}") from error

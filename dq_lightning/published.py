@@ -1,0 +1,184 @@
+"""The files of the published scripts: bins and selections as `.npy` files of row numbers. Touches the disk.
+
+select_indices_NAME_exp{0..K-1}.npy   int64, the samples of one bin, group by group in the order in which they were picked
+select_indices_NAME_RATIO.npy         int64, the selected samples, ascending
+bins.npz                              all of `Bins`, which the published files cannot tell apart (groups, gains)
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dq_lightning.errors import StoreError
+from dq_lightning.exports import whole, write_index
+from dq_lightning.logs import get_logger
+from dq_lightning.records import Bins, Selection
+from dq_lightning.selection.select import select
+
+BINS_FILE = "bins.npz"
+FIELDS = {"assignment": np.int16, "rank": np.int32, "gain": np.float32, "group": np.int32}
+
+
+def write_bin_files(folder: str | Path, name: str, bins: Bins) -> list[Path]:
+    """Write bins as published, and whole beside them.
+
+    Args:
+        folder: made when it is missing; files of the same names are replaced.
+        name: of the dataset.
+        bins: of N samples.
+
+    Returns:
+        The files, `bins.npz` last.
+    """
+    folder = Path(folder)
+    order = torch.from_numpy(np.lexsort((bins.rank.numpy(), bins.group.numpy())))
+    written = [
+        write_index(order[bins.assignment[order] == number], folder / f"select_indices_{name}_exp{number}.npy")
+        for number in range(bins.num_bins)
+    ]
+    # numbers of bins that an earlier run made here are no bins of this one
+    for path in folder.glob(f"select_indices_{name}_exp*.npy"):
+        if path not in written:
+            path.unlink()
+    values = {field: getattr(bins, field).numpy().astype(dtype) for field, dtype in FIELDS.items()}
+
+    def save(place: Path) -> None:
+        with place.open("wb") as file:
+            np.savez_compressed(file, num_bins=np.int64(bins.num_bins), **values)
+
+    return [*written, whole(folder / BINS_FILE, save)]
+
+
+def read_bin_files(folder: str | Path, labels: Tensor | None = None) -> tuple[Bins, NDArray[np.int64], str]:
+    """Read the bins of a folder, ours or published.
+
+    Args:
+        folder: of `select_indices_NAME_exp{k}.npy`.
+        labels: class of every sample [N], for published files, which do not tell it.
+
+    Returns:
+        bins of the samples that are in any; their positions int64 [M], ascending, `0 .. M - 1` unless the files leave samples
+        out; and NAME.
+
+    Raises:
+        StoreError: a file is missing, damaged, or shares samples with another.
+    """
+    folder = Path(folder)
+    name, parts = _parts(folder)
+    together = np.concatenate(parts)
+    positions, counts = np.unique(together, return_counts=True)
+    if len(positions) and counts.max() > 1:
+        raise StoreError(f"{folder}: sample {positions[counts.argmax()]} is in two bins; bins must be disjoint")
+    if (folder / BINS_FILE).is_file():
+        bins = _read_whole(folder, parts)
+        return bins, np.arange(len(bins)), name
+    if not np.array_equal(positions, np.arange(len(positions))):
+        get_logger().warning(
+            f"{folder}: the bins hold {len(positions):,} of at least {positions[-1] + 1:,} samples; the keep ratio is of these"
+        )
+    if labels is not None and len(labels) <= positions[-1]:
+        raise StoreError(
+            f"{folder} has sample {positions[-1]}, but the dataset has {len(labels):,} samples: pass its own"
+        )
+    assignment = np.empty(len(positions), np.int16)
+    rank = np.empty(len(positions), np.int32)
+    group = np.zeros(len(positions), np.int32)
+    if labels is not None:
+        group = labels.numpy()[positions].astype(np.int32)
+    for number, part in enumerate(parts):
+        places = np.searchsorted(positions, part)
+        assignment[places] = number
+        for value in np.unique(group[places]):
+            members = places[group[places] == value]
+            rank[members] = np.arange(len(members))
+    gain = np.zeros(len(positions), np.float32)
+    made = [torch.from_numpy(array) for array in (assignment, rank, gain, group)]
+    return Bins(made[0], made[1], made[2], made[3], len(parts)), positions, name
+
+
+def select_from_files(
+    folder: str | Path, *, keep_ratio: float, seed: int = 0, labels: Tensor | None = None, **options: object
+) -> tuple[Selection, str]:
+    """Draw from the bins of a folder; see `read_bin_files` and `select`. Returns the selection and the dataset's name."""
+    bins, positions, name = read_bin_files(folder, labels)
+    drawn = select(bins, keep_ratio=keep_ratio, seed=seed, **options)  # type: ignore[arg-type]
+    return Selection(torch.from_numpy(positions[drawn.index.numpy()]), drawn.bin), name
+
+
+def selection_file(name: str, keep_ratio: float) -> str:
+    """`select_indices_NAME_RATIO.npy`."""
+    return f"select_indices_{name}_{keep_ratio:g}.npy"
+
+
+def read_index(path: str | Path, total: int | None = None) -> NDArray[np.int64]:
+    """Row numbers of a `.npy` (or of `index` in an `.npz`), int64 [M], ascending.
+
+    Args:
+        path: of the file.
+        total: samples of the dataset, to compare with; None compares nothing.
+
+    Raises:
+        StoreError: it is no list of different row numbers, or does not fit the dataset.
+    """
+    try:
+        read = np.load(Path(path).expanduser(), allow_pickle=False)
+        values = np.asarray(read["index"] if isinstance(read, np.lib.npyio.NpzFile) else read)
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise StoreError(
+            f"{path} cannot be read as row numbers: {error}; write them with numpy.save, int64 [M]"
+        ) from error
+    if values.ndim != 1 or values.dtype.kind not in "iu":
+        raise StoreError(f"{path} holds {values.dtype} {list(values.shape)}, expected row numbers, integers [M]")
+    index = np.sort(values.astype(np.int64))
+    if len(index) and (index[0] < 0 or (np.diff(index) == 0).any() or (total is not None and index[-1] >= total)):
+        raise StoreError(
+            f"{path} has the rows {index[0]} to {index[-1]}, {len(index) - len(np.unique(index))} of them twice"
+            + (f", for a dataset of {total:,}: it belongs to another one" if total is not None else "")
+        )
+    return index
+
+
+def _parts(folder: Path) -> tuple[str, list[NDArray[np.int64]]]:
+    """The dataset's name and the samples of every bin, in the file's order."""
+    found: dict[str, dict[int, Path]] = {}
+    for path in folder.glob("select_indices_*_exp*.npy"):
+        if match := re.fullmatch(r"select_indices_(.+)_exp(\d+)\.npy", path.name):
+            found.setdefault(match[1], {})[int(match[2])] = path
+    if len(found) != 1:
+        seen = f"of {', '.join(sorted(found))}" if found else "none"
+        raise StoreError(
+            f"{folder} should hold the files select_indices_NAME_exp0.npy, ... of one dataset, there are {seen}: pass the "
+            "folder that `dq-lightning bins` wrote"
+        )
+    ((name, files),) = found.items()
+    if sorted(files) != list(range(len(files))):
+        missing = next(number for number in range(len(files)) if number not in files)
+        raise StoreError(f"{folder / f'select_indices_{name}_exp{missing}.npy'} is missing: make the bins again")
+    parts = []
+    for number in range(len(files)):
+        read_index(files[number])
+        parts.append(np.load(files[number], allow_pickle=False).astype(np.int64))
+    return name, parts
+
+
+def _read_whole(folder: Path, parts: list[NDArray[np.int64]]) -> Bins:
+    try:
+        with np.load(folder / BINS_FILE, allow_pickle=False) as file:
+            values = {field: torch.from_numpy(file[field]) for field in FIELDS}
+            bins = Bins(**values, num_bins=int(file["num_bins"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise StoreError(f"{folder / BINS_FILE} cannot be read ({error}): make the bins again") from error
+    same = len(parts) == bins.num_bins and all(
+        np.array_equal(np.sort(part), np.flatnonzero(bins.assignment.numpy() == number))
+        for number, part in enumerate(parts)
+    )
+    if not same:
+        raise StoreError(
+            f"{folder / BINS_FILE} and the files select_indices_*_exp*.npy beside it hold different bins: make them again, or "
+            "remove the one that is not meant"
+        )
+    return bins

@@ -1,0 +1,53 @@
+"""The folder of results that `dq-lightning quantize --output` leaves: settings, positions, and a copy of the compact set."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dq_lightning.compact import load_selection, open_compact
+from dq_lightning.config import QuantizeConfig
+from dq_lightning.export_images import check_free
+from dq_lightning.exports import whole, write_index
+from dq_lightning.opening import dataset_name
+from dq_lightning.published import selection_file
+from dq_lightning.records import StoreInfo
+
+CONFIG, INFO, COMPACT = "config.yaml", "info.json", "compact"
+
+
+def write_results(folder: Path, info: StoreInfo, config: QuantizeConfig, place: dict[str, Any]) -> None:
+    """Write `config.yaml`, `info.json`, `select_indices_NAME_RATIO.npy` and `compact/`.
+
+    Args:
+        folder: made when it is missing; an earlier result is replaced, file by file.
+        info: of the compact set.
+        config: all settings.
+        place: where the dataset is: `dataset`, `data_path` and further arguments of the command.
+
+    Raises:
+        StoreError: `compact/` holds something else.
+    """
+    target = folder / COMPACT
+    check_free(target, "manifest.json")
+    name = dataset_name(place["dataset"], place["data_path"])
+    whole(target, lambda copy: shutil.copytree(info.path, copy))
+    # the copy is checked as a stranger's would be
+    copied = open_compact(target, verify="hash").info
+    write_index(load_selection(target).index, folder / selection_file(name, config.selection.keep_ratio))
+    described = copied.to_dict() | {"seconds": info.seconds, "reused": info.reused}
+    write_text(folder / INFO, json.dumps(described, indent=2) + "\n")
+    write_config(folder / CONFIG, place | config.to_dict())
+
+
+def write_config(path: Path, values: dict[str, Any]) -> None:
+    """Write settings as the YAML that the command takes back with `--config`; what is None is left out."""
+    import yaml
+
+    plain = {key: value for key, value in values.items() if value is not None}
+    write_text(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    whole(path, lambda place: place.write_text(text, encoding="utf-8"))

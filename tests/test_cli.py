@@ -1,0 +1,265 @@
+"""The console script: every command by itself and one after the other, on real images and rows."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torchvision.datasets import ImageFolder
+
+from dq_lightning import cli
+from dq_lightning.compact import load_selection
+from dq_lightning.published import read_index
+from dq_lightning.sample_data import SampleCIFAR10
+
+SAMPLE = ["--dataset", "dq_lightning.sample_data.SampleCIFAR10", "--progress", "false"]
+ROWS = [{"instruction": f"Say {i} in words.", "input": "", "output": "x" * (i % 7 + 1)} for i in range(40)]
+
+
+def run(*arguments: object) -> None:
+    cli.main([str(one) for one in arguments])
+
+
+def fails(capsys, *arguments: object) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code not in (0, None)
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def ready(tmp_path):
+    """Features of the bundled images that cost nothing: their pixels, shrunk."""
+    pixels = SampleCIFAR10().data.reshape(2000, 8, 4, 8, 4, 3).mean((2, 4)).reshape(2000, -1)
+    np.save(tmp_path / "ready.npy", (pixels / 255 - 0.5).astype(np.float32))
+    return ["--encoder", str(tmp_path / "ready.npy")]
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ROWS))
+    np.save(tmp_path / "embeds.npy", np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32))
+    return path
+
+
+def test_quantize_repeats_from_its_resolved_config(tmp_path, ready, capsys):
+    out = tmp_path / "out"
+    run("quantize", *SAMPLE, *ready, "--keep_ratio", "0.1", "--bins.lam", "0.5", "--output", out)
+    assert "200 of 2,000 samples (10.00%)" in capsys.readouterr().out
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    assert (settings["selection"]["keep_ratio"], settings["bins"]["lam"]) == (0.1, 0.5)
+    assert json.loads((out / "info.json").read_text())["num_samples"] == 200
+    index = read_index(out / "select_indices_SampleCIFAR10_0.1.npy", 2000)
+    assert torch.equal(load_selection(out / "compact").index, torch.from_numpy(index))
+    run("quantize", "--config", out / "config.yaml", "--output", tmp_path / "again", "--progress", "false")
+    again = json.loads((tmp_path / "again" / "info.json").read_text())
+    assert again["reused"]
+    assert again["content_hash"] == json.loads((out / "info.json").read_text())["content_hash"]
+
+
+def test_stations_one_by_one_agree_with_all_at_once(tmp_path, ready):
+    run("quantize", *SAMPLE, *ready, "--num_bins", "5", "--output", tmp_path / "whole")
+    run("bins", tmp_path / "bins", *SAMPLE, *ready, "--num_bins", "5")
+    run("sample", tmp_path / "bins", "--output", tmp_path / "sample")
+    name = "select_indices_SampleCIFAR10_0.125.npy"
+    assert (tmp_path / "sample" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    parts = [np.load(tmp_path / "bins" / f"select_indices_SampleCIFAR10_exp{k}.npy") for k in range(5)]
+    assert [len(part) for part in parts] == [400] * 5
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(2000))
+
+
+def test_published_bin_files_alone_give_the_same_counts(tmp_path, ready):
+    run("bins", tmp_path, *SAMPLE, *ready)
+    (tmp_path / "bins.npz").unlink()
+    run("sample", tmp_path, "--dataset", SAMPLE[1], "--keep_ratio", "0.1")
+    chosen = read_index(tmp_path / "select_indices_SampleCIFAR10_0.1.npy", 2000)
+    assert np.bincount(np.array(SampleCIFAR10().targets)[chosen]).tolist() == [20] * 10
+    for number in range(10):
+        part = np.load(tmp_path / f"select_indices_SampleCIFAR10_exp{number}.npy")
+        assert len(np.intersect1d(part, chosen)) == 20
+
+
+def test_fewer_bins_replace_more(tmp_path, ready):
+    run("bins", tmp_path, *SAMPLE, *ready, "--num_bins", "4")
+    run("bins", tmp_path, *SAMPLE, *ready, "--num_bins", "2")
+    assert len(list(tmp_path.glob("*_exp*.npy"))) == 2
+    run("sample", tmp_path)
+
+
+def test_reconstruct_writes_the_selected_images_with_their_labels(tmp_path):
+    chosen = np.array([3, 40, 1999, 700])
+    np.save(tmp_path / "chosen.npy", chosen)
+    run(
+        "reconstruct", tmp_path / "out", *SAMPLE, "--indices", tmp_path / "chosen.npy", "--drop_ratio", "0.25",
+        "--patches.saliency", "variance", "--patches.reconstruct", "off",
+    )  # fmt: skip
+    folder, source = ImageFolder(tmp_path / "out", allow_empty=True), SampleCIFAR10()
+    positions = np.load(tmp_path / "out" / "index.npy")
+    assert sorted(positions) == sorted(chosen)
+    for (image, label), position in zip(folder, positions, strict=True):
+        assert label == source.targets[position]
+        same = (np.asarray(image) == source.data[position]).all(2).reshape(8, 4, 8, 4).all((1, 3))
+        # 64 patches of 4 x 4; 48 are kept to the pixel
+        assert 48 <= same.sum() < 64
+
+
+def test_embed_in_pieces_and_sample(tmp_path, rows_file):
+    embeds = tmp_path / "embeds.npy"
+    for piece in range(3):
+        np.save(
+            tmp_path / f"alpaca_embeds_{piece}.npy", np.load(embeds)[piece * 15 : piece * 15 + 15].astype(np.float64)
+        )
+    run("embed", rows_file, "--output", tmp_path, "--merge")
+    assert np.array_equal(np.load(tmp_path / "alpaca_embeds.npy"), np.load(embeds))
+    run(
+        "sample-text", rows_file, tmp_path / "dq.json", "--embeds", tmp_path / "alpaca_embeds.npy", "--ratio", "0.25",
+        "--k", "5",
+    )  # fmt: skip
+    run("sample-text", rows_file, tmp_path / "random.json", "--ratio", "0.25", "--random")
+    for name in ("dq", "random"):
+        chosen = np.load(tmp_path / f"{name}.npy")
+        assert len(chosen) == 10
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == [ROWS[i] for i in chosen]
+    assert not np.array_equal(np.load(tmp_path / "dq.npy"), np.load(tmp_path / "random.npy"))
+
+
+def test_missing_pieces_are_named(tmp_path, rows_file, capsys):
+    np.save(tmp_path / "alpaca_embeds_0.npy", np.ones((10, 4), np.float32))
+    np.save(tmp_path / "alpaca_embeds_2.npy", np.ones((10, 4), np.float32))
+    assert "alpaca_embeds_1.npy is missing" in fails(capsys, "embed", rows_file, "--output", tmp_path, "--merge")
+    np.save(tmp_path / "alpaca_embeds_1.npy", np.ones((10, 4), np.float32))
+    assert "have 30 rows" in fails(capsys, "embed", rows_file, "--output", tmp_path, "--merge")
+    assert not (tmp_path / "alpaca_embeds.npy").exists()
+
+
+def test_info_and_verify(tmp_path, ready, capsys):
+    out = tmp_path / "out"
+    run("quantize", *SAMPLE, *ready, "--output", out, "--store", "packed")
+    capsys.readouterr()
+    run("info", out / "compact")
+    assert json.loads(capsys.readouterr().out)["num_samples"] == 250
+    run("verify", out / "compact")
+    assert capsys.readouterr().out.startswith("whole")
+    column = next((out / "compact").glob("column-0.npy"))
+    data = bytearray(column.read_bytes())
+    data[len(data) // 2] ^= 1
+    column.write_bytes(data)
+    said = fails(capsys, "verify", out / "compact")
+    assert "column-0.npy has another content than was written" in said
+    cache = os.environ["DQ_LIGHTNING_CACHE"]
+    run("verify", cache)
+    assert capsys.readouterr().out.count("whole") == 4
+
+
+def test_prune_by_age_and_size(tmp_path, ready, capsys):
+    from dq_lightning.store.cache import Cache, default_cache_dir
+    from dq_lightning.store.lock import FileLock
+
+    run("quantize", *SAMPLE, *ready)
+    cache = Cache(default_cache_dir())
+    entries = cache.entries()
+    assert len(entries) == 4
+    run("prune", "--older_than_days", "0")
+    assert "in use" in capsys.readouterr().out
+    assert len(cache.entries()) == 4
+    age(entries, days=2)
+    run("prune", "--older_than_days", "1", "--dry_run")
+    assert capsys.readouterr().out.count("would remove") == 4
+    run("prune", "--older_than_days", "3")
+    assert len(cache.entries()) == 4
+    # the features were used last
+    os.utime(entries[0].path / "embedding.bin")
+    age(entries[:1], days=1)
+    run("prune", "--max_size", f"{entries[0].bytes + 10}B")
+    assert [entry.key for entry in cache.entries()] == [entries[0].key]
+    with FileLock(cache.root / ".locks" / f"{entries[0].station}-{entries[0].key}"):
+        run("prune", "--max_size", "0")
+    assert len(cache.entries()) == 1
+    run("prune", "--max_size", "0")
+    assert not cache.entries()
+    run("quantize", *SAMPLE, *ready)
+    assert len(cache.entries()) == 4
+
+
+def age(entries, days: float) -> None:
+    """Let entries look as if they had been made and used some days ago."""
+    then = time.time() - 86400 * days
+    for entry in entries:
+        manifest = entry.path / "manifest.json"
+        from dq_lightning.store import files
+
+        values = files.read_sealed(manifest)
+        values["created"] = "2020-01-01T00:00:00+00:00"
+        manifest.write_bytes(files.seal(values))
+        for path in entry.path.iterdir():
+            os.utime(path, (then, then))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["quantize", "--dataset", "CIFAR11", "--data_path", "."], "there is no torchvision.datasets.CIFAR11"),
+        (["quantize", "--dataset", "CIFAR10", "--data_path", "nowhere"], "nowhere does not exist"),
+        (["quantize", "--dataset", "CIFAR10", "--data_path", "."], "CIFAR10 cannot be opened"),
+        (["quantize"], "needs data_path="),
+        (["quantize", *SAMPLE, "--keep_ratio", "0.3", "--selection.keep_ratio", "0.2"], "in one place only"),
+        (["quantize", *SAMPLE, "--keep_ratio", "2"], "must be in (0, 1]"),
+        (["sample", "."], "select_indices_NAME_exp0.npy"),
+        (["info", "."], "no compact set"),
+        (["verify", "."], "no compact set and no cache"),
+        (["prune"], "needs a bound"),
+        (["prune", "--max_size", "much"], "is no size"),
+        (["reconstruct", "out", *SAMPLE, "--drop_ratio", "0"], "drops no patch"),
+        (["export", "no.npy", "parquet", "out.parquet"], "cannot be read as row numbers"),
+        (["embed", "rows.txt"], "does not exist"),
+    ],
+)
+def test_failures_say_what_to_do_and_leave_nothing(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert said in fails(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_loads_no_heavy_library():
+    """Loaded modules, not seconds: these don't depend on the machine."""
+    code = (
+        "import sys\n"
+        "from dq_lightning.cli import COMMANDS, main\n"
+        "for command in ([], *([name] for name in COMMANDS)):\n"
+        "    try:\n        main([*command, '--help'])\n"
+        "    except SystemExit as stop:\n        assert not stop.code\n"
+        "print(' '.join({m.split('.')[0] for m in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch", "numpy", "torchvision", "lightning", "timm", "transformers", "datasets", "pyarrow", "openai"}
+    assert not heavy & set(done.stdout.splitlines()[-1].split())
+    assert done.stdout.count("usage: dq-lightning") == len(cli.COMMANDS) + 1
+
+
+@pytest.mark.parametrize(("command", "function"), cli.COMMANDS.items())
+def test_help_explains_every_option(command, function):
+    import inspect
+
+    documented = inspect.getdoc(function)
+    for name in inspect.signature(function).parameters:
+        assert f"    {name}: " in documented, f"{command} does not explain {name}"
+    assert "lightning" not in {name.split(".")[0] for name in function.__globals__}
+
+
+def test_stations_need_no_lightning(tmp_path, ready):
+    """A whole run of a command leaves Lightning alone."""
+    code = (
+        "import sys; from dq_lightning.cli import main\n"
+        f"main({['quantize', *SAMPLE, *ready]!r})\n"
+        "print(' '.join(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    assert "torch" in loaded
+    assert not loaded & {"lightning", "pytorch_lightning", "timm", "transformers", "openai"}
