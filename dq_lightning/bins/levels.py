@@ -33,6 +33,14 @@ _READING = 4.0
 _PATIENCE = 8.0
 
 
+def _leaf_rows(rows: int) -> int:
+    """Candidates of a level whose matrix costs about as much as a pass over it."""
+    small = LEAF_ROWS
+    while 4 * small * small <= 8 * rows:
+        small *= 2
+    return small
+
+
 @dataclass(eq=False)
 class Level:
     """Rows that picks are made from.
@@ -144,17 +152,16 @@ class Levels:
 
     def _plan(self, rows: int, count: int) -> tuple[bool, int]:
         """Choose how many candidates to draw from a level, and whether they are few enough for a matrix."""
-        small = LEAF_ROWS
-        while 4 * small * small <= 8 * rows:
-            small *= 2
+        small = _leaf_rows(rows)
         large = LEAF_ROWS
         while 2 * large * _GROWTH < rows and large < 4 * count and large * _GROWTH <= self._largest_copy:
             large *= _GROWTH
 
         # cost of a pick, in multiplications with a row: passes over the level and matrices, shared by the picks of a round
-        picks, more_picks = self._share(True, small) * small, self._share(False, large) * large
-        direct = (_READING * rows + small * small) / picks
-        nested = _READING * rows / more_picks + (_READING * large + small * small) / picks
+        inner = _leaf_rows(large)
+        more_picks = self._share(False, large) * large
+        direct = (_READING * rows + small * small) / (self._share(True, small) * small)
+        nested = _READING * rows / more_picks + (_READING * large + inner * inner) / (self._share(True, inner) * inner)
         if rows <= self._largest_leaf and rows * rows < min(direct, nested) * count:
             return True, rows
         return (False, large) if large > LEAF_ROWS and nested < direct else (True, small)

@@ -27,9 +27,8 @@ _MAX_CHECKPOINTS = 12
 _PICKS_A_CHECKPOINT = 48
 # numbers in a table of outside rows times steps
 _TABLE_ENTRIES = 1 << 20
-# so few picks are checked at every step, if the table of all rows times steps has no more numbers than this
-_FEW_PICKS = 16
-_ALL_STEPS_ENTRIES = 1 << 23
+# so few picks are checked at every step
+_FEW_PICKS = 64
 
 
 @dataclass(eq=False)
@@ -73,7 +72,7 @@ def first_fault(levels: "Levels", level: "Level", outside: Tensor, picked: Rows,
     total = len(picked)
     error = level.error + _drift_error(levels, total)
     slack = run.error + error
-    if total <= _FEW_PICKS and total * len(outside) <= _ALL_STEPS_ENTRIES:
+    if total <= _FEW_PICKS:
         return _every_step(levels, level, outside, picked, run, slack, error, start)
     count = max(1, min(_MAX_CHECKPOINTS, total // _PICKS_A_CHECKPOINT))
     marks = np.linspace(0, total, count + 1).astype(int)
@@ -105,33 +104,45 @@ def _every_step(
     error: float,
     start: int,
 ) -> Fault:
-    """Compute the gains of all rows at every step: no dearer than at the last one alone, when rows are read but once."""
+    """Compute the gains of all rows at every step, block by block, and keep what comes near a pick."""
     total, device = len(picked), level.gains.device
-    states = torch.empty(total + 1, len(level.gains), dtype=torch.float64, device=device)
-    states[0] = level.gains
+    limits = torch.from_numpy(run.gains).to(device)
 
-    def look(ends: tuple[int, int]) -> None:
+    def look(ends: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Greatest lead over the pick at each step, [T]; steps, rows and leads of those that come near it."""
         part = slice(*ends)
         drift = picked.inner(level.table.span(*ends)).mul_(2.0).cumsum(dim=0)
-        states[1:, part] = level.gains[part] - drift
+        leads = level.gains[part] - limits[:, None]
+        leads[1:] -= drift[:-1]
+        leads.masked_fill_(~outside[part], -torch.inf)
+        greatest = leads.amax(dim=1)
+        # nothing after the first sure fault is of interest
+        sure = torch.nonzero(greatest > slack).flatten()
+        near = torch.nonzero(leads[: int(sure[0]) + 1 if len(sure) else total] >= -slack)
+        found = torch.stack([near[:, 0], near[:, 1] + ends[0]])
+        return greatest, found.cpu(), leads[near[:, 0], near[:, 1]].cpu()
 
-    for _ in levels.workers.map(look, level.table.ranges()):
-        pass
-    limits = torch.from_numpy(run.gains).to(device)
-    greatest = torch.where(outside, states[:-1], -torch.inf).amax(dim=1) - limits
+    blocks = list(levels.workers.map(look, level.table.ranges()))
+    greatest = torch.stack([block[0] for block in blocks]).amax(dim=0)
+    places, leads = torch.cat([block[1] for block in blocks], dim=1), torch.cat([block[2] for block in blocks]).numpy()
+    steps, rows = places.numpy()
     step, spoilers = total, np.empty(0, dtype=np.int64)
     for at in torch.nonzero(greatest >= -slack).flatten().tolist():
-        over = torch.where(outside, states[at], -torch.inf) - limits[at]
-        rows = torch.nonzero(over >= -slack).flatten().cpu().numpy()
+        here = steps == at
+        close = rows[here]
         if float(greatest[at]) > slack:
-            step, spoilers = at, torch.nonzero(over > slack).flatten().cpu().numpy()
+            step, spoilers = at, close[leads[here] > slack]
             break
         pick = levels.referee.trail[start + at]
-        winner = levels.referee.settle(np.append(level.samples[rows], pick), start + at)
+        winner = levels.referee.settle(np.append(level.samples[close], pick), start + at)
         if winner != pick:
-            step, spoilers = at, rows[level.samples[rows] == winner]
+            step, spoilers = at, close[level.samples[close] == winner]
             break
-    return Fault(step, states[step].clone(), error, spoilers)
+    gains = level.gains
+    if step:
+        vector = picked.span(0, step).sum().to(device)
+        gains = gains - 2.0 * level.table.against(vector)[:, 0]
+    return Fault(step, gains.clone(), error, spoilers)
 
 
 def _drift_error(levels: "Levels", picks: int) -> float:
