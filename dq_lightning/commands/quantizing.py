@@ -52,10 +52,10 @@ def quantize_dataset(
     Args:
         dataset: a torchvision class (CIFAR10), ImageNet, ImageFolder, hub:OWNER/NAME, package.module.Class, or in YAML
             class_path and init_args; told by data_path when left out.
-        data_path: folder or file of the dataset: class folders, Parquet, Arrow, CSV, a saved Hugging Face dataset, JSON rows.
+        data_path: folder or file of the dataset: class folders, Parquet, Arrow, CSV, JSON rows, or what datasets saved.
         split: of datasets that have several.
         output: folder for config.yaml (every setting, resolved; pass it as --config to repeat), info.json, the positions as
-            select_indices_NAME_RATIO.npy, and the compact set as a copy in compact/; without it the set stays in the cache alone.
+            select_indices_NAME_RATIO.npy, and the compact set as a copy in compact/; else it stays in the cache alone.
         keep_ratio: share of samples kept.
         num_bins: K.
         drop_ratio: share of the patches of every image that is dropped.
