@@ -1,4 +1,4 @@
-"""`dq-lightning demo`: quantize the bundled images, train on the compact set and on random ones, and print what came out."""
+"""`dq-lightning demo`: quantize the bundled images, with and without patches, train on each and on random ones, print it."""
 
 import logging
 import statistics
@@ -21,6 +21,8 @@ from dq_lightning.sample_data import SampleCIFAR10
 
 SEEDS = (0, 1, 2)
 KEEP_RATIO = 0.25
+DROP_RATIO = 0.2
+NAMES = {"dq": "DQ", "patches": "DQ, filled patches", "random": "random"}
 EPOCHS = 30
 BATCH_SIZE = 50
 PLAIN = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(CIFAR10_MEAN, CIFAR10_STD)]
@@ -87,10 +89,11 @@ def run_demo(progress: bool = True) -> dict[str, list[float]]:
         progress: show progress bars.
 
     Returns:
-        Test accuracies in percent, one a seed, of `"dq"` and of `"random"`.
+        Test accuracies in percent, one a seed, of `"dq"`, of `"patches"` (the same samples, a fifth of whose patches was
+        dropped and filled) and of `"random"`.
     """
     _quiet_lightning()
-    accuracies: dict[str, list[float]] = {"dq": [], "random": []}
+    accuracies: dict[str, list[float]] = {name: [] for name in NAMES}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache_dir:
         print("1. Quantize 2,000 real CIFAR-10 images: features, bins, sampling")
@@ -106,25 +109,34 @@ def run_demo(progress: bool = True) -> dict[str, list[float]]:
         seconds = _prepare(_quantized(cache_dir, SEEDS[0]))
         print(f"   {seconds:.2f} s, no encoder loaded")
         print(
-            f"3. Train a small network, {EPOCHS} epochs of {info.num_samples} samples, on DQ's choice and on a random one"
+            f"3. Drop {DROP_RATIO:.0%} of the patches of the kept images and fill them: saliency, packing, autoencoder"
         )
+        patched = _quantized(cache_dir, SEEDS[0], DROP_RATIO)
+        seconds = _prepare(patched)
+        print(
+            f"   {seconds:.1f} s; {patched.info.bytes:,} bytes on the disk, {patched.data_keep_ratio:.1%} of all patches, "
+            "enough to train from without the original images"
+        )
+        print(f"4. Train a small network, {EPOCHS} epochs of {info.num_samples} samples")
         for seed in SEEDS:
             accuracies["dq"].append(train_and_test(_quantized(cache_dir, seed), seed, progress))
+            accuracies["patches"].append(train_and_test(_quantized(cache_dir, seed, DROP_RATIO), seed, progress))
             loader = DataLoader(_random_part(info.num_samples, seed), BATCH_SIZE, shuffle=True)
             accuracies["random"].append(train_and_test(loader, seed, progress))
-            print(f"   seed {seed}: DQ {accuracies['dq'][-1]:.1f} %, random {accuracies['random'][-1]:.1f} %")
+            line = ", ".join(f"{NAMES[name]} {values[-1]:.1f} %" for name, values in accuracies.items())
+            print(f"   seed {seed}: {line}")
     for name, values in accuracies.items():
         mean, spread = statistics.mean(values), statistics.stdev(values)
-        label = {"dq": "DQ", "random": "random"}[name]
-        print(f"   {label:6} {mean:.1f} % +- {spread:.1f} (mean and standard deviation of {len(SEEDS)} seeds)")
+        print(f"   {NAMES[name]:18} {mean:.1f} % +- {spread:.1f} (mean and standard deviation of {len(SEEDS)} seeds)")
     print(f"done in {time.perf_counter() - started:.0f} s")
     return accuracies
 
 
-def _quantized(cache_dir: str, seed: int) -> QuantizedDataModule:
+def _quantized(cache_dir: str, seed: int, drop_ratio: float = 0.0) -> QuantizedDataModule:
     return QuantizedDataModule(
         SampleCIFAR10(transform=AUGMENT),
         keep_ratio=KEEP_RATIO,
+        drop_ratio=drop_ratio,
         num_bins=10,
         batch_size=BATCH_SIZE,
         num_workers=0,

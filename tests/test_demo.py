@@ -13,9 +13,10 @@ def test_the_demo_runs_and_prints_what_came_out(monkeypatch, capsys):
     monkeypatch.setattr(demo, "EPOCHS", 1)
     accuracies = demo.run_demo(progress=False)
     printed = capsys.readouterr().out
-    assert {name: len(values) for name, values in accuracies.items()} == {"dq": 3, "random": 3}
+    assert {name: len(values) for name, values in accuracies.items()} == {"dq": 3, "patches": 3, "random": 3}
     assert all(0 <= value <= 100 for values in accuracies.values() for value in values)
     assert "kept 500 of 2,000 samples" in printed
+    assert "19.9% of all patches" in printed
     for name in accuracies:
         assert f"{np.mean(accuracies[name]):.1f} %" in printed
 

@@ -1,5 +1,7 @@
 """Filling dropped patches with a masked autoencoder (He et al. 2022). The one door to transformers; opens disk and network."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -233,7 +235,7 @@ def _from_pretrained(name: str | None, revision: str | None, what: str | None = 
     tool: Any = ViTMAEForPreTraining
     try:
         # weights that a file lacks would be drawn at random before that is reported
-        with isolated_random_state():
+        with isolated_random_state(), _without_bars():
             model, report = tool.from_pretrained(name, output_loading_info=True, dtype=torch.float32, **arguments)
     except Exception as error:
         raise PatchError(
@@ -247,6 +249,21 @@ def _from_pretrained(name: str | None, revision: str | None, what: str | None = 
         )
     network: nn.Module = model
     return network
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Loading shows a bar of its own, which says nothing about our work."""
+    from transformers.utils import logging
+
+    tools: Any = logging
+    shown = tools.is_progress_bar_enabled()
+    tools.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            tools.enable_progress_bar()
 
 
 def _preprocessing(name: str, revision: str | None) -> dict[str, Any]:
