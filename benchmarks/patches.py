@@ -3,8 +3,8 @@
     python benchmarks/patches.py --photos IMAGE_FOLDER [--count 64] [--rounds 3] [--threads 1] [--device auto]
 
 The first table: seconds of saliency, packing and filling, as `quantize` reports them, against a forward and a backward pass
-through the classifier and a forward pass through the autoencoder on the same images, in memory, in the same batches. All reading,
-decoding, encoding, measuring and writing is on our side alone. Photos: ResNet-18 and a ViT-MAE of 12 layers of 192, both with
+through the classifier and a forward pass through the autoencoder on the same images, in memory, in the same batches. Reading,
+decoding, encoding, measuring and writing are on our side alone. Photos: ResNet-18 and a ViT-MAE of 12 layers of 192, both with
 random weights; small images: those of the package. The second: images per second of the train loader, in turns, in one run.
 """
 

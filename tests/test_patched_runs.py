@@ -14,7 +14,15 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from dq_lightning import PackedDataset, QuantizedDataModule, filling, pipeline
+from dq_lightning import (
+    FeatureConfig,
+    PackedDataset,
+    PatchConfig,
+    QuantizeConfig,
+    QuantizedDataModule,
+    filling,
+    pipeline,
+)
 from dq_lightning.patches.grid import grid_of, pixel_mask
 from dq_lightning.plan import FILLED
 from tests.lightning_scripts import patched_images
@@ -296,3 +304,36 @@ def test_the_whole_selection_of_cifar10(cifar_root, tmp_path, drop_ratio):
     error = {mode: float(((images[mode] - originals) ** 2 * ~kept).sum() / (3 * (~kept).sum())) for mode in MODES}
     print(error)  # noqa: T201
     assert error["prepare"] < error["off"]
+
+
+@pytest.mark.slow
+def test_all_photos_with_the_real_classifier(shared_dir, tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    root = shared_dir / "data" / "imagenette_224_small" / "train"
+    # for every folder the output of the ImageNet classifier
+    classes = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
+    weights = str(shared_dir / "weights" / "tf_efficientnet_lite0.in1k.fp16.safetensors")
+    network = {"classifier": "tf_efficientnet_lite0", "weights": weights, "class_map": classes, "target": "label"}
+    features = FeatureConfig(encoder="tf_efficientnet_lite0", weights=weights)
+    images = {}
+    for mode in MODES:
+        patches = PatchConfig(drop_ratio=0.2, reconstruct=mode, reconstructor="bundled", codec="jpeg", **network)
+        settings = {"batch_transform": patched_images.as_floats} if mode == "batch" else {}
+        module = QuantizedDataModule(
+            ImageFolder(root, transform=to_tensor),
+            config=QuantizeConfig(features=features, patches=patches),
+            keep_ratio=0.25,
+            batch_size=10,
+            cache_dir=tmp_path,
+            **settings,
+        )
+        assert len(set(fit(module).seen)) == module.info.num_samples == 250
+        images[mode] = delivered(module)[0]
+        print(mode, module.info)  # noqa: T201
+    assert module.info.bytes < 0.87 * module.info.unpatched_bytes
+    assert ((images["prepare"] - images["batch"]) * 255).round().abs().max() <= 1
+    kept = kept_pixels(module, (224, 224), 16)
+    for mode in ("prepare", "batch"):
+        assert torch.equal(images[mode] * kept, images["off"] * kept)
+        assert not torch.equal(images[mode], images["off"])
