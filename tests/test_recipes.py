@@ -1,0 +1,131 @@
+"""The training examples with the published recipes run, at a small size, on the files of the commands."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dq_lightning import cli
+from tests.test_examples import EXAMPLES, run, write_small_cifar10
+
+QUIET = ["--accelerator", "cpu", "--num_workers", "0", "--quiet"]
+SMALL = [
+    *QUIET,
+    *["--epochs", "1", "--limit_batches", "1", "--batch_size", "16", "--eval_batch_size", "16", "--seeds", "0"],
+]
+PUBLISHED = {
+    "model": "resnet50", "epochs": "260", "lr": "0.6", "reprob": "0.6", "remode": "pixel", "batch_size": "128",
+    "aug_splits": "3", "aa": "rand-m9-mstd0.5-inc1",
+}  # fmt: skip
+
+
+def default(name: str, option: str) -> str:
+    """The default that an example's parser has."""
+    found = re.search(rf'"--{option}",[^\n]*default=([^,)\n]+)', (EXAMPLES / name).read_text(encoding="utf-8"))
+    assert found is not None, option
+    return found[1].strip('"')
+
+
+def test_defaults_are_the_published_ones():
+    assert [default("cifar10.py", name) for name in ("epochs", "learning_rate")] == ["200", "0.1"]
+    assert {name: default("imagenet.py", name) for name in PUBLISHED} == PUBLISHED
+
+
+def test_cifar10_trains_on_rows_of_a_file(tmp_path):
+    write_small_cifar10(tmp_path)
+    name = "select_indices_CIFAR10_0.02.npy"
+    np.save(tmp_path / name, np.arange(0, 2000, 50))
+    printed = run("cifar10.py", "--data", str(tmp_path), "--select_indices", name, *SMALL, cwd=tmp_path)
+    assert f"{name}, batches of 16, seed 0" in printed
+    assert "(mean of 1 runs, last epoch)" in printed
+
+
+@pytest.mark.slow
+def test_cifar10_trains_on_what_dq_chooses(tmp_path):
+    write_small_cifar10(tmp_path)
+    printed = run("cifar10.py", "--data", str(tmp_path), "--keep_ratio", "0.1", *SMALL, cwd=tmp_path)
+    assert "DQ 10.0%, batches of 16, seed 0" in printed
+
+
+@pytest.mark.slow
+def test_cifar10_trains_on_reconstructed_images(tmp_path):
+    write_small_cifar10(tmp_path)
+    np.save(tmp_path / "rows.npy", np.arange(0, 2000, 50))
+    cli.main(
+        ["reconstruct", str(tmp_path / "pixel"), "--dataset", "dq_lightning.sample_data.SampleCIFAR10", "--indices",
+         str(tmp_path / "rows.npy"), "--patches.saliency", "random", "--patches.reconstruct", "off", "--progress", "false"]
+    )  # fmt: skip
+    files = ["--data_dir", "pixel", "--select_indices", "rows.npy"]
+    assert "last epoch" in run("cifar10.py", "--data", str(tmp_path), *files, *SMALL, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_cifar10_names_images_that_are_missing(tmp_path):
+    write_small_cifar10(tmp_path)
+    np.save(tmp_path / "rows.npy", np.array([1, 2, 3]))
+    (tmp_path / "pixel" / "cat").mkdir(parents=True)
+    files = ["--data_dir", "pixel", "--select_indices", "rows.npy"]
+    command = [sys.executable, str(EXAMPLES / "cifar10.py"), "--data", ".", *files, *SMALL]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(EXAMPLES.parent)])}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode != 0
+    assert "index.npy is missing: make the folder with" in done.stderr
+
+
+@pytest.fixture
+def photos(shared_dir, tmp_path):
+    """12 training and 4 validation photos of each of three classes."""
+    for split, count in (("train", 12), ("val", 4)):
+        for folder in sorted((shared_dir / "data" / "imagenette_224_small" / split).iterdir())[:3]:
+            (tmp_path / "photos" / split / folder.name).mkdir(parents=True)
+            for path in sorted(folder.iterdir())[:count]:
+                shutil.copy(path, tmp_path / "photos" / split / folder.name)
+    return tmp_path / "photos"
+
+
+def test_imagenet_recipe_on_small_photos(photos, tmp_path):
+    np.save(tmp_path / "rows.npy", np.arange(0, 36, 3))
+    printed = run(
+        "imagenet.py", str(photos), "--select_indices", str(tmp_path / "rows.npy"), "--model", "resnet18", "--img_size", "64",
+        "--epochs", "2", "--warmup_epochs", "1", "--batch_size", "4", "--precision", "32-true", *QUIET, cwd=tmp_path,
+    )  # fmt: skip
+    assert re.search(r"accuracy after the last epoch: \d+\.\d\d % \(12 training images\)", printed)
+
+
+def test_lightning_cli_example(tmp_path):
+    write_small_cifar10(tmp_path)
+    trainer = {
+        "max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1, "accelerator": "cpu",
+        "enable_progress_bar": "false", "default_root_dir": tmp_path,
+    }  # fmt: skip
+    data = {"train.init_args.root": tmp_path, "val.init_args.root": tmp_path, "batch_size": 16, "num_workers": 0}
+    settings = [f"--trainer.{name}={value}" for name, value in trainer.items()]
+    settings += [f"--data.init_args.{name}={value}" for name, value in data.items()]
+    config = str(EXAMPLES / "lightning_cli" / "cifar10.yaml")
+    run("lightning_cli/train.py", "fit", "--config", config, *settings, cwd=tmp_path)
+    assert list(tmp_path.rglob("*.ckpt"))
+
+
+def test_slurm_script_starts_torchrun_with_its_arguments(tmp_path):
+    """On one machine, and through stand-ins of srun and scontrol on two."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    scripts = {"torchrun": 'echo torchrun "$@"', "srun": 'echo srun; "$@"', "scontrol": "echo first; echo second"}
+    for name, text in scripts.items():
+        (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    environment = {"PATH": f"{tools}:{os.environ['PATH']}", "GPUS": "2"}
+    command = ["bash", str(EXAMPLES / "slurm.sh"), "data", "--keep_ratio", "0.1"]
+
+    def printed() -> str:
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+
+    assert printed().startswith("torchrun --nnodes 1 --nproc_per_node 2 --standalone examples/imagenet.py data ")
+    assert printed().rstrip().endswith("--keep_ratio 0.1 --num_nodes 1 --devices 2")
+    environment |= {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
+    assert printed().startswith("srun\ntorchrun --nnodes 2")
+    assert "--rdzv_endpoint first:29500" in printed()
