@@ -129,6 +129,20 @@ def test_embed_in_pieces_and_sample(tmp_path, rows_file):
     assert not np.array_equal(np.load(tmp_path / "dq.npy"), np.load(tmp_path / "random.npy"))
 
 
+def test_embed_by_a_model_in_pieces_is_embed_at_once(tmp_path, rows_file):
+    from tests.features.text_models import save_model
+
+    save_model(tmp_path / "model")
+    options = ["--encoder", tmp_path / "model", "--device", "cpu", "--progress", "false"]
+    run("embed", rows_file, "--output", tmp_path / "once", *options)
+    for piece in (2, 0, 1):
+        run("embed", rows_file, "--output", tmp_path / "parts", "--index", piece, "--nums", "15", *options)
+    run("embed", rows_file, "--output", tmp_path / "parts", "--merge")
+    merged = np.load(tmp_path / "parts" / "alpaca_embeds.npy")
+    assert merged.shape == (40, 16)
+    np.testing.assert_allclose(merged, np.load(tmp_path / "once" / "alpaca_embeds_0.npy"), atol=1e-6)
+
+
 def test_missing_pieces_are_named(tmp_path, rows_file, capsys):
     np.save(tmp_path / "alpaca_embeds_0.npy", np.ones((10, 4), np.float32))
     np.save(tmp_path / "alpaca_embeds_2.npy", np.ones((10, 4), np.float32))
