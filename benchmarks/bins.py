@@ -216,7 +216,7 @@ def first_bin(bins):
 
 @row
 def apricot(options):
-    """4,000 x 64, first 400 picks | apricot"""
+    """4,000 x 64, all 4,000 picks; the first 400 compared | apricot"""
     import apricot
 
     values = unit(peer_values())
@@ -225,11 +225,11 @@ def apricot(options):
     apricot.GraphCutSelection(5, metric="precomputed", optimizer="naive").fit(S[:200, :200])  # compiles
     start = time.perf_counter()
     S = 0.5 + 0.5 * values @ values.T
-    theirs = apricot.GraphCutSelection(400, metric="precomputed", optimizer="naive").fit(S).ranking.tolist()
+    theirs = apricot.GraphCutSelection(4000, metric="precomputed", optimizer="naive").fit(S).ranking.tolist()
     instead = time.perf_counter() - start
     seconds, extra, bins = measure(lambda: make_bins(values, device=options.device))
-    print("same picks as apricot:", first_bin(bins) == theirs, file=sys.stderr)
-    # ours made all ten bins
+    print("same picks as apricot:", first_bin(bins) == theirs[:400], file=sys.stderr)
+    # as many picks, ours in ten bins
     return report(seconds, extra, values.nbytes, instead)
 
 

@@ -29,7 +29,7 @@ def picks_of(bins, num_bins):
     return np.split(order, np.cumsum(np.bincount(bins.assignment.numpy(), minlength=num_bins))[:-1])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     total=st.integers(5, 150),

@@ -50,7 +50,7 @@ def assert_greedy(bins, S, lam, num_bins):
         left = [x for x in left if x not in set(members)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     total=st.integers(0, 40),
@@ -66,7 +66,7 @@ def test_every_pick_is_greedy(seed, total, width, num_bins, kind, similarity, la
     assert_greedy(bins, twin.similarity_matrix(values, similarity), lam, num_bins)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(
     values=st.integers(1, 5).flatmap(
         lambda width: st.lists(st.lists(st.integers(-3, 3), min_size=width, max_size=width), min_size=1, max_size=24)
