@@ -8,19 +8,19 @@ from typing import Any, Self
 import lightning as L
 from torch.utils.data import DataLoader
 
-from dq_lightning.batch_filling import BatchFiller, check_batch_transform, is_unfilled
 from dq_lightning.compact import read_bins_of
 from dq_lightning.config import QuantizeConfig, Reconstruct, StoreKind, VerifyPolicy
 from dq_lightning.errors import ConfigError
-from dq_lightning.inner import defined_by_user, is_datamodule, overridden_transfer_hooks
-from dq_lightning.loaders import AutoBool, AutoInt, LoaderSettings, make_eval_loaders, make_loader
-from dq_lightning.preparation import Preparation
+from dq_lightning.loading.batch_filling import BatchFiller, check_batch_transform, is_unfilled
+from dq_lightning.loading.inner import defined_by_user, is_datamodule, overridden_transfer_hooks
+from dq_lightning.loading.loaders import AutoBool, AutoInt, LoaderSettings, make_eval_loaders, make_loader
+from dq_lightning.loading.preparation import Preparation
+from dq_lightning.loading.steps import report_steps
+from dq_lightning.loading.store_train_set import StoreFolder, make_train_set
+from dq_lightning.loading.trainer_facts import TrainerFacts
+from dq_lightning.loading.wanted import want
 from dq_lightning.records import Bins, Selection, StoreInfo
-from dq_lightning.steps import report_steps
-from dq_lightning.store_train_set import StoreFolder, make_train_set
-from dq_lightning.token_loading import TokenLoading
-from dq_lightning.trainer_facts import TrainerFacts
-from dq_lightning.wanted import want
+from dq_lightning.tokens.loading import TokenLoading
 
 
 class QuantizedDataModule(L.LightningDataModule):

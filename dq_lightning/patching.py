@@ -14,7 +14,7 @@ from torch import Tensor
 from dq_lightning.errors import PatchError
 from dq_lightning.features.encoders import resolve_device
 from dq_lightning.features.isolation import isolated, release_memory
-from dq_lightning.loaders import automatic_workers
+from dq_lightning.loading.loaders import automatic_workers
 from dq_lightning.patch_plan import PatchPlan
 from dq_lightning.patch_records import PatchedImage
 from dq_lightning.patches.choose import choose_patches, kept_count, make_choice, spread_budget

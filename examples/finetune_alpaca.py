@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedul
 
 from dq_lightning import QuantizeConfig, QuantizedDataModule
 from dq_lightning.config import TextConfig
-from dq_lightning.token_batches import make_token_loader
-from dq_lightning.tokenizer import padding_id
-from dq_lightning.tokens import IGNORED, encode_rows
+from dq_lightning.tokens.batches import make_token_loader
+from dq_lightning.tokens.rows import IGNORED, encode_rows
+from dq_lightning.tokens.tokenizer import padding_id
 
 
 class FineTuner(L.LightningModule):

@@ -26,8 +26,8 @@ BASE = (
 DOORS = {
     "lightning": ("datamodule.py", "demo.py"),
     "timm": ("features/timm_encoder.py",),
-    "datasets": ("sources/hub.py", "exports.py", "export_hub.py", "opening.py"),
-    "transformers": ("patches/mae.py", "features/text_encoder.py", "tokenizer.py"),
+    "datasets": ("sources/hub.py", "exports/rows.py", "exports/hub.py", "commands/opening.py"),
+    "transformers": ("patches/mae.py", "features/text_encoder.py", "tokens/tokenizer.py"),
     "openai": ("features/openai_embeddings.py",),
     "pytorch_grad_cam": ("patches/package_maps.py",),
 }

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dq_lightning.baselines import baseline_selection, response_lengths
-from dq_lightning.diversity import instruction_verb, measure_diversity, neighbour_distances
 from dq_lightning.errors import ConfigError, FeatureError
-from dq_lightning.kmeans import kmeans, nearest
+from dq_lightning.evaluation.baselines import baseline_selection, response_lengths
+from dq_lightning.evaluation.diversity import instruction_verb, measure_diversity, neighbour_distances
+from dq_lightning.evaluation.kmeans import kmeans, nearest
 from dq_lightning.records import Features
 from dq_lightning.selection.allocate import count_kept
 

@@ -15,11 +15,11 @@ from torchvision.datasets import ImageFolder
 
 from dq_lightning import PatchConfig, QuantizeConfig, SelectionConfig, quantize
 from dq_lightning.errors import StoreError
-from dq_lightning.export_command import export_set
-from dq_lightning.export_hub import push_images
-from dq_lightning.export_images import folder_names, write_image_folder, write_parquet
-from dq_lightning.export_samples import kept_of_source, kept_of_store
-from dq_lightning.published import read_index
+from dq_lightning.exports.command import export_set
+from dq_lightning.exports.hub import push_images
+from dq_lightning.exports.images import folder_names, write_image_folder, write_parquet
+from dq_lightning.exports.published import read_index
+from dq_lightning.exports.samples import kept_of_source, kept_of_store
 from dq_lightning.records import Selection
 from dq_lightning.sample_data import SampleCIFAR10
 from dq_lightning.sources.adapt import as_source
@@ -119,7 +119,7 @@ def test_parquet_and_saved_dataset(tmp_path, images, selection):
     ):
         assert rows.features["label"].names == TwelveClasses().classes
         assert_same(((np.asarray(row["image"]), row["label"], row["index"]) for row in rows), selection)
-    from dq_lightning.export_hub import write_image_dataset
+    from dq_lightning.exports.hub import write_image_dataset
 
     write_image_dataset(images, tmp_path / "saved")
     write_image_dataset(images, tmp_path / "saved")
@@ -148,7 +148,7 @@ def test_a_hub_that_cannot_be_reached_is_told(images):
 
 def test_webdataset_shards(tmp_path, images, selection):
     export = tmp_path / "out"
-    from dq_lightning.export_images import write_webdataset
+    from dq_lightning.exports.images import write_webdataset
 
     write_webdataset(images, export, shard_bytes=30_000)
     first = {path.name: path.read_bytes() for path in export.iterdir()}
@@ -170,7 +170,7 @@ def test_webdataset_shards(tmp_path, images, selection):
 
 def test_webdataset_itself_reads_the_shards(tmp_path, images, selection):
     webdataset = pytest.importorskip("webdataset")
-    from dq_lightning.export_images import write_webdataset
+    from dq_lightning.exports.images import write_webdataset
 
     write_webdataset(images, tmp_path / "out")
     shard = str(tmp_path / "out" / "twelve-000000.tar")
@@ -180,7 +180,7 @@ def test_webdataset_itself_reads_the_shards(tmp_path, images, selection):
 
 def test_litdata_reads_its_chunks(tmp_path, images, selection):
     litdata = pytest.importorskip("litdata")
-    from dq_lightning.export_images import write_litdata
+    from dq_lightning.exports.images import write_litdata
 
     write_litdata(images, tmp_path / "out")
     rows = litdata.StreamingDataset(str(tmp_path / "out"))
@@ -193,7 +193,7 @@ def test_litdata_reads_its_chunks(tmp_path, images, selection):
 def test_litdata_missing_is_told(tmp_path, images, monkeypatch):
     import sys
 
-    from dq_lightning.export_images import write_litdata
+    from dq_lightning.exports.images import write_litdata
 
     monkeypatch.setitem(sys.modules, "litdata.streaming.writer", None)
     with pytest.raises(StoreError, match="pip install"):

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from dq_lightning import QuantizedDataModule
 from dq_lightning.errors import ConfigError
-from dq_lightning.loaders import LoaderSettings, automatic_workers, make_loader
-from dq_lightning.steps import check_steps, steps_per_epoch
-from dq_lightning.trainer_facts import TrainerFacts
+from dq_lightning.loading.loaders import LoaderSettings, automatic_workers, make_loader
+from dq_lightning.loading.steps import check_steps, steps_per_epoch
+from dq_lightning.loading.trainer_facts import TrainerFacts
 from tests.lightning_scripts.common import Recorder, name_of, photos, trainer
 
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dq_lightning import QuantizeConfig, QuantizedDataModule
 from dq_lightning.config import BinConfig, FeatureConfig, TextConfig
 from dq_lightning.errors import ConfigError, DQError
-from dq_lightning.tokens import IGNORED
+from dq_lightning.tokens.rows import IGNORED
 from tests.lightning_scripts.common import photos, trainer
 from tests.small_tokenizers import byte_tokenizer
 

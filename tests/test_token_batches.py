@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler, RandomSampler
 
 from dq_lightning.errors import ConfigError
-from dq_lightning.token_batches import PackedRows, TokenCollator, block_mask, make_token_loader, pack
-from dq_lightning.token_sampler import EpochShuffle, LengthBatchSampler
-from dq_lightning.tokens import IGNORED, encode_rows
+from dq_lightning.tokens.batches import PackedRows, TokenCollator, block_mask, make_token_loader, pack
+from dq_lightning.tokens.rows import IGNORED, encode_rows
+from dq_lightning.tokens.sampler import EpochShuffle, LengthBatchSampler
 from tests.small_tokenizers import word_tokenizer
 
 PAIRS = [("ask ", "say"), ("ask one two ", "say three four"), ("", "one"), ("context ", "two")]

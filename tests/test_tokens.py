@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dq_lightning.errors import ConfigError, SourceError
-from dq_lightning.tokenizer import load_tokenizer, padding_id
-from dq_lightning.tokens import IGNORED, _Encoded, encode_rows, truncate
+from dq_lightning.tokens.rows import IGNORED, _Encoded, encode_rows, truncate
+from dq_lightning.tokens.tokenizer import load_tokenizer, padding_id
 from tests.small_tokenizers import CHAT, byte_tokenizer, word_tokenizer
 
 

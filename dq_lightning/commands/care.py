@@ -27,7 +27,7 @@ def verify(path: str) -> None:
     Args:
         path: folder of the set, or of a cache.
     """
-    from dq_lightning.cache_care import verify_folder
+    from dq_lightning.commands.cache_care import verify_folder
     from dq_lightning.errors import StoreError
 
     findings = verify_folder(path)
@@ -74,8 +74,8 @@ def export(
         device: of the reconstructor.
         progress: show progress bars.
     """
-    from dq_lightning.export_command import export_set
-    from dq_lightning.opening import dataset_name, open_dataset
+    from dq_lightning.commands.opening import dataset_name, open_dataset
+    from dq_lightning.exports.command import export_set
 
     given = dataset is not None or data_path is not None
     written = export_set(
@@ -111,7 +111,7 @@ def prune(
         max_size: of what stays, such as 20GB.
         dry_run: only tell.
     """
-    from dq_lightning.cache_care import parse_bytes, prune
+    from dq_lightning.commands.cache_care import parse_bytes, prune
     from dq_lightning.store.cache import default_cache_dir
 
     bound = None if max_size is None else parse_bytes(max_size)

@@ -86,7 +86,7 @@ def quantize_dataset(
         "selection.seed": seed,
     }
     config = with_short_forms(config, short)
-    from dq_lightning.opening import open_dataset
+    from dq_lightning.commands.opening import open_dataset
     from dq_lightning.pipeline import quantize
 
     info = quantize(
@@ -101,7 +101,7 @@ def quantize_dataset(
         progress=progress,
     )
     if output is not None:
-        from dq_lightning.results import write_results
+        from dq_lightning.exports.results import write_results
 
         place = {
             "dataset": dataset,

@@ -51,10 +51,10 @@ def bins(
     """
     config = QuantizeConfig(features=features, bins=bins, text=text, store="indices")
     config = with_short_forms(config, {"bins.num_bins": num_bins, "features.encoder": encoder})
-    from dq_lightning.dataset_bins import bins_of_dataset
-    from dq_lightning.opening import dataset_name, open_dataset
-    from dq_lightning.published import write_bin_files
-    from dq_lightning.results import CONFIG, write_config
+    from dq_lightning.commands.dataset_bins import bins_of_dataset
+    from dq_lightning.commands.opening import dataset_name, open_dataset
+    from dq_lightning.exports.published import write_bin_files
+    from dq_lightning.exports.results import CONFIG, write_config
 
     opened = open_dataset(dataset, data_path, split)
     made = bins_of_dataset(opened, config, labels=labels, cache_dir=cache_dir, device=device, progress=progress)
@@ -93,9 +93,9 @@ def sample(
         split: of that dataset.
     """
     SelectionConfig(keep_ratio, seed, draw, bin_weights)
-    from dq_lightning.exports import write_index
-    from dq_lightning.opening import open_dataset
-    from dq_lightning.published import select_from_files, selection_file
+    from dq_lightning.commands.opening import open_dataset
+    from dq_lightning.exports.published import select_from_files, selection_file
+    from dq_lightning.exports.rows import write_index
     from dq_lightning.sources.adapt import as_source
 
     labels = None
@@ -149,10 +149,10 @@ def reconstruct(
     config = with_short_forms(config, short)
     import torch
 
-    from dq_lightning.export_images import write_image_folder
-    from dq_lightning.opening import dataset_name, open_dataset
-    from dq_lightning.published import read_index
-    from dq_lightning.reconstruction import reconstruct_images
+    from dq_lightning.commands.opening import dataset_name, open_dataset
+    from dq_lightning.commands.reconstruction import reconstruct_images
+    from dq_lightning.exports.images import write_image_folder
+    from dq_lightning.exports.published import read_index
     from dq_lightning.records import Selection
     from dq_lightning.sources.adapt import as_source
 

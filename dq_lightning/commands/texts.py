@@ -36,7 +36,7 @@ def embed(
         device: auto, cpu, cuda, ...
         progress: show progress bars.
     """
-    from dq_lightning.embedding_pieces import embed_rows, merge_rows
+    from dq_lightning.commands.embedding_pieces import embed_rows, merge_rows
 
     if merge:
         print(merge_rows(data, output, name=EMBEDS, text=text))
@@ -86,10 +86,10 @@ def sample_text(
     """
     from dataclasses import replace
 
-    from dq_lightning.baselines import baseline_selection
+    from dq_lightning.commands.opening import open_dataset
     from dq_lightning.compact import load_selection
-    from dq_lightning.exports import write_index, write_json
-    from dq_lightning.opening import open_dataset
+    from dq_lightning.evaluation.baselines import baseline_selection
+    from dq_lightning.exports.rows import write_index, write_json
     from dq_lightning.pipeline import quantize
     from dq_lightning.sources.jsonl import is_rows_file, read_rows
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from dq_lightning.token_batches import make_token_loader
-from dq_lightning.tokens import encode_rows
+from dq_lightning.tokens.batches import make_token_loader
+from dq_lightning.tokens.rows import encode_rows
 from tests.lightning_scripts.common import trainer
 from tests.small_tokenizers import word_tokenizer
 

@@ -4,17 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dq_lightning.batch_filling import UnfilledCollate
 from dq_lightning.compact import Compact
 from dq_lightning.config import VerifyPolicy
 from dq_lightning.errors import CacheError, ConfigError
-from dq_lightning.loaders import LoaderSettings
+from dq_lightning.loading.batch_filling import UnfilledCollate
+from dq_lightning.loading.loaders import LoaderSettings
+from dq_lightning.loading.ranks import check_equal_on_all, raise_on_all
+from dq_lightning.loading.train_set import BuildOptions, Opened, TrainSet
+from dq_lightning.loading.trainer_facts import TrainerFacts
 from dq_lightning.randomness import isolated_random_state
-from dq_lightning.ranks import check_equal_on_all, raise_on_all
 from dq_lightning.records import StoreInfo
 from dq_lightning.store.cache import Cache, default_cache_dir
-from dq_lightning.train_set import BuildOptions, Opened, TrainSet
-from dq_lightning.trainer_facts import TrainerFacts
 
 
 class Preparation:

@@ -24,8 +24,8 @@ from torch.utils.data import (
 )
 
 from dq_lightning.errors import ConfigError
+from dq_lightning.loading.trainer_facts import TrainerFacts
 from dq_lightning.sources.hub import hub_kind
-from dq_lightning.trainer_facts import TrainerFacts
 
 AutoInt = int | Literal["auto"]
 AutoBool = bool | Literal["auto"]

@@ -7,12 +7,12 @@ from torch.utils.data import DataLoader, default_collate
 
 from dq_lightning.config import TextConfig
 from dq_lightning.errors import ConfigError
-from dq_lightning.loaders import LoaderSettings
+from dq_lightning.loading.loaders import LoaderSettings
+from dq_lightning.loading.trainer_facts import TrainerFacts
 from dq_lightning.logs import get_logger
-from dq_lightning.token_batches import PackedRows, make_token_loader
-from dq_lightning.tokenizer import load_tokenizer, padding_id
-from dq_lightning.tokens import TokenRows, encode_rows
-from dq_lightning.trainer_facts import TrainerFacts
+from dq_lightning.tokens.batches import PackedRows, make_token_loader
+from dq_lightning.tokens.rows import TokenRows, encode_rows
+from dq_lightning.tokens.tokenizer import load_tokenizer, padding_id
 
 
 class TokenLoading:

@@ -18,7 +18,7 @@ from dq_lightning.config import Template as TemplateName
 from dq_lightning.errors import ConfigError
 from dq_lightning.logs import get_logger
 from dq_lightning.prompts import Template, Turn, choose_template
-from dq_lightning.tokenizer import load_tokenizer
+from dq_lightning.tokens.tokenizer import load_tokenizer
 
 # what the loss of every transformers model leaves out
 IGNORED = -100

@@ -10,7 +10,17 @@ from dq_lightning.compact import open_compact, open_packed
 from dq_lightning.config import PatchConfig, Reconstruct, VerifyPolicy
 from dq_lightning.errors import CacheError, ConfigError
 from dq_lightning.filling import write_filled
-from dq_lightning.inner import is_datamodule
+from dq_lightning.loading.inner import is_datamodule
+from dq_lightning.loading.train_set import (
+    BuildOptions,
+    DataModuleTrainSet,
+    DatasetTrainSet,
+    Opened,
+    TrainSet,
+    filled_late,
+    patched_dataset,
+)
+from dq_lightning.loading.wanted import Wanted
 from dq_lightning.logs import get_logger
 from dq_lightning.patch_plan import PatchPlan, make_patch_plan
 from dq_lightning.plan import FILLED, filled_parts
@@ -20,16 +30,6 @@ from dq_lightning.sources.strip import KEEP
 from dq_lightning.store.cache import Cache
 from dq_lightning.store.manifest import read_manifest
 from dq_lightning.store.reader import PackedDataset
-from dq_lightning.train_set import (
-    BuildOptions,
-    DataModuleTrainSet,
-    DatasetTrainSet,
-    Opened,
-    TrainSet,
-    filled_late,
-    patched_dataset,
-)
-from dq_lightning.wanted import Wanted
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ import math
 from typing import Any
 
 from dq_lightning.errors import ConfigError
-from dq_lightning.loaders import LoaderSettings
+from dq_lightning.loading.loaders import LoaderSettings
+from dq_lightning.loading.trainer_facts import TrainerFacts
 from dq_lightning.logs import get_logger
 from dq_lightning.records import StoreInfo
-from dq_lightning.trainer_facts import TrainerFacts
 
 
 def steps_per_epoch(num_samples: int, batch_size: int, num_ranks: int, drop_last: bool) -> int:

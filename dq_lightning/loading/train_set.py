@@ -5,21 +5,21 @@ from typing import Any, Protocol
 
 import torch
 
-from dq_lightning.batch_filling import UnfilledDataset
 from dq_lightning.compact import Compact, find_compact, open_packed
 from dq_lightning.config import VerifyPolicy
 from dq_lightning.errors import CacheError, ConfigError, DQError, SourceError
-from dq_lightning.inner import probe_train_loader
-from dq_lightning.loaders import LoaderSettings, read_loader
+from dq_lightning.loading.batch_filling import UnfilledDataset
+from dq_lightning.loading.inner import probe_train_loader
+from dq_lightning.loading.loaders import LoaderSettings, read_loader
+from dq_lightning.loading.ranks import global_rank
+from dq_lightning.loading.wanted import Wanted, without_transform
 from dq_lightning.patch_plan import PatchPlan
 from dq_lightning.patching import check_packable
 from dq_lightning.pipeline import find_or_build
 from dq_lightning.plan import Plan
 from dq_lightning.randomness import isolated_random_state
-from dq_lightning.ranks import global_rank
 from dq_lightning.store.cache import Cache
 from dq_lightning.store.reader import PackedDataset
-from dq_lightning.wanted import Wanted, without_transform
 
 
 @dataclass

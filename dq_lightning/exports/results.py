@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from dq_lightning.commands.opening import dataset_name
 from dq_lightning.compact import load_selection, open_compact
 from dq_lightning.config import QuantizeConfig
-from dq_lightning.export_images import check_free
-from dq_lightning.exports import whole, write_index
-from dq_lightning.opening import dataset_name
-from dq_lightning.published import selection_file
+from dq_lightning.exports.images import check_free
+from dq_lightning.exports.published import selection_file
+from dq_lightning.exports.rows import whole, write_index
 from dq_lightning.records import StoreInfo
 
 CONFIG, INFO, COMPACT = "config.yaml", "info.json", "compact"

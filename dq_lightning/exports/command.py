@@ -8,11 +8,11 @@ import torch
 from dq_lightning.compact import open_compact
 from dq_lightning.config import TextConfig
 from dq_lightning.errors import StoreError
-from dq_lightning.export_hub import push_images, write_image_dataset
-from dq_lightning.export_images import write_ids, write_image_folder, write_litdata, write_parquet, write_webdataset
-from dq_lightning.export_samples import KeptImages, kept_of_source, kept_of_store
-from dq_lightning.exports import write_dataset, write_index, write_json
-from dq_lightning.published import read_index
+from dq_lightning.exports.hub import push_images, write_image_dataset
+from dq_lightning.exports.images import write_ids, write_image_folder, write_litdata, write_parquet, write_webdataset
+from dq_lightning.exports.published import read_index
+from dq_lightning.exports.rows import write_dataset, write_index, write_json
+from dq_lightning.exports.samples import KeptImages, kept_of_source, kept_of_store
 from dq_lightning.records import Selection
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.store.reader import PackedDataset

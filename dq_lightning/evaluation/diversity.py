@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dq_lightning.baselines import response_lengths
-from dq_lightning.kmeans import Rows
+from dq_lightning.evaluation.baselines import response_lengths
+from dq_lightning.evaluation.kmeans import Rows
 from dq_lightning.prompts import choose_template
 
 _BLOCK = 1024

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dq_lightning.errors import StoreError
-from dq_lightning.exports import whole, write_index
+from dq_lightning.exports.rows import whole, write_index
 from dq_lightning.logs import get_logger
 from dq_lightning.records import Bins, Selection
 from dq_lightning.selection.select import select

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dq_lightning.errors import ConfigError, FeatureError
-from dq_lightning.kmeans import kmeans
+from dq_lightning.evaluation.kmeans import kmeans
 from dq_lightning.prompts import choose_template
 from dq_lightning.records import Features, Selection
 from dq_lightning.selection.allocate import count_kept

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from dq_lightning.errors import StoreError
-from dq_lightning.export_samples import KeptImages
-from dq_lightning.exports import whole
+from dq_lightning.exports.rows import whole
+from dq_lightning.exports.samples import KeptImages
 
 
 def features_of(class_names: tuple[str, ...] | None) -> Any:
@@ -66,7 +66,7 @@ def push_images(images: KeptImages, repository: str, *, private: bool = True, sp
 def _as_dataset(images: KeptImages, scratch: Path) -> Any:
     from datasets import Dataset
 
-    from dq_lightning.export_images import write_parquet
+    from dq_lightning.exports.images import write_parquet
 
     file = write_parquet(images, scratch / "train.parquet")
     # its own cache, which leaves with the scratch folder

@@ -11,8 +11,8 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
 from dq_lightning.errors import ConfigError
-from dq_lightning.token_sampler import EpochShuffle, LengthBatchSampler
-from dq_lightning.tokens import IGNORED, TokenRows
+from dq_lightning.tokens.rows import IGNORED, TokenRows
+from dq_lightning.tokens.sampler import EpochShuffle, LengthBatchSampler
 
 # `"mask"` works with every attention; `"positions"` is for flash attention, which takes no mask and reads the positions
 PackedAttention = Literal["mask", "positions"]

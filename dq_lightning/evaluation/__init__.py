@@ -1,0 +1,1 @@
+"""What a selection is measured against, and how."""

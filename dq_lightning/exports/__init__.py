@@ -1,0 +1,1 @@
+"""A compact set in the formats of others."""
