@@ -45,7 +45,8 @@ def write_config(path: Path, values: dict[str, Any]) -> None:
     import yaml
 
     plain = {key: value for key, value in values.items() if value is not None}
-    write_text(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    tools: Any = yaml
+    write_text(path, tools.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
 def write_text(path: Path, text: str) -> None:
