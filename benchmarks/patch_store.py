@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 
 from dq_lightning.config import PatchConfig
+from dq_lightning.patch_records import Grid
 from dq_lightning.patches.choose import choose_patches
-from dq_lightning.patches.grid import Grid, pixel_mask
+from dq_lightning.patches.grid import pixel_mask
 from dq_lightning.patches.saliency import make_scorer
 from dq_lightning.store.packed import write_packed
 from dq_lightning.store.patched import pack_image, unpack_image

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dq_lightning.patching import image_place, patches_of, whole_leaf
 from dq_lightning.plan import Plan
-from dq_lightning.records import PatchChoice, Selection
+from dq_lightning.records import PatchChoice, Selection, StoreInfo
 from dq_lightning.sources.items import at, evenly_spaced
 
 MEASURED_SAMPLES = 1000
@@ -92,3 +92,16 @@ def _owner_bytes(plan: Plan, positions: Sequence[int]) -> int:
         encoded = source.encoded(position)
         total += len(encoded.data) if encoded is not None else np.asarray(at(source.plain(position), place)).nbytes
     return round(total * len(positions) / max(1, len(tried)))
+
+
+def describe_costs(info: StoreInfo) -> str:
+    """One line: the bytes of a store of patches beside those of the same samples elsewhere."""
+    compared = {
+        "of the same samples as they were": info.original_bytes,
+        "of the whole dataset": info.source_bytes,
+        "of the same samples in this codec without dropping": info.unpatched_bytes,
+    }
+    shares = ", ".join(f"{info.bytes / size:.1%} {of} ({size:,})" for of, size in compared.items() if size)
+    return (
+        f"{info.patch_keep_ratio:.1%} of the patches, {info.bytes:,} bytes on the disk, everything included: {shares}"
+    )

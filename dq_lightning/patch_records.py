@@ -1,4 +1,4 @@
-"""The kept patches of one image, as they travel between the stations."""
+"""The grid of patches over an image, and the kept patches of one image as they travel between the stations."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dq_lightning.errors import StoreError
+from dq_lightning.errors import PatchError, StoreError
 from dq_lightning.records import unpack_mask
 
 ImageCodec = Literal["raw", "png", "jpeg", "webp"]
@@ -16,6 +16,40 @@ ImageLayout = Literal["pil", "array", "tensor", "array_hw1", "tensor_1hw"]
 CHANNELS = {"L": 1, "RGB": 3}
 # of a whole image: one may claim any size while it keeps few patches, and this bounds the memory it takes
 MAX_PIXELS = 1 << 27
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The patches of an image.
+
+    Attributes:
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        patch_size: P, side of a patch in pixels.
+    """
+
+    height: int
+    width: int
+    patch_size: int
+
+    def __post_init__(self) -> None:
+        if min(self.height, self.width, self.patch_size) < 1:
+            raise PatchError(f"an image and its patches need at least one pixel, got {self}")
+
+    @property
+    def rows(self) -> int:
+        """Patches from top to bottom, ceil(H / P)."""
+        return -(-self.height // self.patch_size)
+
+    @property
+    def columns(self) -> int:
+        """Patches from left to right, ceil(W / P)."""
+        return -(-self.width // self.patch_size)
+
+    @property
+    def num_patches(self) -> int:
+        """L."""
+        return self.rows * self.columns
 
 
 @dataclass(frozen=True)
@@ -63,19 +97,14 @@ class PatchedImage:
             )
 
     @property
-    def rows(self) -> int:
-        """Patches from top to bottom, ceil(H / P)."""
-        return -(-self.height // self.patch_size)
-
-    @property
-    def columns(self) -> int:
-        """Patches from left to right, ceil(W / P)."""
-        return -(-self.width // self.patch_size)
+    def grid(self) -> Grid:
+        """The patches of the whole image."""
+        return Grid(self.height, self.width, self.patch_size)
 
     @property
     def num_patches(self) -> int:
         """L."""
-        return self.rows * self.columns
+        return self.grid.num_patches
 
     @cached_property
     def num_kept(self) -> int:

@@ -12,16 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dq_lightning.bins.duplicates import find_duplicates, spread_bins
-from dq_lightning.bins.make import make_bins
+from dq_lightning.binning import bins_of
 from dq_lightning.compact import Compact, find_by_parts, open_compact, write_description
 from dq_lightning.config import QuantizeConfig, VerifyPolicy
 from dq_lightning.errors import CacheError
 from dq_lightning.features.extract import extract_features
-from dq_lightning.features.whitening import whiten
 from dq_lightning.filling import write_filled
 from dq_lightning.logs import get_logger
-from dq_lightning.patch_bytes import measure_bytes
+from dq_lightning.patch_bytes import describe_costs, measure_bytes
 from dq_lightning.patching import choose, image_place, packed_items, score_selection
 from dq_lightning.plan import (
     BINS,
@@ -36,7 +34,7 @@ from dq_lightning.plan import (
     station_parts,
 )
 from dq_lightning.randomness import isolated_random_state
-from dq_lightning.records import Features, Selection, StoreInfo
+from dq_lightning.records import Selection, StoreInfo
 from dq_lightning.selection.select import select
 from dq_lightning.store.cache import Cache, default_cache_dir, require_space
 from dq_lightning.store.packed import Item, estimate_bytes, write_packed
@@ -264,36 +262,9 @@ class _Build:
 
     def _write_bins(self, folder: Path) -> None:
         features = read_features(self._entry(FEATURES, self._write_features))
-        settings = self.plan.config.bins
-        grouping = self.plan.labels if settings.by_label else None
-        labels = grouping.values if grouping is not None else None
         with self._timed("bins"):
-            kept = None
-            if settings.deduplicate is not None:
-                kept = find_duplicates(features.embedding, settings.deduplicate)
-                kept = (kept == torch.arange(len(kept))).nonzero().flatten()
-                get_logger().info(
-                    f"{len(features) - len(kept):,} of {len(features):,} samples are near-duplicates of others"
-                )
-            total = len(features)
-            features = _refined(features, kept, whitened=self.plan.config.features.whiten)
-            bins = make_bins(
-                features,
-                num_bins=settings.num_bins,
-                labels=labels if labels is None or kept is None else labels[kept],
-                objective=settings.objective,
-                maximizer=settings.maximizer,
-                similarity=settings.similarity,
-                lam=settings.lam,
-                clusters=settings.clusters,
-                gamma=settings.gamma,
-                epsilon=settings.epsilon,
-                beta=settings.beta,
-                search_seed=settings.search_seed,
-                device=self.device,
-                progress=None if self.progress else False,
-            )
-        write_bins(folder, bins if kept is None else spread_bins(bins, kept, total))
+            bins = bins_of(self.plan, features, device=self.device, progress=self.progress)
+        write_bins(folder, bins)
 
     def _write_features(self, folder: Path) -> None:
         settings = self.plan.config.features
@@ -321,24 +292,3 @@ class _Build:
                 scratch=self.cache.root / PAID_FOLDER,
             )
         write_features(folder, features)
-
-
-def _refined(features: Features, kept: Tensor | None, *, whitened: bool) -> Features:
-    """Features of the samples that go into bins, whitened where that is wanted."""
-    embedding, gradient = features.embedding, features.head_gradient
-    if kept is not None:
-        embedding, gradient = embedding[kept], None if gradient is None else gradient[kept]
-    return Features(whiten(embedding), gradient) if whitened else Features(embedding, gradient)
-
-
-def describe_costs(info: StoreInfo) -> str:
-    """One line: the bytes of a store of patches beside those of the same samples elsewhere."""
-    compared = {
-        "of the same samples as they were": info.original_bytes,
-        "of the whole dataset": info.source_bytes,
-        "of the same samples in this codec without dropping": info.unpatched_bytes,
-    }
-    shares = ", ".join(f"{info.bytes / size:.1%} {of} ({size:,})" for of, size in compared.items() if size)
-    return (
-        f"{info.patch_keep_ratio:.1%} of the patches, {info.bytes:,} bytes on the disk, everything included: {shares}"
-    )

@@ -27,9 +27,10 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from dq_lightning import load_mae
 from dq_lightning.features.bundled import CIFAR10_MEAN, CIFAR10_STD
+from dq_lightning.patch_records import Grid
 from dq_lightning.patches.choose import choose_kept, kept_count, mask_of
 from dq_lightning.patches.fill import HarmonicFill, MeanFill, fill_harmonically
-from dq_lightning.patches.grid import Grid, pixel_mask
+from dq_lightning.patches.grid import pixel_mask
 
 PATCH = 4
 NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1))

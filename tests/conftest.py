@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: real data where it is, a cache of their own, no hub."""
 
+import gc
 import importlib.util
 import os
 import tempfile
@@ -54,3 +55,11 @@ def cifar_root(shared_dir) -> str:
         if not target.exists():
             (partial / "cifar-10-batches-py").replace(target)
     return str(root)
+
+
+@pytest.fixture(scope="module")
+def quick_collections():
+    """What the libraries made at import is not looked through each time that memory is released."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -1,6 +1,5 @@
 """What is made again and what is reused when settings of patches change; budgets; classifiers and reconstructors."""
 
-import gc
 import shutil
 
 import numpy as np
@@ -36,12 +35,7 @@ WORK = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """What the libraries made at import is not looked through each time that memory is released."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_collections")
 
 
 @pytest.fixture

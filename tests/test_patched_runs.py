@@ -1,6 +1,5 @@
 """Training on packed patches: every mode, one process and two, from the store alone; no image meets another's label."""
 
-import gc
 import json
 import os
 import shutil
@@ -23,28 +22,17 @@ from dq_lightning.patches.grid import grid_of, pixel_mask
 from dq_lightning.plan import FILLED
 from tests.lightning_scripts import patched_images
 from tests.lightning_scripts.common import Recorder, name_of, photos, to_tensor, trainer
-from tests.lightning_scripts.patched_images import MODES, quantized, stored
+from tests.lightning_scripts.patched_images import MODES, quantized, ready, stored
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """What the libraries made at import is not looked through each time that memory is released."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_collections")
 
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
     return tmp_path_factory.mktemp("warm")
-
-
-def ready(module):
-    module.prepare_data()
-    module.setup("fit")
-    return module
 
 
 def delivered(module):

@@ -1,7 +1,5 @@
 """Kinds of images whose patches are packed, and the transfer hook that fills them batch by batch."""
 
-import gc
-
 import lightning as L
 import numpy as np
 import pytest
@@ -13,28 +11,17 @@ from dq_lightning.errors import ConfigError, DQError, PatchError
 from dq_lightning.patches.grid import grid_of, pixel_mask
 from dq_lightning.sample_data import SampleCIFAR10
 from tests.lightning_scripts.common import Recorder, held_out, name_of, photos, to_tensor, trainer
-from tests.lightning_scripts.patched_images import MODES, as_floats, quantized, small_mae
+from tests.lightning_scripts.patched_images import MODES, as_floats, quantized, ready, small_mae
 
 COUNT = 24
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """What the libraries made at import is not looked through each time that memory is released."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_collections")
 
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
     return tmp_path_factory.mktemp("warm")
-
-
-def ready(module):
-    module.prepare_data()
-    module.setup("fit")
-    return module
 
 
 def pictures(size=(32, 32), mode="RGB"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dq_lightning.errors import PatchError
-from dq_lightning.patches.grid import Grid
+from dq_lightning.patch_records import Grid
 from dq_lightning.records import PatchChoice, pack_mask
 
 

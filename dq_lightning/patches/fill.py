@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dq_lightning.errors import PatchError
+from dq_lightning.patch_records import Grid
 from dq_lightning.patches.choose import mask_of
-from dq_lightning.patches.grid import Grid, grid_of, pixel_mask
+from dq_lightning.patches.grid import grid_of, pixel_mask
 
 
 class Reconstructor(Protocol):

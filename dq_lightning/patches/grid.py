@@ -6,47 +6,12 @@ and every pixel belongs to exactly one patch. Only where tensors of one shape ar
 of their last row and column, so that a codec sees no artificial edge; the way back cuts the padding off.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dq_lightning.errors import PatchError
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The patches of an image.
-
-    Attributes:
-        height: of the image, in pixels.
-        width: of the image, in pixels.
-        patch_size: P, side of a patch in pixels.
-    """
-
-    height: int
-    width: int
-    patch_size: int
-
-    def __post_init__(self) -> None:
-        if min(self.height, self.width, self.patch_size) < 1:
-            raise PatchError(f"an image and its patches need at least one pixel, got {self}")
-
-    @property
-    def rows(self) -> int:
-        """Patches from top to bottom, ceil(H / P)."""
-        return -(-self.height // self.patch_size)
-
-    @property
-    def columns(self) -> int:
-        """Patches from left to right, ceil(W / P)."""
-        return -(-self.width // self.patch_size)
-
-    @property
-    def num_patches(self) -> int:
-        """L."""
-        return self.rows * self.columns
+from dq_lightning.patch_records import Grid
 
 
 def grid_of(images: Tensor, patch_size: int) -> Grid:

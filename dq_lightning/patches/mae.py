@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dq_lightning.errors import PatchError
+from dq_lightning.patch_records import Grid
 from dq_lightning.patches.choose import mask_of
 from dq_lightning.patches.fill import fill_harmonically
-from dq_lightning.patches.grid import Grid, pad_to_grid, pixel_mask, unpatchify
+from dq_lightning.patches.grid import pad_to_grid, pixel_mask, unpatchify
 from dq_lightning.patches.original_checkpoint import convert_keys, read_original, read_sizes
 from dq_lightning.patches.reconstructors import bundled_folder
 from dq_lightning.randomness import isolated_random_state

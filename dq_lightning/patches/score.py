@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dq_lightning.errors import DQError, PatchError
-from dq_lightning.patches.grid import Grid
+from dq_lightning.patch_records import Grid
 from dq_lightning.patches.saliency import PatchScorer
 from dq_lightning.progress import progress_bar
 

@@ -1,6 +1,4 @@
-import hashlib
 import socket
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,23 +7,7 @@ from PIL import Image
 from torch import nn
 
 from dq_lightning.errors import SourceError
-
-
-class DictMemory:
-    def __init__(self):
-        self.known = {}
-
-    def file(self, path):
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-    def files(self, paths):
-        return [self.file(path) for path in paths]
-
-    def recall(self, key):
-        return self.known.get(key)
-
-    def remember(self, key, digest):
-        self.known[key] = digest
+from tests.memories import DictMemory
 
 
 class ListSource:

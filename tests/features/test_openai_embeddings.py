@@ -20,6 +20,7 @@ from dq_lightning.features import openai_embeddings
 from dq_lightning.features.choose import choose_encoder
 from dq_lightning.features.extract import extract_features
 from dq_lightning.features.openai_embeddings import OpenAIOrigin, cut_bytes, split
+from tests.features.text_models import Texts
 
 pytest.importorskip("openai", reason="the optional extra openai is not installed")
 NAME, KEY, WIDTH = "openai:text-embedding-3-small", "sk-secret-of-this-test", 8
@@ -121,17 +122,6 @@ def server(monkeypatch):
     yield running
     running.shutdown()
     running.server_close()
-
-
-class Texts:
-    def __init__(self, texts):
-        self.all = texts
-
-    def __len__(self):
-        return len(self.all)
-
-    def texts(self, positions):
-        return [self.all[position] for position in positions]
 
 
 TEXTS = [f"text {i} é 你" for i in range(23)] + ["", "text 3 é 你", "  "]

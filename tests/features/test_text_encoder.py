@@ -21,12 +21,7 @@ from dq_lightning.features.extract import extract_features
 from dq_lightning.features.text_encoder import TokenEncoder, pool_tokens
 from dq_lightning.features.text_loading import batches_by_length, pad
 from dq_lightning.prompts import choose_template
-
-helpers = Path(__file__).with_name("text_models.py")
-spec = importlib.util.spec_from_file_location("text_models", helpers)
-text_models = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(text_models)
-Texts, save_model = text_models.Texts, text_models.save_model
+from tests.features.text_models import Texts, make_tokenizer, save_model
 
 TEXTS = ["abc", "", "hello world", "z" * 300, "абв", "abc", "q"]
 
@@ -47,7 +42,7 @@ def embed(spec, texts=TEXTS, **options):
 
 def one_by_one(model, texts, pooling="mean", normalize=True, most=64):
     """Obvious twin: a text at a time, without any padding."""
-    tokenizer, rows = text_models.make_tokenizer(), []
+    tokenizer, rows = make_tokenizer(), []
     for text in texts:
         ids = tokenizer(text)["input_ids"]
         ids = ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]

@@ -16,6 +16,12 @@ from tests.lightning_scripts.common import Recorder, photos, to_tensor, trainer
 MODES = ("prepare", "batch", "off")
 
 
+def ready(module):
+    module.prepare_data()
+    module.setup("fit")
+    return module
+
+
 def small_mae(seed=0):
     """A masked autoencoder with random weights, of 32 pixels and patches of 4."""
     with torch.random.fork_rng():

@@ -12,11 +12,13 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from dq_lightning import load_mae
 from dq_lightning.errors import PatchError
+from dq_lightning.patch_records import Grid
 from dq_lightning.patches.choose import choose_kept, mask_of
 from dq_lightning.patches.fill import HarmonicFill, fill_by_mask
-from dq_lightning.patches.grid import Grid, pixel_mask
+from dq_lightning.patches.grid import pixel_mask
 from dq_lightning.patches.original_checkpoint import convert_keys, read_sizes
 from dq_lightning.patches.reconstructors import choose_reconstructor
+from tests.memories import DictMemory
 
 
 def tiny_model(**changes):
@@ -42,28 +44,6 @@ def golden(shared_dir):
 @pytest.fixture(scope="module")
 def original_state(golden):
     return {key[6:]: torch.from_numpy(golden[key]) for key in golden.files if key.startswith("model/")}
-
-
-class Memory:
-    """Digests by content, remembered in a dictionary."""
-
-    def __init__(self):
-        self.known = {}
-
-    def file(self, path):
-        import hashlib
-        from pathlib import Path
-
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-    def files(self, paths):
-        return [self.file(path) for path in paths]
-
-    def recall(self, key):
-        return self.known.get(key)
-
-    def remember(self, key, digest):
-        self.known[key] = digest
 
 
 def stays_of(images, kept, size):
@@ -168,7 +148,7 @@ def test_a_hub_name_without_network_says_what_to_pass():
         load_mae("facebook/vit-mae-base")
     spec = choose_reconstructor("facebook/vit-mae-base", image_size=(224, 224))
     with pytest.raises(PatchError, match="connect once"):
-        spec.resolve(Memory())
+        spec.resolve(DictMemory())
 
 
 @settings(deadline=None, max_examples=25)
@@ -293,7 +273,7 @@ def test_choices_that_do_not_fit_are_refused(tiny):
 
 
 def test_identity_is_content_and_needs_no_loading(tmp_path, original_state):
-    memory, size = Memory(), {"image_size": (32, 32)}
+    memory, size = DictMemory(), {"image_size": (32, 32)}
     path = tmp_path / "tiny.pth"
     torch.save(original_state, path)
 
@@ -319,7 +299,7 @@ def test_identity_is_content_and_needs_no_loading(tmp_path, original_state):
     hub = choose_reconstructor("facebook/vit-mae-large@main", **size)
     assert hub.identity(memory) is None
     memory.remember("hub:facebook/vit-mae-large@main", "0123abc")
-    assert hub.identity(memory) == hub.resolve(memory).identity(Memory())
+    assert hub.identity(memory) == hub.resolve(memory).identity(DictMemory())
 
 
 def test_what_a_name_stands_for():

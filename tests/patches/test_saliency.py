@@ -310,8 +310,9 @@ def test_scores_do_not_depend_on_the_batch(photos, photo_classifier):
 
 def test_what_the_classifier_looks_at_carries_its_decision(photos, photo_classifier):
     """Deleting the 30 % of the patches that Grad-CAM ranks highest hurts more than deleting the lowest."""
+    from dq_lightning.patch_records import Grid
     from dq_lightning.patches.choose import choose_kept, mask_of
-    from dq_lightning.patches.grid import Grid, pixel_mask
+    from dq_lightning.patches.grid import pixel_mask
 
     pixels, labels = photos[0].float() / 127.5 - 1, photos[1]
     scores = make_scorer(PatchConfig(), photo_classifier, num_classes=1000).scores(pixels, labels, torch.arange(16), 16)

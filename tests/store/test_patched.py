@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dq_lightning.errors import DQError, StoreError
-from dq_lightning.patch_records import MAX_PIXELS, PatchedImage
-from dq_lightning.patches.grid import Grid, pixel_mask
+from dq_lightning.patch_records import MAX_PIXELS, Grid, PatchedImage
+from dq_lightning.patches.grid import pixel_mask
 from dq_lightning.records import pack_mask
 from dq_lightning.store import values
 from dq_lightning.store.packed import LOOK_AHEAD_SAMPLES, estimate_bytes, write_packed
