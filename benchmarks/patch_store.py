@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dq_lightning.config import PatchConfig
+from dq_lightning.patch_config import PatchConfig
 from dq_lightning.patch_records import Grid
 from dq_lightning.patches.choose import choose_patches
 from dq_lightning.patches.grid import pixel_mask

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dq_lightning.bins.make import make_bins
     from dq_lightning.compact import load_selection
-    from dq_lightning.config import BinConfig, FeatureConfig, PatchConfig, QuantizeConfig, SelectionConfig
+    from dq_lightning.config import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig
     from dq_lightning.datamodule import QuantizedDataModule
     from dq_lightning.errors import DQError
+    from dq_lightning.patch_config import PatchConfig
     from dq_lightning.patches.mae import load_mae
     from dq_lightning.pipeline import quantize
     from dq_lightning.records import Bins, Features, PatchChoice, Selection, StoreInfo
@@ -29,7 +30,7 @@ _HOMES = {
     "Features": "records",
     "PackedDataset": "store.reader",
     "PatchChoice": "records",
-    "PatchConfig": "config",
+    "PatchConfig": "patch_config",
     "QuantizeConfig": "config",
     "QuantizedDataModule": "datamodule",
     "Selection": "records",

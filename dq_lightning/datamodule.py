@@ -9,7 +9,7 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from dq_lightning.compact import read_bins_of
-from dq_lightning.config import QuantizeConfig, Reconstruct, StoreKind, VerifyPolicy
+from dq_lightning.config import QuantizeConfig, StoreKind, VerifyPolicy
 from dq_lightning.errors import ConfigError
 from dq_lightning.loading.batch_filling import BatchFiller, check_batch_transform, is_unfilled
 from dq_lightning.loading.inner import defined_by_user, is_datamodule, overridden_transfer_hooks
@@ -19,6 +19,7 @@ from dq_lightning.loading.steps import report_steps
 from dq_lightning.loading.store_train_set import StoreFolder, make_train_set
 from dq_lightning.loading.trainer_facts import TrainerFacts
 from dq_lightning.loading.wanted import want
+from dq_lightning.patch_config import Reconstruct
 from dq_lightning.records import Bins, Selection, StoreInfo
 from dq_lightning.tokens.loading import TokenLoading
 

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dq_lightning.config import PatchConfig
 from dq_lightning.errors import ConfigError, PatchError
 from dq_lightning.features.choose import EncoderSpec, choose_encoder
 from dq_lightning.features.encoders import NetworkEncoder
+from dq_lightning.patch_config import PatchConfig
 from dq_lightning.patches.reconstructors import ReconstructorSpec, choose_reconstructor
 from dq_lightning.patches.saliency import PatchScorer, make_scorer
 from dq_lightning.records import DigestMemory

@@ -16,6 +16,7 @@ BASE = (
     "patch_records",
     "fields",
     "config",
+    "patch_config",
     "logs",
     "progress",
     "randomness",

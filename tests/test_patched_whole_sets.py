@@ -15,9 +15,8 @@ from tests.test_patched_runs import delivered, fit, kept_pixels
 def test_the_whole_selection_of_cifar10(cifar_root, tmp_path, drop_ratio):
     from torchvision.datasets import CIFAR10
 
-    images = {}
+    images, data = {}, CIFAR10(cifar_root, transform=to_tensor)
     for mode in MODES:
-        data = CIFAR10(cifar_root, transform=to_tensor)
         settings = {"batch_transform": patched_images.as_floats} if mode == "batch" else {}
         config = patched_images.drop(mode, drop_ratio=drop_ratio)
         module = QuantizedDataModule(data, config=config, cache_dir=tmp_path, batch_size=125, **settings)
@@ -29,7 +28,7 @@ def test_the_whole_selection_of_cifar10(cifar_root, tmp_path, drop_ratio):
     assert gap.max() <= 1
     assert (gap > 0).float().mean() < 1e-4
     kept = kept_pixels(module)
-    originals = torch.stack([CIFAR10(cifar_root, transform=to_tensor)[i][0] for i in module.selection.index.tolist()])
+    originals = torch.stack([data[i][0] for i in module.selection.index.tolist()])
     for mode in MODES:
         assert torch.equal(images[mode] * kept, originals * kept)
     error = {mode: float(((images[mode] - originals) ** 2 * ~kept).sum() / (3 * (~kept).sum())) for mode in MODES}

@@ -9,7 +9,6 @@ from typing import Any
 from dq_lightning.config import (
     BinConfig,
     FeatureConfig,
-    PatchConfig,
     QuantizeConfig,
     SelectionConfig,
     StoreKind,
@@ -17,6 +16,7 @@ from dq_lightning.config import (
     VerifyPolicy,
     with_short_forms,
 )
+from dq_lightning.patch_config import PatchConfig
 
 
 def quantize_dataset(

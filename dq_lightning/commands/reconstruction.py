@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from typing import Any, cast
 
-from dq_lightning.config import PatchConfig, QuantizeConfig
+from dq_lightning.config import QuantizeConfig
 from dq_lightning.errors import ConfigError
 from dq_lightning.exports.samples import KeptImages, kept_of_items
 from dq_lightning.filling import filled_items
+from dq_lightning.patch_config import PatchConfig
 from dq_lightning.patching import check_packable, choose, image_place, packed_items, score_selection
 from dq_lightning.plan import Plan, make_plan
 from dq_lightning.records import PatchChoice, Selection

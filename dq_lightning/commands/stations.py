@@ -7,12 +7,12 @@ from dq_lightning.config import (
     BinConfig,
     Draw,
     FeatureConfig,
-    PatchConfig,
     QuantizeConfig,
     SelectionConfig,
     TextConfig,
     with_short_forms,
 )
+from dq_lightning.patch_config import PatchConfig
 
 
 def bins(

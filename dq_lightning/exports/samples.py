@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from dq_lightning.compact import COMPACT_FILE, Compact, open_compact, open_packed
-from dq_lightning.config import PatchConfig
 from dq_lightning.errors import StoreError
 from dq_lightning.filling import filled_items
+from dq_lightning.patch_config import PatchConfig
 from dq_lightning.patch_plan import make_patch_plan
 from dq_lightning.records import EncodedImage, Labels, Selection
 from dq_lightning.sources.items import Leaf, at, find_image, find_target

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dq_lightning.compact import open_compact, open_packed
-from dq_lightning.config import PatchConfig, Reconstruct, VerifyPolicy
+from dq_lightning.config import VerifyPolicy
 from dq_lightning.errors import CacheError, ConfigError
 from dq_lightning.filling import write_filled
 from dq_lightning.loading.inner import is_datamodule
@@ -22,6 +22,7 @@ from dq_lightning.loading.train_set import (
 )
 from dq_lightning.loading.wanted import Wanted
 from dq_lightning.logs import get_logger
+from dq_lightning.patch_config import PatchConfig, Reconstruct
 from dq_lightning.patch_plan import PatchPlan, make_patch_plan
 from dq_lightning.plan import FILLED, filled_parts
 from dq_lightning.sources.adapt import as_source

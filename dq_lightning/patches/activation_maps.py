@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dq_lightning.config import SaliencyTarget
 from dq_lightning.errors import PatchError
+from dq_lightning.patch_config import SaliencyTarget
 from dq_lightning.patches.target_layer import TargetLayer, find_target_layer, frozen
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dq_lightning.config import PatchConfig
 from dq_lightning.errors import PatchError
+from dq_lightning.patch_config import PatchConfig
 from dq_lightning.patches.activation_maps import METHODS, ActivationMaps, TargetChoice
 from dq_lightning.patches.grid import grid_of, pool_to_patches
 

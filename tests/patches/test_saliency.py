@@ -7,8 +7,8 @@ import torch
 import torchvision
 from torch import nn
 
-from dq_lightning.config import PatchConfig
 from dq_lightning.errors import ConfigError, PatchError
+from dq_lightning.patch_config import PatchConfig
 from dq_lightning.patches.activation_maps import METHODS, ActivationMaps, TargetChoice
 from dq_lightning.patches.package_maps import PACKAGE_METHODS, PackageMaps
 from dq_lightning.patches.saliency import make_scorer
@@ -340,6 +340,6 @@ def test_a_method_without_its_classifier_and_bad_settings_are_refused():
 def test_the_patch_settings_name_every_method_that_there_is():
     from typing import get_args
 
-    from dq_lightning.config import Saliency
+    from dq_lightning.patch_config import Saliency
 
     assert {*METHODS, *PACKAGE_METHODS, "random", "variance"} == set(get_args(Saliency))
