@@ -14,6 +14,8 @@ from dq_lightning.records import EncodedImage
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "JPEG2000", "MPO", "AVIF")
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 MAX_PIXELS = 1 << 30
+# of images that are made together: they stay in the processor's cache
+TALL_PIXELS = 1 << 17
 # bits of a pixel as `tobytes` gives them
 MODE_BITS = {
     "1": 1,
@@ -139,6 +141,22 @@ def raw_image(image: Image.Image) -> tuple[list[Any], bytes]:
 def image_from_raw(mode: str, size: tuple[int, int], data: Any) -> Image.Image:
     """An image of its own memory from what `tobytes` gave."""
     return Image.frombytes(mode, size, data) if 0 not in size else Image.new(mode, size)
+
+
+def images_from_raw(mode: str, size: tuple[int, int], rows: Any) -> list[Image.Image]:
+    """Images of one mode and size, each of its own memory, from uint8 [B, bytes of an image].
+
+    Several times faster than one by one: a tall image holds them all, and Pillow cuts it without a decoder for each.
+    """
+    width, height = size
+    made: list[Image.Image] = []
+    step = max(1, TALL_PIXELS // max(1, width * height))
+    for start in range(0, len(rows), step):
+        some = rows[start : start + step]
+        tall = image_from_raw(mode, (width, height * len(some)), some)
+        pixels, image = tall.im, tall._new
+        made += [image(pixels.crop((0, top, width, top + height))) for top in range(0, height * len(some), height)]
+    return made
 
 
 def decode_node(facts: Any, data: memoryview) -> Image.Image:

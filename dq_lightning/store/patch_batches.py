@@ -9,7 +9,7 @@ import torch
 
 from dq_lightning.patch_records import PatchedImage
 from dq_lightning.store.columns import Leaf, leaf_reader
-from dq_lightning.store.images import image_from_raw
+from dq_lightning.store.images import images_from_raw
 from dq_lightning.store.patch_layout import Layout, Pixels
 from dq_lightning.store.patched import layout_of
 
@@ -42,22 +42,29 @@ class BatchDecoder:
         """The images at these positions; None for a row whose mask does not fit its pixels."""
         if not len(positions):
             return []
-        taken = self.rows[np.asarray(positions, np.int64)]
-        data = taken[:, self.mask_bytes :]
+        taken = np.asarray(positions, np.int64)
+        data = self.rows[:, self.mask_bytes :][taken]
         layout, count = self.layout, self.layout.count
-        masks = np.unpackbits(taken[:, : self.mask_bytes], axis=1, bitorder="little").view(np.bool_)
+        masks = np.unpackbits(self.rows[:, : self.mask_bytes][taken], axis=1, bitorder="little").view(np.bool_)
         good = masks.sum(1) == count
         masks = masks[:, : self.whole.num_patches]
         good &= masks.sum(1) == count
         if data.shape[1] != count * layout.patch**2 * layout.channels or not good.any():
             return [None] * len(taken)
-        pixels = iter(_place_all(np.ascontiguousarray(data[good]), masks[good], layout))
-        return [self._value(next(pixels)) if fine else None for fine in good.tolist()]
+        if good.all():
+            return self._values(_place_all(data, masks, layout))
+        values = iter(self._values(_place_all(data[good], masks[good], layout)))
+        return [next(values) if fine else None for fine in good.tolist()]
 
-    def _value(self, pixels: Pixels) -> Any:
+    def _values(self, pixels: Pixels) -> list[Any]:
+        """The owner's values of pixels [B, H, W, C]."""
         facts = self.whole
         if facts.layout == "pil":
-            return image_from_raw(facts.mode, (facts.width, facts.height), pixels)
+            return images_from_raw(facts.mode, (facts.width, facts.height), pixels)
+        return [self._array(image) for image in pixels]
+
+    def _array(self, pixels: Pixels) -> Any:
+        facts = self.whole
         flat = pixels[..., 0] if facts.mode == "L" else pixels
         if facts.layout in ("array_hw1", "tensor_1hw"):
             flat = flat[..., None] if facts.layout == "array_hw1" else flat[None]
@@ -85,6 +92,6 @@ def _place_all(data: Pixels, masks: np.ndarray[Any, np.dtype[np.bool_]], layout:
         total = np.add.reduce(sums.reshape(batch, patch**2, channels), 1, np.int64)
         number = layout.count * patch**2
         colours = ((2 * total + number) // (2 * number)).astype(np.uint8)
-        runs = np.ascontiguousarray(np.tile(colours, patch)).view(run)
-        cells[~shaped] = np.repeat(runs, holes, 0)
+        runs = np.tile(colours, patch).view(run)[..., 0]
+        cells[~shaped] = np.repeat(runs, holes)[:, None]
     return whole
