@@ -11,7 +11,7 @@ from dq_lightning.plan import BINS, FILLED, STORE, Parts, Plan, source_identity,
 from dq_lightning.records import Bins, Selection, StoreInfo
 from dq_lightning.store.cache import Cache
 from dq_lightning.store.files import read_sealed, seal, write_bytes
-from dq_lightning.store.manifest import check_copied_entry
+from dq_lightning.store.manifest import cast_doubt, check_copied_entry
 from dq_lightning.store.reader import PackedDataset
 from dq_lightning.store.tensors import read_bins, read_selection
 
@@ -71,7 +71,14 @@ def find_by_parts(parts: Parts, cache: Cache) -> Compact | None:
     path = cache.find(STORE, parts[STORE])
     if path is None:
         return None
-    compact = open_compact(path, parts)
+    try:
+        compact = open_compact(path, parts)
+    except StoreError:
+        # the reader has left a doubt, or it was removed meanwhile: this look compares all files
+        path = cache.find(STORE, parts[STORE])
+        if path is None:
+            return None
+        compact = open_compact(path, parts)
     if FILLED not in parts:
         return compact
     filled = cache.find(FILLED, parts[FILLED])
@@ -111,8 +118,10 @@ def open_compact(
         )
         config = described["config"]
     except (OSError, DQError, KeyError, TypeError) as error:
+        cast_doubt(path)
         raise StoreError(
-            f"{path} holds no compact set that can be used ({error}): remove the folder, and the next run makes it again"
+            f"{path} holds no compact set that can be used ({error}): in a cache the next run makes it again, a copy must be "
+            "copied again"
         ) from error
     return Compact(info, selection, parts or {}, config, patches)
 

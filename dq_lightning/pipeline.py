@@ -36,7 +36,7 @@ from dq_lightning.plan import (
 from dq_lightning.randomness import isolated_random_state
 from dq_lightning.records import Selection, StoreInfo
 from dq_lightning.selection.select import select
-from dq_lightning.store.cache import Cache, default_cache_dir, require_space
+from dq_lightning.store.cache import Cache, Read, default_cache_dir, require_space
 from dq_lightning.store.packed import Item, estimate_bytes, write_packed
 from dq_lightning.store.tensors import (
     read_bins,
@@ -155,14 +155,13 @@ class _Build:
         started = time.perf_counter()
         log = get_logger()
         log.info(self._reason())
-        path = self._entry(STORE, self._write_store)
-        compact = open_compact(path, self.parts, reused=False)
+        compact = self._load(STORE, self._write_store, partial(open_compact, parts=self.parts, reused=False))
         if FILLED in self.parts:
-            compact = replace(compact, filled=self._entry(FILLED, partial(self._write_filled, compact)))
+            compact = replace(compact, filled=self._load(FILLED, self._write_filled, Path))
         spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         log.info(
             f"kept {len(compact.selection):,} of {len(self.plan.source):,} samples in {time.perf_counter() - started:.1f} s "
-            f"({spent}): {path}"
+            f"({spent}): {compact.info.path}"
         )
         if self.plan.patches is not None:
             log.info(describe_costs(compact.info))
@@ -192,11 +191,11 @@ class _Build:
         yield
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 3)
 
-    def _entry(self, station: str, write: Callable[[Path], None]) -> Path:
-        return self.cache.build(station, self.parts[station], write, force=self.force)
+    def _load(self, station: str, write: Callable[[Path], None], read: Callable[[Path], Read]) -> Read:
+        return self.cache.load(station, self.parts[station], write, read, force=self.force)
 
     def _write_store(self, folder: Path) -> None:
-        selection = read_selection(self._entry(SELECTION, self._write_selection))
+        selection = self._load(SELECTION, self._write_selection, read_selection)
         if self.plan.patches is not None:
             self._write_patches(folder, selection)
             return
@@ -210,7 +209,7 @@ class _Build:
 
     def _write_patches(self, folder: Path, selection: Selection) -> None:
         plan = self.plan
-        scores, sizes = read_scores(self._entry(PATCHES, partial(self._write_scores, selection)))
+        scores, sizes = self._load(PATCHES, partial(self._write_scores, selection), read_scores)
         with self._timed("store"):
             choice = choose(plan, selection, scores, sizes)
             facts = measure_bytes(plan, selection, choice)
@@ -242,13 +241,15 @@ class _Build:
             scored = score_selection(self.plan, selection, device=self.device, progress=self.progress)
         write_scores(folder, *scored)
 
-    def _write_filled(self, compact: Compact, folder: Path) -> None:
+    def _write_filled(self, folder: Path) -> None:
         assert self.plan.patches is not None
         with self._timed("filling"):
-            write_filled(folder, Path(compact.info.path), self.plan.patches, device=self.device, progress=self.progress)
+        fill = partial(write_filled, folder, patches=self.plan.patches, device=self.device, progress=self.progress)
+            # every sample is verified before the first is filled, so a damaged store can be made again here
+            self.cache.load(STORE, self.parts[STORE], self._write_store, fill)
 
     def _write_selection(self, folder: Path) -> None:
-        bins = read_bins(self._entry(BINS, self._write_bins))
+        bins = self._load(BINS, self._write_bins, read_bins)
         settings = self.plan.config.selection
         with self._timed("selection"):
             selection = select(
@@ -261,7 +262,7 @@ class _Build:
         write_selection(folder, selection)
 
     def _write_bins(self, folder: Path) -> None:
-        features = read_features(self._entry(FEATURES, self._write_features))
+        features = self._load(FEATURES, self._write_features, read_features)
         with self._timed("bins"):
             bins = bins_of(self.plan, features, device=self.device, progress=self.progress)
         write_bins(folder, bins)
@@ -279,7 +280,7 @@ class _Build:
             labels = self.plan.labels if settings.kind == "gradient" else None
             features = extract_features(
                 self.plan.source,
-                self.plan.encoder,
+                encoder,
                 kind=settings.kind,
                 labels=labels.values if labels is not None else None,
                 num_classes=labels.num_classes if labels is not None else None,

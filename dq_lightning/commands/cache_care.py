@@ -13,10 +13,13 @@ from filelock import FileLock, Timeout
 from dq_lightning.errors import CacheError, ConfigError, StoreError
 from dq_lightning.store import files
 from dq_lightning.store.cache import STATIONS, Cache, EntryInfo
+from dq_lightning.store.leftovers import clean
 from dq_lightning.store.manifest import MANIFEST, Damage, check_entry, read_manifest
 
 # what was made or opened within this time may be about to be opened by the run that asked for it
 YOUNG_SECONDS = 60.0
+# what readers keep open
+VALUES_FILE = "values.bin"
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -91,11 +94,11 @@ def prune(
     """Remove entries from a cache: first those not used for so long, then the longest unused until the rest is small enough.
 
     An entry was last used when one of its files was last read or written, as far as the file system notes reading (many do
-    once a day), and at least when it was made. It is left alone while its lock is held, or for a minute after it was made or
-    read. Files that a training has open stay readable on POSIX systems: an entry leaves by a rename, its space when the last
-    reader closes. A training that opens its entry anew (another process, a later epoch's workers) after that stops with an
-    error that says so, and its next start makes the entry again; so prune between trainings, or with a generous age. What
-    was being built and was left over by a killed process goes as well, by the cache's own rules.
+    once a day), and at least when it was made. It is left alone while it is being made, while a process of this host has its
+    samples open, and for a minute after it was made or read. Files that a training on another host has open stay readable on
+    POSIX systems: an entry leaves by a rename, its space when the last reader closes. A training that opens its entry anew
+    (a later epoch's workers) after that stops with an error that says so, and its next start makes the entry again. What
+    killed processes left over, and damaged entries that were moved aside, go as well.
 
     Args:
         root: of the cache.
@@ -114,7 +117,7 @@ def prune(
     cache = Cache(root)
     if not cache.root.is_dir():
         raise CacheError(f"there is no cache at {cache.root}: pass cache_dir=, or set DQ_LIGHTNING_CACHE")
-    now = time.time()
+    now = _now(cache)
     entries = cache.entries()
     used = {entry.path: last_used(entry) for entry in entries}
     entries.sort(key=lambda entry: (used[entry.path], entry.path))
@@ -129,7 +132,16 @@ def prune(
             total -= entry.bytes
         else:
             busy.append(entry)
+    if not dry_run:
+        clean(cache.root / name for name in (*STATIONS, ".locks", cache.memory.folder.name))
     return Pruned(removed, busy, total)
+
+
+def _now(cache: Cache) -> float:
+    """By the clock that stamps the cache's files: that of this process may differ, and make everything look old."""
+    with suppress(OSError):
+        return files.clock_of(cache.root)
+    return time.time()
 
 
 def last_used(entry: EntryInfo) -> float:
@@ -146,7 +158,9 @@ def last_used(entry: EntryInfo) -> float:
 
 
 def _remove(cache: Cache, entry: EntryInfo, dry_run: bool) -> bool:
-    """Whether an entry is gone; False while somebody holds its lock."""
+    """Whether an entry is gone; False while somebody makes it or has its samples open."""
+    if files.is_shared(entry.path / VALUES_FILE):
+        return False
     lock = FileLock(cache.root / ".locks" / f"{entry.station}-{entry.key}", thread_local=False)
     held = False
     try:

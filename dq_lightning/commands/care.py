@@ -101,8 +101,9 @@ def prune(
 ) -> None:
     """Remove entries from the cache: those unused for so long, then the longest unused until the rest is small enough.
 
-    What is being made, or was made or read within the last minute, stays. Do not prune under a running training: its open files
-    stay readable, but a process that it starts later does not find the set.
+    What is being made, has its samples open in a process of this host, or was made or read within the last minute, stays. Do
+    not prune under a training on another host: its open files stay readable, but a process that it starts later does not find
+    the set.
     Example: dq-lightning prune --older_than_days 30 --max_size 20GB
 
     Args:

@@ -11,30 +11,28 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import platformdirs
 
 from dq_lightning.config import VerifyPolicy
-from dq_lightning.errors import CacheError
+from dq_lightning.errors import CacheError, StoreError
 from dq_lightning.fields import check_choice
 from dq_lightning.store import files
 from dq_lightning.store.digests import FileDigestMemory
 from dq_lightning.store.keys import canonical_parts
-from dq_lightning.store.lock import economy_lock, host_name, process_alive
+from dq_lightning.store.leftovers import remove_stale
+from dq_lightning.store.lock import economy_lock, host_name
 from dq_lightning.store.manifest import Damage, check_entry, read_manifest, write_manifest
 from dq_lightning.store.misses import describe_change
 
 logger = logging.getLogger("dq_lightning")
 
+Read = TypeVar("Read")
 STATIONS = ("1-features", "2-bins", "3-selection", "4-patches", "5-store", "6-filled")
-STALE_SECONDS = 24 * 3600.0
-# a temp folder of another host, whose processes cannot be asked about
-FOREIGN_STALE_SECONDS = 7 * 24 * 3600.0
 COMMIT_ATTEMPTS = 10
 READ_ONLY_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS)
 FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
@@ -174,7 +172,6 @@ class Cache:
             return found
         with self._explained(target):
             files.make_folder(target.parent)
-        self._clean_stale(target.parent)
         locks = self.root / ".locks"
         with contextlib.suppress(OSError):
             locks.mkdir(exist_ok=True)
@@ -187,11 +184,38 @@ class Cache:
                 return found
             return self._make(target, parts, write, force)
 
+    def load(
+        self,
+        station: str,
+        parts: dict[str, Any],
+        write: Callable[[Path], None],
+        read: Callable[[Path], Read],
+        *,
+        force: bool = False,
+    ) -> Read:
+        """What `read` makes of the entry, which is found or made; one that proves damaged in reading is made again, once.
+
+        Args:
+            station: as in `build`.
+            parts: as in `build`.
+            write: as in `build`.
+            force: as in `build`.
+            read: given the entry's folder; a StoreError says that it cannot be used.
+        """
+        path = self.build(station, parts, write, force=force)
+        try:
+            return read(path)
+        except StoreError:
+            # who read it has left a doubt, or it was removed meanwhile: this look compares all files
+            return read(self.build(station, parts, write))
+
     def _make(self, target: Path, parts: dict[str, Any], write: Callable[[Path], None], force: bool) -> Path:
         temp = target.with_name(f".tmp-{host_name()}-{os.getpid()}-{target.name}-{os.urandom(4).hex()}")
         try:
             with self._explained(target, temp):
                 files.make_folder(temp, new=True)
+                # by the clock that stamped the others: that of this process may have jumped, or a server's differ
+                remove_stale(target.parent, temp.stat().st_mtime)
                 write(temp)
             with self._explained(target):
                 write_manifest(
@@ -244,20 +268,6 @@ class Cache:
             elif error.errno in FULL_ERRORS:
                 advice += ": make room, or pass cache_dir= on another disk"
             raise CacheError(advice) from error
-
-    def _clean_stale(self, station: Path) -> None:
-        """Remove temp folders that nobody works on any more."""
-        now = time.time()
-        for leftover in [*station.glob(".tmp-*"), *station.glob(".old-*")]:
-            _, host, pid, *_ = [*leftover.name.split("-"), "", ""]
-            try:
-                age = now - leftover.stat().st_mtime
-            except OSError:
-                continue
-            here = host == host_name() and pid.isdigit()
-            dead = age > STALE_SECONDS and not process_alive(int(pid)) if here else age > FOREIGN_STALE_SECONDS
-            if dead:
-                files.remove_folder(leftover)
 
     def explain_miss(self, station: str, parts: dict[str, Any]) -> str:
         """One line: what differs from the nearest entry of this station, or that there is none."""

@@ -160,6 +160,60 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
+def remove(path: Path) -> None:
+    """The same for a folder or a file."""
+    remove_folder(path)
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def share(descriptor: int) -> None:
+    """Mark an open file as in use until it is closed, where the platform and the file system can; see `is_shared`."""
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def is_shared(path: Path) -> bool:
+    """Whether a process of this host (of any host, where the file system passes locks on) marked a file as in use."""
+    try:
+        import fcntl
+
+        # network file systems take an exclusive lock only of those who may write
+        descriptor = os.open(path, os.O_RDWR)
+    except (ImportError, OSError):
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def clock_of(folder: Path) -> float:
+    """Seconds since 1970 by the clock that stamps the files of a folder, which need not be this process's."""
+    probe = folder / f".tmp-{os.getpid()}-{os.urandom(8).hex()}"
+    write_bytes(probe, b"")
+    try:
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def last_change(path: Path) -> float:
+    """When a file, or anything directly in a folder, was last written; 0 when it is gone."""
+    times = [0.0]
+    with contextlib.suppress(OSError):
+        times.append(path.lstat().st_mtime)
+        times += [inside.lstat().st_mtime for inside in path.iterdir()]
+    return max(times)
+
+
 def file_digest(path: Path) -> str:
     """Hexadecimal sha256 of a file's content, read in pieces."""
     with path.open("rb") as file:

@@ -1,6 +1,12 @@
-"""The manifest that makes a folder an entry: names, sizes and digests of its files, written last. Touches the disk."""
+"""The manifest that makes a folder an entry: names, sizes and digests of its files, written last. Touches the disk.
 
+Large files are not compared whole each time an entry is found, but whoever reads them compares what he reads. A reader that
+meets other bytes than were written leaves a doubt in the entry; whoever finds it next compares all files, under any policy.
+"""
+
+import contextlib
 import importlib.metadata
+import os
 import stat
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +17,8 @@ from dq_lightning.errors import CacheError, DQError, StoreError
 from dq_lightning.store import files
 
 MANIFEST = "manifest.json"
+# an empty file beside the manifest; the leading dot keeps it out of what an entry is compared with
+DOUBT = ".doubt"
 FORMAT = "dq_lightning entry"
 FORMAT_VERSION = 1
 # files that cost nothing to hash are always hashed
@@ -70,6 +78,13 @@ def write_manifest(folder: Path, *, station: str, key: str, parts: dict[str, Any
     files.fsync_folder(folder)
 
 
+def cast_doubt(folder: Path) -> None:
+    """Ask whoever finds this entry next to compare all its files; where that cannot be written down, nobody is asked."""
+    if (folder / MANIFEST).exists():
+        with contextlib.suppress(OSError):
+            files.write_bytes(folder / DOUBT, b"")
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an entry.
 
@@ -97,7 +112,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_entry(folder: Path, verify: VerifyPolicy, *, station: str, key: str) -> dict[str, Any]:
-    """Verify an entry: the manifest always, names, sizes and small files unless "off", all under "hash".
+    """Verify an entry: the manifest always, names, sizes and small files unless "off", all under "hash" or after a doubt.
 
     Raises:
         Damage: with the reason.
@@ -106,7 +121,8 @@ def check_entry(folder: Path, verify: VerifyPolicy, *, station: str, key: str) -
     values = read_manifest(folder)
     if (values.get("station"), values.get("key")) != (station, key):
         raise Damage(f"its manifest belongs to {values.get('station')}/{values.get('key')}")
-    if verify == "off":
+    doubted = os.path.lexists(folder / DOUBT)
+    if verify == "off" and not doubted:
         return values
     listed = values["files"]
     # names with a leading dot are left by network file systems and desktops; no reader opens them
@@ -114,7 +130,10 @@ def check_entry(folder: Path, verify: VerifyPolicy, *, station: str, key: str) -
     if foreign:
         raise Damage(f"it holds files that its manifest does not name: {', '.join(sorted(foreign)[:3])}")
     for name, facts in listed.items():
-        check_file(folder, name, facts, hashed=verify == "hash" or facts["size"] <= SMALL_BYTES)
+        check_file(folder, name, facts, hashed=doubted or verify == "hash" or facts["size"] <= SMALL_BYTES)
+    if doubted:
+        with contextlib.suppress(OSError):
+            (folder / DOUBT).unlink()
     return values
 
 

@@ -24,7 +24,7 @@ from dq_lightning.patch_records import PatchedImage
 from dq_lightning.store import files
 from dq_lightning.store.columns import STREAM_KIND, VALUE_KIND, leaf_from_json, leaf_reader
 from dq_lightning.store.description import SMALL_FILES, check_description
-from dq_lightning.store.manifest import Damage, check_file
+from dq_lightning.store.manifest import Damage, cast_doubt, check_file
 from dq_lightning.store.names import Names
 from dq_lightning.store.npy import npy_header
 from dq_lightning.store.packed import FORMAT_VERSION, STORE_FILE
@@ -104,11 +104,12 @@ class PackedDataset(Dataset[Any]):
         except StoreError:
             raise
         except (OSError, DQError) as error:
-            raise StoreError(self._advice(str(error))) from error
+            raise self._unusable(str(error)) from error
 
-    def _advice(self, reason: str) -> str:
+    def _unusable(self, reason: str) -> StoreError:
+        cast_doubt(self.path)
         remedy = "A store in the cache is made again by the next run; copy any other one anew"
-        return f"the packed store {self.path} cannot be used: {reason}. {remedy}"
+        return StoreError(f"the packed store {self.path} cannot be used: {reason}. {remedy}")
 
     def _read_small(self, name: str, facts: dict[str, Any]) -> memoryview:
         check_file(self.path, name, facts, hashed=self.verify != "off")
@@ -164,6 +165,7 @@ class PackedDataset(Dataset[Any]):
         self._num_leaves = len(leaves)
         self._values = os.open(self.path / "values.bin", os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self._values_size = os.fstat(self._values).st_size
+        files.share(self._values)
 
     def _map(self, name: str, size: int, header: bytes = b"") -> memoryview:
         """A file's bytes after its header, in a private mapping: they are never changed on the disk."""
@@ -200,7 +202,7 @@ class PackedDataset(Dataset[Any]):
             try:
                 sample = map_patched(sample, mean_filled)
             except StoreError as error:
-                raise StoreError(self._advice(f"the patches of sample {at} ({self.ids[at]}): {error}")) from error
+                raise self._unusable(f"the patches of sample {at} ({self.ids[at]}): {error}") from error
         return sample if self.finisher is None else self.finisher(at, sample)
 
     def patched(self, position: int) -> PatchedImage:
@@ -239,9 +241,7 @@ class PackedDataset(Dataset[Any]):
             for row in rows:
                 checksum = crc32(row, checksum)
             if crc32(value, checksum) != self._checksums[at]:
-                raise StoreError(
-                    self._advice(f"sample {at} ({self.ids[at]}) does not match its checksum{self._suspects(value)}")
-                )
+                raise self._unusable(f"sample {at} ({self.ids[at]}) does not match its checksum{self._suspects(value)}")
         try:
             for (number, _, _, reader), row in zip(self._columns, rows, strict=True):
                 leaves[number] = ready[number] if number in ready else reader(row)
@@ -250,16 +250,16 @@ class PackedDataset(Dataset[Any]):
                 return self._build(leaves)
             return self._with_values(leaves, value, missing)
         except (StoreError, TypeError, IndexError) as error:
-            raise StoreError(self._advice(f"the value of sample {at} ({self.ids[at]}): {error}")) from error
+            raise self._unusable(f"the value of sample {at} ({self.ids[at]}): {error}") from error
 
     def _read_value(self, at: int, start: int, end: int) -> bytes:
         if not 0 <= start < end <= self._values_size:
-            raise StoreError(
-                self._advice(f"the value of sample {at} is said to be at {start} to {end} of {self._values_size} bytes")
+            raise self._unusable(
+                f"the value of sample {at} is said to be at {start} to {end} of {self._values_size} bytes"
             )
         data = os.pread(self._values, end - start, start)
         if len(data) != end - start:
-            raise StoreError(self._advice(f"values.bin ends inside the value of sample {at}"))
+            raise self._unusable(f"values.bin ends inside the value of sample {at}")
         return data
 
     def _with_values(self, leaves: list[Any], data: bytes, missing: set[int]) -> Any:

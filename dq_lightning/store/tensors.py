@@ -19,7 +19,7 @@ from dq_lightning.config import VerifyPolicy
 from dq_lightning.errors import DQError, StoreError
 from dq_lightning.records import Bins, Features, Selection
 from dq_lightning.store import files
-from dq_lightning.store.manifest import is_plain_name
+from dq_lightning.store.manifest import cast_doubt, is_plain_name
 from dq_lightning.store.values import TENSOR_DTYPES, plain_shape
 
 TENSORS_FILE = "tensors.json"
@@ -80,8 +80,9 @@ def read_tensor_folder(folder: Path, verify: VerifyPolicy = "size") -> tuple[dic
             raise StoreError("tensors.json lacks tensors or attributes")
         tensors = {name: _load(folder, name, facts, verify) for name, facts in values["tensors"].items()}
     except (OSError, DQError) as error:
+        cast_doubt(folder)
         raise StoreError(
-            f"the tensors in {folder} cannot be used: {error}. Remove the folder; the next run makes it again"
+            f"the tensors in {folder} cannot be used: {error}. The next run over the data makes them again"
         ) from error
     return tensors, values["attributes"]
 

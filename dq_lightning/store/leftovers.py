@@ -1,0 +1,37 @@
+"""What killed processes left in the cache, and when it may go. Touches the disk."""
+
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from dq_lightning.store import files
+from dq_lightning.store.lock import host_name, process_alive
+
+STALE_SECONDS = 24 * 3600.0
+# of another host, whose processes cannot be asked about
+FOREIGN_STALE_SECONDS = 7 * 24 * 3600.0
+
+
+def remove_stale(folder: Path, now: float) -> None:
+    """Remove temp folders and files that nobody works on any more.
+
+    Args:
+        folder: of a station.
+        now: seconds since 1970 by the clock that stamps the folder's files.
+    """
+    for leftover in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]:
+        _, host, pid, *_ = [*leftover.name.split("-"), "", ""]
+        age = now - files.last_change(leftover)
+        here = host == host_name() and pid.isdigit()
+        if age > STALE_SECONDS and not process_alive(int(pid)) if here else age > FOREIGN_STALE_SECONDS:
+            files.remove(leftover)
+
+
+def clean(folders: Iterable[Path]) -> None:
+    """Remove what killed processes and damage left in some folders: stale temp folders, and entries that were moved aside."""
+    for folder in folders:
+        if folder.is_dir():
+            with contextlib.suppress(OSError):
+                remove_stale(folder, files.clock_of(folder))
+            for damaged in folder.glob(".damaged-*"):
+                files.remove(damaged)
