@@ -9,6 +9,7 @@ from dq_lightning.patch_config import PatchConfig
 
 FeatureKind = Literal["embedding", "gradient"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+SelectionTrain = Literal["head", "all"]
 Objective = Literal["graph_cut", "facility_location", "log_determinant", "sum_redundancy", "feature_based"]
 Maximizer = Literal["naive", "lazy", "stochastic", "approximate_lazy"]
 Similarity = Literal["cosine", "dot", "rbf"]
@@ -28,11 +29,18 @@ class FeatureConfig(JsonFields):
         encoder: `"auto"`, `"bundled"`, a timm name, `"hf-hub:OWNER/NAME"`, or a folder or file that timm can load.
         weights: local weight file (.safetensors or .pth) for a timm name; nothing is then asked of a hub.
         kind: `"embedding"` (pooled features) or `"gradient"` (last-layer gradient; needs an encoder with a head for these
-            classes).
+            classes, or `selection_epochs`, which give any network one).
         precision: of the encoder; `"auto"` is bfloat16 or float16 on a GPU and float32 on a CPU. Not part of the identity.
         batch_size: images per step; halved by itself when the GPU's memory is short. Not part of the identity.
         num_workers: loader processes. Not part of the identity.
         whiten: decorrelate the embeddings (principal components scaled to unit variance) before the bins.
+        selection_epochs: train the encoder on the dataset's classes for so many epochs before it makes features; its weights
+            as you gave them are not touched. The paper takes 10, the published commands 0.
+        selection_train: what is trained: `"all"` of it, as published, or `"head"`, a linear layer on frozen features, which
+            matters to `kind="gradient"` alone.
+        selection_lr: first learning rate of that training, falling to zero along a cosine.
+        selection_batch_size: images per step of that training.
+        selection_seed: of the order of its batches and of a new head.
     """
 
     encoder: str = "auto"
@@ -42,12 +50,38 @@ class FeatureConfig(JsonFields):
     batch_size: int = 256
     num_workers: int | Literal["auto"] = "auto"
     whiten: bool = False
+    selection_epochs: int = 0
+    selection_train: SelectionTrain = "all"
+    selection_lr: float = 0.1
+    selection_batch_size: int = 128
+    selection_seed: int = 0
 
     def __post_init__(self) -> None:
         check_choice("FeatureConfig", "kind", self.kind, FeatureKind)
         check_choice("FeatureConfig", "precision", self.precision, Precision)
-        if self.batch_size < 1:
-            raise ConfigError(f"FeatureConfig.batch_size must be at least 1, got {self.batch_size}")
+        check_choice("FeatureConfig", "selection_train", self.selection_train, SelectionTrain)
+        for name, least in (
+            ("batch_size", 1),
+            ("selection_epochs", 0),
+            ("selection_batch_size", 2),
+            ("selection_seed", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(f"FeatureConfig.{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 < self.selection_lr < float("inf"):
+            raise ConfigError(f"FeatureConfig.selection_lr must be a positive number, got {self.selection_lr}")
+        if self.selection_epochs and self.selection_train == "head" and self.kind == "embedding":
+            raise ConfigError(
+                'training the head changes no embedding: with selection_epochs and selection_train="head" pass '
+                'kind="gradient", or selection_train="all"'
+            )
+
+    def selection_training(self) -> dict[str, Any]:
+        """What identifies the training before features are made; empty without one."""
+        if self.selection_epochs == 0:
+            return {}
+        names = ("selection_epochs", "selection_train", "selection_lr", "selection_batch_size", "selection_seed")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dq_lightning.compact import Compact, find_by_parts, open_compact, write_des
 from dq_lightning.config import QuantizeConfig, VerifyPolicy
 from dq_lightning.errors import CacheError
 from dq_lightning.features.extract import extract_features
+from dq_lightning.features.selection_training import with_selection_epochs
 from dq_lightning.filling import write_filled
 from dq_lightning.logs import get_logger
 from dq_lightning.patch_bytes import describe_costs, measure_bytes
@@ -243,8 +244,8 @@ class _Build:
 
     def _write_filled(self, folder: Path) -> None:
         assert self.plan.patches is not None
-        with self._timed("filling"):
         fill = partial(write_filled, folder, patches=self.plan.patches, device=self.device, progress=self.progress)
+        with self._timed("filling"):
             # every sample is verified before the first is filled, so a damaged store can be made again here
             self.cache.load(STORE, self.parts[STORE], self._write_store, fill)
 
@@ -277,7 +278,8 @@ class _Build:
 
         with self._timed("features"):
             self.plan.source.check_repeatable()
-            labels = self.plan.labels if settings.kind == "gradient" else None
+            labels = self.plan.labels if settings.kind == "gradient" or settings.selection_epochs else None
+            encoder = with_selection_epochs(self.plan.encoder, self.plan.source, labels, settings, self.progress)
             features = extract_features(
                 self.plan.source,
                 encoder,

@@ -98,6 +98,10 @@ def make_plan(
         modality=source.modality,
         text=config.text,
     )
+    if config.features.selection_epochs and not (source.modality == "image" and spec.reads_samples):
+        raise ConfigError(
+            f"selection_epochs trains a network of images, and features come from {spec.description}: leave it out"
+        )
     patches = None
     if config.patches.drops:
         check_modality(source.modality)
@@ -160,7 +164,9 @@ def station_parts(plan: Plan, source: str, identities: dict[str, str]) -> Parts:
     }
     if isinstance(plan.source, TextRows) and plan.encoder.reads_samples:
         features["text"] = plan.source.text_identity()
-    if config.features.kind == "gradient":
+    training = config.features.selection_training()
+    features |= training
+    if config.features.kind == "gradient" or training:
         features["labels"] = plan.labels_id
     grouped = {"labels": plan.labels_id, "whiten": config.features.whiten, "bins_version": version[BINS]}
     bins = features | config.bins.to_dict() | grouped

@@ -33,6 +33,8 @@ def embed_rows(
     progress: bool = True,
 ) -> Path:
     """Embed one piece of the rows of a dataset; see `embed_piece`. Returns its `.npy`."""
+    if features.selection_epochs:
+        raise FeatureError("selection_epochs trains a network of images: leave it out of embed")
     source: Any = as_source(open_dataset(None, data), text=text)
     if source.modality != "text":
         raise FeatureError(

@@ -177,12 +177,23 @@ class NetworkEncoder:
         return module
 
     @property
+    def head(self) -> nn.Linear | None:
+        """The linear head, a part of `network`; None when there is none that its output comes from."""
+        return self._head
+
+    @property
     def num_classes(self) -> int | None:
         """Width of the linear head, or None."""
         return None if self._head is None else self._head.out_features
 
     def embed(self, batch: Tensor) -> Tensor:
         """Features float32 [B, D] of a batch [B, 3, H, W], uint8 or normalised floating, from any device."""
+        with torch.no_grad(), self._autocast():
+            features = self.features(batch)
+        return features.float()
+
+    def features(self, batch: Tensor) -> Tensor:
+        """Features [B, D] of a batch as `embed` takes it, in the caller's grad mode and precision."""
         batch = batch.to(self._device, non_blocking=True)
         if batch.dtype == torch.uint8:
             if self._mean is None or self._std is None:
@@ -193,9 +204,7 @@ class NetworkEncoder:
             batch = (batch.float() - self._mean) / self._std
         if batch.ndim == 4:
             batch = batch.contiguous(memory_format=torch.channels_last)
-        with torch.no_grad(), self._autocast():
-            features = self._timm_features(batch) if self._has_timm_vocabulary else self._hooked_features(batch)
-        return features.float()
+        return self._timm_features(batch) if self._has_timm_vocabulary else self._hooked_features(batch)
 
     def logits(self, embedding: Tensor) -> Tensor:
         """Logits float32 [B, C] of features [B, D]."""

@@ -108,8 +108,8 @@ def _check_head(
     seen = int(labels.max()) + 1
     classes = seen if num_classes is None else num_classes
     advice = (
-        'use kind="embedding", or an encoder trained on these classes, as encoder=(network, preprocessing) or a timm name '
-        "with weights="
+        'use kind="embedding", selection_epochs=10, which gives it such a head, or an encoder trained on these classes, as '
+        "encoder=(network, preprocessing) or a timm name with weights="
     )
     if encoder.num_classes is None:
         raise FeatureError(f'kind="gradient" needs an encoder with a linear head, and this one has none; {advice}')

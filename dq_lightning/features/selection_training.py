@@ -1,0 +1,284 @@
+"""Training an encoder on the dataset's own classes before it makes features: the selection epochs of the paper."""
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dq_lightning.config import FeatureConfig, Precision
+from dq_lightning.errors import FeatureError
+from dq_lightning.features.choose import EncoderSpec
+from dq_lightning.features.encoders import Encoder, NetworkEncoder, RowEncoder, TextEncoder, resolve_device
+from dq_lightning.features.isolation import isolated
+from dq_lightning.features.loading import ImageBatch, ImageBatches, ImageSource, iterate_batches
+from dq_lightning.features.preprocessing import Preprocessing
+from dq_lightning.progress import progress_bar
+from dq_lightning.records import Labels
+
+logger = logging.getLogger("dq_lightning")
+
+# of the published code
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+
+
+@dataclass(frozen=True)
+class TrainedSpec(EncoderSpec):
+    """An encoder that is trained each time that it is loaded; its identity is that of the untrained one.
+
+    Attributes:
+        source: N images, without the user's transforms.
+        labels: their classes; samples without one take no part.
+        settings: `selection_epochs` and what goes with it.
+        progress: show a bar.
+    """
+
+    source: ImageSource
+    labels: Labels
+    settings: FeatureConfig
+    progress: bool
+
+    def load(self, device: str = "auto", precision: Precision = "auto") -> "TrainedEncoder":
+        """The trained encoder on its device; random state and flags of the process stay as they are.
+
+        Raises:
+            FeatureError: it cannot be loaded or trained.
+        """
+        encoder = super().load(device, precision)
+        return train_encoder(
+            encoder, self.source, self.labels, self.settings, device=resolve_device(device), progress=self.progress
+        )
+
+
+def with_selection_epochs(
+    spec: EncoderSpec, source: Any, labels: Labels | None, settings: FeatureConfig, progress: bool = True
+) -> EncoderSpec:
+    """The same choice, to be trained first where `settings.selection_epochs` asks for it.
+
+    Raises:
+        FeatureError: there are no labels.
+    """
+    if settings.selection_epochs == 0:
+        return spec
+    if labels is None:
+        raise FeatureError(
+            "selection_epochs trains the encoder on the classes of the dataset, and it has none: pass labels=, or leave "
+            "selection_epochs out"
+        )
+    return TrainedSpec(spec.name, spec.description, spec.origin, source, labels, settings, progress)
+
+
+class TrainedEncoder:
+    """A network whose features or head, or both, were trained.
+
+    Args:
+        body: gives the features.
+        head: linear layer on them, for the classes it was trained on.
+    """
+
+    def __init__(self, body: NetworkEncoder, head: nn.Linear) -> None:
+        self.preprocess: Preprocessing = body.preprocess
+        self.num_classes: int = head.out_features
+        self.embed = body.embed
+        self._head = head
+
+    def logits(self, embedding: Tensor) -> Tensor:
+        """Logits float32 [B, C] of features [B, D]."""
+        with torch.no_grad():
+            output: Tensor = self._head(embedding.to(self._head.weight.device).float())
+        return output
+
+
+class _ChosenBatches(ImageBatches):
+    """Batches of given positions: item b holds the samples `batches[b]`."""
+
+    def __init__(self, source: ImageSource, preprocess: Preprocessing, batches: list[Tensor]) -> None:
+        super().__init__(source, preprocess, max(len(batch) for batch in batches))
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, batch: int) -> ImageBatch:
+        try:
+            images = [self.prepare(index) for index in self.batches[batch].tolist()]
+            odd = next((place for place, image in enumerate(images) if image.shape != images[0].shape), None)
+            if odd is not None:
+                first, other = self.batches[batch][0].item(), self.batches[batch][odd].item()
+                raise FeatureError(
+                    f"the encoder's preprocessing gives tensors of different shapes: {tuple(images[0].shape)} for sample "
+                    f"{first} and {tuple(images[odd].shape)} for sample {other}; add a resize to a fixed size"
+                )
+            return ImageBatch(torch.stack(images), [], None)
+        except Exception as error:
+            # returned, not raised: the loader would bury it under its own traceback
+            return ImageBatch(None, [], error)
+
+
+def train_encoder(
+    encoder: Encoder | TextEncoder | RowEncoder,
+    source: ImageSource,
+    labels: Labels,
+    settings: FeatureConfig,
+    *,
+    device: torch.device,
+    progress: bool = True,
+) -> TrainedEncoder:
+    """Train an encoder on plain images and their classes (selection epochs; Zhou et al. 2023, section 4.1).
+
+    Cross-entropy, stochastic gradient descent with Nesterov's momentum 0.9 and weight decay 5e-4, the learning rate falling
+    to zero along a cosine, as the published code. An encoder whose head has the right width goes on from it; any other gets
+    a new one. With `selection_train="head"` the images pass the network once, whatever the number of epochs, and their
+    features are held in memory.
+
+    Args:
+        encoder: as loaded; a network's copy inside it is trained in place.
+        source: N images.
+        labels: their classes.
+        settings: `selection_epochs` and what goes with it; `batch_size` and `num_workers` where they change no result.
+        device: of the encoder.
+        progress: show a bar.
+
+    Returns:
+        The encoder in eval mode, frozen. The same for the same seed on one device.
+
+    Raises:
+        FeatureError: the encoder is no network of images, the samples have no classes to learn, the training diverges, or the
+            GPU's memory is short.
+    """
+    if not isinstance(encoder, NetworkEncoder):
+        raise FeatureError(
+            "selection_epochs trains a network of images, and this encoder is none: leave selection_epochs out, or pass a "
+            "timm name or a network as the encoder"
+        )
+    labelled = torch.nonzero((labels.values >= 0) & (labels.values < labels.num_classes)).flatten()
+    if len(labelled) < 2 or labels.num_classes < 2:
+        raise FeatureError(
+            f"selection_epochs needs classes to learn, and there are {len(labelled)} labelled samples of "
+            f"{labels.num_classes} classes: leave it out, or pass labels="
+        )
+    with isolated():
+        torch.manual_seed(settings.selection_seed)
+        try:
+            run = _Training(encoder, source, labels, labelled, settings, device, progress)
+            run.train_head() if settings.selection_train == "head" else run.train_all()
+        except torch.OutOfMemoryError as error:
+            raise FeatureError(
+                f"the GPU's memory is too short to train the encoder with {settings.selection_batch_size} images a step: "
+                'pass a smaller selection_batch_size, selection_train="head" with kind="gradient", or device="cpu"'
+            ) from error
+    return TrainedEncoder(encoder, run.head)
+
+
+class _Training:
+    """One training: the batches of all epochs are fixed at the start."""
+
+    def __init__(
+        self,
+        encoder: NetworkEncoder,
+        source: ImageSource,
+        labels: Labels,
+        labelled: Tensor,
+        settings: FeatureConfig,
+        device: torch.device,
+        progress: bool,
+    ) -> None:
+        self.encoder, self.source, self.settings, self.device = encoder, source, settings, device
+        self.targets = labels.values.to(torch.int64)
+        self.labelled, self.progress = labelled, progress
+        self.head = self._make_head(labels.num_classes)
+        shuffle = torch.Generator().manual_seed(settings.selection_seed)
+        self.batches: list[Tensor] = []
+        for _ in range(settings.selection_epochs):
+            order = labelled[torch.randperm(len(labelled), generator=shuffle)]
+            # a batch of one has no variance to normalise with: it joins the one before
+            count = max(1, math.ceil((len(order) - 1) / settings.selection_batch_size))
+            self.batches += torch.split(order, settings.selection_batch_size)[: count - 1]
+            self.batches.append(order[(count - 1) * settings.selection_batch_size :])
+
+    def _make_head(self, num_classes: int) -> nn.Linear:
+        # what the network gives tells its width, and whether the linear layer found is its head
+        (probe,) = self._images([self.labelled[:1]], self.device, 0)
+        width = self.encoder.embed(probe).shape[1]
+        own = self.encoder.head
+        if own is not None and own.in_features == width and own.out_features == num_classes:
+            return own
+        return nn.Linear(width, num_classes).to(self.device)
+
+    def _images(
+        self, batches: list[Tensor], device: torch.device, num_workers: int | Literal["auto"]
+    ) -> Iterator[Tensor]:
+        chosen = _ChosenBatches(self.source, self.encoder.preprocess, batches)
+        for batch in iterate_batches(chosen, num_workers, device):
+            if batch.error is not None:
+                raise batch.error
+            assert batch.images is not None
+            yield batch.images
+
+    def train_all(self) -> None:
+        """Train the network and its head."""
+        network = self.encoder.network
+        network.requires_grad_(True).train()
+        images = self._images(self.batches, self.device, self.settings.num_workers)
+        try:
+            features = (self.encoder.features(batch).float() for batch in images)
+            self._descend(features, [*network.parameters(), *self.head.parameters()], "selection epochs")
+        finally:
+            network.requires_grad_(False).eval()
+
+    def train_head(self) -> None:
+        """Train the head on features that are made once."""
+        place = torch.empty(len(self.targets), dtype=torch.int64)
+        place[self.labelled] = torch.arange(len(self.labelled))
+        pieces = list(torch.split(self.labelled, self.settings.batch_size))
+        made: list[Tensor] = []
+        with progress_bar(
+            self.progress, total=len(self.labelled), unit="sample", description="selection features"
+        ) as bar:
+            for batch in self._images(pieces, self.device, self.settings.num_workers):
+                made.append(self.encoder.embed(batch).cpu())
+                bar.update(len(batch))
+        table = torch.cat(made)
+        features = (table[place[batch]].to(self.device) for batch in self.batches)
+        self._descend(features, list(self.head.parameters()), "selection epochs (head)")
+
+    def _descend(self, features: Iterator[Tensor], parameters: list[nn.Parameter], description: str) -> None:
+        settings, steps = self.settings, len(self.batches)
+        self.head.requires_grad_(True)
+        unique = list(dict.fromkeys(parameters))
+        optimizer = torch.optim.SGD(
+            unique, settings.selection_lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
+        )
+        last_epoch = steps - steps // settings.selection_epochs
+        loss_sum = torch.zeros((), device=self.device)
+        hits, seen = torch.zeros((), dtype=torch.int64, device=self.device), 0
+        total = sum(len(batch) for batch in self.batches)
+        with (
+            torch.enable_grad(),
+            progress_bar(self.progress, total=total, unit="sample", description=description) as bar,
+        ):
+            for step, batch in enumerate(self.batches):
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.selection_lr * (1 + math.cos(math.pi * step / steps)) / 2
+                logits = self.head(next(features))
+                targets = self.targets[batch].to(self.device)
+                loss = F.cross_entropy(logits, targets)
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                optimizer.step()
+                loss_sum += loss.detach()
+                if step >= last_epoch:
+                    hits += (logits.argmax(1) == targets).sum()
+                    seen += len(batch)
+                bar.update(len(batch))
+        self.head.requires_grad_(False)
+        if not loss_sum.isfinite():
+            raise FeatureError(
+                f"the training of the encoder diverged with selection_lr={settings.selection_lr}: pass a smaller one"
+            )
+        accuracy = hits.item() / seen
+        logger.info("%s: %.1f %% of the last epoch's images classified", description, 100 * accuracy)
