@@ -18,7 +18,7 @@ FEATURES, BINS, SELECTION, PATCHES, STORE = "1-features", "2-bins", "3-selection
 # images with their dropped patches filled: made from the store alone, so this folder may be removed at any time
 FILLED = "6-filled"
 # Raised by whoever changes what a station computes: old entries are then never reused.
-ALGORITHM_VERSIONS = {FEATURES: 1, BINS: 1, SELECTION: 1, PATCHES: 1, STORE: 1, FILLED: 1}
+ALGORITHM_VERSIONS = {FEATURES: 1, BINS: 1, SELECTION: 1, PATCHES: 1, STORE: 1, FILLED: 2}
 SIZE_SAMPLES = 16
 
 Parts = dict[str, dict[str, Any]]

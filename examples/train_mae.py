@@ -29,8 +29,9 @@ from dq_lightning import load_mae
 from dq_lightning.features.bundled import CIFAR10_MEAN, CIFAR10_STD
 from dq_lightning.patch_records import Grid
 from dq_lightning.patches.choose import choose_kept, kept_count, mask_of
-from dq_lightning.patches.fill import HarmonicFill, MeanFill, fill_harmonically
+from dq_lightning.patches.fill import HarmonicFill, MeanFill
 from dq_lightning.patches.grid import pixel_mask
+from dq_lightning.patches.harmonic import fill_harmonically
 
 PATCH = 4
 NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1))
@@ -145,7 +146,7 @@ class MaskedAutoencoderTraining(L.LightningModule):
         self.model.config.mask_ratio = 1 - (kept + 0.5) / count
         chosen = choose_kept(mask_scores(len(images), side, self.device), kept)
         mask = mask_of(chosen, count)
-        smooth = fill_harmonically(images, pixel_mask(mask, Grid(*images.shape[2:], PATCH)), tolerance=0.01)
+        smooth = fill_harmonically(images, mask, PATCH, tolerance=0.01)
         # distinct noise, the kept patches first
         noise = torch.arange(count, device=self.device) + count * ~mask
         predicted = self.model(images, noise=noise.float()).logits

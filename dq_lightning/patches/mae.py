@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from dq_lightning.errors import PatchError
 from dq_lightning.patch_records import Grid
 from dq_lightning.patches.choose import mask_of
-from dq_lightning.patches.fill import fill_harmonically
 from dq_lightning.patches.grid import pad_to_grid, pixel_mask, unpatchify
+from dq_lightning.patches.harmonic import fill_harmonically
 from dq_lightning.patches.original_checkpoint import convert_keys, read_original, read_sizes
 from dq_lightning.patches.reconstructors import bundled_folder
 from dq_lightning.randomness import isolated_random_state
@@ -118,7 +118,7 @@ class MaskedAutoencoder:
             predicted = F.interpolate(predicted, whole, mode="bicubic", align_corners=False, antialias=True)
         filled = predicted[..., : grid.height, : grid.width].to(images)
         if self.harmonic:
-            filled = filled + fill_harmonically(images, stays)
+            filled = filled + fill_harmonically(images, mask, grid.patch_size)
         return torch.where(stays, images, filled)
 
     def _predict(self, images: Tensor, mask: Tensor) -> Tensor:

@@ -8,20 +8,28 @@ from hypothesis import strategies as st
 
 from dq_lightning.patch_records import Grid
 from dq_lightning.patches.choose import choose_kept
-from dq_lightning.patches.fill import HarmonicFill, MeanFill, fill_by_mask, fill_harmonically, fill_with_mean
+from dq_lightning.patches.fill import HarmonicFill, MeanFill, fill_by_mask
 from dq_lightning.patches.grid import pixel_mask
+from dq_lightning.patches.harmonic import fill_harmonically, fill_with_mean
 from tests.reference import patch_twin
 
 
 @settings(deadline=None, max_examples=40)
-@given(height=st.integers(1, 12), width=st.integers(1, 12), seed=st.integers(0, 999), share=st.floats(0.02, 1))
-def test_harmonic_filling_is_the_solution_of_the_dense_system(height, width, seed, share):
+@given(
+    height=st.integers(1, 12),
+    width=st.integers(1, 12),
+    patch=st.integers(1, 5),
+    seed=st.integers(0, 999),
+    share=st.floats(0.02, 1),
+)
+def test_harmonic_filling_is_the_solution_of_the_dense_system(height, width, patch, seed, share):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(2, 2, height, width, generator=generator, dtype=torch.float64)
-    stays = torch.rand(2, 1, height, width, generator=generator) < share
-    stays[:, 0, 0, 0] = True
-    filled = fill_harmonically(images, stays, tolerance=1e-12)
-    for image, mask, ours in zip(images, stays, filled, strict=True):
+    grid = Grid(height, width, patch)
+    kept = torch.rand(2, grid.num_patches, generator=generator) < share
+    kept[:, 0] = True
+    filled = fill_harmonically(images, kept, patch, tolerance=1e-12)
+    for image, mask, ours in zip(images, pixel_mask(kept, grid), filled, strict=True):
         for plane, solved in zip(image.numpy(), ours.numpy(), strict=True):
             np.testing.assert_allclose(solved, patch_twin.harmonic(plane, mask[0].numpy()), atol=1e-8)
 
@@ -52,9 +60,10 @@ def test_the_mean_is_that_of_the_kept_pixels_of_the_same_image():
 
 def test_images_that_keep_nothing_or_everything():
     images = torch.rand(2, 3, 8, 8)
-    for fill in (fill_with_mean, fill_harmonically):
-        assert torch.equal(fill(images, torch.ones(2, 1, 8, 8, dtype=torch.bool)), images)
-        assert torch.equal(fill(images, torch.zeros(2, 1, 8, 8, dtype=torch.bool)), torch.zeros_like(images))
+    for mask in (torch.ones(2, 4, dtype=torch.bool), torch.zeros(2, 4, dtype=torch.bool)):
+        wanted = images if bool(mask.all()) else torch.zeros_like(images)
+        assert torch.equal(fill_with_mean(images, pixel_mask(mask, Grid(8, 8, 4))), wanted)
+        assert torch.equal(fill_harmonically(images, mask, 4), wanted)
 
 
 def test_images_with_unequal_counts_are_filled_as_each_alone():
@@ -71,4 +80,12 @@ def test_a_large_hole_converges():
     stays = torch.zeros(1, 1, 96, 96, dtype=torch.bool)
     stays[..., 0, :] = stays[..., -1, :] = True
     # between two constant edges the solution is the ramp
-    torch.testing.assert_close(fill_harmonically(ramp, stays), ramp, atol=1e-4, rtol=0)
+    torch.testing.assert_close(fill_harmonically(ramp, stays.flatten(1), 1), ramp, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("size", "patch"), [((32, 32), 4), ((75, 66), 16)])
+def test_single_precision_is_within_a_tenth_of_a_grey_level(size, patch):
+    images = torch.rand(9, 3, *size)
+    mask = torch.rand(9, Grid(*size, patch).num_patches) < torch.linspace(0.1, 0.9, 9)[:, None]
+    exact = fill_harmonically(images.double(), mask, patch, tolerance=1e-12)
+    assert float((fill_harmonically(images, mask, patch) - exact).abs().max()) * 255 < 0.1
