@@ -9,6 +9,7 @@ from torch import Tensor
 from dq_lightning.errors import FeatureError
 from dq_lightning.progress import progress_bar
 from dq_lightning.records import Features
+from dq_lightning.resuming import Shards
 
 Allocate = Callable[[str, tuple[int, int]], Tensor]
 # rows stay on the device until so many batches are done, because every copy to the host waits for the device
@@ -35,51 +36,98 @@ def allocate_in_memory(name: str, shape: tuple[int, int]) -> Tensor:
     return torch.empty(shape, dtype=torch.float32)
 
 
-def collect(stream: Iterator[Rows], num_samples: int, progress: bool, allocate: Allocate, advice: str) -> Features:
+def collect(
+    stream_of: Callable[[Tensor], Iterator[Rows]],
+    num_samples: int,
+    progress: bool,
+    allocate: Allocate,
+    advice: str,
+    shards: Shards,
+) -> Features:
     """Copy the rows to the host, a block of batches at a time, and check that they are finite.
 
     Args:
-        stream: rows of every sample, each once, in any order.
+        stream_of: given the positions int64 of the samples that are missing, ascending, their rows, each once, in any order.
         num_samples: N.
         progress: show a bar.
         allocate: makes the float32 CPU tensor to fill.
         advice: what to do about values that are not finite.
+        shards: rows that an earlier run has made, and where to keep these.
 
     Raises:
         FeatureError: a row is not finite, or missing.
     """
-    filled: dict[str, Tensor] = {}
-    waiting: list[Rows] = []
-    not_finite: list[Tensor] = []
-    seen = torch.zeros(num_samples, dtype=torch.bool)
-
-    def copy() -> None:
-        positions = torch.cat([rows.positions for rows in waiting])
-        for name in ("embedding", "head_gradient"):
-            parts = [part for rows in waiting if (part := getattr(rows, name)) is not None]
-            if not parts:
-                continue
-            block = torch.cat(parts)
-            if name not in filled:
-                filled[name] = allocate(name, (num_samples, block.shape[1]))
-            block = block.to("cpu", torch.float32)
-            filled[name][positions] = block
-            not_finite.append(positions[~block.isfinite().all(dim=1)])
-        seen[positions] = True
-        waiting.clear()
-
+    table = _Table(num_samples, allocate, shards)
+    table.restore()
+    missing = (~table.seen).nonzero().flatten()
     with progress_bar(progress, total=num_samples, unit="sample", description="features") as bar:
-        for rows in stream:
-            waiting.append(rows)
-            if len(waiting) == BATCHES_PER_COPY:
-                copy()
+        bar.update(num_samples - len(missing))
+        for rows in stream_of(missing):
+            table.add(rows)
             bar.update(len(rows.positions))
-        if waiting:
-            copy()
-    if not seen.all():
-        raise FeatureError(f"the encoder gave no features of {int((~seen).sum())} of {num_samples} samples")
-    _check_finite(torch.unique(torch.cat(not_finite)), num_samples, advice)
-    return Features(filled["embedding"], filled.get("head_gradient"))
+        table.copy()
+    if not table.seen.all():
+        raise FeatureError(f"the encoder gave no features of {int((~table.seen).sum())} of {num_samples} samples")
+    _check_finite(torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *table.not_finite])), num_samples, advice)
+    return Features(table.filled["embedding"], table.filled.get("head_gradient"))
+
+
+class _Table:
+    """The rows that are there.
+
+    Attributes:
+        filled: tensors [N, ...] by name.
+        seen: bool [N], whose rows are there.
+        not_finite: positions whose rows are not finite. They are kept in no shard, because the next run may do better.
+    """
+
+    def __init__(self, num_samples: int, allocate: Allocate, shards: Shards) -> None:
+        self.filled: dict[str, Tensor] = {}
+        self.seen = torch.zeros(num_samples, dtype=torch.bool)
+        self.not_finite: list[Tensor] = []
+        self._allocate, self._shards = allocate, shards
+        self._waiting: list[Rows] = []
+        self._to_keep: list[Tensor] = []
+
+    def restore(self) -> None:
+        for piece in self._shards.restore(len(self.seen)):
+            positions = torch.from_numpy(piece.pop("positions"))
+            for name, rows in piece.items():
+                self._fill(name, positions, torch.from_numpy(rows))
+            self.seen[positions] = True
+
+    def add(self, rows: Rows) -> None:
+        self._waiting.append(rows)
+        due = self._shards.is_due()
+        if due or len(self._waiting) == BATCHES_PER_COPY:
+            self.copy()
+        if due:
+            positions = torch.cat(self._to_keep)
+            arrays = {name: tensor[positions].numpy() for name, tensor in self.filled.items()}
+            self._shards.keep(len(positions), {"positions": positions.numpy(), **arrays})
+            self._to_keep.clear()
+
+    def copy(self) -> None:
+        """Take over the rows of the batches that wait."""
+        if not self._waiting:
+            return
+        positions = torch.cat([rows.positions for rows in self._waiting])
+        finite = torch.ones(len(positions), dtype=torch.bool)
+        for name in ("embedding", "head_gradient"):
+            parts = [part for rows in self._waiting if (part := getattr(rows, name)) is not None]
+            if parts:
+                block = torch.cat(parts).to("cpu", torch.float32)
+                self._fill(name, positions, block)
+                finite &= block.isfinite().all(dim=1)
+        self.not_finite.append(positions[~finite])
+        self._to_keep.append(positions[finite])
+        self.seen[positions] = True
+        self._waiting.clear()
+
+    def _fill(self, name: str, positions: Tensor, rows: Tensor) -> None:
+        if name not in self.filled:
+            self.filled[name] = self._allocate(name, (len(self.seen), rows.shape[1]))
+        self.filled[name][positions] = rows
 
 
 def _check_finite(bad: Tensor, num_samples: int, advice: str) -> None:

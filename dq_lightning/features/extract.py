@@ -1,7 +1,8 @@
 """The batch loop: a source through an encoder to one row of features a sample."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from dq_lightning.features.isolation import isolated, release_memory
 from dq_lightning.features.loading import ImageBatches, iterate_batches
 from dq_lightning.features.text_loading import iterate_text_batches
 from dq_lightning.records import Features
+from dq_lightning.resuming import NothingKept, Shards
 
 logger = logging.getLogger("dq_lightning")
 
@@ -39,6 +41,7 @@ def extract_features(
     out: Allocate | None = None,
     loss: HeadLoss = "softmax_cross_entropy",
     scratch: Path | None = None,
+    shards: Shards | None = None,
 ) -> Features:
     """Run every sample of a source through an encoder.
 
@@ -62,6 +65,8 @@ def extract_features(
             memory-mapped one keeps large features off the heap.
         loss: see `head_gradient`.
         scratch: folder where an encoder that is paid for each row records what it has; None keeps nothing.
+        shards: where finished rows are kept, so that a killed run goes on with what is missing; not used with ready-made or
+            paid rows. None keeps nothing.
 
     Returns:
         embedding float32 [N, D], and for `"gradient"` head_gradient float32 [N, C], both on the CPU, in the source's order.
@@ -82,19 +87,17 @@ def extract_features(
             if kind == "gradient" and labels is not None:
                 _check_head(encoder, labels, len(source), num_classes)
                 wanted = labels
-            advice = LOOK_AT_SAMPLES
-            stream: Iterator[Rows]
+            advice, kept = LOOK_AT_SAMPLES, shards or NothingKept()
+            rows_of: Callable[[Tensor], Iterator[Rows]]
             if isinstance(encoder, RowEncoder):
-                stream = encoder.rows(source, batch_size, num_workers, scratch)
-                advice = encoder.advice
+                rows_of = partial(_all_rows, encoder, source, batch_size, num_workers, scratch)
+                advice, kept = encoder.advice, NothingKept()
             elif isinstance(encoder, TextEncoder):
-                stream = _text_to_rows(encoder, source, batch_size)
+                rows_of = partial(_text_to_rows, encoder, source, batch_size)
             else:
-                stream = _images_to_rows(
-                    encoder, ImageBatches(source, encoder.preprocess, batch_size), wanted, loss, target, num_workers
-                )
-            features = collect(stream, len(source), progress, out or allocate_in_memory, advice)
-            del encoder, stream
+                rows_of = partial(_images_to_rows, encoder, source, batch_size, wanted, loss, target, num_workers)
+            features = collect(rows_of, len(source), progress, out or allocate_in_memory, advice, kept)
+            del encoder, rows_of
     finally:
         release_memory()
     return features
@@ -156,25 +159,39 @@ class _HalvedBatch:
             return None
 
 
-def _text_to_rows(encoder: TextEncoder, source: Any, batch_size: int) -> Iterator[Rows]:
+def _all_rows(
+    encoder: RowEncoder,
+    source: Any,
+    batch_size: int,
+    num_workers: int | Literal["auto"],
+    scratch: Path | None,
+    missing: Tensor,
+) -> Iterator[Rows]:
+    return encoder.rows(source, batch_size, num_workers, scratch)
+
+
+def _text_to_rows(encoder: TextEncoder, source: Any, batch_size: int, missing: Tensor) -> Iterator[Rows]:
     embedder = _HalvedBatch(encoder)
-    for batch in iterate_text_batches(source, encoder, batch_size):
+    for batch in iterate_text_batches(source, encoder, batch_size, missing):
         yield Rows(batch.positions, embedder.embed(batch.tokens))
 
 
 def _images_to_rows(
     encoder: Encoder,
-    batches: ImageBatches,
+    source: Any,
+    batch_size: int,
     labels: Tensor | None,
     loss: HeadLoss,
     device: torch.device,
     num_workers: int | Literal["auto"],
+    missing: Tensor,
 ) -> Iterator[Rows]:
-    """Rows of every batch, in order, still on the device."""
+    """Rows of every batch of the samples `missing`, in order, still on the device."""
+    batches = ImageBatches(source, encoder.preprocess, batch_size, missing)
     warnings: list[tuple[int, str]] = []
     embedder = _HalvedBatch(encoder)
     done = 0
-    for batch in iterate_batches(batches, num_workers, device):
+    for positions, batch in zip(batches.batches, iterate_batches(batches, num_workers, device), strict=True):
         if batch.error is not None:
             raise batch.error
         assert batch.images is not None
@@ -182,9 +199,8 @@ def _images_to_rows(
         embedding = embedder.embed(batch.images)
         gradient = None
         if labels is not None:
-            gradient = head_gradient(encoder.logits(embedding), labels[done : done + len(embedding)], loss)
-        positions = torch.arange(done, done + len(embedding))
-        done += len(embedding)
+            gradient = head_gradient(encoder.logits(embedding), labels[positions], loss)
+        done += len(positions)
         yield Rows(positions, embedding, gradient)
     if warnings:
         first = "; ".join(f"sample {index}: {text}" for index, text in warnings[:NAMED_SAMPLES])

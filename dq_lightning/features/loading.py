@@ -52,27 +52,39 @@ class ImageBatch(NamedTuple):
 
 
 class ImageBatches(Dataset[ImageBatch]):
-    """Batches of a source as a map-style dataset: item b holds the samples from b * batch_size on."""
+    """Batches of a source as a map-style dataset: item b holds the samples `batches[b]`.
 
-    def __init__(self, source: ImageSource, preprocess: Preprocessing, batch_size: int) -> None:
+    Each batch lies within one stretch of `batch_size` samples of the source, so what is left out changes no other batch.
+
+    Args:
+        source: N images.
+        preprocess: from an image to a tensor.
+        batch_size: samples a batch at most.
+        positions: int64 [n], ascending, of the samples wanted; None takes all.
+    """
+
+    def __init__(
+        self, source: ImageSource, preprocess: Preprocessing, batch_size: int, positions: Tensor | None = None
+    ) -> None:
         self.source = source
         self.preprocess = preprocess
         self.batch_size = batch_size
+        self.batches = stretches(torch.arange(len(source)) if positions is None else positions, batch_size)
 
     def __len__(self) -> int:
-        return -(-len(self.source) // self.batch_size)
+        return len(self.batches)
 
     def __getitem__(self, batch: int) -> ImageBatch:
-        first = batch * self.batch_size
         images: list[Tensor] = []
         warnings: list[tuple[int, str]] = []
+        indices = self.batches[batch].tolist()
         try:
-            for index in range(first, min(first + self.batch_size, len(self.source))):
+            for index in indices:
                 images.append(self.prepare(index))
                 text = self.source.decode_warning(index)
                 if text is not None:
                     warnings.append((index, text))
-            return ImageBatch(stack(images, first), warnings, None)
+            return ImageBatch(stack(images, indices), warnings, None)
         except Exception as error:
             # returned, not raised: the loader would bury it under its own traceback
             return ImageBatch(None, warnings, error)
@@ -100,28 +112,35 @@ class ImageBatches(Dataset[ImageBatch]):
         return tensor
 
 
-def stack(images: list[Tensor], first: int) -> Tensor:
-    """Stack equally shaped tensors; `first` is the sample index of the first one."""
-    for offset, image in enumerate(images):
+def stretches(positions: Tensor, size: int) -> list[Tensor]:
+    """Ascending positions, cut where a multiple of `size` lies between two of them."""
+    _, counts = torch.unique_consecutive(positions // size, return_counts=True)
+    return list(torch.split(positions, counts.tolist()))
+
+
+def stack(images: list[Tensor], indices: list[int]) -> Tensor:
+    """Stack equally shaped tensors, which belong to the samples `indices`."""
+    for index, image in zip(indices, images, strict=True):
         if image.shape != images[0].shape:
             raise FeatureError(
                 f"the encoder's preprocessing gives tensors of different shapes: {tuple(images[0].shape)} for sample "
-                f"{first} and {tuple(image.shape)} for sample {first + offset}; add a resize to a fixed size"
+                f"{indices[0]} and {tuple(image.shape)} for sample {index}; add a resize to a fixed size"
             )
     return torch.stack(images)
 
 
 def choose_num_workers(batches: ImageBatches, device: torch.device) -> int:
     """How many loader processes pay off, from the time that a few samples take; 0 if all take under two seconds."""
-    count = min(8, len(batches.source))
+    total = sum(map(len, batches.batches))
+    tried = [index for batch in batches.batches[:1] for index in batch[:8].tolist()]
     started = time.perf_counter()
     try:
-        for index in range(count):
+        for index in tried:
             batches.prepare(index)
     except Exception:
         # it is raised again, in its turn, where it belongs
         return 0
-    seconds = (time.perf_counter() - started) / max(count, 1) * len(batches.source)
+    seconds = (time.perf_counter() - started) / max(len(tried), 1) * total
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if seconds < WORKER_START_SECONDS:
         return 0

@@ -1,6 +1,7 @@
 """Texts to batches of tokens, the longest first, so that little is padded."""
 
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dq_lightning.features.encoders import TextEncoder
+from dq_lightning.features.loading import stretches
 
 logger = logging.getLogger("dq_lightning")
 # so many batches are sorted by length together: memory stays bounded, and the padding is that of a full sort within 2 %
@@ -41,27 +43,43 @@ class TextBatch(NamedTuple):
     tokens: Tensor
 
 
-def iterate_text_batches(source: TextSource, encoder: TextEncoder, batch_size: int) -> Iterator[TextBatch]:
-    """Batches of all samples, the longest of each window first; the next window is tokenized meanwhile, in a thread."""
-    window = batch_size * BATCHES_PER_WINDOW
-    starts = range(0, len(source), window)
+def iterate_text_batches(
+    source: TextSource, encoder: TextEncoder, batch_size: int, positions: Tensor
+) -> Iterator[TextBatch]:
+    """Batches of some samples, the longest of each window first; the next window is tokenized meanwhile, in a thread.
+
+    Windows are stretches of the whole source, so what has been done before changes no batch of the rest.
+
+    Args:
+        source: gives the texts.
+        encoder: splits them into tokens.
+        batch_size: samples a batch at most.
+        positions: int64 [n], ascending.
+    """
+    size = batch_size * BATCHES_PER_WINDOW
+    windows = stretches(positions, size)
     full = 0
 
-    def tokenized(start: int) -> list[list[int]]:
-        return encoder.tokenize(source.texts(range(start, min(start + window, len(source)))))
+    def tokenized(window: Tensor) -> list[list[int]]:
+        first, last = int(window[0]), int(window[-1])
+        # a source may read consecutive texts at once
+        whole = last - first + 1 == len(window)
+        return encoder.tokenize(source.texts(range(first, last + 1) if whole else window.tolist()))
 
     with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as pool:
-        ahead = pool.submit(tokenized, 0)
-        for start in starts:
-            tokens = ahead.result()
-            if start + window < len(source):
-                ahead = pool.submit(tokenized, start + window)
+        ahead = deque(pool.submit(tokenized, window) for window in windows[:1])
+        for number, window in enumerate(windows, start=1):
+            tokens = ahead.popleft().result()
+            ahead.extend(pool.submit(tokenized, following) for following in windows[number : number + 1])
             full += sum(len(row) >= encoder.max_length for row in tokens)
             for places in batches_by_length([len(row) for row in tokens], batch_size):
-                yield TextBatch(torch.from_numpy(places + start), pad([tokens[place] for place in places]))
+                yield TextBatch(window[torch.from_numpy(places)], pad([tokens[place] for place in places]))
     if full:
         logger.info(
-            "features: %d of %d texts fill the %d tokens that the encoder reads", full, len(source), encoder.max_length
+            "features: %d of %d texts fill the %d tokens that the encoder reads",
+            full,
+            len(positions),
+            encoder.max_length,
         )
 
 

@@ -28,6 +28,7 @@ from dq_lightning.store.leftovers import remove_stale
 from dq_lightning.store.lock import economy_lock, host_name
 from dq_lightning.store.manifest import Damage, check_entry, read_manifest, write_manifest
 from dq_lightning.store.misses import describe_change
+from dq_lightning.store.shards import remove_shards
 
 logger = logging.getLogger("dq_lightning")
 
@@ -224,6 +225,7 @@ class Cache:
                 self._commit(temp, target, force)
         finally:
             files.remove_folder(temp)
+        remove_shards(target)
         return target
 
     def _commit(self, temp: Path, target: Path, force: bool) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dq_lightning.store import files
 from dq_lightning.store.lock import host_name, process_alive
+from dq_lightning.store.shards import remove_abandoned
 
 STALE_SECONDS = 24 * 3600.0
 # of another host, whose processes cannot be asked about
@@ -13,7 +14,7 @@ FOREIGN_STALE_SECONDS = 7 * 24 * 3600.0
 
 
 def remove_stale(folder: Path, now: float) -> None:
-    """Remove temp folders and files that nobody works on any more.
+    """Remove temp folders and files that nobody works on any more, and the shards of entries that nobody goes on with.
 
     Args:
         folder: of a station.
@@ -25,6 +26,7 @@ def remove_stale(folder: Path, now: float) -> None:
         here = host == host_name() and pid.isdigit()
         if age > STALE_SECONDS and not process_alive(int(pid)) if here else age > FOREIGN_STALE_SECONDS:
             files.remove(leftover)
+    remove_abandoned(folder, now)
 
 
 def clean(folders: Iterable[Path]) -> None:
