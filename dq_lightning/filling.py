@@ -15,6 +15,7 @@ from dq_lightning.patch_plan import PatchPlan
 from dq_lightning.patch_records import PatchedImage
 from dq_lightning.patches.fill import fill_pixels
 from dq_lightning.progress import progress_bar
+from dq_lightning.resuming import Shards
 from dq_lightning.sources.items import at, with_value
 from dq_lightning.store.cache import require_space
 from dq_lightning.store.packed import Item, write_packed
@@ -26,7 +27,9 @@ WINDOW = 8
 MEASURED_SAMPLES = 64
 
 
-def write_filled(folder: Path, store: Path, patches: PatchPlan, *, device: str, progress: bool) -> None:
+def write_filled(
+    folder: Path, store: Path, patches: PatchPlan, *, device: str, progress: bool, shards: Shards | None = None
+) -> None:
     """Write the samples of a store of patches as a plain packed store, with the dropped patches filled.
 
     The images are written as raw pixels: what they cost on the disk buys the speed of the loader, and this folder can be
@@ -38,6 +41,7 @@ def write_filled(folder: Path, store: Path, patches: PatchPlan, *, device: str, 
         patches: names the reconstructor.
         device: where it runs.
         progress: show a bar.
+        shards: where finished samples are kept; None keeps nothing.
     """
     samples = PackedDataset(store, patches="packed")
     place = tuple(samples.attributes["image_place"])
@@ -46,17 +50,25 @@ def write_filled(folder: Path, store: Path, patches: PatchPlan, *, device: str, 
     )
     write_packed(
         folder,
-        filled_items(samples, place, patches, device=device, progress=progress),
+        lambda start: filled_items(samples, place, patches, device=device, progress=progress, start=start),
         ids=samples.ids,
         index=samples.index,
         bins=samples.bin,
         attributes=samples.attributes,
         raw_images=True,
+        shards=shards,
+        grain=WINDOW * patches.config.batch_size,
     )
 
 
 def filled_items(
-    samples: PackedDataset, place: tuple[str | int, ...], patches: PatchPlan, *, device: str, progress: bool
+    samples: PackedDataset,
+    place: tuple[str | int, ...],
+    patches: PatchPlan,
+    *,
+    device: str,
+    progress: bool,
+    start: int = 0,
 ) -> Iterator[Item]:
     """The samples of a packed store, in order, with the dropped patches filled.
 
@@ -66,6 +78,7 @@ def filled_items(
         patches: names the reconstructor.
         device: where it runs.
         progress: show a bar.
+        start: number of the first sample to be filled; a multiple of a window changes no batch.
     """
     target = resolve_device(device)
     try:
@@ -73,7 +86,8 @@ def filled_items(
             filler = Filler(patches, str(target))
             window: list[Any] = []
             with progress_bar(progress, total=len(samples), unit="img", description="filling") as bar:
-                for sample in samples:
+                bar.update(start)
+                for sample in samples if start == 0 else map(samples.__getitem__, range(start, len(samples))):
                     window.append(sample)
                     if len(window) == WINDOW * patches.config.batch_size:
                         yield from filler.samples(window, place)

@@ -21,6 +21,7 @@ from dq_lightning.patches.choose import choose_patches, kept_count, make_choice,
 from dq_lightning.patches.score import score_images, split_scores
 from dq_lightning.plan import Plan
 from dq_lightning.records import PatchChoice, Selection
+from dq_lightning.resuming import Shards
 from dq_lightning.sources.items import at, with_value
 from dq_lightning.store.packed import Item
 from dq_lightning.store.patched import pack_image
@@ -30,7 +31,9 @@ WORKERS_PAY_FROM = 512
 BUDGET_ROUNDS = 8
 
 
-def score_selection(plan: Plan, selection: Selection, *, device: str, progress: bool) -> tuple[Tensor, Tensor]:
+def score_selection(
+    plan: Plan, selection: Selection, *, device: str, progress: bool, shards: Shards | None = None
+) -> tuple[Tensor, Tensor]:
     """Scores float32 [sum of L_i] and sizes int32 [M, 2] of the kept samples; see `score_images`."""
     patches = patches_of(plan)
     target = resolve_device(device)
@@ -48,6 +51,7 @@ def score_selection(plan: Plan, selection: Selection, *, device: str, progress: 
                 batch_size=patches.config.batch_size,
                 num_workers=_num_workers(plan, len(selection)),
                 progress=progress,
+                shards=shards,
             )
             del scorer
     finally:
@@ -87,10 +91,10 @@ def choose(plan: Plan, selection: Selection, scores: Tensor, sizes: Tensor) -> P
     )
 
 
-def packed_items(plan: Plan, selection: Selection, choice: PatchChoice) -> Iterator[Item]:
-    """The kept samples, each with its image's kept patches in the place of the image."""
+def packed_items(plan: Plan, selection: Selection, choice: PatchChoice, start: int = 0) -> Iterator[Item]:
+    """The kept samples from number `start` on, each with its image's kept patches in the place of the image."""
     leaf = image_place(plan)
-    for sample, image in _packed_images(plan, selection, choice):
+    for sample, image in _packed_images(plan, selection, choice, start):
         yield with_value(sample, leaf, image), None
 
 
@@ -117,12 +121,14 @@ def _array_size(image: Any) -> tuple[int, int]:
     return (shape[-2], shape[-1]) if isinstance(image, Tensor) else (shape[0], shape[1])
 
 
-def _packed_images(plan: Plan, selection: Selection, choice: PatchChoice) -> Iterator[tuple[Any, PatchedImage]]:
+def _packed_images(
+    plan: Plan, selection: Selection, choice: PatchChoice, start: int = 0
+) -> Iterator[tuple[Any, PatchedImage]]:
     """Samples and their packed images, in order; read here, because datasets are seldom safe to share, packed in threads."""
     patches, place = patches_of(plan), image_place(plan)
 
     def read() -> Iterator[Callable[[], tuple[Any, PatchedImage]]]:
-        for number, position in enumerate(selection.index.tolist()):
+        for number, position in enumerate(selection.index[start:].tolist(), start):
             sample = plan.source.plain(position)
             leaf = whole_leaf(plan, position, sample, place)
             yield _Packing(sample, leaf, choice.mask(number), patches)

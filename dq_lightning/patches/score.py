@@ -15,6 +15,7 @@ from dq_lightning.errors import DQError, PatchError
 from dq_lightning.patch_records import Grid
 from dq_lightning.patches.saliency import PatchScorer
 from dq_lightning.progress import progress_bar
+from dq_lightning.resuming import NothingKept, Shards
 
 logger = logging.getLogger("dq_lightning")
 # images of other sizes than the batch's wait for company, but not without limit
@@ -63,6 +64,7 @@ def score_images(
     batch_size: int = 64,
     num_workers: int = 0,
     progress: bool = True,
+    shards: Shards | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score every patch of some images of a source.
 
@@ -78,6 +80,7 @@ def score_images(
         batch_size: images a step.
         num_workers: loader processes.
         progress: show a bar.
+        shards: where finished scores are kept, so that a killed run goes on with what is missing; None keeps nothing.
 
     Returns:
         scores float32 [sum of L_i], image after image, and sizes int32 [M, 2], height and width of every image.
@@ -86,11 +89,12 @@ def score_images(
         SourceError: an image cannot be read; as the source raised it.
         PatchError: scores are not finite; names the sample.
     """
-    rows: list[Tensor] = [torch.empty(0)] * len(index)
-    sizes = torch.zeros(len(index), 2, dtype=torch.int32)
+    table = _Scores(len(index), patch_size, shards or NothingKept())
     stepper = _HalvedBatch(scorer, patch_size, torch.device(device))
-    reads = _read_all(_Images(source, index), num_workers)
     with progress_bar(progress, total=len(index), unit="img", description="saliency") as bar:
+        missing = table.restore()
+        bar.update(len(index) - len(missing))
+        reads = zip(missing, _read_all(_Images(source, index[missing]), num_workers), strict=True)
         for places, images in _batches(reads, batch_size):
             chosen = torch.tensor(places)
             batch_labels = None if labels is None else labels[chosen]
@@ -101,11 +105,51 @@ def score_images(
                     f"the saliency of sample {int(index[places[bad]])} is not finite: look at its pixels, or use "
                     'saliency="variance"'
                 )
-            sizes[chosen] = torch.tensor(images.shape[2:], dtype=torch.int32)
-            for place, row in zip(places, scores, strict=True):
-                rows[place] = row
+            table.add(places, scores, (images.shape[2], images.shape[3]))
             bar.update(len(places))
-    return torch.cat([torch.empty(0), *rows]), sizes
+    return torch.cat([torch.empty(0), *table.rows]), table.sizes
+
+
+class _Scores:
+    """The scores that are there.
+
+    Attributes:
+        rows: float32 [L_i] of every image, empty before it is scored.
+        sizes: int32 [M, 2], heights and widths.
+    """
+
+    def __init__(self, num_images: int, patch_size: int, shards: Shards) -> None:
+        self.rows: list[Tensor] = [torch.empty(0)] * num_images
+        self.sizes = torch.zeros(num_images, 2, dtype=torch.int32)
+        self._patch_size, self._shards = patch_size, shards
+        self._to_keep: list[int] = []
+
+    def restore(self) -> list[int]:
+        """Take over what an earlier run has kept; the places of the images that are missing."""
+        for piece in self._shards.restore(len(self.rows)):
+            places = piece["places"].tolist()
+            sizes = torch.from_numpy(piece["sizes"])
+            self.sizes[places] = sizes
+            for place, row in zip(
+                places, split_scores(torch.from_numpy(piece["scores"]), sizes, self._patch_size), strict=True
+            ):
+                self.rows[place] = row
+        return [place for place, row in enumerate(self.rows) if not len(row)]
+
+    def add(self, places: list[int], scores: Tensor, size: tuple[int, int]) -> None:
+        self.sizes[places] = torch.tensor(size, dtype=torch.int32)
+        for place, row in zip(places, scores, strict=True):
+            self.rows[place] = row
+        self._to_keep += places
+        if self._shards.is_due():
+            kept = self._to_keep
+            arrays = {
+                "places": torch.tensor(kept).numpy(),
+                "sizes": self.sizes[kept].numpy(),
+                "scores": torch.cat([self.rows[place] for place in kept]).numpy(),
+            }
+            self._shards.keep(len(kept), arrays)
+            self._to_keep = []
 
 
 def split_scores(scores: Tensor, sizes: Tensor, patch_size: int) -> list[Tensor]:
@@ -127,11 +171,14 @@ def _read_all(images: _Images, num_workers: int) -> Iterator[_Read]:
     )
 
 
-def _batches(reads: Iterator[_Read], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
-    """Places and images [B, 3, H, W] of one size, B at most `batch_size`."""
+def _batches(reads: Iterator[tuple[int, _Read]], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+    """Places and images [B, 3, H, W] of one size, B at most `batch_size`.
+
+    Without the images of the first batches, the reads give the other batches unchanged: what they hold has waited for as long.
+    """
     waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
     held = 0
-    for place, (image, error) in enumerate(reads):
+    for place, (image, error) in reads:
         if error is not None:
             raise error
         assert image is not None

@@ -16,7 +16,7 @@ import itertools
 import json
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from torch import Tensor
 from dq_lightning.errors import StoreError
 from dq_lightning.patch_records import PatchedImage
 from dq_lightning.records import EncodedImage
+from dq_lightning.resuming import Array, Shards
 from dq_lightning.store import files
 from dq_lightning.store.columns import (
     STREAM_KIND,
@@ -36,13 +37,15 @@ from dq_lightning.store.columns import (
     Leaf,
     fits,
     leaf_bytes,
+    leaf_from_json,
     leaf_to_json,
     plan,
 )
 from dq_lightning.store.npy import npy_header
+from dq_lightning.store.packing_shards import Unkept, facts_of, samples_of
 from dq_lightning.store.patch_stream import uvarint, write_stream
 from dq_lightning.store.patched import patched_images
-from dq_lightning.store.trees import Tree, leaves_of, tree_to_json
+from dq_lightning.store.trees import Tree, leaves_of, tree_from_json, tree_to_json
 from dq_lightning.store.values import encode_value
 
 STORE_FILE = "store.json"
@@ -55,17 +58,20 @@ LOOK_AHEAD_SAMPLES = 64
 LOOK_AHEAD_BYTES = 64 << 20
 
 Item = tuple[Any, EncodedImage | None]
+Buffer = bytes | memoryview
 
 
 def write_packed(
     folder: Path,
-    items: Iterable[Item],
+    items: Iterable[Item] | Callable[[int], Iterator[Item]],
     *,
     ids: Sequence[str],
     index: Tensor,
     bins: Tensor,
     attributes: dict[str, Any],
     raw_images: bool = False,
+    shards: Shards | None = None,
+    grain: int = 1,
 ) -> None:
     """Write samples, one after the other, in memory independent of their number.
 
@@ -73,11 +79,14 @@ def write_packed(
         folder: empty or not there yet.
         items: M pairs (sample, its image's original bytes or None). A sample is any tree of tuples, lists and dicts
             over None, bool, int, float, complex, str, bytes, numpy and torch values, Pillow images and `PatchedImage`.
+            Or a function that gives those from a number on.
         ids: M names.
         index: int64 [M], positions in the source.
         bins: int16 [M].
         attributes: plain JSON, kept as it is.
         raw_images: write Pillow images of any size as raw pixels, which are the fastest to read and the largest.
+        shards: where finished samples are kept, so that a killed run goes on with the rest; None keeps nothing.
+        grain: what is kept is a multiple of so many samples.
 
     Raises:
         StoreError: counts that differ, or a value that cannot be stored unchanged.
@@ -93,7 +102,7 @@ def write_packed(
         raise StoreError(f"attributes must be plain JSON: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
     writer = _StoreWriter(folder, num_samples, raw_images)
-    writer.samples(items)
+    writer.samples(items if callable(items) else _from(items), shards, grain)
     writer.small_array("index", index.to(torch.int64).numpy().astype("<i8"))
     writer.small_array("bin", bins.to(torch.int16).numpy().astype("<i2"))
     writer.names(ids)
@@ -120,40 +129,78 @@ class _StoreWriter:
         self.tree = Tree("leaf", 0)
         self.leaves: list[Leaf] = []
         self.version = VERSION_WITHOUT_PATCHES
+        self.columns: list[files.Writer | None] = []
+        self.values: files.Writer | None = None
+        self.offsets = np.zeros(num_samples + 1, "<i8")
+        self.checksums = np.zeros(num_samples, "<u4")
+        self.count = 0
 
-    def samples(self, items: Iterable[Item]) -> None:
-        stream = iter(items)
-        first = list(_look_ahead(stream))
-        self.tree, self.leaves = plan([sample for sample, _ in first], self.raw_images)
-        offsets = np.zeros(self.num_samples + 1, "<i8")
-        checksums = np.zeros(self.num_samples, "<u4")
-        count = 0
+    def samples(self, items: Callable[[int], Iterator[Item]], shards: Shards | None, grain: int) -> None:
+        unkept = Unkept(shards, grain)
         with ExitStack() as stack:
-            columns = [self._open_column(stack, number, leaf) for number, leaf in enumerate(self.leaves)]
-            values = stack.enter_context(files.Writer(self.folder / "values.bin"))
-            for sample, encoded in itertools.chain(first, stream):
-                if count >= self.num_samples:
+            for piece in shards.restore(self.num_samples) if shards is not None else ():
+                if not self._take(piece, stack):
+                    break
+            stream = items(self.count)
+            if self.values is None:
+                first = list(_look_ahead(stream))
+                self._open(*plan([sample for sample, _ in first], self.raw_images), stack)
+                stream = itertools.chain(first, stream)
+            for sample, encoded in stream:
+                if self.count >= self.num_samples:
                     raise StoreError(f"there are more samples than the {self.num_samples} ids")
                 try:
                     rows, value = self._encode(sample, encoded)
                 except StoreError as error:
-                    raise StoreError(f"sample {count}: {error}") from error
-                checksum = count & 0xFFFFFFFF
-                for column, row in zip(columns, rows, strict=True):
-                    if column is not None:
-                        column.write(row)
-                        checksum = zlib.crc32(row, checksum)
-                values.write(value)
-                checksums[count] = zlib.crc32(value, checksum)
-                count += 1
-                offsets[count] = values.size
-        if count != self.num_samples:
-            raise StoreError(f"there are {count} samples but {self.num_samples} ids")
-        for written in (*columns, values):
+                    raise StoreError(f"sample {self.count}: {error}") from error
+                self._put(rows, value)
+                unkept.add(rows, value, self._layout)
+        if self.count != self.num_samples:
+            raise StoreError(f"there are {self.count} samples but {self.num_samples} ids")
+        for written in (*self.columns, self.values):
             if written is not None:
                 self.files[written.path.name] = {"size": written.size, "sha256": written.sha256()}
-        self.small_array("value_offsets", offsets)
-        self.small_array("checksums", checksums)
+        self.small_array("value_offsets", self.offsets)
+        self.small_array("checksums", self.checksums)
+
+    def _take(self, piece: dict[str, Array], stack: ExitStack) -> bool:
+        """Write what a shard holds; False when it was laid out in another way than those before."""
+        layout = facts_of(piece)
+        if self.values is None:
+            leaves = [leaf_from_json(leaf) for leaf in layout["columns"]]
+            self._open(tree_from_json(layout["tree"], len(leaves)), leaves, stack)
+        self.version = max(self.version, layout["version"])
+        if layout != self._layout():
+            return False
+        for rows, value in samples_of(piece, [leaf.row_bytes for leaf in self.leaves]):
+            self._put(rows, value)
+        return True
+
+    def _put(self, rows: Sequence[Buffer], value: Buffer) -> None:
+        """Write a sample as `_encode` gives it."""
+        assert self.values is not None
+        checksum = self.count & 0xFFFFFFFF
+        for column, row in zip(self.columns, rows, strict=True):
+            if column is not None:
+                column.write(row)
+                checksum = zlib.crc32(row, checksum)
+        self.values.write(value)
+        self.checksums[self.count] = zlib.crc32(value, checksum)
+        self.count += 1
+        self.offsets[self.count] = self.values.size
+
+    def _layout(self) -> dict[str, Any]:
+        """How the samples so far are laid out, as it is described in store.json."""
+        return {
+            "version": self.version,
+            "tree": tree_to_json(self.tree),
+            "columns": [leaf_to_json(leaf) for leaf in self.leaves],
+        }
+
+    def _open(self, tree: Tree, leaves: list[Leaf], stack: ExitStack) -> None:
+        self.tree, self.leaves = tree, leaves
+        self.columns = [self._open_column(stack, number, leaf) for number, leaf in enumerate(leaves)]
+        self.values = stack.enter_context(files.Writer(self.folder / "values.bin"))
 
     def _open_column(self, stack: ExitStack, number: int, leaf: Leaf) -> files.Writer | None:
         if leaf.kind in (VALUE_KIND, STREAM_KIND, "none"):
@@ -209,14 +256,15 @@ class _StoreWriter:
     def finish(self, attributes: dict[str, Any]) -> None:
         description = {
             "format": FORMAT,
-            "version": self.version,
             "num_samples": self.num_samples,
-            "tree": tree_to_json(self.tree),
-            "columns": [leaf_to_json(leaf) for leaf in self.leaves],
             "files": self.files,
             "attributes": attributes,
-        }
+        } | self._layout()
         files.write_bytes(self.folder / STORE_FILE, files.seal(description))
+
+
+def _from(items: Iterable[Item]) -> Callable[[int], Iterator[Item]]:
+    return lambda start: itertools.islice(items, start, None)
 
 
 def _look_ahead(stream: Iterator[Item]) -> Iterator[Item]:
