@@ -93,12 +93,12 @@ def prune(
 ) -> Pruned:
     """Remove entries from a cache: first those not used for so long, then the longest unused until the rest is small enough.
 
-    An entry was last used when one of its files was last read or written, as far as the file system notes reading (many do
-    once a day), and at least when it was made. It is left alone while it is being made, while a process of this host has its
-    samples open, and for a minute after it was made or read. Files that a training on another host has open stay readable on
-    POSIX systems: an entry leaves by a rename, its space when the last reader closes. A training that opens its entry anew
-    (a later epoch's workers) after that stops with an error that says so, and its next start makes the entry again. What
-    killed processes left over, and damaged entries that were moved aside, go as well.
+    An entry was last used when a run last found it, and at least when it was made; where the file system notes reading (many
+    do once a day), also when one of its files was last read. It is left alone while it is being made, while a process of this
+    host has its samples open, and for a minute after it was made or used. Files that a training on another host has open stay
+    readable on POSIX systems: an entry leaves by a rename, its space when the last reader closes. A training that opens its
+    entry anew (a later epoch's workers) after that stops with an error that says so, and its next start makes the entry
+    again. What killed processes left over, and damaged entries that were moved aside, go as well.
 
     Args:
         root: of the cache.
@@ -127,7 +127,8 @@ def prune(
         old = older_than_days is not None and now - used[entry.path] > 86400 * older_than_days
         if not old and (max_bytes is None or total <= max_bytes):
             continue
-        if now - used[entry.path] > YOUNG_SECONDS and _remove(cache, entry, dry_run):
+        # looked at again: it may have been found by a run since all were looked at
+        if now - last_used(entry) > YOUNG_SECONDS and _remove(cache, entry, dry_run):
             removed.append(entry)
             total -= entry.bytes
         else:
@@ -145,13 +146,13 @@ def _now(cache: Cache) -> float:
 
 
 def last_used(entry: EntryInfo) -> float:
-    """Seconds since 1970 when a file of an entry was last read or written."""
+    """Seconds since 1970 when an entry was last found by a run, or one of its files read or written; 0 when it is gone."""
     times = []
     with suppress(ValueError):
         times.append(datetime.fromisoformat(entry.created).timestamp())
-    for path in entry.path.iterdir():
-        # the manifest is read by looking at the cache, which is no use of the entry
-        with suppress(OSError):
+    with suppress(OSError):
+        for path in entry.path.iterdir():
+            # looking at the cache reads the manifest; a run that finds the entry renews its date
             seen = path.stat()
             times.append(seen.st_mtime if path.name == MANIFEST else max(seen.st_atime, seen.st_mtime))
     return max(times, default=0.0)

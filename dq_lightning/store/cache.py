@@ -26,7 +26,7 @@ from dq_lightning.store.digests import FileDigestMemory
 from dq_lightning.store.keys import canonical_parts
 from dq_lightning.store.leftovers import remove_stale
 from dq_lightning.store.lock import economy_lock, host_name
-from dq_lightning.store.manifest import Damage, check_entry, read_manifest, write_manifest
+from dq_lightning.store.manifest import MANIFEST, Damage, check_entry, read_manifest, write_manifest
 from dq_lightning.store.misses import describe_change
 from dq_lightning.store.shards import remove_shards
 
@@ -131,6 +131,9 @@ class Cache:
                 ) from error
             self._move_aside(target, f"it cannot be read ({error})")
             return None
+        with contextlib.suppress(OSError):
+            # prune goes by this date; that of reading is noted by few file systems
+            os.utime(target / MANIFEST)
         return target
 
     def _move_aside(self, target: Path, reason: str) -> None:
@@ -178,7 +181,7 @@ class Cache:
             locks.mkdir(exist_ok=True)
 
         def finished() -> bool:
-            return not force and (target / "manifest.json").exists()
+            return not force and (target / MANIFEST).exists()
 
         with economy_lock(locks / f"{station}-{target.name}", finished):
             if not force and (found := self._find(target)):
