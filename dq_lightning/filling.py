@@ -15,12 +15,13 @@ from dq_lightning.patch_plan import PatchPlan
 from dq_lightning.patch_records import PatchedImage
 from dq_lightning.patches.fill import fill_pixels
 from dq_lightning.progress import progress_bar
-from dq_lightning.resuming import Shards
 from dq_lightning.sources.items import at, with_value
 from dq_lightning.store.cache import require_space
-from dq_lightning.store.packed import Item, write_packed
+from dq_lightning.store.files import file_digest
+from dq_lightning.store.packed import STORE_FILE, Item, write_packed
 from dq_lightning.store.patched import image_leaf, unpack_image
 from dq_lightning.store.reader import PackedDataset
+from dq_lightning.store.shards import KeptShards
 
 # images of different sizes and numbers of patches that wait for their batch, in batches
 WINDOW = 8
@@ -28,7 +29,7 @@ MEASURED_SAMPLES = 64
 
 
 def write_filled(
-    folder: Path, store: Path, patches: PatchPlan, *, device: str, progress: bool, shards: Shards | None = None
+    folder: Path, store: Path, patches: PatchPlan, *, device: str, progress: bool, shards: KeptShards
 ) -> None:
     """Write the samples of a store of patches as a plain packed store, with the dropped patches filled.
 
@@ -41,13 +42,14 @@ def write_filled(
         patches: names the reconstructor.
         device: where it runs.
         progress: show a bar.
-        shards: where finished samples are kept; None keeps nothing.
+        shards: finished samples.
     """
     samples = PackedDataset(store, patches="packed")
     place = tuple(samples.attributes["image_place"])
     require_space(
         folder, sum(image.height * image.width * len(image.mode) for image in map(samples.patched, range(len(samples))))
     )
+    shards.made_from = file_digest(store / STORE_FILE)
     write_packed(
         folder,
         lambda start: filled_items(samples, place, patches, device=device, progress=progress, start=start),

@@ -20,8 +20,9 @@ from dq_lightning.features.extract import extract_features
 from dq_lightning.features.selection_training import with_selection_epochs
 from dq_lightning.filling import write_filled
 from dq_lightning.logs import get_logger
-from dq_lightning.patch_bytes import describe_costs, measure_bytes
-from dq_lightning.patching import choose, image_place, packed_items, score_selection
+from dq_lightning.packing import write_patches, write_whole
+from dq_lightning.patch_bytes import describe_costs
+from dq_lightning.patching import score_selection
 from dq_lightning.plan import (
     BINS,
     FEATURES,
@@ -38,7 +39,7 @@ from dq_lightning.randomness import isolated_random_state
 from dq_lightning.records import Selection, StoreInfo
 from dq_lightning.selection.select import select
 from dq_lightning.store.cache import Cache, Read, default_cache_dir, require_space
-from dq_lightning.store.packed import Item, estimate_bytes, write_packed
+from dq_lightning.store.shards import KeptShards
 from dq_lightning.store.tensors import (
     read_bins,
     read_features,
@@ -195,56 +196,34 @@ class _Build:
     def _load(self, station: str, write: Callable[[Path], None], read: Callable[[Path], Read]) -> Read:
         return self.cache.load(station, self.parts[station], write, read, force=self.force)
 
+    def _shards(self, station: str, noun: str) -> KeptShards:
+        """What a killed run has left of an entry."""
+        return KeptShards(self.cache.place(station, self.parts[station]), noun, fresh=self.force)
+
     def _write_store(self, folder: Path) -> None:
-        selection = self._load(SELECTION, self._write_selection, read_selection)
-        if self.plan.patches is not None:
-            self._write_patches(folder, selection)
+        plan, selection = self.plan, self._load(SELECTION, self._write_selection, read_selection)
+        if plan.patches is not None:
+            scored = self._load(PATCHES, partial(self._write_scores, selection), read_scores)
+            with self._timed("store"):
+                write_patches(folder, plan, selection, *scored, self._shards(STORE, "packing"))
             return
         with self._timed("store"):
-            write_selection(folder, selection)
-            if self.plan.store_kind == "packed":
-                step = max(1, len(selection) // 16)
-                require_space(folder, estimate_bytes(self._whole_items(selection.index[::step]), len(selection)))
-                self._write_samples(folder, selection, self._whole_items(selection.index))
-            write_description(folder, self.plan)
-
-    def _write_patches(self, folder: Path, selection: Selection) -> None:
-        plan = self.plan
-        scores, sizes = self._load(PATCHES, partial(self._write_scores, selection), read_scores)
-        with self._timed("store"):
-            choice = choose(plan, selection, scores, sizes)
-            facts = measure_bytes(plan, selection, choice)
-            require_space(folder, round(facts.unpatched_bytes * facts.keep_ratio))
-            write_selection(folder, selection)
-            one_size = bool((sizes == sizes[:1]).all())
-            items = packed_items(plan, selection, choice)
-            self._write_samples(folder, selection, items, image_place=list(image_place(plan)), one_size=one_size)
-            write_description(folder, plan, facts)
-
-    def _whole_items(self, index: Tensor) -> Iterator[Item]:
-        source = self.plan.source
-        for position in index.tolist():
-            yield source.plain(position), source.encoded(position)
-
-    def _write_samples(self, folder: Path, selection: Selection, items: Iterator[Item], **attributes: Any) -> None:
-        source = self.plan.source
-        write_packed(
-            folder,
-            items,
-            ids=[source.sample_id(i) for i in selection.index.tolist()],
-            index=selection.index,
-            bins=selection.bin,
-            attributes={"source": source.describe()} | attributes,
-        )
+            if plan.store_kind == "packed":
+                write_whole(folder, plan, selection, self._shards(STORE, "packing"))
+            else:
+                write_selection(folder, selection)
+                write_description(folder, plan)
 
     def _write_scores(self, selection: Selection, folder: Path) -> None:
         with self._timed("saliency"):
-            scored = score_selection(self.plan, selection, device=self.device, progress=self.progress)
+            shards = self._shards(PATCHES, "saliency")
+            scored = score_selection(self.plan, selection, device=self.device, progress=self.progress, shards=shards)
         write_scores(folder, *scored)
 
     def _write_filled(self, folder: Path) -> None:
         assert self.plan.patches is not None
-        fill = partial(write_filled, folder, patches=self.plan.patches, device=self.device, progress=self.progress)
+        shards, patches = self._shards(FILLED, "filling"), self.plan.patches
+        fill = partial(write_filled, folder, patches=patches, device=self.device, progress=self.progress, shards=shards)
         with self._timed("filling"):
             # every sample is verified before the first is filled, so a damaged store can be made again here
             self.cache.load(STORE, self.parts[STORE], self._write_store, fill)
@@ -270,10 +249,12 @@ class _Build:
 
     def _write_features(self, folder: Path) -> None:
         settings = self.plan.config.features
+        shards = self._shards(FEATURES, "features")
 
         def allocate(name: str, shape: tuple[int, int]) -> Tensor:
             # known after the first batch: a full disk is told before the hours of work
             require_space(folder, 4 * math.prod(shape))
+            shards.reserve_bytes += 4 * math.prod(shape)
             return torch.empty(shape, dtype=torch.float32)
 
         with self._timed("features"):
@@ -293,5 +274,6 @@ class _Build:
                 progress=self.progress,
                 out=allocate,
                 scratch=self.cache.root / PAID_FOLDER,
+                shards=shards,
             )
         write_features(folder, features)

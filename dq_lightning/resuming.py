@@ -15,12 +15,12 @@ class Shards(Protocol):
     A loop first takes what is there, does what is missing, and keeps what it has done whenever that is due.
     """
 
-    def restore(self, total: int, layout: str = "") -> Iterator[dict[str, Array]]:
+    def restore(self, total: int, made_from: str = "") -> Iterator[dict[str, Array]]:
         """What earlier runs have kept, as it was given to `keep`, in the order of the work.
 
         Args:
             total: samples of the whole stage.
-            layout: what the arrays depend on beside the key; pieces of another layout are dropped.
+            made_from: what the work depends on beside the key, such as weights that were trained for it.
         """
         ...
 
@@ -36,7 +36,7 @@ class Shards(Protocol):
 class NothingKept:
     """Keeps nothing: a killed run begins again."""
 
-    def restore(self, total: int, layout: str = "") -> Iterator[dict[str, Array]]:
+    def restore(self, total: int, made_from: str = "") -> Iterator[dict[str, Array]]:
         """See `Shards`."""
         return iter(())
 

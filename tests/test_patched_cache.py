@@ -15,6 +15,7 @@ from dq_lightning import (
     QuantizedDataModule,
     SelectionConfig,
     filling,
+    packing,
     pipeline,
     quantize,
 )
@@ -29,7 +30,7 @@ WORK = {
     "features": (pipeline, "extract_features"),
     "classifier": (PatchPlan, "load_scorer"),
     "saliency": (pipeline, "score_selection"),
-    "store": (pipeline, "packed_items"),
+    "store": (packing, "packed_items"),
     "filling": (pipeline, "write_filled"),
     "reconstructor": (filling, "Filler"),
 }

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from dq_lightning import (
     PackedDataset,
     filling,
-    pipeline,
+    packing,
 )
 from dq_lightning.patches.grid import grid_of, pixel_mask
 from dq_lightning.plan import FILLED
@@ -248,8 +248,8 @@ def two_swapped(items):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_swap_would_be_noticed(mode, tmp_path, monkeypatch):
-    real = pipeline.packed_items
-    monkeypatch.setattr(pipeline, "packed_items", lambda *given: two_swapped(real(*given)))
+    real = packing.packed_items
+    monkeypatch.setattr(packing, "packed_items", lambda *given: two_swapped(real(*given)))
     module = numbered(tmp_path, mode)
     with pytest.raises(AssertionError, match="another image"):
         assert_identity(module)

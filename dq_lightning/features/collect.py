@@ -43,6 +43,7 @@ def collect(
     allocate: Allocate,
     advice: str,
     shards: Shards,
+    made_from: str = "",
 ) -> Features:
     """Copy the rows to the host, a block of batches at a time, and check that they are finite.
 
@@ -53,12 +54,13 @@ def collect(
         allocate: makes the float32 CPU tensor to fill.
         advice: what to do about values that are not finite.
         shards: rows that an earlier run has made, and where to keep these.
+        made_from: see `Shards.restore`.
 
     Raises:
         FeatureError: a row is not finite, or missing.
     """
     table = _Table(num_samples, allocate, shards)
-    table.restore()
+    table.restore(made_from)
     missing = (~table.seen).nonzero().flatten()
     with progress_bar(progress, total=num_samples, unit="sample", description="features") as bar:
         bar.update(num_samples - len(missing))
@@ -89,14 +91,16 @@ class _Table:
         self._waiting: list[Rows] = []
         self._to_keep: list[Tensor] = []
 
-    def restore(self) -> None:
-        for piece in self._shards.restore(len(self.seen)):
+    def restore(self, made_from: str) -> None:
+        """Take over what an earlier run has kept."""
+        for piece in self._shards.restore(len(self.seen), made_from):
             positions = torch.from_numpy(piece.pop("positions"))
             for name, rows in piece.items():
                 self._fill(name, positions, torch.from_numpy(rows))
             self.seen[positions] = True
 
     def add(self, rows: Rows) -> None:
+        """Take the rows of a batch; they are copied when a block of them is full, or a shard is due."""
         self._waiting.append(rows)
         due = self._shards.is_due()
         if due or len(self._waiting) == BATCHES_PER_COPY:

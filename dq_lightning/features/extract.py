@@ -17,6 +17,7 @@ from dq_lightning.features.encoders import Encoder, RowEncoder, TextEncoder, res
 from dq_lightning.features.gradient import HeadLoss, head_gradient
 from dq_lightning.features.isolation import isolated, release_memory
 from dq_lightning.features.loading import ImageBatches, iterate_batches
+from dq_lightning.features.selection_training import TrainedEncoder
 from dq_lightning.features.text_loading import iterate_text_batches
 from dq_lightning.records import Features
 from dq_lightning.resuming import NothingKept, Shards
@@ -96,7 +97,8 @@ def extract_features(
                 rows_of = partial(_text_to_rows, encoder, source, batch_size)
             else:
                 rows_of = partial(_images_to_rows, encoder, source, batch_size, wanted, loss, target, num_workers)
-            features = collect(rows_of, len(source), progress, out or allocate_in_memory, advice, kept)
+            made_from = encoder.digest() if isinstance(encoder, TrainedEncoder) and shards is not None else ""
+            features = collect(rows_of, len(source), progress, out or allocate_in_memory, advice, kept, made_from)
             del encoder, rows_of
     finally:
         release_memory()

@@ -19,6 +19,7 @@ from dq_lightning.features.loading import ImageBatch, ImageBatches, ImageSource,
 from dq_lightning.features.preprocessing import Preprocessing
 from dq_lightning.progress import progress_bar
 from dq_lightning.records import Labels
+from dq_lightning.weights import digest_module
 
 logger = logging.getLogger("dq_lightning")
 
@@ -84,7 +85,11 @@ class TrainedEncoder:
         self.preprocess: Preprocessing = body.preprocess
         self.num_classes: int = head.out_features
         self.embed = body.embed
-        self._head = head
+        self._body, self._head = body, head
+
+    def digest(self) -> str:
+        """Digest of the trained weights."""
+        return f"{digest_module(self._body.network)} {digest_module(self._head)}"
 
     def logits(self, embedding: Tensor) -> Tensor:
         """Logits float32 [B, C] of features [B, D]."""

@@ -31,6 +31,7 @@ from dq_lightning.sources.strip import KEEP
 from dq_lightning.store.cache import Cache
 from dq_lightning.store.manifest import read_manifest
 from dq_lightning.store.reader import PackedDataset
+from dq_lightning.store.shards import KeptShards
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,11 @@ class StoreTrainSet:
 
         def write(folder: Path) -> None:
             get_logger().info(f"filling the dropped patches of {len(self._samples):,} samples of {self._path}")
-            write_filled(folder, self._path, resolved, device=options.device, progress=options.progress)
+            shards = KeptShards(cache.place(FILLED, parts), "filling", fresh=options.force)
+            write_filled(folder, self._path, resolved, device=options.device, progress=options.progress, shards=shards)
 
-        cache.build(FILLED, self._filled_parts(resolved, cache), write, force=options.force)
+        parts = self._filled_parts(resolved, cache)
+        cache.build(FILLED, parts, write, force=options.force)
 
     def open(self, cache: Cache) -> Opened:
         compact = open_compact(self._path, verify=cache.verify)

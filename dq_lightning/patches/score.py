@@ -1,5 +1,6 @@
 """The loop over images: a score of every patch of every image, whatever sizes the images have."""
 
+import hashlib
 import logging
 import sys
 from collections.abc import Iterator
@@ -92,7 +93,7 @@ def score_images(
     table = _Scores(len(index), patch_size, shards or NothingKept())
     stepper = _HalvedBatch(scorer, patch_size, torch.device(device))
     with progress_bar(progress, total=len(index), unit="img", description="saliency") as bar:
-        missing = table.restore()
+        missing = table.restore(made_from=hashlib.sha256(index.numpy().tobytes()).hexdigest())
         bar.update(len(index) - len(missing))
         reads = zip(missing, _read_all(_Images(source, index[missing]), num_workers), strict=True)
         for places, images in _batches(reads, batch_size):
@@ -124,9 +125,9 @@ class _Scores:
         self._patch_size, self._shards = patch_size, shards
         self._to_keep: list[int] = []
 
-    def restore(self) -> list[int]:
+    def restore(self, made_from: str) -> list[int]:
         """Take over what an earlier run has kept; the places of the images that are missing."""
-        for piece in self._shards.restore(len(self.rows)):
+        for piece in self._shards.restore(len(self.rows), made_from):
             places = piece["places"].tolist()
             sizes = torch.from_numpy(piece["sizes"])
             self.sizes[places] = sizes

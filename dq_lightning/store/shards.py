@@ -10,8 +10,8 @@ work, or up to `MOST_SECONDS` where the disk is so slow that shorter shards woul
 the clock, what is in it does not: loops cut between their batches, and go on with the batches of an undisturbed run.
 
 Shards only save work. Builders of one key side by side write files of their own names and may read each other's. One that is
-damaged, of another key or of another layout is dropped; its samples are done again, and so is what follows, unless another
-builder's shards lead there. When none can be written (on a full disk, say), a warning says so and the stage goes on.
+damaged, of another key or made from something else is dropped; its samples are done again, and so is what follows, unless
+another builder's shards lead there. When none can be written (on a full disk, say), a warning says so and the stage goes on.
 """
 
 import errno
@@ -76,23 +76,29 @@ class KeptShards:
     Args:
         entry: where the entry will be.
         noun: what the work is called in messages.
+        fresh: remove what is there.
 
     Attributes:
-        reserve_bytes: no shard is written that would leave less room on the disk, which the entry itself needs.
+        reserve_bytes: what the entry itself needs on the disk: no shard is written that would leave less room.
+        made_from: what the work depends on in its last bits and the key does not tell, such as the entries it reads.
     """
 
-    def __init__(self, entry: Path, noun: str) -> None:
+    def __init__(self, entry: Path, noun: str, *, fresh: bool = False) -> None:
+        if fresh:
+            remove_shards(entry)
         self.reserve_bytes = 0
+        self.made_from = ""
         self._folder, self._noun = partial_folder(entry), noun
-        self._key, self._layout = f"{entry.parent.name} {entry.name}", ""
+        self._made_from = ""
+        self._key = f"{entry.parent.name} {entry.name}"
         self._done = 0
         self._since: float | None = None
         self._interval = LEAST_SECONDS
         self._given_up = False
 
-    def restore(self, total: int, layout: str = "") -> Iterator[dict[str, Array]]:
+    def restore(self, total: int, made_from: str = "") -> Iterator[dict[str, Array]]:
         """See `resuming.Shards`. Each shard is read when its turn comes; memory holds one at a time."""
-        self._layout = layout
+        self._made_from, self._done = f"{self.made_from} {made_from}", 0
         listed = sorted(self._folder.glob("*.shard"), key=_stop, reverse=True)
         while found := next((path for path in listed if path.name.startswith(f"{self._done:012}-")), None):
             listed.remove(found)
@@ -134,7 +140,7 @@ class KeptShards:
         self._interval = min(max(LEAST_SECONDS, WORK_PER_COST * (self._since - started)), MOST_SECONDS)
 
     def _write(self, start: int, stop: int, arrays: Mapping[str, NDArray[Any]]) -> None:
-        header = _header(self._key, self._layout, start, stop, arrays)
+        header = _header(self._key, self._made_from, start, stop, arrays)
         size = len(header) + sum(array.nbytes for array in arrays.values())
         files.make_folder(self._folder)
         if shutil.disk_usage(self._folder).free < size + self.reserve_bytes:
@@ -173,7 +179,7 @@ class KeptShards:
         try:
             values = json.loads(body[ALIGNMENT : ALIGNMENT + length].tobytes())
             seen, listed = values["identity"], values["arrays"]
-            if seen != _identity(self._key, self._layout, start, stop) or stop <= start:
+            if seen != _identity(self._key, self._made_from, start, stop) or stop <= start:
                 raise StoreError(f"it belongs to {seen!r:.200}")
             return _arrays(body[ALIGNMENT + length :], listed)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -185,17 +191,17 @@ def _stop(path: Path) -> int:
     return int(parts[1]) if len(parts) > 1 and parts[1].isdecimal() else 0
 
 
-def _identity(key: str, layout: str, start: int, stop: int) -> list[Any]:
-    return [FORMAT, key, hashlib.sha256(layout.encode()).hexdigest(), start, stop]
+def _identity(key: str, made_from: str, start: int, stop: int) -> list[Any]:
+    return [FORMAT, key, hashlib.sha256(made_from.encode()).hexdigest(), start, stop]
 
 
-def _header(key: str, layout: str, start: int, stop: int, arrays: Mapping[str, NDArray[Any]]) -> bytes:
+def _header(key: str, made_from: str, start: int, stop: int, arrays: Mapping[str, NDArray[Any]]) -> bytes:
     listed = []
     for name, array in arrays.items():
         if array.dtype.str not in DTYPES:
             raise StoreError(f"a shard holds arrays of {', '.join(DTYPES)}, and {name} is {array.dtype.str}")
         listed.append([name, array.dtype.str, list(array.shape)])
-    values = {"identity": _identity(key, layout, start, stop), "arrays": listed}
+    values = {"identity": _identity(key, made_from, start, stop), "arrays": listed}
     text = files.canonical_json(values).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     return len(text).to_bytes(ALIGNMENT, "little") + text
