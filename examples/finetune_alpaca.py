@@ -194,7 +194,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> dict[str, float]:
     args = parse()
     L.seed_everything(args.seed, verbose=False)
     torch.set_float32_matmul_precision("high")  # tf32
@@ -227,6 +227,7 @@ def main() -> None:
     if trainer.is_global_zero:
         print(f"held-out loss per token: {before:.4f} before, {after:.4f} after {trainer.global_step:,} steps")
     save(trainer, module, tokenizer, args.output)
+    return {"untrained": before, "tuned": after}
 
 
 if __name__ == "__main__":
