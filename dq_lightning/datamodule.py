@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import lightning as L
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from dq_lightning.compact import read_bins_of
 from dq_lightning.config import QuantizeConfig, StoreKind, VerifyPolicy
 from dq_lightning.errors import ConfigError
 from dq_lightning.loading.batch_filling import BatchFiller, check_batch_transform, is_unfilled
-from dq_lightning.loading.inner import defined_by_user, is_datamodule, overridden_transfer_hooks
+from dq_lightning.loading.inner import check_given, defined_by_user, is_datamodule, overridden_transfer_hooks
 from dq_lightning.loading.loaders import AutoBool, AutoInt, LoaderSettings, make_eval_loaders, make_loader
 from dq_lightning.loading.preparation import Preparation
 from dq_lightning.loading.steps import report_steps
@@ -22,6 +22,10 @@ from dq_lightning.loading.wanted import want
 from dq_lightning.patch_config import Reconstruct
 from dq_lightning.records import Bins, Selection, StoreInfo
 from dq_lightning.tokens.loading import TokenLoading
+
+# Any takes all that `train` may be. The classes before it, Dataset without its type, let LightningCLI change one argument of a
+# dataset of the YAML file on the command line
+Data = Dataset | L.LightningDataModule | Any  # type: ignore[type-arg]
 
 
 class QuantizedDataModule(L.LightningDataModule):
@@ -76,11 +80,11 @@ class QuantizedDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train: Any,
+        train: Data,
         *,
-        val: Any = None,
-        test: Any = None,
-        predict: Any = None,
+        val: Data = None,
+        test: Data = None,
+        predict: Data = None,
         keep_ratio: float = 0.125,
         num_bins: int = 10,
         drop_ratio: float = 0.0,
@@ -109,6 +113,7 @@ class QuantizedDataModule(L.LightningDataModule):
         device: str = "auto",
     ) -> None:
         super().__init__()
+        check_given(train=train, val=val, test=test, predict=predict)
         wanted = want(
             config=config,
             keep_ratio=keep_ratio,
@@ -140,7 +145,7 @@ class QuantizedDataModule(L.LightningDataModule):
         }
         self._eval = {"val": val, "test": test, "predict": predict}
         self._reported = False
-        self._inner = train if is_datamodule(train) else None
+        self._inner: Any = train if is_datamodule(train) else None
         train_set = make_train_set(train, wanted, verify)
         check_batch_transform(batch_transform, train_set.fills_late)
         self._preparation = Preparation(

@@ -1,10 +1,13 @@
 """The data module in a YAML file, through the real LightningCLI."""
 
+import json
 import sys
 import textwrap
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from dq_lightning import QuantizedDataModule
@@ -89,6 +92,49 @@ def test_overrides_from_the_command_line(config):
     assert cli.trainer.global_step == 1
     cli = run(["validate", f"--config={config}"])
     assert cli.trainer.callback_metrics["val_loss"] > 0
+
+
+@pytest.mark.parametrize("form", ["data.init_args.train.init_args.root", "data.train.root"])
+def test_one_argument_of_a_dataset_from_the_command_line(config, tmp_path, form):
+    """The rest of it stays as the file has it."""
+    half = tmp_path / "half"
+    for path in sorted((tmp_path / "images").rglob("*.png"))[::2]:
+        (half / path.parent.name).mkdir(parents=True, exist_ok=True)
+        path.rename(half / path.parent.name / path.name)
+    train = instantiated(config, f"--{form}={half}")
+    assert type(train.train).__name__ == "ImageFolder"
+    assert (train.train.root, len(train.train)) == (str(half), 20)
+    assert type(train.train.transform).__name__ == "Compose"
+    assert train.val.root == str(tmp_path / "images")
+
+
+class Given(QuantizedDataModule):
+    """Keeps what it is given."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.train, self.val = args[0] if args else kwargs["train"], kwargs["val"]
+
+
+def instantiated(config, *arguments):
+    text = config.read_text().replace("dq_lightning.QuantizedDataModule", f"{__name__}.Given")
+    config.write_text(text)
+    return run([f"--config={config}", *arguments], run=False).datamodule
+
+
+def test_a_function_makes_the_dataset(config, tmp_path):
+    """`datasets.load_dataset` by name, its arguments from the file, or whole from the command line; never silently another."""
+    whole = {"class_path": "datasets.load_dataset", "init_args": {"path": "imagefolder", "split": "train"}}
+    whole["init_args"]["data_dir"] = str(tmp_path / "images")
+    values = yaml.safe_load(config.read_text())
+    values["data"]["init_args"]["train"] = whole
+    config.write_text(yaml.safe_dump(values))
+    assert len(instantiated(config).train) == 40
+    whole["init_args"]["split"] = "train[:30]"
+    assert len(instantiated(config, f"--data.init_args.train={json.dumps(whole)}").train) == 30
+    # jsonargparse puts our words into an error of its own
+    with pytest.raises(ValueError, match=r"train= is no dataset.*--data.init_args.train="):
+        instantiated(config, "--data.init_args.train.init_args.split=train")
 
 
 def test_full_config_from_yaml(config, tmp_path):

@@ -4,6 +4,8 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+from dq_lightning.errors import ConfigError
+
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 BASE_PACKAGES = ("lightning.", "pytorch_lightning.")
 
@@ -11,6 +13,22 @@ BASE_PACKAGES = ("lightning.", "pytorch_lightning.")
 def is_datamodule(value: Any) -> bool:
     """Whether a value is a data module of either Lightning package (they share no class)."""
     return all(callable(getattr(value, name, None)) for name in ("train_dataloader", "prepare_data", "setup"))
+
+
+def check_given(**given: Any) -> None:
+    """Raise ConfigError for what LightningCLI makes of a dataset whose arguments it cannot change one by one.
+
+    It is a data module of the base class itself, which has no loaders, or the argument alone.
+    """
+    for name, value in given.items():
+        made = type(value)
+        empty = made.__name__ == "LightningDataModule" and f"{made.__module__}.".startswith(BASE_PACKAGES)
+        if empty or f"{made.__module__.partition('.')[0]}.{made.__name__}" == "jsonargparse.NestedArg":
+            raise ConfigError(
+                f"{name}= is no dataset but a {made.__name__}. On the command line of LightningCLI a single argument can be "
+                "changed of a torch Dataset or a data module; what a function makes (datasets.load_dataset) is given whole, "
+                f'in the YAML file or as --data.init_args.{name}=\'{{"class_path": ..., "init_args": {{...}}}}\''
+            )
 
 
 def overridden_transfer_hooks(datamodule: Any) -> dict[str, Callable[..., Any]]:
