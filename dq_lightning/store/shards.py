@@ -89,7 +89,7 @@ class KeptShards:
         self.reserve_bytes = 0
         self.made_from = ""
         self._folder, self._noun = partial_folder(entry), noun
-        self._made_from = ""
+        self._loop_made_from = ""
         self._key = f"{entry.parent.name} {entry.name}"
         self._done = 0
         self._since: float | None = None
@@ -98,7 +98,7 @@ class KeptShards:
 
     def restore(self, total: int, made_from: str = "") -> Iterator[dict[str, Array]]:
         """See `resuming.Shards`. Each shard is read when its turn comes; memory holds one at a time."""
-        self._made_from, self._done = f"{self.made_from} {made_from}", 0
+        self._loop_made_from, self._done = made_from, 0
         listed = sorted(self._folder.glob("*.shard"), key=_stop, reverse=True)
         while found := next((path for path in listed if path.name.startswith(f"{self._done:012}-")), None):
             listed.remove(found)
@@ -140,7 +140,7 @@ class KeptShards:
         self._interval = min(max(LEAST_SECONDS, WORK_PER_COST * (self._since - started)), MOST_SECONDS)
 
     def _write(self, start: int, stop: int, arrays: Mapping[str, NDArray[Any]]) -> None:
-        header = _header(self._key, self._made_from, start, stop, arrays)
+        header = _header(self._identity(start, stop), arrays)
         size = len(header) + sum(array.nbytes for array in arrays.values())
         files.make_folder(self._folder)
         if shutil.disk_usage(self._folder).free < size + self.reserve_bytes:
@@ -162,6 +162,10 @@ class KeptShards:
             files.remove(beside)
             raise
 
+    def _identity(self, start: int, stop: int) -> list[Any]:
+        made_from = hashlib.sha256(f"{self.made_from} {self._loop_made_from}".encode()).hexdigest()
+        return [FORMAT, self._key, made_from, start, stop]
+
     def _read(self, path: Path, start: int, stop: int) -> dict[str, Array]:
         """The arrays of a shard.
 
@@ -179,8 +183,8 @@ class KeptShards:
         try:
             values = json.loads(body[ALIGNMENT : ALIGNMENT + length].tobytes())
             seen, listed = values["identity"], values["arrays"]
-            if seen != _identity(self._key, self._made_from, start, stop) or stop <= start:
-                raise StoreError(f"it belongs to {seen!r:.200}")
+            if seen != self._identity(start, stop) or stop <= start:
+                raise StoreError("it belongs to another entry, or was made from something else")
             return _arrays(body[ALIGNMENT + length :], listed)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise StoreError(f"its header cannot be read ({type(error).__name__})") from error
@@ -191,17 +195,13 @@ def _stop(path: Path) -> int:
     return int(parts[1]) if len(parts) > 1 and parts[1].isdecimal() else 0
 
 
-def _identity(key: str, made_from: str, start: int, stop: int) -> list[Any]:
-    return [FORMAT, key, hashlib.sha256(made_from.encode()).hexdigest(), start, stop]
-
-
-def _header(key: str, made_from: str, start: int, stop: int, arrays: Mapping[str, NDArray[Any]]) -> bytes:
+def _header(identity: list[Any], arrays: Mapping[str, NDArray[Any]]) -> bytes:
     listed = []
     for name, array in arrays.items():
         if array.dtype.str not in DTYPES:
             raise StoreError(f"a shard holds arrays of {', '.join(DTYPES)}, and {name} is {array.dtype.str}")
         listed.append([name, array.dtype.str, list(array.shape)])
-    values = {"identity": _identity(key, made_from, start, stop), "arrays": listed}
+    values = {"identity": identity, "arrays": listed}
     text = files.canonical_json(values).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     return len(text).to_bytes(ALIGNMENT, "little") + text
