@@ -1,0 +1,34 @@
+"""Fast places for caches that are synced thousands of times, and a parent whose forks are cheap."""
+
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+MEMORY = Path("/dev/shm")
+
+
+@pytest.fixture(autouse=True)
+def warm(quick_collections, monkeypatch):
+    """Forks of this process compute in one thread; nobody's messages go to the terminal."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    level = logging.getLogger("dq_lightning").level
+    yield
+    logging.getLogger("dq_lightning").setLevel(level)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder for caches: in memory where that is possible, since a test of fsync waits for each."""
+    if not (MEMORY.is_dir() and os.access(MEMORY, os.W_OK)):
+        yield tmp_path
+        return
+    folder = Path(tempfile.mkdtemp(prefix="dq_lightning_", dir=MEMORY))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
