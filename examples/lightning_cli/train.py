@@ -1,7 +1,8 @@
 """LightningCLI: model, trainer and data in one YAML file.
 
 python examples/lightning_cli/train.py fit --config examples/lightning_cli/cifar10.yaml --data.init_args.keep_ratio 0.2
-python examples/lightning_cli/train.py fit --config examples/lightning_cli/cifar10.yaml --data.init_args.train.init_args.root ~/data
+python examples/lightning_cli/train.py fit --config examples/lightning_cli/cifar10.yaml \\
+    --data.init_args.train.init_args.root ~/data_cifar --data.init_args.val.init_args.root ~/data_cifar
 """
 
 import lightning as L
