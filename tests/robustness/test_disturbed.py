@@ -13,6 +13,7 @@ import pytest
 
 from dq_lightning.commands import cache_care
 from dq_lightning.errors import CacheError
+from dq_lightning.plan import FEATURES, STORE
 from dq_lightning.store import cache as cache_module
 from dq_lightning.store import files, leftovers, lock
 from dq_lightning.store.cache import Cache
@@ -279,3 +280,20 @@ def test_rot_in_a_large_file_is_made_good_by_the_next_run(
     assert "column-0.npy has another content than was written" in caplog.text
     assert "moved to .damaged-" in caplog.text
     assert delivered(made) == seen
+
+
+@pytest.mark.parametrize("station", [FEATURES, STORE])
+def test_a_full_disk_is_told_before_the_work(place: Path, monkeypatch: pytest.MonkeyPatch, station: str) -> None:
+    image_run(place)
+    if station == FEATURES:
+        shutil.rmtree(place)
+    written = []
+    monkeypatch.setattr(files, "observer", lambda operation, path: written.append(path))
+    room = shutil.disk_usage(place.parent)._replace(free=50)
+    monkeypatch.setattr("dq_lightning.store.cache.shutil.disk_usage", lambda path: room)
+    with pytest.raises(CacheError, match=r"bytes are needed under .*, 50 are free: make room"):
+        image_run(place, store="packed")
+    assert not [path for path in written if path.name in ("embedding.bin", "column-0.npy", "values.bin")]
+    assert not list(place.glob("*/.tmp-*"))
+    monkeypatch.undo()
+    assert image_run(place, store="packed").num_samples == 4
