@@ -19,6 +19,7 @@ from dq_lightning.loading.steps import report_steps
 from dq_lightning.loading.store_train_set import StoreFolder, make_train_set
 from dq_lightning.loading.trainer_facts import TrainerFacts
 from dq_lightning.loading.wanted import want
+from dq_lightning.logs import get_logger
 from dq_lightning.patch_config import Reconstruct
 from dq_lightning.records import Bins, Selection, StoreInfo
 from dq_lightning.tokens.loading import TokenLoading
@@ -352,7 +353,9 @@ class QuantizedDataModule(L.LightningDataModule):
             self._inner.teardown(stage)
 
     def on_exception(self, exception: BaseException) -> None:
-        """Forwarded to a wrapped data module."""
+        """Say on every rank what ended the run; forwarded to a wrapped data module."""
+        if (cause := self._preparation.explain(exception)) is not None:
+            get_logger().error(cause)
         if self._inner is not None:
             self._inner.on_exception(exception)
 

@@ -8,8 +8,9 @@ from dq_lightning.compact import Compact
 from dq_lightning.config import VerifyPolicy
 from dq_lightning.errors import CacheError, ConfigError
 from dq_lightning.loading.batch_filling import UnfilledCollate
+from dq_lightning.loading.failures import NO_NOTE, FailureNotes, is_lost_connection
 from dq_lightning.loading.loaders import LoaderSettings
-from dq_lightning.loading.ranks import check_equal_on_all, raise_on_all
+from dq_lightning.loading.ranks import check_equal_on_all, raise_on_all, world_size
 from dq_lightning.loading.train_set import BuildOptions, Opened, TrainSet
 from dq_lightning.loading.trainer_facts import TrainerFacts
 from dq_lightning.randomness import isolated_random_state
@@ -46,6 +47,7 @@ class Preparation:
         self.expected_hash: str | None = None
         self._opened: Opened | None = None
         self._failure: BaseException | None = None
+        self._notes: FailureNotes | None = None
 
     def cache(self) -> Cache:
         """The cache; the environment is asked at each call."""
@@ -108,7 +110,7 @@ class Preparation:
         failure, self._failure = self._failure, None
         raise_on_all(failure, "preparing the compact set")
         wanted = stage in (None, "fit")
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             # one random state around both, as in prepare: some modules split in setup, others in train_dataloader
             with isolated_random_state(None if self.inner is None else self.seed):
@@ -117,10 +119,11 @@ class Preparation:
                     self.inner.setup(stage)
                 if wanted:
                     self._opened = self.train.open(self.cache())
-        except Exception as caught:
+        except (Exception, SystemExit) as caught:
             error = caught
         raise_on_all(error, "opening the compact set")
         if wanted:
+            self._notes = FailureNotes(self.cache().root)
             check_equal_on_all(
                 self.info.content_hash,
                 "compact sets",
@@ -130,6 +133,12 @@ class Preparation:
             if TrainerFacts.of(trainer).fits:
                 self._check_resumed()
         return wanted
+
+    def explain(self, error: BaseException) -> str | None:
+        """What ended this run on another rank, if this one's error says only that it is gone."""
+        if self._notes is not None:
+            return self._notes.explain(error)
+        return NO_NOTE if world_size() > 1 and is_lost_connection(error) else None
 
     def compact(self) -> Compact:
         """The opened set's selection, description and identity."""

@@ -1,0 +1,73 @@
+"""Why a run of several processes ended, for the ranks that only see a closed connection.
+
+While a compact set is prepared, ranks tell each other by collectives. In training nobody can: a rank that fails is gone, and
+the others learn of a closed connection. So it leaves a note in the cache folder, which they look for before they end too.
+"""
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+from dq_lightning.loading.ranks import gather_from_all, global_rank, world_size
+
+FOLDER = ".failures"
+KEPT_SECONDS = 24 * 3600.0
+# a note is written before its writer's connections are closed; shared folders may be slow to show it
+PATIENCE_SECONDS = 2.0
+NO_NOTE = (
+    "another process of this run is gone and left no error: it was killed, ran out of memory, or its machine is gone; its own "
+    "output or its system's log tells more"
+)
+# how the backends of torch.distributed speak of a peer that is gone
+LOST_CONNECTION = ("connection", "gloo", "nccl", "broken pipe", "peer", "timed out", "heartbeat", "socket")
+
+
+class FailureNotes:
+    """Notes of one run; every rank must make it, at the same place.
+
+    Args:
+        cache_root: folder of the cache; notes of ranks that cannot see it are not found.
+    """
+
+    def __init__(self, cache_root: Path) -> None:
+        self._folder = cache_root / FOLDER
+        self._run = gather_from_all(os.urandom(8).hex())[0]
+
+    def explain(self, error: BaseException) -> str | None:
+        """Leave a note of this rank's error, or, if it is a lost connection, say what ended the other side.
+
+        Returns:
+            A sentence, or None when there is nothing to add to the error.
+        """
+        if world_size() == 1 or isinstance(error, KeyboardInterrupt):
+            return None
+        if not is_lost_connection(error):
+            self._write(f"rank {global_rank()} failed first: {type(error).__name__}: {error}")
+            return None
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not (notes := self._read()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return "; ".join(notes) or NO_NOTE
+
+    def _write(self, note: str) -> None:
+        # nothing depends on a note
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for old in self._folder.iterdir():
+                if time.time() - old.stat().st_mtime > KEPT_SECONDS:
+                    old.unlink()
+            beside = self._folder / f"{self._run}-{global_rank()}.tmp"
+            beside.write_text(note, encoding="utf-8")
+            beside.rename(beside.with_suffix(".txt"))
+
+    def _read(self) -> list[str]:
+        with contextlib.suppress(OSError):
+            return [path.read_text(encoding="utf-8") for path in sorted(self._folder.glob(f"{self._run}-*.txt"))]
+        return []
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error says that another process is gone, and not why."""
+    message = str(error).lower()
+    return isinstance(error, RuntimeError | OSError) and any(word in message for word in LOST_CONNECTION)

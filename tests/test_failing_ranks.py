@@ -1,0 +1,64 @@
+"""One rank of several fails: every process is gone soon, and each survivor has printed the cause."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dq_lightning.loading.failures import NO_NOTE
+from tests.lightning_scripts import failing_ranks
+
+ROOT = Path(__file__).resolve().parents[1]
+CAUSES = {"error": "disk on fire", "exit": "asked to stop", "kill": NO_NOTE}
+TWO = [f"{place}-{kind}-{rank}" for place in ("prepare", "setup", "train") for kind in CAUSES for rank in (0, 1)]
+# one of each pair, so that every place, way and rank is there
+SOME = [name for number, name in enumerate(TWO) if (number // 2 + number) % 2]
+FOUR = ["prepare-error-2", "setup-kill-0", "train-error-3"]
+ALL_FOUR = [f"{place}-{kind}-{rank}" for place in ("prepare", "setup", "train") for kind in CAUSES for rank in (0, 3)]
+
+
+def check(folder, count, names):
+    """Run the scenarios and look at how every rank ended."""
+    environment = dict(os.environ) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "PL_GLOBAL_SEED"):
+        environment.pop(name, None)
+    command = [sys.executable, failing_ranks.__file__, str(folder), str(count), *names]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60 * len(names), check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    for name in names:
+        _, kind, failing = name.split("-")
+        end = json.loads((folder / name / "end.json").read_text())
+        assert sorted(end) == [str(rank) for rank in range(count)], (
+            f"{name}: ranks {sorted(end)} alone ended by themselves"
+        )
+        assert end[failing][0] == (-9 if kind == "kill" else 1)
+        for rank in range(count):
+            code, seconds = end[str(rank)]
+            assert code != 0
+            assert seconds < failing_ranks.LIMIT_SECONDS
+            printed = (folder / name / f"rank-{rank}.txt").read_text()
+            if not (kind == "kill" and str(rank) == failing):
+                assert CAUSES[kind] in printed, f"{name}, rank {rank}:\n{printed}"
+            if kind != "kill" and str(rank) != failing:
+                assert f"rank {failing} failed" in printed
+
+
+def test_two_ranks(tmp_path):
+    check(tmp_path, 2, SOME)
+
+
+def test_four_ranks(tmp_path):
+    check(tmp_path, 4, FOUR)
+
+
+@pytest.mark.slow
+def test_every_rank_of_two(tmp_path):
+    check(tmp_path, 2, TWO)
+
+
+@pytest.mark.slow
+def test_first_and_last_of_four_ranks(tmp_path):
+    check(tmp_path, 4, ALL_FOUR)
