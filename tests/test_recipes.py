@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dq_lightning import cli
+from tests.readme_table import words
 from tests.test_examples import EXAMPLES, run, write_small_cifar10
 
 QUIET = ["--accelerator", "cpu", "--num_workers", "0", "--quiet"]
@@ -88,10 +89,14 @@ def photos(shared_dir, tmp_path):
 
 
 def test_imagenet_recipe_on_small_photos(photos, tmp_path):
+    """The README's command, at a small size."""
     np.save(tmp_path / "rows.npy", np.arange(0, 36, 3))
+    photos.rename(tmp_path / "data_imagenet")
+    python, script, *arguments = words("distributed_train.sh 8", tmp_path, FILE=tmp_path / "rows.npy")
+    assert (python, script) == ("python", "examples/imagenet.py")
     printed = run(
-        "imagenet.py", str(photos), "--select_indices", str(tmp_path / "rows.npy"), "--model", "resnet18", "--img_size", "64",
-        "--epochs", "2", "--warmup_epochs", "1", "--batch_size", "4", "--precision", "32-true", *QUIET, cwd=tmp_path,
+        "imagenet.py", *arguments, "--devices", "1", "--model", "resnet18", "--img_size", "64", "--epochs", "2",
+        "--warmup_epochs", "1", "--batch_size", "4", "--precision", "32-true", *QUIET, cwd=tmp_path,
     )  # fmt: skip
     assert re.search(r"accuracy after the last epoch: \d+\.\d\d % \(12 training images\)", printed)
 
