@@ -137,6 +137,6 @@ def header_problem(data: str | Path | bytes, *, turned: bool = True) -> str | No
             orientation = Image.Image.getexif(image).get(0x0112)
             if orientation not in (None, 1):
                 return f"the EXIF orientation {orientation} is ignored: the image is seen rotated or mirrored"
-    except (OSError, ValueError, SyntaxError):
-        return None  # an unreadable file is an error when it is read, not a wrong decode
+    except Exception:
+        return None  # an unreadable file (or a bomb) is an error when it is read, not a wrong decode
     return None

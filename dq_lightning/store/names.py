@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import overload
 
+from dq_lightning.errors import StoreError
+
 
 class Names(Sequence[str]):
     """The ids of the samples: text without a Python object for each."""
@@ -24,4 +26,10 @@ class Names(Sequence[str]):
         if isinstance(position, slice):
             return [self[i] for i in range(*position.indices(len(self)))]
         at = range(len(self))[position]
-        return bytes(self._data[self._offsets[at] : self._offsets[at + 1]]).decode(errors="surrogatepass")
+        start, end = self._offsets[at], self._offsets[at + 1]
+        try:
+            if not 0 <= start <= end <= len(self._data):
+                raise ValueError(f"it is said to be at {start} to {end} of {len(self._data)} bytes")
+            return bytes(self._data[start:end]).decode(errors="surrogatepass")
+        except ValueError as error:
+            raise StoreError(f"the id of sample {at} cannot be read ({error}): copy the store again") from error
