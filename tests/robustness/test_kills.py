@@ -16,7 +16,6 @@ from dq_lightning import PatchConfig, QuantizeConfig, SelectionConfig, quantize
 from dq_lightning.store import files, shards
 from tests.lightning_scripts.common import photos
 from tests.robustness.worlds import (
-    CONTINUED,
     RUNS,
     assert_only_right_entries,
     content,
@@ -33,7 +32,7 @@ from tests.robustness.worlds import (
 )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def every_batch_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long stages keep finished work by the clock; here always, so that points do not depend on it."""
     monkeypatch.setattr(shards, "LEAST_SECONDS", 0.0)
@@ -60,7 +59,8 @@ def test_killed_at_every_commit_point(place: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CONTINUED)
+@pytest.mark.usefixtures("every_batch_is_kept")
+@pytest.mark.parametrize("name", ["packed", "patches", "text"])
 def test_killed_at_every_commit_point_of_a_whole_run(place: Path, name: str) -> None:
     kill_at_every_point(place, name, None)
 

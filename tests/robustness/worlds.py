@@ -100,7 +100,6 @@ RUNS: dict[str, Callable[[Path], Any]] = {
 
 # runs that begin with the first stations of a run: what happens to those is tried with the indices
 CONTINUED = {"packed": "indices", "patches": "indices", "text": "text"}
-FIRST_STATIONS = STATIONS[:3]
 
 
 def started(name: str, place: Path) -> Path | None:
@@ -108,8 +107,9 @@ def started(name: str, place: Path) -> Path | None:
     if name not in CONTINUED:
         return None
     RUNS[CONTINUED[name]](place / "other")
-    for station in ("0-digests", *FIRST_STATIONS):
-        shutil.copytree(place / "other" / station, place / "start" / station)
+    shutil.copytree(place / "other", place / "start")
+    for station in STATIONS[3:]:
+        shutil.rmtree(place / "start" / station, ignore_errors=True)
     return place / "start"
 
 
