@@ -241,4 +241,4 @@ def test_any_order_of_events(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_any_order_of_many_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    run_machine(monkeypatch, 120, 30)
+    run_machine(monkeypatch, 60, 25)

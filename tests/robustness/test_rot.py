@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dq_lightning import PackedDataset
+from dq_lightning.compact import open_compact
 from dq_lightning.errors import DQError, StoreError
 from dq_lightning.plan import BINS, FEATURES, FILLED, PATCHES, SELECTION, STORE
 from dq_lightning.store import manifest
-from tests.robustness.worlds import RUNS, content, delivered, entries, image_run
+from dq_lightning.store.tensors import read_bins, read_features, read_scores, read_selection
+from tests.robustness.worlds import RUNS, content, delivered, entries, image_run, plain
 
 # what must be made anew, and so reads its parent, for an entry of each station to be read at all
 READERS = {
@@ -88,11 +91,76 @@ def test_no_damage_reaches_a_training(place: Path, monkeypatch: pytest.MonkeyPat
     assert damage_files(place, name, 3, RUNS[name]) >= 40
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["patches", "text"])
-def test_two_hundred_damages_of_every_file(place: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def tensors(*found: torch.Tensor | None) -> list[Any]:
+    return [None if tensor is None else (str(tensor.dtype), tensor.tolist()) for tensor in found]
+
+
+def all_of_store(path: Path) -> Any:
+    """All that can be learnt of a compact set, its samples one by one and in batches."""
+    compact = open_compact(path, {})
+    return (
+        [compact.config, compact.patches, compact.info.kind, *tensors(compact.selection.index, compact.selection.bin)],
+        all_of_samples(path),
+    )
+
+
+def all_of_samples(path: Path) -> Any:
+    store = PackedDataset(path)
+    every = range(len(store))
+    samples = [[plain(store[i]) for i in every], [plain(sample) for sample in store.__getitems__(list(every))]]
+    return samples, store.index.tolist(), store.bin.tolist(), list(store.ids), store.attributes
+
+
+CONTENT: dict[str, Callable[[Path], Any]] = {
+    FEATURES: lambda path: tensors(read_features(path).embedding, read_features(path).head_gradient),
+    BINS: lambda path: tensors(*(getattr(read_bins(path), n) for n in ("assignment", "rank", "gain", "group"))),
+    SELECTION: lambda path: tensors(read_selection(path).index, read_selection(path).bin),
+    PATCHES: lambda path: tensors(*read_scores(path)),
+    STORE: all_of_store,
+    FILLED: all_of_samples,
+}
+
+
+def damage_and_read(place: Path, name: str, times: int) -> tuple[int, int]:
+    """Damage each file of each entry so many times and read the entry; how many were noticed, and how many harmless."""
+    RUNS[name](place)
+    draw, noticed, harmless = random.Random(name), 0, 0
+    for entry in entries(place):
+        station, key = entry.parent.name, entry.name
+        read = CONTENT[station]
+        seen = read(entry)
+        for file in sorted(entry.iterdir()):
+            original = file.read_bytes()
+            for number in range(times if original else 0):
+                data = bytearray(original)
+                DAMAGES[number % 3](data, draw)
+                if data == original:
+                    continue
+                file.write_bytes(data)
+                try:
+                    manifest.check_entry(entry, "size", station=station, key=key)
+                    found = read(entry)
+                except (manifest.Damage, StoreError):
+                    noticed += 1
+                else:
+                    assert found == seen, f"{DAMAGES[number % 3].__name__} in {station}/{file.name}"
+                    harmless += 1
+                file.write_bytes(original)
+                (entry / manifest.DOUBT).unlink(missing_ok=True)
+    return noticed, harmless
+
+
+@pytest.mark.parametrize("times", [5, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["patches", "packed", "text"])
+def test_damages_of_every_file(
+    place: Path, monkeypatch: pytest.MonkeyPatch, name: str, times: int, record_property: Any
+) -> None:
+    # as if all files were too large to be compared whole each time that an entry is found
     monkeypatch.setattr(manifest, "SMALL_BYTES", 0)
-    assert damage_files(place, name, 200, RUNS[name]) > 4000
+    noticed, harmless = damage_and_read(place, name, times)
+    record_property("damages", f"{noticed} noticed, {harmless} harmless")
+    assert noticed > 20 * times
+    assert harmless == 0
 
 
 @pytest.mark.parametrize("station", READERS)
