@@ -1,5 +1,6 @@
 """After a kill the next run does the rest, at most a shard of the work twice, and leaves the bytes of an undisturbed run."""
 
+import contextlib
 import os
 import signal
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import Subset
 
 from dq_lightning import (
     BinConfig,
@@ -24,7 +26,7 @@ from dq_lightning.features import extract, text_loading
 from dq_lightning.features.choose import choose_encoder
 from dq_lightning.patches import score
 from dq_lightning.patches.saliency import VarianceScorer
-from dq_lightning.store import files, packed, shards
+from dq_lightning.store import cache, files, packed, shards
 from dq_lightning.store.packed import write_packed
 from tests.features.text_models import Texts, save_model
 from tests.lightning_scripts.common import photos, to_tensor
@@ -285,10 +287,11 @@ FEW_A_BATCH = FeatureConfig(batch_size=4, num_workers=0)
 DROPPED = PatchConfig(drop_ratio=0.5, batch_size=1)
 
 
-def image_run(root, **settings):
+def image_run(root, encoder=IMAGES["encoder"], force_recompute=False, **settings):
     wanted = QuantizeConfig(**({"bins": BinConfig(num_bins=3), "features": FEW_A_BATCH, "selection": WHOLE} | settings))
-    given = IMAGES if wanted.patches.drops else {"encoder": IMAGES["encoder"]}
-    return quantize(photos(COUNT, None), wanted, cache_dir=root, device="cpu", progress=False, **given)
+    options = IMAGES if wanted.patches.drops else {}
+    options = options | {"encoder": encoder, "force_recompute": force_recompute}
+    return quantize(photos(COUNT, None), wanted, cache_dir=root, device="cpu", progress=False, **options)
 
 
 def text_run(root):
@@ -335,6 +338,11 @@ def gradient_run(root):
     return image_run(root, features=FeatureConfig(kind="gradient", batch_size=4, num_workers=0))
 
 
+def trained_run(root):
+    trained = FeatureConfig(batch_size=4, num_workers=0, selection_epochs=1, selection_batch_size=16)
+    return image_run(root, features=trained)
+
+
 def packed_run(root):
     return image_run(root, store="packed")
 
@@ -351,6 +359,7 @@ def count_features(call):
 STAGES = {
     "features": (image_run, count_features, 4),
     "gradients": (gradient_run, count_features, 4),
+    "trained encoder": (trained_run, count_features, 4),
     "text": (text_run, count_features, 4),
     "saliency": (dropped_run, lambda call: count_batches(score._HalvedBatch, "scores", call), 1),
     "packing whole samples": (packed_run, lambda call: count_items("_whole_items", call), 1),
@@ -366,6 +375,8 @@ class _Undisturbed:
     def content(self, run):
         if run not in self._known:
             run(self._place / run.__name__)
+            # work that is soon done writes no shards
+            assert not (self._place / run.__name__ / "0-partial").exists()
             self._known[run] = content(self._place / run.__name__)
         return self._known[run]
 
@@ -431,3 +442,94 @@ def test_a_run_killed_at_ninety_percent(stage, tmp_path, undisturbed):
     assert counted_in_child(run, tmp_path, count) == COUNT - at // shard * shard
     assert content(tmp_path) == expected
     assert not partial.exists()
+
+
+def shards_of(root):
+    return sorted((root / "0-partial").glob("*/*/*.shard"))
+
+
+def test_killed_again_and_again(tmp_path, undisturbed):
+    for at in (10, 20, 10):
+        assert killed(image_run, tmp_path, count_features, at)
+    assert len(shards_of(tmp_path)) == (8 + 20 + 8) // 4
+    assert counted_in_child(image_run, tmp_path, count_features) == COUNT - 36
+    assert content(tmp_path) == undisturbed.content(image_run)
+
+
+def test_a_damaged_shard_of_a_killed_run(tmp_path, undisturbed, caplog):
+    assert killed(image_run, tmp_path, count_features, 54)
+    path = shards_of(tmp_path)[10]
+    data = bytearray(path.read_bytes())
+    data[-50] ^= 1
+    path.write_bytes(data)
+    with caplog.at_level("INFO", "dq_lightning"):
+        image_run(tmp_path)
+    dropped = [message for message in caplog.messages if message.startswith("features: dropping a shard")]
+    assert len(dropped) == 1
+    assert "resuming features: 40 of 60 samples are there" in caplog.messages
+    assert content(tmp_path) == undisturbed.content(image_run)
+
+
+def test_settings_that_do_not_enter_the_key_go_on_as_well(tmp_path):
+    def other_batches(root):
+        return image_run(root, features=FeatureConfig(batch_size=7, num_workers=1))
+
+    assert killed(image_run, tmp_path, count_features, 54)
+    assert counted_in_child(other_batches, tmp_path, count_features) == COUNT - 52
+
+
+def test_what_was_asked_to_be_made_again_begins_again(tmp_path, undisturbed):
+    def again(root):
+        return image_run(root, force_recompute=True)
+
+    assert killed(image_run, tmp_path, count_features, 54)
+    assert counted_in_child(again, tmp_path, count_features) == COUNT
+    assert content(tmp_path) == undisturbed.content(image_run)
+
+
+def test_other_weights_do_not_go_on(tmp_path):
+    def other_network(root):
+        network = Edges()
+        network.head.bias.data += 1
+        return image_run(root, encoder=(network, to_tensor))
+
+    assert killed(image_run, tmp_path, count_features, 54)
+    assert counted_in_child(other_network, tmp_path, count_features) == COUNT
+
+
+def test_two_builders_where_no_lock_holds(tmp_path, undisturbed):
+    expected = undisturbed.content(dropped_run)
+    assert killed(dropped_run, tmp_path, count_features, 54)
+    children = []
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                cache.economy_lock = lambda *given: contextlib.nullcontext()
+                shards.LEAST_SECONDS = shards.MOST_SECONDS = 0.0
+                dropped_run(tmp_path)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert {name: digest for name, digest in content(tmp_path).items() if "0-partial" not in name} == expected
+
+
+def test_a_real_run_over_cifar(cifar_root, tmp_path):
+    from torchvision.datasets import CIFAR10
+
+    data = Subset(CIFAR10(cifar_root), range(0, 50_000, 100))
+
+    def run(root):
+        wanted = QuantizeConfig(
+            features=FeatureConfig(batch_size=32, num_workers=0),
+            patches=PatchConfig(drop_ratio=0.25, saliency="variance"),
+        )
+        return quantize(data, wanted, cache_dir=root, device="cpu", progress=False)
+
+    run(tmp_path / "undisturbed")
+    assert killed(run, tmp_path / "killed", count_features, 450)
+    assert counted_in_child(run, tmp_path / "killed", count_features) == 500 - 448
+    assert content(tmp_path / "killed") == content(tmp_path / "undisturbed")
