@@ -2,11 +2,12 @@
 
 python examples/finetune_alpaca.py --model MODEL --data alpaca_data.json --keep-ratio 0.1 --encoder ENCODER --output tuned
 python examples/finetune_alpaca.py --model MODEL --data alpaca_data.json --rows rows.npy --output tuned
-python examples/finetune_alpaca.py --model MODEL --data alpaca_data_dq_1k.json --output tuned       # all rows of a file
+python examples/finetune_alpaca.py --model MODEL --data alpaca_data_dq_1k.json --held-out-data alpaca_data.json --output tuned
 torchrun is not needed: --devices 8 --strategy fsdp shards the model over eight GPUs.
 
 The first line does all at once: the rows are embedded by ENCODER (a name or folder of transformers, an OpenAI model, or a .npy
-of ready-made embeddings, one row for each row of the file), put into bins, sampled, cached and tokenized by the data module.
+of ready-made embeddings, one row for each row of the file), put into bins, sampled, cached and tokenized by the data module. The
+last one trains on all rows of a file, and measures the loss on rows of another.
 The model and its tokenizer are a name or folder of transformers; the result is such a folder again. Defaults are the published
 ones: 9 epochs, batches of 4, 4 of them a step, AdamW (0.9, 0.95), weight decay 0.1, 8e-6 falling linearly, bf16, tf32.
 """
@@ -95,7 +96,7 @@ def make_data(tokenizer, args: argparse.Namespace) -> L.LightningDataModule:
     unseen = (i for i in order if json.dumps(others[i], sort_keys=True) not in used)
     held_out = [others[i] for i, _ in zip(unseen, range(args.held_out), strict=False)]
     if not held_out:
-        raise SystemExit("all rows are in the training set: pass --rows with some of them, or --held-out-data")
+        raise SystemExit("all rows are in the training set: pass --rows with some of them, or --held-out-data alpaca_data.json")
     print(f"{len(chosen):,} training rows, {len(held_out):,} held out")
     return InstructionData([rows[i] for i in chosen.tolist()], held_out, tokenizer, args)
 

@@ -116,5 +116,5 @@ def test_alpaca_sequence(alpaca, openai_server, shared_dir):
     assert json.loads((folder / "alpaca_data_dq_k10.json").read_text()) == [rows[i] for i in chosen]
     model = shared_dir / "weights" / "stories260K"
     printed = example(train, folder, *SMALL, "--precision", "32-true", "--held-out", "4", MODEL=model)
-    assert "16 training rows, 4 held out" in printed
+    assert "20 training rows, 4 held out" in printed
     assert (folder / "tuned" / "model.safetensors").is_file()
