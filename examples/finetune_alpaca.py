@@ -6,8 +6,8 @@ python examples/finetune_alpaca.py --model MODEL --data alpaca_data_dq_1k.json -
 torchrun is not needed: --devices 8 --strategy fsdp shards the model over eight GPUs.
 
 The first line does all at once: the rows are embedded by ENCODER (a name or folder of transformers, an OpenAI model, or a .npy
-of ready-made embeddings, one row for each row of the file), put into bins, sampled, cached and tokenized by the data module. The
-last one trains on all rows of a file, and measures the loss on rows of another.
+of ready-made embeddings, one row for each row of the file), put into bins, sampled, cached and tokenized by the data module.
+The last one trains on all rows of a file, and measures the loss on rows of another.
 The model and its tokenizer are a name or folder of transformers; the result is such a folder again. Defaults are the published
 ones: 9 epochs, batches of 4, 4 of them a step, AdamW (0.9, 0.95), weight decay 0.1, 8e-6 falling linearly, bf16, tf32.
 """

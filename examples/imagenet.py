@@ -12,6 +12,8 @@ on an exported set (`dq-lightning export SET imagefolder results/kept --data_pat
 torchrun --nproc_per_node=8 train.py --data-dir . --train-split results/kept --val-split ~/data_imagenet/val \\
     --model resnet50 --sched cosine --epochs 260 --lr 0.6 --reprob 0.6 --remode pixel --batch-size 128 --amp \\
     --aug-splits 3 --aa rand-m9-mstd0.5-inc1 --resplit --split-bn --jsd-loss --dist-bn reduce
+
+which needs --num-classes N for other than 1,000 classes.
 """
 
 import argparse
