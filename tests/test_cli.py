@@ -74,6 +74,25 @@ def test_stations_one_by_one_agree_with_all_at_once(tmp_path, ready):
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(2000))
 
 
+def test_selection_epochs_and_gradients(tmp_path):
+    """Published: the encoder is trained on the data first, and samples compare by the gradient of the last layer."""
+    source = SampleCIFAR10()
+    for position in range(0, 2000, 40):
+        place = tmp_path / "photos" / source.classes[source.targets[position]]
+        place.mkdir(parents=True, exist_ok=True)
+        source[position][0].save(place / f"{position:04}.png")
+    training = ["--features.selection_epochs", "2", "--features.selection_batch_size", "10", "--progress", "false"]
+    for kind, trained in (("embedding", []), ("embedding", training), ("gradient", training)):
+        out = tmp_path / f"{kind} {len(trained)}"
+        run("bins", out, "--data_path", tmp_path / "photos", "--num_bins", "5", "--features.kind", kind, *trained)
+        assert len(list(out.glob("select_indices_photos_exp*.npy"))) == 5
+    settings = yaml.safe_load((tmp_path / "gradient 6" / "config.yaml").read_text())["features"]
+    assert (settings["kind"], settings["selection_epochs"], settings["selection_train"]) == ("gradient", 2, "all")
+    gains = [np.load(path)["gain"] for path in tmp_path.glob("*/bins.npz")]
+    # three different sets of features
+    assert len({gain.tobytes() for gain in gains}) == 3
+
+
 def test_published_bin_files_alone_give_the_same_counts(tmp_path, ready):
     run("bins", tmp_path, *SAMPLE, *ready)
     (tmp_path / "bins.npz").unlink()
@@ -224,6 +243,10 @@ def age(entries, days: float) -> None:
         (["quantize"], "needs data_path="),
         (["quantize", *SAMPLE, "--keep_ratio", "0.3", "--selection.keep_ratio", "0.2"], "in one place only"),
         (["quantize", *SAMPLE, "--keep_ratio", "2"], "must be in (0, 1]"),
+        (
+            ["bins", "out", *SAMPLE, "--features.selection_epochs", "1", "--features.selection_train", "head"],
+            "changes no embedding",
+        ),
         (["sample", "."], "select_indices_NAME_exp0.npy"),
         (["info", "."], "no compact set"),
         (["verify", "."], "no compact set and no cache"),
