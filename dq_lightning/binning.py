@@ -1,5 +1,7 @@
 """Station 2 over a plan: features refined as the settings ask, near-duplicates left out, bins of the rest."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -16,12 +18,19 @@ def bins_of(plan: Plan, features: Features, *, device: str, progress: bool) -> B
     settings = plan.config.bins
     grouping = plan.labels if settings.by_label else None
     labels = grouping.values if grouping is not None else None
-    kept, total = None, len(features)
+    kept, total, skipped = None, len(features), len(features.unreadable)
+    if skipped:
+        readable = torch.ones(total, dtype=torch.bool)
+        readable[features.unreadable] = False
+        kept = readable.nonzero().flatten()
     if settings.deduplicate is not None:
-        originals = find_duplicates(features.embedding, settings.deduplicate)
-        kept = (originals == torch.arange(total)).nonzero().flatten()
-        get_logger().info(f"{total - len(kept):,} of {total:,} samples are near-duplicates of others")
-        labels = None if labels is None else labels[kept]
+        candidates = torch.arange(total) if kept is None else kept
+        originals = find_duplicates(
+            features.embedding if kept is None else features.embedding[kept], settings.deduplicate
+        )
+        kept = candidates[originals == torch.arange(len(candidates))]
+        get_logger().info(f"{len(candidates) - len(kept):,} of {total:,} samples are near-duplicates of others")
+    labels = labels[kept] if labels is not None and kept is not None else labels
     bins = make_bins(
         _refined(features, kept, whitened=plan.config.features.whiten),
         num_bins=settings.num_bins,
@@ -38,7 +47,7 @@ def bins_of(plan: Plan, features: Features, *, device: str, progress: bool) -> B
         device=device,
         progress=None if progress else False,
     )
-    return bins if kept is None else spread_bins(bins, kept, total)
+    return bins if kept is None else replace(spread_bins(bins, kept, total), num_unreadable=skipped)
 
 
 def _refined(features: Features, kept: Tensor | None, *, whitened: bool) -> Features:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from dq_lightning.config import VerifyPolicy
 from dq_lightning.errors import CacheError, DQError, StoreError
 from dq_lightning.patch_bytes import PatchFacts
-from dq_lightning.plan import BINS, FILLED, STORE, Parts, Plan, source_identity, station_parts
+from dq_lightning.plan import BINS, FILLED, STORE, Parts, Plan, source_identity, usable_parts
 from dq_lightning.records import Bins, Selection, StoreInfo
 from dq_lightning.store.cache import Cache
 from dq_lightning.store.files import read_sealed, seal, write_bytes
@@ -63,7 +63,16 @@ def find_compact(plan: Plan, cache: Cache) -> Compact | None:
     identities = plan.identities(cache.memory)
     if source is None or identities is None:
         return None
-    return find_by_parts(station_parts(plan, source, identities), cache)
+    return find_made(plan, source, identities, cache)
+
+
+def find_made(plan: Plan, source: str, identities: dict[str, str], cache: Cache) -> Compact | None:
+    """The compact set of a plan; one that skips samples also takes what was made without having to skip any."""
+    for parts in usable_parts(plan, source, identities):
+        found = find_by_parts(parts, cache)
+        if found is not None:
+            return found
+    return None
 
 
 def find_by_parts(parts: Parts, cache: Cache) -> Compact | None:
@@ -113,6 +122,7 @@ def open_compact(
             bytes=sum(file.stat().st_size for file in path.iterdir()),
             content_hash=selection.content_hash(),
             num_classes=described["num_classes"],
+            num_unreadable=selection.num_unreadable,
             reused=reused,
             **(_costs(patches) if patches else {}),
         )

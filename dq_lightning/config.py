@@ -19,6 +19,7 @@ Template = Literal["auto", "alpaca", "prompt", "chat", "plain"]
 EmbeddedText = Literal["both", "instruction", "response"]
 Pooling = Literal["auto", "mean", "cls"]
 VerifyPolicy = Literal["size", "hash", "off"]
+OnError = Literal["raise", "skip"]
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,8 @@ class QuantizeConfig(JsonFields):
         store: `"indices"` copies nothing, `"packed"` is self-contained, `"auto"` is `"indices"` while all patches are kept.
         image_column: column of a Hugging Face dataset; found by its feature type when None.
         label_column: likewise.
+        on_error: what a sample that can't be read does: `"raise"` an error that names it, or `"skip"`: it is in no bin, so it
+            is never kept, and it is counted in `StoreInfo.num_unreadable`.
     """
 
     features: FeatureConfig = field(default_factory=FeatureConfig)
@@ -215,9 +218,11 @@ class QuantizeConfig(JsonFields):
     store: StoreKind = "auto"
     image_column: str | None = None
     label_column: str | None = None
+    on_error: OnError = "raise"
 
     def __post_init__(self) -> None:
         check_choice("QuantizeConfig", "store", self.store, StoreKind)
+        check_choice("QuantizeConfig", "on_error", self.on_error, OnError)
 
 
 def with_short_forms(config: QuantizeConfig | None, values: dict[str, Any]) -> QuantizeConfig:

@@ -9,7 +9,7 @@ import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
 from dq_lightning.compact import read_bins_of
-from dq_lightning.config import QuantizeConfig, StoreKind, VerifyPolicy
+from dq_lightning.config import OnError, QuantizeConfig, StoreKind, VerifyPolicy
 from dq_lightning.errors import ConfigError
 from dq_lightning.loading.batch_filling import BatchFiller, check_batch_transform, is_unfilled
 from dq_lightning.loading.inner import check_given, defined_by_user, is_datamodule, overridden_transfer_hooks
@@ -73,6 +73,7 @@ class QuantizedDataModule(L.LightningDataModule):
         fingerprint: identity of the dataset, in place of the digest of its content.
         force_recompute: build again what is in the cache already.
         verify: how entries are checked before use: `"size"`, `"hash"` or `"off"`.
+        on_error: `"raise"`, or `"skip"`: samples that can't be read are left out and counted in `info.num_unreadable`.
         device: of the encoder and the bins; `"auto"` is the Trainer's device, or a GPU if there is one.
 
     Attributes:
@@ -111,6 +112,7 @@ class QuantizedDataModule(L.LightningDataModule):
         fingerprint: str | None = None,
         force_recompute: bool = False,
         verify: VerifyPolicy = "size",
+        on_error: OnError = "raise",
         device: str = "auto",
     ) -> None:
         super().__init__()
@@ -129,6 +131,7 @@ class QuantizedDataModule(L.LightningDataModule):
             drop_ratio=drop_ratio,
             classifier=classifier,
             reconstructor=reconstructor,
+            on_error=on_error,
         )
         self.config = wanted.config
         selected, seed = wanted.config.selection, wanted.seed
@@ -197,6 +200,7 @@ class QuantizedDataModule(L.LightningDataModule):
         fingerprint: str | None = None,
         force_recompute: bool = False,
         verify: VerifyPolicy = "size",
+        on_error: OnError = "raise",
         device: str = "auto",
     ) -> Self:
         """Quantize the train set of an existing data module of `lightning` or `pytorch_lightning`.
@@ -232,6 +236,7 @@ class QuantizedDataModule(L.LightningDataModule):
             fingerprint=fingerprint,
             force_recompute=force_recompute,
             verify=verify,
+            on_error=on_error,
             device=device,
         )
         # here None says "not given", and every other value, also a default of the class, says "given"

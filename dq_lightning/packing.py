@@ -1,6 +1,7 @@
 """The selected samples of a plan into a packed store, whole or by their kept patches."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dq_lightning.compact import write_description
+from dq_lightning.errors import SourceError
 from dq_lightning.patch_bytes import measure_bytes
 from dq_lightning.patching import choose, image_place, packed_items
 from dq_lightning.plan import Plan
@@ -54,6 +56,19 @@ def write_patches(
     attributes = {"image_place": list(image_place(plan)), "one_size": bool((sizes == sizes[:1]).all())}
     _write_samples(folder, plan, selection, partial(packed_items, plan, selection, choice), shards, **attributes)
     write_description(folder, plan, facts)
+
+
+@contextmanager
+def reading_again(plan: Plan) -> Iterator[None]:
+    """Tell that a sample which can't be read now was read before, where its features were made from it."""
+    try:
+        yield
+    except SourceError as error:
+        if not plan.encoder.reads_samples:
+            raise
+        raise SourceError(
+            f"A sample that was read for its features can't be read any more: the dataset changed between two reads. {error}"
+        ) from error
 
 
 def _whole_items(plan: Plan, index: Tensor, start: int = 0) -> Iterator[Item]:

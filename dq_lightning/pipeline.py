@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from dq_lightning.binning import bins_of
-from dq_lightning.compact import Compact, find_by_parts, open_compact, write_description
-from dq_lightning.config import QuantizeConfig, VerifyPolicy
+from dq_lightning.compact import Compact, find_made, open_compact, write_description
+from dq_lightning.config import OnError, QuantizeConfig, VerifyPolicy, with_short_forms
 from dq_lightning.errors import CacheError
 from dq_lightning.features.extract import extract_features
+from dq_lightning.features.readable import find_unreadable, without_labels
 from dq_lightning.features.selection_training import with_selection_epochs
 from dq_lightning.filling import write_filled
 from dq_lightning.logs import get_logger
-from dq_lightning.packing import write_patches, write_whole
+from dq_lightning.packing import reading_again, write_patches, write_whole
 from dq_lightning.patch_bytes import describe_costs
 from dq_lightning.patching import score_selection
 from dq_lightning.plan import (
@@ -68,6 +69,7 @@ def quantize(
     fingerprint: str | None = None,
     force_recompute: bool = False,
     verify: VerifyPolicy = "size",
+    on_error: OnError = "raise",
     progress: bool = True,
 ) -> StoreInfo:
     """Make the compact set of a dataset, or find it in the cache.
@@ -85,6 +87,7 @@ def quantize(
         fingerprint: identity of the dataset, in place of the digest of its content.
         force_recompute: build again what is in the cache already.
         verify: how an entry is checked before use.
+        on_error: short form of `config.on_error`.
         progress: show progress bars.
 
     Returns:
@@ -96,7 +99,7 @@ def quantize(
     with isolated_random_state():
         plan = make_plan(
             source,
-            config or QuantizeConfig(),
+            with_short_forms(config, {"on_error": on_error}),
             encoder=encoder,
             classifier=classifier,
             reconstructor=reconstructor,
@@ -119,7 +122,7 @@ def find_or_build(
         source = source_identity(plan, cache.memory, full=True)
         identities = plan.identities(cache.memory)
         if source is not None and identities is not None and not force:
-            found = find_by_parts(station_parts(plan, source, identities), cache)
+            found = find_made(plan, source, identities, cache)
             if found is not None:
                 kept, whole = len(found.selection), len(plan.source)
                 get_logger().info(f"reusing the compact set of {kept:,} of {whole:,} samples: {found.info.path}")
@@ -204,10 +207,10 @@ class _Build:
         plan, selection = self.plan, self._load(SELECTION, self._write_selection, read_selection)
         if plan.patches is not None:
             scored = self._load(PATCHES, partial(self._write_scores, selection), read_scores)
-            with self._timed("store"):
+            with self._timed("store"), reading_again(plan):
                 write_patches(folder, plan, selection, *scored, self._shards(STORE, "packing"))
             return
-        with self._timed("store"):
+        with self._timed("store"), reading_again(plan):
             if plan.store_kind == "packed":
                 write_whole(folder, plan, selection, self._shards(STORE, "packing"))
             else:
@@ -215,7 +218,7 @@ class _Build:
                 write_description(folder, plan)
 
     def _write_scores(self, selection: Selection, folder: Path) -> None:
-        with self._timed("saliency"):
+        with self._timed("saliency"), reading_again(self.plan):
             shards = self._shards(PATCHES, "saliency")
             scored = score_selection(self.plan, selection, device=self.device, progress=self.progress, shards=shards)
         write_scores(folder, *scored)
@@ -260,7 +263,12 @@ class _Build:
         with self._timed("features"):
             self.plan.source.check_repeatable()
             labels = self.plan.labels if settings.kind == "gradient" or settings.selection_epochs else None
-            encoder = with_selection_epochs(self.plan.encoder, self.plan.source, labels, settings, self.progress)
+            left_out = None
+            if self.plan.config.on_error == "skip":
+                workers = settings.num_workers
+                left_out = find_unreadable(self.plan.source, num_workers=workers, progress=self.progress)
+            learned = labels if labels is None or left_out is None else without_labels(labels, left_out)
+            encoder = with_selection_epochs(self.plan.encoder, self.plan.source, learned, settings, self.progress)
             features = extract_features(
                 self.plan.source,
                 encoder,
@@ -275,5 +283,6 @@ class _Build:
                 out=allocate,
                 scratch=self.cache.root / PAID_FOLDER,
                 shards=shards,
+                left_out=left_out,
             )
         write_features(folder, features)

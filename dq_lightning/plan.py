@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from dq_lightning.config import QuantizeConfig
-from dq_lightning.errors import ConfigError
+from dq_lightning.errors import ConfigError, SourceError
 from dq_lightning.features.choose import EncoderSpec, choose_encoder
 from dq_lightning.patch_plan import PatchPlan, check_modality, make_patch_plan
 from dq_lightning.records import DigestMemory, Labels
@@ -89,6 +89,7 @@ def make_plan(
         transform=transform,
         target_transform=target_transform,
         text=config.text,
+        on_error=config.on_error,
     )
     encoder = config.features.encoder if encoder is None else encoder
     spec = choose_encoder(
@@ -123,8 +124,15 @@ def _by_size(encoder: Any, source: Source) -> bool:
 
 def _typical_size(source: Source) -> tuple[int, int]:
     """Width and height of the image whose longer side is the median of a few evenly spaced ones."""
-    sizes = sorted((source.image(i).size for i in evenly_spaced(len(source), SIZE_SAMPLES)), key=max)
-    return sizes[len(sizes) // 2]
+    sizes, problem = [], None
+    for index in evenly_spaced(len(source), SIZE_SAMPLES):
+        try:
+            sizes.append(source.image(index).size)
+        except SourceError as error:
+            problem = error  # whether that ends the run is decided where every sample is read
+    if problem is not None and not sizes:
+        raise problem
+    return sorted(sizes, key=max)[len(sizes) // 2]
 
 
 def source_identity(plan: Plan, memory: DigestMemory, *, full: bool) -> str | None:
@@ -164,6 +172,8 @@ def station_parts(plan: Plan, source: str, identities: dict[str, str]) -> Parts:
     }
     if isinstance(plan.source, TextRows) and plan.encoder.reads_samples:
         features["text"] = plan.source.text_identity()
+    if config.on_error == "skip":
+        features["on_error"] = "skip"
     training = config.features.selection_training()
     features |= training
     if config.features.kind == "gradient" or training:
@@ -181,6 +191,19 @@ def station_parts(plan: Plan, source: str, identities: dict[str, str]) -> Parts:
     if plan.patches is not None and plan.patches.fills_ahead:
         parts[FILLED] = filled_parts(parts[STORE], identities["reconstructor"])
     return parts
+
+
+def usable_parts(plan: Plan, source: str, identities: dict[str, str]) -> list[Parts]:
+    """The parts of every entry that is what this plan would make, its own first.
+
+    An entry made under `on_error="raise"` had nothing to skip, so it serves `"skip"` too; never the other way round.
+    """
+    own = [station_parts(plan, source, identities)]
+    # ready-made features are made without reading the samples
+    if plan.config.on_error == "raise" or not plan.encoder.reads_samples:
+        return own
+    strict = replace(plan, config=replace(plan.config, on_error="raise"))
+    return [*own, station_parts(strict, source, identities)]
 
 
 def filled_parts(store: dict[str, Any], reconstructor: str) -> dict[str, Any]:

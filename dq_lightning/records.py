@@ -21,10 +21,12 @@ class Features:
         head_gradient: floating tensor [N, C], the gradient of the loss with respect to the logits, or None. With it the
             samples are compared by the last layer's gradient `g (x) [1, h]`, whose inner product is
             `(g_i . g_j)(1 + h_i . h_j)`.
+        unreadable: int64 [U], ascending, the samples that could not be read and were skipped: their rows are zero.
     """
 
     embedding: Tensor
     head_gradient: Tensor | None = None
+    unreadable: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def __post_init__(self) -> None:
         for name, value in (("embedding", self.embedding), ("head_gradient", self.head_gradient)):
@@ -71,11 +73,13 @@ class Bins:
     """Which bin each of N samples fell into, and in which order.
 
     Attributes:
-        assignment: int16 [N], the bin of each sample, 0 <= bin < num_bins; -1 where it was left out as a near-duplicate.
+        assignment: int16 [N], the bin of each sample, 0 <= bin < num_bins; -1 where it was left out, as a near-duplicate or
+            because it could not be read.
         rank: int32 [N], the order in which a sample was picked inside its group and bin, from 0; -1 likewise.
         gain: float32 [N], the objective's gain when it was picked.
         group: int32 [N], class or stratum; zeros without labels.
         num_bins: K; the largest assignment plus one when not given.
+        num_unreadable: samples that could not be read and were skipped.
     """
 
     assignment: Tensor
@@ -83,6 +87,7 @@ class Bins:
     gain: Tensor
     group: Tensor
     num_bins: int = 0
+    num_unreadable: int = 0
 
     def __post_init__(self) -> None:
         if self.num_bins == 0:
@@ -99,10 +104,12 @@ class Selection:
     Attributes:
         index: int64 [M], positions in the source, ascending.
         bin: int16 [M], the bin that each of them came from.
+        num_unreadable: samples of the source that could not be read and were skipped.
     """
 
     index: Tensor
     bin: Tensor
+    num_unreadable: int = 0
 
     def __len__(self) -> int:
         return len(self.index)
@@ -247,6 +254,7 @@ class StoreInfo:
         original_bytes: of the same samples as their owner stores them (files, or raw pixels); known for packed patches.
         source_bytes: likewise of the whole dataset; from evenly spaced samples when it is no folder of files.
         unpatched_bytes: of the same samples, whole, in the same codec and quality; from at most 1,000 of them.
+        num_unreadable: samples of the whole dataset that could not be read and were skipped, with `on_error="skip"`.
     """
 
     path: str
@@ -262,6 +270,7 @@ class StoreInfo:
     original_bytes: int | None = None
     source_bytes: int | None = None
     unpatched_bytes: int | None = None
+    num_unreadable: int = 0
 
     @property
     def data_keep_ratio(self) -> float:

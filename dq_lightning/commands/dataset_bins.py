@@ -25,7 +25,7 @@ def bins_of_dataset(
 
     Args:
         dataset: as in `quantize`, and so are the others.
-        config: `features`, `bins` and `text` count.
+        config: `features`, `bins`, `text` and `on_error` count.
         labels: as in `quantize`.
         cache_dir: likewise.
         device: likewise.
@@ -41,8 +41,9 @@ def bins_of_dataset(
         plan = make_plan(dataset, config, labels=labels)
     # the smallest selection: the flow ends with one, and its entry holds row numbers alone
     least = SelectionConfig(keep_ratio=min(1.0, 1 / len(plan.source)))
-    plan = make_plan(
-        plan.source, QuantizeConfig(config.features, config.bins, least, text=config.text, store="indices")
+    settings = QuantizeConfig(
+        config.features, config.bins, least, text=config.text, store="indices", on_error=config.on_error
     )
+    plan = make_plan(plan.source, settings)
     cache = Cache(cache_dir or default_cache_dir())
     return read_bins_of(find_or_build(plan, cache, device=device, progress=progress), cache)

@@ -9,6 +9,7 @@ from typing import Any
 from dq_lightning.config import (
     BinConfig,
     FeatureConfig,
+    OnError,
     QuantizeConfig,
     SelectionConfig,
     StoreKind,
@@ -43,6 +44,7 @@ def quantize_dataset(
     fingerprint: str | None = None,
     force_recompute: bool = False,
     verify: VerifyPolicy = "size",
+    on_error: OnError = "raise",
     progress: bool = True,
 ) -> None:
     """Make the compact set of a dataset: features, bins, sampling, patches, store.
@@ -75,9 +77,10 @@ def quantize_dataset(
         fingerprint: identity of the dataset, in place of the digest of its content.
         force_recompute: build again what is in the cache already.
         verify: how an entry is checked before use.
+        on_error: raise, or skip: samples that can't be read are left out and counted.
         progress: show progress bars.
     """
-    config = QuantizeConfig(features, bins, selection, patches, text, store, image_column, label_column)
+    config = QuantizeConfig(features, bins, selection, patches, text, store, image_column, label_column, on_error)
     short = {
         "selection.keep_ratio": keep_ratio,
         "bins.num_bins": num_bins,
@@ -111,5 +114,7 @@ def quantize_dataset(
             "fingerprint": fingerprint,
         }
         write_results(Path(output), info, config, place)
+    if info.num_unreadable:
+        print(f"{info.num_unreadable:,} samples could not be read and were skipped")
     share = info.num_samples / info.num_source_samples
     print(f"{info.num_samples:,} of {info.num_source_samples:,} samples ({share:.2%}): {output or info.path}")

@@ -7,6 +7,7 @@ from dq_lightning.config import (
     BinConfig,
     Draw,
     FeatureConfig,
+    OnError,
     QuantizeConfig,
     SelectionConfig,
     TextConfig,
@@ -28,6 +29,7 @@ def bins(
     labels: str | bool | None = None,
     cache_dir: str | None = None,
     device: str = "auto",
+    on_error: OnError = "raise",
     progress: bool = True,
 ) -> None:
     """Split a dataset into bins (was quantize_sample.py); writes select_indices_NAME_exp{0..K-1}.npy, bins.npz, config.yaml.
@@ -47,9 +49,10 @@ def bins(
         labels: a column to group by in place of the classes, or false for no groups.
         cache_dir: folder of the cache.
         device: auto, cpu, cuda, ...
+        on_error: raise, or skip: samples that can't be read are in no bin.
         progress: show progress bars.
     """
-    config = QuantizeConfig(features=features, bins=bins, text=text, store="indices")
+    config = QuantizeConfig(features=features, bins=bins, text=text, store="indices", on_error=on_error)
     config = with_short_forms(config, {"bins.num_bins": num_bins, "features.encoder": encoder})
     from dq_lightning.commands.dataset_bins import bins_of_dataset
     from dq_lightning.commands.opening import dataset_name, open_dataset

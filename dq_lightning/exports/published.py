@@ -168,8 +168,8 @@ def _parts(folder: Path) -> tuple[str, list[NDArray[np.int64]]]:
 def _read_whole(folder: Path, parts: list[NDArray[np.int64]]) -> Bins:
     try:
         with np.load(folder / BINS_FILE, allow_pickle=False) as file:
-            values = {field: torch.from_numpy(file[field]) for field in FIELDS}
-            bins = Bins(**values, num_bins=int(file["num_bins"]))
+            assignment, rank, gain, group = (torch.from_numpy(file[field]) for field in FIELDS)
+            bins = Bins(assignment, rank, gain, group, int(file["num_bins"]))
     except (OSError, ValueError, KeyError) as error:
         raise StoreError(f"{folder / BINS_FILE} cannot be read ({error}): make the bins again") from error
     same = len(parts) == bins.num_bins and all(

@@ -44,6 +44,7 @@ def collect(
     advice: str,
     shards: Shards,
     made_from: str = "",
+    left_out: Tensor | None = None,
 ) -> Features:
     """Copy the rows to the host, a block of batches at a time, and check that they are finite.
 
@@ -55,12 +56,15 @@ def collect(
         advice: what to do about values that are not finite.
         shards: rows that an earlier run has made, and where to keep these.
         made_from: see `Shards.restore`.
+        left_out: int64 [U], ascending, samples that need no rows, or whose rows do not count; None: there are none.
 
     Raises:
         FeatureError: a row is not finite, or missing.
     """
     table = _Table(num_samples, allocate, shards)
     table.restore(made_from)
+    skipped = torch.empty(0, dtype=torch.int64) if left_out is None else left_out
+    table.seen[skipped] = True
     missing = (~table.seen).nonzero().flatten()
     with progress_bar(progress, total=num_samples, unit="sample", description="features") as bar:
         bar.update(num_samples - len(missing))
@@ -70,8 +74,11 @@ def collect(
         table.copy()
     if not table.seen.all():
         raise FeatureError(f"the encoder gave no features of {int((~table.seen).sum())} of {num_samples} samples")
-    _check_finite(torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *table.not_finite])), num_samples, advice)
-    return Features(table.filled["embedding"], table.filled.get("head_gradient"))
+    bad = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *table.not_finite]))
+    _check_finite(bad[~torch.isin(bad, skipped)], num_samples, advice)
+    for tensor in table.filled.values():
+        tensor[skipped] = 0
+    return Features(table.filled["embedding"], table.filled.get("head_gradient"), skipped)
 
 
 class _Table:

@@ -17,6 +17,7 @@ from dq_lightning.features.encoders import Encoder, RowEncoder, TextEncoder, res
 from dq_lightning.features.gradient import HeadLoss, head_gradient
 from dq_lightning.features.isolation import isolated, release_memory
 from dq_lightning.features.loading import ImageBatches, iterate_batches
+from dq_lightning.features.readable import Blanked
 from dq_lightning.features.selection_training import TrainedEncoder
 from dq_lightning.features.text_loading import iterate_text_batches
 from dq_lightning.records import Features
@@ -43,6 +44,7 @@ def extract_features(
     loss: HeadLoss = "softmax_cross_entropy",
     scratch: Path | None = None,
     shards: Shards | None = None,
+    left_out: Tensor | None = None,
 ) -> Features:
     """Run every sample of a source through an encoder.
 
@@ -68,6 +70,7 @@ def extract_features(
         scratch: folder where an encoder that is paid for each row records what it has; None keeps nothing.
         shards: where finished rows are kept, so that a killed run goes on with what is missing; not used with ready-made or
             paid rows. None keeps nothing.
+        left_out: int64 [U], samples that cannot be read: their rows are zero.
 
     Returns:
         embedding float32 [N, D], and for `"gradient"` head_gradient float32 [N, C], both on the CPU, in the source's order.
@@ -91,14 +94,16 @@ def extract_features(
             advice, kept = LOOK_AT_SAMPLES, shards or NothingKept()
             rows_of: Callable[[Tensor], Iterator[Rows]]
             if isinstance(encoder, RowEncoder):
-                rows_of = partial(_all_rows, encoder, source, batch_size, num_workers, scratch)
+                whole = source if left_out is None or source.modality != "text" else Blanked(source, left_out)
+                rows_of = partial(_all_rows, encoder, whole, batch_size, num_workers, scratch)
                 advice, kept = encoder.advice, NothingKept()
             elif isinstance(encoder, TextEncoder):
                 rows_of = partial(_text_to_rows, encoder, source, batch_size)
             else:
                 rows_of = partial(_images_to_rows, encoder, source, batch_size, wanted, loss, target, num_workers)
             made_from = encoder.digest() if isinstance(encoder, TrainedEncoder) and shards is not None else ""
-            features = collect(rows_of, len(source), progress, out or allocate_in_memory, advice, kept, made_from)
+            out = out or allocate_in_memory
+            features = collect(rows_of, len(source), progress, out, advice, kept, made_from, left_out)
             del encoder, rows_of
     finally:
         release_memory()

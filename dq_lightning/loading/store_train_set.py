@@ -136,9 +136,11 @@ class StoreTrainSet:
         if given == [None, None]:
             # without any there is no need to tell the image apart
             return None
-        columns = {name: config.get(name) for name in ("image_column", "label_column")}
         samples = PackedDataset(self._path, verify=self._samples.verify)
-        source = as_source(samples, transform=given[0], target_transform=given[1], **columns)
+        image, label = config.get("image_column"), config.get("label_column")
+        source = as_source(
+            samples, image_column=image, label_column=label, transform=given[0], target_transform=given[1]
+        )
         return source.finisher(torch.arange(len(samples)))
 
 

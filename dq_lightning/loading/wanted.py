@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dq_lightning.config import QuantizeConfig, StoreKind, with_short_forms
+from dq_lightning.config import OnError, QuantizeConfig, StoreKind, with_short_forms
 from dq_lightning.errors import ConfigError
 from dq_lightning.plan import Plan, make_plan
 from dq_lightning.sources.strip import KEEP
@@ -71,6 +71,7 @@ def want(
     drop_ratio: float = 0.0,
     classifier: Any = None,
     reconstructor: Any = None,
+    on_error: OnError = "raise",
 ) -> Wanted:
     """Put the keywords of a data module and its config together.
 
@@ -83,6 +84,7 @@ def want(
         "bins.num_bins": num_bins,
         "patches.drop_ratio": drop_ratio,
         "store": store,
+        "on_error": on_error,
     }
     named = isinstance(encoder, str | Path)
     if named:

@@ -52,14 +52,15 @@ def select(
     if wanted > len(present):
         raise ConfigError(
             f"keep_ratio={keep_ratio} of {len(bins)} samples wants {wanted}, but only {len(present)} are left without "
-            "near-duplicates; lower keep_ratio, or raise deduplicate"
+            f"near-duplicates and the {bins.num_unreadable} that can't be read; lower keep_ratio, or raise deduplicate"
         )
     order, groups, sizes = _sort(bins, present)
     group_sizes = [int(n) for n in sizes.sum(axis=1)]
     quotas = apportion(Shares(group_sizes), wanted, _ranks(seed, _GROUP_TIES, 0, 0, len(groups)))
     kept = list(_take(order, groups, sizes, quotas, seed, draw, bin_weights))
     index = np.sort(np.concatenate(kept))
-    return Selection(torch.from_numpy(index), bins.assignment.cpu()[torch.from_numpy(index)].to(torch.int16))
+    bin_of_each = bins.assignment.cpu()[torch.from_numpy(index)].to(torch.int16)
+    return Selection(torch.from_numpy(index), bin_of_each, bins.num_unreadable)
 
 
 def _check_weights(weights: Sequence[float] | None, num_bins: int) -> None:

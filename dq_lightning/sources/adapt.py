@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch.utils.data import ConcatDataset, Subset
 
-from dq_lightning.config import TextConfig
+from dq_lightning.config import OnError, TextConfig
 from dq_lightning.errors import ConfigError, SourceError
 from dq_lightning.sources.base import Source, dataset_length
 from dq_lightning.sources.files import FileSource, file_list
@@ -38,6 +38,7 @@ def as_source(
     transform: Any = KEEP,
     target_transform: Any = KEEP,
     text: TextConfig | None = None,
+    on_error: OnError = "raise",
 ) -> Source:
     """See any dataset through the source protocol. The given object is never changed.
 
@@ -54,6 +55,8 @@ def as_source(
         target_transform: likewise.
         text: how rows of text are read. Rows of a Hugging Face dataset or a list are text when they hold strings and no
             image; those of other datasets when a template is named here.
+        on_error: `"skip"` lets identity and classes pass over items that can't be read; reading such an item itself is an
+            error either way.
 
     Raises:
         SourceError: the dataset is empty, a stream, or without a split, image or column that can be told apart.
@@ -73,6 +76,7 @@ def as_source(
         return dataset
     options = (image_column, label_column, transform, target_transform)
     source = dataset if isinstance(dataset, ItemSource) else _adapt(dataset, text or TextConfig(), *options)
+    source = _with_skips(source, skips=on_error == "skip")
     if isinstance(source, TextRows) and text is not None:
         source = copy.copy(source)
         source.settings = text
@@ -82,6 +86,19 @@ def as_source(
         source = copy.copy(source)  # a source that was passed in keeps its own grouping
         source.grouping = labels
     return cast(Source, source)
+
+
+def _with_skips(source: ItemSource, *, skips: bool) -> ItemSource:
+    """The same source, and those inside it, passing over what can't be read or not; a given source is not changed."""
+    if source.skips == skips:
+        return source
+    changed = copy.copy(source)
+    changed.skips = skips
+    if isinstance(changed, SubsetSource):
+        changed.inner = _with_skips(changed.inner, skips=skips)
+    if isinstance(changed, ConcatSource):
+        changed.parts = [_with_skips(part, skips=skips) for part in changed.parts]
+    return changed
 
 
 def grouping_id(source: Source) -> str | None:

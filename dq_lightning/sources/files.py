@@ -9,6 +9,7 @@ from dq_lightning.sources.base import relative_paths
 from dq_lightning.sources.items import Leaf, digest_of
 from dq_lightning.sources.mapped import MapSource, getter_module
 from dq_lightning.sources.pixels import header_problem
+from dq_lightning.sources.skipping import ForgivingMemory
 from dq_lightning.sources.targets import Targets, as_targets
 
 _LISTS = ("samples", "_samples", "imgs", "_image_files")
@@ -102,7 +103,8 @@ class FileSource(MapSource):
         path = self.path(index)
         if not self._standard or path is None:
             return None
-        return EncodedImage(Path(path).read_bytes(), "pil_rgb")
+        with self._explaining(index):
+            return EncodedImage(Path(path).read_bytes(), "pil_rgb")
 
     def _file_digests(self, paths: list[str], memory: DigestMemory) -> list[str]:
         try:
@@ -117,7 +119,7 @@ class FileSource(MapSource):
     def digest(self, memory: DigestMemory) -> str:
         paths = self._paths()
         targets = self.listed_targets()
-        content = "\n".join(self._file_digests(paths, memory))
+        content = "\n".join(self._file_digests(paths, ForgivingMemory(memory) if self.skips else memory))
         # code of the user's that reads the files is part of what the items are
         reading = "" if self._standard else self.spot_digest()
         values = targets.values if targets is not None else None

@@ -17,6 +17,7 @@ from dq_lightning.sources.finish import BatchFinisher, FormatFinisher, Transform
 from dq_lightning.sources.items import IMAGE_NAMES, TARGET_NAMES, Leaf, digest_of, evenly_spaced
 from dq_lightning.sources.pixels import header_problem
 from dq_lightning.sources.reading import ItemSource
+from dq_lightning.sources.skipping import ForgivingMemory
 from dq_lightning.sources.strip import KEEP
 from dq_lightning.sources.targets import Targets, as_targets
 
@@ -228,7 +229,7 @@ class HubSource(ItemSource):
 
         names = list(self.plain_dataset.column_names)
         rows = self.plain_dataset.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE)
-        content, saw_files = digest_tables(rows, names, memory)
+        content, saw_files = digest_tables(rows, names, ForgivingMemory(memory) if self.skips else memory)
         schema = json.dumps(self.plain_dataset.features.to_dict(), sort_keys=True, default=str)
         digest = digest_of("hub", self.image_leaf(), schema, content)
         if key is not None and not saw_files:  # files outside the table can change without the table

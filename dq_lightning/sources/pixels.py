@@ -33,6 +33,16 @@ class Scale:
         return scaled.clip(0, 255).astype(np.uint8)
 
 
+def check_pixels(value: Any) -> Any:
+    """The leaf itself; SourceError unless it is a PIL image or an array, with pixels."""
+    if not isinstance(value, Image.Image | Tensor | np.ndarray):
+        raise SourceError(f"in place of the image there is a {type(value).__name__}")
+    shape = value.size if isinstance(value, Image.Image) else tuple(value.shape)
+    if 0 in shape:
+        raise SourceError(f"the image has no pixels: {list(shape)}")
+    return value
+
+
 def needs_scale(value: Any) -> bool:
     """Whether the range of a leaf's values is not told by its type (floats and wide integers)."""
     if isinstance(value, Image.Image):

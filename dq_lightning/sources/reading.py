@@ -1,9 +1,11 @@
 """The part of a source that all adapters share: reading, explaining failures, targets, identity by items."""
 
+import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,10 @@ from dq_lightning.randomness import isolated_random_state
 from dq_lightning.records import DigestMemory, EncodedImage, Labels
 from dq_lightning.sources.base import Finisher, Positions, dataset_length
 from dq_lightning.sources.items import Digester, Leaf, at, digest_of, evenly_spaced, find_image, find_target
-from dq_lightning.sources.pixels import Scale, decide_scale, needs_scale, to_rgb
+from dq_lightning.sources.pixels import Scale, check_pixels, decide_scale, needs_scale, to_rgb
+from dq_lightning.sources.skipping import Unreadable
 from dq_lightning.sources.state import state_key
-from dq_lightning.sources.targets import Targets, as_targets, given_labels, scalar, to_labels
+from dq_lightning.sources.targets import Targets, as_targets, given_labels, target_of, to_labels
 
 logger = logging.getLogger("dq_lightning")
 
@@ -44,6 +47,8 @@ class ItemSource(ABC):
     """Whether a pass over all items draws a bar (on a terminal)."""
     trusts_list = False
     """Whether `listed_targets` is known to be what the items deliver."""
+    skips = False
+    """Whether items that can't be read are left out, so that they stop nothing that looks at the whole dataset."""
 
     def __init__(self, dataset: Any, image_column: str | None, label_column: str | None) -> None:
         self.dataset = dataset
@@ -110,29 +115,58 @@ class ItemSource(ABC):
             place = self.path(index)
             raise SourceError(
                 f"Item {index} of {self.describe()}{f' ({place})' if place else ''} can't be read: "
-                f"{type(error).__name__}: {error}. Repair it, or leave it out with torch.utils.data.Subset."
+                f"{type(error).__name__}: {error}. Repair it, leave it out with torch.utils.data.Subset, or pass "
+                'on_error="skip", which leaves out and counts all such items.'
             ) from error
 
     def plain(self, index: int) -> Any:
         with self._explaining(index):
             return self.read_plain(index)
 
+    def tried(self, index: int) -> Any:
+        """The plain item, or what stands for one that can't be read where those are left out."""
+        try:
+            return self.plain(index)
+        except SourceError as error:
+            if not self.skips:
+                raise
+            return Unreadable(type(error.__cause__ or error).__name__)
+
+    def first_item(self, fits: Callable[[Any], object] = id) -> Any:
+        """A plain item to learn the structure from: one for which `fits` raises nothing. Others are errors in their turn."""
+        problems = []
+        for index in (self.first, *evenly_spaced(len(self), SPOT_CHECKS)):
+            try:
+                item = self.plain(index)
+                fits(item)
+            except SourceError as error:
+                problems.append(error)
+            else:
+                self.first = index
+                return item
+        raise problems[0]
+
     def image_leaf(self) -> Leaf:
         """Where in an item the image is."""
         if self._leaf is None:
-            self._leaf = find_image(self.plain(self.first), self.image_column)
+            find = partial(find_image, wanted=self.image_column)
+            self._leaf = find(self.first_item(find))
         return self._leaf
 
     def image(self, index: int) -> Image.Image:
         self.image_leaf()
         with self._explaining(index):
-            leaf = self.read_image(index)
+            leaf = check_pixels(self.read_image(index))
             return to_rgb(leaf, self.scale() if needs_scale(leaf) else None)
 
     def scale(self) -> Scale:
         """The one scale of all images whose type does not tell the range, from 64 evenly spread items."""
         if self._scale is None:
-            spread = [self.read_image(index) for index in evenly_spaced(len(self), _SCALE_SAMPLES)]
+            spread = []
+            for index in evenly_spaced(len(self), _SCALE_SAMPLES):
+                # one that can't be read is an error of its own, in its turn
+                with contextlib.suppress(Exception):
+                    spread.append(self.read_image(index))
             self._scale = decide_scale([leaf for leaf in spread if needs_scale(leaf)] or spread[:1])
         return self._scale
 
@@ -171,11 +205,12 @@ class ItemSource(ABC):
 
     def target_leaf(self) -> Leaf | None:
         """Where in an item the target is, or None."""
-        return find_target(self.plain(self.first), self.image_leaf(), self.label_column)
+        return find_target(self.first_item(), self.image_leaf(), self.label_column)
 
-    def spot_targets(self, leaf: Leaf) -> list[Any]:
-        """The targets of 16 evenly spaced items."""
-        return [at(self.plain(index), leaf) for index in evenly_spaced(len(self), SPOT_CHECKS)]
+    def spot_targets(self, leaf: Leaf) -> dict[int, Any]:
+        """The targets of 16 evenly spaced items that can be read, by position."""
+        items = {index: self.tried(index) for index in evenly_spaced(len(self), SPOT_CHECKS)}
+        return {index: target_of(item, leaf) for index, item in items.items() if not isinstance(item, Unreadable)}
 
     def targets(self) -> Targets | None:
         """The dataset's own classes: from its list where that agrees with the items, else from one pass over the items."""
@@ -187,13 +222,13 @@ class ItemSource(ABC):
         leaf = self.target_leaf()
         if leaf is None:
             return None
-        spots = [_small(value) for value in self.spot_targets(leaf)]
-        seen = as_targets(spots)
-        if seen is None and any(value is not None for value in spots):
+        spots = self.spot_targets(leaf)
+        seen = as_targets(list(spots.values()))
+        if seen is None and any(value is not None for value in spots.values()):
             return None
         listed = self.listed_targets()
         if listed is not None and seen is not None:
-            there = listed.values[evenly_spaced(len(self), SPOT_CHECKS)]
+            there = listed.values[list(spots)]
             if there.dtype.kind == seen.values.dtype.kind and np.array_equal(there, seen.values):
                 return listed
         return self.scan()[1]
@@ -212,12 +247,15 @@ class ItemSource(ABC):
             show = self.shows_progress and len(self) >= _LONG_PASS
             with progress_bar(show, total=len(self), unit="item", description="reading items") as bar:
                 for index in range(len(self)):
-                    item = self.plain(index)
+                    item = self.tried(index)
                     digester.add(item)
-                    values.append(_small(at(item, leaf)) if leaf is not None else None)
+                    values.append(item if isinstance(item, Unreadable) else target_of(item, leaf))
                     bar.update()
             listed = self.listed_targets()
             names = listed.names if listed is not None else None
+            # what can't be read is in no bin: any class will do that hides none and makes none
+            known = next((value for value in values if not isinstance(value, Unreadable)), None)
+            values = [known if isinstance(value, Unreadable) else value for value in values]
             self._scan = digester.hexdigest(), as_targets(values, names)
         return self._scan
 
@@ -242,29 +280,22 @@ class ItemSource(ABC):
 
     def spot_digest(self) -> str:
         """Digest of 16 evenly spaced plain items."""
-        return digest_of([self.plain(index) for index in evenly_spaced(len(self), SPOT_CHECKS)])
+        return digest_of([self.tried(index) for index in evenly_spaced(len(self), SPOT_CHECKS)])
 
     def check_repeatable(self) -> None:
         self._check_reads()
-        self.image(self.first)  # settles the scale before worker processes are made
+        with contextlib.suppress(SourceError):  # told in its turn
+            self.image(self.first)  # settles the scale before worker processes are made
 
     def _check_reads(self) -> None:
         if self._repeatable:
             return
         with isolated_random_state():
             for index in evenly_spaced(len(self), SPOT_CHECKS):
-                if digest_of(self.plain(index)) != digest_of(self.plain(index)):
+                if digest_of(self.tried(index)) != digest_of(self.tried(index)):
                     raise SourceError(
                         f"Two reads of item {index} of {self.describe()} differ, though its transforms were taken off: "
                         "something random is hidden inside. Features are made once from the plain image, so give the "
                         "dataset its augmentation as an attribute named `transform`, or pass transform= here instead."
                     )
         self._repeatable = True
-
-
-def _small(value: Any) -> Any:
-    """The target if it can be a class, else a stand-in that is none: masks of a whole dataset would fill the memory."""
-    if value is None or isinstance(value, int | str | np.generic):
-        return value
-    single = scalar(value)
-    return 0.5 if isinstance(single, Tensor | np.ndarray) or single is value else single

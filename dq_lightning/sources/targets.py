@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dq_lightning.errors import SourceError
 from dq_lightning.records import Labels
+from dq_lightning.sources.items import Leaf, at
 
 UNLABELED = -1
 
@@ -136,3 +137,18 @@ def given_labels(labels: Any, length: int) -> Labels:
     if made is None:
         raise SourceError("labels= must hold whole numbers or strings, one per sample; round or bin other values first")
     return made
+
+
+def target_of(item: Any, leaf: Leaf | None) -> Any:
+    """The target if it can be a class, None where there is none, else a stand-in that is no class.
+
+    The masks of a whole dataset would fill the memory.
+    """
+    try:
+        value = None if leaf is None else at(item, leaf)
+    except (KeyError, IndexError, TypeError):
+        return None  # this item has no such place: a sample without a label
+    if value is None or isinstance(value, int | str | np.generic):
+        return value
+    single = scalar(value)
+    return 0.5 if isinstance(single, Tensor | np.ndarray) or single is value else single

@@ -30,7 +30,7 @@ class TextRows(ItemSource):
 
     def columns(self) -> list[str]:
         """Names of the rows' fields."""
-        return list(self.plain(self.first))
+        return list(self.first_item())
 
     def rows(self, positions: Sequence[int]) -> list[Mapping[str, Any]]:
         """The plain rows at some positions."""

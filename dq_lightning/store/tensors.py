@@ -119,38 +119,46 @@ def write_features(folder: Path, features: Features) -> None:
     tensors = {"embedding": features.embedding}
     if features.head_gradient is not None:
         tensors["head_gradient"] = features.head_gradient
+    if len(features.unreadable):
+        tensors["unreadable"] = features.unreadable
     write_tensor_folder(folder, tensors, {})
 
 
 def read_features(folder: Path, *, verify: VerifyPolicy = "size") -> Features:
     """The inverse of `write_features`; StoreError when damaged."""
     tensors, _ = _expect(folder, verify, "embedding")
-    return Features(tensors["embedding"], tensors.get("head_gradient"))
+    unreadable = tensors.get("unreadable", torch.empty(0, dtype=torch.int64))
+    return Features(tensors["embedding"], tensors.get("head_gradient"), unreadable)
 
 
 def write_bins(folder: Path, bins: Bins) -> None:
     """Bins as four tensors and their number."""
     tensors = {"assignment": bins.assignment, "rank": bins.rank, "gain": bins.gain, "group": bins.group}
-    write_tensor_folder(folder, tensors, {"num_bins": bins.num_bins})
+    write_tensor_folder(folder, tensors, {"num_bins": bins.num_bins} | _skipped(bins.num_unreadable))
 
 
 def read_bins(folder: Path, *, verify: VerifyPolicy = "size") -> Bins:
     """The inverse of `write_bins`; StoreError when damaged."""
     tensors, attributes = _expect(folder, verify, "assignment", "rank", "gain", "group")
-    return Bins(
-        tensors["assignment"], tensors["rank"], tensors["gain"], tensors["group"], int(attributes.get("num_bins", 0))
-    )
+    counts = int(attributes.get("num_bins", 0)), int(attributes.get("num_unreadable", 0))
+    return Bins(tensors["assignment"], tensors["rank"], tensors["gain"], tensors["group"], *counts)
 
 
 def write_selection(folder: Path, selection: Selection) -> None:
     """A selection as `index` and `bin`."""
-    write_tensor_folder(folder, {"index": selection.index, "bin": selection.bin}, {})
+    tensors = {"index": selection.index, "bin": selection.bin}
+    write_tensor_folder(folder, tensors, _skipped(selection.num_unreadable))
 
 
 def read_selection(folder: Path, *, verify: VerifyPolicy = "size") -> Selection:
     """The inverse of `write_selection`; StoreError when damaged."""
-    tensors, _ = _expect(folder, verify, "index", "bin")
-    return Selection(tensors["index"], tensors["bin"])
+    tensors, attributes = _expect(folder, verify, "index", "bin")
+    return Selection(tensors["index"], tensors["bin"], int(attributes.get("num_unreadable", 0)))
+
+
+def _skipped(count: int) -> dict[str, Any]:
+    # only where there are some: entries without keep the bytes that they always had
+    return {"num_unreadable": count} if count else {}
 
 
 def write_scores(folder: Path, scores: Tensor, sizes: Tensor) -> None:

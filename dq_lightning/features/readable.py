@@ -1,0 +1,117 @@
+"""Which samples can be read at all: one pass before the features, for `on_error="skip"`."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dq_lightning.errors import FeatureError, SourceError
+from dq_lightning.features.collect import NAMED_SAMPLES
+from dq_lightning.features.loading import ImageBatch, ImageBatches, iterate_batches
+from dq_lightning.progress import progress_bar
+from dq_lightning.records import Labels
+
+logger = logging.getLogger("dq_lightning")
+SAMPLES_AT_ONCE = 256
+
+
+def find_unreadable(source: Any, *, num_workers: int | Literal["auto"] = "auto", progress: bool = True) -> Tensor:
+    """Read every sample once; what cannot be read is counted and the first few are named in one warning.
+
+    Args:
+        source: N samples: `image(i)`, or for text `text(i)`.
+        num_workers: loader processes for images; `"auto"` decides by the time a few samples take.
+        progress: show a bar.
+
+    Returns:
+        int64 [U], ascending: the samples whose reading raised SourceError.
+
+    Raises:
+        FeatureError: no sample can be read.
+    """
+    found: list[tuple[int, str]] = []
+    with progress_bar(progress, total=len(source), unit="sample", description="reading") as bar:
+        for count, problems in _problems(source, num_workers):
+            found += problems
+            bar.update(count)
+    if not found:
+        return torch.empty(0, dtype=torch.int64)
+    named = "; ".join(f"sample {index}: {text}" for index, text in found[:NAMED_SAMPLES])
+    more = f"; and {len(found) - NAMED_SAMPLES} more" if len(found) > NAMED_SAMPLES else ""
+    if len(found) == len(source):
+        raise FeatureError(f"none of the {len(source)} samples can be read: {named}{more}")
+    logger.warning(
+        'on_error="skip": %d of %d samples can\'t be read and are left out: %s%s', len(found), len(source), named, more
+    )
+    return torch.tensor([index for index, _ in found])
+
+
+def without_labels(labels: Labels, samples: Tensor) -> Labels:
+    """The same classes, some samples having none."""
+    values = labels.values.clone()
+    values[samples] = labels.num_classes
+    return Labels(values, labels.names, unlabeled=True)
+
+
+class Blanked:
+    """A source of text in which some samples are empty, for encoders that ask for all."""
+
+    def __init__(self, source: Any, samples: Tensor) -> None:
+        self._source, self._blank = source, set(samples.tolist())
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def texts(self, positions: Sequence[int]) -> list[str]:
+        """See `text_loading.TextSource`."""
+        wanted = [position for position in positions if position not in self._blank]
+        read = iter(self._source.texts(wanted) if wanted else [])
+        return ["" if position in self._blank else next(read) for position in positions]
+
+
+def _problems(source: Any, num_workers: int | Literal["auto"]) -> Iterator[tuple[int, list[tuple[int, str]]]]:
+    """Number of samples of each batch, and what is wrong with some of them."""
+    if source.modality == "text":
+        for start in range(0, len(source), SAMPLES_AT_ONCE):
+            rows = range(start, min(start + SAMPLES_AT_ONCE, len(source)))
+            yield len(rows), _problems_of_texts(source, rows)
+        return
+    tried = _TriedImages(source, _nothing, SAMPLES_AT_ONCE)
+    for members, batch in zip(tried.batches, iterate_batches(tried, num_workers, torch.device("cpu")), strict=True):
+        yield len(members), batch.warnings
+
+
+def _problems_of_texts(source: Any, rows: range) -> list[tuple[int, str]]:
+    try:
+        source.texts(rows)
+        return []
+    except SourceError:
+        return [(row, text) for row in rows if (text := _problem(source.text, row)) is not None]
+
+
+def _problem(read: Any, index: int) -> str | None:
+    try:
+        read(index)
+    except SourceError as error:
+        return str(error)
+    return None
+
+
+def _nothing(image: Image.Image) -> Tensor:
+    return torch.empty(0)
+
+
+class _TriedImages(ImageBatches):
+    """Batches in which each image is read and let go; the warnings of a batch say what could not be read."""
+
+    def __getitem__(self, batch: int) -> ImageBatch:
+        texts = [(index, _problem(self.source.image, index)) for index in self.batches[batch].tolist()]
+        return ImageBatch(None, [(index, text) for index, text in texts if text is not None], None)
+
+    def prepare(self, index: int) -> Tensor:
+        """Read one sample, whether or not that works: it is timed."""
+        _problem(self.source.image, index)
+        return torch.empty(0)

@@ -1,0 +1,226 @@
+"""Samples that can't be read: an error that names them, or left out, counted and named."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import ConcatDataset, Subset
+from torchvision.datasets import ImageFolder
+
+from dq_lightning import FeatureConfig, QuantizedDataModule, SelectionConfig, load_selection, quantize
+from dq_lightning.commands.dataset_bins import bins_of_dataset
+from dq_lightning.compact import open_compact
+from dq_lightning.config import QuantizeConfig
+from dq_lightning.errors import ConfigError, FeatureError, SourceError
+from dq_lightning.pipeline import find_or_build
+from dq_lightning.plan import BINS, make_plan
+from dq_lightning.store.cache import Cache
+from dq_lightning.store.tensors import read_bins
+from tests.inputs.broken import MeanColour, Pictures, compact, encode, encoded, picture, settings
+
+NAN = torch.full((3, 4, 4), float("nan"))
+BROKEN = {
+    "raises": OSError("truncated"),
+    "empty": (np.zeros((0, 4, 3), np.uint8), 1),
+    "text": ("no image", 1),
+    "none": None,
+    "nan": (NAN, 0),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of 12 images in two classes, of which 1 is cut, 4 empty and 9 text."""
+    for index in range(12):
+        place = tmp_path / "images" / ("ab"[index // 6]) / f"{index:02}.jpg"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(encoded(index, "JPEG", size=(40, 40)))
+    files = sorted((tmp_path / "images").rglob("*.jpg"))
+    files[1].write_bytes(files[1].read_bytes()[:300])
+    files[4].write_bytes(b"")
+    files[9].write_bytes(b"text")
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("place", [0, 7])
+def test_one_broken_item_is_an_error_or_left_out(tmp_path, caplog, kind, place):
+    data = Pictures(broken={place: BROKEN[kind]})
+    with pytest.raises(SourceError, match=rf"(?i)item {place} of Pictures.*on_error=\"skip\""):
+        compact(data, tmp_path)
+    info = compact(data, tmp_path, on_error="skip")
+    assert (info.num_samples, info.num_source_samples, info.num_unreadable) == (10, 20, 1)
+    assert place not in load_selection(info.path).index.tolist()
+    assert json.loads(json.dumps(info.to_dict()))["num_unreadable"] == 1
+    (told,) = [message for message in caplog.messages if "left out" in message]
+    assert f"1 of 20 samples can't be read and are left out: sample {place}: Item {place}" in told
+
+
+def test_a_run_that_raises_never_takes_what_skipped_and_the_other_way_round(tmp_path):
+    bad, good = Pictures(broken={3: OSError("gone")}), Pictures()
+    skipped = compact(bad, tmp_path, on_error="skip")
+    assert compact(bad, tmp_path, on_error="skip").reused
+    assert open_compact(Path(skipped.path)).info.num_unreadable == 1
+    with pytest.raises(SourceError, match="Item 3"):
+        compact(bad, tmp_path)
+    whole = compact(good, tmp_path)
+    again = compact(good, tmp_path, on_error="skip")
+    assert again.reused
+    assert again.path == whole.path
+    assert again.num_unreadable == 0
+
+
+def test_what_is_left_is_quantized_as_if_the_rest_were_not_there(tmp_path):
+    broken = {3: OSError("gone"), 11: OSError("gone")}
+    with_broken = compact(Pictures(broken=broken), tmp_path, settings(0.25), on_error="skip")
+    rest = [index for index in range(20) if index not in broken]
+    alone = compact(Subset(Pictures(), rest), tmp_path, settings(5 / 18))
+    kept = [rest[place] for place in load_selection(alone.path).index.tolist()]
+    assert load_selection(with_broken.path).index.tolist() == kept
+
+
+def test_image_files(folder, tmp_path, caplog):
+    data = ImageFolder(str(folder))
+    with pytest.raises(SourceError, match=r"01\.jpg\) can't be read.*on_error"):
+        compact(data, tmp_path / "cache")
+    for store in ("indices", "packed"):
+        info = compact(data, tmp_path / "cache", settings(store=store), on_error="skip")
+        assert (info.num_samples, info.num_unreadable) == (6, 3)
+        assert not {1, 4, 9} & set(load_selection(info.path).index.tolist())
+    told = next(message for message in caplog.messages if "left out" in message)
+    assert all(name in told for name in ("01.jpg", "04.jpg", "09.jpg"))
+
+
+def test_a_file_that_is_gone_or_mended_changes_the_identity(folder, tmp_path):
+    data = ImageFolder(str(folder))
+    first = compact(data, tmp_path / "cache", on_error="skip")
+    (folder / "a" / "02.jpg").unlink()
+    second = compact(data, tmp_path / "cache", on_error="skip")
+    assert (second.reused, second.num_unreadable) == (False, 4)
+    (folder / "a" / "02.jpg").write_bytes(encoded(2, "JPEG", size=(40, 40)))
+    (folder / "a" / "04.jpg").write_bytes(encoded(4, "JPEG", size=(40, 40)))
+    third = compact(data, tmp_path / "cache", on_error="skip")
+    assert (third.reused, third.num_unreadable) == (False, 2)
+    assert len({info.path for info in (first, second, third)}) == 3
+
+
+@pytest.mark.parametrize("nest", [lambda d: Subset(d, range(1, 12)), lambda d: ConcatDataset([d, Pictures(8)])])
+def test_nested_datasets(folder, tmp_path, nest):
+    info = compact(nest(ImageFolder(str(folder))), tmp_path / "cache", on_error="skip")
+    assert info.num_unreadable == 3
+
+
+def test_hugging_face_files_that_are_gone(folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    paths = sorted(map(str, folder.rglob("*.jpg")))
+    paths[2] = str(folder / "gone.jpg")
+    table = datasets.Dataset.from_dict({"image": paths, "label": [0, 1] * 6})
+    table = table.cast_column("image", datasets.Image()).cast_column("label", datasets.ClassLabel(names=["a", "b"]))
+    with pytest.raises(SourceError, match=r"gone\.jpg"):
+        compact(table, tmp_path / "cache")
+    info = compact(table, tmp_path / "cache", on_error="skip")
+    assert (info.num_samples, info.num_unreadable, info.num_classes) == (6, 4, 2)
+
+
+def test_rows_of_text(tmp_path):
+    rows = [{"instruction": f"say {i}", "input": "", "output": str(i)} for i in range(10)]
+    rows[2]["output"], rows[5]["instruction"] = None, 7
+    del rows[8]["instruction"]
+    embedding = np.random.default_rng(0).normal(size=(10, 4))
+    config = settings(0.5)
+
+    def run(**more):
+        return quantize(rows, config, encoder=embedding, cache_dir=tmp_path, device="cpu", progress=False, **more)
+
+    assert run().num_unreadable == 0  # ready-made features read no sample
+    info = run(on_error="skip")
+    assert (info.num_samples, info.num_unreadable) == (5, 3)
+    assert not {2, 5, 8} & set(load_selection(info.path).index.tolist())
+
+
+@pytest.mark.parametrize("targets", ["numbers", "strings"])
+def test_classes_are_those_of_the_samples_that_can_be_read(tmp_path, targets):
+    names = ["cat", "dog", "emu"]
+    broken = {i: (picture(i), names[i % 3]) for i in range(20)} if targets == "strings" else {}
+    info = compact(Pictures(broken=broken | {4: OSError("gone")}, classes=3), tmp_path, on_error="skip")
+    assert (info.num_classes, info.num_unreadable) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    "features", [FeatureConfig(kind="gradient"), FeatureConfig(kind="gradient", selection_epochs=1)]
+)
+def test_gradient_features_and_selection_epochs(tmp_path, features):
+    data = Pictures(broken={4: OSError("gone")}, classes=3)
+    assert compact(data, tmp_path, settings(features=features), on_error="skip").num_unreadable == 1
+
+
+def test_near_duplicates_are_left_out_too(tmp_path):
+    broken = {4: OSError("gone"), 6: (picture(5), 0)}
+    info = compact(Pictures(broken=broken), tmp_path, settings(0.25, deduplicate=0.9999999), on_error="skip")
+    assert (info.num_samples, info.num_unreadable) == (5, 1)
+    config = settings(0.25, deduplicate=0.9999999, on_error="skip")
+    cache = Cache(tmp_path)
+    made = find_or_build(
+        make_plan(Pictures(broken=broken), config, encoder=(MeanColour(), encode)), cache, device="cpu"
+    )
+    bins = read_bins(cache.find(BINS, made.parts[BINS]))
+    assert (bins.assignment == -1).nonzero().flatten().tolist() == [4, 6]
+
+
+def test_too_few_that_can_be_read(tmp_path):
+    broken = {index: OSError("gone") for index in range(12)}
+    with pytest.raises(ConfigError, match=r"wants 10, but only 8 are left.*12 that can't be read"):
+        compact(Pictures(broken=broken), tmp_path, on_error="skip")
+    with pytest.raises((SourceError, FeatureError), match="gone"):
+        compact(Pictures(broken={index: OSError("gone") for index in range(20)}), tmp_path, on_error="skip")
+
+
+def test_the_data_module(tmp_path):
+    data = Pictures(broken={3: OSError("gone"), 4: OSError("gone")})
+    keywords = {"keep_ratio": 0.5, "encoder": (MeanColour(), encode), "cache_dir": tmp_path, "device": "cpu"}
+    with pytest.raises(SourceError, match="Item 3"):
+        QuantizedDataModule(data, **keywords).prepare_data()
+    module = QuantizedDataModule(data, on_error="skip", **keywords)
+    module.prepare_data()
+    module.setup("fit")
+    assert (module.info.num_samples, module.info.num_unreadable) == (10, 2)
+    assert not {3, 4} & set(module.selection.index.tolist())
+    assert (module.bins.assignment == -1).nonzero().flatten().tolist() == [3, 4]
+    other_rank = QuantizedDataModule(data, on_error="skip", **keywords)
+    other_rank.setup("fit")
+    assert other_rank.info.content_hash == module.info.content_hash
+
+
+def test_the_bins_alone(tmp_path):
+    data = Pictures(broken={3: OSError("gone")})
+    config = QuantizeConfig(FeatureConfig(encoder="bundled"), on_error="skip", selection=SelectionConfig())
+    assert bins_of_dataset(data, config, cache_dir=tmp_path, device="cpu", progress=False).num_unreadable == 1
+
+
+class Fading(Pictures):
+    """Item 10 can be read so many times, and then no more: storage that goes away."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.left = limit
+
+    def __getitem__(self, index):
+        if index == 10:
+            self.left -= 1
+            if self.left < 0:
+                raise OSError("the server is gone")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_sample_that_can_be_read_at_first_and_not_later_is_an_error(tmp_path, on_error):
+    seen = set()
+    for limit in (2, 5, 6, 7, 8, 9, 10, 11, 12):
+        data = Fading(limit)
+        try:
+            compact(data, tmp_path / str(limit), settings(1.0, store="packed"), fingerprint="fixed", on_error=on_error)
+        except (SourceError, ConfigError) as error:
+            seen.add("changed between two reads" in str(error))
+    assert True in seen
