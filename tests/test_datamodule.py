@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
-from dq_lightning import BinConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig
+from dq_lightning import BinConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig, binning
 from dq_lightning import pipeline as flow
 from dq_lightning.errors import CacheError, ConfigError
 from tests.lightning_scripts.common import Recorder, held_out, name_of, photos, trainer
@@ -39,9 +39,9 @@ def ready(module):
 def builds(monkeypatch):
     """Names of the stations that computed something, in order."""
     ran = []
-    for name in ("extract_features", "make_bins", "select"):
-        real = getattr(flow, name)
-        monkeypatch.setattr(flow, name, lambda *a, _name=name, _real=real, **k: (ran.append(_name), _real(*a, **k))[1])
+    for place, name in ((flow, "extract_features"), (binning, "make_bins"), (flow, "select")):
+        real = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *a, _name=name, _real=real, **k: (ran.append(_name), _real(*a, **k))[1])
     return ran
 
 
