@@ -15,7 +15,7 @@ from dq_lightning.errors import FeatureError
 from dq_lightning.features.choose import EncoderSpec
 from dq_lightning.features.encoders import Encoder, NetworkEncoder, RowEncoder, TextEncoder, resolve_device
 from dq_lightning.features.isolation import isolated
-from dq_lightning.features.loading import ImageBatch, ImageBatches, ImageSource, iterate_batches
+from dq_lightning.features.loading import ImageBatches, ImageSource, iterate_batches
 from dq_lightning.features.preprocessing import Preprocessing
 from dq_lightning.progress import progress_bar
 from dq_lightning.records import Labels
@@ -99,29 +99,11 @@ class TrainedEncoder:
 
 
 class _ChosenBatches(ImageBatches):
-    """Batches of given positions: item b holds the samples `batches[b]`."""
+    """Given batches in place of stretches of the source."""
 
     def __init__(self, source: ImageSource, preprocess: Preprocessing, batches: list[Tensor]) -> None:
-        super().__init__(source, preprocess, max(len(batch) for batch in batches))
+        super().__init__(source, preprocess, max(len(batch) for batch in batches), batches[0])
         self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, batch: int) -> ImageBatch:
-        try:
-            images = [self.prepare(index) for index in self.batches[batch].tolist()]
-            odd = next((place for place, image in enumerate(images) if image.shape != images[0].shape), None)
-            if odd is not None:
-                first, other = self.batches[batch][0].item(), self.batches[batch][odd].item()
-                raise FeatureError(
-                    f"the encoder's preprocessing gives tensors of different shapes: {tuple(images[0].shape)} for sample "
-                    f"{first} and {tuple(images[odd].shape)} for sample {other}; add a resize to a fixed size"
-                )
-            return ImageBatch(torch.stack(images), [], None)
-        except Exception as error:
-            # returned, not raised: the loader would bury it under its own traceback
-            return ImageBatch(None, [], error)
 
 
 def train_encoder(
