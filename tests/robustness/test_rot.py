@@ -82,8 +82,7 @@ def use_until_right(root: Path, run: Callable[[Path], Any], seen: Any) -> None:
     assert delivered(run(root)) == seen
 
 
-@pytest.mark.parametrize("name", ["patches", "indices"])
-@pytest.mark.parametrize("size", ["as small files", "as large files"])
+@pytest.mark.parametrize(("name", "size"), [("indices", "as small files"), ("patches", "as large files")])
 def test_no_damage_reaches_a_training(place: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: str) -> None:
     if size == "as large files":
         # those that are not compared whole each time that an entry is found
