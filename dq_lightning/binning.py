@@ -10,7 +10,7 @@ from dq_lightning.bins.make import make_bins
 from dq_lightning.features.whitening import whiten
 from dq_lightning.logs import get_logger
 from dq_lightning.plan import Plan
-from dq_lightning.records import Bins, Features
+from dq_lightning.records import Bins, Features, Selection
 
 
 def bins_of(plan: Plan, features: Features, *, device: str, progress: bool) -> Bins:
@@ -48,6 +48,21 @@ def bins_of(plan: Plan, features: Features, *, device: str, progress: bool) -> B
         progress=None if progress else False,
     )
     return bins if kept is None else replace(spread_bins(bins, kept, total), num_unreadable=skipped)
+
+
+def tell_lost_classes(plan: Plan, bins: Bins, selection: Selection) -> None:
+    """Warn of classes of which no sample is kept."""
+    labels = plan.labels
+    if labels is None:
+        return
+    lost = sorted(set(labels.values[bins.assignment >= 0].tolist()) - set(labels.values[selection.index].tolist()))
+    if lost:
+        names = labels.names or ()
+        first = ", ".join(names[group] if group < len(names) else str(group) for group in lost[:5])
+        get_logger().warning(
+            f"no sample is kept of {len(lost)} of {labels.num_classes} classes ({first}{', ...' if len(lost) > 5 else ''}): "
+            "they are too small for this keep_ratio; raise it"
+        )
 
 
 def _refined(features: Features, kept: Tensor | None, *, whitened: bool) -> Features:

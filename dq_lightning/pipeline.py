@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dq_lightning.binning import bins_of
+from dq_lightning.binning import bins_of, tell_lost_classes
 from dq_lightning.compact import Compact, find_made, open_compact, write_description
 from dq_lightning.config import OnError, QuantizeConfig, VerifyPolicy, with_short_forms
 from dq_lightning.errors import CacheError
@@ -242,6 +242,7 @@ class _Build:
                 draw=settings.draw,
                 bin_weights=settings.bin_weights,
             )
+        tell_lost_classes(self.plan, bins, selection)
         write_selection(folder, selection)
 
     def _write_bins(self, folder: Path) -> None:

@@ -164,8 +164,7 @@ class ItemSource(ABC):
         if self._scale is None:
             spread = []
             for index in evenly_spaced(len(self), _SCALE_SAMPLES):
-                # one that can't be read is an error of its own, in its turn
-                with contextlib.suppress(Exception):
+                with contextlib.suppress(Exception):  # told in its turn
                     spread.append(self.read_image(index))
             self._scale = decide_scale([leaf for leaf in spread if needs_scale(leaf)] or spread[:1])
         return self._scale
