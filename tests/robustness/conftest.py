@@ -1,6 +1,5 @@
 """Fast places for caches that are synced thousands of times, and a parent whose forks are cheap."""
 
-import logging
 import os
 import shutil
 import tempfile
@@ -13,13 +12,11 @@ MEMORY = Path("/dev/shm")
 
 
 @pytest.fixture(autouse=True)
-def warm(quick_collections, monkeypatch):
-    """Forks of this process compute in one thread; nobody's messages go to the terminal."""
+def warm(quick_collections):
+    """Forks of this process compute in one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    level = logging.getLogger("dq_lightning").level
     yield
-    logging.getLogger("dq_lightning").setLevel(level)
     torch.set_num_threads(threads)
 
 

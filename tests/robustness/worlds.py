@@ -65,11 +65,7 @@ def images():
 
 @cache
 def networks():
-    return {
-        "encoder": (Colours(), to_tensor),
-        "classifier": (Edges(), to_tensor),
-        "reconstructor": small_mae(),
-    }
+    return {"encoder": (Colours(), to_tensor), "classifier": (Edges(), to_tensor), "reconstructor": small_mae()}
 
 
 def config(**more: Any) -> QuantizeConfig:
