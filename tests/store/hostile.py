@@ -103,8 +103,12 @@ def replaced(folder: Path, name: str, data: bytes, **changes: object) -> None:
 
 def stores(root: Path) -> dict[str, Path]:
     """Stores that lie, each sealed."""
-    made = {name: write_store(root / name) for name in ("ids", "object", "shape", "count", "deep", "values", "sparse")}
+    made = {
+        name: write_store(root / name)
+        for name in ("ids", "names", "object", "shape", "count", "deep", "values", "sparse")
+    }
     replaced(made["ids"], "id_offsets.npy", npy_header("<i8", (7,)) + struct.pack("<7q", 0, HUGE, -HUGE, 1, 2, 3, 4))
+    replaced(made["names"], "ids.bin", b"\x9fbcdef")
     replaced(made["object"], "index.npy", npy_header("|O", (6,)) + bytes(48))
     replaced(made["shape"], "index.npy", npy_header("<i8", (1 << 60,)) + bytes(48))
     replaced(made["count"], "ids.bin", b"abcdef", num_samples=(1 << 32) - 1)
