@@ -39,6 +39,23 @@ def test_named_files_exist():
             assert (ROOT / name).is_file(), f"{document} names {name}"
 
 
+def test_the_tests_behind_the_promises_exist():
+    table = README.split("## Promises")[1].split("\n\n")[1]
+    folder, named = "tests", 0
+    for name in re.findall(r"`([\w/.:]+?)(?:\.\.\.)?`", table):
+        path, _, function = name.partition("::")
+        if not path.startswith(("tests", "test_")):
+            continue
+        # a bare name is in the folder of the one before it
+        place = path if "/" in path else f"{folder}/{path}"
+        folder, named = str(Path(place).parent), named + 1
+        if path.startswith("test_") and not path.endswith(".py"):
+            continue
+        assert (ROOT / place).exists(), place
+        assert not function or f"def {function}(" in (ROOT / place).read_text(encoding="utf-8"), name
+    assert named > 15
+
+
 def test_architecture_is_a_page():
     assert len((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").splitlines()) <= 150
 
