@@ -4,8 +4,8 @@
         --embeddings minilm_embeddings_int8.npz --model stories260K --output runs [--keep-ratio 0.1] [--seeds 3]
 
 The first `--embed` rows are embedded here by MODEL, a text encoder of transformers; the others take the ready-made embeddings
-of the same encoder, and the cosine of both for the first rows is printed. Bins are made once over all rows but the held-out ones;
-every seed draws a compact and a random set of one size, and `examples/finetune_alpaca.py` trains on it. A run whose result is
+of the same encoder, and the cosine of both for the first rows is printed. Bins are made once over all rows but the held-out
+ones; every seed draws a compact and a random set of one size, and `examples/finetune_alpaca.py` trains on it. A run whose result is
 in the output folder is not repeated.
 """
 

@@ -96,7 +96,9 @@ def make_data(tokenizer, args: argparse.Namespace) -> L.LightningDataModule:
     unseen = (i for i in order if json.dumps(others[i], sort_keys=True) not in used)
     held_out = [others[i] for i, _ in zip(unseen, range(args.held_out), strict=False)]
     if not held_out:
-        raise SystemExit("all rows are in the training set: pass --rows with some of them, or --held-out-data alpaca_data.json")
+        raise SystemExit(
+            "all rows are in the training set: pass --rows with some of them, or --held-out-data alpaca_data.json"
+        )
     print(f"{len(chosen):,} training rows, {len(held_out):,} held out")
     return InstructionData([rows[i] for i in chosen.tolist()], held_out, tokenizer, args)
 

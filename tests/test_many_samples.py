@@ -14,12 +14,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory of other processes is read from /proc")
-@pytest.mark.parametrize(
-    ("count", "peak_mib"), [(20_000, 1100), pytest.param(1_000_000, 2000, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("count", "peak_mib"), [(20_000, 1100), pytest.param(1_000_000, 2000, marks=pytest.mark.slow)])
 def test_memory_stays_bounded(count, peak_mib, tmp_path):
     environment = dict(os.environ) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, many_samples.__file__, str(count), str(tmp_path / "cache"), str(tmp_path / "report.json")]
+    command = [
+        sys.executable,
+        many_samples.__file__,
+        str(count),
+        str(tmp_path / "cache"),
+        str(tmp_path / "report.json"),
+    ]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads((tmp_path / "report.json").read_text())
