@@ -5,8 +5,8 @@
 
 The first `--embed` rows are embedded here by MODEL, a text encoder of transformers; the others take the ready-made embeddings
 of the same encoder, and the cosine of both for the first rows is printed. Bins are made once over all rows but the held-out
-ones; every seed draws a compact and a random set of one size, and `examples/finetune_alpaca.py` trains on it. A run whose result is
-in the output folder is not repeated.
+ones; every seed draws a compact and a random set of one size, and `examples/finetune_alpaca.py` trains on it. A run
+whose result is in the output folder is not repeated.
 """
 
 import argparse
