@@ -173,6 +173,8 @@ def forked(act: Callable[[], Any], log: Path | None = None) -> int:
     status = 1
     try:
         torch.set_num_threads(1)
+        # what a shell starts in the background ignores it, and so would this child
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if log is not None:
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
             sys.stderr = os.fdopen(2, "w", closefd=False)
