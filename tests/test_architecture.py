@@ -22,6 +22,7 @@ BASE = (
     "randomness",
     "weights",
     "prompts",
+    "threads",
     "resuming",
 )
 # file or folder (relative to the package) -> modules of heavy libraries that only it may import

@@ -237,8 +237,7 @@ class Levels:
             whole[:first, first:last] = part[:, :first].T
 
         # the largest blocks first, so that no thread is left alone with one
-        for _ in self.workers.map(fill, range(0, total, step)[::-1]):
-            pass
+        self.workers.run(fill, range(0, total, step)[::-1])
         doubled: Array = whole.cpu().numpy()
         return doubled
 

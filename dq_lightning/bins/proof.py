@@ -195,8 +195,7 @@ def _pass(
         suspects[part] = unclear & outside[part, None]
         after[part] = states[:, -1]
 
-    for _ in levels.workers.map(look, level.table.ranges()):
-        pass
+    levels.workers.run(look, level.table.ranges())
     return after, suspects
 
 

@@ -1,11 +1,14 @@
 """Threads of our own: blocks of rows side by side, one torch thread each. PURE."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+
+from dq_lightning.threads import one_thread
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -29,21 +32,16 @@ class Workers:
             return map(function, items)
         return self._pool.map(function, items)
 
+    def run(self, function: Callable[[Item], None], items: Sequence[Item]) -> None:
+        """Call the function with every item and wait for all; an error of one is raised."""
+        deque(self.map(function, items), maxlen=0)
+
 
 @contextmanager
 def block_workers(device: torch.device) -> Iterator[Workers]:
-    """Use as many threads as torch would, but for whole blocks, and put torch's setting back at the end.
-
-    Most operations here are small. OpenMP's threads would meet after each of them and spin while they wait, which is many
-    times slower than one thread as soon as another program wants the same core.
-    """
-    count = torch.get_num_threads()
-    if device.type != "cpu" or count == 1:
+    """Use as many threads as torch would, but for whole blocks, because most operations here are small (see `one_thread`)."""
+    if device.type != "cpu" or torch.get_num_threads() == 1:
         yield Workers()
         return
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(count) as pool:
-            yield Workers(pool, count)
-    finally:
-        torch.set_num_threads(count)
+    with one_thread() as count, ThreadPoolExecutor(count) as pool:
+        yield Workers(pool, count)

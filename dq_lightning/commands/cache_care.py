@@ -163,7 +163,6 @@ def _remove(cache: Cache, entry: EntryInfo, dry_run: bool) -> bool:
     if files.is_shared(entry.path / VALUES_FILE):
         return False
     lock = FileLock(cache.root / ".locks" / f"{entry.station}-{entry.key}", thread_local=False)
-    held = False
     try:
         files.make_folder(cache.root / ".locks")
         lock.acquire(timeout=0)
@@ -172,7 +171,7 @@ def _remove(cache: Cache, entry: EntryInfo, dry_run: bool) -> bool:
         return False
     except (OSError, NotImplementedError):
         # locks only save work: without them the age alone decides
-        pass
+        held = False
     try:
         if not dry_run:
             cache.retire(entry.path)

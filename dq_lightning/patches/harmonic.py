@@ -7,8 +7,6 @@ the image takes one step, and a large one several times fewer than without.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple, Self
 
 import torch
@@ -17,6 +15,7 @@ from torch.nn import functional as F
 
 from dq_lightning.patch_records import Grid
 from dq_lightning.patches.grid import grid_of, patchify, pixel_mask, unpatchify
+from dq_lightning.threads import one_thread
 
 # float32 resolves a residual to about 1e-6 of its first size
 SINGLE_PRECISION_TOLERANCE = 1e-5
@@ -48,23 +47,12 @@ def fill_harmonically(
     single = images.device.type == "mps" or tolerance >= SINGLE_PRECISION_TOLERANCE
     step = len(images) if images.device.type != "cpu" else max(1, VALUES_AT_ONCE // max(1, images[:1].numel()))
     filled = images.clone()
-    with _one_thread():
+    with one_thread():
         for start in range(0, len(images), step):
             some = slice(start, start + step)
             part = images[some], mask[some].to(images.device)
             filled[some] = _fill(*part, patch_size, tolerance, torch.float32 if single else torch.float64)
     return filled
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Thousands of short steps: where other work has the cores, threads wait for each other far longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def fill_with_mean(images: Tensor, stays: Tensor) -> Tensor:

@@ -77,14 +77,12 @@ def _wait(lock: FileLock, owner: Path, finished: Callable[[], bool]) -> bool:
     told = False
     while True:
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            pass
+            with contextlib.suppress(Timeout):
+                lock.acquire(timeout=0)
+                return True
         except (OSError, NotImplementedError):
             # this file system has no locks, or the folder is read-only: work without
             return False
-        else:
-            return True
         if finished():
             return False
         seen = _read_beat(owner)

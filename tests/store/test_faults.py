@@ -17,6 +17,7 @@ from dq_lightning.store import files, lock
 from dq_lightning.store.cache import Cache
 from dq_lightning.store.packed import write_packed
 from dq_lightning.store.reader import PackedDataset
+from tests.store.calls import at_call
 
 PARTS = {"data": "abc", "config": {"ratio": 0.5}}
 
@@ -43,17 +44,6 @@ def operations(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, s
     build(root)
     monkeypatch.setattr(files, "observer", None)
     return seen
-
-
-def at_call(number: int, act: Callable[[Path], None]) -> Callable[[str, Path], None]:
-    left = [number]
-
-    def observe(operation: str, path: Path) -> None:
-        if left[0] == 0:
-            act(path)
-        left[0] -= 1
-
-    return observe
 
 
 def in_child(act: Callable[[], Any]) -> int:

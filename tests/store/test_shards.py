@@ -19,6 +19,7 @@ from dq_lightning.errors import StoreError
 from dq_lightning.store import files, shards
 from dq_lightning.store.cache import Cache
 from dq_lightning.store.shards import KeptShards, partial_folder, remove_abandoned
+from tests.store.calls import at_call
 
 TOTAL = 100
 PARTS = {"data": "abc"}
@@ -216,17 +217,6 @@ def operations(entry: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(files, "observer", None)
     assert seen.index("fsync") < seen.index("rename") == len(seen) - 1
     return len(seen)
-
-
-def at_call(number: int, act: Callable[[Path], None]) -> Callable[[str, Path], None]:
-    left = [number]
-
-    def observe(operation: str, path: Path) -> None:
-        if left[0] == 0:
-            act(path)
-        left[0] -= 1
-
-    return observe
 
 
 def test_killed_at_every_commit_point(entry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
