@@ -20,6 +20,7 @@ the plain file of equal quality; `benchmarks/patch_store.py` measures them again
 The tables at the head of a JPEG are alike in a store; `store/patch_stream.py` keeps them once.
 """
 
+import contextlib
 import io
 from functools import lru_cache
 from typing import Any
@@ -222,15 +223,13 @@ def _decode(patched: PatchedImage, size: tuple[int, int]) -> Pixels:
     """Pixels [height, width, C] of just this size; nothing is decoded of an image that claims another."""
     channels = CHANNELS[patched.mode]
     if patched.codec == "jpeg" and jpeg_head(patched.data)[1] == (*size, channels):
-        try:
-            # Pillow's decoder alone; the file's facts, which it would read in Python, are known and compared
+        # Pillow's decoder alone; the file's facts, which it would read in Python, are known and compared. If it fails, Pillow's
+        # whole reader finds the reason
+        with contextlib.suppress(ValueError):
             decoded = np.asarray(
                 Image.frombytes(patched.mode, size[::-1], patched.data, "jpeg", patched.mode, "", 1, 0)
             )
             return decoded.reshape(*size, channels)
-        except ValueError:
-            # Pillow's whole reader finds the reason
-            pass
     try:
         with Image.open(io.BytesIO(patched.data), formats=[FORMATS[patched.codec]]) as image:
             grey_webp = patched.codec == "webp" and patched.mode == "L" and image.mode == "RGB"
