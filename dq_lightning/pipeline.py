@@ -34,12 +34,13 @@ from dq_lightning.plan import (
     Plan,
     make_plan,
     source_identity,
-    station_parts,
+    usable_parts,
 )
 from dq_lightning.randomness import isolated_random_state
 from dq_lightning.records import Selection, StoreInfo
 from dq_lightning.selection.select import select
 from dq_lightning.store.cache import Cache, Read, default_cache_dir, require_space
+from dq_lightning.store.paid import PAID_FOLDER, PaidFolder
 from dq_lightning.store.shards import KeptShards
 from dq_lightning.store.tensors import (
     read_bins,
@@ -51,9 +52,6 @@ from dq_lightning.store.tensors import (
     write_scores,
     write_selection,
 )
-
-# finished batches of an embeddings API, which cost money
-PAID_FOLDER = "0-paid"
 
 
 def quantize(
@@ -154,7 +152,8 @@ class _Build:
                 f"the identity of {self.plan.encoder.description} or of another network could not be recorded in "
                 f"{cache.root}; pass a cache_dir= that can be written"
             )
-        self.parts = station_parts(self.plan, source, identities)
+        self.usable = usable_parts(self.plan, source, identities)
+        self.parts = self.usable[0]
 
     def run(self) -> Compact:
         started = time.perf_counter()
@@ -199,9 +198,9 @@ class _Build:
     def _load(self, station: str, write: Callable[[Path], None], read: Callable[[Path], Read]) -> Read:
         return self.cache.load(station, self.parts[station], write, read, force=self.force)
 
-    def _shards(self, station: str, noun: str) -> KeptShards:
+    def _shards(self, station: str, noun: str, **options: Any) -> KeptShards:
         """What a killed run has left of an entry."""
-        return KeptShards(self.cache.place(station, self.parts[station]), noun, fresh=self.force)
+        return KeptShards(self.cache.place(station, self.parts[station]), noun, fresh=self.force, **options)
 
     def _write_store(self, folder: Path) -> None:
         plan, selection = self.plan, self._load(SELECTION, self._write_selection, read_selection)
@@ -253,7 +252,9 @@ class _Build:
 
     def _write_features(self, folder: Path) -> None:
         settings = self.plan.config.features
-        shards = self._shards(FEATURES, "features")
+        # a run that stopped at a sample that cannot be read has done the ones before it
+        stricter = [self.cache.place(FEATURES, parts[FEATURES]) for parts in self.usable[1:]]
+        shards = self._shards(FEATURES, "features", also=next(iter(stricter), None))
 
         def allocate(name: str, shape: tuple[int, int]) -> Tensor:
             # known after the first batch: a full disk is told before the hours of work
@@ -266,8 +267,12 @@ class _Build:
             labels = self.plan.labels if settings.kind == "gradient" or settings.selection_epochs else None
             left_out = None
             if self.plan.config.on_error == "skip":
-                workers = settings.num_workers
-                left_out = find_unreadable(self.plan.source, num_workers=workers, progress=self.progress)
+                left_out = find_unreadable(
+                    self.plan.source,
+                    num_workers=settings.num_workers,
+                    progress=self.progress,
+                    shards=self._shards(FEATURES, "reading", part="reading"),
+                )
             learned = labels if labels is None or left_out is None else without_labels(labels, left_out)
             encoder = with_selection_epochs(self.plan.encoder, self.plan.source, learned, settings, self.progress)
             features = extract_features(
@@ -282,7 +287,7 @@ class _Build:
                 num_workers=settings.num_workers,
                 progress=self.progress,
                 out=allocate,
-                scratch=self.cache.root / PAID_FOLDER,
+                paid=PaidFolder(self.cache.root / PAID_FOLDER),
                 shards=shards,
                 left_out=left_out,
             )

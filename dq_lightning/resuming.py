@@ -1,6 +1,6 @@
 """What the loops of the long stages know of finished work that outlives a killed run."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,3 +46,47 @@ class NothingKept:
 
     def keep(self, count: int, arrays: Mapping[str, NDArray[Any]]) -> None:
         """See `Shards`."""
+
+
+class PaidRows(Protocol):
+    """Rows of one model that were paid for. Safe to use from several threads and processes. See `store/paid.py`."""
+
+    def __contains__(self, key: bytes, /) -> bool: ...
+
+    def __getitem__(self, key: bytes, /) -> NDArray[np.float32]:
+        """Row [D]."""
+        ...
+
+    def record(self, keys: Sequence[bytes], rows: NDArray[np.float32]) -> None:
+        """Keep the rows of a finished request before anything else is done with them.
+
+        Args:
+            keys: sha256 of each text.
+            rows: float32 [B, D].
+        """
+        ...
+
+
+class Paid(Protocol):
+    """Rows that were paid for, of every model."""
+
+    def of(self, model: str, /) -> PaidRows:
+        """Those of one model, by a name that can stand in a path."""
+        ...
+
+
+class NothingPaid:
+    """No model's rows, and none are recorded."""
+
+    def of(self, model: str) -> "NothingPaid":
+        """See `Paid`."""
+        return self
+
+    def __contains__(self, key: bytes) -> bool:
+        return False
+
+    def __getitem__(self, key: bytes) -> NDArray[np.float32]:
+        raise KeyError(key)
+
+    def record(self, keys: Sequence[bytes], rows: NDArray[np.float32]) -> None:
+        """See `PaidRows`."""

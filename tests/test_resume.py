@@ -31,6 +31,7 @@ from dq_lightning.store.packed import write_packed
 from tests.features.text_models import Texts, save_model
 from tests.lightning_scripts.common import photos, to_tensor
 from tests.lightning_scripts.patched_images import small_mae
+from tests.store.calls import DueShards
 
 COUNT = 60
 pytestmark = pytest.mark.usefixtures("quick_collections")
@@ -47,23 +48,6 @@ def one_thread():
 
 class Stop(Exception):  # noqa: N818
     """The end of a run."""
-
-
-class Memory:
-    """Shards that are due after every `batches` batches, without a disk."""
-
-    def __init__(self, batches=1):
-        self.pieces, self.batches, self.asked = [], batches, 0
-
-    def restore(self, total, made_from=""):
-        return ({name: array.copy() for name, array in piece.items()} for piece in self.pieces)
-
-    def is_due(self):
-        self.asked += 1
-        return self.asked % self.batches == 0
-
-    def keep(self, count, arrays):
-        self.pieces.append({name: array.copy() for name, array in arrays.items()})
 
 
 class Batches:
@@ -94,7 +78,7 @@ def check_every_stop(work, batches, per_shard):
     expected, undisturbed = batches.of(lambda: work(None))
     assert len(undisturbed) > 6
     for stop_at in range(len(undisturbed)):
-        memory = Memory(per_shard)
+        memory = DueShards(per_shard)
         nothing, before = batches.of(lambda memory=memory: work(memory), stop_at)
         assert nothing is None
         assert before == undisturbed[:stop_at]
@@ -185,7 +169,7 @@ def test_another_batch_size_goes_on_as_well(monkeypatch):
         )
         return made.embedding
 
-    expected, memory = work(None, 4), Memory()
+    expected, memory = work(None, 4), DueShards()
     batches = Batches(monkeypatch, extract._HalvedBatch, "embed")
     batches.of(lambda: work(memory, 4), stop_at=5)
     found, after = batches.of(lambda: work(memory, 7))
@@ -208,7 +192,7 @@ def test_rows_that_are_not_finite_are_made_again():
             source, spec, device="cpu", batch_size=4, num_workers=0, progress=False, shards=memory
         ).embedding
 
-    memory = Memory()
+    memory = DueShards()
     with pytest.raises(extract.FeatureError, match="NaN or infinite"):
         work(memory)
     broken[0] = False
@@ -244,7 +228,7 @@ def test_packing_of_samples_of_all_kinds(items, per_shard, tmp_path, monkeypatch
 
     write(tmp_path / "undisturbed", items, None)
     for stop_at in range(3, 23):
-        memory, started = Memory(per_shard), []
+        memory, started = DueShards(per_shard), []
 
         def until(start, stop_at=stop_at, started=started):
             started.append(start)

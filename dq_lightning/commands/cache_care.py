@@ -15,6 +15,7 @@ from dq_lightning.store import files
 from dq_lightning.store.cache import STATIONS, Cache, EntryInfo
 from dq_lightning.store.leftovers import clean
 from dq_lightning.store.manifest import MANIFEST, Damage, check_entry, read_manifest
+from dq_lightning.store.paid import PAID_FOLDER
 
 # what was made or opened within this time may be about to be opened by the run that asked for it
 YOUNG_SECONDS = 60.0
@@ -134,7 +135,8 @@ def prune(
         else:
             busy.append(entry)
     if not dry_run:
-        clean(cache.root / name for name in (*STATIONS, ".locks", cache.memory.folder.name))
+        named = [cache.root / name for name in (*STATIONS, ".locks", cache.memory.folder.name)]
+        clean([*named, *(cache.root / PAID_FOLDER).glob("*")])
     return Pruned(removed, busy, total)
 
 

@@ -16,6 +16,7 @@ from dq_lightning.features.pieces import embed_piece, merge_pieces
 from dq_lightning.logs import get_logger
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.store.cache import Cache, default_cache_dir
+from dq_lightning.store.paid import PaidFolder
 
 
 def embed_rows(
@@ -56,7 +57,7 @@ def embed_rows(
         batch_size=features.batch_size,
         num_workers=features.num_workers,
         progress=progress,
-        scratch=Path(output) / "paid",
+        paid=PaidFolder(Path(output) / "paid"),
     )
 
 

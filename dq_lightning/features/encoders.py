@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +13,7 @@ from dq_lightning.config import Precision
 from dq_lightning.errors import FeatureError
 from dq_lightning.features.collect import Rows
 from dq_lightning.features.preprocessing import Preprocessing
+from dq_lightning.resuming import Paid
 
 HEAD_NAMES = ("head", "fc", "classifier", "linear")
 
@@ -63,10 +63,8 @@ class RowEncoder(Protocol):
     advice: str
     """What to do about rows that are not finite."""
 
-    def rows(
-        self, source: Any, batch_size: int, num_workers: int | Literal["auto"], scratch: Path | None, /
-    ) -> Iterator[Rows]:
-        """Features of every sample, each once, in any order; `scratch` may keep what need not be made twice."""
+    def rows(self, source: Any, batch_size: int, num_workers: int | Literal["auto"], paid: Paid, /) -> Iterator[Rows]:
+        """Features of every sample, each once, in any order; `paid` has and keeps what costs money."""
         ...
 
 

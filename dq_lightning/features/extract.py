@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,7 +20,7 @@ from dq_lightning.features.readable import Blanked
 from dq_lightning.features.selection_training import TrainedEncoder
 from dq_lightning.features.text_loading import iterate_text_batches
 from dq_lightning.records import Features
-from dq_lightning.resuming import NothingKept, Shards
+from dq_lightning.resuming import NothingKept, NothingPaid, Paid, Shards
 
 logger = logging.getLogger("dq_lightning")
 
@@ -42,7 +41,7 @@ def extract_features(
     progress: bool = True,
     out: Allocate | None = None,
     loss: HeadLoss = "softmax_cross_entropy",
-    scratch: Path | None = None,
+    paid: Paid | None = None,
     shards: Shards | None = None,
     left_out: Tensor | None = None,
 ) -> Features:
@@ -67,7 +66,7 @@ def extract_features(
         out: makes the float32 CPU tensor to fill, of a name (`"embedding"`, `"head_gradient"`) and a shape; a
             memory-mapped one keeps large features off the heap.
         loss: see `head_gradient`.
-        scratch: folder where an encoder that is paid for each row records what it has; None keeps nothing.
+        paid: where an encoder that is paid for each row records what it has; None keeps nothing.
         shards: where finished rows are kept, so that a killed run goes on with what is missing; not used with ready-made or
             paid rows. None keeps nothing.
         left_out: int64 [U], samples that cannot be read: their rows are zero.
@@ -95,7 +94,7 @@ def extract_features(
             rows_of: Callable[[Tensor], Iterator[Rows]]
             if isinstance(encoder, RowEncoder):
                 whole = source if left_out is None or source.modality != "text" else Blanked(source, left_out)
-                rows_of = partial(_all_rows, encoder, whole, batch_size, num_workers, scratch)
+                rows_of = partial(_all_rows, encoder, whole, batch_size, num_workers, paid or NothingPaid())
                 advice, kept = encoder.advice, NothingKept()
             elif isinstance(encoder, TextEncoder):
                 rows_of = partial(_text_to_rows, encoder, source, batch_size)
@@ -171,10 +170,10 @@ def _all_rows(
     source: Any,
     batch_size: int,
     num_workers: int | Literal["auto"],
-    scratch: Path | None,
+    paid: Paid,
     missing: Tensor,
 ) -> Iterator[Rows]:
-    return encoder.rows(source, batch_size, num_workers, scratch)
+    return encoder.rows(source, batch_size, num_workers, paid)
 
 
 def _text_to_rows(encoder: TextEncoder, source: Any, batch_size: int, missing: Tensor) -> Iterator[Rows]:

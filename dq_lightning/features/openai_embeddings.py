@@ -10,21 +10,22 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dq_lightning.config import Precision, TextConfig
 from dq_lightning.describe import digest_text
 from dq_lightning.errors import FeatureError
 from dq_lightning.features.collect import Rows
-from dq_lightning.features.paid_rows import Array, PaidRows
 from dq_lightning.records import DigestMemory
+from dq_lightning.resuming import Paid
 
 logger = logging.getLogger("dq_lightning")
 PREFIX = "openai:"
+Array = NDArray[np.float32]
 KEY = "OPENAI_API_KEY"
 SERVER = "OPENAI_BASE_URL"
 MAX_RETRIES = 10
@@ -104,12 +105,10 @@ class OpenAIRows:
         self._origin = origin
         self._client = origin.client()
 
-    def rows(
-        self, source: Any, batch_size: int, num_workers: int | Literal["auto"], scratch: Path | None
-    ) -> Iterator[Rows]:
+    def rows(self, source: Any, batch_size: int, num_workers: int | Literal["auto"], paid: Paid) -> Iterator[Rows]:
         """Embeddings of every sample, batches as they arrive; equal texts are sent once.
 
-        Every batch is written below `scratch` before it is used, so an interrupted run goes on where it was.
+        Every batch is recorded in `paid` before it is used, so an interrupted run goes on where it was.
 
         Raises:
             FeatureError: the server refuses, or goes on failing.
@@ -120,19 +119,19 @@ class OpenAIRows:
         for position, text in enumerate(texts):
             places.setdefault(hashlib.sha256(text.encode(errors="surrogatepass")).digest(), []).append(position)
         name = digest_text(self._origin.model, os.environ.get(SERVER, ""))[:32]
-        paid = PaidRows(scratch / f"openai-{name}" if scratch is not None else None)
-        waiting = [key for key in places if key not in paid]
-        known = [key for key in places if key in paid]
+        had = paid.of(f"openai-{name}")
+        known = [key for key in places if key in had]
+        waiting = [key for key in places if key not in had]
         for start in range(0, len(known), MOST_INPUTS):
             part = known[start : start + MOST_INPUTS]
-            yield _spread([places[key] for key in part], np.stack([paid[key] for key in part]))
+            yield _spread([places[key] for key in part], np.stack([had[key] for key in part]))
         sizes = [len(texts[places[key][0]].encode(errors="surrogatepass")) for key in waiting]
         batches = [[waiting[i] for i in batch] for batch in split(sizes, min(batch_size, MOST_INPUTS))]
         threads = REQUESTS_AT_ONCE if num_workers == "auto" else max(1, num_workers)
 
         def request(keys: list[bytes]) -> tuple[list[bytes], Array]:
             rows = self._request([texts[places[key][0]] for key in keys])
-            paid.record(keys, rows)
+            had.record(keys, rows)
             return keys, rows
 
         for keys, rows in in_threads(request, batches, threads):

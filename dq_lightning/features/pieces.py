@@ -19,6 +19,7 @@ from dq_lightning.config import Precision
 from dq_lightning.errors import FeatureError
 from dq_lightning.features.choose import EncoderSpec
 from dq_lightning.features.extract import extract_features
+from dq_lightning.resuming import Paid
 
 NAME = "embeds"
 AGAIN = "make the piece again, or remove its .npy and .json when it is none of these"
@@ -67,7 +68,7 @@ def embed_piece(
     batch_size: int = 256,
     num_workers: int | Literal["auto"] = "auto",
     progress: bool = True,
-    scratch: Path | None = None,
+    paid: Paid | None = None,
 ) -> Path:
     """Embed the rows from `index * nums` on, at most `nums`, and write them; a piece that is there and whole is kept.
 
@@ -84,7 +85,7 @@ def embed_piece(
         batch_size: likewise.
         num_workers: likewise.
         progress: likewise.
-        scratch: likewise.
+        paid: likewise.
 
     Returns:
         The `.npy` file.
@@ -114,7 +115,7 @@ def embed_piece(
         batch_size=batch_size,
         num_workers=num_workers,
         progress=progress,
-        scratch=scratch,
+        paid=paid,
     ).embedding.numpy()
     # without its description a piece counts as missing, so the old one goes first and the new one comes last
     target.with_suffix(".json").unlink(missing_ok=True)

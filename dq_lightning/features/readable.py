@@ -1,9 +1,11 @@
 """Which samples can be read at all: one pass before the features, for `on_error="skip"`."""
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -13,18 +15,26 @@ from dq_lightning.features.collect import NAMED_SAMPLES
 from dq_lightning.features.loading import ImageBatch, ImageBatches, iterate_batches
 from dq_lightning.progress import progress_bar
 from dq_lightning.records import Labels
+from dq_lightning.resuming import NothingKept, Shards
 
 logger = logging.getLogger("dq_lightning")
 SAMPLES_AT_ONCE = 256
 
 
-def find_unreadable(source: Any, *, num_workers: int | Literal["auto"] = "auto", progress: bool = True) -> Tensor:
+def find_unreadable(
+    source: Any,
+    *,
+    num_workers: int | Literal["auto"] = "auto",
+    progress: bool = True,
+    shards: Shards | None = None,
+) -> Tensor:
     """Read every sample once; what cannot be read is counted and the first few are named in one warning.
 
     Args:
         source: N samples: `image(i)`, or for text `text(i)`.
         num_workers: loader processes for images; `"auto"` decides by the time a few samples take.
         progress: show a bar.
+        shards: what an earlier run has found, and where this one keeps what it finds; None keeps nothing.
 
     Returns:
         int64 [U], ascending: the samples whose reading raised SourceError.
@@ -32,11 +42,7 @@ def find_unreadable(source: Any, *, num_workers: int | Literal["auto"] = "auto",
     Raises:
         FeatureError: no sample can be read.
     """
-    found: list[tuple[int, str]] = []
-    with progress_bar(progress, total=len(source), unit="sample", description="reading") as bar:
-        for count, problems in _problems(source, num_workers):
-            found += problems
-            bar.update(count)
+    found = _found_in_all(source, num_workers, progress, shards or NothingKept())
     if not found:
         return torch.empty(0, dtype=torch.int64)
     named = "; ".join(f"sample {index}: {text}" for index, text in found[:NAMED_SAMPLES])
@@ -72,16 +78,41 @@ class Blanked:
         return ["" if position in self._blank else next(read) for position in positions]
 
 
-def _problems(source: Any, num_workers: int | Literal["auto"]) -> Iterator[tuple[int, list[tuple[int, str]]]]:
+def _found_in_all(
+    source: Any, num_workers: int | Literal["auto"], progress: bool, shards: Shards
+) -> list[tuple[int, str]]:
+    """Samples that cannot be read, and why, found by an earlier run or by this one."""
+    found: list[tuple[int, str]] = []
+    done = 0
+    for piece in shards.restore(len(source)):
+        done, problems = json.loads(piece["json"].tobytes())
+        found += problems
+    kept, told = done, len(found)
+    with progress_bar(progress, total=len(source), unit="sample", description="reading") as bar:
+        bar.update(done)
+        for count, problems in _problems(source, range(done, len(source)), num_workers):
+            found += problems
+            done += count
+            bar.update(count)
+            if shards.is_due():
+                text = json.dumps([done, found[told:]]).encode()
+                shards.keep(done - kept, {"json": np.frombuffer(text, np.uint8)})
+                kept, told = done, len(found)
+    return found
+
+
+def _problems(
+    source: Any, samples: range, num_workers: int | Literal["auto"]
+) -> Iterator[tuple[int, list[tuple[int, str]]]]:
     """Number of samples of each batch, and what is wrong with some of them."""
     if source.modality == "text":
-        for start in range(0, len(source), SAMPLES_AT_ONCE):
-            rows = range(start, min(start + SAMPLES_AT_ONCE, len(source)))
+        for start in samples[::SAMPLES_AT_ONCE]:
+            rows = range(start, min(start + SAMPLES_AT_ONCE, samples.stop))
             yield len(rows), _problems_of_texts(source, rows)
-        return
-    tried = _TriedImages(source, _nothing, SAMPLES_AT_ONCE)
-    for members, batch in zip(tried.batches, iterate_batches(tried, num_workers, torch.device("cpu")), strict=True):
-        yield len(members), batch.warnings
+    elif samples:
+        tried = _TriedImages(source, _nothing, SAMPLES_AT_ONCE, torch.arange(samples.start, samples.stop))
+        for members, batch in zip(tried.batches, iterate_batches(tried, num_workers, torch.device("cpu")), strict=True):
+            yield len(members), batch.warnings
 
 
 def _problems_of_texts(source: Any, rows: range) -> list[tuple[int, str]]:

@@ -14,6 +14,7 @@ from dq_lightning.config import Precision
 from dq_lightning.errors import FeatureError
 from dq_lightning.features.collect import Rows
 from dq_lightning.records import DigestMemory
+from dq_lightning.resuming import Paid
 
 ROWS_AT_ONCE = 4096
 
@@ -76,9 +77,7 @@ class ReadyRows:
         self._array, self._name = array, name
         self.advice = f"Repair these rows of {name}, or leave the samples out"
 
-    def rows(
-        self, source: Any, batch_size: int, num_workers: int | Literal["auto"], scratch: Path | None
-    ) -> Iterator[Rows]:
+    def rows(self, source: Any, batch_size: int, num_workers: int | Literal["auto"], paid: Paid) -> Iterator[Rows]:
         """The rows, a block at a time, in order.
 
         Raises:

@@ -23,6 +23,7 @@ from dq_lightning.errors import CacheError, StoreError
 from dq_lightning.fields import check_choice
 from dq_lightning.store import files
 from dq_lightning.store.digests import FileDigestMemory
+from dq_lightning.store.disk_errors import READ_ONLY_ERRORS, explained
 from dq_lightning.store.keys import canonical_parts
 from dq_lightning.store.leftovers import remove_stale
 from dq_lightning.store.lock import economy_lock, host_name
@@ -35,8 +36,6 @@ logger = logging.getLogger("dq_lightning")
 Read = TypeVar("Read")
 STATIONS = ("1-features", "2-bins", "3-selection", "4-patches", "5-store", "6-filled")
 COMMIT_ATTEMPTS = 10
-READ_ONLY_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS)
-FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ class Cache:
         target = self.place(station, parts)
         if not force and (found := self._find(target)):
             return found
-        with self._explained(target):
+        with explained(target):
             files.make_folder(target.parent)
         locks = self.root / ".locks"
         with contextlib.suppress(OSError):
@@ -216,12 +215,12 @@ class Cache:
     def _make(self, target: Path, parts: dict[str, Any], write: Callable[[Path], None], force: bool) -> Path:
         temp = target.with_name(f".tmp-{host_name()}-{os.getpid()}-{target.name}-{os.urandom(4).hex()}")
         try:
-            with self._explained(target, temp):
+            with explained(target, temp):
                 files.make_folder(temp, new=True)
                 # by the clock that stamped the others: that of this process may have jumped, or a server's differ
                 remove_stale(target.parent, temp.stat().st_mtime)
                 write(temp)
-            with self._explained(target):
+            with explained(target):
                 write_manifest(
                     temp, station=target.parent.name, key=target.name, parts=json.loads(files.canonical_json(parts))
                 )
@@ -256,23 +255,6 @@ class Cache:
         with contextlib.suppress(FileNotFoundError):
             files.rename(target, old)
         files.remove_folder(old)
-
-    @contextlib.contextmanager
-    def _explained(self, target: Path, only_under: Path | None = None) -> Iterator[None]:
-        """Turn what the disk says into a CacheError; with `only_under`, other paths' errors pass as they are."""
-        try:
-            yield
-        except OSError as error:
-            seen = str(error.filename or "")
-            ours = only_under is None or seen.startswith(str(only_under)) or error.errno in FULL_ERRORS
-            if not ours:
-                raise
-            advice = f"cannot write {target} ({error})"
-            if error.errno in READ_ONLY_ERRORS:
-                advice += ": pass cache_dir= (or set DQ_LIGHTNING_CACHE) to a folder that you may write"
-            elif error.errno in FULL_ERRORS:
-                advice += ": make room, or pass cache_dir= on another disk"
-            raise CacheError(advice) from error
 
     def explain_miss(self, station: str, parts: dict[str, Any]) -> str:
         """One line: what differs from the nearest entry of this station, or that there is none."""

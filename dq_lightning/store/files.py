@@ -110,8 +110,7 @@ def replace_bytes(path: Path, data: bytes) -> None:
     beside = path.with_name(f".tmp-{os.getpid()}-{os.urandom(8).hex()}")
     try:
         write_bytes(beside, data)
-        _observe("replace", path)
-        beside.replace(path)
+        replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
@@ -147,6 +146,12 @@ def rename(old: Path, new: Path) -> None:
     """Rename a folder. A folder with content at `new` is an OSError."""
     _observe("rename", new)
     old.rename(new)
+
+
+def replace(old: Path, new: Path) -> None:
+    """Rename a file, in place of one that is there."""
+    _observe("replace", new)
+    old.replace(new)
 
 
 def make_folder(path: Path, *, new: bool = False) -> None:

@@ -1,9 +1,9 @@
 """Finished work of an entry that is not finished: a killed run goes on where its last shard ends. Touches the disk.
 
-A shard is one file under ROOT/0-partial/STATION/KEY/, written beside, synced and renamed. It holds the arrays that the work
-on some consecutive samples gave, in the order of the work: samples START to STOP.
+A shard is one file under ROOT/0-partial/STATION/KEY/ (work that comes before: KEY/PART/). It holds the arrays that the work on
+some consecutive samples gave, in the order of the work: samples START to STOP.
 
-    START-STOP-RANDOM.shard    uint64 length of the header | header (JSON) | arrays, each padded to 8 bytes | sha256 of all that
+    START-STOP-RANDOM.shard    see `store/sealed_arrays.py`
 
 Shards are cut by time, not by count: nothing is written by work that is soon done, and a killed run loses `LEAST_SECONDS` of
 work, or up to `MOST_SECONDS` where the disk is so slow that shorter shards would cost over 2 %. Where a shard ends depends on
@@ -16,9 +16,7 @@ another builder's shards lead there. When none can be written (on a full disk, s
 
 import errno
 import hashlib
-import json
 import logging
-import math
 import os
 import shutil
 import time
@@ -26,25 +24,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from dq_lightning.errors import StoreError
 from dq_lightning.resuming import Array
 from dq_lightning.store import files
-from dq_lightning.store.lock import host_name
-from dq_lightning.store.values import plain_shape
+from dq_lightning.store.sealed_arrays import MAX_HEADER_BYTES, read_arrays, write_arrays
 
 logger = logging.getLogger("dq_lightning")
 
 PARTIAL_FOLDER = "0-partial"
-FORMAT = "dq_lightning shard 1"
+FORMAT = "dq_lightning shard 2"
 LEAST_SECONDS, MOST_SECONDS = 20.0, 60.0
 # the work between two shards takes at least so many times as long as writing one
 WORK_PER_COST = 50.0
 ABANDONED_SECONDS = 14 * 24 * 3600.0
-DTYPES = ("|u1", "<i4", "<i8", "<f4")
-DIGEST_BYTES, ALIGNMENT, CHUNK_BYTES, MAX_HEADER_BYTES = 32, 8, 16 << 20, 1 << 20
 
 
 def partial_folder(entry: Path) -> Path:
@@ -76,6 +70,8 @@ class KeptShards:
     Args:
         entry: where the entry will be.
         noun: what the work is called in messages.
+        part: name of a piece of work that comes before that on the entry itself and has shards of its own.
+        also: another entry, whose unfinished work is as good as that of this one.
         fresh: remove what is there.
 
     Attributes:
@@ -83,14 +79,17 @@ class KeptShards:
         made_from: what the work depends on in its last bits and the key does not tell, such as the entries it reads.
     """
 
-    def __init__(self, entry: Path, noun: str, *, fresh: bool = False) -> None:
+    def __init__(
+        self, entry: Path, noun: str, *, part: str = "", also: Path | None = None, fresh: bool = False
+    ) -> None:
         if fresh:
             remove_shards(entry)
         self.reserve_bytes = 0
         self.made_from = ""
-        self._folder, self._noun = partial_folder(entry), noun
+        self._folder, self._noun = partial_folder(entry) / part, noun
+        others = [] if also is None or fresh else [also]
+        self._keys = {partial_folder(e) / part: f"{e.parent.name} {e.name} {part}" for e in (entry, *others)}
         self._loop_made_from = ""
-        self._key = f"{entry.parent.name} {entry.name}"
         self._done = 0
         self._since: float | None = None
         self._interval = LEAST_SECONDS
@@ -99,12 +98,12 @@ class KeptShards:
     def restore(self, total: int, made_from: str = "") -> Iterator[dict[str, Array]]:
         """See `resuming.Shards`. Each shard is read when its turn comes; memory holds one at a time."""
         self._loop_made_from, self._done = made_from, 0
-        listed = sorted(self._folder.glob("*.shard"), key=_stop, reverse=True)
+        listed = sorted((path for folder in self._keys for path in folder.glob("*.shard")), key=_stop, reverse=True)
         while found := next((path for path in listed if path.name.startswith(f"{self._done:012}-")), None):
             listed.remove(found)
             stop = _stop(found)
             try:
-                arrays = self._read(found, self._done, stop)
+                arrays = read_arrays(found, self._identity(found.parent, self._done, stop))
             except FileNotFoundError:
                 # another builder has finished the entry
                 continue
@@ -140,82 +139,18 @@ class KeptShards:
         self._interval = min(max(LEAST_SECONDS, WORK_PER_COST * (self._since - started)), MOST_SECONDS)
 
     def _write(self, start: int, stop: int, arrays: Mapping[str, NDArray[Any]]) -> None:
-        header = _header(self._identity(start, stop), arrays)
-        size = len(header) + sum(array.nbytes for array in arrays.values())
+        size = MAX_HEADER_BYTES + sum(array.nbytes for array in arrays.values())
         files.make_folder(self._folder)
         if shutil.disk_usage(self._folder).free < size + self.reserve_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
-        name = os.urandom(4).hex()
-        beside = self._folder / f".tmp-{host_name()}-{os.getpid()}-{name}"
-        try:
-            with files.Writer(beside) as file:
-                file.write(header)
-                for array in arrays.values():
-                    data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-                    for at in range(0, len(data), CHUNK_BYTES):
-                        file.write(data[at : at + CHUNK_BYTES])
-                    file.write(bytes(-len(data) % ALIGNMENT))
-                file.write(bytes.fromhex(file.sha256()))
-            files.fsync_file(beside)
-            files.rename(beside, self._folder / f"{start:012}-{stop:012}-{name}.shard")
-        except BaseException:
-            files.remove(beside)
-            raise
+        name = f"{start:012}-{stop:012}-{os.urandom(4).hex()}.shard"
+        write_arrays(self._folder / name, self._identity(self._folder, start, stop), arrays)
 
-    def _identity(self, start: int, stop: int) -> list[Any]:
+    def _identity(self, folder: Path, start: int, stop: int) -> list[Any]:
         made_from = hashlib.sha256(f"{self.made_from} {self._loop_made_from}".encode()).hexdigest()
-        return [FORMAT, self._key, made_from, start, stop]
-
-    def _read(self, path: Path, start: int, stop: int) -> dict[str, Array]:
-        """The arrays of a shard.
-
-        Raises:
-            StoreError: it is damaged, or not what its place and name say.
-            OSError: it cannot be read.
-        """
-        data = np.fromfile(path, np.uint8)
-        body = data[:-DIGEST_BYTES]
-        if hashlib.sha256(body.data).digest() != data[-DIGEST_BYTES:].tobytes():
-            raise StoreError("its content is not what was written")
-        length = int.from_bytes(body[:ALIGNMENT].tobytes(), "little")
-        if not 0 < length <= min(MAX_HEADER_BYTES, len(body) - ALIGNMENT):
-            raise StoreError("it has no header")
-        try:
-            values = json.loads(body[ALIGNMENT : ALIGNMENT + length].tobytes())
-            seen, listed = values["identity"], values["arrays"]
-            if seen != self._identity(start, stop) or stop <= start:
-                raise StoreError("it belongs to another entry, or was made from something else")
-            return _arrays(body[ALIGNMENT + length :], listed)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise StoreError(f"its header cannot be read ({type(error).__name__})") from error
+        return [FORMAT, self._keys[folder], made_from, start, stop]
 
 
 def _stop(path: Path) -> int:
     parts = path.name.split("-")
     return int(parts[1]) if len(parts) > 1 and parts[1].isdecimal() else 0
-
-
-def _header(identity: list[Any], arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    listed = []
-    for name, array in arrays.items():
-        if array.dtype.str not in DTYPES:
-            raise StoreError(f"a shard holds arrays of {', '.join(DTYPES)}, and {name} is {array.dtype.str}")
-        listed.append([name, array.dtype.str, list(array.shape)])
-    values = {"identity": identity, "arrays": listed}
-    text = files.canonical_json(values).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    return len(text).to_bytes(ALIGNMENT, "little") + text
-
-
-def _arrays(data: NDArray[np.uint8], listed: list[Any]) -> dict[str, Array]:
-    found: dict[str, Array] = {}
-    at = 0
-    for name, dtype, shape in listed:
-        if dtype not in DTYPES:
-            raise StoreError(f"it holds an array of {dtype!r:.40}")
-        size = math.prod(plain_shape(shape)) * np.dtype(dtype).itemsize
-        if size > len(data) - at:
-            raise StoreError("its arrays are cut")
-        found[str(name)] = data[at : at + size].view(dtype).reshape(plain_shape(shape))
-        at += size + -size % ALIGNMENT
-    return found

@@ -20,6 +20,7 @@ from dq_lightning.features import openai_embeddings
 from dq_lightning.features.choose import choose_encoder
 from dq_lightning.features.extract import extract_features
 from dq_lightning.features.openai_embeddings import OpenAIOrigin, cut_bytes, split
+from dq_lightning.store.paid import PaidFolder
 from tests.features.text_models import Texts
 
 pytest.importorskip("openai", reason="the optional extra openai is not installed")
@@ -191,33 +192,35 @@ def test_the_wait_that_the_server_asks_for_is_kept(server):
 def test_an_interrupted_run_goes_on_without_paying_twice(server, tmp_path):
     server.trouble = lambda number: ("status", (400, {})) if number >= 3 else None
     with pytest.raises(FeatureError, match="refuses"):
-        embed(scratch=tmp_path, threads=1)
+        embed(paid=PaidFolder(tmp_path), threads=1)
     before = list(server.paid)
     assert 4 <= len(before) < 24
     server.trouble = lambda number: None
     # another batch size cuts the texts in another way
-    assert torch.equal(embed(scratch=tmp_path, batch_size=5), wanted())
+    assert torch.equal(embed(paid=PaidFolder(tmp_path), batch_size=5), wanted())
     assert len(server.paid) == len(set(server.paid)) == 24
-    assert torch.equal(embed(scratch=tmp_path), wanted())
+    assert torch.equal(embed(paid=PaidFolder(tmp_path)), wanted())
     assert len(server.paid) == 24
 
 
 def test_a_damaged_record_is_paid_again_and_others_are_not_touched(server, tmp_path, caplog):
-    embed(scratch=tmp_path)
-    records = sorted(tmp_path.rglob("*.npz"))
+    embed(paid=PaidFolder(tmp_path))
+    records = sorted(tmp_path.rglob("*.rows"))
     assert len(records) == 6
     records[0].write_bytes(records[0].read_bytes()[:60])
     records[1].with_suffix(".partial").write_bytes(b"cut")
-    assert torch.equal(embed(scratch=tmp_path), wanted())
+    assert torch.equal(embed(paid=PaidFolder(tmp_path)), wanted())
     assert len(server.paid) == 24 + 4
     assert records[0].name in caplog.text
 
 
 def test_models_and_servers_do_not_share_records_or_identity(server, tmp_path, memory, monkeypatch):
-    embed(TEXTS[:4], scratch=tmp_path)
+    embed(TEXTS[:4], paid=PaidFolder(tmp_path))
     names = [NAME, "openai:text-embedding-3-large"]
     first, second = (choose_encoder(name, modality="text").identity(memory) for name in names)
-    extract_features(Texts(TEXTS[:4]), choose_encoder(names[1], modality="text"), progress=False, scratch=tmp_path)
+    extract_features(
+        Texts(TEXTS[:4]), choose_encoder(names[1], modality="text"), progress=False, paid=PaidFolder(tmp_path)
+    )
     assert len(server.paid) == 8
     monkeypatch.delenv("OPENAI_BASE_URL")
     assert len({first, second, choose_encoder(NAME, modality="text").identity(memory)}) == 3
@@ -232,10 +235,10 @@ def test_long_texts_are_cut_when_the_server_refuses_them(server, caplog):
 
 def test_the_key_is_in_no_message_and_no_file(server, tmp_path, caplog, capsys):
     caplog.set_level("INFO")
-    embed(TEXTS[:4], scratch=tmp_path)
+    embed(TEXTS[:4], paid=PaidFolder(tmp_path))
     server.trouble = lambda number: ("status", (401, {}))
     with pytest.raises(FeatureError, match="OPENAI_API_KEY is refused") as caught:
-        embed(scratch=tmp_path)
+        embed(paid=PaidFolder(tmp_path))
     shown = str(caught.value) + caplog.text + "".join(capsys.readouterr())
     assert KEY not in shown
     assert all(KEY.encode() not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

@@ -32,12 +32,12 @@ def settings(keep_ratio=0.5, num_bins=2, **more):
     return QuantizeConfig(bins=bins, selection=SelectionConfig(keep_ratio=keep_ratio), **more)
 
 
-def compact(dataset, cache, config=None, **more):
+def compact(dataset, cache, config=None, model=None, **more):
     return quantize(
         dataset,
         config or settings(),
         cache_dir=cache,
-        encoder=(MeanColour(), encode),
+        encoder=(model or MeanColour(), encode),
         device="cpu",
         progress=False,
         **more,

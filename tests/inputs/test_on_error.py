@@ -3,22 +3,40 @@
 import json
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torchvision.datasets import ImageFolder
 
-from dq_lightning import FeatureConfig, QuantizedDataModule, SelectionConfig, load_selection, quantize
+from dq_lightning import (
+    FeatureConfig,
+    PackedDataset,
+    PatchConfig,
+    QuantizedDataModule,
+    SelectionConfig,
+    as_source,
+    cli,
+    load_selection,
+    quantize,
+)
 from dq_lightning.commands.dataset_bins import bins_of_dataset
 from dq_lightning.compact import open_compact
 from dq_lightning.config import QuantizeConfig
 from dq_lightning.errors import ConfigError, FeatureError, SourceError
+from dq_lightning.features import readable
+from dq_lightning.features.readable import find_unreadable
 from dq_lightning.pipeline import find_or_build
-from dq_lightning.plan import BINS, make_plan
+from dq_lightning.plan import BINS, FEATURES, make_plan
+from dq_lightning.store import shards
 from dq_lightning.store.cache import Cache
 from dq_lightning.store.tensors import read_bins
 from tests.inputs.broken import MeanColour, Pictures, compact, encode, encoded, picture, settings
+from tests.lightning_scripts.common import to_tensor
+from tests.lightning_scripts.patched_images import small_mae
+from tests.robustness.worlds import Edges
+from tests.store.calls import DueShards
 
 NAN = torch.full((3, 4, 4), float("nan"))
 BROKEN = {
@@ -191,6 +209,112 @@ def test_the_data_module(tmp_path):
     other_rank = QuantizedDataModule(data, on_error="skip", **keywords)
     other_rank.setup("fit")
     assert other_rank.info.content_hash == module.info.content_hash
+
+
+def test_patches_of_what_can_be_read(folder, tmp_path):
+    data, config = ImageFolder(str(folder)), settings(patches=PatchConfig(drop_ratio=0.5))
+    networks = {"classifier": (Edges(), to_tensor), "reconstructor": small_mae()}
+    with pytest.raises(SourceError, match=r"01\.jpg"):
+        compact(data, tmp_path, config, **networks)
+    info = compact(data, tmp_path, config, on_error="skip", **networks)
+    store = PackedDataset(info.path)
+    assert (len(store), info.num_unreadable, store.has_patches) == (6, 3, True)
+    assert [target for _, target in store] == [data.targets[index] for index in load_selection(info.path).index]
+    assert not {"01.jpg", "04.jpg", "09.jpg"} & {Path(name).name for name in store.ids}
+
+
+def test_a_wrapped_data_module(tmp_path):
+    class Inner(L.LightningDataModule):
+        def setup(self, stage):
+            self.train = Pictures(broken={3: OSError("gone")})
+
+        def train_dataloader(self):
+            return DataLoader(self.train, batch_size=4, collate_fn=list)
+
+    keywords = {"keep_ratio": 0.5, "encoder": (MeanColour(), encode), "cache_dir": tmp_path, "device": "cpu"}
+    with pytest.raises(SourceError, match="Item 3"):
+        QuantizedDataModule.from_datamodule(Inner(), **keywords).prepare_data()
+    module = QuantizedDataModule.from_datamodule(Inner(), on_error="skip", **keywords)
+    module.prepare_data()
+    module.setup("fit")
+    assert (module.info.num_samples, module.info.num_unreadable) == (10, 1)
+    assert [len(batch) for batch in module.train_dataloader()] == [4, 4, 2]
+
+
+def test_the_command(folder, tmp_path, capsys):
+    common = ["quantize", f"--data_path={folder}", f"--output={tmp_path / 'out'}", f"--cache_dir={tmp_path / 'cache'}"]
+    common += ["--keep_ratio=0.5", "--num_bins=2", "--encoder=bundled", "--device=cpu"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(common)
+    assert stopped.value.code
+    assert 'on_error="skip"' in capsys.readouterr().err
+    cli.main([*common, "--on_error=skip"])
+    assert "3 samples could not be read and were skipped" in capsys.readouterr().out
+
+
+def test_a_run_that_stopped_at_a_sample_is_continued_by_one_that_leaves_it_out(tmp_path, monkeypatch):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    for index in range(40):
+        # the one that is broken is not among those that are looked at beforehand
+        content = encoded(index, "JPEG", size=(40, 40))
+        (tmp_path / "images" / "a" / f"{index:02}.jpg").write_bytes(b"text" if index == 25 else content)
+    data, done = ImageFolder(str(tmp_path / "images")), []
+
+    class Counting(MeanColour):
+        def forward(self, images):
+            done.append(len(images))
+            return super().forward(images)
+
+    def run(name, **more):
+        done.clear()
+        config = settings(features=FeatureConfig(batch_size=4, num_workers=0))
+        return compact(data, tmp_path / name, config, model=Counting(), **more)
+
+    expected = run("undisturbed", on_error="skip")
+    assert done == [4] * 6 + [3] + [4] * 3
+    monkeypatch.setattr(shards, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(shards, "MOST_SECONDS", 0.0)
+    with pytest.raises(SourceError, match=r"25\.jpg"):
+        run("cache")
+    assert done == [4] * 6
+    found = run("cache", on_error="skip")
+    assert done == [3] + [4] * 3
+    assert found.content_hash == expected.content_hash
+    (one,), (other,) = ((tmp_path / name / FEATURES).glob("*/embedding.bin") for name in ("undisturbed", "cache"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+class Read(Exception):  # noqa: N818
+    """The end of a run."""
+
+
+@pytest.mark.parametrize("per_shard", [1, 3])
+def test_reading_goes_on_where_it_was(per_shard, monkeypatch):
+    data = Pictures(count=30, broken={3: OSError("gone"), 11: OSError("gone"), 29: OSError("gone")})
+    source = as_source(data, on_error="skip")
+    monkeypatch.setattr(readable, "SAMPLES_AT_ONCE", 4)
+    image, seen, stop = source.image, [], [None]
+
+    def watched(index):
+        if len(seen) == stop[0]:
+            raise Read
+        seen.append(index)
+        return image(index)
+
+    monkeypatch.setattr(source, "image", watched)
+    for at in range(0, 30, 3):
+        memory = DueShards(per_shard)
+        seen.clear()
+        stop[0] = at
+        with pytest.raises(Read):
+            find_unreadable(source, num_workers=0, progress=False, shards=memory)
+        seen.clear()
+        stop[0] = None
+        memory.asked = 0
+        found = find_unreadable(source, num_workers=0, progress=False, shards=memory)
+        assert found.tolist() == [3, 11, 29]
+        batch = 4 * per_shard
+        assert seen == list(range(at // batch * batch, 30))
 
 
 def test_the_bins_alone(tmp_path):

@@ -56,6 +56,10 @@ def test_fault_at_every_call_of_the_step_on_patches(place: Path, shift: int) -> 
     fail_at_every_call(place, "patches", *CODES[shift:], *CODES[:shift])
 
 
+def test_fault_at_every_call_of_a_run_that_costs_money(place: Path) -> None:
+    fail_at_every_call(place, "paid", *CODES)
+
+
 def fail_at_every_call(place: Path, name: str, *codes: int) -> None:
     """Each call fails once, with the error codes in turn."""
     run, start, report = RUNS[name], started(name, place), place / "report.json"

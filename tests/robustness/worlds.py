@@ -1,5 +1,6 @@
 """Tiny whole runs, builders in forked children that are killed or disturbed, and what a cache holds afterwards."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,7 +12,9 @@ import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,7 +22,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dq_lightning import BinConfig, PackedDataset, PatchConfig, QuantizeConfig, SelectionConfig, quantize
+from dq_lightning import BinConfig, FeatureConfig, PackedDataset, PatchConfig, QuantizeConfig, SelectionConfig, quantize
+from dq_lightning.features.openai_embeddings import OpenAIOrigin
 from dq_lightning.plan import FILLED
 from dq_lightning.store import files
 from dq_lightning.store.cache import STATIONS
@@ -28,6 +32,7 @@ from tests.lightning_scripts.common import photos, to_tensor
 from tests.lightning_scripts.patched_images import small_mae
 
 COUNT = 12
+MAIN_THREAD = threading.main_thread().name
 HANG_SECONDS = 120.0
 Content = dict[str, str]
 
@@ -86,11 +91,31 @@ def text_run(root: Path) -> Any:
     return quantize(rows, config(store="packed"), encoder=vectors, cache_dir=root, progress=False)
 
 
+class Embeddings:
+    """What the client of an embeddings API gives; it tells `paid` of every text that it is asked for."""
+
+    def __init__(self, paid: Callable[[list[str]], None] = lambda texts: None):
+        self.embeddings, self._paid = self, paid
+
+    def create(self, model: str, input: list[str]) -> Any:
+        self._paid(input)
+        rows = [np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)[:3] / 255 for text in input]
+        return SimpleNamespace(data=[SimpleNamespace(index=i, embedding=row.tolist()) for i, row in enumerate(rows)])
+
+
+def paid_run(root: Path, paid: Callable[[list[str]], None] = lambda texts: None) -> Any:
+    rows = [{"instruction": f"say {i}", "input": "", "output": "word " * (1 + i % 5)} for i in range(COUNT)]
+    settings = config(features=FeatureConfig("openai:small", batch_size=4, num_workers=1))
+    with mock.patch.object(OpenAIOrigin, "client", return_value=Embeddings(paid)):
+        return quantize(rows, settings, cache_dir=root, progress=False)
+
+
 RUNS: dict[str, Callable[[Path], Any]] = {
     "indices": image_run,
     "packed": lambda root: image_run(root, store="packed"),
     "patches": lambda root: image_run(root, patches=PatchConfig(drop_ratio=0.5)),
     "text": text_run,
+    "paid": paid_run,
 }
 
 
@@ -216,7 +241,7 @@ CHANGES = ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "os.
 
 
 class Points:
-    """Every change that the main thread makes under a folder, as Python itself reports it, and every write and fsync.
+    """Every change that the threads at work make under a folder, as Python itself reports it, and every write and fsync.
 
     Hooks can't be taken out of a process again: install it in a child.
 
@@ -252,7 +277,9 @@ class Points:
             self._point(event, self.root + "/..." if within else paths[-1])
 
     def _point(self, name: str, path: str) -> None:
-        if self.busy or not path.startswith(self.root) or threading.current_thread() is not threading.main_thread():
+        thread = threading.current_thread()
+        # requests of an API record what they cost themselves; a heartbeat comes at any time
+        if self.busy or not path.startswith(self.root) or not thread.name.startswith((MAIN_THREAD, "embed")):
             return
         self.busy = True
         try:

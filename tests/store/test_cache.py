@@ -287,3 +287,23 @@ def test_a_memory_that_cannot_be_written_still_answers(tmp_path: Path) -> None:
     assert memory.recall("k") is None
     assert memory.files([path]) == [memory.file(path)]
     assert stat.S_ISREG((tmp_path / "m").stat().st_mode)
+
+
+@pytest.mark.parametrize(("code", "stays"), [(errno.EACCES, True), (errno.EROFS, True), (errno.EIO, False)])
+def test_an_entry_that_cannot_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int, stays: bool
+) -> None:
+    cache = Cache(tmp_path)
+    entry = build(cache)
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise OSError(code, os.strerror(code), str(entry))
+
+    monkeypatch.setattr("dq_lightning.store.cache.check_entry", refuse)
+    if stays:
+        with pytest.raises(CacheError, match=r"repair its permissions, or pass cache_dir="):
+            cache.find("2-bins", PARTS)
+    else:
+        assert cache.find("2-bins", PARTS) is None
+        assert "it cannot be read" in caplog.text
+    assert entry.exists() == stays

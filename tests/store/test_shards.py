@@ -16,7 +16,7 @@ import pytest
 
 from dq_lightning.commands.cache_care import prune
 from dq_lightning.errors import StoreError
-from dq_lightning.store import files, shards
+from dq_lightning.store import files, sealed_arrays, shards
 from dq_lightning.store.cache import Cache
 from dq_lightning.store.shards import KeptShards, partial_folder, remove_abandoned
 from tests.store.calls import at_call
@@ -169,7 +169,7 @@ def test_a_sealed_file_of_others_is_no_shard(entry: Path, header: bytes) -> None
 def test_claimed_sizes_are_checked(entry: Path) -> None:
     for dtype, shape in (("<f4", [1 << 40]), ("|O8", [1]), ("<f4", [-1]), ("<i8", "x")):
         with pytest.raises(StoreError):
-            shards._arrays(np.zeros(64, np.uint8), [["a", dtype, shape]])
+            sealed_arrays._arrays(np.zeros(64, np.uint8), [["a", dtype, shape]])
     with pytest.raises(StoreError, match="float64"):
         opened(entry).keep(1, {"float64": np.zeros(1)})
 
@@ -215,7 +215,7 @@ def operations(entry: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(files, "observer", lambda operation, path: seen.append(operation))
     kept(entry, [30])
     monkeypatch.setattr(files, "observer", None)
-    assert seen.index("fsync") < seen.index("rename") == len(seen) - 1
+    assert seen.index("fsync") < seen.index("replace") == len(seen) - 1
     return len(seen)
 
 
