@@ -253,7 +253,7 @@ def content(folder):
         if path.is_file()
         and path.name != "manifest.json"
         and not {".locks", "0-digests"} & set(path.parts)
-        # what the next day cleans up
+        # what a later run cleans up
         and not any(part.startswith(".tmp-") for part in path.parts)
     }
 

@@ -8,8 +8,9 @@ from dq_lightning.store import files
 from dq_lightning.store.lock import host_name, process_alive
 from dq_lightning.store.shards import remove_abandoned
 
-STALE_SECONDS = 24 * 3600.0
-# of another host, whose processes cannot be asked about
+# its process is gone; whoever it started may still be about to end
+STALE_SECONDS = 60.0
+# of another host, container or boot, whose processes cannot be asked about
 FOREIGN_STALE_SECONDS = 7 * 24 * 3600.0
 
 

@@ -7,6 +7,7 @@ succeed for everybody, the builders just work side by side.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -23,11 +25,21 @@ logger = logging.getLogger("dq_lightning")
 BEAT_SECONDS = 5.0
 SILENCE_SECONDS = 60.0
 POLL_SECONDS = 0.2
+BOOT, PROCESS_NUMBERS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 
 
+@cache
 def host_name() -> str:
-    """This machine's name, without characters that file names or our own separators dislike."""
-    return "".join(c if c.isalnum() else "_" for c in socket.gethostname())[:64] or "host"
+    """Where process numbers mean what they mean here: this machine's name, and a digest of its boot and of the container.
+
+    Machines and containers may share a name. No characters that file names or our own separators dislike.
+    """
+    name = "".join(c if c.isalnum() else "_" for c in socket.gethostname())[:64] or "host"
+    try:
+        space = BOOT.read_text(encoding="ascii") + str(PROCESS_NUMBERS.readlink())
+    except (OSError, ValueError):
+        return name  # not Linux
+    return f"{name}_{hashlib.sha256(space.encode()).hexdigest()[:8]}"
 
 
 def process_alive(pid: int) -> bool:

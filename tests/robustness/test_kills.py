@@ -162,10 +162,10 @@ def test_ended_by_the_scheduler(place: Path) -> None:
     RUNS["packed"](root)
     assert time.monotonic() - begun < 5
     assert content(root) == expected
-    # a day later nobody can be at work on it
+    # a little later nobody can be at work on it
     for folder in left:
         for path in (*folder.iterdir(), folder):
-            os.utime(path, (time.time() - 2 * 86400,) * 2)
+            os.utime(path, (time.time() - 120,) * 2)
     for number in (1, 2):
         image_run(root, store="packed", seed=number)
     assert not litter(root)

@@ -180,15 +180,34 @@ def test_stale_temp_folders_are_cleaned(tmp_path: Path) -> None:
     from dq_lightning.store.lock import host_name
 
     station = tmp_path / "2-bins"
-    dead, alive, young = (
-        station / f".tmp-{host_name()}-{pid}-key-x{i}" for i, pid in enumerate((2**22 + 5, os.getpid(), 2**22 + 5))
-    )
-    for folder in (dead, alive, young):
+    nobody, here, elsewhere = 2**22 + 5, host_name(), f"{host_name()}_"
+    # host, process and age in seconds of who made it, and whether it stays
+    made = [(here, nobody, 120, False), (here, nobody, 5, True), (here, os.getpid(), 10**6, True)]
+    made += [(elsewhere, nobody, 5 * 86400, True), (elsewhere, nobody, 8 * 86400, False)]
+    folders = [station / f".tmp-{host}-{pid}-key-{age}" for host, pid, age, _ in made]
+    for folder, (_, _, age, _) in zip(folders, made, strict=True):
         folder.mkdir(parents=True)
-    for folder in (dead, alive):
-        os.utime(folder, (time.time() - 2 * 86400,) * 2)
+        os.utime(folder, (time.time() - age,) * 2)
     build(Cache(tmp_path))
-    assert (dead.exists(), alive.exists(), young.exists()) == (False, True, True)
+    assert [folder.exists() for folder in folders] == [stays for *_, stays in made]
+
+
+def test_containers_and_boots_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dq_lightning.store import lock
+
+    names = set()
+    for boot in ("one", "another"):
+        (tmp_path / boot).write_text(boot)
+        monkeypatch.setattr(lock, "BOOT", tmp_path / boot)
+        for space in ("pid:[1]", "pid:[2]"):
+            link = tmp_path / f"{boot}{space}"
+            link.symlink_to(space)
+            monkeypatch.setattr(lock, "PROCESS_NUMBERS", link)
+            names |= {lock.host_name.__wrapped__(), lock.host_name.__wrapped__()}
+    monkeypatch.setattr(lock, "BOOT", tmp_path / "missing")
+    names.add(lock.host_name.__wrapped__())
+    assert len(names) == 5
+    assert all("-" not in name for name in names)
 
 
 def test_misses_are_explained_by_the_nearest_entry(tmp_path: Path) -> None:
