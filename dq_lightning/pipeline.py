@@ -1,56 +1,27 @@
-"""The flow on one page: dataset -> source -> features -> bins -> selection -> store. No Lightning here."""
+"""From a dataset to its compact set, or to its bins, found in the cache or made. No Lightning."""
 
-import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from dq_lightning.binning import bins_of, tell_lost_classes
-from dq_lightning.compact import Compact, find_made, open_compact, write_description
+from dq_lightning.building import Build
+from dq_lightning.compact import Compact, find_made
 from dq_lightning.config import OnError, QuantizeConfig, VerifyPolicy, with_short_forms
-from dq_lightning.errors import CacheError
-from dq_lightning.features.extract import extract_features
-from dq_lightning.features.readable import find_unreadable, without_labels
-from dq_lightning.features.selection_training import with_selection_epochs
-from dq_lightning.filling import write_filled
+from dq_lightning.errors import StoreError
 from dq_lightning.logs import get_logger
-from dq_lightning.packing import reading_again, write_patches, write_whole
-from dq_lightning.patch_bytes import describe_costs
-from dq_lightning.patching import score_selection
 from dq_lightning.plan import (
     BINS,
-    FEATURES,
-    FILLED,
-    PATCHES,
-    SELECTION,
-    STORE,
     Plan,
     make_plan,
     source_identity,
     usable_parts,
 )
 from dq_lightning.randomness import isolated_random_state
-from dq_lightning.records import Selection, StoreInfo
-from dq_lightning.selection.select import select
-from dq_lightning.store.cache import Cache, Read, default_cache_dir, require_space
-from dq_lightning.store.paid import PAID_FOLDER, PaidFolder
-from dq_lightning.store.shards import KeptShards
+from dq_lightning.records import Bins, StoreInfo
+from dq_lightning.store.cache import Cache, default_cache_dir
 from dq_lightning.store.tensors import (
     read_bins,
-    read_features,
-    read_scores,
-    read_selection,
-    write_bins,
-    write_features,
-    write_scores,
-    write_selection,
 )
 
 
@@ -117,178 +88,32 @@ def find_or_build(
     """
     with isolated_random_state():
         started = time.perf_counter()
-        source = source_identity(plan, cache.memory, full=True)
-        identities = plan.identities(cache.memory)
-        if source is not None and identities is not None and not force:
+        source, identities = _identities(plan, cache)
+        if identities is not None and not force:
             found = find_made(plan, source, identities, cache)
             if found is not None:
                 kept, whole = len(found.selection), len(plan.source)
                 get_logger().info(f"reusing the compact set of {kept:,} of {whole:,} samples: {found.info.path}")
                 return found
-        assert source is not None
         seconds = {"identity": round(time.perf_counter() - started, 3)}
-        return _Build(plan, source, cache, device, force, progress, seconds).run()
+        return Build(plan, source, cache, device, force=force, progress=progress, seconds=seconds).compact()
 
 
-class _Build:
-    """One run of the stations: each asks the cache first and computes, through its parent, only what is missing."""
+def find_or_build_bins(plan: Plan, cache: Cache, *, device: str = "auto", progress: bool = True) -> Bins:
+    """The bins of the plan's dataset alone, likewise."""
+    with isolated_random_state():
+        source, identities = _identities(plan, cache)
+        for parts in [] if identities is None else usable_parts(plan, source, identities):
+            with suppress(StoreError):
+                if (path := cache.find(BINS, parts[BINS])) is not None:
+                    bins = read_bins(path)
+                    get_logger().info(f"reusing the bins of {len(plan.source):,} samples: {path}")
+                    return bins
+        return Build(plan, source, cache, device, force=False, progress=progress, seconds={}).bins()
 
-    def __init__(
-        self,
-        plan: Plan,
-        source: str,
-        cache: Cache,
-        device: str,
-        force: bool,
-        progress: bool,
-        seconds: dict[str, float],
-    ) -> None:
-        self.cache, self.device, self.force, self.progress = cache, device, force, progress
-        self.seconds = seconds
-        self.plan = plan.resolve(cache.memory)
-        identities = self.plan.identities(cache.memory)
-        if identities is None:
-            raise CacheError(
-                f"the identity of {self.plan.encoder.description} or of another network could not be recorded in "
-                f"{cache.root}; pass a cache_dir= that can be written"
-            )
-        self.usable = usable_parts(self.plan, source, identities)
-        self.parts = self.usable[0]
 
-    def run(self) -> Compact:
-        started = time.perf_counter()
-        log = get_logger()
-        log.info(self._reason())
-        compact = self._load(STORE, self._write_store, partial(open_compact, parts=self.parts, reused=False))
-        if FILLED in self.parts:
-            compact = replace(compact, filled=self._load(FILLED, self._write_filled, Path))
-        spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
-        log.info(
-            f"kept {len(compact.selection):,} of {len(self.plan.source):,} samples in {time.perf_counter() - started:.1f} s "
-            f"({spent}): {compact.info.path}"
-        )
-        if self.plan.patches is not None:
-            log.info(describe_costs(compact.info))
-        return replace(compact, info=replace(compact.info, seconds=self.seconds))
-
-    def _reason(self) -> str:
-        """Why something is computed, and what is not."""
-        encoder = f"; encoder: {self.plan.encoder.description}"
-        if self.force:
-            return f"computing everything because force_recompute=True{encoder}"
-        why = self.cache.explain_miss(STORE, self.parts[STORE])
-        stations = {
-            STORE: "the packed patches",
-            PATCHES: "features, bins, selection and saliency",
-            SELECTION: "features, bins and selection",
-            BINS: "features and bins",
-            FEATURES: "features",
-        }
-        for station, reused in stations.items():
-            if station in self.parts and self.cache.find(station, self.parts[station]) is not None:
-                return f"{why}; reusing {reused}"
-        return why + encoder
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 3)
-
-    def _load(self, station: str, write: Callable[[Path], None], read: Callable[[Path], Read]) -> Read:
-        return self.cache.load(station, self.parts[station], write, read, force=self.force)
-
-    def _shards(self, station: str, noun: str, **options: Any) -> KeptShards:
-        """What a killed run has left of an entry."""
-        return KeptShards(self.cache.place(station, self.parts[station]), noun, fresh=self.force, **options)
-
-    def _write_store(self, folder: Path) -> None:
-        plan, selection = self.plan, self._load(SELECTION, self._write_selection, read_selection)
-        if plan.patches is not None:
-            scored = self._load(PATCHES, partial(self._write_scores, selection), read_scores)
-            with self._timed("store"), reading_again(plan):
-                write_patches(folder, plan, selection, *scored, self._shards(STORE, "packing"))
-            return
-        with self._timed("store"), reading_again(plan):
-            if plan.store_kind == "packed":
-                write_whole(folder, plan, selection, self._shards(STORE, "packing"))
-            else:
-                write_selection(folder, selection)
-                write_description(folder, plan)
-
-    def _write_scores(self, selection: Selection, folder: Path) -> None:
-        with self._timed("saliency"), reading_again(self.plan):
-            shards = self._shards(PATCHES, "saliency")
-            scored = score_selection(self.plan, selection, device=self.device, progress=self.progress, shards=shards)
-        write_scores(folder, *scored)
-
-    def _write_filled(self, folder: Path) -> None:
-        assert self.plan.patches is not None
-        shards, patches = self._shards(FILLED, "filling"), self.plan.patches
-        fill = partial(write_filled, folder, patches=patches, device=self.device, progress=self.progress, shards=shards)
-        with self._timed("filling"):
-            # every sample is verified before the first is filled, so a damaged store can be made again here
-            self.cache.load(STORE, self.parts[STORE], self._write_store, fill)
-
-    def _write_selection(self, folder: Path) -> None:
-        bins = self._load(BINS, self._write_bins, read_bins)
-        settings = self.plan.config.selection
-        with self._timed("selection"):
-            selection = select(
-                bins,
-                keep_ratio=settings.keep_ratio,
-                seed=settings.seed,
-                draw=settings.draw,
-                bin_weights=settings.bin_weights,
-            )
-        tell_lost_classes(self.plan, bins, selection)
-        write_selection(folder, selection)
-
-    def _write_bins(self, folder: Path) -> None:
-        features = self._load(FEATURES, self._write_features, read_features)
-        with self._timed("bins"):
-            bins = bins_of(self.plan, features, device=self.device, progress=self.progress)
-        write_bins(folder, bins)
-
-    def _write_features(self, folder: Path) -> None:
-        settings = self.plan.config.features
-        # a run that stopped at a sample that cannot be read has done the ones before it
-        stricter = [self.cache.place(FEATURES, parts[FEATURES]) for parts in self.usable[1:]]
-        shards = self._shards(FEATURES, "features", also=next(iter(stricter), None))
-
-        def allocate(name: str, shape: tuple[int, int]) -> Tensor:
-            # known after the first batch: a full disk is told before the hours of work
-            require_space(folder, 4 * math.prod(shape))
-            shards.reserve_bytes += 4 * math.prod(shape)
-            return torch.empty(shape, dtype=torch.float32)
-
-        with self._timed("features"):
-            self.plan.source.check_repeatable()
-            labels = self.plan.labels if settings.kind == "gradient" or settings.selection_epochs else None
-            left_out = None
-            if self.plan.config.on_error == "skip":
-                left_out = find_unreadable(
-                    self.plan.source,
-                    num_workers=settings.num_workers,
-                    progress=self.progress,
-                    shards=self._shards(FEATURES, "reading", part="reading"),
-                )
-            learned = labels if labels is None or left_out is None else without_labels(labels, left_out)
-            encoder = with_selection_epochs(self.plan.encoder, self.plan.source, learned, settings, self.progress)
-            features = extract_features(
-                self.plan.source,
-                encoder,
-                kind=settings.kind,
-                labels=labels.values if labels is not None else None,
-                num_classes=labels.num_classes if labels is not None else None,
-                device=self.device,
-                precision=settings.precision,
-                batch_size=settings.batch_size,
-                num_workers=settings.num_workers,
-                progress=self.progress,
-                out=allocate,
-                paid=PaidFolder(self.cache.root / PAID_FOLDER),
-                shards=shards,
-                left_out=left_out,
-            )
-        write_features(folder, features)
+def _identities(plan: Plan, cache: Cache) -> tuple[str, dict[str, str] | None]:
+    """Of the data, and of the networks where all are known."""
+    source = source_identity(plan, cache.memory, full=True)
+    assert source is not None
+    return source, plan.identities(cache.memory)

@@ -233,7 +233,7 @@ def test_what_cannot_be_packed_is_told_before_the_work(tmp_path, monkeypatch):
             # what is done to the transformed image is in no attribute
             return (image, label) if self.transform is None else (self.transform(image) + 1, label)
 
-    monkeypatch.setattr("dq_lightning.pipeline.extract_features", None)
+    monkeypatch.setattr("dq_lightning.building.extract_features", None)
     with pytest.raises(SourceError, match="can't be made from its plain items"):
         ready(Hidden(), tmp_path, store="packed")
 
@@ -261,7 +261,7 @@ def test_a_full_disk_is_told_before_the_work(tmp_path, monkeypatch):
     def full(path, needed):
         raise CacheError("no room")
 
-    monkeypatch.setattr("dq_lightning.pipeline.require_space", full)
+    monkeypatch.setattr("dq_lightning.building.require_space", full)
     with pytest.raises(CacheError, match="no room"):
         quantize(photos(COUNT, None), cache_dir=tmp_path / "other")
     assert not list((tmp_path / "other").glob("[1-5]-*/[0-9a-f]*"))

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from dq_lightning.compact import read_bins_of
-from dq_lightning.config import QuantizeConfig, SelectionConfig
-from dq_lightning.pipeline import find_or_build
+from dq_lightning.config import QuantizeConfig
+from dq_lightning.pipeline import find_or_build_bins
 from dq_lightning.plan import make_plan
 from dq_lightning.randomness import isolated_random_state
 from dq_lightning.records import Bins
@@ -39,11 +38,4 @@ def bins_of_dataset(
     """
     with isolated_random_state():
         plan = make_plan(dataset, config, labels=labels)
-    # the smallest selection: the flow ends with one, and its entry holds row numbers alone
-    least = SelectionConfig(keep_ratio=min(1.0, 1 / len(plan.source)))
-    settings = QuantizeConfig(
-        config.features, config.bins, least, text=config.text, store="indices", on_error=config.on_error
-    )
-    plan = make_plan(plan.source, settings)
-    cache = Cache(cache_dir or default_cache_dir())
-    return read_bins_of(find_or_build(plan, cache, device=device, progress=progress), cache)
+    return find_or_build_bins(plan, Cache(cache_dir or default_cache_dir()), device=device, progress=progress)

@@ -7,7 +7,15 @@ MAX_VALUE = 40
 MIN_DIGEST, SHOWN_DIGEST = 32, 8
 # what a user calls a part whose name in a key is shorter
 NOUNS = {"5-store": "the compact set"}
-NAMES = {"source": "the data", "encoder": "the encoder", "num_source_samples": "number of samples"}
+DATA, DROP_RATIO = "source", "stored_patches.drop_ratio"
+NAMES = {
+    DATA: "the data",
+    "encoder": "the encoder",
+    "num_source_samples": "number of samples",
+    DROP_RATIO: "drop_ratio",
+}
+# all of it comes and goes with the drop ratio
+OF_PATCHES = ("patches", "stored_patches", "reconstructor")
 
 
 def flatten(parts: Any, path: str = "") -> dict[str, Any]:
@@ -34,21 +42,26 @@ def describe_change(station: str, wanted: dict[str, Any], existing: list[dict[st
         pairs = [(path, old.get(path, missing), new.get(path, missing)) for path in paths]
         return [(path, a, b) for path, a, b in pairs if type(a) is not type(b) or a != b]
 
+    def is_told(change: tuple[str, Any, Any]) -> bool:
+        path, a, b = change
+        return not (missing in (a, b) and path != DROP_RATIO and path.startswith(OF_PATCHES))
+
     nearest = min((changes(parts) for parts in existing), key=len)
     if not nearest:
         return f"computing {noun}: asked to make it again"
+    listed = sorted(filter(is_told, nearest), key=lambda change: change[0] != DATA)
     told = [
-        f"{NAMES.get(path, path)} changed ({_short(a, missing)} -> {_short(b, missing)})"
-        for path, a, b in nearest[:MAX_CHANGES]
+        f"{NAMES.get(path, path)} changed ({_short(path, a, missing)} -> {_short(path, b, missing)})"
+        for path, a, b in listed[:MAX_CHANGES]
     ]
-    if len(nearest) > MAX_CHANGES:
-        told.append(f"and {len(nearest) - MAX_CHANGES} more")
+    if len(listed) > MAX_CHANGES:
+        told.append(f"and {len(listed) - MAX_CHANGES} more")
     return f"computing {noun} because {', '.join(told)}"
 
 
-def _short(value: Any, missing: object) -> str:
+def _short(path: str, value: Any, missing: object) -> str:
     if value is missing:
-        return "nothing"
+        return "0" if path == DROP_RATIO else "nothing"
     text = value if isinstance(value, str) else repr(value)
     if len(text) >= MIN_DIGEST and all(letter in "0123456789abcdef" for letter in text):
         return text[:SHOWN_DIGEST]

@@ -219,6 +219,17 @@ def test_misses_are_explained_by_the_nearest_entry(tmp_path: Path) -> None:
     assert cache.explain_miss("2-bins", changed) == "computing bins because config.num_bins changed (10 -> 5)"
     assert cache.explain_miss("2-bins", {**PARTS, "more": 1}) == "computing bins because more changed (nothing -> 1)"
     assert "again" in cache.explain_miss("2-bins", PARTS)
+    # the data first, and what comes with the patches in one word
+    patched = PARTS | {
+        "patches": {"saliency": "gradcam", "map": None},
+        "stored_patches": {"drop_ratio": 0.2, "codec": "raw"},
+    }
+    assert cache.explain_miss("2-bins", patched) == "computing bins because drop_ratio changed (0 -> 0.2)"
+    build(cache, patched)
+    less = patched | {"stored_patches": {"drop_ratio": 0.5, "codec": "raw"}}
+    assert cache.explain_miss("2-bins", less) == "computing bins because drop_ratio changed (0.2 -> 0.5)"
+    other = cache.explain_miss("2-bins", {**PARTS, "source": "other", "algorithm": 7})
+    assert other == "computing bins because the data changed (abc -> other), algorithm changed (1 -> 7)"
 
 
 def test_space_and_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
