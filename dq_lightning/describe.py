@@ -11,7 +11,7 @@ import sysconfig
 import types
 import weakref
 from collections.abc import Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,8 @@ _BY_TYPE = (
     *(torch.device, weakref.ref),
 )
 # bookkeeping of every module; its parts and hooks are looked at by themselves
-_MODULE_PARTS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_MODULE_PARTS = ("_parameters", "_buffers", "_modules", *_HOOKS)
 _MODULE_NAMES = frozenset(vars(nn.Module())) | {"forward"}
 _DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType)
 
@@ -41,10 +42,12 @@ def digest_text(*parts: object) -> str:
 
 
 def is_library(kind: Any) -> bool:
-    """Whether a class or function belongs to an installed library, which its name identifies."""
-    if (getattr(kind, "__module__", None) or "builtins").split(".")[0] in _LIBRARIES:
+    """Whether a class, a function or a module belongs to an installed library, which its name identifies."""
+    itself = isinstance(kind, types.ModuleType)
+    module = kind if itself else inspect.getmodule(kind)
+    name = kind.__name__ if itself else getattr(kind, "__module__", None) or "builtins"
+    if name.split(".")[0] in _LIBRARIES:
         return True
-    module = inspect.getmodule(kind)
     code = getattr(kind, "__code__", None)
     place = code.co_filename if code is not None else getattr(module, "__file__", None)
     # a module without a file is built in, unless it is the session that is being typed
@@ -98,6 +101,8 @@ class Describer:
             return self._array(value)
         if isinstance(value, Image.Image):
             return digest_text("image", value.mode, value.size, hashlib.sha256(value.tobytes()).hexdigest())
+        if isinstance(value, types.ModuleType) and not is_library(value):
+            return digest_text("module", value.__name__, _source_of(value))
         if isinstance(value, types.ModuleType | logging.Logger):
             return f"{type(value).__name__}:{getattr(value, '__name__', None) or getattr(value, 'name', '')}"
         if isinstance(value, type):
@@ -229,12 +234,20 @@ class Describer:
         return digest_text(code.co_code.hex(), code.co_names, code.co_varnames, *constants)
 
 
+def _source_of(module: types.ModuleType) -> str:
+    """Digest of a module's file: which of its functions are used does not show."""
+    try:
+        return hashlib.sha256(Path(module.__file__ or "").read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
 def describe_callable(function: Any) -> str:
     """A text that changes when a preprocessing callable does, equal in every process.
 
     An `identity` attribute (string) is believed, of the callable and of whatever it holds. What belongs to an installed
     library counts by its name; objects count by all their attributes; the user's functions and classes by their code, its
-    defaults, its closure and the global names that it uses.
+    defaults, its closure and the global names that it uses; modules by their files.
 
     Raises:
         FeatureError: something in it cannot be looked into.
@@ -243,14 +256,20 @@ def describe_callable(function: Any) -> str:
 
 
 def describe_settings(module: nn.Module) -> str:
-    """A text of the plain attributes of a network and its parts: what neither parameters, buffers nor `repr` show.
+    """A text of the code and plain attributes of a network and its parts: what neither parameters, buffers nor `repr` show.
 
-    Of the user's own classes all attributes count, as far as they can be looked into; of a library's, numbers and switches.
+    Of the user's own classes code and all attributes count, as far as they can be looked into; of a library's, name, numbers
+    and switches; of both, hooks and a `forward` that was put on the object.
     """
     describer = Describer(strict=False)
     texts: list[str] = []
     for place, part in module.named_modules():
         own = not is_library(type(part))
+        texts += [place, describer.describe(type(part))]
+        for name in _HOOKS:
+            texts += [describer.describe(hook) for hook in vars(part).get(name, {}).values()]
+        if "forward" in vars(part):
+            texts.append(describer.describe(vars(part)["forward"]))
         # Lightning's own bookkeeping, which has underscores, changes by training
         trained = any(
             owner.__module__.split(".")[0] in ("lightning", "pytorch_lightning") for owner in type(part).__mro__

@@ -1,32 +1,21 @@
 """Identity of weights: the content of a network in memory, the commit of a hub repository. Opens disk and network."""
 
 import hashlib
-import inspect
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from dq_lightning.describe import describe_settings, is_library
+from dq_lightning.describe import describe_settings
 from dq_lightning.errors import DQError
 
 
 def digest_module(module: nn.Module) -> str:
-    """Digest of a network: its printed structure, source and attributes of its own classes, every parameter and buffer.
+    """Digest of a network: its printed structure, code and attributes of its own classes, every parameter and buffer.
 
     Reads every byte of the weights once; device, precision and train mode do not enter.
     """
     digest = hashlib.sha256(repr(module).encode())
-    for kind in sorted(
-        {type(child) for child in module.modules()}, key=lambda kind: f"{kind.__module__}.{kind.__name__}"
-    ):
-        digest.update(f"{kind.__module__}.{kind.__qualname__}".encode())
-        # the forward pass of a network written for the occasion is not visible in its structure
-        if not is_library(kind):
-            try:
-                digest.update(inspect.getsource(kind).encode())
-            except (OSError, TypeError):
-                continue
     digest.update(describe_settings(module).encode())
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

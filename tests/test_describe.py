@@ -1,6 +1,7 @@
 """Objects that behave alike have one text, others different texts, here and in other processes."""
 
 import functools
+import importlib
 import logging
 import os
 import random
@@ -169,6 +170,75 @@ def test_other_processes_find_the_same_text():
     ]
     assert outputs[0] == outputs[1]
     assert outputs[0].count("'") > len(PAIRS)
+
+
+NETWORK = """
+import torch
+from torch import nn
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, rows):
+        return activation(self.head(rows))
+
+class Net(Base):
+    scale = 1
+
+def activation(rows):
+    return rows * Net.scale
+
+def made(way):
+    network = Net()
+    if way == "hook":
+        network.register_forward_hook(lambda module, rows, made: made + 1)
+    if way == "hook before":
+        network.head.register_forward_pre_hook(lambda module, rows: (rows[0] + 1,))
+    if way == "forward of the object":
+        network.forward = lambda rows: rows
+    if way == "class attribute":
+        Net.scale = 2
+    return network
+"""
+EDITS = {
+    "base class": ("activation(self.head(rows))", "activation(self.head(rows)) + 1"),
+    "function": ("rows * Net.scale", "rows + Net.scale"),
+}
+
+
+@pytest.mark.parametrize("way", [*EDITS, "hook", "hook before", "forward of the object", "class attribute"])
+def test_whatever_a_network_computes_with_is_in_its_digest(way, tmp_path):
+    torch.manual_seed(0)
+    weights = None
+
+    def digest(text, way=""):
+        nonlocal weights
+        world = {"__name__": "typed_in"}
+        exec(compile(text, "typed", "exec"), world)
+        network = world["made"](way)
+        weights = weights or network.state_dict()
+        network.load_state_dict(weights)
+        return digest_module(network)
+
+    before = digest(NETWORK)
+    assert digest(NETWORK) == before
+    assert digest(NETWORK.replace(*EDITS[way]) if way in EDITS else NETWORK, way) != before
+
+
+def test_an_edited_module_of_the_users(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    texts = []
+    for number in (1, 2):
+        (tmp_path / "users_module.py").write_text(f"def prepare(image):\n    return image + {number}\n")
+        monkeypatch.delitem(sys.modules, "users_module", raising=False)
+        importlib.invalidate_caches()
+        users_module = importlib.import_module("users_module")
+        world = {"users_module": users_module, "__name__": "__main__"}
+        exec("prepare = lambda image: users_module.prepare(image)", world)
+        texts.append(describe_callable(world["prepare"]))
+    assert texts[0] != texts[1]
 
 
 def test_attributes_of_networks_count_and_training_does_not():

@@ -10,6 +10,7 @@ from dq_lightning.sources.items import Leaf, digest_of
 from dq_lightning.sources.mapped import MapSource, getter_module
 from dq_lightning.sources.pixels import header_problem
 from dq_lightning.sources.skipping import ForgivingMemory
+from dq_lightning.sources.state import state_beside
 from dq_lightning.sources.targets import Targets, as_targets
 
 _LISTS = ("samples", "_samples", "imgs", "_image_files")
@@ -60,6 +61,7 @@ class FileSource(MapSource):
         # both are asked while the transforms are put on or off
         self._list = file_list(dataset) or ""
         self._standard = _reads_pil_rgb(dataset)
+        self._known_beside: str | None = None
         super().__init__(dataset, *options)
         self.trusts_list = getter_module(dataset).startswith("torchvision.datasets.") and self.label_column is None
 
@@ -86,6 +88,12 @@ class FileSource(MapSource):
 
     def target_leaf(self) -> Leaf | None:
         return (1,) if self._standard and self.label_column is None else super().target_leaf()
+
+    def _listed(self) -> list[Any]:
+        """What the dataset's lists say of every file beside its path."""
+        entries = getattr(self.plain_dataset, self._list)
+        beside = [entry[1:] for entry in entries if isinstance(entry, tuple)]
+        return beside or list(getattr(self.plain_dataset, "_labels", ()))
 
     def listed_targets(self) -> Targets | None:
         entries = getattr(self.plain_dataset, self._list)
@@ -116,13 +124,21 @@ class FileSource(MapSource):
             with self._explaining(index):
                 raise error
 
+    def _beside(self) -> str:
+        # once: what reading changes in the dataset must not change its identity
+        if self._known_beside is None:
+            known = {*_LISTS, "root"}
+            self._known_beside = state_beside(self.plain_view(), self.spot_digest, self._root(), known)
+        return self._known_beside
+
     def digest(self, memory: DigestMemory) -> str:
         paths = self._paths()
         targets = self.listed_targets()
         content = "\n".join(self._file_digests(paths, ForgivingMemory(memory) if self.skips else memory))
-        # code of the user's that reads the files is part of what the items are
-        reading = "" if self._standard else self.spot_digest()
-        values = targets.values if targets is not None else None
+        # code of the user's that reads the files, and what it holds beside, is part of what the items are
+        reading = "" if self._standard else self._beside()
+        # values that are no classes are delivered all the same
+        values = targets.values if targets is not None else digest_of(self._listed())
         return digest_of(
             "files", self.image_leaf(), "\n".join(relative_paths(paths, self._root())), values, content, reading
         )

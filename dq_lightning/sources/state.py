@@ -1,8 +1,10 @@
 """A cheap key for the present state of any dataset object, under which its content digest is remembered."""
 
+import re
 import stat
+import time
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -10,19 +12,44 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from dq_lightning.describe import Describer, is_library
+from dq_lightning.errors import FeatureError
 from dq_lightning.sources.items import Digester, digest_of
 from dq_lightning.sources.strip import TRANSFORM_NAMES
 
 _DEEPEST = 12
+# a file that was changed just now may change once more within the clock's step
+_RACY_NANOSECONDS = 2_000_000_000
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_CONTAINERS = (dict, list, tuple, set, frozenset)
+
+
+class _CodeDescriber(Describer):
+    """Describes code; shows every text in it to `look_at`, because it may name a file."""
+
+    def __init__(self, look_at: Callable[[str | PurePath], None]) -> None:
+        super().__init__()
+        self._look_at = look_at
+
+    def describe(self, value: Any) -> str:
+        if isinstance(value, str | PurePath):
+            self._look_at(value)
+        return super().describe(value)
 
 
 class _Walk:
-    """Walks an object's attributes; remembers whether something could not be looked into."""
+    """Walks an object's attributes; remembers whether something could not be looked into.
 
-    def __init__(self) -> None:
+    Args:
+        root: of files whose content is known otherwise: paths below it count from there, and files are not looked at.
+    """
+
+    def __init__(self, root: str | None = None) -> None:
+        self._root = root
         self.digester = Digester()
         self.opaque = False
-        self._seen: dict[int, Any] = {}
+        self._seen: dict[int, tuple[Any, int]] = {}
+        self._code = _CodeDescriber(self._file)
 
     def visit(self, value: Any, depth: int = 0) -> None:
         """Add a value's state."""
@@ -30,7 +57,7 @@ class _Walk:
         if value is None or isinstance(value, bool | int | float | complex | bytes | np.generic):
             put(value)
         elif isinstance(value, str | PurePath):
-            put(str(value))
+            put(str(value) if self._root is None else str(value).removeprefix(self._root))
             self._file(value)
         elif isinstance(value, Tensor | np.ndarray | Image.Image):
             if isinstance(value, np.ndarray) and value.dtype.hasobject:
@@ -38,17 +65,25 @@ class _Walk:
             else:
                 put(value)
         elif id(value) in self._seen:
-            put("seen before")
+            put(("the same as number", self._seen[id(value)][1]))
         elif depth > _DEEPEST:
             self.opaque = True
         else:
-            self._seen[id(value)] = value  # held, so that the id stays taken
+            self._seen[id(value)] = value, len(self._seen)  # held, so that the id stays taken
             self._compound(value, depth + 1)
 
     def _file(self, value: str | PurePath) -> None:
+        text = str(value)
+        if self._root is not None:
+            return
+        if _ADDRESS.match(text):
+            self.opaque = True
+            return
         try:
-            status = Path(value).stat() if value != "" else None
+            status = Path(value).stat() if text else None
         except (OSError, ValueError):
+            # the beginning of file names, or a pattern of them
+            self.opaque = self.opaque or ("/" in text and _is_folder(text.rpartition("/")[0] or "/"))
             return
         if status is None:
             return
@@ -56,11 +91,24 @@ class _Walk:
             # files below it that are rewritten in place do not show in the folder's own time
             self.opaque = True
             return
-        self.digester.add((status.st_size, status.st_mtime_ns))
+        # the second time is not put back by what copies or unpacks files
+        self.digester.add((status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+        changed = max(status.st_mtime_ns, status.st_ctime_ns)
+        self.opaque = self.opaque or changed > time.time_ns() - _RACY_NANOSECONDS
+
+    def _written(self, code: Any) -> None:
+        """Add a class or function: what it does, and what of its module it uses."""
+        try:
+            self.digester.add(self._code.describe(code))
+        except (FeatureError, RecursionError):
+            self.opaque = True
 
     def _compound(self, value: Any, depth: int) -> None:
         put = self.digester.add
         put(f"{type(value).__module__}.{type(value).__qualname__}")
+        if isinstance(value, _CONTAINERS) and not is_library(type(value)):
+            self._written(type(value))
+            self.visit(getattr(value, "__dict__", None), depth)
         if isinstance(value, Mapping):
             for key in sorted(value, key=repr):
                 self.visit(key, depth)
@@ -74,20 +122,20 @@ class _Walk:
                 self.visit(child, depth)
         elif isinstance(value, set | frozenset):
             self.visit(sorted(value, key=repr), depth)
-        elif isinstance(value, type | types.ModuleType):
+        elif isinstance(value, types.ModuleType):
             put(value.__name__)
-        elif isinstance(value, types.FunctionType):
-            constants = [c for c in value.__code__.co_consts if not isinstance(c, types.CodeType)]
-            put((value.__qualname__, value.__code__.co_code, repr(constants), value.__code__.co_names))
-            self.visit([cell.cell_contents for cell in value.__closure__ or ()], depth)
-            self.visit(value.__defaults__, depth)
+            self.opaque = self.opaque or not is_library(value)
+        elif isinstance(value, type | types.FunctionType):
+            self._written(value)
         elif isinstance(value, types.MethodType):
-            put(value.__func__.__qualname__)
+            self._written(value.__func__)
             self.visit(value.__self__, depth)
         elif isinstance(value, types.BuiltinFunctionType):
             put(value.__qualname__)
         elif isinstance(getattr(value, "_fingerprint", None), str) and hasattr(value, "_indices"):
-            put(value._fingerprint)  # a Hugging Face dataset keeps the history of its table in this
+            # a Hugging Face dataset keeps the history of its table in this, but not of files that the table names
+            put(value._fingerprint)
+            self.opaque = self.opaque or "decode=" in repr(getattr(value, "features", ""))
         elif callable(getattr(value, "to_numpy", None)):
             self.visit(value.to_numpy(), depth)
         elif hasattr(value, "__dict__") and not hasattr(value, "fileno"):
@@ -97,6 +145,7 @@ class _Walk:
 
     def _attributes(self, value: Any, depth: int) -> None:
         state = vars(value)
+        self._written(type(value))
         # an object that keeps its content below Python shows no attributes, but has its own way to be pickled
         kind: Any = type(value)
         if not state and (kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__):
@@ -104,6 +153,13 @@ class _Walk:
         for name in sorted(state):
             self.digester.add(name)
             self.visit(state[name], depth)
+
+
+def _is_folder(text: str) -> bool:
+    try:
+        return Path(text).is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def _parts(view: Any, prefix: str = "") -> dict[str, Any]:
@@ -117,35 +173,57 @@ def _parts(view: Any, prefix: str = "") -> dict[str, Any]:
     return {f"{prefix}class": type(view), **kept}
 
 
-def _walked(view: Any) -> tuple[dict[str, str], dict[str, Any], bool]:
-    parts = _parts(view)
+def _walked(view: Any, root: str | None, without: Collection[str]) -> tuple[dict[str, str], dict[str, Any], bool]:
+    parts = {name: value for name, value in _parts(view).items() if name not in without}
     digests, opaque = {}, False
     for name, value in parts.items():
-        walk = _Walk()
+        walk = _Walk(root)
         walk.visit(value)
         digests[name] = walk.digester.hexdigest()
         opaque = opaque or walk.opaque
     return digests, parts, opaque
 
 
+def _steady(
+    view: Any, read_spots: Callable[[], str], root: str | None = None, without: Collection[str] = ()
+) -> tuple[str, bool]:
+    """Digest of what does not change by reading and of the spots, and whether something could not be looked into."""
+    read_spots()  # what is opened or filled at the first read is there from now on
+    before, _, _ = _walked(view, root, without)
+    spots = read_spots()
+    after, parts, opaque = _walked(view, root, without)
+    steady = {name: digest for name, digest in after.items() if before.get(name) == digest}
+    opaque = opaque or any(not isinstance(parts[name], int | float) for name in after.keys() - steady.keys())
+    return digest_of(steady, spots), opaque
+
+
 def state_key(view: Any, read_spots: Callable[[], str]) -> str:
     """Key of a dataset object's present state, without its transforms.
 
-    Arrays, strings, numbers and containers among its attributes count, files that are named there by size and
-    modification time. Attributes that change by reading items (counters) are left out.
+    Arrays, strings, numbers and containers among its attributes count, its class and others of the user's by their code and
+    the values of their modules that it uses, files that are named there by size and times. Attributes that change by reading
+    items (counters) are left out.
 
     Args:
         view: the dataset without the user's transforms, or a list of such.
         read_spots: reads a few items and gives their digest, against state that does not show.
 
     Returns:
-        The key; it starts with `opaque:` when something (an open file, a database, a folder, content that changes by
-        reading) could not be looked into, so that equal keys do not promise equal content.
+        The key; it starts with `opaque:` when something (an open file, a database, a folder, an address, a module of the
+        user's, a file that was changed just now, content that changes by reading) could not be looked into, so that equal
+        keys do not promise equal content.
     """
-    read_spots()  # what is opened or filled at the first read is there from now on
-    before, _, _ = _walked(view)
-    spots = read_spots()
-    after, parts, opaque = _walked(view)
-    steady = {name: digest for name, digest in after.items() if before.get(name) == digest}
-    opaque = opaque or any(not isinstance(parts[name], int | float) for name in after.keys() - steady.keys())
-    return f"{'opaque:' if opaque else ''}dataset-state:{digest_of(steady, spots)}"
+    digest, opaque = _steady(view, read_spots)
+    return f"{'opaque:' if opaque else ''}dataset-state:{digest}"
+
+
+def state_beside(view: Any, read_spots: Callable[[], str], root: str | None, known: Collection[str]) -> str:
+    """Digest of a dataset's code and attributes, as far as they can be seen; moving its folder changes nothing.
+
+    Args:
+        view: as in `state_key`.
+        read_spots: likewise.
+        root: its folder; the files in it are known otherwise.
+        known: names of attributes that are known otherwise.
+    """
+    return _steady(view, read_spots, root or "", known)[0]
