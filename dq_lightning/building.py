@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dq_lightning.binning import bins_of, tell_lost_classes
 from dq_lightning.compact import Compact, open_compact, write_description
-from dq_lightning.errors import CacheError
+from dq_lightning.errors import CacheError, SourceError
 from dq_lightning.features.extract import extract_features
 from dq_lightning.features.readable import find_unreadable, without_labels
 from dq_lightning.features.selection_training import with_selection_epochs
@@ -34,13 +34,14 @@ from dq_lightning.plan import (
     SELECTION,
     STORE,
     Plan,
+    source_identity,
     usable_parts,
 )
 from dq_lightning.records import Bins, Selection
 from dq_lightning.selection.select import select
 from dq_lightning.store.cache import Cache, Read, require_space
 from dq_lightning.store.paid import PAID_FOLDER, PaidFolder
-from dq_lightning.store.shards import KeptShards
+from dq_lightning.store.shards import KeptShards, remove_shards
 from dq_lightning.store.tensors import (
     read_bins,
     read_features,
@@ -86,6 +87,7 @@ class Build:
                 f"the identity of {self.plan.encoder.description} or of another network could not be recorded in "
                 f"{cache.root}; pass a cache_dir= that can be written"
             )
+        self.source = source
         self.usable = usable_parts(self.plan, source, identities)
         self.parts = self.usable[0]
 
@@ -142,16 +144,32 @@ class Build:
         """What a killed run has left of an entry."""
         return KeptShards(self.cache.place(station, self.parts[station]), noun, fresh=self.force, **options)
 
+    def _check_unchanged(self, station: str) -> None:
+        """What was read just now must be what the key says, or the entry would be found when the data are as before.
+
+        Data that are known by their items alone are not read once more.
+        """
+        if self.plan.fingerprint is not None or getattr(self.plan.source, "by_items", True):
+            return
+        if source_identity(self.plan, self.cache.memory, full=True) != self.source:
+            remove_shards(self.cache.place(station, self.parts[station]))
+            raise SourceError(
+                f"{self.plan.source.describe()} changed while it was read: start again when nothing writes to it any more. "
+                "What was made of it was not kept"
+            )
+
     def _write_store(self, folder: Path) -> None:
         plan, selection = self.plan, self._load(SELECTION, self._write_selection, read_selection)
         if plan.patches is not None:
             scored = self._load(PATCHES, partial(self._write_scores, selection), read_scores)
             with self._timed("store"), reading_again(plan):
                 write_patches(folder, plan, selection, *scored, self._shards(STORE, "packing"))
+                self._check_unchanged(STORE)
             return
         with self._timed("store"), reading_again(plan):
             if plan.store_kind == "packed":
                 write_whole(folder, plan, selection, self._shards(STORE, "packing"))
+                self._check_unchanged(STORE)
             else:
                 write_selection(folder, selection)
                 write_description(folder, plan)
@@ -231,4 +249,5 @@ class Build:
                 shards=shards,
                 left_out=left_out,
             )
+            self._check_unchanged(FEATURES)
         write_features(folder, features)

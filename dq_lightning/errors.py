@@ -1,5 +1,14 @@
 """What can go wrong: every message says what was seen and what to do next."""
 
+import errno
+
+# of a disk or network that may do better in a moment, and of a machine that is short of something
+_PASSING_NAMES = (
+    *("EAGAIN", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "EINTR"),
+    *("EMFILE", "ENETDOWN", "ENETUNREACH", "ENFILE", "ENOMEM", "ESTALE", "ETIMEDOUT"),
+)
+_PASSING = {getattr(errno, name) for name in _PASSING_NAMES if hasattr(errno, name)}
+
 
 class DQError(Exception):
     """Base of all errors that dq_lightning raises on purpose."""
@@ -31,3 +40,11 @@ class StoreError(DQError):
 
 class DistributedError(DQError):
     """The processes of one run disagree, or the one that prepared the data failed."""
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether what an error was raised from says nothing of the sample: it may well be read in a moment."""
+    cause = error.__cause__ or error
+    return isinstance(cause, MemoryError | TimeoutError | ConnectionError) or (
+        isinstance(cause, OSError) and cause.errno in _PASSING
+    )

@@ -250,7 +250,7 @@ def test_damage_inside_the_cache_is_repaired(tmp_path, caplog):
 
 def test_a_full_disk_is_told_before_the_work(tmp_path, monkeypatch):
     asked = []
-    for module in ("pipeline", "packing"):
+    for module in ("building", "packing"):
         monkeypatch.setattr(f"dq_lightning.{module}.require_space", lambda path, needed: asked.append(needed))
     info = ready(photos(COUNT, None), tmp_path, store="packed").info
     features, packed = asked

@@ -155,6 +155,9 @@ def iterate_batches(
 
     Where processes cannot be started because the dataset cannot be pickled (systems without fork), a message says so and
     the batches are prepared in this process.
+
+    Raises:
+        FeatureError: a loader process ended.
     """
     workers = choose_num_workers(batches, device) if num_workers == "auto" else num_workers
     options: dict[str, Any] = {}
@@ -176,4 +179,15 @@ def iterate_batches(
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         logger.warning("features: the dataset cannot be sent to loader processes (%s); going on without them", error)
         iterator = iter(DataLoader(batches, batch_size=None, generator=torch.Generator().manual_seed(0)))
-    yield from iterator
+    for number in range(len(batches)):
+        try:
+            batch = next(iterator)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            samples = batches.batches[number]
+            raise FeatureError(
+                f"a loader process ended while the samples from {int(samples[0])} on were read ({error}): it was killed, ran "
+                "out of memory, or a library crashed; num_workers=0 reads in this process"
+            ) from error
+        yield batch

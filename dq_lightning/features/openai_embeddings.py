@@ -7,6 +7,7 @@ The official client waits and repeats after 408, 409, 429, 5xx, timeouts and cut
 import hashlib
 import logging
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -122,15 +123,22 @@ class OpenAIRows:
         had = paid.of(f"openai-{name}")
         known = [key for key in places if key in had]
         waiting = [key for key in places if key not in had]
-        for start in range(0, len(known), MOST_INPUTS):
+        widths = {len(had[key]) for key in known}
+        for start in range(0, len(known) if len(widths) == 1 else 0, MOST_INPUTS):
             part = known[start : start + MOST_INPUTS]
             yield _spread([places[key] for key in part], np.stack([had[key] for key in part]))
+        self._check_one(widths)
         sizes = [len(texts[places[key][0]].encode(errors="surrogatepass")) for key in waiting]
         batches = [[waiting[i] for i in batch] for batch in split(sizes, min(batch_size, MOST_INPUTS))]
         threads = REQUESTS_AT_ONCE if num_workers == "auto" else max(1, num_workers)
 
+        lock = threading.Lock()
+
         def request(keys: list[bytes]) -> tuple[list[bytes], Array]:
             rows = self._request([texts[places[key][0]] for key in keys])
+            with lock:
+                widths.add(rows.shape[1])
+                self._check_one(widths)
             had.record(keys, rows)
             return keys, rows
 
@@ -163,11 +171,23 @@ class OpenAIRows:
         answer = self._client.embeddings.create(model=self._origin.model, input=texts)
         data = sorted(answer.data, key=lambda row: row.index)
         widths = {len(row.embedding) for row in data}
-        if [row.index for row in data] != list(range(len(texts))) or len(widths) != 1:
+        if [row.index for row in data] != list(range(len(texts))) or len(widths) != 1 or 0 in widths:
             raise FeatureError(
                 f"{self._origin.model} answered {len(texts)} texts with {len(data)} embeddings of the widths {sorted(widths)}"
             )
-        return np.array([row.embedding for row in data], dtype=np.float32)
+        rows = np.array([row.embedding for row in data], dtype=np.float32)
+        # recorded, they would be found again by every later run
+        if not np.isfinite(rows).all():
+            raise FeatureError(f"{self._origin.model} answered with numbers that are NaN or infinite: {self.advice}")
+        return rows
+
+    def _check_one(self, widths: set[int]) -> None:
+        """The server may have changed the model behind a name."""
+        if len(widths) > 1:
+            raise FeatureError(
+                f"{self._origin.model} now gives embeddings of another width than before ({sorted(widths)}): name a version of "
+                "it, or pass another cache_dir="
+            )
 
 
 def in_threads(request: Any, batches: Sequence[Any], threads: int) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dq_lightning.errors import FeatureError, SourceError
+from dq_lightning.errors import FeatureError, SourceError, may_pass
 from dq_lightning.features.collect import NAMED_SAMPLES
 from dq_lightning.features.loading import ImageBatch, ImageBatches, iterate_batches
 from dq_lightning.progress import progress_bar
@@ -41,6 +42,7 @@ def find_unreadable(
 
     Raises:
         FeatureError: no sample can be read.
+        SourceError: a failure that may pass (a stale network file, no memory) and says nothing of the sample.
     """
     found = _found_in_all(source, num_workers, progress, shards or NothingKept())
     if not found:
@@ -112,6 +114,8 @@ def _problems(
     elif samples:
         tried = _TriedImages(source, _nothing, SAMPLES_AT_ONCE, torch.arange(samples.start, samples.stop))
         for members, batch in zip(tried.batches, iterate_batches(tried, num_workers, torch.device("cpu")), strict=True):
+            if batch.error is not None:
+                raise batch.error
             yield len(members), batch.warnings
 
 
@@ -124,9 +128,12 @@ def _problems_of_texts(source: Any, rows: range) -> list[tuple[int, str]]:
 
 
 def _problem(read: Any, index: int) -> str | None:
+    """Why a sample cannot be read; an error that says nothing of the sample is raised."""
     try:
         read(index)
     except SourceError as error:
+        if may_pass(error):
+            raise
         return str(error)
     return None
 
@@ -139,10 +146,14 @@ class _TriedImages(ImageBatches):
     """Batches in which each image is read and let go; the warnings of a batch say what could not be read."""
 
     def __getitem__(self, batch: int) -> ImageBatch:
-        texts = [(index, _problem(self.source.image, index)) for index in self.batches[batch].tolist()]
+        try:
+            texts = [(index, _problem(self.source.image, index)) for index in self.batches[batch].tolist()]
+        except SourceError as error:
+            return ImageBatch(None, [], error)
         return ImageBatch(None, [(index, text) for index, text in texts if text is not None], None)
 
     def prepare(self, index: int) -> Tensor:
         """Read one sample, whether or not that works: it is timed."""
-        _problem(self.source.image, index)
+        with suppress(SourceError):
+            self.source.image(index)
         return torch.empty(0)

@@ -7,6 +7,7 @@ the others learn of a closed connection. So it leaves a note in the cache folder
 import contextlib
 import os
 import time
+import traceback
 from pathlib import Path
 
 from dq_lightning.loading.ranks import gather_from_all, global_rank, world_size
@@ -21,6 +22,8 @@ NO_NOTE = (
 )
 # how the backends of torch.distributed speak of a peer that is gone
 LOST_CONNECTION = ("connection", "gloo", "nccl", "broken pipe", "peer", "timed out", "heartbeat", "socket")
+# packages whose calls may wait for another rank; an error without frames has no package
+COLLECTIVES = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "dq_lightning", "")
 
 
 class FailureNotes:
@@ -68,6 +71,19 @@ class FailureNotes:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether an error says that another process is gone, and not why."""
+    """Whether an error says that another process is gone, and not why.
+
+    It is raised where ranks talk to each other: a connection that the user's own code has lost is that rank's failure.
+    """
     message = str(error).lower()
-    return isinstance(error, RuntimeError | OSError) and any(word in message for word in LOST_CONNECTION)
+    return (
+        isinstance(error, RuntimeError | OSError)
+        and any(word in message for word in LOST_CONNECTION)
+        and _raised_in(error) in COLLECTIVES
+    )
+
+
+def _raised_in(error: BaseException) -> str:
+    """Package of the innermost frame of an error; empty when it has none."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return str(frames[-1][0].f_globals.get("__name__", "")).partition(".")[0] if frames else ""

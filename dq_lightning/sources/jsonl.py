@@ -12,6 +12,8 @@ from dq_lightning.errors import SourceError
 
 _OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 _KINDS = (".json", ".jsonl")
+# also numbers of thousands of digits, and nesting that exhausts the stack
+_NO_JSON = (ValueError, RecursionError)
 NAMES = ", ".join(_KINDS) + f" (also with {', '.join(_OPENERS)} behind)"
 
 
@@ -57,7 +59,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 def _parsed_list(text: str, path: Path) -> list[Any]:
     try:
         rows: list[Any] = json.loads(text)
-    except json.JSONDecodeError as error:
+    except _NO_JSON as error:
         raise SourceError(f"{path} is no valid JSON: {error}") from error
     return rows
 
@@ -70,7 +72,7 @@ def _lines(text: str, path: Path) -> list[Any]:
             continue
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except _NO_JSON as error:
             raise SourceError(
                 f"{path}, line {number} is no valid JSON: {error}; repair the line or remove it"
             ) from error

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from dq_lightning.errors import SourceError
+from dq_lightning.errors import SourceError, may_pass
 from dq_lightning.progress import progress_bar
 from dq_lightning.randomness import isolated_random_state
 from dq_lightning.records import DigestMemory, EncodedImage, Labels
@@ -128,7 +128,7 @@ class ItemSource(ABC):
         try:
             return self.plain(index)
         except SourceError as error:
-            if not self.skips:
+            if not self.skips or may_pass(error):
                 raise
             return Unreadable(type(error.__cause__ or error).__name__)
 

@@ -152,7 +152,11 @@ class _Table:
         self.stamps: Stamps = np.empty((0, 3), np.int64)
         self.digests: npt.NDArray[np.uint8] = np.empty((0, 32), np.uint8)
         try:
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
+            with files.open_plain(path) as file:
+                content = io.BytesIO(file.read())
+            if any(member.compress_type != zipfile.ZIP_STORED for member in zipfile.ZipFile(content).infolist()):
+                return  # ours are not compressed: whatever this is, it may be far larger than its file
+            with np.load(content, allow_pickle=False) as stored:
                 names, stamps, digests = stored["names"].tobytes(), stored["stamps"], stored["digests"]
         except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error):
             return

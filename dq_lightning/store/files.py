@@ -7,9 +7,11 @@ any one of them.
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -166,8 +168,11 @@ def remove_folder(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """The same for a folder or a file."""
-    remove_folder(path)
+    """The same for a folder, a file or anything else."""
+    # rmtree opens what it is given, and opening a pipe may wait for ever
+    if path.is_dir() and not path.is_symlink():
+        remove_folder(path)
+        return
     with contextlib.suppress(OSError):
         path.unlink()
 
@@ -180,15 +185,25 @@ def share(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
+def _descriptor_to_lock(path: Path) -> int:
+    try:
+        # network file systems take an exclusive lock only of those who may write
+        return os.open(path, os.O_RDWR)
+    except PermissionError:
+        return os.open(path, os.O_RDONLY)
+
+
 def is_shared(path: Path) -> bool:
     """Whether a process of this host (of any host, where the file system passes locks on) marked a file as in use."""
     try:
         import fcntl
 
-        # network file systems take an exclusive lock only of those who may write
-        descriptor = os.open(path, os.O_RDWR)
-    except (ImportError, OSError):
+        descriptor = _descriptor_to_lock(path)
+    except (ImportError, FileNotFoundError, NotADirectoryError):
         return False
+    except OSError:
+        # who may not even look must not remove it either
+        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -219,15 +234,24 @@ def last_change(path: Path) -> float:
     return max(times)
 
 
+def open_plain(path: Path) -> io.BufferedReader:
+    """Open a file to read it. What is no plain file, whose reading might never end, is an OSError."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
 def file_digest(path: Path) -> str:
     """Hexadecimal sha256 of a file's content, read in pieces."""
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_checksums(path: Path, chunk_bytes: int) -> list[int]:
     """crc32 of each chunk of a file."""
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         return [zlib.crc32(chunk) for chunk in iter(lambda: file.read(chunk_bytes), b"")]
 
 
@@ -249,7 +273,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         DQError: the text is not exactly what `seal` writes for its values.
         OSError: the file cannot be read.
     """
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         text = file.read(MAX_JSON_BYTES + 1)
     if len(text) > MAX_JSON_BYTES:
         raise DQError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes")

@@ -1,15 +1,18 @@
 """What killed processes left in the cache, and when it may go. Touches the disk."""
 
 import contextlib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
 from dq_lightning.store import files
-from dq_lightning.store.lock import host_name, process_alive
+from dq_lightning.store.lock import UNKNOWN, host_name, process_alive
 from dq_lightning.store.shards import remove_abandoned
 
 # its process is gone; whoever it started may still be about to end
 STALE_SECONDS = 60.0
+# perhaps of another machine of that name
+UNSURE_STALE_SECONDS = 24 * 3600.0
 # of another host, container or boot, whose processes cannot be asked about
 FOREIGN_STALE_SECONDS = 7 * 24 * 3600.0
 
@@ -24,8 +27,11 @@ def remove_stale(folder: Path, now: float) -> None:
     for leftover in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]:
         _, host, pid, *_ = [*leftover.name.split("-"), "", ""]
         age = now - files.last_change(leftover)
-        here = host == host_name() and pid.isdigit()
-        if age > STALE_SECONDS and not process_alive(int(pid)) if here else age > FOREIGN_STALE_SECONDS:
+        limit = FOREIGN_STALE_SECONDS
+        if host == host_name() and pid.isdecimal():
+            limit = UNSURE_STALE_SECONDS if host.endswith(UNKNOWN) else STALE_SECONDS
+            limit = math.inf if process_alive(int(pid)) else limit
+        if age > limit:
             files.remove(leftover)
     remove_abandoned(folder, now)
 

@@ -25,6 +25,7 @@ logger = logging.getLogger("dq_lightning")
 BEAT_SECONDS = 5.0
 SILENCE_SECONDS = 60.0
 POLL_SECONDS = 0.2
+UNKNOWN = "unknown"
 BOOT, PROCESS_NUMBERS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 
 
@@ -32,13 +33,14 @@ BOOT, PROCESS_NUMBERS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/sel
 def host_name() -> str:
     """Where process numbers mean what they mean here: this machine's name, and a digest of its boot and of the container.
 
-    Machines and containers may share a name. No characters that file names or our own separators dislike.
+    Machines and containers may share a name; where they can't be told apart (not Linux), it ends with `UNKNOWN`. No characters
+    that file names or our own separators dislike.
     """
     name = "".join(c if c.isalnum() else "_" for c in socket.gethostname())[:64] or "host"
     try:
         space = BOOT.read_text(encoding="ascii") + str(PROCESS_NUMBERS.readlink())
     except (OSError, ValueError):
-        return name  # not Linux
+        return f"{name}_{UNKNOWN}"
     return f"{name}_{hashlib.sha256(space.encode()).hexdigest()[:8]}"
 
 
@@ -48,7 +50,7 @@ def process_alive(pid: int) -> bool:
         return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
         return True
@@ -115,7 +117,7 @@ def _read_beat(owner: Path) -> tuple[str, int, int] | None:
     try:
         values = json.loads(owner.read_bytes()[:4096])
         return str(values["host"]), int(values["pid"]), int(values["beat"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
 
 

@@ -1,10 +1,11 @@
 """Rows of an embeddings API, which cost money: one file a finished request, found again by the digest of their text.
 
-    ROOT/0-paid/MODEL/KEY-COUNT.rows    see `store/sealed_arrays.py`; KEY is the beginning of the first text's digest
+    ROOT/0-paid/MODEL/KEYS-COUNT.rows    see `store/sealed_arrays.py`; KEYS is the beginning of a digest of the texts
 
 Touches the disk.
 """
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,7 +65,7 @@ class PaidRows:
         Raises:
             CacheError: the disk is full, say. What is paid for next could not be kept either.
         """
-        path = self._folder / f"{keys[0].hex()[:16]}-{len(keys)}.rows"
+        path = self._folder / f"{hashlib.sha256(b''.join(keys)).hexdigest()[:16]}-{len(keys)}.rows"
         places = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
         with explained(path):
             files.make_folder(self._folder)
@@ -79,7 +80,9 @@ class PaidRows:
         try:
             stored = read_arrays(path, self._identity)
             keys, rows = stored["key"], stored["row"]
-        except (OSError, StoreError) as error:
+            if keys.ndim != 2 or rows.ndim != 2 or len(keys) != len(rows) or not np.isfinite(rows).all():
+                raise StoreError("it holds something else than rows")
+        except (OSError, StoreError, KeyError, TypeError) as error:
             logger.warning("features: passing over %s, which cannot be used (%s)", path, error)
             return
         self._rows.update((key.tobytes(), row) for key, row in zip(keys, rows, strict=True))

@@ -63,21 +63,40 @@ def read_arrays(path: Path, identity: Any) -> dict[str, Array]:
         StoreError: it is damaged, or of another identity.
         OSError: it cannot be read.
     """
-    data = np.fromfile(path, np.uint8)
-    body = data[:-DIGEST_BYTES]
-    if hashlib.sha256(body.data).digest() != data[-DIGEST_BYTES:].tobytes():
-        raise StoreError("its content is not what was written")
-    length = int.from_bytes(body[:ALIGNMENT].tobytes(), "little")
-    if not 0 < length <= min(MAX_HEADER_BYTES, len(body) - ALIGNMENT):
-        raise StoreError("it has no header")
     try:
-        values = json.loads(body[ALIGNMENT : ALIGNMENT + length].tobytes())
-        seen, listed = values["identity"], values["arrays"]
-        if seen != identity:
-            raise StoreError("it belongs to something else, or was made from something else")
-        return _arrays(body[ALIGNMENT + length :], listed)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        with files.open_plain(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            first = file.read(ALIGNMENT)
+            length = int.from_bytes(first, "little")
+            if not 0 < length <= MAX_HEADER_BYTES:
+                raise StoreError("it has no header")
+            header = file.read(length)
+            values = json.loads(header)
+            if values["identity"] != identity:
+                raise StoreError("it belongs to something else, or was made from something else")
+            # nothing is read before the size is known to fit: a damaged file may claim to be of any
+            content = _content_bytes(values["arrays"])
+            if size != ALIGNMENT + length + content + DIGEST_BYTES:
+                raise StoreError("it is cut, or longer than what was written")
+            data = np.fromfile(file, np.uint8, content)
+            digest = hashlib.sha256(first + header)
+            digest.update(data.data)
+            if digest.digest() != file.read(DIGEST_BYTES):
+                raise StoreError("its content is not what was written")
+        return _arrays(data, values["arrays"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, MemoryError) as error:
         raise StoreError(f"its header cannot be read ({type(error).__name__})") from error
+
+
+def _content_bytes(listed: list[Any]) -> int:
+    sizes = [math.prod(plain_shape(shape)) * np.dtype(_known(dtype)).itemsize for _, dtype, shape in listed]
+    return sum(size + -size % ALIGNMENT for size in sizes)
+
+
+def _known(dtype: Any) -> str:
+    if dtype not in DTYPES:
+        raise StoreError(f"it holds an array of {dtype!r:.40}")
+    return str(dtype)
 
 
 def _header(identity: list[Any], arrays: Mapping[str, NDArray[Any]]) -> bytes:
@@ -96,9 +115,7 @@ def _arrays(data: NDArray[np.uint8], listed: list[Any]) -> dict[str, Array]:
     found: dict[str, Array] = {}
     at = 0
     for name, dtype, shape in listed:
-        if dtype not in DTYPES:
-            raise StoreError(f"it holds an array of {dtype!r:.40}")
-        size = math.prod(plain_shape(shape)) * np.dtype(dtype).itemsize
+        size = math.prod(plain_shape(shape)) * np.dtype(_known(dtype)).itemsize
         if size > len(data) - at:
             raise StoreError("its arrays are cut")
         found[str(name)] = data[at : at + size].view(dtype).reshape(plain_shape(shape))

@@ -1,6 +1,7 @@
 import logging
 import os
 import random
+import signal
 import subprocess
 import sys
 import weakref
@@ -333,3 +334,23 @@ def test_gpu_agrees_with_cpu_and_gives_its_memory_back(make_source):
     assert torch.equal(half, extract_features(source, spec, **run).embedding)
     assert torch.cuda.memory_allocated() == held
     assert isinstance(spec, EncoderSpec)
+
+
+def test_a_loader_process_that_ends_is_told_with_its_place(spec, make_source):
+    class Deadly:
+        def __init__(self, source):
+            self.source = source
+
+        def __len__(self):
+            return len(self.source)
+
+        def image(self, index):
+            if index == 9:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return self.source.image(index)
+
+        def decode_warning(self, index):
+            return None
+
+    with pytest.raises(FeatureError, match=r"a loader process ended while the samples from \d+ on .* num_workers=0"):
+        extract(Deadly(make_source(12)), spec, batch_size=4, num_workers=1)

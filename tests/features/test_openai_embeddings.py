@@ -74,6 +74,24 @@ class Handler(BaseHTTPRequestHandler):
         if kind == "hang up":
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
+        elif kind == "numbers":
+            self.reply(
+                200,
+                {
+                    "object": "list",
+                    "model": "m",
+                    "usage": {"prompt_tokens": 1, "total_tokens": 1},
+                    "data": [
+                        {
+                            "object": "embedding",
+                            "index": i,
+                            "embedding": base64.b64encode(np.float32(value).tobytes()).decode(),
+                        }
+                        for i in range(len(body["input"]))
+                    ],
+                },
+                {},
+            )
         elif kind == "cut":
             self.send_response(200)
             self.send_header("Content-Length", "100000")
@@ -212,6 +230,25 @@ def test_a_damaged_record_is_paid_again_and_others_are_not_touched(server, tmp_p
     assert torch.equal(embed(paid=PaidFolder(tmp_path)), wanted())
     assert len(server.paid) == 24 + 4
     assert records[0].name in caplog.text
+
+
+@pytest.mark.parametrize("row", [[float("nan")] * WIDTH, [float("inf")] + [0.0] * (WIDTH - 1), []])
+def test_a_bad_answer_is_an_error_that_the_next_run_does_not_find_again(server, tmp_path, row):
+    server.trouble = lambda number: ("numbers", row)
+    with pytest.raises(FeatureError, match=r"NaN or infinite|widths \[0\]"):
+        embed(paid=PaidFolder(tmp_path))
+    server.trouble = lambda number: None
+    assert torch.equal(embed(paid=PaidFolder(tmp_path)), wanted())
+
+
+def test_a_model_that_has_another_width_now(server, tmp_path):
+    embed(TEXTS[:4], paid=PaidFolder(tmp_path))
+    server.trouble = lambda number: ("numbers", [0.5] * (WIDTH + 1))
+    for _ in range(2):
+        with pytest.raises(FeatureError, match=r"another width than before \(\[8, 9\]\)"):
+            embed(paid=PaidFolder(tmp_path))
+    server.trouble = lambda number: None
+    assert torch.equal(embed(paid=PaidFolder(tmp_path)), wanted())
 
 
 def test_models_and_servers_do_not_share_records_or_identity(server, tmp_path, memory, monkeypatch):

@@ -1,5 +1,6 @@
 """Samples that can't be read: an error that names them, or left out, counted and named."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -336,6 +337,51 @@ class Fading(Pictures):
             if self.left < 0:
                 raise OSError("the server is gone")
         return super().__getitem__(index)
+
+
+PASSING = [OSError(errno.ESTALE, "stale"), MemoryError("no room"), TimeoutError("slow"), ConnectionResetError("gone")]
+
+
+@pytest.mark.parametrize("failure", PASSING, ids=lambda failure: type(failure).__name__)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_failure_that_may_pass_is_never_left_out(tmp_path, failure, num_workers):
+    """Nothing is wrong with the sample, and what is left out once stays out."""
+    data = Pictures(count=40)
+    config = settings(features=FeatureConfig(num_workers=num_workers))
+    # not among those that are looked at beforehand
+    data.broken[25] = failure
+    with pytest.raises(SourceError, match="Item 25"):
+        compact(data, tmp_path, config, on_error="skip", fingerprint="fixed", labels=False)
+    del data.broken[25]
+    assert compact(data, tmp_path, config, on_error="skip", fingerprint="fixed", labels=False).num_unreadable == 0
+
+
+def test_data_that_change_while_they_are_read_are_not_kept(tmp_path):
+    images = tmp_path / "images" / "a"
+    images.mkdir(parents=True)
+    contents = [[encoded(index + start, size=(40, 40)) for index in range(20)] for start in (0, 100)]
+
+    def write(which):
+        for index, content in enumerate(contents[which]):
+            (images / f"{index:02}.png").write_bytes(content)
+
+    class Disturbed(MeanColour):
+        def forward(self, found):
+            write(1)
+            return super().forward(found)
+
+    def run(name, model=None, **more):
+        return compact(ImageFolder(str(images.parent)), tmp_path / name, settings(**more), model=model)
+
+    for more in ({}, {"store": "packed"}):
+        write(0)
+        config = {"features": FeatureConfig(batch_size=4, num_workers=0)} | more
+        with pytest.raises(SourceError, match="changed while it was read"):
+            run("cache", Disturbed(), **config)
+        write(0)
+        found = run("cache", **config)
+        assert found.content_hash == run("undisturbed", **config).content_hash
+        assert not found.reused
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])

@@ -192,6 +192,20 @@ def test_stale_temp_folders_are_cleaned(tmp_path: Path) -> None:
     assert [folder.exists() for folder in folders] == [stays for *_, stays in made]
 
 
+def test_where_machines_cannot_be_told_apart_leftovers_stay_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dq_lightning.store import leftovers, lock
+
+    monkeypatch.setattr(leftovers, "host_name", lambda: f"mac_{lock.UNKNOWN}")
+    folders = [tmp_path / f".tmp-mac_{lock.UNKNOWN}-{2**22 + 5}-{age}" for age in (3600, 2 * 86400)]
+    for folder, age in zip(folders, (3600, 2 * 86400), strict=True):
+        folder.mkdir()
+        os.utime(folder, (time.time() - age,) * 2)
+    leftovers.remove_stale(tmp_path, time.time())
+    assert [folder.exists() for folder in folders] == [True, False]
+
+
 def test_containers_and_boots_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dq_lightning.store import lock
 

@@ -1,0 +1,172 @@
+"""Pipes, holes, compressed tables and absurd numbers in a cache: an error or nothing, at once and in little memory."""
+
+import io
+import json
+import os
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dq_lightning.compact import open_compact
+from dq_lightning.errors import StoreError
+from dq_lightning.store import files, lock
+from dq_lightning.store.cache import Cache
+from dq_lightning.store.digests import FileDigestMemory
+from dq_lightning.store.leftovers import remove_stale
+from dq_lightning.store.manifest import MANIFEST
+from dq_lightning.store.paid import PaidFolder
+from dq_lightning.store.sealed_arrays import read_arrays, write_arrays
+from dq_lightning.store.shards import KeptShards, partial_folder
+from tests.robustness.worlds import ended, forked
+
+LIMIT = 1 << 22
+
+
+def in_time_and_memory(act) -> None:
+    """In a child: what hangs or takes much fails."""
+
+    def limited() -> None:
+        tracemalloc.start()
+        act()
+        assert tracemalloc.get_traced_memory()[1] < LIMIT
+
+    assert ended(forked(limited), 20) == 0
+
+
+def pipe(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
+
+
+def hole(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+
+
+def hole_with_a_header(path: Path) -> None:
+    """It claims to hold all of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = json.dumps({"identity": "x", "arrays": [["key", "|u1", [1 << 40]]]}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 1 << 40)
+
+
+ODD = {"pipe": pipe, "hole": hole, "hole with a header": hole_with_a_header}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_in_place_of_shards_and_paid_rows(kind: str, tmp_path: Path) -> None:
+    entry = tmp_path / "1-features" / ("ab" * 16)
+    ODD[kind](partial_folder(entry) / "000000000000-000000000005-ab.shard")
+    ODD[kind](tmp_path / "paid" / "model" / "x-1.rows")
+
+    def read() -> None:
+        assert list(KeptShards(entry, "features").restore(5)) == []
+        assert b"" not in PaidFolder(tmp_path / "paid").of("model")
+        assert not list(partial_folder(entry).iterdir())
+
+    in_time_and_memory(read)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "hole"])
+def test_in_place_of_a_manifest(kind: str, tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    place = cache.place("2-bins", {"a": 1})
+    ODD[kind](place / MANIFEST)
+    ODD[kind](tmp_path / "copied" / MANIFEST)
+
+    def read() -> None:
+        assert cache.find("2-bins", {"a": 1}) is None
+        with pytest.raises(StoreError):
+            open_compact(tmp_path / "copied")
+
+    assert ended(forked(read), 20) == 0
+
+
+def test_in_place_of_remembered_digests(tmp_path: Path) -> None:
+    memory = FileDigestMemory(tmp_path / "memory")
+    memory.remember("key", "digest")
+    data = [tmp_path / name for name in ("a", "b")]
+    for path in data:
+        path.write_bytes(b"content")
+    expected = memory.files([str(path) for path in data])
+    known = list((tmp_path / "memory").iterdir())
+    assert len(known) == 2
+    for path in known:
+        path.unlink()
+        pipe(path)
+
+    def read() -> None:
+        assert memory.recall("key") is None
+        assert memory.files([str(path) for path in data]) == expected
+
+    assert ended(forked(read), 20) == 0
+
+
+def test_a_table_of_digests_that_grows_when_it_is_read(tmp_path: Path) -> None:
+    memory = FileDigestMemory(tmp_path / "memory")
+    (tmp_path / "a").write_bytes(b"content")
+    expected = memory.files([str(tmp_path / "a")])
+    (table,) = (tmp_path / "memory").iterdir()
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, names=np.zeros(1 << 27, np.uint8), stamps=np.zeros(1), digests=np.zeros(1))
+    assert len(buffer.getvalue()) < 1 << 18
+    table.write_bytes(buffer.getvalue())
+    del buffer
+
+    def read() -> None:
+        assert memory.files([str(tmp_path / "a")]) == expected
+
+    in_time_and_memory(read)
+
+
+def test_absurd_numbers_of_processes(tmp_path: Path) -> None:
+    owner = tmp_path / "lock.owner"
+    owner.write_text('{"host": "x", "pid": Infinity, "beat": 1}')
+    assert lock._read_beat(owner) is None
+    assert not lock.process_alive(10**30)
+    for pid in (str(10**30), "\u00b2", "\u0661"):
+        (tmp_path / f".tmp-{lock.host_name()}-{pid}-x").mkdir()
+    remove_stale(tmp_path, files.clock_of(tmp_path) + 100)
+
+
+def test_arrays_of_another_length_than_their_header_says(tmp_path: Path) -> None:
+    path = tmp_path / "arrays"
+    write_arrays(path, "x", {"a": np.arange(3), "b": np.zeros((2, 0), np.float32)})
+    found = read_arrays(path, "x")
+    assert found["a"].tolist() == [0, 1, 2]
+    assert found["b"].shape == (2, 0)
+    whole = path.read_bytes()
+    for content in (whole + b"\0", whole[:-1], whole[:8], b""):
+        path.write_bytes(content)
+        with pytest.raises(StoreError):
+            read_arrays(path, "x")
+    path.write_bytes(whole)
+    with pytest.raises(StoreError, match="something else"):
+        read_arrays(path, "y")
+
+
+def test_who_may_only_read_still_sees_that_a_file_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "values.bin"
+    path.write_bytes(b"x")
+    really = os.open
+
+    def refuse_to_write(place, flags, *more):
+        if flags & os.O_RDWR:
+            raise PermissionError
+        return really(place, flags, *more)
+
+    monkeypatch.setattr(os, "open", refuse_to_write)
+    assert not files.is_shared(path)
+    with path.open("rb") as file:
+        files.share(file.fileno())
+        assert files.is_shared(path)
+
+    def refuse(place, flags, *more):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert files.is_shared(path)
