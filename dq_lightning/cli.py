@@ -1,6 +1,8 @@
 """The console script: every command is one call of the public API; what it needs is imported when it runs."""
 
 import sys
+from importlib.metadata import version
+from itertools import zip_longest
 from typing import Any
 
 from jsonargparse import auto_cli, set_parsing_settings
@@ -33,10 +35,13 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: of the command line; None takes the process's own.
     """
     given = sys.argv[1:] if arguments is None else arguments
+    if given == ["--version"]:
+        print(f"dq-lightning {version('dq-lightning')}")
+        return
     # nested settings are listed in the help, not hidden behind a class path
     set_parsing_settings(subclasses_disabled=[JsonFields])
     try:
-        auto_cli(COMMANDS, args=_with_values(given), prog="dq-lightning", as_positional=True)
+        auto_cli(COMMANDS, args=_with_values(given or ["--help"]), prog="dq-lightning", as_positional=True)
     except DQError as error:
         print(f"dq-lightning: {error}", file=sys.stderr)
         sys.exit(1)
@@ -47,10 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _with_values(arguments: list[str]) -> list[str]:
     """`--merge` as `--merge=true`, unless a value follows."""
-    following = [*arguments[1:], ""]
     return [
         f"{one}=true" if one in SWITCHES and after not in ("true", "false") else one
-        for one, after in zip(arguments, following, strict=True)
+        for one, after in zip_longest(arguments, arguments[1:])
     ]
 
 

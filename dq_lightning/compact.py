@@ -11,10 +11,12 @@ from dq_lightning.plan import BINS, FILLED, STORE, Parts, Plan, source_identity,
 from dq_lightning.records import Bins, Selection, StoreInfo
 from dq_lightning.store.cache import Cache
 from dq_lightning.store.files import read_sealed, seal, write_bytes
-from dq_lightning.store.manifest import cast_doubt, check_copied_entry
+from dq_lightning.store.manifest import MANIFEST, cast_doubt, check_copied_entry
 from dq_lightning.store.reader import PackedDataset
 from dq_lightning.store.tensors import read_bins, read_selection
 
+# of a set among the results of a command
+SET_FOLDER = "compact"
 COMPACT_FILE = "compact.json"
 
 
@@ -92,6 +94,13 @@ def find_by_parts(parts: Parts, cache: Cache) -> Compact | None:
         return compact
     filled = cache.find(FILLED, parts[FILLED])
     return replace(compact, filled=filled) if filled is not None else None
+
+
+def set_folder(path: str | Path) -> Path:
+    """The folder of a compact set, given it or the folder of results that it was copied into (`quantize --output`)."""
+    place = Path(path).expanduser()
+    inside = place / SET_FOLDER
+    return inside if not (place / MANIFEST).exists() and (inside / MANIFEST).exists() else place
 
 
 def open_compact(

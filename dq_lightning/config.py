@@ -27,7 +27,8 @@ class FeatureConfig(JsonFields):
     """How samples become vectors.
 
     Attributes:
-        encoder: `"auto"`, `"bundled"`, a timm name, `"hf-hub:OWNER/NAME"`, or a folder or file that timm can load.
+        encoder: `"auto"`, `"bundled"`, a timm name, `"hf-hub:OWNER/NAME"`, or a folder or file that timm can load; for text a
+            model of transformers; for both an .npy of ready-made features, for text `"openai:MODEL"`.
         weights: local weight file (.safetensors or .pth) for a timm name; nothing is then asked of a hub.
         kind: `"embedding"` (pooled features) or `"gradient"` (last-layer gradient; needs an encoder with a head for these
             classes, or `selection_epochs`, which give any network one).
@@ -90,7 +91,7 @@ class BinConfig(JsonFields):
     """How features become bins (Dataset Quantization, Zhou et al. 2023, section 3.2).
 
     Attributes:
-        num_bins: K.
+        num_bins: K, the number of disjoint bins in each class.
         objective: submodular function.
         maximizer: how it is maximised.
         similarity: between two samples.
@@ -205,7 +206,7 @@ class QuantizeConfig(JsonFields):
         text: how text is read.
         store: `"indices"` copies nothing, `"packed"` is self-contained, `"auto"` is `"indices"` while all patches are kept.
         image_column: column of a Hugging Face dataset; found by its feature type when None.
-        label_column: likewise.
+        label_column: column of the classes; likewise.
         on_error: what a sample that can't be read does: `"raise"` an error that names it, or `"skip"`: it is in no bin, so it
             is never kept, and it is counted in `StoreInfo.num_unreadable`.
     """

@@ -1,4 +1,4 @@
-"""QuantizedDataModule: the Lightning hooks around the flow. The only file that imports lightning."""
+"""QuantizedDataModule: the Lightning hooks around the flow. Of the library, only this file imports lightning."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -42,7 +42,7 @@ class QuantizedDataModule(L.LightningDataModule):
         test: likewise.
         predict: likewise.
         keep_ratio: share of the samples that are kept, in (0, 1].
-        num_bins: K.
+        num_bins: K, the number of disjoint bins in each class.
         drop_ratio: share of the patches of every kept image that is dropped, in [0, 1); the others alone are stored, and a
             masked autoencoder fills the holes. Everything else about it is in `config.patches`.
         encoder: `"auto"`, `"bundled"`, a timm name, a folder or file, an `nn.Module`, or `(module, preprocessing)`.
@@ -50,7 +50,7 @@ class QuantizedDataModule(L.LightningDataModule):
             `config.patches.classifier`.
         reconstructor: a `ViTMAEForPreTraining` that fills dropped patches, in place of the name `config.patches.reconstructor`.
         labels: class of every sample [N], a column name, or False for bins over the whole set; None takes the dataset's own.
-        config: everything else; a setting given here and as a keyword with another value is an error.
+        config: everything else. A keyword that has its default counts as not given; another value than here is an error.
         store: `"indices"` copies nothing, `"packed"` makes a self-contained set, `"auto"` is `"indices"` while all patches are
             kept.
         transform: `"keep"`, or what replaces the wrapped dataset's transform in the train loader (None: none).

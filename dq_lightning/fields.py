@@ -17,7 +17,8 @@ def check_ratio(owner: str, name: str, value: float, *, zero: bool = False) -> N
     """Raise ConfigError unless 0 < value <= 1 (0 <= value < 1 with `zero`)."""
     inside = (0 <= value < 1) if zero else (0 < value <= 1)
     if not inside:
-        raise ConfigError(f"{owner}.{name} must be in {'[0, 1)' if zero else '(0, 1]'}, got {value!r}")
+        hint = f"; {value:g} % is {value / 100:g}" if 1 < value <= 100 else ""
+        raise ConfigError(f"{owner}.{name} must be in {'[0, 1)' if zero else '(0, 1]'}, got {value!r}{hint}")
 
 
 class JsonFields:

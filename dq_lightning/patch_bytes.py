@@ -101,6 +101,8 @@ def describe_costs(info: StoreInfo) -> str:
         "of the whole dataset": info.source_bytes,
         "of the same samples in this codec without dropping": info.unpatched_bytes,
     }
+    if info.unpatched_bytes == info.original_bytes:
+        compared.popitem()
     shares = ", ".join(f"{info.bytes / size:.1%} {of} ({size:,})" for of, size in compared.items() if size)
     return (
         f"{info.patch_keep_ratio:.1%} of the patches, {info.bytes:,} bytes on the disk, everything included: {shares}"

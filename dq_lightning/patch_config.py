@@ -28,7 +28,8 @@ class PatchConfig(JsonFields):
             images first, until it holds. None: no bound.
         least_ratio: share of its patches that every image keeps when the total is spread.
         saliency: how patches are scored; `"variance"` and `"random"` need no classifier.
-        classifier: as `FeatureConfig.encoder`, with a linear head; `weights` likewise.
+        classifier: as `FeatureConfig.encoder`, with a linear head.
+        weights: local weight file (.safetensors or .pth) of the classifier.
         target: class explained: the `"label"`, the classifier's `"argmax"`, or the label where the classifier knows it.
         class_map: for every label the classifier's output that stands for it, or None.
         target_layer: name of the layer the map is read from; found by itself when None.

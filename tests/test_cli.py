@@ -177,8 +177,16 @@ def test_info_and_verify(tmp_path, ready, capsys):
     capsys.readouterr()
     run("info", out / "compact")
     assert json.loads(capsys.readouterr().out)["num_samples"] == 250
+    # the folder of the results will do as well
+    run("info", out)
+    assert json.loads(capsys.readouterr().out)["config"]["selection"]["keep_ratio"] == 0.125
+    run("verify", out)
+    assert "1 entry is as written" in capsys.readouterr().out
+    run("export", out, "indices", tmp_path / "indices.npy")
+    assert len(np.load(tmp_path / "indices.npy")) == 250
+    capsys.readouterr()
     run("verify", out / "compact")
-    assert capsys.readouterr().out.startswith("whole")
+    assert capsys.readouterr().out.startswith("ok")
     column = next((out / "compact").glob("column-0.npy"))
     data = bytearray(column.read_bytes())
     data[len(data) // 2] ^= 1
@@ -187,7 +195,18 @@ def test_info_and_verify(tmp_path, ready, capsys):
     assert "column-0.npy has another content than was written" in said
     cache = os.environ["DQ_LIGHTNING_CACHE"]
     run("verify", cache)
-    assert capsys.readouterr().out.count("whole") == 4
+    assert "4 entries are as written" in capsys.readouterr().out
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    for arguments in ([], ["--help"]):
+        with pytest.raises(SystemExit) as stopped:
+            run(*arguments)
+        assert not stopped.value.code
+        said = capsys.readouterr().out
+        assert all(command in said for command in cli.COMMANDS)
+    run("--version")
+    assert capsys.readouterr().out.startswith("dq-lightning 0.")
 
 
 def test_prune_by_age_and_size(tmp_path, ready, capsys):
@@ -240,7 +259,7 @@ def age(entries, days: float) -> None:
         (["quantize", "--dataset", "CIFAR11", "--data_path", "."], "there is no torchvision.datasets.CIFAR11"),
         (["quantize", "--dataset", "CIFAR10", "--data_path", "nowhere"], "nowhere does not exist"),
         (["quantize", "--dataset", "CIFAR10", "--data_path", "."], "CIFAR10 cannot be opened"),
-        (["quantize"], "needs data_path="),
+        (["quantize"], "no dataset was named: pass dataset=, data_path="),
         (["quantize", *SAMPLE, "--keep_ratio", "0.3", "--selection.keep_ratio", "0.2"], "in one place only"),
         (["quantize", *SAMPLE, "--keep_ratio", "2"], "must be in (0, 1]"),
         (

@@ -89,7 +89,7 @@ def make_plan(config: BinConfig, factors: dict[str, Tensor], sizes: list[int], d
             + _advice(config)
         )
     log.info(
-        "bins: %s, %s of %s similarity, about %s beyond the features, on %s",
+        "bins: %s; %s, %s similarity, about %s of memory beyond the features, on %s",
         f"{total:,} samples in {len(sizes):,} {'group' if len(sizes) == 1 else 'groups'}",
         way,
         config.similarity,

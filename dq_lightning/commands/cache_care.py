@@ -112,7 +112,7 @@ def prune(
         CacheError: there is no cache, or an entry cannot be removed.
     """
     if older_than_days is None and max_bytes is None:
-        raise ConfigError("prune needs a bound: older_than_days=, max_bytes=, or both")
+        raise ConfigError("prune needs a bound: older_than_days=, max_bytes= (--max_size), or both")
     if (older_than_days or 0) < 0 or (max_bytes or 0) < 0:
         raise ConfigError(f"a bound is negative: older_than_days={older_than_days}, max_bytes={max_bytes}")
     cache = Cache(root)

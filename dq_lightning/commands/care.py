@@ -6,17 +6,19 @@ ExportFormat = Literal["imagefolder", "indices", "huggingface", "parquet", "webd
 
 
 def info(path: str) -> None:
-    """Print what a compact set holds and what it costs.
+    """Print what a compact set holds, what it costs, and the settings that it was made with, as JSON.
 
     Args:
-        path: folder of the set.
+        path: folder of the set, or the one that quantize wrote its results into.
     """
     import json
-    from pathlib import Path
 
-    from dq_lightning.compact import open_compact
+    from dq_lightning.compact import open_compact, set_folder
 
-    print(json.dumps(open_compact(Path(path)).info.to_dict(), indent=2))
+    compact = open_compact(set_folder(path))
+    # how long it took is known to the run that made it alone
+    facts = {name: value for name, value in compact.info.to_dict().items() if name not in ("reused", "seconds")}
+    print(json.dumps(facts | {"config": compact.config}, indent=2))
 
 
 def verify(path: str) -> None:
@@ -25,14 +27,17 @@ def verify(path: str) -> None:
     Exits with status 1 and the reasons when something is damaged.
 
     Args:
-        path: folder of the set, or of a cache.
+        path: folder of the set, of the results of quantize, or of a cache.
     """
     from dq_lightning.commands.cache_care import verify_folder
+    from dq_lightning.compact import set_folder
     from dq_lightning.errors import StoreError
 
-    findings = verify_folder(path)
+    findings = verify_folder(set_folder(path))
     for finding in findings:
-        print(f"{'damaged' if finding.problem else 'whole':8} {finding.path}")
+        print(f"{'DAMAGED' if finding.problem else 'ok':8} {finding.path}")
+    good = sum(not finding.problem for finding in findings)
+    print(f"{good} of {len(findings)} {'entry is' if len(findings) == 1 else 'entries are'} as written")
     damaged = [f"{finding.path}: {finding.problem}" for finding in findings if finding.problem]
     if damaged:
         raise StoreError(
@@ -61,7 +66,8 @@ def export(
     Example: dq-lightning export results/cifar/compact imagefolder exported --dataset CIFAR10 --data_path ~/data_cifar
 
     Args:
-        path: folder of the set (what quantize printed), or an .npy of positions; a packed set needs no dataset.
+        path: folder of the set, or the one that quantize wrote its results into, or an .npy of positions; a packed set
+            needs no dataset.
         format: imagefolder (with metadata.csv), indices (.npy and ids.txt), huggingface (load_from_disk), parquet, webdataset
             (tar), litdata, json (rows of text as Alpaca was published), hub (upload; output is OWNER/NAME).
         output: folder or file.
@@ -109,7 +115,7 @@ def prune(
     Args:
         cache_dir: folder of the cache; else DQ_LIGHTNING_CACHE, else the platform's.
         older_than_days: remove what was not used for longer.
-        max_size: of what stays, such as 20GB.
+        max_size: how much may stay, such as 20GB.
         dry_run: only tell.
     """
     from dq_lightning.commands.cache_care import parse_bytes, prune

@@ -61,7 +61,10 @@ def dataset_name(dataset: str | dict[str, Any] | None, data_path: str | Path | N
 
 def _needed(place: Path | None, dataset: str | None) -> Path:
     if place is None:
-        raise SourceError(f"{dataset or 'a dataset'} needs data_path=; a dataset is {KINDS}")
+        missing = (
+            f"{dataset} needs data_path=" if dataset else "no dataset was named: pass dataset=, data_path=, or both"
+        )
+        raise SourceError(f"{missing}; a dataset is {KINDS}")
     if not place.exists():
         raise SourceError(f"{place} does not exist; a dataset is {KINDS}")
     return place

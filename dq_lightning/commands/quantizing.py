@@ -59,7 +59,7 @@ def quantize_dataset(
         output: folder for config.yaml (every setting, resolved; pass it as --config to repeat), info.json, the positions as
             select_indices_NAME_RATIO.npy, and the compact set as a copy in compact/; else it stays in the cache alone.
         keep_ratio: share of samples kept.
-        num_bins: K.
+        num_bins: disjoint bins in each class.
         drop_ratio: share of the patches of every image that is dropped.
         encoder: auto, bundled, a name of timm or transformers, a folder, a .npy of ready-made features, openai:MODEL.
         seed: of the draw.
@@ -70,7 +70,7 @@ def quantize_dataset(
         text: how text is read.
         store: indices copies nothing, packed is self-contained, auto is indices while all patches are kept.
         image_column: of a Hugging Face dataset; found by its feature type when left out.
-        label_column: likewise.
+        label_column: column of the classes; likewise.
         labels: a column to group by in place of the classes, or false for no groups.
         cache_dir: folder of the cache; else DQ_LIGHTNING_CACHE, else the platform's.
         device: auto, cpu, cuda, cuda:1, ...

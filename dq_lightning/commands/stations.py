@@ -41,7 +41,7 @@ def bins(
         dataset: as in quantize.
         data_path: as in quantize.
         split: of datasets that have several.
-        num_bins: K.
+        num_bins: disjoint bins in each class.
         encoder: as in quantize.
         features: how samples become vectors.
         bins: how vectors become bins.

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dq_lightning.compact import open_compact
+from dq_lightning.compact import open_compact, set_folder
 from dq_lightning.config import TextConfig
 from dq_lightning.errors import StoreError
 from dq_lightning.exports.hub import push_images, write_image_dataset
@@ -59,7 +59,8 @@ def export_set(
     Raises:
         StoreError: the set and the dataset do not belong together, or have not what the format needs.
     """
-    selection, packed, source = _opened(Path(path).expanduser(), dataset)
+    path = set_folder(path)
+    selection, packed, source = _opened(path, dataset)
     if format == "indices":
         return _write_indices(Path(output), selection, packed, source, name)
     if format == "json" or (source is not None and source.modality == "text"):

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from dq_lightning.commands.opening import dataset_name
-from dq_lightning.compact import load_selection, open_compact
+from dq_lightning.compact import SET_FOLDER, load_selection, open_compact
 from dq_lightning.config import QuantizeConfig
 from dq_lightning.exports.images import check_free
 from dq_lightning.exports.published import selection_file
 from dq_lightning.exports.rows import whole, write_index
 from dq_lightning.records import StoreInfo
 
-CONFIG, INFO, COMPACT = "config.yaml", "info.json", "compact"
+CONFIG, INFO = "config.yaml", "info.json"
 
 
 def write_results(folder: Path, info: StoreInfo, config: QuantizeConfig, place: dict[str, Any]) -> None:
@@ -28,7 +28,7 @@ def write_results(folder: Path, info: StoreInfo, config: QuantizeConfig, place: 
     Raises:
         StoreError: `compact/` holds something else.
     """
-    target = folder / COMPACT
+    target = folder / SET_FOLDER
     check_free(target, "manifest.json")
     name = dataset_name(place["dataset"], place["data_path"])
     whole(target, lambda copy: shutil.copytree(info.path, copy))

@@ -156,7 +156,8 @@ def registry_config(name: str) -> Any:
 
     if not timm.is_model(name.split(".")[0]):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise FeatureError(f"timm knows no model {name!r}{'; similar: ' + ', '.join(close) if close else ''}")
+        advice = "similar: " + ", ".join(close) if close else 'timm.list_models() names all; "auto" chooses one'
+        raise FeatureError(f"timm knows no model {name!r}; {advice}")
     try:
         config = get_pretrained_cfg(name)
     except Exception as error:

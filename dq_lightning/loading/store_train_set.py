@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dq_lightning.compact import open_compact, open_packed
+from dq_lightning.compact import open_compact, open_packed, set_folder
 from dq_lightning.config import VerifyPolicy
 from dq_lightning.errors import CacheError, ConfigError
 from dq_lightning.filling import write_filled
@@ -51,7 +51,7 @@ class StoreTrainSet:
     """A packed store; with patches that are filled ahead, the filled images are made in the cache."""
 
     def __init__(self, folder: StoreFolder, wanted: Wanted, verify: VerifyPolicy) -> None:
-        self._path, self._wanted, self._reconstruct = folder.path, wanted, folder.reconstruct
+        self._path, self._wanted, self._reconstruct = set_folder(folder.path), wanted, folder.reconstruct
         self._samples = open_packed(self._path, verify=verify)
         self._patches = self._patch_plan()
 

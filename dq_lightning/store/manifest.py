@@ -143,6 +143,8 @@ def check_copied_entry(folder: Path, verify: VerifyPolicy, *, station: str) -> N
     Raises:
         StoreError: it is none of this station, incomplete or damaged.
     """
+    if not folder.exists():
+        raise StoreError(f"{folder} does not exist: pass the folder that StoreInfo.path names, or a whole copy of it")
     try:
         values = read_manifest(folder)
         check_entry(folder, verify, station=station, key=str(values.get("key")))
