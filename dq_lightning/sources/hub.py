@@ -241,7 +241,9 @@ class HubSource(ItemSource):
         files = sorted({entry["filename"] for entry in self.plain_dataset.cache_files})
         if not files:
             return None
-        state = [(name, status.st_size, status.st_mtime_ns) for name in files for status in [Path(name).stat()]]
+        seen = [(name, Path(name).stat()) for name in files]
+        # the time of change is not put back by what copies or unpacks files
+        state = [(name, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for name, status in seen]
         mapping = self.plain_dataset._indices
         indices = b"" if mapping is None else mapping.column(0).to_numpy().tobytes()
         history = _history(self.plain_dataset.data) or self.plain_dataset._fingerprint
