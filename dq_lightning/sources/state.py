@@ -1,5 +1,9 @@
 """A cheap key for the present state of any dataset object, under which its content digest is remembered."""
 
+import enum
+import functools
+import inspect
+import logging
 import re
 import stat
 import time
@@ -9,6 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -21,20 +26,35 @@ _DEEPEST = 12
 # a file that was changed just now may change once more within the clock's step
 _RACY_NANOSECONDS = 2_000_000_000
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_CODE = (
+    *(type, types.FunctionType, types.MethodType, staticmethod, classmethod, property, functools.cached_property),
+    *(
+        functools.partial,
+        types.EllipsisType,
+        slice,
+        range,
+        re.Pattern,
+        enum.Enum,
+        torch.dtype,
+        torch.device,
+        logging.Logger,
+    ),
+)
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 
 
 class _CodeDescriber(Describer):
-    """Describes code; shows every text in it to `look_at`, because it may name a file."""
+    """Describes classes and functions; the values that they use are left to `visit`."""
 
-    def __init__(self, look_at: Callable[[str | PurePath], None]) -> None:
+    def __init__(self, visit: Callable[[Any], None]) -> None:
         super().__init__()
-        self._look_at = look_at
+        self._visit = visit
 
     def describe(self, value: Any) -> str:
-        if isinstance(value, str | PurePath):
-            self._look_at(value)
-        return super().describe(value)
+        if isinstance(value, _CODE) or inspect.isbuiltin(value) or inspect.isdatadescriptor(value):
+            return super().describe(value)
+        self._visit(value)
+        return "visited"
 
 
 class _Walk:
@@ -49,7 +69,7 @@ class _Walk:
         self.digester = Digester()
         self.opaque = False
         self._seen: dict[int, tuple[Any, int]] = {}
-        self._code = _CodeDescriber(self._file)
+        self._code = _CodeDescriber(self.visit)
 
     def visit(self, value: Any, depth: int = 0) -> None:
         """Add a value's state."""

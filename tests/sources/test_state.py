@@ -1,5 +1,6 @@
 """No dataset is taken for the one that it was before: what changes any item changes the identity, wherever it is kept."""
 
+import functools
 import os
 
 import numpy as np
@@ -181,6 +182,33 @@ def test_a_rewritten_file_of_the_same_size_and_date(make, memory, tmp_path):
     # as tar, rsync and cp -p do
     os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
     assert identity(make(tmp_path), memory) != before
+
+
+def test_usual_code_leaves_nothing_unseen():
+    """Its key is certain: the items are not read again at every start."""
+
+    class Usual(Sized):
+        scale = torch.float32
+
+        def __getitem__(self, index):
+            part = functools.partial(torch.as_tensor, dtype=self.scale)
+            return part(PIXELS[index, ..., :]).permute(2, 0, 1) / 255, lookup(index)
+
+    assert as_source(Usual()).identity_is_certain
+
+
+def test_a_hugging_face_dataset_that_is_closed_over_is_known_by_its_history(memory):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"value": list(range(COUNT))})
+
+    class Around(Sized):
+        def __getitem__(self, index):
+            return Image.fromarray(PIXELS[index]), table[index]["value"]
+
+    before = identity(Around(), memory)
+    assert as_source(Around()).identity_is_certain
+    table = datasets.Dataset.from_dict({"value": [*range(1, COUNT), 0]})
+    assert identity(Around(), memory) != before
 
 
 def image_folder(tmp_path):
