@@ -10,19 +10,11 @@ from dq_lightning.compact import Compact, find_made
 from dq_lightning.config import OnError, QuantizeConfig, VerifyPolicy, with_short_forms
 from dq_lightning.errors import StoreError
 from dq_lightning.logs import get_logger
-from dq_lightning.plan import (
-    BINS,
-    Plan,
-    make_plan,
-    source_identity,
-    usable_parts,
-)
+from dq_lightning.plan import BINS, Plan, make_plan, source_identity, usable_parts
 from dq_lightning.randomness import isolated_random_state
 from dq_lightning.records import Bins, StoreInfo
 from dq_lightning.store.cache import Cache, default_cache_dir
-from dq_lightning.store.tensors import (
-    read_bins,
-)
+from dq_lightning.store.tensors import read_bins
 
 
 def quantize(
