@@ -10,7 +10,7 @@ from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
 from dq_lightning import BinConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig, binning
-from dq_lightning import pipeline as flow
+from dq_lightning import building as flow
 from dq_lightning.errors import CacheError, ConfigError
 from tests.lightning_scripts.common import Recorder, held_out, name_of, photos, trainer
 

@@ -14,9 +14,9 @@ from dq_lightning import (
     QuantizeConfig,
     QuantizedDataModule,
     SelectionConfig,
+    building,
     filling,
     packing,
-    pipeline,
     quantize,
 )
 from dq_lightning.errors import ConfigError, PatchError
@@ -27,11 +27,11 @@ from tests.lightning_scripts.patched_images import small_mae
 
 COUNT = 60
 WORK = {
-    "features": (pipeline, "extract_features"),
+    "features": (building, "extract_features"),
     "classifier": (PatchPlan, "load_scorer"),
-    "saliency": (pipeline, "score_selection"),
+    "saliency": (building, "score_selection"),
     "store": (packing, "packed_items"),
-    "filling": (pipeline, "write_filled"),
+    "filling": (building, "write_filled"),
     "reconstructor": (filling, "Filler"),
 }
 

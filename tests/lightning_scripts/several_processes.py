@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, random_split
 
-from dq_lightning import QuantizedDataModule, pipeline
+from dq_lightning import QuantizedDataModule, building, quantize
 from tests.lightning_scripts.common import Recorder, photos, trainer
 
 REPORT: dict = {}
@@ -18,13 +18,13 @@ REPORT: dict = {}
 
 def count_builds(folder):
     """Leave a file for every time that features are made, by whichever process."""
-    real = pipeline.extract_features
+    real = building.extract_features
 
     def counted(*args, **settings):
         (folder / f"build-{os.getpid()}-{time.time_ns()}").touch()
         return real(*args, **settings)
 
-    pipeline.extract_features = counted
+    building.extract_features = counted
 
 
 def builds(folder):
@@ -111,11 +111,11 @@ def popen(folder):
     fit("too small", lambda rank: make(folder / "cache", batch_size=26, drop_last=True))
 
     rank = running.global_rank
-    real = pipeline.select
-    pipeline.select = other_seed(real) if rank else real
+    real = building.select
+    building.select = other_seed(real) if rank else real
     config = make(folder).config
-    REPORT["own hash"] = pipeline.quantize(photos(), config, cache_dir=folder / f"own-{rank}").content_hash
-    pipeline.select = real
+    REPORT["own hash"] = quantize(photos(), config, cache_dir=folder / f"own-{rank}").content_hash
+    building.select = real
     fit("different sets", lambda rank: make(folder / f"own-{rank}"))
     fit("unseen cache", lambda rank: make(folder / f"empty-{rank}"))
     write(folder, rank)
