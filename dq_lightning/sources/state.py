@@ -4,6 +4,7 @@ import enum
 import functools
 import inspect
 import logging
+import os
 import re
 import stat
 import time
@@ -69,6 +70,8 @@ class _Walk:
         self.digester = Digester()
         self.opaque = False
         self._seen: dict[int, tuple[Any, int]] = {}
+        # names that follow each other are mostly of one folder
+        self._is_folder = functools.lru_cache(1)(_is_folder)
         self._code = _CodeDescriber(self.visit)
 
     def visit(self, value: Any, depth: int = 0) -> None:
@@ -100,10 +103,10 @@ class _Walk:
             self.opaque = True
             return
         try:
-            status = Path(value).stat() if text else None
+            status = os.stat(text) if text else None  # noqa: PTH116 (there may be a million of them)
         except (OSError, ValueError):
             # the beginning of file names, or a pattern of them
-            self.opaque = self.opaque or ("/" in text and _is_folder(text.rpartition("/")[0] or "/"))
+            self.opaque = self.opaque or ("/" in text and self._is_folder(text.rpartition("/")[0] or "/"))
             return
         if status is None:
             return
