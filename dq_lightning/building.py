@@ -19,6 +19,7 @@ from dq_lightning.binning import bins_of, tell_lost_classes
 from dq_lightning.compact import Compact, open_compact, write_description
 from dq_lightning.errors import CacheError, SourceError
 from dq_lightning.features.extract import extract_features
+from dq_lightning.features.loading import telling_of_lost_loaders
 from dq_lightning.features.readable import find_unreadable, without_labels
 from dq_lightning.features.selection_training import with_selection_epochs
 from dq_lightning.filling import write_filled
@@ -134,7 +135,8 @@ class Build:
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
-        yield
+        with telling_of_lost_loaders():
+            yield
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 3)
 
     def _load(self, station: str, write: Callable[[Path], None], read: Callable[[Path], Read]) -> Read:

@@ -15,7 +15,7 @@ from dq_lightning.features.collect import NAMED_SAMPLES, Allocate, Rows, allocat
 from dq_lightning.features.encoders import Encoder, RowEncoder, TextEncoder, resolve_device
 from dq_lightning.features.gradient import HeadLoss, head_gradient
 from dq_lightning.features.isolation import isolated, release_memory
-from dq_lightning.features.loading import ImageBatches, iterate_batches
+from dq_lightning.features.loading import ImageBatches, iterate_batches, telling_of_lost_loaders
 from dq_lightning.features.readable import Blanked
 from dq_lightning.features.selection_training import TrainedEncoder
 from dq_lightning.features.text_loading import iterate_text_batches
@@ -84,7 +84,7 @@ def extract_features(
         raise FeatureError('kind="gradient" needs class labels; pass labels=, or use kind="embedding"')
     target = resolve_device(device)
     try:
-        with isolated():
+        with isolated(), telling_of_lost_loaders():
             encoder = spec.load(str(target), precision)
             wanted = None
             if kind == "gradient" and labels is not None:

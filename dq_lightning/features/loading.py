@@ -7,6 +7,7 @@ import pickle
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -155,9 +156,6 @@ def iterate_batches(
 
     Where processes cannot be started because the dataset cannot be pickled (systems without fork), a message says so and
     the batches are prepared in this process.
-
-    Raises:
-        FeatureError: a loader process ended.
     """
     workers = choose_num_workers(batches, device) if num_workers == "auto" else num_workers
     options: dict[str, Any] = {}
@@ -179,15 +177,22 @@ def iterate_batches(
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         logger.warning("features: the dataset cannot be sent to loader processes (%s); going on without them", error)
         iterator = iter(DataLoader(batches, batch_size=None, generator=torch.Generator().manual_seed(0)))
-    for number in range(len(batches)):
-        try:
-            batch = next(iterator)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            samples = batches.batches[number]
-            raise FeatureError(
-                f"a loader process ended while the samples from {int(samples[0])} on were read ({error}): it was killed, ran "
-                "out of memory, or a library crashed; num_workers=0 reads in this process"
-            ) from error
-        yield batch
+    yield from iterator
+
+
+@contextmanager
+def telling_of_lost_loaders() -> Iterator[None]:
+    """Say what it means that a loader process ended; torch raises wherever this process happens to be then.
+
+    Raises:
+        FeatureError: a loader process ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise FeatureError(
+            f"a loader process ended while samples were read ({error}): it was killed, ran out of memory, or a library "
+            "crashed; num_workers=0 reads in this process"
+        ) from error
