@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import traceback
 
 import numpy as np
 import pytest
@@ -390,6 +391,8 @@ def killed(run, root, count, at):
             packed.LOOK_AHEAD_SAMPLES = 1
             count(call)
             run(root)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -405,12 +408,15 @@ def counted_in_child(run, root, count):
             count(done.append)
             run(root)
             os.write(told, b"%d" % sum(done))
+        except BaseException:
+            os.write(told, traceback.format_exc().encode())
         finally:
             os._exit(0)
     os.close(told)
     with os.fdopen(report, "rb") as file:
         text = file.read()
     assert os.waitpid(child, 0)[1] == 0
+    assert text.isdigit(), f"the child failed: {text.decode(errors='replace')}"
     return int(text)
 
 
