@@ -159,7 +159,7 @@ def save(trainer: L.Trainer, module: FineTuner, tokenizer, folder: Path) -> None
     module.network.save_pretrained(folder, state_dict=names)
     tokenizer.save_pretrained(folder)
     print(
-        f"saved: {folder}\nevaluate it with lm-evaluation-harness:\n"
+        f"saved: {folder}\nevaluate it with lm-evaluation-harness (pip install 'lm_eval[hf]'):\n"
         f"  lm_eval --model hf --model_args pretrained={folder} --tasks mmlu,bbh,drop --num_fewshot 3\n"
         "or with instruct-eval:\n"
         f"  python main.py mmlu --model_name causal --model_path {folder}"
