@@ -3,7 +3,7 @@
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from dq_lightning.resuming import Shards
 from dq_lightning.sources.items import at, with_value
 from dq_lightning.store.packed import Item
 from dq_lightning.store.patched import pack_image
+from dq_lightning.threads import torch_threads
 
 # fewer images are read faster than processes start
 WORKERS_PAY_FROM = 512
@@ -152,7 +153,7 @@ def _in_threads(calls: Iterator[Callable[[], Any]]) -> Iterator[Any]:
     """The results of calls in their order, a few of them made ahead."""
     threads = max(1, min(16, (os.cpu_count() or 1)))
     waiting: deque[Future[Any]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    with torch_threads(threads) as pool:
         try:
             for call in calls:
                 waiting.append(pool.submit(call))

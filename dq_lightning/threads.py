@@ -1,6 +1,7 @@
-"""One thread for work of many short steps."""
+"""One thread for work of many short steps, and threads of our own that may use torch."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -22,3 +23,17 @@ def one_thread() -> Iterator[int]:
         yield count
     finally:
         torch.set_num_threads(count)
+
+
+def torch_threads(count: int, name: str = "") -> ThreadPoolExecutor:
+    """Threads that may use torch, also in a forked process (a notebook on several devices, a loader).
+
+    Each thread's first operation there replaces the thread pool that torch inherited, which torch guards against one thread
+    alone: two at once fail with "Invalid thread pool!" (torch 2.14). So the calling thread does it before there are others.
+
+    Args:
+        count: of threads.
+        name: that theirs begin with.
+    """
+    torch.set_num_threads(torch.get_num_threads())
+    return ThreadPoolExecutor(count, thread_name_prefix=name)

@@ -3,7 +3,6 @@
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from dq_lightning.features.encoders import TextEncoder
 from dq_lightning.features.loading import stretches
+from dq_lightning.threads import torch_threads
 
 logger = logging.getLogger("dq_lightning")
 # so many batches are sorted by length together: memory stays bounded, and the padding is that of a full sort within 2 %
@@ -66,7 +66,7 @@ def iterate_text_batches(
         whole = last - first + 1 == len(window)
         return encoder.tokenize(source.texts(range(first, last + 1) if whole else window.tolist()))
 
-    with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as pool:
+    with torch_threads(1, "tokenize") as pool:
         ahead = deque(pool.submit(tokenized, window) for window in windows[:1])
         for number, window in enumerate(windows, start=1):
             tokens = ahead.popleft().result()
