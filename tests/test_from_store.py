@@ -194,11 +194,14 @@ def test_the_selection_can_be_read_without_lightning(kind, tmp_path):
 class TwoImages(torch.utils.data.Dataset):
     """Samples in which nothing tells the one image apart."""
 
+    def __init__(self):
+        self.photos = photos(COUNT, None)
+
     def __len__(self):
         return COUNT
 
     def __getitem__(self, i):
-        left, label = photos(COUNT, None)[i]
+        left, label = self.photos[i]
         return {"left": left, "right": left.rotate(90), "label": label}
 
 
@@ -212,7 +215,8 @@ def test_a_column_that_was_named_stays_known(through, tmp_path):
     module.setup("fit")
     positions = load_selection(info.path).index.tolist()
     plain = module.train_dataloader().dataset
-    assert [name_of(sample["right"]) for sample in plain] == [name_of(TwoImages()[i]["right"]) for i in positions]
+    expected = TwoImages()
+    assert [name_of(sample["right"]) for sample in plain] == [name_of(expected[i]["right"]) for i in positions]
     module = QuantizedDataModule.from_store(info.path, transform=np.asarray)
     module.setup("fit")
     sample = module.train_dataloader().dataset[0]
