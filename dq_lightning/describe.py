@@ -1,10 +1,12 @@
 """A text for any Python object that changes when its behaviour does, and is equal in every process."""
 
+import dis
 import enum
 import functools
 import hashlib
 import inspect
 import logging
+import os
 import random
 import re
 import sysconfig
@@ -20,9 +22,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dq_lightning.errors import FeatureError
+from dq_lightning.tensor_bytes import tensor_bytes
 
 _LIBRARIES = ("torch", "torchvision", "timm", "PIL", "numpy", "transformers", "builtins", "dq_lightning")
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+# of another installation that this one builds on, of the user, of a distribution
+_INSTALL_FOLDERS = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
 _PLAIN = (bool, int, float, complex, str, bytes, np.generic, torch.dtype, PurePath, slice, range)
 # what these hold is where a stream of numbers or text stands, and no setting
 _BY_TYPE = (
@@ -53,7 +58,7 @@ def is_library(kind: Any) -> bool:
     # a module without a file is built in, unless it is the session that is being typed
     if place is None:
         return module is not None and module.__name__ not in ("__main__", "__mp_main__")
-    return bool(place.startswith(_INSTALLED))
+    return place.startswith(_INSTALLED) or any(folder in place for folder in _INSTALL_FOLDERS)
 
 
 class Describer:
@@ -131,8 +136,7 @@ class Describer:
 
     def _array(self, value: Any) -> str:
         if isinstance(value, Tensor):
-            kind, plain = str(value.dtype), value.detach().cpu().as_subclass(Tensor).contiguous()
-            data = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+            kind, data = str(value.dtype), tensor_bytes(value).tobytes()
         elif value.dtype.hasobject:
             return digest_text("objects", value.shape, self.describe(value.tolist()))
         else:
@@ -226,7 +230,8 @@ class Describer:
         return texts
 
     def _code(self, code: types.CodeType, names: set[str]) -> str:
-        names.update(code.co_names)
+        # co_names alone has attributes too: `self.model` is not the script's own `model`
+        names.update(step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
         constants = [
             self._code(constant, names) if isinstance(constant, types.CodeType) else self.describe(constant)
             for constant in code.co_consts
@@ -258,25 +263,62 @@ def describe_callable(function: Any) -> str:
 def describe_settings(module: nn.Module) -> str:
     """A text of the code and plain attributes of a network and its parts: what neither parameters, buffers nor `repr` show.
 
-    Of the user's own classes code and all attributes count, as far as they can be looked into; of a library's, name, numbers
-    and switches; of both, hooks and a `forward` that was put on the object.
+    Of the user's own classes code and all attributes count, as far as they can be looked into; of a library's, name, plain
+    values and functions; of both, hooks and a `forward` that was put on the object; of traced and compiled networks, their
+    code.
     """
     describer = Describer(strict=False)
     texts: list[str] = []
+    compiled: list[str] = []
     for place, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            # a whole holds its parts
+            if not any(place.startswith(f"{whole}." if whole else "") for whole in compiled):
+                compiled.append(place)
+                texts += [place, _compiled(part)]
+            continue
         own = not is_library(type(part))
         texts += [place, describer.describe(type(part))]
+        if isinstance(part, torch.fx.GraphModule):
+            texts.append(part.code)
         for name in _HOOKS:
             texts += [describer.describe(hook) for hook in vars(part).get(name, {}).values()]
         if "forward" in vars(part):
             texts.append(describer.describe(vars(part)["forward"]))
-        # Lightning's own bookkeeping, which has underscores, changes by training
-        trained = any(
-            owner.__module__.split(".")[0] in ("lightning", "pytorch_lightning") for owner in type(part).__mro__
-        )
+        kept_by_training = _bookkeeping(type(part))
         for name, value in sorted(vars(part).items()):
-            if name in _MODULE_NAMES or (name.startswith("_") and (trained or not own)):
+            if name in _MODULE_NAMES or name in kept_by_training or name.startswith("_hparams"):
                 continue
-            if own or isinstance(value, bool | int | float):
+            if own or (not name.startswith("_") and name not in _ORIGINS and _is_plain(value)):
                 texts += [place, name, describer.describe(value)]
+    return digest_text(*texts)
+
+
+# attributes of libraries' networks that say where weights came from or lie, not what they compute
+_ORIGINS = ("name_or_path", "device")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return len(value) <= 64 and all(_is_plain(part) for part in value)
+    return value is None or isinstance(value, (*_PLAIN, enum.Enum)) or inspect.isroutine(value)
+
+
+@functools.cache
+def _bookkeeping(kind: type) -> frozenset[str]:
+    """Names of the attributes that Lightning keeps on its modules, which change by training."""
+    for owner in kind.__mro__:
+        if owner.__name__ == "LightningModule" and owner.__module__.split(".")[0] in ("lightning", "pytorch_lightning"):
+            return frozenset(vars(owner()))
+    return frozenset()
+
+
+def _compiled(part: torch.jit.ScriptModule) -> str:
+    """Code and constants of a network of TorchScript; its parameters and buffers are seen as those of any other."""
+    graph = part.inlined_graph
+    # names of types are numbered through the process
+    texts = [re.sub(r"___torch_mangle_\d+", "", graph.str(False))]
+    for node in graph.findAllNodes("prim::Constant", True):
+        if "value" in node.attributeNames() and node.kindOf("value") == "t":
+            texts.append(hashlib.sha256(tensor_bytes(node.t("value"))).hexdigest())
     return digest_text(*texts)

@@ -3,30 +3,33 @@
 import hashlib
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dq_lightning.describe import describe_settings
+from dq_lightning.describe import Describer, describe_settings
 from dq_lightning.errors import DQError
+from dq_lightning.tensor_bytes import tensor_bytes
 
 
 def digest_module(module: nn.Module) -> str:
     """Digest of a network: its printed structure, code and attributes of its own classes, every parameter and buffer.
 
     Reads every byte of the weights once; device, precision and train mode do not enter.
+
+    Raises:
+        DQError: a parameter has no values (meta or lazy).
     """
     digest = hashlib.sha256(repr(module).encode())
     digest.update(describe_settings(module).encode())
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+    tensors = dict((*module.named_parameters(), *module.named_buffers()))
+    for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes_of(tensor))
+        digest.update(tensor_bytes(tensor))
+    describer = Describer(strict=False)
+    # weights that are neither, as those of quantized networks
+    for name, value in module.state_dict().items():
+        if name not in tensors:
+            digest.update(f"{name} {describer.describe(value)}".encode())
     return digest.hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    if tensor.is_meta or isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
-        raise DQError("the network has parameters without values (meta or lazy); load or initialise it first")
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def find_commit(repository: str, revision: str | None, files: tuple[str, ...]) -> str:

@@ -158,7 +158,10 @@ class NetworkEncoder:
         self.mean, self.std = mean, std
         self._device = device
         self._dtype = resolve_precision(precision, device)
-        own: Any = copy.deepcopy(module).to(device).float().eval().requires_grad_(False)
+        own: Any = copy.deepcopy(module).to(device).float().eval()
+        # one by one: a network of TorchScript has no `requires_grad_` of its own
+        for parameter in own.parameters():
+            parameter.requires_grad_(False)
         # convolutions are fastest with the channels last, on both kinds of device
         self._module: Any = own.to(memory_format=torch.channels_last)
         self._head = find_head(self._module)

@@ -8,11 +8,11 @@ from pathlib import PurePath
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from dq_lightning.errors import SourceError
+from dq_lightning.tensor_bytes import tensor_bytes
 
 Leaf = tuple[str | int, ...]
 """Path from an item to one of its leaves: keys of mappings and positions in sequences."""
@@ -162,12 +162,14 @@ class Digester:
     def array(self, value: Tensor | np.ndarray[Any, Any]) -> None:
         """Add an array: kind, dtype, shape and bytes in row order, whatever the layout in memory."""
         if isinstance(value, Tensor):
-            kind, dtype = "tensor", str(value.dtype)
-            flat = value.detach().cpu().contiguous().as_subclass(torch.Tensor)
-            value = flat.reshape(-1).view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
-            shape = list(flat.shape)
+            kind, dtype, shape = "tensor", str(value.dtype), [*value.shape] if not value.is_nested else ["nested"]
+            value = tensor_bytes(value)
         elif value.dtype.hasobject:
             self.add(value.tolist())
+            return
+        elif isinstance(value, np.ma.MaskedArray):
+            self.array(value.mask | np.zeros(value.shape, bool))
+            self.array(value.data)
             return
         else:
             kind, dtype, shape = "array", value.dtype.str, list(value.shape)

@@ -26,7 +26,7 @@ from dq_lightning.sources.targets import Targets, as_targets, given_labels, targ
 
 logger = logging.getLogger("dq_lightning")
 
-SPOT_CHECKS = 16
+SPOT_CHECKS, OTHER_SPOTS = 16, 4
 _SCALE_SAMPLES = 64
 _LONG_PASS = 1000
 
@@ -262,7 +262,7 @@ class ItemSource(ABC):
         """Where the digest of all items is remembered."""
         if self._state is None:
             self._state = state_key(
-                self.plain_view(), lambda: digest_of(len(self), self.image_leaf(), self.spot_digest())
+                self.plain_view(), lambda others: digest_of(len(self), self.image_leaf(), self.spot_digest(others))
             )
         return self._state
 
@@ -277,9 +277,12 @@ class ItemSource(ABC):
             return self.digest(memory)
         return self._scan[0] if self._scan is not None else memory.recall(self.state_key())
 
-    def spot_digest(self) -> str:
-        """Digest of 16 evenly spaced plain items."""
-        return digest_of([self.tried(index) for index in evenly_spaced(len(self), SPOT_CHECKS)])
+    def spot_digest(self, others: bool = False) -> str:
+        """Digest of 16 evenly spaced plain items, or of a few others."""
+        spots = evenly_spaced(len(self), SPOT_CHECKS)
+        if others:
+            spots = sorted(set(evenly_spaced(len(self), 2 * SPOT_CHECKS)).difference(spots))[:OTHER_SPOTS]
+        return digest_of([self.tried(index) for index in spots])
 
     def check_repeatable(self) -> None:
         self._check_reads()
