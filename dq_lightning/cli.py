@@ -1,9 +1,11 @@
 """The console script: every command is one call of the public API; what it needs is imported when it runs."""
 
+import signal
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import auto_cli, set_parsing_settings
 
@@ -38,6 +40,9 @@ def main(arguments: list[str] | None = None) -> None:
     if given == ["--version"]:
         print(f"dq-lightning {version('dq-lightning')}")
         return
+    with suppress(ValueError):  # not in the main thread
+        # as an interrupt: what is half written goes, loader processes end
+        signal.signal(signal.SIGTERM, _end)
     # nested settings are listed in the help, not hidden behind a class path
     set_parsing_settings(subclasses_disabled=[JsonFields])
     try:
@@ -45,9 +50,17 @@ def main(arguments: list[str] | None = None) -> None:
     except DQError as error:
         print(f"dq-lightning: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        print(f"dq-lightning: {error.strerror or error}: {error.filename or 'see above'}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("dq-lightning: stopped; what was finished stays in the cache", file=sys.stderr)
         sys.exit(130)
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    print("dq-lightning: ended by a signal; what was finished stays in the cache", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 def _with_values(arguments: list[str]) -> list[str]:

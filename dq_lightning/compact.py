@@ -59,9 +59,15 @@ def write_description(folder: Path, plan: Plan, patches: PatchFacts | None = Non
     write_bytes(folder / COMPACT_FILE, seal(described))
 
 
-def find_compact(plan: Plan, cache: Cache) -> Compact | None:
-    """The compact set in the cache, or None. Reads no dataset, loads no model and touches no GPU."""
-    source = source_identity(plan, cache.memory, full=False)
+def find_compact(plan: Plan, cache: Cache, source: str | None = None) -> Compact | None:
+    """The compact set in the cache, or None. Reads no dataset, loads no model and touches no GPU.
+
+    Args:
+        plan: what is looked for.
+        cache: where.
+        source: identity of the data, if it is known; else it is looked up.
+    """
+    source = source or source_identity(plan, cache.memory, full=False)
     identities = plan.identities(cache.memory)
     if source is None or identities is None:
         return None

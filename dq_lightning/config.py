@@ -59,6 +59,7 @@ class FeatureConfig(JsonFields):
     selection_seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("FeatureConfig", "kind", self.kind, FeatureKind)
         check_choice("FeatureConfig", "precision", self.precision, Precision)
         check_choice("FeatureConfig", "selection_train", self.selection_train, SelectionTrain)
@@ -120,6 +121,7 @@ class BinConfig(JsonFields):
     deduplicate: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("BinConfig", "objective", self.objective, Objective)
         check_choice("BinConfig", "maximizer", self.maximizer, Maximizer)
         check_choice("BinConfig", "similarity", self.similarity, Similarity)
@@ -156,6 +158,7 @@ class SelectionConfig(JsonFields):
     bin_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_ratio("SelectionConfig", "keep_ratio", self.keep_ratio)
         if self.seed < 0:
             raise ConfigError(f"SelectionConfig.seed must be at least 0, got {self.seed}")
@@ -186,6 +189,7 @@ class TextConfig(JsonFields):
     pack_rows: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.train_length < 8:
             raise ConfigError(f"TextConfig.train_length must be at least 8 tokens, got {self.train_length}")
         for name, choices in (("template", Template), ("embed", EmbeddedText), ("pooling", Pooling)):
@@ -222,6 +226,7 @@ class QuantizeConfig(JsonFields):
     on_error: OnError = "raise"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("QuantizeConfig", "store", self.store, StoreKind)
         check_choice("QuantizeConfig", "on_error", self.on_error, OnError)
 
@@ -252,6 +257,20 @@ def with_short_forms(config: QuantizeConfig | None, values: dict[str, Any]) -> Q
             )
         changed = _replaced(current, name, value)
         config = _replaced(config, owner, changed) if owner else changed
+    return config
+
+
+def replace_fields(config: QuantizeConfig, values: dict[str, Any]) -> QuantizeConfig:
+    """Put values in place of a config's own.
+
+    Args:
+        config: to begin with.
+        values: dotted field names (`"selection.keep_ratio"`) and values; None leaves the config's own.
+    """
+    for path, value in values.items():
+        if value is not None:
+            owner, _, name = path.rpartition(".")
+            config = _replaced(config, owner, _replaced(getattr(config, owner), name, value))
     return config
 
 

@@ -304,18 +304,17 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (*_PLAIN, enum.Enum)) or inspect.isroutine(value)
 
 
-@functools.cache
-def _bookkeeping(kind: type) -> frozenset[str]:
+def _bookkeeping(kind: type) -> set[str]:
     """Names of the attributes that Lightning keeps on its modules, which change by training."""
     for owner in kind.__mro__:
         if owner.__name__ == "LightningModule" and owner.__module__.split(".")[0] in ("lightning", "pytorch_lightning"):
-            return frozenset(vars(owner()))
-    return frozenset()
+            return set(vars(owner()))
+    return set()
 
 
 def _compiled(part: torch.jit.ScriptModule) -> str:
     """Code and constants of a network of TorchScript; its parameters and buffers are seen as those of any other."""
-    graph = part.inlined_graph
+    graph: Any = part.inlined_graph
     # names of types are numbered through the process
     texts = [re.sub(r"___torch_mangle_\d+", "", graph.str(False))]
     for node in graph.findAllNodes("prim::Constant", True):

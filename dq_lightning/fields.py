@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from numbers import Integral, Real
 from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 from dq_lightning.errors import ConfigError
@@ -21,10 +22,30 @@ def check_ratio(owner: str, name: str, value: float, *, zero: bool = False) -> N
         raise ConfigError(f"{owner}.{name} must be in {'[0, 1)' if zero else '(0, 1]'}, got {value!r}{hint}")
 
 
+def _hints(kind: type) -> dict[str, Any]:
+    fields = getattr(kind, "__dataclass_fields__", {})
+    return {name: hint for name, hint in get_type_hints(kind).items() if name in fields}
+
+
 class JsonFields:
     """JSON in both directions for nested frozen dataclasses; unknown fields are errors."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        """Numbers become what their fields say: settings that are equal are the same settings (1 and 1.0, NumPy's)."""
+        for name, hint in _hints(type(self)).items():
+            value = getattr(self, name)
+            kinds = get_args(hint) or (hint,)
+            if isinstance(value, bool):
+                continue
+            if float in kinds and isinstance(value, Real):
+                object.__setattr__(self, name, float(value))
+            elif int in kinds and isinstance(value, Integral):
+                object.__setattr__(self, name, int(value))
+            elif isinstance(value, list | tuple):
+                number: Any = int if tuple[int, ...] in kinds else float
+                object.__setattr__(self, name, tuple(number(v) if isinstance(v, Real) else v for v in value))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, lists and scalars."""
@@ -42,7 +63,7 @@ class JsonFields:
         Raises:
             ConfigError: a field is unknown or its value invalid.
         """
-        hints = get_type_hints(cls)
+        hints = _hints(cls)
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
             known = ", ".join(cls.__dataclass_fields__)

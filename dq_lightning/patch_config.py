@@ -68,6 +68,7 @@ class PatchConfig(JsonFields):
         return self.drop_ratio > 0 or self.max_bytes is not None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_ratio("PatchConfig", "drop_ratio", self.drop_ratio, zero=True)
         for name, choices in (("saliency", Saliency), ("target", SaliencyTarget), ("codec", PatchCodec)):
             check_choice("PatchConfig", name, getattr(self, name), choices)

@@ -20,6 +20,8 @@ FILLED = "6-filled"
 # Raised by whoever changes what a station computes: old entries are then never reused.
 ALGORITHM_VERSIONS = {FEATURES: 1, BINS: 1, SELECTION: 1, PATCHES: 1, STORE: 1, FILLED: 2}
 SIZE_SAMPLES = 16
+# before an identity of the data that the user gave
+GIVEN = "given:"
 
 Parts = dict[str, dict[str, Any]]
 
@@ -146,7 +148,7 @@ def source_identity(plan: Plan, memory: DigestMemory, *, full: bool) -> str | No
     """
     if plan.fingerprint is not None:
         column = plan.config.image_column
-        return f"given:{plan.fingerprint}" + (f" column:{column}" if column is not None else "")
+        return f"{GIVEN}{plan.fingerprint}" + (f" column:{column}" if column is not None else "")
     if not full:
         return plan.source.quick_digest(memory)
     if not plan.source.identity_is_certain:

@@ -10,7 +10,8 @@ from torch import Tensor
 from dq_lightning.bins.maximizers import LAZY
 from dq_lightning.bins.objectives import OBJECTIVES
 from dq_lightning.config import BinConfig
-from dq_lightning.errors import ConfigError, FeatureError
+from dq_lightning.devices import named_device
+from dq_lightning.errors import ConfigError
 
 log = logging.getLogger("dq_lightning")
 # groups up to this size share their steps; a GPU needs larger ones to be kept busy
@@ -116,12 +117,7 @@ def refuse_growing_gains(config: BinConfig, negative: bool) -> None:
 def choose_device(device: str | torch.device, factors: dict[str, Tensor]) -> torch.device:
     """`"auto"`: where the features are, or the GPU when there is one and the features would fill a quarter of it at most."""
     if str(device) != "auto":
-        chosen = torch.device(device)
-        if chosen.type == "cuda" and not torch.cuda.is_available():
-            raise FeatureError(
-                f"device={str(device)!r} was asked for, but torch sees no CUDA device; pass device='cpu'"
-            )
-        return chosen
+        return named_device(device)
     values = next(iter(factors.values()))
     if values.device.type == "cuda":
         return values.device

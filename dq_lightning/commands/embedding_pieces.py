@@ -49,7 +49,7 @@ def embed_rows(
         spec,
         index=index,
         nums=len(source) if nums is None else nums,
-        out_dir=output,
+        out_dir=Path(output).expanduser(),
         identity=identity,
         name=name,
         device=device,
@@ -57,11 +57,11 @@ def embed_rows(
         batch_size=features.batch_size,
         num_workers=features.num_workers,
         progress=progress,
-        paid=PaidFolder(Path(output) / "paid"),
+        paid=PaidFolder(Path(output).expanduser() / "paid"),
     )
 
 
-def merge_rows(data: str, folder: str | Path, *, name: str, text: TextConfig) -> Path:
+def merge_rows(data: str, folder: str | Path, *, name: str, text: TextConfig, cache_dir: str | None = None) -> Path:
     """Put the pieces of a folder together as `NAME.npy`, float32 [N, D].
 
     Args:
@@ -69,14 +69,19 @@ def merge_rows(data: str, folder: str | Path, *, name: str, text: TextConfig) ->
         folder: of the pieces.
         name: beginning of their names.
         text: how the rows are read.
+        cache_dir: of remembered digests.
 
     Raises:
         FeatureError: a piece is missing, damaged or foreign.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     source: Any = as_source(open_dataset(None, data), text=text)
     own = any(folder.glob(f"{name}_*.json"))
-    merged = merge_pieces(folder, name=name) if own else _published(folder, name)
+    if own:
+        content = source.digest(Cache(cache_dir or default_cache_dir()).memory)
+        merged = merge_pieces(folder, name=name, identity={"source": content})
+    else:
+        merged = _published(folder, name)
     if len(merged) != len(source):
         raise FeatureError(
             f"the pieces have {len(merged):,} rows, {data} has {len(source):,}: one is of another dataset"

@@ -14,6 +14,8 @@ HUB = "hub:"
 # what the published scripts call a folder of class folders below train/ and val/
 FOLDERS = ("ImageNet", "ImageFolder")
 TABLES = (".parquet", ".arrow", ".csv")
+# as torchvision's ImageFolder
+IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 KINDS = (
     "a torchvision class (CIFAR10, torchvision.datasets.SVHN), ImageNet or ImageFolder with data_path=, hub:OWNER/NAME, "
     "a class of your own (package.module.Class), or in data_path= a folder of class folders, a .json, .jsonl, .parquet, "
@@ -81,10 +83,17 @@ def _by_path(place: Path, split: str) -> Any:
         found = _opened(lambda: load_from_disk(str(place)), str(place))
         return _split_of(found, split) if isinstance(found, DatasetDict) else found
     tables = sorted(path for path in place.rglob("*") if path.suffix.lower() in TABLES) if place.is_dir() else []
-    if tables:
+    # such folders may have tables beside that describe the images, as our own exports do
+    if tables and not _has_class_folders(place, split):
         chosen = [path for path in tables if path.name.startswith(split)] or tables
         return _table([path for path in chosen if path.suffix == chosen[0].suffix])
     return _folder(place, split)
+
+
+def _has_class_folders(place: Path, split: str) -> bool:
+    root = place / split if (place / split).is_dir() else place
+    folders = (path for path in root.iterdir() if path.is_dir())
+    return any(path.suffix.lower() in IMAGES for folder in folders for path in folder.iterdir())
 
 
 def _folder(place: Path, split: str) -> Any:

@@ -15,7 +15,7 @@ from dq_lightning.config import (
     StoreKind,
     TextConfig,
     VerifyPolicy,
-    with_short_forms,
+    replace_fields,
 )
 from dq_lightning.patch_config import PatchConfig
 
@@ -25,11 +25,11 @@ def quantize_dataset(
     data_path: str | None = None,
     split: str = "train",
     output: str | None = None,
-    keep_ratio: float = 0.125,
-    num_bins: int = 10,
-    drop_ratio: float = 0.0,
-    encoder: str = "auto",
-    seed: int = 0,
+    keep_ratio: float | None = None,
+    num_bins: int | None = None,
+    drop_ratio: float | None = None,
+    encoder: str | None = None,
+    seed: int | None = None,
     features: FeatureConfig = FeatureConfig(),  # noqa: B008 (frozen)
     bins: BinConfig = BinConfig(),  # noqa: B008
     selection: SelectionConfig = SelectionConfig(),  # noqa: B008
@@ -38,7 +38,7 @@ def quantize_dataset(
     store: StoreKind = "auto",
     image_column: str | None = None,
     label_column: str | None = None,
-    labels: str | bool | None = None,
+    labels: bool | str | None = None,
     cache_dir: str | None = None,
     device: str = "auto",
     fingerprint: str | None = None,
@@ -58,11 +58,12 @@ def quantize_dataset(
         split: of datasets that have several.
         output: folder for config.yaml (every setting, resolved; pass it as --config to repeat), info.json, the positions as
             select_indices_NAME_RATIO.npy, and the compact set as a copy in compact/; else it stays in the cache alone.
-        keep_ratio: share of samples kept.
-        num_bins: disjoint bins in each class.
-        drop_ratio: share of the patches of every image that is dropped.
-        encoder: auto, bundled, a name of timm or transformers, a folder, a .npy of ready-made features, openai:MODEL.
-        seed: of the draw.
+        keep_ratio: share of samples kept; short for selection.keep_ratio, and so are the next for others.
+        num_bins: disjoint bins in each class; bins.num_bins.
+        drop_ratio: share of the patches of every image that is dropped; patches.drop_ratio.
+        encoder: auto, bundled, a name of timm or transformers, a folder, a .npy of ready-made features, openai:MODEL;
+            features.encoder.
+        seed: of the draw; selection.seed.
         features: station 1.
         bins: station 2.
         selection: station 3.
@@ -88,10 +89,13 @@ def quantize_dataset(
         "features.encoder": encoder,
         "selection.seed": seed,
     }
-    config = with_short_forms(config, short)
+    config = replace_fields(config, short)
     from dq_lightning.commands.opening import open_dataset
+    from dq_lightning.exports.rows import check_writable
     from dq_lightning.pipeline import quantize
 
+    if output is not None:
+        check_writable(output)
     info = quantize(
         open_dataset(dataset, data_path, split),
         config,

@@ -1,9 +1,10 @@
 """Station 4 by itself: the chosen images with their least informative patches dropped and filled again."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
-from dq_lightning.config import QuantizeConfig
+from dq_lightning.config import FeatureConfig, QuantizeConfig
 from dq_lightning.errors import ConfigError
 from dq_lightning.exports.samples import KeptImages, kept_of_items
 from dq_lightning.filling import filled_items
@@ -49,11 +50,12 @@ def reconstruct_images(
     """
     if not config.drops:
         raise ConfigError("drop_ratio=0 drops no patch: pass a share between 0 and 1, as published 0.2")
-    plan = make_plan(
-        dataset, QuantizeConfig(patches=config, store="packed"), classifier=classifier, reconstructor=reconstructor
-    )
+    # no features are made, so no encoder is asked for
+    wanted = QuantizeConfig(FeatureConfig("bundled"), patches=config, store="packed")
+    plan = make_plan(dataset, wanted, classifier=classifier, reconstructor=reconstructor)
     check_packable(plan)
-    plan = plan.resolve(Cache(cache_dir or default_cache_dir()).memory)
+    assert plan.patches is not None
+    plan = replace(plan, patches=plan.patches.resolve(Cache(cache_dir or default_cache_dir()).memory))
 
     def samples() -> Iterator[Any]:
         scores, sizes = score_selection(plan, selection, device=device, progress=progress)

@@ -11,7 +11,7 @@ from dq_lightning.config import (
     QuantizeConfig,
     SelectionConfig,
     TextConfig,
-    with_short_forms,
+    replace_fields,
 )
 from dq_lightning.patch_config import PatchConfig
 
@@ -21,12 +21,12 @@ def bins(
     dataset: str | dict[str, Any] | None = None,
     data_path: str | None = None,
     split: str = "train",
-    num_bins: int = 10,
-    encoder: str = "auto",
+    num_bins: int | None = None,
+    encoder: str | None = None,
     features: FeatureConfig = FeatureConfig(),  # noqa: B008 (frozen)
     bins: BinConfig = BinConfig(),  # noqa: B008
     text: TextConfig = TextConfig(),  # noqa: B008
-    labels: str | bool | None = None,
+    labels: bool | str | None = None,
     cache_dir: str | None = None,
     device: str = "auto",
     on_error: OnError = "raise",
@@ -41,8 +41,8 @@ def bins(
         dataset: as in quantize.
         data_path: as in quantize.
         split: of datasets that have several.
-        num_bins: disjoint bins in each class.
-        encoder: as in quantize.
+        num_bins: disjoint bins in each class; short for bins.num_bins.
+        encoder: as in quantize; short for features.encoder.
         features: how samples become vectors.
         bins: how vectors become bins.
         text: how text is read.
@@ -53,7 +53,7 @@ def bins(
         progress: show progress bars.
     """
     config = QuantizeConfig(features=features, bins=bins, text=text, store="indices", on_error=on_error)
-    config = with_short_forms(config, {"bins.num_bins": num_bins, "features.encoder": encoder})
+    config = replace_fields(config, {"bins.num_bins": num_bins, "features.encoder": encoder})
     from dq_lightning.commands.dataset_bins import bins_of_dataset
     from dq_lightning.commands.opening import dataset_name, open_dataset
     from dq_lightning.exports.published import write_bin_files
@@ -63,7 +63,7 @@ def bins(
     made = bins_of_dataset(opened, config, labels=labels, cache_dir=cache_dir, device=device, progress=progress)
     folder, name = Path(output), dataset_name(dataset, data_path)
     write_bin_files(folder, name, made)
-    place = {"output": output, "dataset": dataset, "data_path": data_path, "split": split, "labels": labels}
+    place = {"dataset": dataset, "data_path": data_path, "split": split, "labels": labels}
     settings = config.to_dict()
     write_config(folder / CONFIG, place | {key: settings[key] for key in ("features", "bins", "text")})
     print(f"{len(made):,} samples in {made.num_bins} bins: {folder}/select_indices_{name}_exp*.npy")
@@ -122,9 +122,9 @@ def reconstruct(
     data_path: str | None = None,
     split: str = "train",
     indices: str | None = None,
-    drop_ratio: float = 0.2,
-    reconstructor: str = "auto",
-    patches: PatchConfig = PatchConfig(),  # noqa: B008 (frozen)
+    drop_ratio: float | None = None,
+    reconstructor: str | None = None,
+    patches: PatchConfig = PatchConfig(drop_ratio=0.2),  # noqa: B008 (frozen)
     cache_dir: str | None = None,
     device: str = "auto",
     progress: bool = True,
@@ -140,16 +140,16 @@ def reconstruct(
         data_path: as in quantize.
         split: of datasets that have several.
         indices: .npy of the samples to reconstruct; all of them when left out, as published.
-        drop_ratio: share of patches dropped (published: mask_ratio).
-        reconstructor: auto, bundled, a hub name, a folder, or an original checkpoint file (published: resume).
+        drop_ratio: share of patches dropped (published: mask_ratio); short for patches.drop_ratio.
+        reconstructor: auto, bundled, a hub name, a folder, or an original checkpoint file (published: resume); short for
+            patches.reconstructor.
         patches: saliency, classifier, patch size and the rest; saliency random is published as leaving out cam_mask.
         cache_dir: folder of the cache, which remembers digests of weights.
         device: auto, cpu, cuda, ...
         progress: show progress bars.
     """
     config = QuantizeConfig(patches=patches)
-    short = {"patches.drop_ratio": drop_ratio, "patches.reconstructor": reconstructor}
-    config = with_short_forms(config, short)
+    config = replace_fields(config, {"patches.drop_ratio": drop_ratio, "patches.reconstructor": reconstructor})
     import torch
 
     from dq_lightning.commands.opening import dataset_name, open_dataset

@@ -1,6 +1,7 @@
 """`embed` and `sample-text`: instruction data, over the files of the published scripts."""
 
-from dq_lightning.config import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig, TextConfig
+from dq_lightning.config import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig, TextConfig, replace_fields
+from dq_lightning.errors import ConfigError
 
 EMBEDS = "alpaca_embeds"
 
@@ -11,7 +12,7 @@ def embed(
     index: int = 0,
     nums: int | None = None,
     merge: bool = False,
-    encoder: str = "auto",
+    encoder: str | None = None,
     text: TextConfig = TextConfig(),  # noqa: B008 (frozen)
     features: FeatureConfig = FeatureConfig(),  # noqa: B008
     cache_dir: str | None = None,
@@ -29,7 +30,8 @@ def embed(
         index: number of the piece.
         nums: rows of a piece; all rows in one when left out.
         merge: put all pieces together.
-        encoder: auto, a name or folder of transformers, or openai:MODEL (the key is taken from OPENAI_API_KEY).
+        encoder: auto, a name or folder of transformers, or openai:MODEL (the key is taken from OPENAI_API_KEY); short for
+            features.encoder.
         text: which part of a row is embedded, pooling, and the rest.
         features: batch_size, num_workers, precision.
         cache_dir: folder of the cache; requests that are paid for are recorded beside the pieces.
@@ -39,10 +41,11 @@ def embed(
     from dq_lightning.commands.embedding_pieces import embed_rows, merge_rows
 
     if merge:
-        print(merge_rows(data, output, name=EMBEDS, text=text))
+        print(merge_rows(data, output, name=EMBEDS, text=text, cache_dir=cache_dir))
         return
     path = embed_rows(
-        data, output, index=index, nums=nums, name=EMBEDS, encoder=encoder, text=text, features=features, cache_dir=cache_dir,
+        data, output, index=index, nums=nums, name=EMBEDS, encoder=encoder or features.encoder, text=text, features=features,
+        cache_dir=cache_dir,
         device=device, progress=progress,
     )  # fmt: skip
     print(path)
@@ -53,10 +56,10 @@ def sample_text(
     output: str,
     embeds: str | None = None,
     ratio: float = 0.1,
-    k: int = 10,
+    k: int | None = None,
     random: bool = False,
     seed: int = 0,
-    encoder: str = "auto",
+    encoder: str | None = None,
     text: TextConfig = TextConfig(),  # noqa: B008 (frozen)
     features: FeatureConfig = FeatureConfig(),  # noqa: B008
     bins: BinConfig = BinConfig(),  # noqa: B008
@@ -73,7 +76,7 @@ def sample_text(
         output: .json (as Alpaca was published) or .jsonl.
         embeds: .npy of embeddings [N, D], as embed --merge writes; made with the encoder when left out.
         ratio: share of rows kept.
-        k: bins.
+        k: number of bins, 10 when left out; short for bins.num_bins.
         random: draw uniformly instead, to compare with.
         seed: of the draw.
         encoder: as in embed.
@@ -84,7 +87,13 @@ def sample_text(
         device: auto, cpu, cuda, ...
         progress: show progress bars.
     """
-    from dataclasses import replace
+    if not output.endswith((".json", ".jsonl")):
+        raise ConfigError(
+            f"output={output!r}: rows are written as .json or .jsonl, and their numbers as .npy beside it"
+        )
+    if random and embeds is not None:
+        raise ConfigError("random=True looks at no embeddings: leave embeds= out")
+    from pathlib import Path
 
     from dq_lightning.commands.opening import open_dataset
     from dq_lightning.compact import load_selection
@@ -95,13 +104,9 @@ def sample_text(
 
     opened = open_dataset(None, data)
     rows = read_rows(opened) if is_rows_file(opened) else opened
-    config = QuantizeConfig(
-        features=replace(features, encoder=embeds or encoder),
-        bins=replace(bins, num_bins=k),
-        selection=SelectionConfig(keep_ratio=ratio, seed=seed),
-        text=text,
-        store="indices",
-    )
+    config = QuantizeConfig(features, bins, SelectionConfig(ratio, seed), text=text, store="indices")
+    ready_made = None if embeds is None else str(Path(embeds).expanduser())
+    config = replace_fields(config, {"features.encoder": ready_made or encoder, "bins.num_bins": k})
     if random:
         index = baseline_selection("random", rows, keep_ratio=ratio, seed=seed).index
     else:

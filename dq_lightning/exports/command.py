@@ -13,8 +13,11 @@ from dq_lightning.exports.images import write_ids, write_image_folder, write_lit
 from dq_lightning.exports.published import read_index
 from dq_lightning.exports.rows import write_dataset, write_index, write_json
 from dq_lightning.exports.samples import KeptImages, kept_of_source, kept_of_store
+from dq_lightning.plan import GIVEN
 from dq_lightning.records import Selection
 from dq_lightning.sources.adapt import as_source
+from dq_lightning.store.cache import Cache, default_cache_dir
+from dq_lightning.store.manifest import read_manifest
 from dq_lightning.store.reader import PackedDataset
 
 WRITERS = {
@@ -96,7 +99,24 @@ def _opened(path: Path, dataset: Any) -> tuple[Selection, PackedDataset | None, 
             f"{path} belongs to a dataset of {total or int(selection.index[-1]) + 1:,} samples, the given one "
             f"has {len(source):,}"
         )
+    if total is not None:
+        _check_content(path, source)
     return selection, packed, source
+
+
+def _check_content(path: Path, source: Any) -> None:
+    """Positions mean other samples in another dataset, and in the same one after files were added or renamed."""
+    made_of = str(read_manifest(path)["parts"]["source"])
+    if made_of.startswith(GIVEN):
+        return
+    memory = Cache(default_cache_dir()).memory
+    seen = source.quick_digest(memory) if source.identity_is_certain else None
+    seen = seen or source.digest(memory)
+    if seen != made_of:
+        raise StoreError(
+            f"{path} was made from other data than {source.describe()} ({made_of[:8]} -> {seen[:8]}): pass the dataset as it "
+            "was then, or quantize again"
+        )
 
 
 def _write_indices(output: Path, selection: Selection, packed: PackedDataset | None, source: Any, name: str) -> str:

@@ -58,8 +58,8 @@ def push_images(images: KeptImages, repository: str, *, private: bool = True, sp
             made.push_to_hub(repository, private=private, split=split)
         except Exception as error:
             raise StoreError(
-                f"{repository} could not be written ({type(error).__name__}: {error}): log in with `hf auth login`, or export "
-                "with --format parquet and upload the file"
+                f"{repository} could not be written ({type(error).__name__}: {error}): log in with `hf auth login`, or "
+                "upload what `dq-lightning export SET parquet FILE` writes"
             ) from error
 
 

@@ -67,7 +67,7 @@ def read_bin_files(folder: str | Path, labels: Tensor | None = None) -> tuple[Bi
     Raises:
         StoreError: a file is missing, damaged, or shares samples with another.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     name, parts = _parts(folder)
     together = np.concatenate(parts)
     positions, counts = np.unique(together, return_counts=True)
@@ -76,6 +76,8 @@ def read_bin_files(folder: str | Path, labels: Tensor | None = None) -> tuple[Bi
     if (folder / BINS_FILE).is_file():
         bins = _read_whole(folder, parts)
         return bins, np.arange(len(bins)), name
+    if not len(positions):
+        raise StoreError(f"{folder}: the bins hold no sample: make them again")
     if not np.array_equal(positions, np.arange(len(positions))):
         get_logger().warning(
             f"{folder}: the bins hold {len(positions):,} of at least {positions[-1] + 1:,} samples; the keep ratio is of these"

@@ -1,5 +1,6 @@
 """A compact set of rows as files: JSON as Alpaca was published, a Hugging Face dataset on disk, row numbers."""
 
+import glob
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from dq_lightning.errors import StoreError
 from dq_lightning.sources.hub import hub_kind
+from dq_lightning.store.lock import host_name, process_alive
 
 
 def write_json(rows: Any, index: Tensor, path: str | Path) -> Path:
@@ -103,17 +105,61 @@ def whole(target: Path, write: Callable[[Path], Any]) -> Path:
     """Write beside the target and rename, so that nobody sees a half.
 
     Args:
-        target: file or folder; what is there is replaced.
+        target: file or folder; what is there is replaced, a file by a file and a folder by a folder.
         write: makes a file or folder at the path it is given.
+
+    Raises:
+        StoreError: there is no place for it.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    target = target.expanduser()
+    check_writable(target.parent)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.{host_name()}-{os.getpid()}-", dir=target.parent))
+    except OSError as error:
+        raise _unwritable(target, error) from error
     try:
         place = folder / target.name
         write(place)
+        if target.exists() and place.is_dir() != target.is_dir():
+            kinds = ("a folder", "a file") if target.is_dir() else ("a file", "a folder")
+            raise StoreError(f"{target} is {kinds[0]}, and {kinds[1]} is to be written there; pass another output")
         if place.is_dir() and target.exists():
             target.rename(folder / "before")
         os.replace(place, target)  # noqa: PTH105
+    except OSError as error:
+        raise _unwritable(target, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return target
+
+
+def check_writable(folder: str | Path) -> None:
+    """Tell before the work that results cannot be written into a folder, which need not exist. Leaves nothing behind.
+
+    Raises:
+        StoreError: it is a file, or cannot be made or written.
+    """
+    wanted = Path(folder).expanduser().absolute()
+    place = wanted
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".dq-", dir=place))  # noqa: PTH106
+    except OSError as error:
+        raise _unwritable(wanted, error) from error
+
+
+def _unwritable(target: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"{target} cannot be written ({error.strerror or error}): make room, repair its permissions, or pass another output"
+    )
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what killed processes of this host left of the same output."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.{host_name()}-*"):
+        pid = left.name.removeprefix(f".{target.name}.{host_name()}-").partition("-")[0]
+        if pid.isdecimal() and not process_alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)

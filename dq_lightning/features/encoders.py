@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dq_lightning.config import Precision
+from dq_lightning.devices import named_device
 from dq_lightning.errors import FeatureError
 from dq_lightning.features.collect import Rows
 from dq_lightning.features.preprocessing import Preprocessing
@@ -71,7 +72,7 @@ class RowEncoder(Protocol):
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device itself; `"auto"` is the current GPU when there is one, and else the CPU."""
     if str(device) != "auto":
-        return torch.device(device)
+        return named_device(device)
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

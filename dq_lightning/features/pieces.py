@@ -107,6 +107,7 @@ def embed_piece(
     written = _read_facts(target.with_suffix(".json"))
     if written is not None and _is_whole(target, written) and _without_digest(written) == facts:
         return target
+    _check_neighbours(folder, name, target, facts)
     made = extract_features(
         Part(source, rows),
         spec,
@@ -125,6 +126,20 @@ def embed_piece(
     return target
 
 
+def _check_neighbours(folder: Path, name: str, target: Path, facts: Mapping[str, Any]) -> None:
+    """Pieces of other data or of another size would neither be replaced nor fit."""
+    for path in sorted(folder.glob(f"{name}_*.json")):
+        other = _read_facts(path)
+        if other is None or (other["nums"], other["identity"]) == (facts["nums"], facts["identity"]):
+            continue
+        if path == target.with_suffix(".json") and other["nums"] == facts["nums"]:
+            continue  # made again
+        raise FeatureError(
+            f"{path} is a piece of {other['nums']:,} rows, of other data or another encoder, and this one has "
+            f"{facts['nums']:,}: pass another output, or remove the pieces in {folder} first"
+        )
+
+
 def merge_pieces(
     folder: str | Path, *, name: str = NAME, identity: Mapping[str, Any] | None = None
 ) -> NDArray[np.float32]:
@@ -133,7 +148,7 @@ def merge_pieces(
     Args:
         folder: of the pieces.
         name: beginning of the files' names.
-        identity: what they must have been made of; None asks only that all agree.
+        identity: what they must have been made of, or a part of it; None asks only that all agree.
 
     Returns:
         float32 [N, D], row i that of sample i.
@@ -152,7 +167,8 @@ def merge_pieces(
     first_path, first = next(iter(pieces.items()))
     shared = {key: first[key] for key in ("identity", "nums", "num_samples")}
     if identity is not None:
-        shared["identity"], first_path = _plain(identity), Path("what was asked for")
+        asked = first["identity"] | _plain(identity)
+        _check_same(first_path, first, {"identity": asked}, "what was asked for")
     for path, facts in pieces.items():
         _check_same(path, facts, shared, first_path.name)
     by_index = {facts["index"]: path for path, facts in pieces.items()}
@@ -191,7 +207,7 @@ def _check_same(path: Path, facts: Mapping[str, Any], shared: Mapping[str, Any],
         raise FeatureError(
             f"{path} is a foreign piece: its {key} is {seen!r}, but that of {reference} is {wanted!r}; {AGAIN}"
         )
-    rows = range(facts["index"] * shared["nums"], min((facts["index"] + 1) * shared["nums"], shared["num_samples"]))
+    rows = range(facts["index"] * facts["nums"], min((facts["index"] + 1) * facts["nums"], facts["num_samples"]))
     numbered = path.stem.rpartition("_")[2] == str(facts["index"])
     if not numbered or not len(rows) or (facts["first"], facts["last"]) != (rows[0], rows[-1]):
         raise FeatureError(

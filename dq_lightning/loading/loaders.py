@@ -109,7 +109,7 @@ def make_loader(dataset: Any, settings: LoaderSettings, facts: TrainerFacts, see
         worker_init_fn=settings.worker_init_fn,
         prefetch_factor=settings.prefetch_factor if workers > 0 else None,
         multiprocessing_context=worker_context(settings.multiprocessing_context, workers),
-        timeout=settings.timeout,
+        timeout=settings.timeout if workers > 0 else 0,
         generator=settings.generator,
     )
 

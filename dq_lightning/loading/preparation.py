@@ -10,8 +10,8 @@ from dq_lightning.errors import CacheError, ConfigError
 from dq_lightning.loading.batch_filling import UnfilledCollate
 from dq_lightning.loading.failures import NO_NOTE, FailureNotes, is_lost_connection
 from dq_lightning.loading.loaders import LoaderSettings
-from dq_lightning.loading.ranks import check_equal_on_all, raise_on_all, world_size
-from dq_lightning.loading.train_set import BuildOptions, Opened, TrainSet
+from dq_lightning.loading.ranks import call_on_all, check_equal_on_all, gather_from_all, raise_on_all, world_size
+from dq_lightning.loading.train_set import BuildOptions, Known, Opened, TrainSet
 from dq_lightning.loading.trainer_facts import TrainerFacts
 from dq_lightning.randomness import isolated_random_state
 from dq_lightning.records import StoreInfo
@@ -110,19 +110,24 @@ class Preparation:
         failure, self._failure = self._failure, None
         raise_on_all(failure, "preparing the compact set")
         wanted = stage in (None, "fit")
-        error: BaseException | None = None
-        try:
+
+        def find() -> None:
             # one random state around both, as in prepare: some modules split in setup, others in train_dataloader
             with isolated_random_state(None if self.inner is None else self.seed):
                 if self.inner is not None:
                     self.inner.trainer = trainer
                     self.inner.setup(stage)
                 if wanted:
-                    self._opened = self.train.open(self.cache())
-        except (Exception, SystemExit) as caught:
-            error = caught
-        raise_on_all(error, "opening the compact set")
+                    self.train.find(self.cache())
+
+        def open_found() -> None:
+            with isolated_random_state():
+                self._opened = self.train.open(self.cache(), told)
+
+        call_on_all(find, "looking for the compact set")
         if wanted:
+            told = self._told()
+            call_on_all(open_found, "opening the compact set")
             self._notes = FailureNotes(self.cache().root)
             check_equal_on_all(
                 self.info.content_hash,
@@ -133,6 +138,18 @@ class Preparation:
             if TrainerFacts.of(trainer).fits:
                 self._check_resumed()
         return wanted
+
+    def _told(self) -> Known | None:
+        """What the first rank that found the compact set knows of the data: others may hold state that differs from its."""
+        if len(set(gather_from_all(self.train.found))) == 1:
+            return None
+        known: list[Known | None] = [None]
+
+        def tell() -> None:
+            known[0] = self.train.known()
+
+        call_on_all(tell, "telling what the data are")
+        return next((one for one in gather_from_all(known[0]) if one is not None), None)
 
     def explain(self, error: BaseException) -> str | None:
         """What ended this run on another rank, if this one's error says only that it is gone."""

@@ -1,6 +1,6 @@
 """What the processes of one run tell each other. Works in one process without torch.distributed being set up."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -46,6 +46,25 @@ def raise_on_all(error: BaseException | None, doing: str) -> None:
         rank, message = failed[0]
         more = f" (and {len(failed) - 1} more ranks)" if len(failed) > 1 else ""
         raise DistributedError(f"rank {rank} failed while {doing}{more}: {message}")
+
+
+def call_on_all(action: Callable[[], None], doing: str) -> None:
+    """Act on every rank; if that fails on any, raise on every rank, each with the cause. Every rank must call it.
+
+    Args:
+        action: may itself call nothing that waits for other ranks.
+        doing: what it does, for the message.
+
+    Raises:
+        BaseException: this rank's own error, unchanged.
+        DistributedError: another rank's error, by rank and message.
+    """
+    error: BaseException | None = None
+    try:
+        action()
+    except (Exception, SystemExit) as caught:
+        error = caught
+    raise_on_all(error, doing)
 
 
 def check_equal_on_all(value: str, what: str, advice: str) -> None:

@@ -15,6 +15,7 @@ from dq_lightning.loading.train_set import (
     BuildOptions,
     DataModuleTrainSet,
     DatasetTrainSet,
+    Known,
     Opened,
     TrainSet,
     filled_late,
@@ -74,7 +75,17 @@ class StoreTrainSet:
         parts = self._filled_parts(resolved, cache)
         cache.build(FILLED, parts, write, force=options.force)
 
-    def open(self, cache: Cache) -> Opened:
+    def find(self, cache: Cache) -> None:
+        """There is nothing to look for: the folder is given."""
+
+    @property
+    def found(self) -> bool:
+        return True
+
+    def known(self) -> Known | None:
+        return None
+
+    def open(self, cache: Cache, told: Known | None = None) -> Opened:
         compact = open_compact(self._path, verify=cache.verify)
         finisher, patches = self._finisher(compact.config), self._patches
         if patches is None:

@@ -16,7 +16,7 @@ from dq_lightning.loading.wanted import Wanted, without_transform
 from dq_lightning.patch_plan import PatchPlan
 from dq_lightning.patching import check_packable
 from dq_lightning.pipeline import find_or_build
-from dq_lightning.plan import Plan
+from dq_lightning.plan import STORE, Plan, source_identity
 from dq_lightning.randomness import isolated_random_state
 from dq_lightning.store.cache import Cache
 from dq_lightning.store.reader import PackedDataset
@@ -54,6 +54,21 @@ class BuildOptions:
     progress: bool = True
 
 
+@dataclass(frozen=True)
+class Known:
+    """What one process knows of a dataset.
+
+    Attributes:
+        source: identity of its content.
+        length: number of samples.
+        spots: digest of a few items, by which another process sees that its dataset is the same.
+    """
+
+    source: str
+    length: int
+    spots: str
+
+
 class TrainSet(Protocol):
     """What a data module needs of its training set."""
 
@@ -61,8 +76,26 @@ class TrainSet(Protocol):
         """Make the compact set if it is not cached."""
         ...
 
-    def open(self, cache: Cache) -> Opened:
-        """Find the compact set; builds nothing."""
+    def find(self, cache: Cache) -> None:
+        """Look for the compact set; builds nothing. What was found is remembered for `open`."""
+        ...
+
+    @property
+    def found(self) -> bool:
+        """Whether `find` has found it."""
+        ...
+
+    def known(self) -> Known | None:
+        """What the data were found to be, for processes that cannot tell by themselves; None where nothing was found."""
+        ...
+
+    def open(self, cache: Cache, told: Known | None = None) -> Opened:
+        """Open what was found.
+
+        Args:
+            cache: that it is in.
+            told: what another process knows of the same data.
+        """
         ...
 
     def num_classes(self) -> int | None:
@@ -75,7 +108,42 @@ class TrainSet(Protocol):
         ...
 
 
-class DatasetTrainSet:
+class _FoundTrainSet:
+    """The part that finds and opens the compact set of a plan.
+
+    Attributes:
+        plan: of the data as they are now; None before `find`.
+        compact: what was found, or None.
+    """
+
+    plan: Plan | None = None
+    compact: Compact | None = None
+
+    @property
+    def found(self) -> bool:
+        return self.compact is not None
+
+    def known(self) -> Known | None:
+        if self.plan is None or self.compact is None:
+            return None
+        return _known(self.plan, str(self.compact.parts[STORE]["source"]))
+
+    def take(self, cache: Cache, told: Known | None) -> tuple[Plan, Compact]:
+        """The plan and its compact set, which are forgotten here.
+
+        Raises:
+            CacheError: there is none, also not under what another process knows of these data.
+        """
+        plan, compact, self.plan, self.compact = self.plan, self.compact, None, None
+        assert plan is not None
+        if compact is None and told is not None and _known(plan, told.source) == told:
+            compact = find_compact(plan, cache, source=told.source)
+        if compact is None:
+            raise _missing(cache)
+        return plan, compact
+
+
+class DatasetTrainSet(_FoundTrainSet):
     """A dataset of the user's."""
 
     def __init__(self, dataset: Any, wanted: Wanted) -> None:
@@ -91,12 +159,13 @@ class DatasetTrainSet:
         check_deliverable(plan)
         self._prepared = plan, build(plan, cache, options)
 
-    def open(self, cache: Cache) -> Opened:
+    def find(self, cache: Cache) -> None:
         prepared, self._prepared = self._prepared, None
-        plan, compact = prepared or (self._wanted.plan(self._dataset), None)
-        compact = compact or find_compact(plan, cache)
-        if compact is None:
-            raise _missing(cache)
+        self.plan, self.compact = prepared or (self._wanted.plan(self._dataset), None)
+        self.compact = self.compact or find_compact(self.plan, cache)
+
+    def open(self, cache: Cache, told: Known | None = None) -> Opened:
+        plan, compact = self.take(cache, told)
         return Opened(compact, compact_dataset(plan, compact, cache.verify), patches=filled_late(plan.patches))
 
     def num_classes(self) -> int | None:
@@ -106,13 +175,14 @@ class DatasetTrainSet:
         return self._num_classes[0]
 
 
-class DataModuleTrainSet:
+class DataModuleTrainSet(_FoundTrainSet):
     """The train set of a wrapped data module; it exists only after the module's own `setup("fit")`."""
 
     def __init__(self, datamodule: Any, wanted: Wanted) -> None:
         self._datamodule, self._wanted = datamodule, without_transform(wanted)
         self.fills_late = wanted.fills_late
         self._prepared: Compact | None = None
+        self._settings = LoaderSettings()
 
     def prepare(self, cache: Cache, options: BuildOptions) -> None:
         with isolated_random_state(self._wanted.seed):
@@ -121,18 +191,24 @@ class DataModuleTrainSet:
         check_deliverable(plan)
         self._prepared = build(plan, cache, options)
 
-    def open(self, cache: Cache) -> Opened:
+    def find(self, cache: Cache) -> None:
         prepared, self._prepared = self._prepared, None
-        dataset, settings = read_loader(self._datamodule.train_dataloader())
-        plan = self._wanted.plan(dataset)
-        compact = find_compact(plan, cache)
-        if prepared is not None and (compact is None or compact.parts != prepared.parts):
+        dataset, self._settings = read_loader(self._datamodule.train_dataloader())
+        self.plan = self._wanted.plan(dataset)
+        self.compact = find_compact(self.plan, cache)
+        if prepared is None:
+            return
+        if self.compact is None or self.compact.parts != prepared.parts:
+            # the dataset may only remember what was read while it was prepared: all of it is compared
+            self.compact = find_compact(self.plan, cache, source=source_identity(self.plan, cache.memory, full=True))
+        if self.compact is None or self.compact.parts != prepared.parts:
             raise self._changed_split()
-        if compact is None:
-            raise _missing(cache)
-        compact = prepared or compact
+        self.compact = prepared
+
+    def open(self, cache: Cache, told: Known | None = None) -> Opened:
+        plan, compact = self.take(cache, told)
         dataset = compact_dataset(plan, compact, cache.verify)
-        return Opened(compact, dataset, cut_down(settings, compact), filled_late(plan.patches))
+        return Opened(compact, dataset, cut_down(self._settings, compact), filled_late(plan.patches))
 
     def num_classes(self) -> int | None:
         known: int | None = getattr(self._datamodule, "num_classes", None)
@@ -192,8 +268,14 @@ def cut_down(settings: LoaderSettings, compact: Compact) -> LoaderSettings:
     if settings.weights is not None:
         settings = replace(settings, weights=settings.weights[compact.selection.index])
     if settings.num_draws is not None:
-        settings = replace(settings, num_draws=max(1, round(settings.num_draws * compact.info.data_keep_ratio)))
+        kept = compact.info.num_samples / compact.info.num_source_samples
+        settings = replace(settings, num_draws=max(1, round(settings.num_draws * kept)))
     return settings
+
+
+def _known(plan: Plan, source: str) -> Known:
+    spots = getattr(plan.source, "spot_digest", None)
+    return Known(source, len(plan.source), "" if spots is None else spots())
 
 
 def _missing(cache: Cache) -> CacheError:

@@ -80,6 +80,12 @@ class ColumnDigest:
         self.add(data, f"{name}.bytes")
         only_path = pc.and_(data.is_null(), path.is_valid())
         paths = path.filter(only_path).to_pylist()
+        if inside := next((one for one in paths if "://" in one), None):
+            raise SourceError(
+                f"A Hugging Face dataset names images inside of an archive or at an address ({inside}), whose content is not "
+                "looked up for its identity: pass fingerprint= with a name of your own for this version of the data, or put "
+                "the images' bytes into the table"
+            )
         if paths:
             self.saw_files = True
             try:
@@ -146,8 +152,10 @@ def digest_tables(tables: Iterable[Any], columns: list[str], memory: DigestMemor
     """
     digests = {name: ColumnDigest(memory) for name in columns}
     for table in tables:
+        # a table that goes through a list of rows comes in pieces of one row each
+        whole_columns = table.combine_chunks()
         for name, digest in digests.items():
-            digest.add(table.column(name))
+            digest.add(whole_columns.column(name))
     whole = hashlib.sha256()
     for name in sorted(digests):
         whole.update(f"{name!r}:{digests[name].hexdigest()};".encode())

@@ -163,7 +163,7 @@ class Digester:
         """Add an array: kind, dtype, shape and bytes in row order, whatever the layout in memory."""
         if isinstance(value, Tensor):
             kind, dtype, shape = "tensor", str(value.dtype), [*value.shape] if not value.is_nested else ["nested"]
-            value = tensor_bytes(value)
+            value = np.asarray(tensor_bytes(value))
         elif value.dtype.hasobject:
             self.add(value.tolist())
             return

@@ -20,7 +20,9 @@ class SubsetSource(ItemSource):
     """Some samples of another source, in a given order."""
 
     def __init__(self, dataset: Any, inner: ItemSource) -> None:
-        self.positions = Positions(torch.as_tensor(dataset.indices))
+        index = np.asarray(torch.as_tensor(dataset.indices))
+        # counted from the end, as the dataset below understands them
+        self.positions = Positions(np.where(index < 0, index + len(dataset.dataset), index))
         same = inner.dataset is dataset.dataset
         super().__init__(
             dataset if same else Subset(inner.dataset, self.positions), inner.image_column, inner.label_column
