@@ -28,16 +28,16 @@ _LIBRARIES = ("torch", "torchvision", "timm", "PIL", "numpy", "transformers", "b
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 # of another installation that this one builds on, of the user, of a distribution
 _INSTALL_FOLDERS = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
-_PLAIN = (bool, int, float, complex, str, bytes, np.generic, torch.dtype, PurePath, slice, range)
+PLAIN = (bool, int, float, complex, str, bytes, np.generic, torch.dtype, PurePath, slice, range)
 # what these hold is where a stream of numbers or text stands, and no setting
 _BY_TYPE = (
     *(random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator, torch.Generator),
     *(torch.device, weakref.ref),
 )
 # bookkeeping of every module; its parts and hooks are looked at by themselves
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_MODULE_PARTS = ("_parameters", "_buffers", "_modules", *_HOOKS)
-_MODULE_NAMES = frozenset(vars(nn.Module())) | {"forward"}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_MODULE_PARTS = ("_parameters", "_buffers", "_modules", *HOOKS)
+MODULE_NAMES = frozenset(vars(nn.Module())) | {"forward"}
 _DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType)
 
 
@@ -81,7 +81,7 @@ class Describer:
         """
         if isinstance(value, enum.Enum):
             return f"{type(value).__qualname__}.{value.name}={self.describe(value.value)}"
-        if value is None or value is Ellipsis or isinstance(value, _PLAIN):
+        if value is None or value is Ellipsis or isinstance(value, PLAIN):
             return f"{type(value).__qualname__}:{value!r}"
         if isinstance(value, _BY_TYPE):
             return type(value).__qualname__
@@ -166,7 +166,7 @@ class Describer:
                 parts += [name, *self._all(own.values() if "hooks" in name else own.items())]
             if not is_library(type(value)):
                 parts.append(self.describe(value.training))
-            held = {name: child for name, child in held.items() if name not in _MODULE_NAMES}
+            held = {name: child for name, child in held.items() if name not in MODULE_NAMES}
         for name in sorted(held):
             parts += [name, self.describe(held[name])]
         return parts
@@ -258,66 +258,3 @@ def describe_callable(function: Any) -> str:
         FeatureError: something in it cannot be looked into.
     """
     return Describer().describe(function)
-
-
-def describe_settings(module: nn.Module) -> str:
-    """A text of the code and plain attributes of a network and its parts: what neither parameters, buffers nor `repr` show.
-
-    Of the user's own classes code and all attributes count, as far as they can be looked into; of a library's, name, plain
-    values and functions; of both, hooks and a `forward` that was put on the object; of traced and compiled networks, their
-    code.
-    """
-    describer = Describer(strict=False)
-    texts: list[str] = []
-    compiled: list[str] = []
-    for place, part in module.named_modules():
-        if isinstance(part, torch.jit.ScriptModule):
-            # a whole holds its parts
-            if not any(place.startswith(f"{whole}." if whole else "") for whole in compiled):
-                compiled.append(place)
-                texts += [place, _compiled(part)]
-            continue
-        own = not is_library(type(part))
-        texts += [place, describer.describe(type(part))]
-        if isinstance(part, torch.fx.GraphModule):
-            texts.append(part.code)
-        for name in _HOOKS:
-            texts += [describer.describe(hook) for hook in vars(part).get(name, {}).values()]
-        if "forward" in vars(part):
-            texts.append(describer.describe(vars(part)["forward"]))
-        kept_by_training = _bookkeeping(type(part))
-        for name, value in sorted(vars(part).items()):
-            if name in _MODULE_NAMES or name in kept_by_training or name.startswith("_hparams"):
-                continue
-            if own or (not name.startswith("_") and name not in _ORIGINS and _is_plain(value)):
-                texts += [place, name, describer.describe(value)]
-    return digest_text(*texts)
-
-
-# attributes of libraries' networks that say where weights came from or lie, not what they compute
-_ORIGINS = ("name_or_path", "device")
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return len(value) <= 64 and all(_is_plain(part) for part in value)
-    return value is None or isinstance(value, (*_PLAIN, enum.Enum)) or inspect.isroutine(value)
-
-
-def _bookkeeping(kind: type) -> set[str]:
-    """Names of the attributes that Lightning keeps on its modules, which change by training."""
-    for owner in kind.__mro__:
-        if owner.__name__ == "LightningModule" and owner.__module__.split(".")[0] in ("lightning", "pytorch_lightning"):
-            return set(vars(owner()))
-    return set()
-
-
-def _compiled(part: torch.jit.ScriptModule) -> str:
-    """Code and constants of a network of TorchScript; its parameters and buffers are seen as those of any other."""
-    graph: Any = part.inlined_graph
-    # names of types are numbered through the process
-    texts = [re.sub(r"___torch_mangle_\d+", "", graph.str(False))]
-    for node in graph.findAllNodes("prim::Constant", True):
-        if "value" in node.attributeNames() and node.kindOf("value") == "t":
-            texts.append(hashlib.sha256(tensor_bytes(node.t("value"))).hexdigest())
-    return digest_text(*texts)

@@ -16,6 +16,8 @@ def check_choice(owner: str, name: str, value: object, choices: Any) -> None:
 
 def check_ratio(owner: str, name: str, value: float, *, zero: bool = False) -> None:
     """Raise ConfigError unless 0 < value <= 1 (0 <= value < 1 with `zero`)."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ConfigError(f"{owner}.{name} must be a number, got {value!r}")
     inside = (0 <= value < 1) if zero else (0 < value <= 1)
     if not inside:
         hint = f"; {value:g} % is {value / 100:g}" if 1 < value <= 100 else ""

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from torch import nn
 
-from dq_lightning.describe import Describer, describe_settings
+from dq_lightning.describe import Describer
+from dq_lightning.describe_network import describe_settings
 from dq_lightning.errors import DQError
 from dq_lightning.tensor_bytes import tensor_bytes
 

@@ -23,6 +23,9 @@ BASE = (
     "weights",
     "prompts",
     "threads",
+    "devices",
+    "tensor_bytes",
+    "describe_network",
     "resuming",
 )
 # file or folder (relative to the package) -> modules of heavy libraries that only it may import

@@ -260,7 +260,8 @@ def age(entries, days: float) -> None:
         (["quantize", "--dataset", "CIFAR10", "--data_path", "nowhere"], "nowhere does not exist"),
         (["quantize", "--dataset", "CIFAR10", "--data_path", "."], "CIFAR10 cannot be opened"),
         (["quantize"], "no dataset was named: pass dataset=, data_path="),
-        (["quantize", *SAMPLE, "--keep_ratio", "0.3", "--selection.keep_ratio", "0.2"], "in one place only"),
+        (["quantize", *SAMPLE, "--device", "gpu7"], "is no device of torch; pass auto, cpu"),
+        (["quantize", *SAMPLE, "--output", "/dev/null/results"], "cannot be written"),
         (["quantize", *SAMPLE, "--keep_ratio", "2"], "must be in (0, 1]"),
         (
             ["bins", "out", *SAMPLE, "--features.selection_epochs", "1", "--features.selection_train", "head"],

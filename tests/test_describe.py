@@ -19,7 +19,8 @@ from torch import nn
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from dq_lightning.describe import describe_callable, describe_settings
+from dq_lightning.describe import describe_callable
+from dq_lightning.describe_network import describe_settings
 from dq_lightning.errors import FeatureError
 from dq_lightning.weights import digest_module
 

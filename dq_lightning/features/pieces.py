@@ -107,7 +107,7 @@ def embed_piece(
     written = _read_facts(target.with_suffix(".json"))
     if written is not None and _is_whole(target, written) and _without_digest(written) == facts:
         return target
-    _check_neighbours(folder, name, target, facts)
+    _check_neighbours(folder, name, nums)
     made = extract_features(
         Part(source, rows),
         spec,
@@ -126,18 +126,15 @@ def embed_piece(
     return target
 
 
-def _check_neighbours(folder: Path, name: str, target: Path, facts: Mapping[str, Any]) -> None:
-    """Pieces of other data or of another size would neither be replaced nor fit."""
+def _check_neighbours(folder: Path, name: str, nums: int) -> None:
+    """Pieces of another size would neither be replaced one by one nor fit."""
     for path in sorted(folder.glob(f"{name}_*.json")):
         other = _read_facts(path)
-        if other is None or (other["nums"], other["identity"]) == (facts["nums"], facts["identity"]):
-            continue
-        if path == target.with_suffix(".json") and other["nums"] == facts["nums"]:
-            continue  # made again
-        raise FeatureError(
-            f"{path} is a piece of {other['nums']:,} rows, of other data or another encoder, and this one has "
-            f"{facts['nums']:,}: pass another output, or remove the pieces in {folder} first"
-        )
+        if other is not None and other["nums"] != nums:
+            raise FeatureError(
+                f"{path} describes a piece of {other['nums']:,} rows, and this one is of pieces of {nums:,}: pass the same "
+                f"nums=, or another folder, or remove the pieces in {folder} first"
+            )
 
 
 def merge_pieces(

@@ -73,11 +73,13 @@ class FailureNotes:
 def is_lost_connection(error: BaseException) -> bool:
     """Whether an error says that another process is gone, and not why.
 
-    It is raised where ranks talk to each other: a connection that the user's own code has lost is that rank's failure.
+    It is raised where ranks talk to each other: a connection that the user's own code has lost is that rank's failure, also
+    when a loader process has lost it, whose errors torch raises again.
     """
     message = str(error).lower()
     return (
         isinstance(error, RuntimeError | OSError)
+        and "dataloader worker" not in message
         and any(word in message for word in LOST_CONNECTION)
         and _raised_in(error) in COLLECTIVES
     )

@@ -64,16 +64,16 @@ def as_source(
     """
     if isinstance(labels, str):
         label_column, labels = labels, None
-    if isinstance(dataset, ItemSource | Source):
+    if _is_source(dataset):
         columns = {"image_column": image_column, "label_column": label_column}
         _check_ready(dataset, columns, {"transform": transform, "target_transform": target_transform})
-    if not isinstance(dataset, ItemSource) and isinstance(dataset, Source):
+    if not isinstance(dataset, ItemSource) and _is_source(dataset):
         if labels is not None:
             raise ConfigError(
                 f"labels= was given for a {type(dataset).__name__}, which is a source with a grouping of its own: let its "
                 "labels() give these classes"
             )
-        return dataset
+        return cast(Source, dataset)
     options = (image_column, label_column, transform, target_transform)
     source = dataset if isinstance(dataset, ItemSource) else _adapt(dataset, text or TextConfig(), *options)
     source = _with_skips(source, skips=on_error == "skip")
@@ -86,6 +86,11 @@ def as_source(
         source = copy.copy(source)  # a source that was passed in keeps its own grouping
         source.grouping = labels
     return cast(Source, source)
+
+
+def _is_source(dataset: Any) -> bool:
+    # a dataset that answers every name would pass for one
+    return isinstance(dataset, ItemSource | Source) and isinstance(dataset.modality, str)
 
 
 def _with_skips(source: ItemSource, *, skips: bool) -> ItemSource:

@@ -111,7 +111,7 @@ class FileSource(MapSource):
         path = self.path(index)
         if not self._standard or path is None:
             return None
-        with self._explaining(index):
+        with self.explaining(index):
             return EncodedImage(Path(path).read_bytes(), "pil_rgb")
 
     def _file_digests(self, paths: list[str], memory: DigestMemory) -> list[str]:
@@ -121,14 +121,14 @@ class FileSource(MapSource):
             index = next((place for place, path in enumerate(paths) if not os.access(path, os.R_OK)), None)
             if index is None:
                 raise
-            with self._explaining(index):
+            with self.explaining(index):
                 raise error
 
     def _beside(self) -> str:
         # once: what reading changes in the dataset must not change its identity
         if self._known_beside is None:
             known = {*_LISTS, "root"}
-            self._known_beside = state_beside(self.plain_view(), self.spot_digest, self._root(), known)
+            self._known_beside = state_beside(self.plain_view(), self.given, self.spot_digest, self._root(), known)
         return self._known_beside
 
     def digest(self, memory: DigestMemory) -> str:

@@ -37,6 +37,8 @@ def looks_like_image(value: Any) -> bool:
         return False
     if isinstance(value, np.ndarray) and value.dtype.kind not in "buif":
         return False
+    if isinstance(value, Tensor) and (value.is_complex() or value.is_nested):
+        return False
     shape = value.shape
     return len(shape) == 2 or (len(shape) == 3 and (shape[0] <= 4 or shape[-1] <= 4))
 

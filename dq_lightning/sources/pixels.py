@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dq_lightning.errors import SourceError
+from dq_lightning.sources.items import looks_like_image
 
 Array = NDArray[Any]
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -40,6 +41,9 @@ def check_pixels(value: Any) -> Any:
     shape = value.size if isinstance(value, Image.Image) else tuple(value.shape)
     if 0 in shape:
         raise SourceError(f"the image has no pixels: {list(shape)}")
+    if not looks_like_image(value):
+        kind = "" if isinstance(value, Image.Image) else f"{value.dtype} "
+        raise SourceError(f"{kind}{list(shape)} is no image: arrays are [H, W], or have 1 to 4 channels first or last")
     return value
 
 
@@ -47,11 +51,8 @@ def needs_scale(value: Any) -> bool:
     """Whether the range of a leaf's values is not told by its type (floats and wide integers)."""
     if isinstance(value, Image.Image):
         return value.mode in ("I", "F")
-    dtype = value.numpy().dtype if isinstance(value, Tensor) and value.dtype != torch.bfloat16 else None
-    if isinstance(value, Tensor) and dtype is None:
-        return True
-    dtype = dtype if dtype is not None else value.dtype
-    return dtype not in (np.dtype(np.uint8), np.dtype(bool), np.dtype(np.uint16))
+    known = (torch.uint8, torch.bool, torch.uint16) if isinstance(value, Tensor) else (np.uint8, np.bool_, np.uint16)
+    return value.dtype not in known
 
 
 def decide_scale(values: list[Any]) -> Scale:
@@ -111,6 +112,7 @@ def to_rgb(value: Any, scale: Scale | None = None) -> Image.Image:
     """
     if isinstance(value, Image.Image):
         if value.mode == "RGB":
+            value.load()
             return value
         if value.mode not in (*_SIXTEEN_BIT, "I", "F"):
             # by way of RGBA Pillow does not warn of transparency; the pixels are the same

@@ -2,9 +2,7 @@
 
 import contextlib
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from abc import abstractmethod
 from functools import partial
 from typing import Any
 
@@ -13,12 +11,21 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from dq_lightning.errors import SourceError, may_pass
+from dq_lightning.errors import SourceError
 from dq_lightning.progress import progress_bar
 from dq_lightning.randomness import isolated_random_state
 from dq_lightning.records import DigestMemory, EncodedImage, Labels
-from dq_lightning.sources.base import Finisher, Positions, dataset_length
-from dq_lightning.sources.items import Digester, Leaf, at, digest_of, evenly_spaced, find_image, find_target
+from dq_lightning.sources.base import Finisher, Positions
+from dq_lightning.sources.item_reader import SPOT_CHECKS, ItemReader
+from dq_lightning.sources.items import (
+    Digester,
+    Leaf,
+    at,
+    digest_of,
+    evenly_spaced,
+    find_image,
+    find_target,
+)
 from dq_lightning.sources.pixels import Scale, check_pixels, decide_scale, needs_scale, to_rgb
 from dq_lightning.sources.skipping import Unreadable
 from dq_lightning.sources.state import state_key
@@ -26,12 +33,12 @@ from dq_lightning.sources.targets import Targets, as_targets, given_labels, targ
 
 logger = logging.getLogger("dq_lightning")
 
-SPOT_CHECKS, OTHER_SPOTS = 16, 4
+OTHER_SPOTS = 4
 _SCALE_SAMPLES = 64
 _LONG_PASS = 1000
 
 
-class ItemSource(ABC):
+class ItemSource(ItemReader):
     """The part that all adapters share; an adapter says how an item is read, finished and identified.
 
     Args:
@@ -47,16 +54,12 @@ class ItemSource(ABC):
     """Whether a pass over all items draws a bar (on a terminal)."""
     trusts_list = False
     """Whether `listed_targets` is known to be what the items deliver."""
-    skips = False
-    """Whether items that can't be read are left out, so that they stop nothing that looks at the whole dataset."""
 
     def __init__(self, dataset: Any, image_column: str | None, label_column: str | None) -> None:
-        self.dataset = dataset
+        super().__init__(dataset)
         self.image_column = image_column
         self.label_column = label_column
         self.grouping: Any = None
-        self.first = 0  # a sample that can be read, to learn the structure from
-        self._length = dataset_length(dataset)
         self._leaf: Leaf | None = None
         self._scale: Scale | None = None
         self._targets: tuple[Targets | None] | None = None
@@ -69,17 +72,7 @@ class ItemSource(ABC):
     def identity_is_certain(self) -> bool:
         return not self.by_items or not self.state_key().startswith("opaque:")
 
-    def __len__(self) -> int:
-        return self._length
-
-    def describe(self) -> str:
-        return f"{type(self.dataset).__name__} with {len(self):,} samples"
-
     # what an adapter says
-
-    @abstractmethod
-    def read_plain(self, index: int) -> Any:
-        """The plain item; any exception may leave it."""
 
     @abstractmethod
     def listed_targets(self) -> Targets | None:
@@ -97,54 +90,11 @@ class ItemSource(ABC):
         """The image leaf of the plain item; any exception may leave it."""
         return at(self.read_plain(index), self.image_leaf())
 
-    def path(self, index: int) -> str | None:
-        """File that holds the sample, when there is one."""
-        return None
-
     def decode_problem(self, index: int) -> str | None:
         """What the dataset's decoder gets wrong for this sample, or None."""
         return None
 
     # what follows from it
-
-    @contextmanager
-    def _explaining(self, index: int) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            place = self.path(index)
-            raise SourceError(
-                f"Item {index} of {self.describe()}{f' ({place})' if place else ''} can't be read: "
-                f"{type(error).__name__}: {error}. Repair it, leave it out with torch.utils.data.Subset, or pass "
-                'on_error="skip", which leaves out and counts all such items.'
-            ) from error
-
-    def plain(self, index: int) -> Any:
-        with self._explaining(index):
-            return self.read_plain(index)
-
-    def tried(self, index: int) -> Any:
-        """The plain item, or what stands for one that can't be read where those are left out."""
-        try:
-            return self.plain(index)
-        except SourceError as error:
-            if not self.skips or may_pass(error):
-                raise
-            return Unreadable(type(error.__cause__ or error).__name__)
-
-    def first_item(self, fits: Callable[[Any], object] = id) -> Any:
-        """A plain item to learn the structure from: one for which `fits` raises nothing. Others are errors in their turn."""
-        problems = []
-        for index in (self.first, *evenly_spaced(len(self), SPOT_CHECKS)):
-            try:
-                item = self.plain(index)
-                fits(item)
-            except SourceError as error:
-                problems.append(error)
-            else:
-                self.first = index
-                return item
-        raise problems[0]
 
     def image_leaf(self) -> Leaf:
         """Where in an item the image is."""
@@ -155,7 +105,7 @@ class ItemSource(ABC):
 
     def image(self, index: int) -> Image.Image:
         self.image_leaf()
-        with self._explaining(index):
+        with self.explaining(index):
             leaf = check_pixels(self.read_image(index))
             return to_rgb(leaf, self.scale() if needs_scale(leaf) else None)
 
@@ -246,8 +196,8 @@ class ItemSource(ABC):
             show = self.shows_progress and len(self) >= _LONG_PASS
             with progress_bar(show, total=len(self), unit="item", description="reading items") as bar:
                 for index in range(len(self)):
-                    item = self.tried(index)
-                    digester.add(item)
+                    item, digest = self.digested(index)
+                    digester.add(digest)
                     values.append(item if isinstance(item, Unreadable) else target_of(item, leaf))
                     bar.update()
             listed = self.listed_targets()
@@ -262,7 +212,9 @@ class ItemSource(ABC):
         """Where the digest of all items is remembered."""
         if self._state is None:
             self._state = state_key(
-                self.plain_view(), lambda others: digest_of(len(self), self.image_leaf(), self.spot_digest(others))
+                self.plain_view(),
+                self.given,
+                lambda others: digest_of(len(self), self.image_leaf(), self.spot_digest(others)),
             )
         return self._state
 
@@ -282,7 +234,7 @@ class ItemSource(ABC):
         spots = evenly_spaced(len(self), SPOT_CHECKS)
         if others:
             spots = sorted(set(evenly_spaced(len(self), 2 * SPOT_CHECKS)).difference(spots))[:OTHER_SPOTS]
-        return digest_of([self.tried(index) for index in spots])
+        return digest_of([self.digested(index)[1] for index in spots])
 
     def check_repeatable(self) -> None:
         self._check_reads()
@@ -294,7 +246,7 @@ class ItemSource(ABC):
             return
         with isolated_random_state():
             for index in evenly_spaced(len(self), SPOT_CHECKS):
-                if digest_of(self.tried(index)) != digest_of(self.tried(index)):
+                if self.digested(index)[1] != self.digested(index)[1]:
                     raise SourceError(
                         f"Two reads of item {index} of {self.describe()} differ, though its transforms were taken off: "
                         "something random is hidden inside. Features are made once from the plain image, so give the "

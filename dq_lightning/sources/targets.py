@@ -77,16 +77,31 @@ def as_targets(values: Any, names: Sequence[str] | None = None) -> Targets | Non
         if values.ndim != 1:
             return None
         if values.dtype.kind in "bui":
-            return Targets(values.astype(np.int64), known)
+            return Targets(_as_int64(values) if values.dtype == np.uint64 else values.astype(np.int64), known)
         return Targets(values) if values.dtype.kind == "U" else None
     scalars = [scalar(value) for value in values]
     present = [value for value in scalars if value is not None]
     if present and all(isinstance(value, int) for value in present):
-        whole = np.fromiter((UNLABELED if v is None else v for v in scalars), np.int64, len(scalars))
-        return Targets(whole, known)
+        return Targets(_as_int64([UNLABELED if v is None else v for v in scalars]), known)
     if present and all(isinstance(value, str) for value in present):
         return Targets(np.array(["" if v is None else v for v in scalars], dtype=np.str_))
     return None
+
+
+def _as_int64(values: Any) -> NDArray[np.int64]:
+    """Whole numbers as int64 [N].
+
+    Raises:
+        SourceError: one is too large.
+    """
+    bounds = np.iinfo(np.int64)
+    wide = next((place for place, value in enumerate(values) if not bounds.min <= value <= bounds.max), None)
+    if wide is not None:
+        raise SourceError(
+            f"the class of sample {wide} is {values[wide]}, which is no 64-bit integer: number the classes from 0, or pass "
+            "labels= with strings"
+        )
+    return np.asarray(values, dtype=np.int64)
 
 
 def to_labels(targets: Targets) -> Labels | None:

@@ -116,7 +116,12 @@ class Cache:
             # a plain exists() would take "permission denied" for "absent"
             target.lstat()
             check_entry(target, self.verify, station=target.parent.name, key=target.name)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
+            return None
+        except NotADirectoryError:
+            # the station's own folder is no folder, or the entry's is not
+            if os.path.lexists(target):
+                self._move_aside(target, "it is no folder")
             return None
         except Damage as damage:
             if not os.path.lexists(target):

@@ -1,11 +1,10 @@
 """Read a packed store: a map-style dataset that verifies each sample. Touches the disk, read-only.
 
-Columns are memory-mapped; values are read by position from an open file, so that a file cut under a reader is an error and
-not a crash. Both are dropped when pickled and opened anew in the other process; forked processes share them safely, since
-neither has a position of its own.
+Columns are memory-mapped, and the sizes of their files looked at before each read; values are read by position from an open
+file. So a file cut under a reader is an error and not a crash. Both are dropped when pickled and opened anew in the other
+process; forked processes share them safely, since neither has a position of its own.
 """
 
-import mmap
 import operator
 import os
 import zlib
@@ -25,6 +24,7 @@ from dq_lightning.store import files
 from dq_lightning.store.columns import STREAM_KIND, VALUE_KIND, leaf_from_json, leaf_reader
 from dq_lightning.store.description import SMALL_FILES, check_description
 from dq_lightning.store.manifest import Damage, cast_doubt, check_file
+from dq_lightning.store.mapped import MappedFiles
 from dq_lightning.store.names import Names
 from dq_lightning.store.npy import npy_header
 from dq_lightning.store.packed import FORMAT_VERSION, STORE_FILE
@@ -36,6 +36,8 @@ from dq_lightning.store.trees import tree_builder, tree_from_json
 from dq_lightning.store.values import decode_value
 
 Patches = Literal["mean", "packed"]
+# of the small files, what each sample is read with
+READ_EACH_TIME = ("checksums.npy", "value_offsets.npy")
 
 
 class PackedDataset(Dataset[Any]):
@@ -86,6 +88,7 @@ class PackedDataset(Dataset[Any]):
         self._open()
 
     def _open(self) -> None:
+        self._mapped = MappedFiles(self.path)
         if (self.path / TENSORS_FILE).exists() and not (self.path / STORE_FILE).exists():
             raise StoreError(
                 f"{self.path} holds indices, not samples: load_selection(path).index are their positions in the original "
@@ -114,7 +117,7 @@ class PackedDataset(Dataset[Any]):
     def _read_small(self, name: str, facts: dict[str, Any]) -> memoryview:
         check_file(self.path, name, facts, hashed=self.verify != "off")
         if name == "ids.bin":
-            return self._map(name, facts["size"])
+            return self._mapped.open(name, facts["size"], watched=False)
         dtype, rows = {
             "index.npy": ("<i8", self._num_samples),
             "bin.npy": ("<i2", self._num_samples),
@@ -122,7 +125,8 @@ class PackedDataset(Dataset[Any]):
             "value_offsets.npy": ("<i8", self._num_samples + 1),
             "checksums.npy": ("<u4", self._num_samples),
         }[name]
-        return self._map(name, rows * int(dtype[2:]), npy_header(dtype, (rows,)))
+        watched = name in READ_EACH_TIME
+        return self._mapped.open(name, rows * int(dtype[2:]), npy_header(dtype, (rows,)), watched=watched)
 
     def _set_small(self, small: dict[str, memoryview]) -> None:
         self.index = _tensor(small["index.npy"], torch.int64)
@@ -158,7 +162,7 @@ class PackedDataset(Dataset[Any]):
             header = npy_header(dtype, (self._num_samples, *shape))
             if name not in description["files"]:
                 raise Damage(f"store.json does not name {name}")
-            rows = self._map(name, self._num_samples * leaf.row_bytes, header)
+            rows = self._mapped.open(name, self._num_samples * leaf.row_bytes, header)
             self._columns.append((number, rows, leaf.row_bytes, self._readers[number]))
             if together and BatchDecoder.fits(leaf):
                 self._batched.append((number, BatchDecoder(leaf, rows)))
@@ -167,17 +171,11 @@ class PackedDataset(Dataset[Any]):
         self._values_size = os.fstat(self._values).st_size
         files.share(self._values)
 
-    def _map(self, name: str, size: int, header: bytes = b"") -> memoryview:
-        """A file's bytes after its header, in a private mapping: they are never changed on the disk."""
-        if (self.path / name).stat().st_size != len(header) + size:
-            raise Damage(f"{name} does not have the {len(header) + size} bytes of its content")
-        if not len(header) + size:
-            return memoryview(b"")
-        with (self.path / name).open("rb") as file:
-            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-        if mapped[: len(header)] != header:
-            raise Damage(f"{name} does not start with the header of its content")
-        return mapped[len(header) :]
+    def _check_uncut(self) -> None:
+        try:
+            self._mapped.check_uncut()
+        except Damage as damage:
+            raise self._unusable(str(damage)) from damage
 
     def __len__(self) -> int:
         return self._num_samples
@@ -191,6 +189,7 @@ class PackedDataset(Dataset[Any]):
         return at
 
     def __getitem__(self, position: int) -> Any:
+        self._check_uncut()
         return self._get(position, {})
 
     def _get(self, position: int, ready: dict[int, Any]) -> Any:
@@ -211,6 +210,7 @@ class PackedDataset(Dataset[Any]):
         Raises:
             StoreError: no image of this sample was stored by patches.
         """
+        self._check_uncut()
         at = self._position(position)
         found = patched_images(self._read(at, {}))
         if not found:
@@ -219,6 +219,7 @@ class PackedDataset(Dataset[Any]):
 
     def __getitems__(self, positions: Sequence[int]) -> list[Any]:
         """The samples of a batch, in order; DataLoader calls this."""
+        self._check_uncut()
         ready = {number: decode(positions) for number, decode in self._batched} if self.patches == "mean" else {}
         return [
             self._get(position, {number: values[i] for number, values in ready.items() if values[i] is not None})
@@ -276,8 +277,7 @@ class PackedDataset(Dataset[Any]):
         return self._build(leaves)
 
     def _suspects(self, value: bytes) -> str:
-        names = [f"column-{number}.npy" for number, *_ in self._columns] + (["values.bin"] if value else [])
-        return f" ({', '.join(names)})"
+        return f" ({', '.join([f'column-{n}.npy' for n, *_ in self._columns] + ['values.bin'] * bool(value))})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "finisher": self.finisher, "verify": self.verify, "patches": self.patches}
@@ -286,10 +286,11 @@ class PackedDataset(Dataset[Any]):
         self.__dict__.update(state)
         self._open()
 
-    def __del__(self) -> None:
+    def __del__(self, _close: Callable[[int], None] = os.close) -> None:
+        # bound above, since modules are emptied before the last objects at the end of the interpreter
         values = self.__dict__.pop("_values", None)
         if values is not None:
-            os.close(values)
+            _close(values)
 
     def __repr__(self) -> str:
         return f"PackedDataset({str(self.path)!r}, {self._num_samples} samples)"

@@ -103,7 +103,7 @@ def test_progress_counts_every_pick(monkeypatch):
 def test_a_missing_gpu_is_told():
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    with pytest.raises(FeatureError, match="device='cpu'"):
+    with pytest.raises(ConfigError, match="device='cpu'"):
         make_bins(torch.ones(3, 2), device="cuda")
 
 
