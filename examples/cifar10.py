@@ -21,7 +21,8 @@ from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.models import resnet18
 from torchvision.transforms import v2
 
-from dq_lightning import QuantizedDataModule
+from dq_lightning import DQError, QuantizedDataModule
+from dq_lightning.exports.published import read_index
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 PLAIN = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
@@ -55,11 +56,19 @@ class Classifier(L.LightningModule):
         ]
 
 
+def cifar10(args: argparse.Namespace, train: bool, transform: v2.Transform) -> CIFAR10:
+    try:
+        return CIFAR10(args.data, train=train, transform=transform)
+    except RuntimeError as error:
+        raise SystemExit(f"{args.data} holds no CIFAR-10 ({error})") from error
+
+
 def chosen_part(args: argparse.Namespace, file: Path) -> Dataset:
     """The images that a file of row numbers names, from CIFAR-10 itself or from a folder of reconstructed images."""
-    rows = np.sort(np.load(file, allow_pickle=False))
     if args.data_dir is None:
-        return Subset(CIFAR10(args.data, train=True, transform=AUGMENT), rows.tolist())
+        images = cifar10(args, train=True, transform=AUGMENT)
+        return Subset(images, read_index(file, len(images)).tolist())
+    rows = read_index(file)
     folder = ImageFolder(args.data_dir, transform=AUGMENT, allow_empty=True)
     # a folder is read by class, CIFAR-10 is not: index.npy tells which row of CIFAR-10 each image of the folder is
     known = Path(args.data_dir) / "index.npy"
@@ -77,12 +86,12 @@ def train(args: argparse.Namespace, seed: int, file: Path | None) -> float:
     """One run; accuracy in percent on the test images after the last epoch."""
     L.seed_everything(seed, verbose=False)
     test = DataLoader(
-        CIFAR10(args.data, train=False, transform=v2.Compose(PLAIN)), args.eval_batch_size, num_workers=args.num_workers
+        cifar10(args, train=False, transform=v2.Compose(PLAIN)), args.eval_batch_size, num_workers=args.num_workers
     )
     if file is None:
         size = args.batch_size or (16 if args.keep_ratio <= 0.1 else 128)
         data = QuantizedDataModule(
-            CIFAR10(args.data, train=True, transform=AUGMENT), keep_ratio=args.keep_ratio, num_bins=args.num_bins,
+            cifar10(args, train=True, transform=AUGMENT), keep_ratio=args.keep_ratio, num_bins=args.num_bins,
             batch_size=size, seed=seed, num_workers=args.num_workers,
         )  # fmt: skip
     else:
@@ -137,7 +146,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     torch.set_float32_matmul_precision("high")
-    accuracies = [train(args, seed, file) for file in args.select_indices or [None] for seed in args.seeds]
+    try:
+        accuracies = [train(args, seed, file) for file in args.select_indices or [None] for seed in args.seeds]
+    except DQError as error:
+        raise SystemExit(str(error)) from error
     spread = f" +- {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
     print(f"accuracy {statistics.mean(accuracies):.2f} %{spread} (mean of {len(accuracies)} runs, last epoch)")
 

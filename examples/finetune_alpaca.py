@@ -15,6 +15,7 @@ ones: 9 epochs, batches of 4, 4 of them a step, AdamW (0.9, 0.95), weight decay 
 import argparse
 import json
 import lzma
+import shlex
 from pathlib import Path
 
 import lightning as L
@@ -126,8 +127,11 @@ def quantized_data(rows: list[dict], others: list[dict], tokenizer, args: argpar
 def read_rows(path: Path) -> list[dict]:
     """Rows of a JSON list or of JSON lines, packed by xz or not."""
     opener = lzma.open if path.suffix == ".xz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        text = file.read()
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            text = file.read()
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be read: {error.strerror or error}") from error
     if ".jsonl" in path.name:
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     return json.loads(text)
@@ -160,9 +164,9 @@ def save(trainer: L.Trainer, module: FineTuner, tokenizer, folder: Path) -> None
     tokenizer.save_pretrained(folder)
     print(
         f"saved: {folder}\nevaluate it with lm-evaluation-harness (pip install 'lm_eval[hf]'):\n"
-        f"  lm_eval --model hf --model_args pretrained={folder} --tasks mmlu,bbh,drop --num_fewshot 3\n"
+        f"  lm_eval --model hf --model_args {shlex.quote(f'pretrained={folder}')} --tasks mmlu,bbh,drop --num_fewshot 3\n"
         "or with instruct-eval:\n"
-        f"  python main.py mmlu --model_name causal --model_path {folder}"
+        f"  python main.py mmlu --model_name causal --model_path {shlex.quote(str(folder))}"
     )
 
 

@@ -2,6 +2,7 @@
 
 python examples/imagenet.py ~/data_imagenet --keep_ratio 0.125 --devices 8
 python examples/imagenet.py ~/data_imagenet --select_indices select_indices_ImageNet_0.125.npy --devices 8
+python examples/imagenet.py ~/data_imagenet --data_dir results/pixel --select_indices FILE --devices 8   # reconstructed images
 torchrun --nproc_per_node=8 examples/imagenet.py ...      # the same, started by torchrun; several nodes: examples/slurm.sh
 
 Defaults are the published ones: cosine over 260 epochs, learning rate 0.6, 128 samples a device, RandAugment m9-mstd0.5-inc1,
@@ -31,7 +32,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 
-from dq_lightning import QuantizeConfig, SelectionConfig, load_selection, quantize
+from dq_lightning import DQError, QuantizeConfig, SelectionConfig, load_selection, quantize
+from dq_lightning.exports.published import read_index
 
 
 class Splits(L.LightningModule):
@@ -92,12 +94,27 @@ class KeptImages(L.LightningDataModule):
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__()
-        self.args, self.rows = args, args.select_indices and np.load(args.select_indices, allow_pickle=False)
+        self.args, self.rows = args, args.select_indices and read_index(args.select_indices)
         self.data = resolve_model_data_config(timm.create_model(args.model), args={"img_size": args.img_size})
 
     def folder(self, split: str, transform=None) -> ImageFolder:
         root = Path(self.args.data).expanduser()
         return ImageFolder(str(root / split), transform=transform)
+
+    def images(self, transform=None) -> tuple[ImageFolder, np.ndarray]:
+        """The folder that is trained on, and the items of it."""
+        rows = self.selected() if self.rows is None else self.rows
+        if self.args.data_dir is None:
+            images = self.folder("train", transform)
+            if len(rows) and rows[-1] >= len(images):
+                raise DQError(f"{self.args.select_indices} has row {rows[-1]:,} of {len(images):,} images")
+            return images, rows
+        folder = Path(self.args.data_dir).expanduser()
+        # index.npy tells which image of the whole set each image of the folder is
+        items = np.flatnonzero(np.isin(read_index(folder / "index.npy", ordered=False), rows))
+        if len(items) != len(rows):
+            raise DQError(f"{folder} has {len(items):,} of the {len(rows):,} images that were chosen")
+        return ImageFolder(str(folder), transform=transform, allow_empty=True), items
 
     def selected(self) -> np.ndarray:
         config = QuantizeConfig(selection=SelectionConfig(keep_ratio=self.args.keep_ratio, seed=self.args.seed))
@@ -108,17 +125,21 @@ class KeptImages(L.LightningDataModule):
             self.selected()
 
     def setup(self, stage):
-        rows = self.selected() if self.rows is None else self.rows
         args, size = self.args, self.data["input_size"][-1]
         parts = create_transform(
             self.data["input_size"], is_training=True, auto_augment=args.aa, re_prob=args.reprob, re_mode=args.remode,
             re_num_splits=args.aug_splits if args.resplit else 0, mean=self.data["mean"], std=self.data["std"],
             separate=args.aug_splits > 1, interpolation="random" if size > 64 else "bilinear",
         )  # fmt: skip
+        images, rows = self.images(parts if args.aug_splits <= 1 else None)
+        self.train = Subset(images, rows.tolist())
+        if len(rows) // self.trainer.world_size < args.batch_size:
+            raise DQError(
+                f"{len(rows):,} images on {self.trainer.world_size} devices fill no batch of {args.batch_size}: lower "
+                "--batch_size, or keep more"
+            )
         if args.aug_splits > 1:
-            self.train = Separated(Subset(self.folder("train"), rows.tolist()), parts, args.aug_splits, args.resplit)
-        else:
-            self.train = Subset(self.folder("train", parts), rows.tolist())
+            self.train = Separated(self.train, parts, args.aug_splits, args.resplit)
         self.val = self.folder("val", create_transform(**self.data))
 
     def train_dataloader(self):
@@ -155,6 +176,7 @@ class Separated(Dataset):
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="folder with train/ and val/, each of class folders")
+    parser.add_argument("--data_dir", help="folder of reconstructed images with index.npy, in place of DATA/train")
     parser.add_argument("--select_indices", help=".npy of positions in ImageFolder(train); DQ chooses without")
     parser.add_argument("--keep_ratio", type=float, default=0.125)
     parser.add_argument("--seed", type=int, default=0)
@@ -185,6 +207,13 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     L.seed_everything(args.seed, workers=True, verbose=False)
+    try:
+        run(args)
+    except (DQError, FileNotFoundError) as error:
+        raise SystemExit(str(error)) from error
+
+
+def run(args: argparse.Namespace) -> None:
     data = KeptImages(args)
     trainer = L.Trainer(
         max_epochs=args.epochs,

@@ -1,5 +1,6 @@
 """Settings: validated when made, JSON both ways, short forms."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,3 +69,17 @@ def test_short_forms():
         ConfigError, match=r"keep_ratio=0.25 was passed as a keyword, but config.selection.keep_ratio is 0.5"
     ):
         with_short_forms(given_there, {"selection.keep_ratio": 0.25})
+
+
+def test_equal_numbers_are_the_same_setting():
+    whole = QuantizeConfig(selection=SelectionConfig(keep_ratio=1, bin_weights=[1, 2]), bins=BinConfig(lam=1))
+    parts = QuantizeConfig(selection=SelectionConfig(keep_ratio=1.0, bin_weights=(1.0, 2.0)), bins=BinConfig(lam=1.0))
+    assert whole.to_json() == parts.to_json()
+    numpys = SelectionConfig(keep_ratio=np.float32(0.5), seed=np.int64(3))
+    assert numpys.to_json() == SelectionConfig(0.5, 3).to_json()
+
+
+@pytest.mark.parametrize("value", ["0.5", None, True])
+def test_a_ratio_that_is_no_number_is_told(value):
+    with pytest.raises(ConfigError, match="keep_ratio must be a number"):
+        SelectionConfig(keep_ratio=value)

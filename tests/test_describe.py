@@ -254,3 +254,89 @@ def test_attributes_of_networks_count_and_training_does_not():
     before = describe_settings(network)
     network.eval().requires_grad_(False)
     assert describe_settings(network) == before
+
+
+model = nn.Linear(1, 1)
+
+
+class HoldsAModel:
+    def __init__(self, inner):
+        self.model = inner
+
+    def __call__(self, image):
+        return self.model(image)
+
+
+def test_an_attribute_is_not_the_global_of_its_name(monkeypatch):
+    before = describe_callable(HoldsAModel(abs))
+    monkeypatch.setitem(globals(), "model", nn.Linear(2, 2))
+    assert describe_callable(HoldsAModel(abs)) == before
+
+
+def taken_from(node):
+    from torchvision.models import resnet18
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    return create_feature_extractor(resnet18(), {node: "out"})
+
+
+def pooled(way):
+    import timm
+
+    return timm.create_model("resnet10t", global_pool=way, num_classes=0)
+
+
+class Small(nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.inner = nn.Linear(4, 5)
+
+    def forward(self, rows):
+        return self.inner(rows)
+
+
+class Holds(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+
+def quantized(seed):
+    return torch.ao.quantization.quantize_dynamic(Small(seed), {nn.Linear})
+
+
+def frozen(seed):
+    return Holds(torch.jit.freeze(torch.jit.script(Small(seed).eval())))
+
+
+def scaled(factor):
+    import lightning
+
+    class Scaled(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self._factor = factor
+
+    return Scaled()
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated.*")
+@pytest.mark.parametrize(
+    ("make", "one", "other"),
+    [
+        (taken_from, "layer4.1.bn2", "layer4.1.relu_1"),
+        (pooled, "avg", "max"),
+        (quantized, 1, 2),
+        (frozen, 1, 2),
+        (lambda used: nn.TransformerEncoderLayer(8, 2, 16, activation=used), nn.functional.silu, nn.functional.elu),
+        (scaled, 1.0, 2.0),
+    ],
+    ids=["traced", "timm", "quantized", "frozen", "function", "lightning"],
+)
+def test_networks_of_libraries_differ_where_they_compute_otherwise(make, one, other):
+    def digest(value):
+        torch.manual_seed(0)
+        return digest_module(make(value))
+
+    assert digest(one) == digest(one) != digest(other)

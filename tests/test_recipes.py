@@ -92,6 +92,12 @@ def test_imagenet_recipe_on_small_photos(photos, tmp_path):
     """The README's command, at a small size."""
     np.save(tmp_path / "rows.npy", np.arange(0, 36, 3))
     photos.rename(tmp_path / "data_imagenet")
+    # the images of the file alone, as `dq-lightning reconstruct` writes them; photos need no encoder for that, and no network
+    cli.main(
+        ["reconstruct", str(tmp_path / "results" / "pixel_quantized_imagenet"), "--dataset", "ImageNet", "--data_path",
+         str(tmp_path / "data_imagenet"), "--indices", str(tmp_path / "rows.npy"), "--patches.saliency", "variance",
+         "--patches.reconstruct", "off", "--progress", "false"]
+    )  # fmt: skip
     python, script, *arguments = words("distributed_train.sh 8", tmp_path, FILE=tmp_path / "rows.npy")
     assert (python, script) == ("python", "examples/imagenet.py")
     printed = run(
@@ -99,6 +105,27 @@ def test_imagenet_recipe_on_small_photos(photos, tmp_path):
         "--warmup_epochs", "1", "--batch_size", "4", "--precision", "32-true", *QUIET, cwd=tmp_path,
     )  # fmt: skip
     assert re.search(r"accuracy after the last epoch: \d+\.\d\d % \(12 training images\)", printed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["imagenet.py", "photos", "--select_indices", "rows.npy"], "fill no batch of 128"),
+        (["cifar10.py", "--data", ".", "--select_indices", "twice.npy"], "1 of them twice"),
+        (["cifar10.py", "--data", "nowhere", "--select_indices", "rows.npy"], "nowhere holds no CIFAR-10"),
+    ],
+)
+def test_examples_say_what_is_wrong(arguments, said, photos, tmp_path):
+    np.save(tmp_path / "rows.npy", np.arange(8))
+    np.save(tmp_path / "twice.npy", np.array([1, 2, 2]))
+    write_small_cifar10(tmp_path)
+    name, *rest = arguments
+    small = ["--model", "resnet18", "--img_size", "64", *QUIET] if name == "imagenet.py" else []
+    command = [sys.executable, str(EXAMPLES / name), *rest, *small]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(EXAMPLES.parent)])}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode != 0
+    assert said in done.stderr.splitlines()[-1]
 
 
 def test_lightning_cli_example(tmp_path):

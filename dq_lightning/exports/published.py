@@ -116,12 +116,13 @@ def selection_file(name: str, keep_ratio: float) -> str:
     return f"select_indices_{name}_{keep_ratio:g}.npy"
 
 
-def read_index(path: str | Path, total: int | None = None) -> NDArray[np.int64]:
+def read_index(path: str | Path, total: int | None = None, *, ordered: bool = True) -> NDArray[np.int64]:
     """Row numbers of a `.npy` (or of `index` in an `.npz`), int64 [M], ascending.
 
     Args:
         path: of the file.
         total: samples of the dataset, to compare with; None compares nothing.
+        ordered: False keeps the order of the file.
 
     Raises:
         StoreError: it is no list of different row numbers, or does not fit the dataset.
@@ -141,7 +142,7 @@ def read_index(path: str | Path, total: int | None = None) -> NDArray[np.int64]:
             f"{path} has the rows {index[0]} to {index[-1]}, {len(index) - len(np.unique(index))} of them twice"
             + (f", for a dataset of {total:,}: it belongs to another one" if total is not None else "")
         )
-    return index
+    return index if ordered else values.astype(np.int64)
 
 
 def _parts(folder: Path) -> tuple[str, list[NDArray[np.int64]]]:
@@ -162,8 +163,7 @@ def _parts(folder: Path) -> tuple[str, list[NDArray[np.int64]]]:
         raise StoreError(f"{folder / f'select_indices_{name}_exp{missing}.npy'} is missing: make the bins again")
     parts = []
     for number in range(len(files)):
-        read_index(files[number])
-        parts.append(np.load(files[number], allow_pickle=False).astype(np.int64))
+        parts.append(read_index(files[number], ordered=False))
     return name, parts
 
 

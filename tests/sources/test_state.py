@@ -1,7 +1,13 @@
 """No dataset is taken for the one that it was before: what changes any item changes the identity, wherever it is kept."""
 
+import collections
+import datetime
+import decimal
 import functools
+import logging
 import os
+import random
+import re
 
 import numpy as np
 import pytest
@@ -251,3 +257,184 @@ def test_targets_that_a_folder_class_keeps_beside(memory, tmp_path):
     assert identity(Ages(tmp_path / "moved", ages), memory) == before
     ages[HIDDEN] = 99
     assert identity(Ages(tmp_path / "moved", ages), memory) != before
+
+
+class Remembering(ImageFolder):
+    """Keeps what it has read."""
+
+    def __init__(self, root):
+        super().__init__(root)
+        self.kept = {}
+
+    def __getitem__(self, index):
+        if index not in self.kept:
+            self.kept[index] = super().__getitem__(index)
+        return self.kept[index]
+
+
+OPENED = {}
+
+
+def remembering_loader(path):
+    if path not in OPENED:
+        OPENED[path] = Image.open(path).convert("RGB")
+    return OPENED[path]
+
+
+@pytest.mark.parametrize("make", [Remembering, lambda root: ImageFolder(root, loader=remembering_loader)])
+def test_what_a_folder_remembers_of_its_images_is_not_its_identity(make, memory, tmp_path):
+    root = str(image_folder(tmp_path))
+    OPENED.clear()
+    data = make(root)
+    before = identity(data, memory)
+    for index in range(COUNT):
+        data[index]
+    assert identity(data, memory) == before
+    OPENED.clear()
+    assert identity(make(root), memory) == before
+
+
+class MapRemembering(Sized):
+    def __init__(self):
+        self.kept = {}
+
+    def __getitem__(self, index):
+        if index not in self.kept:
+            self.kept[index] = Image.fromarray(PIXELS[index])
+        return self.kept[index], CLASSES[index]
+
+
+def test_a_growing_memory_is_left_out_of_the_key(memory):
+    """Another process, which has read other items, finds what was remembered."""
+    one, other = MapRemembering(), MapRemembering()
+    for index in range(1, COUNT, 7):
+        other[index]
+    assert as_source(one).digest(memory) == as_source(other).quick_digest(memory)
+
+
+class Plain(Sized):
+    """All that is looked at lies in attributes."""
+
+    def __init__(self, value):
+        self.value, self.images = value, PIXELS
+
+    def __getitem__(self, index):
+        return Image.fromarray(self.images[index]), CLASSES[index]
+
+
+class Slotted:
+    __slots__ = ("value",)
+
+    def __init__(self, value):
+        self.value = value
+
+
+class SlottedBelow(Slotted):
+    pass
+
+
+CERTAIN = {
+    "range": range(3),
+    "dtype": torch.float32,
+    "numpy dtype": np.dtype("int16"),
+    "device": torch.device("cpu"),
+    "pattern": re.compile("a+"),
+    "partial": functools.partial(int, base=2),
+    "date": datetime.date(2026, 1, 2),
+    "decimal": decimal.Decimal("1.5"),
+    "deque": collections.deque([1, 2]),
+    "bytearray": bytearray(b"x"),
+    "slots": Slotted(3),
+    "logger": logging.getLogger("some.where"),
+}
+
+
+@pytest.mark.parametrize("name", CERTAIN)
+def test_plain_attributes_leave_nothing_unseen(name):
+    assert as_source(Plain(CERTAIN[name])).identity_is_certain
+
+
+ODD = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "compressed": lambda: torch.eye(3).to_sparse_csr(),
+    "conjugate": lambda: torch.ones(3, dtype=torch.complex64).conj(),
+    "meta": lambda: torch.empty(3, device="meta"),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    "arrow": lambda: pytest.importorskip("pyarrow").array(["a", None]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ODD)
+def test_odd_attributes_stop_nothing(name, memory):
+    before = identity(Plain(ODD[name]()), memory)
+    assert identity(Plain(ODD[name]()), memory) == before
+
+
+def table(order):
+    pandas = pytest.importorskip("pandas")
+    return pandas.DataFrame({"a": [1, 2, 3], "b": [0.5, 1.5, 2.5]}, index=order)
+
+
+PAIRS = {
+    "index of a table": (lambda: table([0, 1, 2]), lambda: table([0, 2, 1])),
+    "large numbers of a table": (
+        lambda: table([0, 1, 2]).assign(a=[2**60, 1, 2]),
+        lambda: table([0, 1, 2]).assign(a=[2**60 + 1, 1, 2]),
+    ),
+    "mask": (lambda: np.ma.array([1, 2], mask=[0, 1]), lambda: np.ma.array([1, 2], mask=[1, 0])),
+    "order": (lambda: {"a": 1, "b": 2}, lambda: {"b": 2, "a": 1}),
+    "slots of a base": (lambda: SlottedBelow(1), lambda: SlottedBelow(2)),
+    "sparse": (lambda: torch.eye(3).to_sparse(), lambda: (2 * torch.eye(3)).to_sparse()),
+    "slice": (lambda: slice(1, 2), lambda: slice(1, 3)),
+    "day": (lambda: datetime.date(2026, 1, 2), lambda: datetime.date(2026, 1, 3)),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_attributes_that_differ_have_different_keys(name):
+    one, other = PAIRS[name]
+    assert as_source(Plain(one())).state_key() == as_source(Plain(one())).state_key()
+    assert as_source(Plain(one())).state_key() != as_source(Plain(other())).state_key()
+
+
+class ByName(Sized):
+    """The names of the files stand in the code alone."""
+
+    def __getitem__(self, index):
+        return Image.fromarray(np.load(f"some_{index}.npy")), CLASSES[index]
+
+
+class ByEnvironment(Sized):
+    def __getitem__(self, index):
+        return Image.fromarray(np.load(os.environ["FOLDER_OF_THE_TEST"] + f"/{index}.npy")), CLASSES[index]
+
+
+class BySplit(Sized):
+    def __init__(self, root):
+        self.pattern = f"{root}/{{split}}/{{index}}.npy"
+
+    def __getitem__(self, index):
+        return Image.fromarray(np.load(self.pattern.format(split="train", index=index))), CLASSES[index]
+
+
+@pytest.mark.parametrize("way", ["name", "environment", "split"])
+def test_files_that_are_named_at_the_last_moment(way, memory, tmp_path, monkeypatch):
+    (tmp_path / "train").mkdir()
+    folder, start = {"name": (tmp_path, "some_"), "environment": (tmp_path, ""), "split": (tmp_path / "train", "")}[way]
+    for index, pixels in enumerate(PIXELS):
+        np.save(folder / f"{start}{index}.npy", pixels)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FOLDER_OF_THE_TEST", str(tmp_path))
+    make = {"name": ByName, "environment": ByEnvironment, "split": lambda: BySplit(tmp_path)}[way]
+    before = identity(make(), memory)
+    np.save(folder / f"{start}{HIDDEN}.npy", 255 - PIXELS[HIDDEN])
+    assert identity(make(), memory) != before
+
+
+@pytest.mark.parametrize("value", [random.Random(0), np.random.default_rng(0), "images.sqlite"])
+def test_streams_and_databases_are_read_at_every_start(value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images.sqlite").write_bytes(b"SQLite format 3")
+    os.utime(tmp_path / "images.sqlite", (1, 1))
+    assert not as_source(Plain(value)).identity_is_certain
