@@ -1,5 +1,6 @@
 """A user's own data module, of either Lightning package, with its train set quantized."""
 
+import logging
 import os
 
 import lightning as L
@@ -10,15 +11,17 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
+    Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
     random_split,
 )
 
-from dq_lightning import QuantizedDataModule
+from dq_lightning import PatchConfig, QuantizeConfig, QuantizedDataModule
 from dq_lightning.errors import ConfigError, SourceError
 from tests.lightning_scripts.common import Recorder, held_out, name_of, photos, trainer
 
@@ -185,6 +188,45 @@ def test_weighted_sampler_is_cut_down(warm):
     # the same on every rank: two loaders of one epoch draw alike, and the global state has no part in it
     torch.manual_seed(5)
     assert [int(module.selection.index[i]) for i in module.train_dataloader().sampler] == drawn
+
+
+def test_a_weighted_epoch_does_not_shrink_by_the_patches_that_are_dropped(warm):
+    settings = {
+        "drop_ratio": 0.5,
+        "config": QuantizeConfig(patches=PatchConfig(saliency="variance", reconstruct="off")),
+    }
+    sampler = WeightedRandomSampler(torch.ones(200), 120)
+    module = ready(quantized(with_loader(lambda d: DataLoader(d, 5, sampler=sampler)), warm, **settings))
+    assert module.data_keep_ratio == pytest.approx(0.125, abs=0.01)
+    assert len(module.train_dataloader().sampler) == 30
+
+
+def test_a_timeout_of_worker_processes_goes_with_them(warm):
+    module = quantized(with_loader(lambda d: DataLoader(d, 5, num_workers=1, timeout=60)), warm, num_workers=0)
+    assert ready(module).train_dataloader().timeout == 0
+
+
+class RemembersPhotos(Dataset):
+    """Keeps what was read, and has a logger."""
+
+    def __init__(self):
+        self.photos, self.kept, self.log = photos(), {}, logging.getLogger("of.the.test")
+
+    def __len__(self):
+        return len(self.photos)
+
+    def __getitem__(self, index):
+        if index not in self.kept:
+            self.kept[index] = self.photos[index]
+        return self.kept[index]
+
+
+def test_a_dataset_that_remembers_what_was_read_is_found_again(warm):
+    data = RemembersPhotos()
+    module = quantized(with_loader(lambda d: DataLoader(Subset(data, range(0, 200, 2)), 5)), warm)
+    for _ in range(2):
+        assert ready(module).info.num_source_samples == 100
+        list(module.train_dataloader())
 
 
 def test_subset_sampler_is_a_part_of_the_dataset(warm):

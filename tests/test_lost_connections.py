@@ -3,6 +3,7 @@
 import pytest
 import torch.distributed
 from torch import nn
+from torch._utils import ExceptionWrapper
 
 from dq_lightning.loading.failures import is_lost_connection
 
@@ -23,7 +24,16 @@ def users_words():
     raise RuntimeError("no peer was chosen, the search timed out")
 
 
-@pytest.mark.parametrize("act", [users_own, users_words])
+def users_loader():
+    """What torch makes of an error of a loader process, raised from its own code."""
+    error = ConnectionResetError(104, "Connection reset by peer")
+    try:
+        raise error
+    except ConnectionResetError:
+        ExceptionWrapper(where="in DataLoader worker process 0").reraise()
+
+
+@pytest.mark.parametrize("act", [users_own, users_words, users_loader])
 def test_connections_that_the_users_code_lost_are_its_own_failure(act):
     assert not is_lost_connection(raised(act))
 

@@ -9,6 +9,7 @@ without a step (tests/test_loaders.py, tests/test_datamodule.py), items that rai
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dq_lightning import FeatureConfig, QuantizedDataModule, as_source, load_selection
 from dq_lightning.errors import ConfigError, SourceError
@@ -144,3 +145,68 @@ def test_the_train_loader_gives_what_can_be_read(tmp_path):
     assert len(seen) == 10
     known = {(picture(i).tobytes(), i % 2) for i in range(20) if i != 2}
     assert {(image.tobytes(), label) for image, label in seen} <= known
+
+
+class Lazily(Pictures):
+    """Opens its files and leaves it to others to decode them, as most datasets do."""
+
+    def __init__(self, folder, broken):
+        super().__init__()
+        self.folder = folder
+        for index in range(20):
+            picture(index, (40, 30)).save(folder / f"{index:02}.jpg")
+        for index in broken:
+            path = folder / f"{index:02}.jpg"
+            path.write_bytes(path.read_bytes()[:400])
+
+    def __getitem__(self, index):
+        return Image.open(self.folder / f"{index:02}.jpg"), index % 2
+
+
+@pytest.mark.parametrize("fingerprint", [None, "given"])
+@pytest.mark.parametrize("position", [0, 7])
+def test_a_damaged_image_that_is_opened_lazily(position, fingerprint, tmp_path):
+    data = Lazily(tmp_path, [position])
+    with pytest.raises(SourceError, match=rf"Item {position} of Lazily.*[Tt]runcated"):
+        compact(data, tmp_path / "cache", fingerprint=fingerprint)
+    info = compact(data, tmp_path / "cache", fingerprint=fingerprint, on_error="skip")
+    assert (info.num_samples, info.num_unreadable) == (10, 1)
+
+
+def closed():
+    image = picture(7)
+    image.close()
+    return image
+
+
+def endless():
+    within = []
+    within.append(within)
+    return within
+
+
+ODD_ITEMS = {
+    "sparse image": lambda: (torch.eye(6).to_sparse(), 1),
+    "meta image": lambda: (torch.empty(3, 6, 6, device="meta"), 1),
+    "closed image": lambda: (closed(), 1),
+    "five channels": lambda: (torch.zeros(5, 8, 8), 1),
+    "complex": lambda: (torch.zeros(3, 8, 8, dtype=torch.complex64), 1),
+    "endless": lambda: (picture(7), 1, endless()),
+    "without bytes": lambda: (picture(7), 1, (i for i in range(3))),
+}
+
+
+@pytest.mark.parametrize("name", ODD_ITEMS)
+def test_an_odd_item_is_named_or_left_out(name, tmp_path):
+    data = Pictures(broken={7: ODD_ITEMS[name]()})
+    with pytest.raises(SourceError, match="Item 7 of Pictures"):
+        compact(data, tmp_path)
+    # what stands beside a good image leaves the sample readable
+    beside = len(data[7]) > 2
+    assert compact(data, tmp_path, on_error="skip").num_unreadable == (0 if beside else 1)
+
+
+@pytest.mark.parametrize("value", [2**63, 2**70, np.uint64(2**64 - 1)])
+def test_a_class_that_is_no_64_bit_number_is_told(value, tmp_path):
+    with pytest.raises(SourceError, match=r"class of sample 3 is \d+, which is no 64-bit integer"):
+        compact(labelled([0, 1, 0, value, 1, 0]), tmp_path)

@@ -145,3 +145,12 @@ def test_every_part_has_its_own_range_of_values():
 def test_an_empty_subset_is_refused():
     with pytest.raises(SourceError, match="empty"):
         as_source(Subset(Part(0, 3), []))
+
+
+def test_positions_counted_from_the_end():
+    dark, light = ([(Image.new("RGB", (4, 4), (value,) * 3), label)] for value, label in ((0, 0), (255, 1)))
+    subset = Subset(ConcatDataset([dark, light]), [0, -1])
+    source = as_source(subset)
+    assert [source.plain(i)[1] for i in range(2)] == [subset[i][1] for i in range(2)] == [0, 1]
+    assert source.image(1).getpixel((0, 0)) == (255, 255, 255)
+    assert source.labels().values.tolist() == [0, 1]

@@ -323,6 +323,31 @@ def test_young_files_are_not_trusted(tmp_path: Path) -> None:
     assert (memory.file(path), memory.files([path])) != first
 
 
+def test_a_change_within_the_clocks_step_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time_ns()
+    monkeypatch.setattr(digests, "_stamp", lambda path: (5, now, now))
+    memory, path = FileDigestMemory(tmp_path / "m"), tmp_path / "data"
+    path.write_bytes(b"first")
+    first = memory.file(path), memory.files([str(path)])
+    path.write_bytes(b"other")
+    second = memory.file(path), memory.files([str(path)])
+    assert first[0] != second[0]
+    assert first[1] != second[1]
+
+
+def file_in_place(entry: Path) -> None:
+    shutil.rmtree(entry)
+    entry.write_bytes(b"a file")
+
+
+def test_a_file_in_the_place_of_an_entry_is_moved_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = Cache(tmp_path)
+    file_in_place(build(cache))
+    with caplog.at_level(logging.WARNING, logger="dq_lightning"):
+        assert (build(cache) / "a.bin").read_bytes() == b"some bytes"
+    assert "it is no folder" in caplog.text
+
+
 def test_a_memory_that_cannot_be_written_still_answers(tmp_path: Path) -> None:
     (tmp_path / "m").write_text("a file in the way")
     path = old_file(tmp_path / "data", b"x")

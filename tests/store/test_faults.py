@@ -162,6 +162,36 @@ def test_nobody_waits_for_a_dead_or_silent_owner(tmp_path: Path, monkeypatch: py
         assert PackedDataset(cache.build("5-store", PARTS, write))[1][1] == 1
 
 
+def test_a_dead_owner_of_this_machine_is_overtaken_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "SILENCE_SECONDS", 1000.0)
+    cache = Cache(tmp_path)
+    place = cache.root / ".locks" / f"5-store-{cache.key('5-store', PARTS)}"
+    place.parent.mkdir(parents=True)
+    dead = os.fork()
+    if dead == 0:
+        os._exit(0)
+    os.waitpid(dead, 0)
+    owner = {"host": lock.host_name(), "pid": dead, "beat": 3}
+    place.with_name(place.name + ".owner").write_text(json.dumps(owner))
+    # a child of the dead one has inherited the lock
+    with filelock.FileLock(place, thread_local=False):
+        assert PackedDataset(cache.build("5-store", PARTS, write))[1][1] == 1
+
+
+def test_who_comes_second_looks_at_what_the_first_has_made(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    target = cache.place("5-store", PARTS)
+
+    def beside(folder: Path) -> None:
+        write(folder)
+        target.mkdir()
+        (target / "half").write_bytes(b"of an entry")
+
+    entry = cache.build("5-store", PARTS, beside)
+    assert content(entry) == content(build(tmp_path / "undisturbed"))
+
+
 def test_a_writer_that_fails_leaves_nothing_and_its_own_error(tmp_path: Path) -> None:
     def bad(folder: Path) -> None:
         (folder / "half").write_bytes(b"x")

@@ -2,6 +2,7 @@
 
 import collections
 import io
+import os
 import pickle
 import shutil
 import tracemalloc
@@ -194,3 +195,29 @@ def test_writing_needs_bounded_memory(tmp_path: Path) -> None:
         tracemalloc.stop()
     # 600 samples of 64 KiB are 38 MiB; looking ahead holds 4 MiB of them
     assert peak < 24 << 20
+
+
+def test_samples_that_changed_places_are_noticed(tmp_path: Path) -> None:
+    pack(tmp_path / "store", [10, 11, 12, 13])
+    for name in ("column-0.npy", "checksums.npy"):
+        path = tmp_path / "store" / name
+        rows = np.load(path)
+        rows[[1, 2]] = rows[[2, 1]]
+        header = path.stat().st_size - rows.nbytes
+        path.write_bytes(path.read_bytes()[:header] + rows.tobytes())
+    store = PackedDataset(tmp_path / "store", verify="off")
+    assert [store[i] for i in range(4)] == [10, 12, 11, 13]
+    with pytest.raises(StoreError, match=r"checksum|another content"):
+        list(PackedDataset(tmp_path / "store"))
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("name", ["column-0.npy", "checksums.npy", "values.bin"])
+def test_a_file_that_is_cut_under_a_reader_is_an_error(tmp_path: Path, name: str, batched: bool) -> None:
+    count = 3000
+    pack(tmp_path / "store", [(i, "text" * (i % 5)) for i in range(count)])
+    store = PackedDataset(tmp_path / "store")
+    assert store[count - 1][0] == count - 1
+    os.truncate(tmp_path / "store" / name, 100)
+    with pytest.raises(StoreError, match=rf"{name}.*(was cut|ends inside)"):
+        store.__getitems__([count - 1]) if batched else store[count - 1]
