@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from dq_lightning import cli
 from dq_lightning.compact import load_selection
 from dq_lightning.exports.published import read_index
 from dq_lightning.sample_data import SampleCIFAR10
+from dq_lightning.store.lock import host_name
 
 SAMPLE = ["--dataset", "dq_lightning.sample_data.SampleCIFAR10", "--progress", "false"]
 ROWS = [{"instruction": f"Say {i} in words.", "input": "", "output": "x" * (i % 7 + 1)} for i in range(40)]
@@ -320,3 +323,107 @@ def test_stations_need_no_lightning(tmp_path, ready):
     loaded = {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()}
     assert "torch" in loaded
     assert not loaded & {"lightning", "pytorch_lightning", "timm", "transformers", "openai"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Class folders of small images."""
+    for number in range(18):
+        place = tmp_path / "photos" / "abc"[number % 3]
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 255, (9, 7, 3), np.uint8)
+        Image.fromarray(pixels).save(place / f"{number:02}.png")
+    np.save(tmp_path / "eighteen.npy", np.random.default_rng(0).normal(size=(18, 4)).astype(np.float32))
+    return [
+        "--data_path", tmp_path / "photos", "--encoder", tmp_path / "eighteen.npy", "--num_bins", "2", "--progress", "false",
+    ]  # fmt: skip
+
+
+def test_the_command_line_overrides_a_saved_config(tmp_path, folder, capsys):
+    run("quantize", *folder, "--keep_ratio", "0.5", "--seed", "3", "--output", tmp_path / "out")
+    for given, kept in (("0.125", 2), ("0.25", 5), ("1.0", 18)):
+        run("quantize", "--config", tmp_path / "out" / "config.yaml", "--keep_ratio", given, "--seed", "0")
+        assert f"{kept} of 18 samples" in capsys.readouterr().out
+    run("bins", tmp_path / "bins", *folder)
+    run("bins", tmp_path / "ten", "--config", tmp_path / "bins" / "config.yaml", "--num_bins", "3")
+    assert len(list((tmp_path / "ten").glob("*_exp*.npy"))) == 3
+    assert len(list((tmp_path / "bins").glob("*_exp*.npy"))) == 2
+
+
+def test_no_groups_by_a_word(tmp_path, folder):
+    run("bins", tmp_path / "bins", *folder, "--labels", "false")
+    with np.load(tmp_path / "bins" / "bins.npz") as bins:
+        assert not bins["group"].any()
+
+
+def test_an_exported_folder_is_read_back(tmp_path, folder, capsys):
+    run("quantize", *folder, "--keep_ratio", "0.5", "--output", tmp_path / "out")
+    run("export", tmp_path / "out", "imagefolder", tmp_path / "images", *folder[:2])
+    np.save(tmp_path / "nine.npy", np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32))
+    capsys.readouterr()
+    run("quantize", "--data_path", tmp_path / "images", "--encoder", tmp_path / "nine.npy", "--num_bins", "1")
+    assert "1 of 9 samples" in capsys.readouterr().out
+
+
+def test_positions_are_not_exported_from_other_data(tmp_path, folder, capsys):
+    run("quantize", *folder, "--keep_ratio", "0.5", "--output", tmp_path / "out")
+    images = sorted((tmp_path / "photos").rglob("*.png"))
+    images[0].rename(images[0].with_name("zz.png"))
+    said = fails(capsys, "export", tmp_path / "out", "imagefolder", tmp_path / "images", *folder[:2])
+    assert "was made from other data" in said
+    assert not (tmp_path / "images").exists()
+
+
+def test_what_is_in_the_way_of_an_output(tmp_path, folder, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for output in ("file/results", "/proc/nowhere/results"):
+        assert "cannot be written" in fails(capsys, "bins", output, *folder)
+    run("quantize", *folder, "--output", "out")
+    assert "is a folder" in fails(capsys, "export", "out", "parquet", "folder", *folder[:2])
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_merging_looks_at_the_rows(tmp_path, rows_file, capsys):
+    np.save(tmp_path / "more.npy", np.zeros((40, 8), np.float32))
+    run("embed", rows_file, "--output", tmp_path / "pieces", "--encoder", tmp_path / "embeds.npy")
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps([row | {"output": "another"} for row in ROWS]))
+    assert "foreign" in fails(capsys, "embed", other, "--output", tmp_path / "pieces", "--merge")
+    assert not (tmp_path / "pieces" / "alpaca_embeds.npy").exists()
+    small = ["--encoder", tmp_path / "embeds.npy", "--nums", "10"]
+    assert "is of pieces of 10" in fails(capsys, "embed", rows_file, "--output", tmp_path / "pieces", *small)
+    run("embed", rows_file, "--output", tmp_path / "pieces", "--merge")
+
+
+def test_rows_are_written_under_names_that_fit(tmp_path, rows_file, capsys):
+    ready = ["--embeds", tmp_path / "embeds.npy"]
+    assert "written as .json or .jsonl" in fails(capsys, "sample-text", rows_file, tmp_path / "out.npy", *ready)
+    assert "leave embeds= out" in fails(capsys, "sample-text", rows_file, tmp_path / "o.json", *ready, "--random")
+
+
+def test_a_signal_ends_a_command_without_leftovers(tmp_path, folder):
+    code = (
+        "import os, signal, sys\n"
+        "from dq_lightning import cli\n"
+        "from dq_lightning.exports import images\n"
+        "images.write_index = lambda *given: os.kill(os.getpid(), signal.SIGTERM) or signal.pause()\n"
+        "cli.main(sys.argv[1:])\n"
+    )
+    run("quantize", *folder, "--keep_ratio", "0.5", "--output", tmp_path / "out")
+    arguments = ["export", tmp_path / "out", "imagefolder", tmp_path / "images", *folder[:2]]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert done.stderr.strip().endswith("what was finished stays in the cache")
+    assert not list(tmp_path.glob(".images*"))
+    assert not (tmp_path / "images").exists()
+
+
+def test_what_a_killed_command_left_of_an_output_goes(tmp_path, folder):
+    run("quantize", *folder, "--keep_ratio", "0.5", "--output", tmp_path / "out")
+    left = tmp_path / f".images.{host_name()}-{2**22 + 1}-abc"
+    left.mkdir()
+    run("export", tmp_path / "out", "imagefolder", tmp_path / "images", *folder[:2])
+    assert not left.exists()
