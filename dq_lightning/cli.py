@@ -40,9 +40,10 @@ def main(arguments: list[str] | None = None) -> None:
     if given == ["--version"]:
         print(f"dq-lightning {version('dq-lightning')}")
         return
+    before: Any = signal.SIG_DFL
     with suppress(ValueError):  # not in the main thread
         # as an interrupt: what is half written goes, loader processes end
-        signal.signal(signal.SIGTERM, _end)
+        before = signal.signal(signal.SIGTERM, _end)
     # nested settings are listed in the help, not hidden behind a class path
     set_parsing_settings(subclasses_disabled=[JsonFields])
     try:
@@ -56,6 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("dq-lightning: stopped; what was finished stays in the cache", file=sys.stderr)
         sys.exit(130)
+    finally:
+        with suppress(ValueError):
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _end(number: int, frame: object) -> NoReturn:
