@@ -92,8 +92,8 @@ def _by_path(place: Path, split: str) -> Any:
 
 def _has_class_folders(place: Path, split: str) -> bool:
     root = place / split if (place / split).is_dir() else place
-    folders = (path for path in root.iterdir() if path.is_dir())
-    return any(path.suffix.lower() in IMAGES for folder in folders for path in folder.iterdir())
+    folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    return bool(folders) and all(any(p.suffix.lower() in IMAGES for p in folder.iterdir()) for folder in folders)
 
 
 def _folder(place: Path, split: str) -> Any:

@@ -95,6 +95,7 @@ def quantize_dataset(
     from dq_lightning.pipeline import quantize
 
     if output is not None:
+        output = str(Path(output).expanduser())
         check_writable(output)
     info = quantize(
         open_dataset(dataset, data_path, split),

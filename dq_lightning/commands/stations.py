@@ -61,7 +61,7 @@ def bins(
 
     opened = open_dataset(dataset, data_path, split)
     made = bins_of_dataset(opened, config, labels=labels, cache_dir=cache_dir, device=device, progress=progress)
-    folder, name = Path(output), dataset_name(dataset, data_path)
+    folder, name = Path(output).expanduser(), dataset_name(dataset, data_path)
     write_bin_files(folder, name, made)
     place = {"dataset": dataset, "data_path": data_path, "split": split, "labels": labels}
     settings = config.to_dict()
@@ -112,7 +112,7 @@ def sample(
         draw=draw,
         bin_weights=bin_weights,
     )
-    path = write_index(selection.index, Path(output or bins_path) / selection_file(name, keep_ratio))
+    path = write_index(selection.index, Path(output or bins_path).expanduser() / selection_file(name, keep_ratio))
     print(f"{len(selection):,} samples: {path}")
 
 
@@ -170,4 +170,4 @@ def reconstruct(
         device=device,
         progress=progress,
     )
-    print(f"{len(images):,} images: {write_image_folder(images, output)}")
+    print(f"{len(images):,} images: {write_image_folder(images, Path(output).expanduser())}")

@@ -111,6 +111,6 @@ def sample_text(
         index = baseline_selection("random", rows, keep_ratio=ratio, seed=seed).index
     else:
         index = load_selection(quantize(rows, config, cache_dir=cache_dir, device=device, progress=progress).path).index
-    path = write_json(rows, index, output)
+    path = write_json(rows, index, Path(output).expanduser())
     write_index(index, path.with_suffix(".npy"))
     print(f"{len(index):,} of {len(rows):,} rows: {path}, {path.with_suffix('.npy').name}")

@@ -111,7 +111,6 @@ def whole(target: Path, write: Callable[[Path], Any]) -> Path:
     Raises:
         StoreError: there is no place for it.
     """
-    target = target.expanduser()
     check_writable(target.parent)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +140,7 @@ def check_writable(folder: str | Path) -> None:
     Raises:
         StoreError: it is a file, or cannot be made or written.
     """
-    wanted = Path(folder).expanduser().absolute()
+    wanted = Path(folder).absolute()
     place = wanted
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent

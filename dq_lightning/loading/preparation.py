@@ -146,7 +146,8 @@ class Preparation:
         known: list[Known | None] = [None]
 
         def tell() -> None:
-            known[0] = self.train.known()
+            with isolated_random_state():
+                known[0] = self.train.known()
 
         call_on_all(tell, "telling what the data are")
         return next((one for one in gather_from_all(known[0]) if one is not None), None)

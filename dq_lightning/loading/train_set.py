@@ -136,7 +136,9 @@ class _FoundTrainSet:
         """
         plan, compact, self.plan, self.compact = self.plan, self.compact, None, None
         assert plan is not None
-        if compact is None and told is not None and _known(plan, told.source) == told:
+        # what is known by its content alone would have been found: only state may differ
+        by_state = bool(getattr(plan.source, "by_items", False))
+        if compact is None and told is not None and by_state and _known(plan, told.source) == told:
             compact = find_compact(plan, cache, source=told.source)
         if compact is None:
             raise _missing(cache)

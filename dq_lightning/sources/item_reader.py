@@ -89,8 +89,18 @@ class ItemReader(ABC):
         """The plain item and its digest, or what stands for one that can't be read."""
         try:
             item = self.plain(index)
+        except SourceError as error:
+            missing = self._or_unreadable(error)
+            return missing, digest_of(missing)
+        try:
+            return item, digest_of(item)
+        except SourceError:
+            raise  # content that has no bytes: no fault of this one item
+        except Exception as error:
+            failure = error
+        try:
             with self.explaining(index):
-                return item, digest_of(item)
+                raise failure
         except SourceError as error:
             missing = self._or_unreadable(error)
             return missing, digest_of(missing)

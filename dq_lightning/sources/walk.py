@@ -49,7 +49,7 @@ _STREAMS = (random.Random, np.random.Generator, np.random.RandomState, np.random
 # of SQLite, LMDB and their kin: what was written last may stand in another file, or show in no time at all
 _DATABASES = (".db", ".db3", ".sqlite", ".sqlite3", ".mdb", ".lmdb", ".gpkg")
 # names by which code asks for its process's surroundings
-_SURROUNDINGS = frozenset(("environ", "environb", "getenv", "getcwd", "cwd", "expandvars", "expanduser", "home"))
+_SURROUNDINGS = frozenset(("environ", "environb", "getenv", "getcwd", "expandvars", "expanduser"))
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 
 
@@ -72,7 +72,9 @@ class _CodeDescriber(Describer):
         return "visited"
 
     def _code(self, code: types.CodeType, names: set[str]) -> str:
-        self.looks_around = self.looks_around or not _SURROUNDINGS.isdisjoint(code.co_names)
+        # what is asked for at the start is in attributes afterwards
+        reads = code.co_name not in ("__init__", "__new__", "__post_init__")
+        self.looks_around = self.looks_around or (reads and not _SURROUNDINGS.isdisjoint(code.co_names))
         return super()._code(code, names)
 
 
@@ -167,7 +169,11 @@ class Walk:
             except OSError:
                 self._names = []
         place = bisect.bisect_left(self._names, text)
-        return len(text) > 1 and self._names[place : place + 1] != [] and self._names[place].startswith(text)
+        found = self._names[place : place + 1]
+        if len(text) < 2 or not found or not found[0].startswith(text):
+            return False
+        # a number or a name follows; a mere word is no beginning of a file
+        return text[-1] in "_-" or found[0][len(text) :][:1].isdigit()
 
     def _written(self, code: Any) -> None:
         """Add a class or function: what it does, and what of its module it uses."""
@@ -218,7 +224,9 @@ class Walk:
         for key in in_order:
             self.visit(key, depth)
             self.visit(value[key], depth)
-        if in_order != keys:
+        # where files are known otherwise this is identity, which no order of a set may change
+        plain = self._root is None and all(isinstance(key, str | int) for key in keys)
+        if plain and any(one is not other for one, other in zip(in_order, keys, strict=True)):
             # items may be read in the mapping's own order
             self.digester.add([repr(key) for key in keys])
 
@@ -265,7 +273,10 @@ def _slots(kind: type) -> list[str]:
     names = []
     for owner in kind.__mro__:
         slots = vars(owner).get("__slots__", ())
-        names += [slots] if isinstance(slots, str) else list(slots)
+        own = [slots] if isinstance(slots, str) else list(slots)
+        # private names are stored with the name of their class
+        private = f"_{owner.__name__.lstrip('_')}"
+        names += [f"{private}{n}" if n.startswith("__") and not n.endswith("__") else n for n in own]
     return [name for name in names if name not in ("__dict__", "__weakref__")]
 
 
@@ -276,4 +287,4 @@ def _is_below_a_folder(parent: str) -> bool:
         if not set(parent) & set("{}%*?["):
             return False
         parent = parent.rpartition("/")[0]
-    return True
+    return bool(parent)

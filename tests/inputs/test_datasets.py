@@ -192,7 +192,6 @@ ODD_ITEMS = {
     "five channels": lambda: (torch.zeros(5, 8, 8), 1),
     "complex": lambda: (torch.zeros(3, 8, 8, dtype=torch.complex64), 1),
     "endless": lambda: (picture(7), 1, endless()),
-    "without bytes": lambda: (picture(7), 1, (i for i in range(3))),
 }
 
 
