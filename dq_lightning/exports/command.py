@@ -86,14 +86,17 @@ def _opened(path: Path, dataset: Any) -> tuple[Selection, PackedDataset | None, 
     if path.suffix in (".npy", ".npz"):
         index = torch.from_numpy(read_index(path))
         selection, packed, total, text = Selection(index, torch.full((len(index),), -1).short()), None, None, None
+        config: dict[str, Any] = {}
     else:
         compact = open_compact(path, verify="hash")
-        selection, total = compact.selection, compact.info.num_source_samples
+        selection, total, config = compact.selection, compact.info.num_source_samples, compact.config
         packed = PackedDataset(path) if compact.info.kind == "packed" else None
         text = TextConfig.from_dict(compact.config["text"]) if "text" in compact.config else None
     if dataset is None:
         return selection, packed, None
-    source: Any = as_source(dataset, text=text)
+    # as it was seen when the set was made
+    columns = {name: config.get(name) for name in ("image_column", "label_column")}
+    source: Any = as_source(dataset, text=text, on_error=config.get("on_error", "raise"), **columns)
     if (total is not None and len(source) != total) or (len(selection) and int(selection.index[-1]) >= len(source)):
         raise StoreError(
             f"{path} belongs to a dataset of {total or int(selection.index[-1]) + 1:,} samples, the given one "
