@@ -133,8 +133,3 @@ def test_bins_selection_and_store_work_without_lightning():
         "import dq_lightning.bins.make, dq_lightning.selection.select, dq_lightning.store.reader, dq_lightning.pipeline"
     )
     assert not modules_after(code) & {"lightning", "pytorch_lightning", "timm", "datasets", "transformers"}
-
-
-def test_no_file_is_longer_than_a_room():
-    too_long = {place(path): n for path in package_files() if (n := len(path.read_text().splitlines())) > 300}
-    assert set(too_long) <= {"datamodule.py"}, too_long

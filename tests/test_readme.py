@@ -56,10 +56,6 @@ def test_the_tests_behind_the_promises_exist():
     assert named > 15
 
 
-def test_architecture_is_a_page():
-    assert len((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").splitlines()) <= 150
-
-
 def test_every_public_name_can_be_imported():
     for name in dq_lightning.__all__:
         assert getattr(dq_lightning, name).__doc__
