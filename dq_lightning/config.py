@@ -172,6 +172,8 @@ class TextConfig(JsonFields):
     Attributes:
         template: which columns hold what: `"alpaca"` (instruction, input, output), `"prompt"` (prompt, completion),
             `"chat"` (messages), `"plain"` (text), or `"auto"`, by the columns.
+        columns: the columns that hold the text, where they have other names: those of `template` in that order, or of plain
+            text any number, joined line by line. None takes the usual names (`prompts.LAYOUTS`).
         embed: the part of a row that is embedded: `"instruction"` with its input, `"response"`, or `"both"`, as published.
         pooling: of the encoder's tokens; `"auto"` is what the model's own files say.
         normalize: scale every embedding to length 1.
@@ -181,6 +183,7 @@ class TextConfig(JsonFields):
     """
 
     template: Template = "auto"
+    columns: tuple[str, ...] | str | None = None
     embed: EmbeddedText = "both"
     pooling: Pooling = "auto"
     normalize: bool = True
@@ -190,6 +193,10 @@ class TextConfig(JsonFields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.columns, str):
+            object.__setattr__(self, "columns", (self.columns,))
+        if self.columns is not None and not (self.columns and all(isinstance(name, str) for name in self.columns)):
+            raise ConfigError(f"TextConfig.columns must be names of columns, got {self.columns!r}")
         if self.train_length < 8:
             raise ConfigError(f"TextConfig.train_length must be at least 8 tokens, got {self.train_length}")
         for name, choices in (("template", Template), ("embed", EmbeddedText), ("pooling", Pooling)):

@@ -101,6 +101,8 @@ def make_plan(
         modality=source.modality,
         text=config.text,
     )
+    if isinstance(source, TextRows) and spec.reads_samples:
+        source.template()  # columns that can't be read are told before anything long
     if config.features.selection_epochs and not (source.modality == "image" and spec.reads_samples):
         raise ConfigError(
             f"selection_epochs trains a network of images, and features come from {spec.description}: leave it out"

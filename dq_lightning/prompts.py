@@ -1,5 +1,6 @@
 """Text rows: which columns hold the prompt and the response, and which text of a row is embedded. Pure."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -22,26 +23,52 @@ WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 SEPARATOR = "\n"
-# column sets of each template, the first that fits counts: (required, optional)
-COLUMNS: dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = {
-    "alpaca": ((("instruction", "output"), ("input",)),),
-    "prompt": ((("prompt", "completion"), ()), (("prompt", "response"), ())),
-    "chat": ((("messages",), ()), (("conversation",), ())),
-    "plain": ((("text",), ()), (("content",), ())),
+# what an assistant asks of tools, beside or in place of its content
+_CALLS = ("tool_calls", "function_call")
+# how the columns of a data set may be called: (template, required, optional). The first layout whose required columns are
+# there is taken; a row may lack the optional ones, whatever other rows have.
+LAYOUTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("alpaca", ("instruction", "output"), ("input",)),
+    ("prompt", ("prompt", "completion"), ()),
+    ("prompt", ("prompt", "response"), ()),
+    ("chat", ("messages",), ("system",)),
+    ("chat", ("conversation",), ("system",)),
+    ("plain", ("text",), ()),
+    ("plain", ("content",), ()),
+    # ShareGPT, Dolly, questions with answers, and the sentences and pairs of GLUE and its like
+    ("chat", ("conversations",), ("system",)),
+    ("alpaca", ("instruction", "response"), ("context",)),
+    ("prompt", ("question", "answer"), ("context",)),
+    ("prompt", ("query", "response"), ()),
+    ("plain", ("sentence1", "sentence2"), ()),
+    ("plain", ("premise", "hypothesis"), ()),
+    ("plain", ("question1", "question2"), ()),
+    ("plain", ("question", "sentence"), ()),
+    ("plain", ("sentence",), ()),
+)
+# how many columns `config.text.columns` may name for each template, and what they hold
+_NAMED: dict[str, tuple[int, int, str]] = {
+    "alpaca": (2, 3, "instruction, output and perhaps input"),
+    "prompt": (2, 3, "prompt, response and perhaps a context"),
+    "chat": (1, 2, "the messages and perhaps the system's text"),
+    "plain": (1, 1000, "one or more texts"),
 }
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One message of a conversation.
-
-    Attributes:
-        role: `"system"`, `"user"`, `"assistant"`, or what the row calls it.
-        content: its text.
-    """
-
-    role: str
-    content: str
+# ShareGPT's names of the speakers, and those of its successors
+_SPEAKERS = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "function_response": "tool",
+    "observation": "tool",
+}
+Message = dict[str, Any]
+"""One message of a conversation: `role`, `content` (text, parts that hold text, or None beside tool calls), and whatever else
+the row says of it (`name`, `tool_calls`, `tool_call_id`, ...), unchanged. Fields that are None are left out: tables fill them
+in where other messages have some."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +77,19 @@ class Template:
 
     Attributes:
         name: `"alpaca"`, `"prompt"`, `"chat"` or `"plain"`.
-        columns: the columns that it reads, in the order of `COLUMNS`.
+        columns: the columns that it reads: instruction, output, input; prompt, response, context; messages, system; or all
+            texts of plain rows. Those after the required ones may be missing in a row.
     """
 
     name: str
     columns: tuple[str, ...]
 
-    def messages(self, row: Row, index: int | None = None) -> list[Turn]:
+    def messages(self, row: Row, index: int | None = None) -> list[Message]:
         """The row as a conversation, for a tokenizer's chat template.
 
         An Alpaca row is one user turn (instruction and input, without the published wording) and the answer; plain text
-        is one assistant turn.
+        is one assistant turn. ShareGPT's `from` and `value` become `role` and `content`. A conversation ends with the
+        assistant's last message.
 
         Args:
             row: the fields of one sample.
@@ -72,9 +101,9 @@ class Template:
         if self.name == "chat":
             return self._conversation(row, index)
         if self.name == "plain":
-            return [Turn("assistant", _text(row, self.columns[0], index))]
+            return [_turn("assistant", self._response(row, index))]
         question = SEPARATOR.join(self._question(row, index))
-        return [Turn("user", question), Turn("assistant", self._response(row, index))]
+        return [_turn("user", question), _turn("assistant", self._response(row, index))]
 
     def prompt_and_response(self, row: Row, index: int | None = None) -> tuple[str, str]:
         """What the model is given and what it shall answer.
@@ -101,10 +130,10 @@ class Template:
             return filled, self._response(row, index)
         if self.name == "chat":
             turns = self._conversation(row, index)
-            asked = "".join(f"{turn.role}: {turn.content}\n" for turn in turns[:-1])
-            return f"{asked}{turns[-1].role}: ", turns[-1].content
+            asked = "".join(f"{turn['role']}: {message_text(turn)}\n" for turn in turns[:-1])
+            return f"{asked}{turns[-1]['role']}: ", message_text(turns[-1])
         if self.name == "prompt":
-            return _text(row, self.columns[0], index), self._response(row, index)
+            return SEPARATOR.join(self._question(row, index)), self._response(row, index)
         return "", self._response(row, index)
 
     def embedded_text(self, row: Row, part: EmbeddedText = "both", index: int | None = None) -> str:
@@ -120,7 +149,7 @@ class Template:
             SourceError: as `messages`.
         """
         turns = self.messages(row, index)
-        asked, answer = [turn.content for turn in turns[:-1]], turns[-1].content
+        asked, answer = [message_text(turn) for turn in turns[:-1]], message_text(turns[-1])
         chosen = {"instruction": asked, "response": [answer], "both": [*asked, answer]}[part]
         return SEPARATOR.join(text for text in chosen if text)
 
@@ -131,46 +160,53 @@ class Template:
         return [*first, context] if context.strip() else first
 
     def _response(self, row: Row, index: int | None) -> str:
-        return _text(row, self.columns[1] if len(self.columns) > 1 else self.columns[0], index)
+        if self.name == "plain":
+            texts = [_text(row, column, index) for column in self.columns]
+            return texts[0] if len(texts) == 1 else SEPARATOR.join(text for text in texts if text)
+        return _text(row, self.columns[1], index)
 
-    def _conversation(self, row: Row, index: int | None) -> list[Turn]:
+    def _conversation(self, row: Row, index: int | None) -> list[Message]:
         """The messages up to the last one of the assistant."""
         column = self.columns[0]
         seen = row.get(column)
         if not isinstance(seen, Sequence) or isinstance(seen, str | bytes):
             raise SourceError(
-                f"{_place(index)}, column {column!r}: expected a list of messages {{role, content}}, got {_shown(seen)}; "
-                "repair the row or leave it out"
+                f"{_place(index)}, column {column!r}: expected a list of messages {{role, content}} or {{from, value}}, got "
+                f"{_shown(seen)}; repair the row or leave it out"
             )
-        turns = [self._turn(message, column, place, index) for place, message in enumerate(seen)]
-        answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
+        turns = [
+            _message(message, f"{_place(index)}, column {column!r}, message {n}") for n, message in enumerate(seen)
+        ]
+        answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
         if not answers:
+            roles = ", ".join(dict.fromkeys(repr(turn["role"]) for turn in turns)) or "none"
             raise SourceError(
-                f"{_place(index)}, column {column!r}: none of its {len(turns)} messages is of the role 'assistant', so "
-                "there is no response to learn; leave the row out"
+                f"{_place(index)}, column {column!r}: none of its {len(turns)} messages is of the role 'assistant' (the roles "
+                f"are {roles}), so there is no response to learn; leave the row out"
             )
-        return turns[: answers[-1] + 1]
-
-    def _turn(self, message: Any, column: str, place: int, index: int | None) -> Turn:
-        where = f"{_place(index)}, column {column!r}, message {place}"
-        if not isinstance(message, Mapping):
-            raise SourceError(
-                f"{where}: expected {{role, content}}, got {_shown(message)}; repair the row or leave it out"
-            )
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise SourceError(
-                    f"{where}: its {key!r} must be text, got {_shown(message.get(key))}; repair the row or leave it out"
-                )
-        return Turn(message["role"], message["content"])
+        turns = turns[: answers[-1] + 1]
+        system = _text(row, self.columns[1], index, optional=True) if len(self.columns) > 1 else ""
+        return [_turn("system", system), *turns] if system.strip() and turns[0]["role"] != "system" else turns
 
 
-def choose_template(columns: Sequence[str], wanted: TemplateName = "auto") -> Template:
+def message_text(message: Message) -> str:
+    """The text of a message: its content, and what it asks of tools as JSON."""
+    content = message["content"]
+    parts = [content] if isinstance(content, str) else [part["text"] for part in content or ()]
+    parts += [json.dumps(message[key], ensure_ascii=False, default=str) for key in _CALLS if message.get(key)]
+    return SEPARATOR.join(part for part in parts if part) if len(parts) > 1 else "".join(parts)
+
+
+def choose_template(
+    columns: Sequence[str], wanted: TemplateName = "auto", named: Sequence[str] | None = None
+) -> Template:
     """Decide which template reads rows of these columns.
 
     Args:
         columns: names of the columns.
-        wanted: a template by name, or `"auto"`: the first of alpaca, prompt, chat, plain whose columns are there.
+        wanted: a template by name, or `"auto"`: that of the first of `LAYOUTS` whose columns are there; with `named`, plain.
+        named: the columns to read, in place of the usual ones, in the order of `Template.columns`
+            (`config.text.columns`).
 
     Raises:
         ConfigError: `wanted` is no template's name.
@@ -178,19 +214,60 @@ def choose_template(columns: Sequence[str], wanted: TemplateName = "auto") -> Te
     """
     if wanted not in get_args(TemplateName):
         raise ConfigError(f"the template must be one of {', '.join(map(repr, get_args(TemplateName)))}, got {wanted!r}")
-    for name in COLUMNS if wanted == "auto" else [wanted]:
-        for required, optional in COLUMNS[name]:
-            if set(required) <= set(columns):
-                return Template(name, (*required, *(column for column in optional if column in columns)))
-    needs = "; ".join(
-        f"{name}: {' or '.join(' + '.join(required) for required, _ in COLUMNS[name])}"
-        for name in (COLUMNS if wanted == "auto" else [wanted])
-    )
-    seen = ", ".join(map(repr, columns)) or "none"
+    if named is not None:
+        return _named_template("plain" if wanted == "auto" else wanted, tuple(named), columns)
+    layouts = [layout for layout in LAYOUTS if wanted in ("auto", layout[0])]
+    for name, required, optional in layouts:
+        if set(required) <= set(columns):
+            return Template(name, (*required, *optional))
+    needs = "; ".join(f"{name}: {' + '.join(required)}" for name, required, _ in layouts)
     raise SourceError(
-        f"the columns are {seen}, but the template {wanted!r} needs ({needs}). Rename the columns "
-        "(dataset.rename_column), or set config.text.template to one that fits"
+        f"the columns are {_listed(columns)}, which is no layout of the template {wanted!r} ({needs}). Name the columns that "
+        "hold the text with config.text.columns, "
+        'for instance TextConfig(columns=("review",)) or TextConfig(template="prompt", columns=("question", "reply"))'
     )
+
+
+def _named_template(name: TemplateName, named: tuple[str, ...], columns: Sequence[str]) -> Template:
+    least, most, what = _NAMED[name]
+    if not least <= len(named) <= most:
+        raise ConfigError(f"config.text.columns names {_listed(named)}, but the template {name!r} reads {what}")
+    missing = [column for column in named[: len(named) if name == "plain" else least] if column not in columns]
+    if missing:
+        raise SourceError(
+            f"config.text.columns names {_listed(missing)}, but the columns are {_listed(columns)}; pass some of these"
+        )
+    return Template(name, named)
+
+
+def _turn(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _message(given: Any, where: str) -> Message:
+    """A message of a row in its one form."""
+    if not isinstance(given, Mapping):
+        raise SourceError(f"{where}: expected {{role, content}}, got {_shown(given)}; repair the row or leave it out")
+    rest = {key: value for key, value in given.items() if value is not None}
+    shared = "role" not in rest and "from" in rest
+    role_key, content_key = ("from", "value") if shared else ("role", "content")
+    role, content = rest.pop(role_key, None), rest.pop(content_key, None)
+    if not isinstance(role, str):
+        raise SourceError(f"{where}: its {role_key!r} must be text, got {_shown(role)}; repair the row or leave it out")
+    if shared:
+        role = _SPEAKERS.get(role.lower(), role)
+    calls = content is None and any(rest.get(key) for key in _CALLS)
+    if not (isinstance(content, str) or calls or _is_text_parts(content)):
+        raise SourceError(
+            f"{where}: its {content_key!r} must be text, got {_shown(content)}; repair the row or leave it out"
+        )
+    return {"role": role, "content": content, **rest}
+
+
+def _is_text_parts(content: Any) -> bool:
+    """Whether a content is a list of parts {type, text} that all hold text."""
+    parts = isinstance(content, Sequence) and not isinstance(content, str | bytes) and len(content) > 0
+    return parts and all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content)
 
 
 def _text(row: Row, column: str, index: int | None, *, optional: bool = False) -> str:
@@ -202,6 +279,10 @@ def _text(row: Row, column: str, index: int | None, *, optional: bool = False) -
             f"{_place(index)}, column {column!r}: expected text, got {_shown(value)}; repair the row or leave it out"
         )
     return value
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"
 
 
 def _place(index: int | None) -> str:

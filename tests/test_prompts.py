@@ -5,9 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dq_lightning.errors import ConfigError, SourceError
-from dq_lightning.prompts import Template, Turn, choose_template
+from dq_lightning.prompts import Template, choose_template, message_text
 
 ALPACA = ("instruction", "input", "output")
+
+
+def turns(*said):
+    return [{"role": role, "content": content} for role, content in said]
 
 
 def row(instruction="Add.", context="2 and 3", output="5"):
@@ -18,10 +22,19 @@ def row(instruction="Add.", context="2 and 3", output="5"):
     ("columns", "name", "read"),
     [
         (ALPACA, "alpaca", ("instruction", "output", "input")),
-        (("output", "id", "instruction"), "alpaca", ("instruction", "output")),
+        (("output", "id", "instruction"), "alpaca", ("instruction", "output", "input")),
         (("prompt", "completion", "text"), "prompt", ("prompt", "completion")),
         (("response", "prompt"), "prompt", ("prompt", "response")),
-        (("messages", "source"), "chat", ("messages",)),
+        (("messages", "source"), "chat", ("messages", "system")),
+        (("id", "conversations"), "chat", ("conversations", "system")),
+        (("context", "instruction", "response"), "alpaca", ("instruction", "response", "context")),
+        (("question", "answer"), "prompt", ("question", "answer", "context")),
+        (("idx", "label", "sentence"), "plain", ("sentence",)),
+        (("idx", "label", "sentence1", "sentence2"), "plain", ("sentence1", "sentence2")),
+        (("premise", "hypothesis", "label"), "plain", ("premise", "hypothesis")),
+        (("question", "sentence"), "plain", ("question", "sentence")),
+        # what was read as plain text before the pairs were known still is
+        (("text", "question", "answer"), "plain", ("text",)),
         (("text", "label"), "plain", ("text",)),
         ((*ALPACA, "text"), "alpaca", ("instruction", "output", "input")),
     ],
@@ -35,9 +48,9 @@ def test_a_name_overrides_the_columns():
 
 
 def test_columns_that_do_not_fit_are_named_with_the_way_out():
-    with pytest.raises(SourceError, match=r"'question', 'answer'.*instruction \+ output.*template"):
-        choose_template(("question", "answer"))
-    with pytest.raises(SourceError, match="'chat' needs"):
+    with pytest.raises(SourceError, match=r"'review', 'stars'.*instruction \+ output.*config\.text\.columns"):
+        choose_template(("review", "stars"))
+    with pytest.raises(SourceError, match="template 'chat'"):
         choose_template(ALPACA, "chat")
     with pytest.raises(ConfigError, match="'vicuna'"):
         choose_template(ALPACA, "vicuna")
@@ -80,8 +93,7 @@ def test_embedded_text_is_the_parts_that_are_there_one_a_line():
     assert template.embedded_text(row(), "instruction") == "Add.\n2 and 3"
     assert template.embedded_text(row(), "response") == "5"
     chat = choose_template(("messages",))
-    turns = [("system", "Be short."), ("user", "2 + 3?"), ("assistant", "5"), ("user", "Thanks")]
-    asked = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    asked = {"messages": turns(("system", "Be short."), ("user", "2 + 3?"), ("assistant", "5"), ("user", "Thanks"))}
     assert chat.embedded_text(asked) == "Be short.\n2 + 3?\n5"
     assert chat.embedded_text(asked, "instruction") == "Be short.\n2 + 3?"
     assert chat.embedded_text(asked, "response") == "5"
@@ -89,18 +101,18 @@ def test_embedded_text_is_the_parts_that_are_there_one_a_line():
 
 
 def test_messages_of_every_kind_of_row():
-    assert choose_template(ALPACA).messages(row()) == [Turn("user", "Add.\n2 and 3"), Turn("assistant", "5")]
+    assert choose_template(ALPACA).messages(row()) == turns(("user", "Add.\n2 and 3"), ("assistant", "5"))
     prompt = choose_template(("prompt", "completion"))
-    assert prompt.messages({"prompt": "a", "completion": "b"}) == [Turn("user", "a"), Turn("assistant", "b")]
+    assert prompt.messages({"prompt": "a", "completion": "b"}) == turns(("user", "a"), ("assistant", "b"))
     assert prompt.prompt_and_response({"prompt": "a", "completion": "b"}) == ("a", "b")
     assert choose_template(("text",)).prompt_and_response({"text": "a"}) == ("", "a")
 
 
 def test_the_last_assistant_message_is_the_response():
     template = choose_template(("messages",))
-    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
-    given_row = {"messages": [{"role": role, "content": content, "id": 3} for role, content in turns]}
-    assert template.messages(given_row) == [Turn(*turn) for turn in turns[:4]]
+    said = turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e"))
+    given_row = {"messages": [turn | {"id": 3} for turn in said]}
+    assert template.messages(given_row) == given_row["messages"][:4]
     assert template.prompt_and_response(given_row) == ("user: a\nassistant: b\nuser: c\nassistant: ", "d")
 
 
@@ -133,3 +145,67 @@ def test_an_input_that_is_no_text_is_an_error_too():
 def test_conversations_that_cannot_be_read_say_where(messages, message):
     with pytest.raises(SourceError, match=message):
         choose_template(("messages",)).messages({"messages": messages}, 4)
+
+
+SHAREGPT = [("system", "Be short."), ("human", "2 + 3?"), ("gpt", "5"), ("tool", "ok"), ("gpt", "Done")]
+PLAIN = turns(("system", "Be short."), ("user", "2 + 3?"), ("assistant", "5"), ("tool", "ok"), ("assistant", "Done"))
+
+
+def test_sharegpt_is_the_same_conversation_under_other_names():
+    template = choose_template(("id", "conversations"))
+    shared = {"conversations": [{"from": speaker, "value": said, "weight": 1} for speaker, said in SHAREGPT]}
+    assert template.messages(shared) == [turn | {"weight": 1} for turn in PLAIN]
+    assert template.embedded_text(shared) == "Be short.\n2 + 3?\n5\nok\nDone"
+    # the system's text may stand in a column of its own
+    asked = {"conversations": shared["conversations"][1:], "system": "Be short."}
+    assert [turn["content"] for turn in template.messages(asked)] == [turn["content"] for turn in PLAIN]
+    assert template.messages(shared | {"system": "Other"}) == template.messages(shared)
+    # other conversations with role and content may stand in the same column
+    assert template.messages({"conversations": PLAIN}) == PLAIN
+    with pytest.raises(SourceError, match="row 2, column 'conversations', message 0: its 'value' must be text"):
+        template.messages({"conversations": [{"from": "human", "value": 3}]}, 2)
+    with pytest.raises(SourceError, match="the roles are 'user', 'alien'"):
+        template.messages({"conversations": [{"from": "human", "value": "a"}, {"from": "alien", "value": "b"}]})
+
+
+def test_what_a_message_holds_besides_stays_and_what_a_table_fills_in_goes():
+    calls = [{"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}]
+    said = [
+        {"role": "user", "content": [{"type": "text", "text": "2 + "}, {"type": "text", "text": "3?"}], "name": "Ada"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": "5", "tool_call_id": "7"},
+        {"role": "assistant", "content": "It is 5."},
+    ]
+    template = choose_template(("messages", "tools"))
+    assert template.messages({"messages": said}) == said
+    filled = [dict.fromkeys(("name", "tool_calls", "tool_call_id")) | message for message in said]
+    assert template.messages({"messages": filled}) == said
+    assert message_text(said[0]) == "2 + \n3?"
+    assert '"name": "add"' in template.embedded_text({"messages": said[:2]}, "response")
+    for content in (None, [], [{"type": "image"}], ["a"]):
+        with pytest.raises(SourceError, match="message 0: its 'content' must be text"):
+            template.messages({"messages": [{"role": "assistant", "content": content}]})
+
+
+def test_columns_by_name():
+    columns = ("review", "stars", "title", "ask", "say", "more")
+    assert choose_template(columns, named=("title", "review")) == Template("plain", ("title", "review"))
+    both = choose_template(columns, named=("title", "review"))
+    assert both.embedded_text({"title": "Good", "review": "Very"}) == "Good\nVery"
+    assert both.prompt_and_response({"title": "", "review": "Very"}) == ("", "Very")
+    with pytest.raises(SourceError, match="row 3, column 'review'"):
+        both.embedded_text({"title": "Good", "review": None}, index=3)
+    asked = choose_template(columns, "prompt", ("ask", "say", "more"))
+    assert asked.prompt_and_response({"ask": "a", "say": "b"}) == ("a", "b")
+    assert asked.prompt_and_response({"ask": "a", "say": "b", "more": "c"}) == ("a\nc", "b")
+    with pytest.raises(SourceError, match=r"names 'titel', but the columns are 'review'"):
+        choose_template(columns, named=("titel",))
+    with pytest.raises(ConfigError, match="reads instruction, output and perhaps input"):
+        choose_template(columns, "alpaca", ("ask",))
+
+
+def test_an_optional_column_is_read_wherever_a_row_has_it():
+    # the first row decides nothing for the others
+    template = choose_template(["instruction", "output"])
+    assert template.embedded_text({"instruction": "a", "output": "b"}) == "a\nb"
+    assert template.embedded_text(row()) == "Add.\n2 and 3\n5"

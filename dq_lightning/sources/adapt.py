@@ -54,7 +54,7 @@ def as_source(
             batch, as for `set_transform`.
         target_transform: likewise.
         text: how rows of text are read. Rows of a Hugging Face dataset or a list are text when they hold strings and no
-            image; those of other datasets when a template is named here.
+            image; those of other datasets when a template or columns are named here.
         on_error: `"skip"` lets identity and classes pass over items that can't be read; reading such an item itself is an
             error either way.
 
@@ -149,7 +149,7 @@ def _adapt(dataset: Any, text: TextConfig, *options: Any) -> ItemSource:
             "streaming=False, or collect it with datasets.Dataset.from_generator."
         )
     if kind == "Dataset":
-        is_text = options[0] is None and (text.template != "auto" or hub_is_text(dataset))
+        is_text = options[0] is None and (_named_as_text(text) or hub_is_text(dataset))
         return HubTextSource(dataset, *options) if is_text else HubSource(dataset, *options)
     if isinstance(dataset, str | Path):
         return _rows_of_file(dataset, *options)
@@ -162,11 +162,16 @@ def _adapt(dataset: Any, text: TextConfig, *options: Any) -> ItemSource:
     if isinstance(dataset, ConcatDataset) and by_torch:
         return _concatenation(dataset, [_adapt(part, text, *options) for part in filled_parts(dataset)])
     in_memory = isinstance(dataset, list | tuple) and is_row(dataset[0])
-    if options[0] is None and (in_memory or text.template != "auto"):
+    if options[0] is None and (in_memory or _named_as_text(text)):
         return _rows(dataset, None, *options)
     if arrays_of(dataset) is not None:
         return ArraySource(dataset, *options)
     return FileSource(dataset, *options) if file_list(dataset) is not None else MapSource(dataset, *options)
+
+
+def _named_as_text(text: TextConfig) -> bool:
+    """Whether the settings say that the rows hold text."""
+    return text.template != "auto" or text.columns is not None
 
 
 def _concatenation(dataset: Any, parts: list[ItemSource]) -> ItemSource:

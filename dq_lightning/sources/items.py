@@ -128,7 +128,8 @@ def find_image(item: Any, wanted: str | None) -> Leaf:
     seen = "no image" if not leaves else f"{len(leaves)} images"
     raise SourceError(
         f"An item of the dataset has {seen}: {outline(item)}. Pass image_column= with the key or position of the image "
-        "(a PIL image or an array [H, W], [C, H, W] or [H, W, C])."
+        "(a PIL image or an array [H, W], [C, H, W] or [H, W, C]); for rows of text name their columns with config.text, "
+        'as TextConfig(columns=("sentence",)).'
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image
 
 from dq_lightning.config import TextConfig
-from dq_lightning.errors import SourceError
+from dq_lightning.errors import ConfigError, SourceError
 from dq_lightning.prompts import Template, choose_template
 from dq_lightning.records import DigestMemory, EncodedImage, Labels
 from dq_lightning.sources.hub import HubSource
@@ -41,8 +41,15 @@ class TextRows(ItemSource):
 
         Raises:
             SourceError: the columns fit no template.
+            ConfigError: the part that is to be embedded is one that its rows do not have.
         """
-        return choose_template(self.columns(), self.settings.template)
+        template = choose_template(self.columns(), self.settings.template, self.settings.columns)
+        if template.name == "plain" and self.settings.embed == "instruction":
+            raise ConfigError(
+                f'config.text.embed="instruction", but plain text ({", ".join(template.columns)}) has no instruction: leave it '
+                "out, or name the columns with config.text.template and config.text.columns"
+            )
+        return template
 
     def text(self, index: int) -> str:
         """The text of a row that is embedded.
@@ -60,8 +67,9 @@ class TextRows(ItemSource):
 
     def text_identity(self) -> dict[str, Any]:
         """What decides, beside the rows, which text is embedded."""
-        template = self.template()
-        return {"template": template.name, "columns": list(template.columns), "embed": self.settings.embed}
+        template, there = self.template(), set(self.columns())
+        read = [name for name in template.columns if name in there]
+        return {"template": template.name, "columns": read, "embed": self.settings.embed}
 
     # in place of the image
 
@@ -114,7 +122,8 @@ class HubTextSource(TextRows, HubSource):
 
     def rows(self, positions: Sequence[int]) -> list[Mapping[str, Any]]:
         # one read for all: reading row by row costs more than tokenizing
-        wanted = self.plain_dataset.select_columns(list(self.template().columns))
+        there = set(self.plain_dataset.column_names)
+        wanted = self.plain_dataset.select_columns([name for name in self.template().columns if name in there])
         together = range(positions[0], positions[-1] + 1) if len(positions) else range(0)
         batch = wanted[together.start : together.stop] if list(together) == list(positions) else wanted[list(positions)]
         return [dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True)]
@@ -169,6 +178,11 @@ class TextSubsetSource(TextRows, SubsetSource):
 
 class TextConcatSource(TextRows, ConcatSource):
     """Several sources of text, one after the other."""
+
+    parts: list[TextRows]  # type: ignore[assignment]
+
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(name for part in self.parts for name in part.columns()))
 
 
 def hub_is_text(dataset: Any) -> bool:

@@ -20,7 +20,7 @@ class TokenLoading:
 
     Args:
         tokenizer: of transformers, or its name or folder.
-        config: `template`, `train_length` and `pack_rows` are used.
+        config: `template`, `columns`, `train_length` and `pack_rows` are used.
         seed: of the order.
     """
 
@@ -34,7 +34,13 @@ class TokenLoading:
         """The rows of a dataset, encoded at the first call."""
         if id(dataset) not in self._encoded:
             config = self.config
-            rows = encode_rows(dataset, self._tokenizer, template=config.template, max_length=config.train_length)
+            rows = encode_rows(
+                dataset,
+                self._tokenizer,
+                template=config.template,
+                columns=config.columns,
+                max_length=config.train_length,
+            )
             self._encoded[id(dataset)] = dataset, rows
         return self._encoded[id(dataset)][1]
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from dq_lightning.config import Template as TemplateName
 from dq_lightning.errors import ConfigError
 from dq_lightning.logs import get_logger
-from dq_lightning.prompts import Template, Turn, choose_template
+from dq_lightning.prompts import Message, Template, choose_template
 from dq_lightning.tokens.tokenizer import load_tokenizer
 
 # what the loss of every transformers model leaves out
@@ -102,6 +102,7 @@ def encode_rows(
     tokenizer: Any,
     *,
     template: TemplateName = "auto",
+    columns: Sequence[str] | None = None,
     max_length: int = 512,
     use_chat_template: bool | None = None,
 ) -> TokenRows:
@@ -115,6 +116,7 @@ def encode_rows(
         rows: map-style, of dicts: a list, a Hugging Face dataset, a compact set.
         tokenizer: of transformers, or its name or folder.
         template: which columns hold what; by the columns when `"auto"`.
+        columns: the columns to read, where they have other names; see `choose_template`.
         max_length: tokens of a row at most.
         use_chat_template: write rows by the tokenizer's chat template, and learn every assistant message; None does so for
             conversations when there is one. False, or a tokenizer without one, uses the published wording of `prompts.py`.
@@ -126,7 +128,7 @@ def encode_rows(
     if max_length < 8:
         raise ConfigError(f"max_length={max_length} leaves no room for a prompt and a response; pass at least 8")
     tokenizer = load_tokenizer(tokenizer)
-    reading = choose_template(_columns(rows), template)
+    reading = choose_template(_columns(rows), template, columns)
     writes = getattr(tokenizer, "chat_template", None) is not None
     if use_chat_template and not writes:
         raise ConfigError("use_chat_template=True, but the tokenizer has no chat template; set tokenizer.chat_template")
@@ -209,13 +211,12 @@ class _Encoder:
         return [list(ids) for ids in encoded["input_ids"]]
 
 
-def chat_segments(tokenizer: Any, turns: Sequence[Turn], index: int) -> list[Segment]:
+def chat_segments(tokenizer: Any, messages: Sequence[Message], index: int) -> list[Segment]:
     """A conversation as the tokenizer's chat template writes it, the assistant's messages marked to be learned.
 
     Raises:
         ConfigError: the template fails, or does not continue what it wrote for the beginning of the conversation.
     """
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
 
     def written(count: int, *, asks: bool) -> str:
         if count == 0:
@@ -228,14 +229,14 @@ def chat_segments(tokenizer: Any, turns: Sequence[Turn], index: int) -> list[Seg
                 "use_chat_template=False"
             ) from error
 
-    whole, segments, done = written(len(turns), asks=False), [], 0
-    for place in [n for n, turn in enumerate(turns) if turn.role == "assistant"]:
+    whole, segments, done = written(len(messages), asks=False), [], 0
+    for place in [n for n, message in enumerate(messages) if message["role"] == "assistant"]:
         before, after = written(place, asks=True), written(place + 1, asks=False)
         follows = whole.startswith(before) and whole.startswith(after) and done <= len(before) <= len(after)
         if follows:
             segments += [Segment(whole[done : len(before)], False), Segment(whole[len(before) : len(after)], True)]
             done = len(after)
-        elif place == len(turns) - 1:
+        elif place == len(messages) - 1:
             raise ConfigError(
                 f"row {index}: the tokenizer's chat template does not write a conversation as a continuation of its beginning, "
                 "so responses cannot be found in it; pass use_chat_template=False"

@@ -12,8 +12,9 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Subset
 from torch.utils.data import Dataset as TorchDataset
 
-from dq_lightning.config import TextConfig
+from dq_lightning.config import FeatureConfig, QuantizeConfig, TextConfig
 from dq_lightning.errors import ConfigError, SourceError
+from dq_lightning.plan import make_plan
 from dq_lightning.sources.adapt import as_source, grouping_id
 from dq_lightning.sources.base import Source
 from dq_lightning.sources.jsonl import is_rows_file, read_rows
@@ -183,10 +184,48 @@ def test_datasets_with_images_stay_images():
 
 
 def test_columns_that_fit_no_template_are_told_when_text_is_needed(memory):
-    source = as_source([{"question": "a", "answer": "b"}])
+    source = as_source([{"review": "a", "reply": "b"}])
     assert source.digest(memory)  # ready-made embeddings need no text
-    with pytest.raises(SourceError, match="'question', 'answer'"):
+    with pytest.raises(SourceError, match="'review', 'reply'"):
         source.text(0)
+    named = as_source(source, text=TextConfig(columns="review"))
+    assert named.texts([0]) == ["a"]
+    with pytest.raises(SourceError, match="'review', 'reply'"):
+        make_plan([{"review": "a", "reply": "b"}] * 3, QuantizeConfig(features=FeatureConfig(encoder="some/model")))
+
+
+PAIRS = [{"sentence1": f"a{i}", "sentence2": f"b{i}", "label": i % 2, "idx": i} for i in range(4)]
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list, RowDataset])
+def test_pairs_of_sentences_and_columns_by_name(kind, memory):
+    text = TextConfig(columns=("sentence1", "sentence2"))
+    named = as_source(kind(PAIRS), text=text, labels="label")
+    assert named.texts([1, 3]) == ["a1\nb1", "a3\nb3"]
+    assert named.labels().values.tolist() == [0, 1, 0, 1]
+    one = as_source(kind(PAIRS), text=TextConfig(columns="sentence2"))
+    assert one.text(2) == "b2"
+    assert one.text_identity() != named.text_identity()
+    assert TextConfig.from_dict(TextConfig(columns="sentence2").to_dict()) == TextConfig(columns=("sentence2",))
+    with pytest.raises(SourceError, match="names 'sentences', but the columns are 'sentence1'"):
+        as_source(kind(PAIRS), text=TextConfig(columns="sentences")).template()
+    if kind is not RowDataset:
+        assert as_source(kind(PAIRS)).texts([1]) == ["a1\nb1"]
+    else:
+        with pytest.raises(SourceError, match=r"rows of text.*TextConfig\(columns="):
+            as_source(kind(PAIRS)).image(0)
+
+
+def test_the_first_row_and_the_first_part_decide_for_no_other(memory):
+    bare = {"instruction": "Add.", "output": "5"}
+    for given in ([bare, ROWS[0]], ConcatDataset([[bare], [ROWS[0]]]), RowDataset([bare, ROWS[0]])):
+        source = as_source(given, text=TextConfig(template="alpaca"))
+        assert source.texts([0, 1]) == ["Add.\n5", TEXTS[0]]
+
+
+def test_plain_text_has_no_instruction_to_embed():
+    with pytest.raises(ConfigError, match="no instruction"):
+        as_source([{"text": "a"}], text=TextConfig(embed="instruction")).texts([0])
 
 
 @pytest.mark.parametrize("cell", [None, 3, ["a"]])
