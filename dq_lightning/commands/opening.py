@@ -2,17 +2,23 @@
 
 import inspect
 import os
+import re
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from dq_lightning.errors import DQError, SourceError
+from dq_lightning.prompts import LAYOUTS
 from dq_lightning.sources.jsonl import is_rows_file
 
 HUB = "hub:"
 # what the published scripts call a folder of class folders below train/ and val/
 FOLDERS = ("ImageNet", "ImageFolder")
+# pandas would take NA, N/A, None, null and more words for missing cells
+_CSV_CELLS: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+# whole numbers of 64 bits, written in the one usual way
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 TABLES = (".parquet", ".arrow", ".csv")
 # as torchvision's ImageFolder
 IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -110,14 +116,53 @@ def _table(paths: list[Path]) -> Any:
     names: list[Any] = [os.fspath(path) for path in paths]
     if kind == ".arrow":
         return _opened(lambda: concatenate_datasets([Dataset.from_file(name) for name in names]), names[0])
-    read = Dataset.from_parquet if kind == ".parquet" else Dataset.from_csv
-    return _opened(lambda: read(names), names[0])
+    if kind == ".csv":
+        return _opened(lambda: _csv(names), names[0])
+    return _opened(lambda: Dataset.from_parquet(names), names[0])
+
+
+def _csv(names: list[Any]) -> Any:
+    """Rows of CSV files, their cells as they are written; an empty cell is missing, and no word stands for a missing one.
+
+    A column becomes numbers only where every cell is written as a number would be, and never where it may be text by its name.
+    """
+    import pandas as pd  # type: ignore[import-untyped]  # comes with `datasets`, which reads CSV by it
+    from datasets import Dataset, Value
+
+    columns = list(pd.read_csv(names[0], nrows=0).columns)
+    text = Dataset.from_csv(names, features=_features(dict.fromkeys(columns, Value("string"))), **_CSV_CELLS)
+    texts = {column for _, required, optional in LAYOUTS for column in (*required, *optional)}
+    kinds = {name: "string" if name in texts else _kind_of(text[name]) for name in columns}
+    return text.cast(_features({name: Value(kind) for name, kind in kinds.items()}))
+
+
+def _features(columns: dict[str, Any]) -> Any:
+    from datasets import Features
+
+    made: Any = Features
+    return made(columns)
+
+
+def _kind_of(cells: Any) -> str:
+    """`"int64"` or `"float64"` where writing the numbers again gives the very cells, else `"string"`."""
+    seen = {cell for cell in cells if cell is not None}
+    if seen and all(_INTEGER.fullmatch(cell) for cell in seen):
+        return "int64"
+    try:
+        return "float64" if seen and all(repr(float(cell)) == cell for cell in seen) else "string"
+    except ValueError:
+        return "string"
 
 
 def _hub(name: str, split: str) -> Any:
-    from datasets import load_dataset
+    from datasets import load_dataset, load_dataset_builder
 
-    return _opened(lambda: load_dataset(name, split=split), name)
+    def load() -> Any:
+        # a repository of CSV files is read by pandas, too
+        of_csv = hasattr(load_dataset_builder(name).config, "keep_default_na")
+        return load_dataset(name, split=split, **(_CSV_CELLS if of_csv else {}))
+
+    return _opened(load, name)
 
 
 def _split_of(found: Any, split: str) -> Any:
