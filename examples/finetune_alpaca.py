@@ -9,12 +9,12 @@ The first line does all at once: the rows are embedded by ENCODER (a name or fol
 of ready-made embeddings, one row for each row of the file), put into bins, sampled, cached and tokenized by the data module.
 The last one trains on all rows of a file, and measures the loss on rows of another.
 The model and its tokenizer are a name or folder of transformers; the result is such a folder again. Defaults are the published
-ones: 9 epochs, batches of 4, 4 of them a step, AdamW (0.9, 0.95), weight decay 0.1, 8e-6 falling linearly, bf16, tf32.
+ones: 9 epochs, batches of 4, 4 of them a step, AdamW (0.9, 0.95), weight decay 0.1, 8e-6 falling linearly, bf16, tf32. The
+weights are float32, in training and in the result, in whatever precision the checkpoint is stored.
 """
 
 import argparse
 import json
-import lzma
 import shlex
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedul
 
 from dq_lightning import QuantizeConfig, QuantizedDataModule
 from dq_lightning.config import TextConfig
+from dq_lightning.errors import DQError
+from dq_lightning.sources import jsonl
 from dq_lightning.tokens.batches import make_token_loader
 from dq_lightning.tokens.rows import IGNORED, encode_rows
 from dq_lightning.tokens.tokenizer import padding_id
@@ -35,14 +37,26 @@ from dq_lightning.tokens.tokenizer import padding_id
 class FineTuner(L.LightningModule):
     """Any causal language model of transformers; the loss is over the tokens that have labels."""
 
-    def __init__(self, model: str, learning_rate: float, weight_decay: float) -> None:
+    def __init__(self, model: str, learning_rate: float, weight_decay: float, vocabulary: int = 0) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.network = AutoModelForCausalLM.from_pretrained(model)
+        # The optimizer changes float32 weights; --precision says in what the network computes. In the half precision that most
+        # checkpoints are stored in, a step of 8e-6 is rounded away (bfloat16) or ends in NaN (float16).
+        self.network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self.network.train()  # transformers loads for inference, without dropout
         self.network.config.use_cache = False
+        embedded = self.network.get_input_embeddings().num_embeddings
+        if vocabulary > embedded:
+            print(f"the tokenizer has {vocabulary:,} tokens, the model embeds {embedded:,}: new rows are added to it")
+            self.network.resize_token_embeddings(vocabulary)
 
     def training_step(self, batch, batch_index):
         loss = self.network(**batch).loss
+        if not torch.isfinite(loss):
+            raise SystemExit(
+                f"the loss is {float(loss)} at step {self.trainer.global_step:,}, so the model is lost and nothing is saved: "
+                "lower --learning-rate, or pass --precision bf16-mixed or 32-true"
+            )
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
@@ -125,16 +139,11 @@ def quantized_data(rows: list[dict], others: list[dict], tokenizer, args: argpar
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of a JSON list or of JSON lines, packed by xz or not."""
-    opener = lzma.open if path.suffix == ".xz" else open
+    """Rows of a JSON list or of JSON lines, packed by xz, gz, bz2 or not."""
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            text = file.read()
-    except OSError as error:
-        raise SystemExit(f"{path} cannot be read: {error.strerror or error}") from error
-    if ".jsonl" in path.name:
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    return json.loads(text)
+        return jsonl.read_rows(path)
+    except DQError as error:
+        raise SystemExit(str(error)) from error
 
 
 def make_strategy(args: argparse.Namespace, network: torch.nn.Module):
@@ -158,6 +167,11 @@ def save(trainer: L.Trainer, module: FineTuner, tokenizer, folder: Path) -> None
     state = trainer.strategy.lightning_module_state_dict()
     if not trainer.is_global_zero:
         return
+    if lost := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise SystemExit(
+            f"{len(lost)} of {len(state)} tensors are not finite after the last step ({lost[0]}), so nothing is saved: lower "
+            "--learning-rate, or pass --precision bf16-mixed or 32-true"
+        )
     names = {name.removeprefix("network."): value for name, value in state.items()}
     module.network.config.use_cache = True
     module.network.save_pretrained(folder, state_dict=names)
@@ -207,7 +221,8 @@ def main() -> dict[str, float]:
     torch.set_float32_matmul_precision("high")  # tf32
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     data = make_data(tokenizer, args)
-    module = FineTuner(args.model, args.learning_rate, args.weight_decay)
+    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    module = FineTuner(args.model, args.learning_rate, args.weight_decay, vocabulary)
     trainer = L.Trainer(
         max_epochs=args.epochs,
         accumulate_grad_batches=args.accumulate,

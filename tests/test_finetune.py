@@ -122,6 +122,47 @@ def test_recipe_and_sharding(small_model, monkeypatch):
     assert wrapped == ["network.model.layers.0", "network.model.layers.1"]
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_weights_are_float32_with_dropout_whatever_the_checkpoint_is_stored_in(small_model, tmp_path, stored):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(small_model, dtype=stored).save_pretrained(tmp_path / "half")
+    tuner = example().FineTuner(str(tmp_path / "half"), 8e-6, 0.1)
+    assert {parameter.dtype for parameter in tuner.parameters()} == {torch.float32}
+    assert all(part.training for part in tuner.modules())
+    weight = tuner.network.model.norm.weight
+    before = weight.detach().clone()
+    batch = {"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}
+    tuner.network(**batch).loss.backward()
+    torch.optim.AdamW(tuner.parameters(), 8e-6).step()
+    # a step of the published size; in bfloat16 it is smaller than half a unit in the last place of 1
+    assert 0 < (weight - before).abs().max() < 1e-4
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_embeds(small_model, capsys):
+    module, size = example(), len(byte_tokenizer())
+    assert module.FineTuner(str(small_model), 1e-3, 0.1, size).network.get_input_embeddings().num_embeddings == size
+    tuner = module.FineTuner(str(small_model), 1e-3, 0.1, size + 3)
+    assert "new rows" in capsys.readouterr().out
+    batch = {"input_ids": torch.tensor([[1, size + 2]]), "labels": torch.tensor([[1, size + 2]])}
+    assert tuner.network(**batch).loss.isfinite()
+
+
+def test_a_loss_that_is_lost_stops_and_saves_nothing(small_model, tmp_path, monkeypatch):
+    module = example()
+    (tmp_path / "data.json").write_text(json.dumps([row | {"output": f"{n}"} for n, row in enumerate(ROWS)]))
+    np.save(tmp_path / "rows.npy", np.arange(20))
+    command = [
+        "finetune_alpaca.py", "--model", str(small_model), "--data", str(tmp_path / "data.json"), "--rows",
+        str(tmp_path / "rows.npy"), "--output", str(tmp_path / "out"), "--held-out", "4", "--epochs", "1", "--accumulate", "1",
+        "--precision", "32-true", "--accelerator", "cpu", "--quiet", "--learning-rate", "1e30",
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit, match=r"nothing is saved: lower --learning-rate"):
+        module.main()
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
 def test_rows_of_every_kind_of_file(tmp_path):
     import lzma
 
@@ -129,7 +170,9 @@ def test_rows_of_every_kind_of_file(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(ROWS))
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n")
     (tmp_path / "a.json.xz").write_bytes(lzma.compress(json.dumps(ROWS).encode()))
-    for name in ("a.json", "a.jsonl", "a.json.xz"):
+    (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(ROWS).encode())
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, ROWS)))
+    for name in ("a.json", "a.jsonl", "a.json.xz", "bom.json", "lines.json"):
         assert module.read_rows(tmp_path / name) == ROWS
 
 
