@@ -261,7 +261,11 @@ def _message(given: Any, where: str) -> Message:
         raise SourceError(
             f"{where}: its {content_key!r} must be text, got {_shown(content)}; repair the row or leave it out"
         )
-    return {"role": role, "content": content, **rest}
+    made = {"role": role, "content": content, **rest}
+    _check_characters(content if isinstance(content, str) else "", where)
+    if rest or not isinstance(content, str):
+        _check_characters(json.dumps(made, ensure_ascii=False, default=str), where)
+    return made
 
 
 def _is_text_parts(content: Any) -> bool:
@@ -278,7 +282,19 @@ def _text(row: Row, column: str, index: int | None, *, optional: bool = False) -
         raise SourceError(
             f"{_place(index)}, column {column!r}: expected text, got {_shown(value)}; repair the row or leave it out"
         )
+    _check_characters(value, f"{_place(index)}, column {column!r}")
     return value
+
+
+def _check_characters(text: str, where: str) -> None:
+    """JSON can hold half of a character (a lone surrogate), which no tokenizer and no server takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SourceError(
+            f"{where}: the text holds {error.object[error.start : error.start + 1]!r} at position {error.start}, which "
+            "is half of a character (a lone surrogate); repair the row or leave it out"
+        ) from error
 
 
 def _listed(names: Sequence[str]) -> str:

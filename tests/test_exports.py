@@ -10,6 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Value, load_from_disk
 
 from dq_lightning.errors import StoreError
 from dq_lightning.exports.rows import write_dataset, write_index, write_json
+from dq_lightning.sources.jsonl import read_rows
 
 ROWS = [
     {
@@ -69,6 +70,26 @@ def test_dataset_of_plain_rows_replaces_an_older_one(tmp_path):
         assert load_from_disk(tmp_path / "set").to_list() == [rows[i] for i in kept]
     assert load_from_disk(tmp_path / "set").column_names == ["b", "a"]
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+def test_dataset_of_rows_that_differ(tmp_path):
+    rows = [{"a": 1, "b": [1, "x"]}, {"a": "x", "b": [], "c": {"k": 1}}, {"a": None, "b": [{"k": 2}], "c": {"l": "z"}}]
+    write_dataset(rows, torch.arange(3), tmp_path / "set")
+    # a field that the first row lacks is there, and no field is filled into what is nested
+    assert load_from_disk(tmp_path / "set").to_list() == [rows[0] | {"c": None}, *rows[1:]]
+    for cell in (object(), (1, 2), {3: "x"}, b"bytes"):
+        with pytest.raises(StoreError, match=r"column 'a' cannot be written.*write json instead"):
+            write_dataset([*rows[:2], {"a": cell}], torch.arange(3), tmp_path / "set")
+    with pytest.raises(StoreError, match=r"column 'text' cannot be written.*surrogates.*write json instead"):
+        write_dataset([{"n": 1, "text": "\ud83d"}], torch.arange(1), tmp_path / "set")
+
+
+@pytest.mark.parametrize("name", ["kept.json", "kept.jsonl"])
+def test_half_a_character_is_written_as_its_escape(tmp_path, name):
+    rows = [{"text": "ok \U0001f600"}, {"text": "\ud83d half", "\udc00": ["\udfff"]}]
+    path = write_json(rows, torch.arange(2), tmp_path / name)
+    assert read_rows(path) == rows
+    assert "\U0001f600" in path.read_text(encoding="utf-8")
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path):

@@ -125,6 +125,19 @@ def test_cells_that_are_no_text_name_row_and_column(cell, column):
             read(row() | {column: cell}, 7)
 
 
+def test_half_a_character_names_row_and_column():
+    said = {"messages": turns(("user", "a"), ("assistant", "b\ud83d"))}
+    called = {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"name": "\udc00"}]}]}
+    plain = choose_template(("text",))
+    for read in (choose_template(("messages",)).messages, choose_template(("messages",)).embedded_text):
+        for given_row, place in ((said, "message 1"), (called, "message 0")):
+            with pytest.raises(SourceError, match=f"row 4, column 'messages', {place}.*half of a character"):
+                read(given_row, index=4)
+    with pytest.raises(SourceError, match=r"row 4, column 'text'.*ud83d.*position 1.*half of a character"):
+        plain.embedded_text({"text": "a\ud83d"}, index=4)
+    assert plain.embedded_text({"text": "\U0001f600"}) == "\U0001f600"
+
+
 def test_an_input_that_is_no_text_is_an_error_too():
     with pytest.raises(SourceError, match=r"row 0, column 'input'.*int 3"):
         choose_template(ALPACA).embedded_text(row(context=3), index=0)

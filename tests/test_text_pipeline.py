@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
+from torch.utils.data import ConcatDataset, Subset
 
 from dq_lightning.compact import open_compact, open_packed
 from dq_lightning.config import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig, TextConfig
-from dq_lightning.errors import FeatureError
+from dq_lightning.errors import FeatureError, SourceError, StoreError
+from dq_lightning.exports.command import export_set
 from dq_lightning.pipeline import quantize
+from dq_lightning.sources.jsonl import read_rows
 
 WORDS = ["red", "blue", "tree", "house", "grün", "水", "run", "sleep"]
 CONFIG = QuantizeConfig(bins=BinConfig(num_bins=3), selection=SelectionConfig(keep_ratio=0.4))
@@ -128,6 +131,36 @@ def test_settings_from_json_name_the_embeddings(tmp_path):
     config = QuantizeConfig(features=FeatureConfig(encoder=str(tmp_path / "made.npy")), selection=CONFIG.selection)
     config = QuantizeConfig.from_json(config.to_json())
     assert quantize(rows(), config, progress=False).num_samples == 8
+
+
+@pytest.mark.parametrize("store", ["indices", "packed"])
+def test_half_a_character_is_told_before_the_work_or_left_out(store, tmp_path):
+    halved = rows()
+    halved[11]["output"] = "red \ud83d"
+    model = str(_tiny_model(tmp_path / "model"))
+    config = QuantizeConfig.from_dict(CONFIG.to_dict() | {"store": store})
+    with pytest.raises(SourceError, match=r"row 11, column 'output'.*half of a character"):
+        run(halved, config, encoder=model)
+    info = run(halved, QuantizeConfig.from_dict(config.to_dict() | {"on_error": "skip"}), encoder=model)
+    assert info.num_unreadable == 1
+    assert 11 not in kept(info)
+    # ready-made embeddings read no text: the row is kept and delivered as it is
+    whole = run(halved, QuantizeConfig.from_dict(config.to_dict() | {"selection": {"keep_ratio": 1.0}}))
+    delivered = open_packed(whole.path) if store == "packed" else halved
+    assert delivered[11] == halved[11]
+    data = None if store == "packed" else halved
+    assert read_rows(export_set(whole.path, "json", str(tmp_path / "out.json"), dataset=data)) == halved
+
+
+@pytest.mark.parametrize("kind", ["packed", "list", "subset", "concat"])
+def test_text_sets_become_hugging_face_datasets(kind, tmp_path):
+    made = [row | {"mixed": row["id"] if row["id"] % 2 else "two"} for row in rows()]
+    data = {"subset": Subset(made, range(20)), "concat": ConcatDataset([made[:5], made[5:]])}.get(kind, made)
+    info = run(data, packed(CONFIG) if kind == "packed" else CONFIG)
+    export_set(info.path, "huggingface", str(tmp_path / "set"), dataset=None if kind == "packed" else data)
+    assert load_from_disk(tmp_path / "set").to_list() == [made[i] for i in kept(info)]
+    with pytest.raises(StoreError, match="json, huggingface or indices"):
+        export_set(info.path, "parquet", str(tmp_path / "x"), dataset=None if kind == "packed" else data)
 
 
 def test_a_wrong_number_of_embeddings_is_told():

@@ -16,6 +16,8 @@ from dq_lightning.exports.samples import KeptImages, kept_of_source, kept_of_sto
 from dq_lightning.plan import GIVEN
 from dq_lightning.records import Selection
 from dq_lightning.sources.adapt import as_source
+from dq_lightning.sources.hub import hub_kind
+from dq_lightning.sources.text import is_row
 from dq_lightning.store.cache import Cache, default_cache_dir
 from dq_lightning.store.manifest import read_manifest
 from dq_lightning.store.reader import PackedDataset
@@ -66,7 +68,7 @@ def export_set(
     selection, packed, source = _opened(path, dataset)
     if format == "indices":
         return _write_indices(Path(output), selection, packed, source, name)
-    if format == "json" or (source is not None and source.modality == "text"):
+    if format == "json" or _holds_text(packed, source):
         return _write_rows(format, output, selection, packed, source)
     images: KeptImages
     if source is not None and (packed is None or not packed.has_patches):
@@ -122,6 +124,25 @@ def _check_content(path: Path, source: Any) -> None:
         )
 
 
+def _holds_text(packed: PackedDataset | None, source: Any) -> bool:
+    if source is not None:
+        return bool(source.modality == "text")
+    return packed is not None and len(packed) > 0 and is_row(packed[0])
+
+
+class _PlainRows:
+    """The rows of a source by position."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._source.plain(index)
+
+
 def _write_indices(output: Path, selection: Selection, packed: PackedDataset | None, source: Any, name: str) -> str:
     path = output if output.suffix == ".npy" else output / f"select_indices_{name}.npy"
     write_index(selection.index, path)
@@ -139,7 +160,11 @@ def _write_rows(format: str, output: str, selection: Selection, packed: PackedDa
         raise StoreError(f"json holds rows of text, {source.describe()} holds images: choose another format")
     if source is None and packed is None:
         raise _needs_dataset("this set")
-    rows = packed if packed is not None else source.plain_dataset
+    if packed is not None:
+        rows: Any = packed
+    else:
+        # a table stays one, with its features
+        rows = source.plain_dataset if hub_kind(getattr(source, "plain_dataset", None)) else _PlainRows(source)
     index = torch.arange(len(packed)) if packed is not None else selection.index
     if len(rows) and not hasattr(rows[int(index[0])], "keys"):
         raise StoreError("the samples are no rows of named fields: choose another format than json")

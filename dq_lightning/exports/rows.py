@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,6 +16,9 @@ from torch import Tensor
 from dq_lightning.errors import StoreError
 from dq_lightning.sources.hub import hub_kind
 from dq_lightning.store.lock import host_name, process_alive
+
+# halves of characters (lone surrogates)
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 def write_json(rows: Any, index: Tensor, path: str | Path) -> Path:
@@ -51,10 +55,8 @@ def write_dataset(rows: Any, index: Tensor, path: str | Path) -> Path:
         path: a folder that does not exist, or holds such a dataset, which is replaced.
 
     Raises:
-        StoreError: a row does not exist, or the folder holds something else.
+        StoreError: a row does not exist, a column holds what a dataset can't, or the folder holds something else.
     """
-    from datasets import Dataset
-
     target = Path(path)
     if target.exists() and not (target / "dataset_info.json").is_file():
         raise StoreError(f"{target} exists and is no dataset of ours; pass another folder")
@@ -63,8 +65,37 @@ def write_dataset(rows: Any, index: Tensor, path: str | Path) -> Path:
         # without this the whole table would be written, and a list of positions
         kept = rows.select(index.tolist()).flatten_indices()
     else:
-        kept = Dataset.from_list([dict(row) for _, row in _kept(rows, index)])
+        kept = _as_table([dict(row) for _, row in _kept(rows, index)])
     return whole(target, kept.save_to_disk)
+
+
+def _as_table(rows: list[dict[str, Any]]) -> Any:
+    """A Hugging Face dataset of rows: None where a row lacks a field, and JSON where a column has no one type."""
+    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+    try:
+        return _table(columns)
+    except Exception as error:
+        whole = error
+    for name, cells in columns.items():
+        try:
+            _table({name: cells})
+        except Exception as error:
+            raise StoreError(
+                f"column {name!r} cannot be written as a dataset ({type(error).__name__}: {error}): write json instead, or "
+                "leave the column out"
+            ) from error
+    raise StoreError(f"the rows cannot be written as a dataset ({whole}): write json instead") from whole
+
+
+def _table(columns: dict[str, list[Any]]) -> Any:
+    from datasets import Dataset
+
+    made = Dataset.from_dict(columns, on_mixed_types="use_json")
+    for name, feature in made.features.items():
+        # what JSON has no words for would be written as some text
+        if "Json(" in repr(feature) and json.loads(json.dumps(columns[name])) != columns[name]:
+            raise ValueError("it has no one type, and holds what JSON has no words for")
+    return made
 
 
 def write_index(index: Tensor, path: str | Path) -> Path:
@@ -94,7 +125,9 @@ def _check(rows: Any, index: Tensor) -> None:
 def _as_json(row: Any, number: int, indent: int | None = None) -> str:
     try:
         # NaN is no JSON: other readers stop at it
-        return json.dumps(dict(row), ensure_ascii=False, indent=indent, allow_nan=False)
+        text = json.dumps(dict(row), ensure_ascii=False, indent=indent, allow_nan=False)
+        # half a character has no bytes, but an escape
+        return _HALVES.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
     except (TypeError, ValueError) as error:
         raise StoreError(
             f"row {number} cannot be written as JSON ({error}); leave the column out, or write a dataset instead"

@@ -31,8 +31,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a file: a JSON list of objects, or one JSON object a line (empty lines are passed over).
 
     Args:
-        path: `.json` or `.jsonl`, optionally `.xz`, `.gz` or `.bz2` behind; UTF-8. A `.json` file with one object a line is
-            read as such.
+        path: `.json` or `.jsonl`, optionally `.xz`, `.gz` or `.bz2` behind; UTF-8 or UTF-16. Which of the two it is is told by
+            the content, whatever the name says.
 
     Returns:
         One dict a row, with all its fields in the file's order.
@@ -45,11 +45,14 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         raise SourceError(f"{path} is not named like a file of rows: expected {NAMES}")
     opener = _OPENERS.get(path.suffix.lower(), open)
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            text = file.read()
+        with opener(path, "rb") as file:
+            data = file.read()
+        # with or without a mark of the byte order; Windows writes UTF-16, too
+        text = data.decode(json.detect_encoding(data))
     except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
         raise SourceError(f"{path} can't be read: {type(error).__name__}: {error}") from error
-    rows = _parsed_list(text, path) if text.lstrip().startswith("[") and _kind(path) == ".json" else _lines(text, path)
+    # what the file holds decides, not what it is called
+    rows = _parsed_list(text, path) if text.lstrip().startswith("[") else _lines(text, path)
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise SourceError(f"{path}, row {number}: expected an object {{field: value}}, got {_shown(row)}")
@@ -73,10 +76,24 @@ def _lines(text: str, path: Path) -> list[Any]:
         try:
             rows.append(json.loads(line))
         except _NO_JSON as error:
+            _check_not_one_object(text, path)
             raise SourceError(
                 f"{path}, line {number} is no valid JSON: {error}; repair the line or remove it"
             ) from error
     return rows
+
+
+def _check_not_one_object(text: str, path: Path) -> None:
+    """Tell of a file that holds its rows inside of an object, over many lines."""
+    try:
+        whole = json.loads(text)
+    except _NO_JSON:
+        return
+    lists = [repr(name) for name, value in whole.items() if isinstance(value, list)] if isinstance(whole, dict) else []
+    raise SourceError(
+        f"{path} holds one JSON {type(whole).__name__}, not a list of rows: "
+        + (f"save its list {' or '.join(lists)} as a file of its own" if lists else "save the rows as a JSON list")
+    )
 
 
 def _shown(value: Any) -> str:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from dq_lightning.config import FeatureConfig, QuantizeConfig, TextConfig
 from dq_lightning.errors import ConfigError, SourceError
+from dq_lightning.features.readable import find_unreadable
 from dq_lightning.plan import make_plan
 from dq_lightning.sources.adapt import as_source, grouping_id
 from dq_lightning.sources.base import Source
@@ -287,6 +288,33 @@ def test_damaged_files_say_where(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SourceError, match=message):
         as_source(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["list.jsonl", "list.json", "lines.json", "lines.jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
+def test_what_a_file_holds_counts_not_its_name(tmp_path, name, encoding):
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+    text = lines if name.startswith("lines") else json.dumps(ROWS, ensure_ascii=False, indent=1)
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    assert read_rows(tmp_path / name) == ROWS
+
+
+def test_rows_inside_of_an_object_are_named(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"version": 1, "data": ROWS}, indent=1))
+    with pytest.raises(SourceError, match="one JSON dict, not a list of rows: save its list 'data'"):
+        read_rows(tmp_path / "a.json")
+
+
+def test_half_a_character_stops_nothing_but_the_reading_of_its_text(tmp_path, memory):
+    halved = [*ROWS[:2], ROWS[2] | {"output": "\ud83d", "task": "\udc00"}]
+    (tmp_path / "a.json").write_text(json.dumps(halved))
+    source = as_source(tmp_path / "a.json", labels="task", on_error="skip")
+    assert source.plain(2) == halved[2]
+    assert source.digest(memory) == as_source(halved).digest(memory)
+    assert source.labels().num_classes == 3
+    with pytest.raises(SourceError, match=r"row 2, column 'output'.*half of a character"):
+        source.texts(range(3))
+    assert find_unreadable(source, progress=False).tolist() == [2]
 
 
 def test_paths_that_are_no_file_of_rows(tmp_path):
