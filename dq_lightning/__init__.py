@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from dq_lightning.bins.make import make_bins
     from dq_lightning.compact import load_selection
     from dq_lightning.config import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig
-    from dq_lightning.datamodule import QuantizedDataModule
     from dq_lightning.errors import DQError
+    from dq_lightning.lightning import QuantizedDataModule
     from dq_lightning.patch_config import PatchConfig
     from dq_lightning.patches.mae import load_mae
     from dq_lightning.pipeline import quantize
@@ -32,7 +32,7 @@ _HOMES = {
     "PatchChoice": "records",
     "PatchConfig": "patch_config",
     "QuantizeConfig": "config",
-    "QuantizedDataModule": "datamodule",
+    "QuantizedDataModule": "lightning",
     "Selection": "records",
     "SelectionConfig": "config",
     "StoreInfo": "records",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dq_lightning.binning import bins_of, tell_lost_classes
 from dq_lightning.compact import Compact, open_compact, write_description
-from dq_lightning.errors import CacheError, SourceError
+from dq_lightning.errors import CacheError, ConfigError, SourceError
 from dq_lightning.features.extract import extract_features
 from dq_lightning.features.loading import telling_of_lost_loaders
 from dq_lightning.features.readable import find_unreadable, without_labels
@@ -35,6 +35,7 @@ from dq_lightning.plan import (
     SELECTION,
     STORE,
     Plan,
+    keeps_all,
     source_identity,
     usable_parts,
 )
@@ -85,8 +86,7 @@ class Build:
         identities = self.plan.identities(cache.memory)
         if identities is None:
             raise CacheError(
-                f"the identity of {self.plan.encoder.description} or of another network could not be recorded in "
-                f"{cache.root}; pass a cache_dir= that can be written"
+                f"the identity of a network could not be recorded in {cache.root}; pass a cache_dir= that can be written"
             )
         self.source = source
         self.usable = usable_parts(self.plan, source, identities)
@@ -116,14 +116,14 @@ class Build:
 
     def _reason(self, station: str) -> str:
         """Why something is computed, and what is not."""
-        encoder = f"; encoder: {self.plan.encoder.description}"
+        encoder = "" if self.plan.encoder is None else f"; encoder: {self.plan.encoder.description}"
         if self.force:
             return f"computing everything because force_recompute=True{encoder}"
         why = self.cache.explain_miss(station, self.parts[station])
         reusable = {
             STORE: "the packed patches",
-            PATCHES: "features, bins, selection and saliency",
-            SELECTION: "features, bins and selection",
+            PATCHES: "features, bins, selection and saliency" if self.plan.chosen is None else "selection and saliency",
+            SELECTION: "features, bins and selection" if self.plan.chosen is None else "selection",
             BINS: "features and bins",
             FEATURES: "features",
         }
@@ -191,6 +191,10 @@ class Build:
             self.cache.load(STORE, self.parts[STORE], self._write_store, fill)
 
     def _write_selection(self, folder: Path) -> None:
+        if self.plan.chosen is not None:
+            with self._timed("selection"):
+                write_selection(folder, self._given(self.plan.chosen))
+            return
         bins = self._load(BINS, self._write_bins, read_bins)
         settings = self.plan.config.selection
         with self._timed("selection"):
@@ -203,6 +207,27 @@ class Build:
             )
         tell_lost_classes(self.plan, bins, selection)
         write_selection(folder, selection)
+
+    def _given(self, chosen: Tensor) -> Selection:
+        """The samples that need no features to be chosen, without those that cannot be read where these are skipped."""
+        source, config = self.plan.source, self.plan.config
+        source.check_repeatable()
+        total, unreadable = len(chosen), 0
+        if config.on_error == "skip":
+            left_out = find_unreadable(
+                source,
+                positions=chosen,
+                num_workers=config.features.num_workers,
+                progress=self.progress,
+                shards=self._shards(SELECTION, "reading", part="reading"),
+            )
+            chosen, unreadable = chosen[~torch.isin(chosen, left_out)], len(left_out)
+        if unreadable and keeps_all(config):
+            raise ConfigError(
+                f"keep_ratio=1.0 of {total} samples wants all, but {unreadable} can't be read; lower keep_ratio, or pass the "
+                "others as indices="
+            )
+        return Selection(chosen, torch.full((len(chosen),), -1, dtype=torch.int16), unreadable)
 
     def _write_bins(self, folder: Path) -> None:
         features = self._load(FEATURES, self._write_features, read_features)
@@ -234,6 +259,7 @@ class Build:
                     shards=self._shards(FEATURES, "reading", part="reading"),
                 )
             learned = labels if labels is None or left_out is None else without_labels(labels, left_out)
+            assert self.plan.encoder is not None
             encoder = with_selection_epochs(self.plan.encoder, self.plan.source, learned, settings, self.progress)
             features = extract_features(
                 self.plan.source,

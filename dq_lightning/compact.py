@@ -7,7 +7,7 @@ from typing import Any, Literal
 from dq_lightning.config import VerifyPolicy
 from dq_lightning.errors import CacheError, DQError, StoreError
 from dq_lightning.patch_bytes import PatchFacts
-from dq_lightning.plan import BINS, FILLED, STORE, Parts, Plan, source_identity, usable_parts
+from dq_lightning.plan import BINS, FILLED, STORE, Parts, Plan, keeps_all, source_identity, usable_parts
 from dq_lightning.records import Bins, Selection, StoreInfo
 from dq_lightning.store.cache import Cache
 from dq_lightning.store.files import read_sealed, seal, write_bytes
@@ -46,14 +46,19 @@ def write_description(folder: Path, plan: Plan, patches: PatchFacts | None = Non
     labels = plan.labels
     # a source that was passed in may have been made with columns that the config does not name
     columns = {name: getattr(plan.source, name, None) for name in ("image_column", "label_column")}
+    config = plan.config.to_dict()
+    if plan.chosen is not None:
+        # these had no say
+        config = {name: value for name, value in config.items() if name not in ("features", "bins")}
+        config["selection"] = {"keep_ratio": 1.0} if keeps_all(plan.config) else {"indices": plan.chosen_id}
     described = {
         "kind": plan.store_kind,
         "source": plan.source.describe(),
-        "encoder": plan.encoder.description,
+        "encoder": None if plan.encoder is None else plan.encoder.description,
         "num_source_samples": len(plan.source),
         "num_classes": labels.num_classes if labels is not None else None,
         "class_names": list(labels.names) if labels is not None and labels.names is not None else None,
-        "config": plan.config.to_dict() | columns,
+        "config": config | columns,
         "patches": None if patches is None else asdict(patches),
     }
     write_bytes(folder / COMPACT_FILE, seal(described))
@@ -178,6 +183,11 @@ def read_bins_of(compact: Compact, cache: Cache) -> Bins:
     Raises:
         CacheError: they are not in this cache.
     """
+    if compact.parts and BINS not in compact.parts:
+        raise CacheError(
+            f"there are no bins behind the compact set {compact.info.path}: its samples were given as indices=, or all were "
+            "kept. make_bins makes bins of any features"
+        )
     path = cache.find(BINS, compact.parts[BINS]) if BINS in compact.parts else None
     if path is None:
         raise CacheError(

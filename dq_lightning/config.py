@@ -1,6 +1,7 @@
 """Every setting of the flow: frozen dataclasses, validated when made, JSON both ways."""
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from dq_lightning.errors import ConfigError
@@ -238,33 +239,74 @@ class QuantizeConfig(JsonFields):
         check_choice("QuantizeConfig", "on_error", self.on_error, OnError)
 
 
-def with_short_forms(config: QuantizeConfig | None, values: dict[str, Any]) -> QuantizeConfig:
+# whatever a user may pass as `config=`
+AnyConfig = QuantizeConfig | dict[str, Any] | str | Path
+# of the file that `dq-lightning quantize --output` leaves: they say which dataset it was
+PLACES = ("dataset", "data_path", "split")
+
+
+def as_config(config: AnyConfig | None) -> QuantizeConfig:
+    """Settings from what a user passed as `config=`.
+
+    Args:
+        config: settings, a dict of them as `to_dict` gives, a YAML or JSON file of them, such as the `config.yaml` that
+            `dq-lightning quantize --output` writes (the dataset that it names is not opened), or None for the defaults.
+
+    Raises:
+        ConfigError: it is none of these, the file can't be read, or a field is unknown or out of range.
+    """
+    if config is None:
+        return QuantizeConfig()
+    if isinstance(config, QuantizeConfig):
+        return config
+    if isinstance(config, str | Path):
+        values = _read_settings(Path(config).expanduser())
+        config = {name: value for name, value in values.items() if name not in PLACES}
+    if not isinstance(config, dict):
+        raise ConfigError(
+            f"config must be a QuantizeConfig, a dict of its fields, or a YAML or JSON file, got {type(config).__name__}"
+        )
+    return QuantizeConfig.from_dict(config)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; JSON is YAML too."""
+    import yaml
+
+    tools: Any = yaml
+    try:
+        values = tools.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"config={str(path)!r} cannot be read as a YAML or JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config={str(path)!r} holds no settings but a {type(values).__name__}")
+    return values
+
+
+def with_short_forms(config: AnyConfig | None, values: dict[str, Any]) -> QuantizeConfig:
     """Put keyword short forms into a config.
 
     Args:
-        config: the user's config, or None for the defaults.
-        values: dotted field names (`"selection.keep_ratio"`) and the keywords' values. A keyword that equals the field's
-            default counts as not given.
+        config: see `as_config`.
+        values: dotted field names (`"selection.keep_ratio"`) and the keywords' values; None is a keyword that was not given.
 
     Raises:
-        ConfigError: a keyword and the config both differ from the default and from each other.
+        ConfigError: a keyword was given, and the config, which differs from the default there, says something else.
     """
-    default = QuantizeConfig()
-    config = config or default
+    default, made = QuantizeConfig(), as_config(config)
     for path, value in values.items():
         owner, _, name = path.rpartition(".")
-        current = getattr(config, owner) if owner else config
+        current = getattr(made, owner) if owner else made
         standard = getattr(getattr(default, owner) if owner else default, name)
         seen = getattr(current, name)
-        if value in (standard, seen):
+        if value is None or value == seen:
             continue
         if seen != standard:
             raise ConfigError(
                 f"{name}={value!r} was passed as a keyword, but config.{path} is {seen!r}: set it in one place only"
             )
-        changed = _replaced(current, name, value)
-        config = _replaced(config, owner, changed) if owner else changed
-    return config
+        made = replace_fields(made, {path: value})
+    return made
 
 
 def replace_fields(config: QuantizeConfig, values: dict[str, Any]) -> QuantizeConfig:
@@ -277,7 +319,8 @@ def replace_fields(config: QuantizeConfig, values: dict[str, Any]) -> QuantizeCo
     for path, value in values.items():
         if value is not None:
             owner, _, name = path.rpartition(".")
-            config = _replaced(config, owner, _replaced(getattr(config, owner), name, value))
+            changed = _replaced(getattr(config, owner), name, value) if owner else value
+            config = _replaced(config, owner or name, changed)
     return config
 
 

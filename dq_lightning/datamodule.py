@@ -1,19 +1,38 @@
-"""QuantizedDataModule: the Lightning hooks around the flow. Of the library, only this file imports lightning."""
+"""What a quantized data module does: Lightning's hooks around the flow, for both packages that Lightning comes in.
 
-from collections.abc import Callable
+`lightning` and `pytorch_lightning` are installed side by side and share no class, and a Trainer takes data modules of its own
+package alone. So the hooks stand here, in a class without a base, and `lightning.py` and `pytorch.py` put one base class each
+under them.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
 from dq_lightning.compact import read_bins_of
-from dq_lightning.config import OnError, QuantizeConfig, StoreKind, VerifyPolicy
+from dq_lightning.config import AnyConfig, OnError, StoreKind, VerifyPolicy
 from dq_lightning.errors import ConfigError
 from dq_lightning.loading.batch_filling import BatchFiller, check_batch_transform, is_unfilled
-from dq_lightning.loading.inner import check_given, defined_by_user, is_datamodule, overridden_transfer_hooks
-from dq_lightning.loading.loaders import AutoBool, AutoInt, LoaderSettings, make_eval_loaders, make_loader
+from dq_lightning.loading.inner import (
+    AnyDataModule,
+    check_given,
+    check_package,
+    defined_by_user,
+    is_datamodule,
+    not_iterable,
+    overridden_transfer_hooks,
+)
+from dq_lightning.loading.loaders import (
+    AutoBool,
+    AutoInt,
+    LoaderSettings,
+    check_loader_numbers,
+    make_eval_loaders,
+    make_loader,
+)
 from dq_lightning.loading.preparation import Preparation
 from dq_lightning.loading.steps import report_steps
 from dq_lightning.loading.store_train_set import StoreFolder, make_train_set
@@ -22,18 +41,27 @@ from dq_lightning.loading.wanted import want
 from dq_lightning.logs import get_logger
 from dq_lightning.patch_config import Reconstruct
 from dq_lightning.records import Bins, Selection, StoreInfo
+from dq_lightning.selection.given import Indices
 from dq_lightning.tokens.loading import TokenLoading
+
+if TYPE_CHECKING:
+    from lightning import LightningDataModule as Base
+else:
+    Base = object
 
 # Any takes all that `train` may be. The classes before it, Dataset without its type, let LightningCLI change one argument of a
 # dataset of the YAML file on the command line
-Data = Dataset | L.LightningDataModule | Any  # type: ignore[type-arg]
+Data = Dataset | AnyDataModule | Any  # type: ignore[type-arg]
+# of ours, which a model may look for in a wrapped data module
+HIDING = ("config", "info", "selection", "bins", "data_keep_ratio", "eval_batch_size")
 
 
-class QuantizedDataModule(L.LightningDataModule):
+class QuantizedHooks(Base):
     """Loaders over a compact set of a training set, chosen by Dataset Quantization (Zhou et al. 2023).
 
     The work is done once, in `prepare_data`, and kept in a cache; later runs start training at once. What the train loader
-    gives has the type, structure and transform that the wrapped dataset gives.
+    gives has the type, structure and transform that the wrapped dataset gives. For Trainers of the package
+    `pytorch_lightning` import the class from `dq_lightning.pytorch`.
 
     Args:
         train: torchvision or Hugging Face dataset, any map-style dataset, a LightningDataModule (see `from_datamodule`), or the
@@ -41,18 +69,22 @@ class QuantizedDataModule(L.LightningDataModule):
         val: validation dataset or loader, or a list or dict of these; None: there is no validation loader.
         test: likewise.
         predict: likewise.
-        keep_ratio: share of the samples that are kept, in (0, 1].
-        num_bins: K, the number of disjoint bins in each class.
+        keep_ratio: share of the samples that are kept, in (0, 1]; 0.125 when None.
+        num_bins: K, the number of disjoint bins in each class; 10 when None.
         drop_ratio: share of the patches of every kept image that is dropped, in [0, 1); the others alone are stored, and a
-            masked autoencoder fills the holes. Everything else about it is in `config.patches`.
-        encoder: `"auto"`, `"bundled"`, a timm name, a folder or file, an `nn.Module`, or `(module, preprocessing)`.
+            masked autoencoder fills the holes. Everything else about it is in `config.patches`. 0 when None.
+        encoder: `"auto"`, `"bundled"`, a timm name, a folder or file, an `nn.Module`, or `(module, preprocessing)`; `"auto"`
+            when None.
         classifier: network, or `(network, preprocessing)`, whose saliency scores the patches, in place of the name
             `config.patches.classifier`.
         reconstructor: a `ViTMAEForPreTraining` that fills dropped patches, in place of the name `config.patches.reconstructor`.
         labels: class of every sample [N], a column name, or False for bins over the whole set; None takes the dataset's own.
-        config: everything else. A keyword that has its default counts as not given; another value than here is an error.
+        indices: a choice that exists already, in place of keep_ratio and num_bins: positions in the dataset as an integer
+            array, tensor or list [M], or the `.npy` file of such (the published `select_indices_*.npy`). No encoder runs.
+        config: everything else; also a dict of its fields, or a YAML or JSON file. A keyword counts as not given when it is
+            None; one that says something else than a setting changed here is an error.
         store: `"indices"` copies nothing, `"packed"` makes a self-contained set, `"auto"` is `"indices"` while all patches are
-            kept.
+            kept; `"auto"` when None.
         transform: `"keep"`, or what replaces the wrapped dataset's transform in the train loader (None: none).
         target_transform: likewise.
         batch_transform: with `config.patches.reconstruct="batch"`, and only there: from filled uint8 images [B, C, H, W] on the
@@ -61,19 +93,20 @@ class QuantizedDataModule(L.LightningDataModule):
         tokenizer: of transformers, or its name or folder. Loaders of instruction data then give batches of `input_ids`,
             `labels` (-100 over prompts) and `attention_mask`; `config.text` says how long and whether packed. A `collate_fn`
             then gets items of `input_ids` and `labels`.
-        batch_size: samples per batch and process. For a wrapped data module a loader setting that equals the default here
-            counts as not given; `from_datamodule` tells the two apart.
+        batch_size: samples per batch and process; 32 when None. Of a wrapped data module this and the next settings of
+            loaders are those of its own train loader when None.
         eval_batch_size: of the val, test and predict loaders; None is `batch_size`.
-        num_workers: loader processes; `"auto"` leaves one core to each training process.
-        pin_memory: `"auto"` pins when batches go to a GPU.
-        persistent_workers: `"auto"` keeps workers unless loaders are reloaded every few epochs.
-        drop_last: leave out the last, smaller batch of an epoch.
+        num_workers: loader processes; `"auto"`, also when None, leaves one core to each training process.
+        pin_memory: `"auto"`, also when None, pins when batches go to a GPU.
+        persistent_workers: `"auto"`, also when None, keeps workers unless loaders are reloaded every few epochs.
+        drop_last: leave out the last, smaller batch of an epoch; False when None.
         cache_dir: folder of the cache; None uses `DQ_LIGHTNING_CACHE` or the platform's cache folder.
-        seed: of the draw, of weighted samplers, and of a wrapped data module's own split.
+        seed: of the draw, of weighted samplers, and of a wrapped data module's own split; 0 when None.
         fingerprint: identity of the dataset, in place of the digest of its content.
         force_recompute: build again what is in the cache already.
         verify: how entries are checked before use: `"size"`, `"hash"` or `"off"`.
-        on_error: `"raise"`, or `"skip"`: samples that can't be read are left out and counted in `info.num_unreadable`.
+        on_error: `"raise"`, or `"skip"`: samples that can't be read are left out and counted in `info.num_unreadable`;
+            `"raise"` when None.
         device: of the encoder and the bins; `"auto"` is the Trainer's device, or a GPU if there is one.
 
     Attributes:
@@ -87,36 +120,38 @@ class QuantizedDataModule(L.LightningDataModule):
         val: Data = None,
         test: Data = None,
         predict: Data = None,
-        keep_ratio: float = 0.125,
-        num_bins: int = 10,
-        drop_ratio: float = 0.0,
-        encoder: Any = "auto",
+        keep_ratio: float | None = None,
+        num_bins: int | None = None,
+        drop_ratio: float | None = None,
+        encoder: Any = None,
         classifier: Any = None,
         reconstructor: Any = None,
         labels: Any = None,
-        config: QuantizeConfig | None = None,
-        store: StoreKind = "auto",
+        indices: Indices = None,
+        config: AnyConfig | None = None,
+        store: StoreKind | None = None,
         transform: Any = "keep",
         target_transform: Any = "keep",
         batch_transform: Callable[..., Any] | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         tokenizer: Any = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         eval_batch_size: int | None = None,
-        num_workers: AutoInt = "auto",
-        pin_memory: AutoBool = "auto",
-        persistent_workers: AutoBool = "auto",
-        drop_last: bool = False,
+        num_workers: AutoInt | None = None,
+        pin_memory: AutoBool | None = None,
+        persistent_workers: AutoBool | None = None,
+        drop_last: bool | None = None,
         cache_dir: str | Path | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         fingerprint: str | None = None,
         force_recompute: bool = False,
         verify: VerifyPolicy = "size",
-        on_error: OnError = "raise",
+        on_error: OnError | None = None,
         device: str = "auto",
     ) -> None:
         super().__init__()
         check_given(train=train, val=val, test=test, predict=predict)
+        check_loader_numbers(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers)
         wanted = want(
             config=config,
             keep_ratio=keep_ratio,
@@ -125,6 +160,7 @@ class QuantizedDataModule(L.LightningDataModule):
             store=store,
             encoder=encoder,
             labels=labels,
+            indices=indices,
             transform=transform,
             target_transform=target_transform,
             fingerprint=fingerprint,
@@ -137,8 +173,13 @@ class QuantizedDataModule(L.LightningDataModule):
         selected, seed = wanted.config.selection, wanted.seed
         # what holds, wherever it was set. Plain and small only: a dataset here would be copied into every checkpoint
         keep_ratio, num_bins = selected.keep_ratio, wanted.config.bins.num_bins
+        if wanted.indices is not None:
+            keep_ratio = num_bins = None
         self.save_hyperparameters("keep_ratio", "num_bins", "seed", logger=False)
-        self.batch_size: int | None = batch_size
+        self._inner: Any = train if is_datamodule(train) else None
+        # of a wrapped data module the train loader tells it
+        own = None if self._inner is not None else LoaderSettings().batch_size
+        self.batch_size: int | None = own if batch_size is None else batch_size
         self.eval_batch_size = eval_batch_size
         self._given: dict[str, Any] = {
             "num_workers": num_workers,
@@ -149,7 +190,6 @@ class QuantizedDataModule(L.LightningDataModule):
         }
         self._eval = {"val": val, "test": test, "predict": predict}
         self._reported = False
-        self._inner: Any = train if is_datamodule(train) else None
         train_set = make_train_set(train, wanted, verify)
         check_batch_transform(batch_transform, train_set.fills_late)
         self._preparation = Preparation(
@@ -159,11 +199,11 @@ class QuantizedDataModule(L.LightningDataModule):
             verify=verify,
             device=device,
             force=force_recompute,
-            seed=seed,
+            seed=wanted.seed,
         )
         if self._inner is not None:
             self._wrap(self._inner)
-        self._tokens = None if tokenizer is None else TokenLoading(tokenizer, wanted.config.text, seed)
+        self._tokens = None if tokenizer is None else TokenLoading(tokenizer, wanted.config.text, wanted.seed)
         self._batch_transform = batch_transform
         self._filler: BatchFiller | None = None
         if train_set.fills_late:
@@ -176,15 +216,16 @@ class QuantizedDataModule(L.LightningDataModule):
         cls,
         datamodule: Any,
         *,
-        keep_ratio: float = 0.125,
-        num_bins: int = 10,
-        drop_ratio: float = 0.0,
-        encoder: Any = "auto",
+        keep_ratio: float | None = None,
+        num_bins: int | None = None,
+        drop_ratio: float | None = None,
+        encoder: Any = None,
         classifier: Any = None,
         reconstructor: Any = None,
         labels: Any = None,
-        config: QuantizeConfig | None = None,
-        store: StoreKind = "auto",
+        indices: Indices = None,
+        config: AnyConfig | None = None,
+        store: StoreKind | None = None,
         transform: Any = "keep",
         target_transform: Any = "keep",
         batch_transform: Callable[..., Any] | None = None,
@@ -196,11 +237,11 @@ class QuantizedDataModule(L.LightningDataModule):
         persistent_workers: AutoBool | None = None,
         drop_last: bool | None = None,
         cache_dir: str | Path | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         fingerprint: str | None = None,
         force_recompute: bool = False,
         verify: VerifyPolicy = "size",
-        on_error: OnError = "raise",
+        on_error: OnError | None = None,
         device: str = "auto",
     ) -> Self:
         """Quantize the train set of an existing data module of `lightning` or `pytorch_lightning`.
@@ -215,7 +256,7 @@ class QuantizedDataModule(L.LightningDataModule):
         """
         if not is_datamodule(datamodule):
             raise ConfigError(f"from_datamodule takes a LightningDataModule, got {type(datamodule).__name__}")
-        made = cls(
+        return cls(
             datamodule,
             keep_ratio=keep_ratio,
             num_bins=num_bins,
@@ -224,6 +265,7 @@ class QuantizedDataModule(L.LightningDataModule):
             classifier=classifier,
             reconstructor=reconstructor,
             labels=labels,
+            indices=indices,
             config=config,
             store=store,
             transform=transform,
@@ -231,6 +273,11 @@ class QuantizedDataModule(L.LightningDataModule):
             batch_transform=batch_transform,
             collate_fn=collate_fn,
             tokenizer=tokenizer,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=persistent_workers,
+            drop_last=drop_last,
             cache_dir=cache_dir,
             seed=seed,
             fingerprint=fingerprint,
@@ -239,15 +286,6 @@ class QuantizedDataModule(L.LightningDataModule):
             on_error=on_error,
             device=device,
         )
-        # here None says "not given", and every other value, also a default of the class, says "given"
-        made.batch_size = batch_size
-        made._given |= {
-            "num_workers": num_workers,
-            "pin_memory": pin_memory,
-            "persistent_workers": persistent_workers,
-            "drop_last": drop_last,
-        }
-        return made
 
     @classmethod
     def from_store(
@@ -264,15 +302,15 @@ class QuantizedDataModule(L.LightningDataModule):
         reconstructor: Any = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         tokenizer: Any = None,
-        config: QuantizeConfig | None = None,
-        batch_size: int = 32,
+        config: AnyConfig | None = None,
+        batch_size: int | None = None,
         eval_batch_size: int | None = None,
-        num_workers: AutoInt = "auto",
-        pin_memory: AutoBool = "auto",
-        persistent_workers: AutoBool = "auto",
-        drop_last: bool = False,
+        num_workers: AutoInt | None = None,
+        pin_memory: AutoBool | None = None,
+        persistent_workers: AutoBool | None = None,
+        drop_last: bool | None = None,
         cache_dir: str | Path | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         force_recompute: bool = False,
         verify: VerifyPolicy = "size",
         device: str = "auto",
@@ -427,7 +465,42 @@ class QuantizedDataModule(L.LightningDataModule):
 
         For a dataset it is known before `setup`; one that lists no classes is read through for it.
         """
-        return self._preparation.num_classes()
+        own = getattr(self._inner, "num_classes", None)
+        return self._preparation.num_classes() if own is None else own
+
+    @property
+    def name(self) -> str | None:
+        """Of a wrapped data module; else None, or what was set here."""
+        named: str | None = self.__dict__.get("name", getattr(self.__dict__.get("_inner"), "name", None))
+        return named
+
+    @name.setter
+    def name(self, value: str | None) -> None:
+        self.__dict__["name"] = value
+
+    @property
+    def hparams(self) -> Any:
+        """The wrapped data module's own when it saved any; else keep ratio, number of bins and seed."""
+        return getattr(self.__dict__.get("_inner"), "hparams", None) or super().hparams
+
+    @property
+    def hparams_initial(self) -> Any:
+        """Likewise, as they were saved."""
+        return getattr(self.__dict__.get("_inner"), "hparams_initial", None) or super().hparams_initial
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse a Trainer that this class does not fit, at the moment when it takes the data module."""
+        if name == "trainer":
+            check_package(self, value)
+        super().__setattr__(name, value)
+
+    def __iter__(self) -> Iterator[Any]:
+        """A Trainer of the other package takes the data module for a loader.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise not_iterable(self)
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of a wrapped data module that a model reads through `trainer.datamodule`."""
@@ -441,11 +514,15 @@ class QuantizedDataModule(L.LightningDataModule):
             raise ConfigError(
                 "val=, test=, predict= and eval_batch_size= come from the wrapped data module: leave them out"
             )
-        # what equals the class's default counts as not given: the module's own loader has the say
-        self.batch_size = None if self.batch_size == LoaderSettings().batch_size else self.batch_size
-        own = {name: getattr(LoaderSettings(), name) for name in self._given}
-        self._given = {name: None if value == own[name] else value for name, value in self._given.items()}
-        self.prepare_data_per_node = datamodule.prepare_data_per_node
+        for name in ("prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices", "_log_hyperparams"):
+            if hasattr(datamodule, name):
+                setattr(self, name, getattr(datamodule, name))
+        if hidden := [name for name in HIDING if hasattr(datamodule, name)]:
+            named = ", ".join(hidden)
+            get_logger().warning(
+                f"{type(datamodule).__name__} has {named}, and so has QuantizedDataModule, whose own is what "
+                "trainer.datamodule gives: read yours from the data module that you passed"
+            )
         for name, hook in overridden_transfer_hooks(datamodule).items():
             # on the instance, and only these: Lightning asks whether they are overridden and would else skip the model's own
             setattr(self, name, hook)
@@ -480,6 +557,8 @@ class QuantizedDataModule(L.LightningDataModule):
         if self._inner is not None:
             return getattr(self._inner, hook)()
         settings = self._settings()
-        settings = replace(settings, batch_size=self.eval_batch_size or settings.batch_size)
+        settings = replace(
+            settings, batch_size=settings.batch_size if self.eval_batch_size is None else self.eval_batch_size
+        )
         make = None if self._tokens is None else self._tokens.loader
         return make_eval_loaders(self._eval[name], settings, TrainerFacts.of(self.trainer), make)

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms import v2
 
-from dq_lightning.datamodule import QuantizedDataModule
 from dq_lightning.features.bundled import CIFAR10_MEAN, CIFAR10_STD, ResidualBlock
+from dq_lightning.lightning import QuantizedDataModule
 from dq_lightning.sample_data import SampleCIFAR10
 
 SEEDS = (0, 1, 2)

@@ -75,6 +75,8 @@ class JsonFields:
             hint = hints[name]
             if isinstance(hint, type) and issubclass(hint, JsonFields) and isinstance(value, dict):
                 value = hint.from_dict(value)
+            elif isinstance(hint, type) and issubclass(hint, JsonFields) and not isinstance(value, hint):
+                raise ConfigError(f"{cls.__name__}.{name} must be a mapping of its fields, got {value!r}")
             elif isinstance(value, list):
                 value = tuple(value)
             made[name] = value

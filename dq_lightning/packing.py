@@ -64,7 +64,7 @@ def reading_again(plan: Plan) -> Iterator[None]:
     try:
         yield
     except SourceError as error:
-        if not plan.encoder.reads_samples:
+        if not plan.reads_for_features:
             raise
         raise SourceError(
             f"A sample that was read for its features can't be read any more: the dataset changed between two reads. {error}"

@@ -7,48 +7,52 @@ from typing import Any
 
 from dq_lightning.building import Build
 from dq_lightning.compact import Compact, find_made
-from dq_lightning.config import OnError, QuantizeConfig, VerifyPolicy, with_short_forms
+from dq_lightning.config import AnyConfig, OnError, VerifyPolicy, with_short_forms
 from dq_lightning.errors import StoreError
 from dq_lightning.logs import get_logger
 from dq_lightning.plan import BINS, Plan, make_plan, source_identity, usable_parts
 from dq_lightning.randomness import isolated_random_state
 from dq_lightning.records import Bins, StoreInfo
+from dq_lightning.selection.given import Indices, check_alone
 from dq_lightning.store.cache import Cache, default_cache_dir
 from dq_lightning.store.tensors import read_bins
 
 
 def quantize(
     source: Any,
-    config: QuantizeConfig | None = None,
+    config: AnyConfig | None = None,
     *,
     encoder: Any = None,
     classifier: Any = None,
     reconstructor: Any = None,
     labels: Any = None,
+    indices: Indices = None,
     cache_dir: str | Path | None = None,
     device: str = "auto",
     fingerprint: str | None = None,
     force_recompute: bool = False,
     verify: VerifyPolicy = "size",
-    on_error: OnError = "raise",
+    on_error: OnError | None = None,
     progress: bool = True,
 ) -> StoreInfo:
     """Make the compact set of a dataset, or find it in the cache.
 
     Args:
         source: any torchvision or Hugging Face dataset, map-style dataset, or `Source`.
-        config: settings; the defaults keep 12.5 % of the samples from 10 bins.
+        config: settings, a dict of them, or a YAML or JSON file; the defaults keep 12.5 % of the samples from 10 bins.
         encoder: an `nn.Module`, or `(module, preprocessing)`; None uses `config.features.encoder`.
         classifier: network, or `(network, preprocessing)`, whose saliency scores the patches; None uses
             `config.patches.classifier`.
         reconstructor: a `ViTMAEForPreTraining` that fills dropped patches; None uses `config.patches.reconstructor`.
         labels: class of every sample [N], a column name, or False for none; None takes the dataset's own.
+        indices: a choice that exists already, in place of features, bins and a draw: positions in the dataset as an integer
+            array, tensor or list [M], or the `.npy` file of such (the published `select_indices_*.npy`).
         cache_dir: folder of the cache; None uses `DQ_LIGHTNING_CACHE` or the platform's cache folder.
         device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, ...
         fingerprint: identity of the dataset, in place of the digest of its content.
         force_recompute: build again what is in the cache already.
         verify: how an entry is checked before use.
-        on_error: short form of `config.on_error`.
+        on_error: short form of `config.on_error`; None takes that.
         progress: show progress bars.
 
     Returns:
@@ -57,14 +61,18 @@ def quantize(
     Raises:
         DQError: with what was seen and what to do.
     """
+    check_alone(indices, encoder=encoder)
+    settings = with_short_forms(config, {"on_error": on_error})
+    check_alone(indices, settings)
     with isolated_random_state():
         plan = make_plan(
             source,
-            with_short_forms(config, {"on_error": on_error}),
+            settings,
             encoder=encoder,
             classifier=classifier,
             reconstructor=reconstructor,
             labels=labels,
+            indices=indices,
             fingerprint=fingerprint,
         )
     cache = Cache(cache_dir or default_cache_dir(), verify=verify)

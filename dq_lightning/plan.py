@@ -1,14 +1,19 @@
 """What will be quantized and how, and the identity of every station's entry that follows from it. Computes nothing."""
 
+import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from dq_lightning.config import QuantizeConfig
 from dq_lightning.errors import ConfigError, SourceError
 from dq_lightning.features.choose import EncoderSpec, choose_encoder
 from dq_lightning.patch_plan import PatchPlan, check_modality, make_patch_plan
 from dq_lightning.records import DigestMemory, Labels
+from dq_lightning.selection.given import read_indices
 from dq_lightning.sources.adapt import as_source, grouping_id
 from dq_lightning.sources.base import Source
 from dq_lightning.sources.items import evenly_spaced
@@ -32,19 +37,32 @@ class Plan:
 
     Attributes:
         source: the dataset as the stations see it.
-        encoder: the resolved encoder, not loaded.
+        encoder: the resolved encoder, not loaded; None where the choice needs none.
         config: every setting.
         fingerprint: identity of the dataset given by the user, in place of its content digest.
         labels_id: names the grouping given by the user; None when it is the dataset's own.
         patches: the step on patches, or None while all of them are kept.
+        chosen: int64 [M], the positions that are kept, where no features and bins are needed to choose them: the user has,
+            or all are kept. Else None.
     """
 
     source: Source
-    encoder: EncoderSpec
+    encoder: EncoderSpec | None
     config: QuantizeConfig
     fingerprint: str | None = None
     labels_id: str | None = None
     patches: PatchPlan | None = None
+    chosen: Tensor | None = None
+
+    @cached_property
+    def chosen_id(self) -> str | None:
+        """Digest of the chosen positions."""
+        return None if self.chosen is None else hashlib.sha256(self.chosen.numpy().tobytes()).hexdigest()
+
+    @property
+    def reads_for_features(self) -> bool:
+        """Whether every sample is read to make its features."""
+        return self.encoder is not None and self.encoder.reads_samples
 
     @cached_property
     def labels(self) -> Labels | None:
@@ -61,13 +79,15 @@ class Plan:
     def resolve(self, memory: DigestMemory) -> "Plan":
         """The same plan with the commits of hub names fixed; the only method that may ask a hub."""
         patches = self.patches and self.patches.resolve(memory)
-        return replace(self, encoder=self.encoder.resolve(memory), patches=patches)
+        return replace(self, encoder=self.encoder and self.encoder.resolve(memory), patches=patches)
 
     def identities(self, memory: DigestMemory) -> dict[str, str] | None:
         """Identity of every network used, by name; None when one is known to a hub alone."""
-        encoder = self.encoder.identity(memory)
         others = {} if self.patches is None else self.patches.identities(memory)
-        return None if encoder is None or others is None else {"encoder": encoder} | others
+        if self.encoder is None or others is None:
+            return others
+        encoder = self.encoder.identity(memory)
+        return None if encoder is None else {"encoder": encoder} | others
 
 
 def make_plan(
@@ -78,6 +98,7 @@ def make_plan(
     classifier: Any = None,
     reconstructor: Any = None,
     labels: Any = None,
+    indices: Any = None,
     transform: Any = "keep",
     target_transform: Any = "keep",
     fingerprint: str | None = None,
@@ -93,6 +114,30 @@ def make_plan(
         text=config.text,
         on_error=config.on_error,
     )
+    chosen = None if indices is None else read_indices(indices, len(source))
+    if chosen is None and keeps_all(config):
+        chosen = torch.arange(len(source))
+    spec = _encoder(source, config, encoder) if chosen is None else None
+    patches = None
+    if config.patches.drops:
+        check_modality(source.modality)
+        if config.store == "indices":
+            raise ConfigError(
+                'store="indices" copies nothing, so no patch can be dropped: leave it out, or drop_ratio='
+            )
+        size = _typical_size(source)
+        patches = make_patch_plan(
+            config.patches, (size[1], size[0]), classifier=classifier, reconstructor=reconstructor
+        )
+    return Plan(source, spec, config, fingerprint, grouping_id(source), patches, chosen)
+
+
+def keeps_all(config: QuantizeConfig) -> bool:
+    """Whether every sample is kept, so that there is nothing to choose."""
+    return config.selection.keep_ratio == 1 and config.bins.deduplicate is None
+
+
+def _encoder(source: Source, config: QuantizeConfig, encoder: Any) -> EncoderSpec:
     encoder = config.features.encoder if encoder is None else encoder
     spec = choose_encoder(
         encoder,
@@ -107,18 +152,7 @@ def make_plan(
         raise ConfigError(
             f"selection_epochs trains a network of images, and features come from {spec.description}: leave it out"
         )
-    patches = None
-    if config.patches.drops:
-        check_modality(source.modality)
-        if config.store == "indices":
-            raise ConfigError(
-                'store="indices" copies nothing, so no patch can be dropped: leave it out, or drop_ratio='
-            )
-        size = _typical_size(source)
-        patches = make_patch_plan(
-            config.patches, (size[1], size[0]), classifier=classifier, reconstructor=reconstructor
-        )
-    return Plan(source, spec, config, fingerprint, grouping_id(source), patches)
+    return spec
 
 
 def _by_size(encoder: Any, source: Source) -> bool:
@@ -166,27 +200,15 @@ def station_parts(plan: Plan, source: str, identities: dict[str, str]) -> Parts:
         source: identity of the data.
         identities: of the networks, by name.
     """
-    config, version = plan.config, ALGORITHM_VERSIONS
-    features = {
-        "source": source,
-        "num_source_samples": len(plan.source),
-        "encoder": identities["encoder"],
-        "kind": config.features.kind,
-        "features_version": version[FEATURES],
-    }
-    if isinstance(plan.source, TextRows) and plan.encoder.reads_samples:
-        features["text"] = plan.source.text_identity()
-    if config.on_error == "skip":
-        features["on_error"] = "skip"
-    training = config.features.selection_training()
-    features |= training
-    if config.features.kind == "gradient" or training:
-        features["labels"] = plan.labels_id
-    grouped = {"labels": plan.labels_id, "whiten": config.features.whiten, "bins_version": version[BINS]}
-    bins = features | config.bins.to_dict() | grouped
-    selection = bins | config.selection.to_dict() | {"selection_version": version[SELECTION]}
-    parts = {FEATURES: features, BINS: bins, SELECTION: selection}
-    store = selection
+    version = ALGORITHM_VERSIONS
+    data: dict[str, Any] = {"source": source, "num_source_samples": len(plan.source)}
+    if plan.config.on_error == "skip":
+        data["on_error"] = "skip"
+    if plan.chosen is None:
+        parts = _parts_of_choice(plan, data, identities)
+    else:
+        parts = {SELECTION: data | {"indices": plan.chosen_id, "selection_version": version[SELECTION]}}
+    store = selection = parts[SELECTION]
     if plan.patches is not None:
         scored = {"patches": plan.patches.saliency_parts(identities), "patches_version": version[PATCHES]}
         parts[PATCHES] = selection | scored
@@ -197,6 +219,26 @@ def station_parts(plan: Plan, source: str, identities: dict[str, str]) -> Parts:
     return parts
 
 
+def _parts_of_choice(plan: Plan, data: dict[str, Any], identities: dict[str, str]) -> Parts:
+    """What identifies features, bins and selection of the data."""
+    config, version = plan.config, ALGORITHM_VERSIONS
+    features = data | {
+        "encoder": identities["encoder"],
+        "kind": config.features.kind,
+        "features_version": version[FEATURES],
+    }
+    if isinstance(plan.source, TextRows) and plan.reads_for_features:
+        features["text"] = plan.source.text_identity()
+    training = config.features.selection_training()
+    features |= training
+    if config.features.kind == "gradient" or training:
+        features["labels"] = plan.labels_id
+    grouped = {"labels": plan.labels_id, "whiten": config.features.whiten, "bins_version": version[BINS]}
+    bins = features | config.bins.to_dict() | grouped
+    selection = bins | config.selection.to_dict() | {"selection_version": version[SELECTION]}
+    return {FEATURES: features, BINS: bins, SELECTION: selection}
+
+
 def usable_parts(plan: Plan, source: str, identities: dict[str, str]) -> list[Parts]:
     """The parts of every entry that is what this plan would make, its own first.
 
@@ -204,7 +246,7 @@ def usable_parts(plan: Plan, source: str, identities: dict[str, str]) -> list[Pa
     """
     own = [station_parts(plan, source, identities)]
     # ready-made features are made without reading the samples
-    if plan.config.on_error == "raise" or not plan.encoder.reads_samples:
+    if plan.config.on_error == "raise" or (plan.chosen is None and not plan.reads_for_features):
         return own
     strict = replace(plan, config=replace(plan.config, on_error="raise"))
     return [*own, station_parts(strict, source, identities)]

@@ -22,7 +22,7 @@ from torchvision.models import resnet18
 from torchvision.transforms import v2
 
 from dq_lightning import DQError, QuantizedDataModule
-from dq_lightning.exports.published import read_index
+from dq_lightning.selection.given import read_index
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 PLAIN = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]

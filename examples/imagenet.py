@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 
 from dq_lightning import DQError, QuantizeConfig, SelectionConfig, load_selection, quantize
-from dq_lightning.exports.published import read_index
+from dq_lightning.selection.given import read_index
 
 
 class Splits(L.LightningModule):

@@ -30,7 +30,9 @@ BASE = (
 )
 # file or folder (relative to the package) -> modules of heavy libraries that only it may import
 DOORS = {
-    "lightning": ("datamodule.py", "demo.py"),
+    # one file a package; the hooks in datamodule.py name the base class to type checkers alone
+    "lightning": ("lightning.py", "datamodule.py", "demo.py"),
+    "pytorch_lightning": ("pytorch.py",),
     "timm": ("features/timm_encoder.py",),
     "datasets": ("sources/hub.py", "exports/rows.py", "exports/hub.py", "commands/opening.py"),
     "transformers": ("patches/mae.py", "features/text_encoder.py", "tokens/tokenizer.py"),
@@ -133,3 +135,9 @@ def test_bins_selection_and_store_work_without_lightning():
         "import dq_lightning.bins.make, dq_lightning.selection.select, dq_lightning.store.reader, dq_lightning.pipeline"
     )
     assert not modules_after(code) & {"lightning", "pytorch_lightning", "timm", "datasets", "transformers"}
+
+
+def test_the_data_module_of_pytorch_lightning_adds_no_heavy_module_to_it():
+    before = modules_after("import pytorch_lightning")
+    after = modules_after("from dq_lightning.pytorch import QuantizedDataModule")
+    assert not (after - before) & set(HEAVY)

@@ -16,8 +16,8 @@ from torchvision.datasets import ImageFolder
 
 from dq_lightning import cli
 from dq_lightning.compact import load_selection
-from dq_lightning.exports.published import read_index
 from dq_lightning.sample_data import SampleCIFAR10
+from dq_lightning.selection.given import read_index
 from dq_lightning.store.lock import host_name
 
 SAMPLE = ["--dataset", "dq_lightning.sample_data.SampleCIFAR10", "--progress", "false"]

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dq_lightning import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig
-from dq_lightning.config import with_short_forms
+from dq_lightning import BinConfig, FeatureConfig, PatchConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig
+from dq_lightning.config import as_config, with_short_forms
 from dq_lightning.errors import ConfigError
 
 configs = st.builds(
@@ -61,9 +62,11 @@ def test_mistakes_are_named(make, told):
 def test_short_forms():
     made = with_short_forms(None, {"selection.keep_ratio": 0.5, "store": "packed"})
     assert made == QuantizeConfig(selection=SelectionConfig(keep_ratio=0.5), store="packed")
-    # a keyword that equals the default counts as not given
+    # None is a keyword that was not given; one with the default's value was
     given_there = QuantizeConfig(selection=SelectionConfig(keep_ratio=0.5))
-    assert with_short_forms(given_there, {"selection.keep_ratio": 0.125}) == given_there
+    assert with_short_forms(given_there, {"selection.keep_ratio": None}) == given_there
+    with pytest.raises(ConfigError, match=r"keep_ratio=0.125 was passed as a keyword"):
+        with_short_forms(given_there, {"selection.keep_ratio": 0.125})
     assert with_short_forms(given_there, {"selection.keep_ratio": 0.5}) == given_there
     with pytest.raises(
         ConfigError, match=r"keep_ratio=0.25 was passed as a keyword, but config.selection.keep_ratio is 0.5"
@@ -83,3 +86,51 @@ def test_equal_numbers_are_the_same_setting():
 def test_a_ratio_that_is_no_number_is_told(value):
     with pytest.raises(ConfigError, match="keep_ratio must be a number"):
         SelectionConfig(keep_ratio=value)
+
+
+def test_settings_as_a_dict_or_a_file(tmp_path):
+    """Whatever says the settings, they are the same; a field that there is not is told by its name."""
+    wanted = QuantizeConfig(bins=BinConfig(num_bins=7), selection=SelectionConfig(keep_ratio=0.5))
+    short = {"bins": {"num_bins": 7}, "selection": {"keep_ratio": 0.5}}
+    (tmp_path / "c.yaml").write_text("bins: {num_bins: 7}\nselection:\n  keep_ratio: 0.5\n")
+    (tmp_path / "c.json").write_text(wanted.to_json())
+    for same in (wanted, wanted.to_dict(), short, tmp_path / "c.yaml", str(tmp_path / "c.json")):
+        assert as_config(same) == wanted
+        assert QuantizedDataModule([(torch.zeros(3, 8, 8), 0)], config=same).config == wanted
+    assert as_config(None) == QuantizeConfig()
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    for bad, said in (
+        (3, "got int"),
+        ({"num_bins": 7}, "no field num_bins"),
+        ({"bins": 7}, "QuantizeConfig.bins must be a mapping"),
+        ({"bins": {"k": 7}}, "BinConfig has no field k"),
+        (tmp_path / "none.yaml", "cannot be read"),
+        (tmp_path / "list.yaml", "holds no settings but a list"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            as_config(bad)
+
+
+def test_a_keyword_with_the_value_of_the_default_is_given():
+    """Another value in the config is an error, not silently what counts."""
+    data = [(torch.zeros(3, 8, 8), 0)]
+    for config, keyword in (
+        (QuantizeConfig(selection=SelectionConfig(keep_ratio=0.5)), {"keep_ratio": 0.125}),
+        (QuantizeConfig(selection=SelectionConfig(seed=3)), {"seed": 0}),
+        (QuantizeConfig(bins=BinConfig(num_bins=5)), {"num_bins": 10}),
+        (QuantizeConfig(patches=PatchConfig(drop_ratio=0.5)), {"drop_ratio": 0.0}),
+        (QuantizeConfig(store="packed"), {"store": "auto"}),
+        (QuantizeConfig(on_error="skip"), {"on_error": "raise"}),
+        (QuantizeConfig(features=FeatureConfig(encoder="resnet18")), {"encoder": "auto"}),
+    ):
+        (name,) = keyword
+        with pytest.raises(ConfigError, match=f"{name}=.* was passed as a keyword, but config"):
+            QuantizedDataModule(data, config=config, **keyword)
+        assert QuantizedDataModule(data, config=config).config == config
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 0}, {"batch_size": -1}, {"eval_batch_size": 0}, {"batch_size": 2.5},
+                                   {"batch_size": True}, {"num_workers": -1}, {"num_workers": "many"}])  # fmt: skip
+def test_numbers_that_no_loader_takes(settings):
+    with pytest.raises(ConfigError, match=f"{next(iter(settings))} must be a whole number"):
+        QuantizedDataModule([(torch.zeros(3, 8, 8), 0)], **settings)

@@ -7,7 +7,7 @@ import pytest
 
 import dq_lightning
 from dq_lightning import cli
-from dq_lightning.exports.published import read_index
+from dq_lightning.selection.given import read_index
 
 READY = Path(dq_lightning.__file__).parent / "assets" / "ready"
 INDEX = "select_indices_CIFAR10_0.125.npy"

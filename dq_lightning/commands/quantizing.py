@@ -30,6 +30,7 @@ def quantize_dataset(
     drop_ratio: float | None = None,
     encoder: str | None = None,
     seed: int | None = None,
+    indices: str | list[int] | None = None,
     features: FeatureConfig = FeatureConfig(),  # noqa: B008 (frozen)
     bins: BinConfig = BinConfig(),  # noqa: B008
     selection: SelectionConfig = SelectionConfig(),  # noqa: B008
@@ -64,6 +65,8 @@ def quantize_dataset(
         encoder: auto, bundled, a name of timm or transformers, a folder, a .npy of ready-made features, openai:MODEL;
             features.encoder.
         seed: of the draw; selection.seed.
+        indices: a choice that exists already, in place of keep_ratio and num_bins: .npy of positions (a published
+            select_indices file), or a list of them. No encoder runs.
         features: station 1.
         bins: station 2.
         selection: station 3.
@@ -93,7 +96,9 @@ def quantize_dataset(
     from dq_lightning.commands.opening import open_dataset
     from dq_lightning.exports.rows import check_writable
     from dq_lightning.pipeline import quantize
+    from dq_lightning.selection.given import check_alone
 
+    check_alone(indices, keep_ratio=keep_ratio, num_bins=num_bins, encoder=encoder)
     if output is not None:
         output = str(Path(output).expanduser())
         check_writable(output)
@@ -101,6 +106,7 @@ def quantize_dataset(
         open_dataset(dataset, data_path, split),
         config,
         labels=labels,
+        indices=indices,
         cache_dir=cache_dir,
         device=device,
         fingerprint=fingerprint,
@@ -116,6 +122,7 @@ def quantize_dataset(
             "data_path": data_path,
             "split": split,
             "labels": labels,
+            "indices": indices,
             "fingerprint": fingerprint,
         }
         write_results(Path(output), info, config, place)

@@ -121,7 +121,7 @@ def reconstruct(
     dataset: str | dict[str, Any] | None = None,
     data_path: str | None = None,
     split: str = "train",
-    indices: str | None = None,
+    indices: str | list[int] | None = None,
     drop_ratio: float | None = None,
     reconstructor: str | None = None,
     patches: PatchConfig = PatchConfig(drop_ratio=0.2),  # noqa: B008 (frozen)
@@ -139,32 +139,27 @@ def reconstruct(
         dataset: as in quantize.
         data_path: as in quantize.
         split: of datasets that have several.
-        indices: .npy of the samples to reconstruct; all of them when left out, as published.
+        indices: .npy of the positions of the images to reconstruct, or a list of them; all when left out, as published.
         drop_ratio: share of patches dropped (published: mask_ratio); short for patches.drop_ratio.
         reconstructor: auto, bundled, a hub name, a folder, or an original checkpoint file (published: resume); short for
             patches.reconstructor.
         patches: saliency, classifier, patch size and the rest; saliency random is published as leaving out cam_mask.
-        cache_dir: folder of the cache, which remembers digests of weights.
+        cache_dir: folder of the cache. It keeps what is made (as raw pixels, until prune), so that a stopped run goes on.
         device: auto, cpu, cuda, ...
         progress: show progress bars.
     """
     config = QuantizeConfig(patches=patches)
     config = replace_fields(config, {"patches.drop_ratio": drop_ratio, "patches.reconstructor": reconstructor})
-    import torch
-
     from dq_lightning.commands.opening import dataset_name, open_dataset
     from dq_lightning.commands.reconstruction import reconstruct_images
     from dq_lightning.exports.images import write_image_folder
-    from dq_lightning.exports.published import read_index
-    from dq_lightning.records import Selection
-    from dq_lightning.sources.adapt import as_source
+    from dq_lightning.exports.rows import check_writable
 
-    source = as_source(open_dataset(dataset, data_path, split))
-    index = torch.arange(len(source)) if indices is None else torch.from_numpy(read_index(indices, len(source)))
+    check_writable(str(Path(output).expanduser()))
     images = reconstruct_images(
-        source,
-        Selection(index, torch.full((len(index),), -1, dtype=torch.int16)),
+        open_dataset(dataset, data_path, split),
         config.patches,
+        indices=indices,
         name=dataset_name(dataset, data_path),
         cache_dir=cache_dir,
         device=device,

@@ -10,11 +10,11 @@ from dq_lightning.config import TextConfig
 from dq_lightning.errors import StoreError
 from dq_lightning.exports.hub import push_images, write_image_dataset
 from dq_lightning.exports.images import write_ids, write_image_folder, write_litdata, write_parquet, write_webdataset
-from dq_lightning.exports.published import read_index
 from dq_lightning.exports.rows import write_dataset, write_index, write_json
 from dq_lightning.exports.samples import KeptImages, kept_of_source, kept_of_store
 from dq_lightning.plan import GIVEN
 from dq_lightning.records import Selection
+from dq_lightning.selection.given import read_index
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.sources.hub import hub_kind
 from dq_lightning.sources.text import is_row

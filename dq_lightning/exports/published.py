@@ -17,6 +17,7 @@ from dq_lightning.errors import StoreError
 from dq_lightning.exports.rows import whole, write_index
 from dq_lightning.logs import get_logger
 from dq_lightning.records import Bins, Selection
+from dq_lightning.selection.given import read_index
 from dq_lightning.selection.select import select
 
 BINS_FILE = "bins.npz"
@@ -114,35 +115,6 @@ def select_from_files(
 def selection_file(name: str, keep_ratio: float) -> str:
     """`select_indices_NAME_RATIO.npy`."""
     return f"select_indices_{name}_{keep_ratio:g}.npy"
-
-
-def read_index(path: str | Path, total: int | None = None, *, ordered: bool = True) -> NDArray[np.int64]:
-    """Row numbers of a `.npy` (or of `index` in an `.npz`), int64 [M], ascending.
-
-    Args:
-        path: of the file.
-        total: samples of the dataset, to compare with; None compares nothing.
-        ordered: False keeps the order of the file.
-
-    Raises:
-        StoreError: it is no list of different row numbers, or does not fit the dataset.
-    """
-    try:
-        read = np.load(Path(path).expanduser(), allow_pickle=False)
-        values = np.asarray(read["index"] if isinstance(read, np.lib.npyio.NpzFile) else read)
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise StoreError(
-            f"{path} cannot be read as row numbers: {error}; write them with numpy.save, int64 [M]"
-        ) from error
-    if values.ndim != 1 or values.dtype.kind not in "iu":
-        raise StoreError(f"{path} holds {values.dtype} {list(values.shape)}, expected row numbers, integers [M]")
-    index = np.sort(values.astype(np.int64))
-    if len(index) and (index[0] < 0 or (np.diff(index) == 0).any() or (total is not None and index[-1] >= total)):
-        raise StoreError(
-            f"{path} has the rows {index[0]} to {index[-1]}, {len(index) - len(np.unique(index))} of them twice"
-            + (f", for a dataset of {total:,}: it belongs to another one" if total is not None else "")
-        )
-    return index if ordered else values.astype(np.int64)
 
 
 def _parts(folder: Path) -> tuple[str, list[NDArray[np.int64]]]:

@@ -34,7 +34,9 @@ def write_results(folder: Path, info: StoreInfo, config: QuantizeConfig, place: 
     whole(target, lambda copy: shutil.copytree(info.path, copy))
     # the copy is checked as a stranger's would be
     copied = open_compact(target, verify="hash").info
-    write_index(load_selection(target).index, folder / selection_file(name, config.selection.keep_ratio))
+    given = place.get("indices") is not None
+    ratio = round(info.num_samples / info.num_source_samples, 6) if given else config.selection.keep_ratio
+    write_index(load_selection(target).index, folder / selection_file(name, ratio))
     described = copied.to_dict() | {"seconds": info.seconds, "reused": info.reused}
     write_text(folder / INFO, json.dumps(described, indent=2) + "\n")
     write_config(folder / CONFIG, place | config.to_dict())

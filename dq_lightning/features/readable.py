@@ -25,6 +25,7 @@ SAMPLES_AT_ONCE = 256
 def find_unreadable(
     source: Any,
     *,
+    positions: Tensor | None = None,
     num_workers: int | Literal["auto"] = "auto",
     progress: bool = True,
     shards: Shards | None = None,
@@ -33,6 +34,7 @@ def find_unreadable(
 
     Args:
         source: N samples: `image(i)`, or for text `text(i)`.
+        positions: int64 [n], ascending, of the samples that are read; None reads all.
         num_workers: loader processes for images; `"auto"` decides by the time a few samples take.
         progress: show a bar.
         shards: what an earlier run has found, and where this one keeps what it finds; None keeps nothing.
@@ -44,15 +46,16 @@ def find_unreadable(
         FeatureError: no sample can be read.
         SourceError: a failure that may pass (a stale network file, no memory) and says nothing of the sample.
     """
-    found = _found_in_all(source, num_workers, progress, shards or NothingKept())
+    samples = torch.arange(len(source)) if positions is None else positions
+    found = _found_in_all(source, samples, num_workers, progress, shards or NothingKept())
     if not found:
         return torch.empty(0, dtype=torch.int64)
     named = "; ".join(f"sample {index}: {text}" for index, text in found[:NAMED_SAMPLES])
     more = f"; and {len(found) - NAMED_SAMPLES} more" if len(found) > NAMED_SAMPLES else ""
-    if len(found) == len(source):
-        raise FeatureError(f"none of the {len(source)} samples can be read: {named}{more}")
+    if len(found) == len(samples):
+        raise FeatureError(f"none of the {len(samples)} samples can be read: {named}{more}")
     logger.warning(
-        'on_error="skip": %d of %d samples can\'t be read and are left out: %s%s', len(found), len(source), named, more
+        'on_error="skip": %d of %d samples can\'t be read and are left out: %s%s', len(found), len(samples), named, more
     )
     return torch.tensor([index for index, _ in found])
 
@@ -81,18 +84,18 @@ class Blanked:
 
 
 def _found_in_all(
-    source: Any, num_workers: int | Literal["auto"], progress: bool, shards: Shards
+    source: Any, samples: Tensor, num_workers: int | Literal["auto"], progress: bool, shards: Shards
 ) -> list[tuple[int, str]]:
     """Samples that cannot be read, and why, found by an earlier run or by this one."""
     found: list[tuple[int, str]] = []
     done = 0
-    for piece in shards.restore(len(source)):
+    for piece in shards.restore(len(samples)):
         done, problems = json.loads(piece["json"].tobytes())
         found += problems
     kept, told = done, len(found)
-    with progress_bar(progress, total=len(source), unit="sample", description="reading") as bar:
+    with progress_bar(progress, total=len(samples), unit="sample", description="reading") as bar:
         bar.update(done)
-        for count, problems in _problems(source, range(done, len(source)), num_workers):
+        for count, problems in _problems(source, samples[done:], num_workers):
             found += problems
             done += count
             bar.update(count)
@@ -104,22 +107,22 @@ def _found_in_all(
 
 
 def _problems(
-    source: Any, samples: range, num_workers: int | Literal["auto"]
+    source: Any, samples: Tensor, num_workers: int | Literal["auto"]
 ) -> Iterator[tuple[int, list[tuple[int, str]]]]:
     """Number of samples of each batch, and what is wrong with some of them."""
     if source.modality == "text":
-        for start in samples[::SAMPLES_AT_ONCE]:
-            rows = range(start, min(start + SAMPLES_AT_ONCE, samples.stop))
-            yield len(rows), _problems_of_texts(source, rows)
-    elif samples:
-        tried = _TriedImages(source, _nothing, SAMPLES_AT_ONCE, torch.arange(samples.start, samples.stop))
+        for start in range(0, len(samples), SAMPLES_AT_ONCE):
+            rows = samples[start : start + SAMPLES_AT_ONCE]
+            yield len(rows), _problems_of_texts(source, rows.tolist())
+    elif len(samples):
+        tried = _TriedImages(source, _nothing, SAMPLES_AT_ONCE, samples)
         for members, batch in zip(tried.batches, iterate_batches(tried, num_workers, torch.device("cpu")), strict=True):
             if batch.error is not None:
                 raise batch.error
             yield len(members), batch.warnings
 
 
-def _problems_of_texts(source: Any, rows: range) -> list[tuple[int, str]]:
+def _problems_of_texts(source: Any, rows: list[int]) -> list[tuple[int, str]]:
     try:
         source.texts(rows)
         return []

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -58,6 +59,19 @@ class LoaderSettings:
     replacement: bool = False
     num_draws: int | None = None
     generator: torch.Generator | None = None
+
+
+def check_loader_numbers(*, batch_size: Any, eval_batch_size: Any, num_workers: Any) -> None:
+    """Raise ConfigError for numbers that no DataLoader takes; None is one that was not given."""
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("eval_batch_size", eval_batch_size, 1),
+        ("num_workers", num_workers, 0),
+    ):
+        if value is None or (name == "num_workers" and isinstance(value, str) and value == "auto"):
+            continue
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def automatic_workers(processes_on_node: int = 1) -> int:

@@ -169,7 +169,7 @@ class Preparation:
         settings = replace(own or LoaderSettings(), **known)
         if self._opened is not None and self._opened.patches is not None:
             settings = replace(settings, collate_fn=UnfilledCollate(settings.collate_fn))
-        return replace(settings, batch_size=batch_size or settings.batch_size)
+        return replace(settings, batch_size=settings.batch_size if batch_size is None else batch_size)
 
     def expect(self, content_hash: str | None, trainer: Any) -> None:
         """Training goes on from a checkpoint: only with the compact set it began with. Evaluation needs none.

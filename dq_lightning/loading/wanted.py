@@ -4,9 +4,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dq_lightning.config import OnError, QuantizeConfig, StoreKind, with_short_forms
+from torch import Tensor
+
+from dq_lightning.config import AnyConfig, OnError, QuantizeConfig, StoreKind, with_short_forms
 from dq_lightning.errors import ConfigError
 from dq_lightning.plan import Plan, make_plan
+from dq_lightning.selection.given import Indices, check_alone, read_indices
 from dq_lightning.sources.strip import KEEP
 
 
@@ -23,6 +26,7 @@ class Wanted:
         seed: of the random state in which a wrapped data module makes its split.
         classifier: a network in place of the config's name.
         reconstructor: likewise.
+        indices: int64 [M], the positions that are kept, where the user has chosen them.
     """
 
     config: QuantizeConfig
@@ -34,6 +38,7 @@ class Wanted:
     seed: int = 0
     classifier: Any = None
     reconstructor: Any = None
+    indices: Tensor | None = None
 
     @property
     def fills_late(self) -> bool:
@@ -50,6 +55,7 @@ class Wanted:
             classifier=self.classifier,
             reconstructor=self.reconstructor,
             labels=self.labels,
+            indices=self.indices,
             transform=self.transform,
             target_transform=self.target_transform,
             fingerprint=self.fingerprint,
@@ -58,26 +64,28 @@ class Wanted:
 
 def want(
     *,
-    config: QuantizeConfig | None,
-    keep_ratio: float,
-    num_bins: int,
-    seed: int,
-    store: StoreKind,
+    config: AnyConfig | None,
+    keep_ratio: float | None,
+    num_bins: int | None,
+    seed: int | None,
+    store: StoreKind | None,
     encoder: Any,
     labels: Any,
+    indices: Indices,
     transform: Any,
     target_transform: Any,
     fingerprint: str | None,
-    drop_ratio: float = 0.0,
+    drop_ratio: float | None = None,
     classifier: Any = None,
     reconstructor: Any = None,
-    on_error: OnError = "raise",
+    on_error: OnError | None = None,
 ) -> Wanted:
     """Put the keywords of a data module and its config together.
 
     Raises:
         ConfigError: they contradict each other.
     """
+    check_alone(indices, keep_ratio=keep_ratio, num_bins=num_bins, encoder=encoder)
     short_forms: dict[str, Any] = {
         "selection.keep_ratio": keep_ratio,
         "selection.seed": seed,
@@ -93,10 +101,13 @@ def want(
         if isinstance(value, str | Path):
             short_forms[f"patches.{name}"] = str(value)
     config = with_short_forms(config, short_forms)
+    check_alone(indices, config)
     return Wanted(
         config,
         encoder=None if named else encoder,
         labels=labels,
+        # read at once: the file may be gone, or another one, when a second process asks
+        indices=None if indices is None else read_indices(indices),
         transform=transform,
         target_transform=target_transform,
         fingerprint=fingerprint,

@@ -1,0 +1,9 @@
+"""`QuantizedDataModule` for Trainers of the package `lightning`; only this file of the library imports it."""
+
+import lightning as L
+
+from dq_lightning.datamodule import QuantizedHooks
+
+
+class QuantizedDataModule(QuantizedHooks, L.LightningDataModule):  # noqa: D101 (the next line)
+    __doc__ = QuantizedHooks.__doc__
