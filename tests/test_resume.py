@@ -266,7 +266,8 @@ IMAGES = {
 }
 # its folder, once there is one
 TEXT_MODEL = []
-WHOLE = SelectionConfig(keep_ratio=1.0)
+# all are kept, and yet chosen by their features
+WHOLE = SelectionConfig(keep_ratio=0.995)
 FEW_A_BATCH = FeatureConfig(batch_size=4, num_workers=0)
 # a window of images to be filled holds eight batches
 DROPPED = PatchConfig(drop_ratio=0.5, batch_size=1)

@@ -390,7 +390,7 @@ def test_a_sample_that_can_be_read_at_first_and_not_later_is_an_error(tmp_path, 
     for limit in (2, 5, 6, 7, 8, 9, 10, 11, 12):
         data = Fading(limit)
         try:
-            compact(data, tmp_path / str(limit), settings(1.0, store="packed"), fingerprint="fixed", on_error=on_error)
+            compact(data, tmp_path / str(limit), settings(0.99, store="packed"), fingerprint="fixed", on_error=on_error)
         except (SourceError, ConfigError) as error:
             seen.add("changed between two reads" in str(error))
     assert True in seen
