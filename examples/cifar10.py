@@ -3,6 +3,7 @@
 python examples/cifar10.py --data ~/data_cifar --keep_ratio 0.125                  # DQ's choice, made here or cached
 python examples/cifar10.py --data ~/data_cifar --select_indices select_indices_CIFAR10_0.125.npy       # files of row numbers
 python examples/cifar10.py --data ~/data_cifar --data_dir results/pixel --select_indices FILE     # reconstructed images
+python examples/cifar10.py ... --output results/training_logs [--resume]           # keep checkpoints, go on from the last one
 
 Defaults are the published ones: SGD 0.1, momentum 0.9, weight decay 5e-4, cosine over 200 epochs, random crops and mirroring;
 batches of 128, or of 16 where at most 10 % of the 50,000 images are kept. Several files of row numbers are one run each.
@@ -15,13 +16,15 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets import CIFAR10
 from torchvision.models import resnet18
 from torchvision.transforms import v2
 
 from dq_lightning import DQError, QuantizedDataModule
+from dq_lightning.exports.published import open_image_folder
 from dq_lightning.selection.given import read_index
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -69,14 +72,9 @@ def chosen_part(args: argparse.Namespace, file: Path) -> Dataset:
         images = cifar10(args, train=True, transform=AUGMENT)
         return Subset(images, read_index(file, len(images)).tolist())
     rows = read_index(file)
-    folder = ImageFolder(args.data_dir, transform=AUGMENT, allow_empty=True)
-    # a folder is read by class, CIFAR-10 is not: index.npy tells which row of CIFAR-10 each image of the folder is
-    known = Path(args.data_dir) / "index.npy"
-    if not known.is_file():
-        raise SystemExit(
-            f"{known} is missing: make the folder with `dq-lightning reconstruct` or `dq-lightning export`"
-        )
-    items = np.flatnonzero(np.isin(np.load(known, allow_pickle=False), rows))
+    # a folder is read by class, CIFAR-10 is not
+    folder, positions = open_image_folder(args.data_dir, transform=AUGMENT)
+    items = np.flatnonzero(np.isin(positions, rows))
     if len(items) != len(rows):
         raise SystemExit(f"{args.data_dir} has {len(items):,} of the {len(rows):,} images that {file} names")
     return Subset(folder, items.tolist())
@@ -98,6 +96,7 @@ def train(args: argparse.Namespace, seed: int, file: Path | None) -> float:
         part = chosen_part(args, file)
         size = args.batch_size or (16 if len(part) <= 5000 else 128)
         data = DataLoader(part, size, shuffle=True, num_workers=args.num_workers)
+    folder = args.output and args.output / f"{file.stem if file else f'DQ_{args.keep_ratio:g}'}_seed{seed}"
     trainer = L.Trainer(
         max_epochs=args.epochs,
         accelerator=args.accelerator,
@@ -106,12 +105,13 @@ def train(args: argparse.Namespace, seed: int, file: Path | None) -> float:
         limit_train_batches=args.limit_batches,
         limit_test_batches=args.limit_batches,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=folder is not None,
+        callbacks=[ModelCheckpoint(folder, save_last=True, enable_version_counter=False)] if folder else None,
         enable_model_summary=False,
         enable_progress_bar=not args.quiet,
     )
     module = Classifier(args.learning_rate)
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path="last" if args.resume else None)
     accuracy = 100 * trainer.test(module, test, verbose=False)[0]["accuracy"]
     print(
         f"{file or f'DQ {args.keep_ratio:.1%}'}, batches of {size}, seed {seed}: {accuracy:.2f} % after the last epoch"
@@ -135,11 +135,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="32-true", help="bf16-mixed is twice as fast on new GPUs")
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="folder of checkpoints, one folder a run; nothing is saved without")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoints in --output")
     parser.add_argument("--limit_batches", type=int, help="to try it out")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
     if args.data_dir is not None and args.select_indices is None:
         parser.error("--data_dir needs --select_indices")
+    if args.resume and args.output is None:
+        parser.error("--resume needs --output, the folder of the checkpoints")
     return args
 
 

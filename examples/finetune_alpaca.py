@@ -211,6 +211,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--devices", default="auto")
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-steps", type=int, default=200, help="steps between two checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT/checkpoints")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args()
 
@@ -234,7 +236,13 @@ def main() -> dict[str, float]:
         callbacks=[
             # the newest ten: steps never fall
             ModelCheckpoint(
-                dirpath=args.output / "checkpoints", every_n_train_steps=200, save_top_k=10, monitor="step", mode="max"
+                dirpath=args.output / "checkpoints",
+                every_n_train_steps=args.save_steps,
+                save_top_k=10,
+                monitor="step",
+                mode="max",
+                save_last="link",
+                enable_version_counter=False,
             )
         ],
         logger=False,
@@ -244,7 +252,7 @@ def main() -> dict[str, float]:
     )
     trainer.validate(module, data, verbose=False)
     before = float(trainer.callback_metrics["held_out_loss"])
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path="last" if args.resume else None)
     after = float(trainer.callback_metrics["held_out_loss"])
     if trainer.is_global_zero:
         print(f"held-out loss per token: {before:.4f} before, {after:.4f} after {trainer.global_step:,} steps")

@@ -3,6 +3,7 @@
 python examples/imagenet.py ~/data_imagenet --keep_ratio 0.125 --devices 8
 python examples/imagenet.py ~/data_imagenet --select_indices select_indices_ImageNet_0.125.npy --devices 8
 python examples/imagenet.py ~/data_imagenet --data_dir results/pixel --select_indices FILE --devices 8   # reconstructed images
+python examples/imagenet.py ... --resume                  # go on from the last checkpoint in --output
 torchrun --nproc_per_node=8 examples/imagenet.py ...      # the same, started by torchrun; several nodes: examples/slurm.sh
 
 Defaults are the published ones: cosine over 260 epochs, learning rate 0.6, 128 samples a device, RandAugment m9-mstd0.5-inc1,
@@ -24,6 +25,7 @@ import lightning as L
 import numpy as np
 import timm
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from timm.data import create_transform, resolve_model_data_config
 from timm.layers import convert_splitbn_model
 from timm.loss import JsdCrossEntropy
@@ -33,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 
 from dq_lightning import DQError, QuantizeConfig, SelectionConfig, load_selection, quantize
+from dq_lightning.exports.published import open_image_folder
 from dq_lightning.selection.given import read_index
 
 
@@ -109,12 +112,11 @@ class KeptImages(L.LightningDataModule):
             if len(rows) and rows[-1] >= len(images):
                 raise DQError(f"{self.args.select_indices} has row {rows[-1]:,} of {len(images):,} images")
             return images, rows
-        folder = Path(self.args.data_dir).expanduser()
-        # index.npy tells which image of the whole set each image of the folder is
-        items = np.flatnonzero(np.isin(read_index(folder / "index.npy", ordered=False), rows))
+        folder, positions = open_image_folder(self.args.data_dir, transform=transform)
+        items = np.flatnonzero(np.isin(positions, rows))
         if len(items) != len(rows):
-            raise DQError(f"{folder} has {len(items):,} of the {len(rows):,} images that were chosen")
-        return ImageFolder(str(folder), transform=transform, allow_empty=True), items
+            raise DQError(f"{self.args.data_dir} has {len(items):,} of the {len(rows):,} images that were chosen")
+        return folder, items
 
     def selected(self) -> np.ndarray:
         config = QuantizeConfig(selection=SelectionConfig(keep_ratio=self.args.keep_ratio, seed=self.args.seed))
@@ -199,6 +201,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--devices", default="auto")
     parser.add_argument("--num_nodes", type=int, default=1)
     parser.add_argument("--output", default="results/training_logs")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     parser.add_argument("--limit_batches", type=int, help="to try it out")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser.parse_args()
@@ -224,11 +227,15 @@ def run(args: argparse.Namespace) -> None:
         limit_train_batches=args.limit_batches,
         limit_val_batches=args.limit_batches,
         default_root_dir=args.output,
+        callbacks=[ModelCheckpoint(Path(args.output) / "checkpoints", save_last=True, enable_version_counter=False)],
         num_sanity_val_steps=0,
         logger=False,
         enable_progress_bar=not args.quiet,
     )
-    trainer.fit(Splits(args, len(data.folder("train").classes)), data)
+    network = Splits(args, len(data.folder("train").classes))
+    trainer.fit(network, data, ckpt_path="last" if args.resume else None)
+    if "accuracy" not in trainer.callback_metrics:  # the run that goes on had come to its end
+        trainer.validate(network, data, verbose=False)
     if trainer.is_global_zero:
         accuracy = 100 * float(trainer.callback_metrics["accuracy"])
         print(f"accuracy after the last epoch: {accuracy:.2f} % ({len(data.train):,} training images)")

@@ -302,6 +302,18 @@ def test_help_loads_no_heavy_library():
     assert done.stdout.count("usage: dq-lightning") == len(cli.COMMANDS) + 1
 
 
+def test_bins_that_do_not_tell_the_classes(tmp_path, ready, caplog):
+    """Published files alone: said, with what to pass; silent when the dataset is named, or the bins know it."""
+    run("bins", tmp_path / "bins", *SAMPLE, *ready, "--num_bins", "2")
+    draw = ["sample", tmp_path / "bins", "--keep_ratio", "0.1"]
+    run(*draw)
+    (tmp_path / "bins" / "bins.npz").unlink()
+    run(*draw, "--dataset", "dq_lightning.sample_data.SampleCIFAR10")
+    assert "does not tell the classes" not in caplog.text
+    run(*draw)
+    assert "does not tell the classes" in caplog.text
+
+
 @pytest.mark.parametrize(("command", "function"), cli.COMMANDS.items())
 def test_help_explains_every_option(command, function):
     import inspect

@@ -69,6 +69,22 @@ def test_finetune_lowers_the_loss_and_saves_a_model(small_model, tmp_path, packi
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
 
 
+def test_finetune_goes_on_from_its_last_checkpoint(small_model, tmp_path):
+    (tmp_path / "data.json").write_text(json.dumps([row | {"input": str(n)} for n, row in enumerate(ROWS)]))
+    arguments = [
+        "--model", str(small_model), "--data", str(tmp_path / "data.json"), "--output", str(tmp_path / "tuned"),
+        "--held-out-data", str(tmp_path / "held.json"), "--held-out", "2", "--accumulate", "1", "--save-steps", "5",
+        "--precision", "32-true", "--accelerator", "cpu", "--quiet", "--max-length", "64",
+    ]  # fmt: skip
+    (tmp_path / "held.json").write_text(json.dumps([ROWS[0], ROWS[8]]))
+    run("finetune_alpaca.py", *arguments, "--epochs", "1", cwd=tmp_path)
+    saved = tmp_path / "tuned" / "checkpoints" / "last.ckpt"
+    assert torch.load(saved, weights_only=True)["global_step"] == 10
+    printed = run("finetune_alpaca.py", *arguments, "--epochs", "2", "--resume", cwd=tmp_path)
+    assert torch.load(saved, weights_only=True)["global_step"] == 20
+    assert "after 20 steps" in printed
+
+
 def test_held_out_rows_are_never_trained_on(tmp_path):
     module = example()
     (tmp_path / "data.json").write_text(json.dumps(ROWS))

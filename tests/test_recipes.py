@@ -1,6 +1,7 @@
 """The training examples with the published recipes run, at a small size, on the files of the commands."""
 
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -8,8 +9,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from dq_lightning import cli
+from dq_lightning.errors import StoreError
+from dq_lightning.exports.published import open_image_folder
+from dq_lightning.sample_data import SampleCIFAR10
 from tests.readme_table import words
 from tests.test_examples import EXAMPLES, run, write_small_cifar10
 
@@ -100,10 +106,12 @@ def test_imagenet_recipe_on_small_photos(photos, tmp_path):
     )  # fmt: skip
     python, script, *arguments = words("distributed_train.sh 8", tmp_path, FILE=tmp_path / "rows.npy")
     assert (python, script) == ("python", "examples/imagenet.py")
-    printed = run(
-        "imagenet.py", *arguments, "--devices", "1", "--model", "resnet18", "--img_size", "64", "--epochs", "2",
-        "--warmup_epochs", "1", "--batch_size", "4", "--precision", "32-true", *QUIET, cwd=tmp_path,
-    )  # fmt: skip
+    small = ["--devices", "1", "--model", "resnet18", "--img_size", "64", "--warmup_epochs", "1", "--batch_size", "4"]
+    small += ["--precision", "32-true", "--output", "logs", *QUIET]
+    run("imagenet.py", *arguments, *small, "--epochs", "1", cwd=tmp_path)
+    printed = run("imagenet.py", *arguments, *small, "--epochs", "2", "--resume", cwd=tmp_path)
+    saved = torch.load(tmp_path / "logs" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert (saved["epoch"], saved["global_step"]) == (1, 6)
     assert re.search(r"accuracy after the last epoch: \d+\.\d\d % \(12 training images\)", printed)
 
 
@@ -162,3 +170,45 @@ def test_slurm_script_starts_torchrun_with_its_arguments(tmp_path):
     environment |= {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
     assert printed().startswith("srun\ntorchrun --nnodes 2")
     assert "--rdzv_endpoint first:29500" in printed()
+
+
+def test_the_published_folder_of_reconstructed_images(tmp_path):
+    """Class folders are labels, as numbers; the names of the files are positions; what tells no position is an error."""
+    for label, position in ((9, 4), (10, 2), (10, 7), (100, 11)):
+        (tmp_path / "pixel" / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (position, 0, 0)).save(tmp_path / "pixel" / str(label) / f"{position}.png")
+    images, positions = pickle.loads(pickle.dumps(open_image_folder(tmp_path / "pixel")))
+    seen = {
+        position: (np.asarray(image)[0, 0, 0], label)
+        for position, (image, label) in zip(positions, images, strict=True)
+    }
+    assert seen == {4: (4, 9), 2: (2, 10), 7: (7, 10), 11: (11, 100)}
+    assert images.targets == [label for _, label in images.samples]
+    (tmp_path / "pixel" / "9" / "x.png").write_bytes((tmp_path / "pixel" / "9" / "4.png").read_bytes())
+    with pytest.raises(StoreError, match=r"9/x\.png is no position"):
+        open_image_folder(tmp_path / "pixel")
+    np.save(tmp_path / "pixel" / "index.npy", np.arange(4))
+    with pytest.raises(StoreError, match="5 images and 4 positions"):
+        open_image_folder(tmp_path / "pixel")
+    with pytest.raises(StoreError, match="no folder of class folders"):
+        open_image_folder(tmp_path / "nowhere")
+
+
+def test_cifar10_saves_and_goes_on(tmp_path):
+    """The second start trains the second epoch alone; a third one only measures. The images are those of a published folder."""
+    write_small_cifar10(tmp_path)
+    rows = np.arange(0, 2000, 50)
+    np.save(tmp_path / "rows.npy", rows)
+    for row in rows.tolist():
+        image, label = SampleCIFAR10()[row]
+        (tmp_path / "pixel" / str(label)).mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "pixel" / str(label) / f"{row}.png")
+    arguments = ["--data", str(tmp_path), "--data_dir", "pixel", "--select_indices", "rows.npy", "--output", "logs"]
+    small = ["--accelerator", "cpu", "--num_workers", "0", "--quiet", "--limit_batches", "2", "--seeds", "0"]
+    run("cifar10.py", *arguments, *small, "--epochs", "1", cwd=tmp_path)
+    saved = tmp_path / "logs" / "rows_seed0" / "last.ckpt"
+    assert torch.load(saved, weights_only=True)["global_step"] == 2
+    for _ in range(2):
+        printed = run("cifar10.py", *arguments, *small, "--epochs", "2", "--resume", cwd=tmp_path)
+        assert torch.load(saved, weights_only=True)["global_step"] == 4
+        assert "after the last epoch" in printed

@@ -7,6 +7,7 @@ bins.npz                              all of `Bins`, which the published files c
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,6 +88,11 @@ def read_bin_files(folder: str | Path, labels: Tensor | None = None) -> tuple[Bi
         raise StoreError(
             f"{folder} has sample {positions[-1]}, but the dataset has {len(labels):,} samples: pass its own"
         )
+    if labels is None:
+        get_logger().warning(
+            f"{folder} does not tell the classes (there is no {BINS_FILE}), so the shares are even by bin alone and "
+            "classes may come out unequal: name the dataset (--dataset, --data_path), or make the bins with `dq-lightning bins`"
+        )
     assignment = np.empty(len(positions), np.int16)
     rank = np.empty(len(positions), np.int32)
     group = np.zeros(len(positions), np.int32)
@@ -115,6 +121,54 @@ def select_from_files(
 def selection_file(name: str, keep_ratio: float) -> str:
     """`select_indices_NAME_RATIO.npy`."""
     return f"select_indices_{name}_{keep_ratio:g}.npy"
+
+
+def open_image_folder(folder: str | Path, transform: Any = None) -> tuple[Any, NDArray[np.int64]]:
+    """Open a folder of reconstructed images, ours or published (`LABEL/POSITION.png`).
+
+    Args:
+        folder: of class folders. Where all are named by whole numbers, these are the labels.
+        transform: of the images.
+
+    Returns:
+        torchvision's `ImageFolder`, and int64 [its length]: the position in the original dataset of each of its items, from
+        `index.npy` if that is there, else from the names of the files.
+
+    Raises:
+        StoreError: there are no images, or nothing tells their positions.
+    """
+    from torchvision.datasets import ImageFolder
+
+    root = Path(folder).expanduser()
+
+    try:
+        images = ImageFolder(str(root), transform=transform, allow_empty=True)
+    except FileNotFoundError as error:
+        raise StoreError(f"{root} holds no folder of class folders with images: {error}") from error
+    if all(name.isdecimal() for name in images.classes):
+        # sorted as words they are: "10" comes before "9"
+        labels = [int(name) for name in images.classes]
+        images.samples = images.imgs = [(path, labels[place]) for path, place in images.samples]
+        images.targets = [label for _, label in images.samples]
+        images.class_to_idx = dict(zip(images.classes, labels, strict=True))
+        images.classes.sort(key=int)
+    names = [Path(path) for path, _ in images.samples]
+    if (root / "index.npy").is_file():
+        positions = read_index(root / "index.npy", ordered=False)
+    elif all(name.stem.isdecimal() for name in names):
+        positions = np.array([int(name.stem) for name in names], np.int64)
+    else:
+        odd = next(name for name in names if not name.stem.isdecimal())
+        raise StoreError(
+            f"{root} has no index.npy, and the name of {odd.relative_to(root)} is no position in the original dataset: make "
+            "the folder with `dq-lightning reconstruct` or `dq-lightning export`"
+        )
+    if len(positions) != len(images) or len(np.unique(positions)) != len(positions):
+        raise StoreError(
+            f"{root} has {len(images):,} images and {len(np.unique(positions)):,} positions of them: files were added, removed "
+            "or named alike; make the folder again"
+        )
+    return images, positions
 
 
 def _parts(folder: Path) -> tuple[str, list[NDArray[np.int64]]]:
