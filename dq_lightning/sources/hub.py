@@ -13,13 +13,14 @@ from torch import Tensor
 from dq_lightning.errors import SourceError
 from dq_lightning.records import DigestMemory, EncodedImage
 from dq_lightning.sources.base import Finisher, dataset_length
-from dq_lightning.sources.finish import BatchFinisher, FormatFinisher, TransformFinisher, choose_finisher
-from dq_lightning.sources.items import IMAGE_NAMES, TARGET_NAMES, Leaf, digest_of, evenly_spaced
+from dq_lightning.sources.finish import BatchFinisher, FormatFinisher, TransformFinisher, check_finisher
+from dq_lightning.sources.items import IMAGE_NAMES, TARGET_NAMES, Leaf, digest_of
 from dq_lightning.sources.pixels import header_problem
 from dq_lightning.sources.reading import ItemSource
 from dq_lightning.sources.skipping import ForgivingMemory
 from dq_lightning.sources.strip import KEEP
 from dq_lightning.sources.targets import Targets, as_targets
+from dq_lightning.sources.traced import TRACED_SAMPLES
 
 _ROWS_AT_ONCE = 256
 _HOMES = {
@@ -191,16 +192,15 @@ class HubSource(ItemSource):
         settings = dict(how["format_kwargs"])
         if how["type"] is None and kept is None:
             return TransformFinisher()
-        candidates: list[Any]
+        finisher: Finisher
         if how["type"] == "custom":
-            candidates = [BatchFinisher(settings["transform"], kept, others)]
+            finisher = BatchFinisher(settings["transform"], kept, others)
         elif how["type"] is None:
-            candidates = [BatchFinisher(_same, kept, others)]
+            finisher = BatchFinisher(_same, kept, others)
         else:
-            candidates = [FormatFinisher(how["type"], tuple(sorted(settings.items())), kept, others)]
-        tried = [int(index[place]) for place in evenly_spaced(len(index), 3)]
-        chosen: Finisher = choose_finisher(candidates, self.plain, self.delivered, tried, self.describe())
-        return chosen
+            finisher = FormatFinisher(how["type"], tuple(sorted(settings.items())), kept, others)
+        check_finisher(finisher, self.plain, self.delivered, self.readable(index, TRACED_SAMPLES), self.describe())
+        return finisher
 
     # targets and identity
 

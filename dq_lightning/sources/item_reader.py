@@ -1,5 +1,6 @@
 """Reading the items of a dataset: what cannot be read is an error that names the item, or is stood for by its kind."""
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from dq_lightning.sources.items import at, digest_of, evenly_spaced, image_leave
 from dq_lightning.sources.skipping import Unreadable
 
 SPOT_CHECKS = 16
+# positions among which a few that can be read are looked for
+_SEARCHED = 256
 
 
 class ItemReader(ABC):
@@ -104,6 +107,18 @@ class ItemReader(ABC):
         except SourceError as error:
             missing = self._or_unreadable(error)
             return missing, digest_of(missing)
+
+    def readable(self, index: Any, count: int) -> list[int]:
+        """At most `count` evenly spaced ones of the positions `index`; only such as can be read where others are left out."""
+        spread = [int(index[place]) for place in evenly_spaced(len(index), count)]
+        if not self.skips:
+            return spread
+        more = [int(index[place]) for place in evenly_spaced(len(index), _SEARCHED)]
+        found = (position for position in dict.fromkeys([*spread, *more]) if self._can_be_read(position))
+        return list(itertools.islice(found, count))
+
+    def _can_be_read(self, index: int) -> bool:
+        return not isinstance(self.tried(index), Unreadable)
 
     def first_item(self, fits: Callable[[Any], object] = id) -> Any:
         """A plain item to learn the structure from: one for which `fits` raises nothing. Others are errors in their turn."""

@@ -5,13 +5,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from dq_lightning.errors import SourceError
 from dq_lightning.records import DigestMemory
 from dq_lightning.sources.base import Finisher
-from dq_lightning.sources.finish import TransformFinisher, choose_finisher
-from dq_lightning.sources.items import digest_of, evenly_spaced
+from dq_lightning.sources.finish import TransformFinisher
+from dq_lightning.sources.items import digest_of
 from dq_lightning.sources.reading import ItemSource
 from dq_lightning.sources.strip import KEEP, own_transforms, with_transforms, without_transforms
 from dq_lightning.sources.targets import Targets, as_targets
+from dq_lightning.sources.traced import TRACED_SAMPLES, explain, trace
 
 
 def getter_module(dataset: Any) -> str:
@@ -49,7 +51,7 @@ class MapSource(ItemSource):
     # transforms
 
     def _leaf_finisher(self, transform: Any, target_transform: Any) -> TransformFinisher:
-        return TransformFinisher(transform, target_transform, None, self.image_leaf(), self.target_leaf())
+        return TransformFinisher(transform, target_transform, self.image_leaf(), self.target_leaf())
 
     def finisher(self, index: Tensor) -> Finisher:
         finisher = getattr(self.dataset, "finisher", None)
@@ -59,17 +61,19 @@ class MapSource(ItemSource):
         used = {name: value for name, value in now.items() if value is not None and value is not neutral.get(name)}
         if not used:
             return TransformFinisher()
-        alone, target = used.get("transform"), used.get("target_transform")
-        candidates = [self._leaf_finisher(alone, target)]
-        if used.get("transforms") is not None:
-            candidates.insert(0, TransformFinisher(transforms=used["transforms"]))
-        if alone is not None:
-            candidates.append(TransformFinisher(alone))
-        if target is not None:  # a class may have the attribute and not use it
-            candidates.append(self._leaf_finisher(alone, None))
-        tried = [int(index[place]) for place in evenly_spaced(len(index), 3)]
-        chosen: Finisher = choose_finisher(candidates, self.plain, self.delivered, tried, self.describe())
-        return chosen
+        traces = []
+        for seed, position in enumerate(self.readable(index, TRACED_SAMPLES)):
+            plain = self.plain(position)
+            with self.explaining(position):
+                traces.append(trace(self.dataset, used, position, plain, seed))
+        try:
+            return explain(traces, [leaf for leaf in (self.image_leaf(), self.target_leaf()) if leaf is not None])
+        except SourceError as error:
+            raise SourceError(
+                f"What {self.describe()} delivers can't be made from its plain items by its {', '.join(used)}: {error}. Use "
+                "store='indices' (without drop_ratio), which reads through the dataset itself. Or let its __getitem__ put the "
+                "item together, call its transform with parts of it, and deliver what comes out as it is"
+            ) from error
 
     # targets and identity
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dq_lightning.errors import SourceError
-from dq_lightning.sources.items import looks_like_image
+from dq_lightning.sources.items import may_be_image
 
 Array = NDArray[Any]
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -41,7 +41,7 @@ def check_pixels(value: Any) -> Any:
     shape = value.size if isinstance(value, Image.Image) else tuple(value.shape)
     if 0 in shape:
         raise SourceError(f"the image has no pixels: {list(shape)}")
-    if not looks_like_image(value):
+    if not may_be_image(value):
         kind = "" if isinstance(value, Image.Image) else f"{value.dtype} "
         raise SourceError(f"{kind}{list(shape)} is no image: arrays are [H, W], or have 1 to 4 channels first or last")
     return value

@@ -161,7 +161,7 @@ def target_of(item: Any, leaf: Leaf | None) -> Any:
     """
     try:
         value = None if leaf is None else at(item, leaf)
-    except (KeyError, IndexError, TypeError):
+    except (KeyError, IndexError, TypeError, AttributeError):
         return None  # this item has no such place: a sample without a label
     if value is None or isinstance(value, int | str | np.generic):
         return value
