@@ -14,6 +14,7 @@ from dq_lightning.patch_bytes import measure_bytes
 from dq_lightning.patching import choose, image_place, packed_items
 from dq_lightning.plan import Plan
 from dq_lightning.records import Selection
+from dq_lightning.sources.items import plain_parts
 from dq_lightning.store.cache import require_space
 from dq_lightning.store.packed import Item, estimate_bytes, write_packed
 from dq_lightning.store.shards import KeptShards
@@ -73,7 +74,7 @@ def reading_again(plan: Plan) -> Iterator[None]:
 
 def _whole_items(plan: Plan, index: Tensor, start: int = 0) -> Iterator[Item]:
     for position in index[start:].tolist():
-        yield plan.source.plain(position), plan.source.encoded(position)
+        yield plain_parts(plan.source.plain(position)), plan.source.encoded(position)
 
 
 def _write_samples(

@@ -22,7 +22,7 @@ from dq_lightning.patches.score import score_images, split_scores
 from dq_lightning.plan import Plan
 from dq_lightning.records import PatchChoice, Selection
 from dq_lightning.resuming import Shards
-from dq_lightning.sources.items import at, with_value
+from dq_lightning.sources.items import at, plain_parts, with_value
 from dq_lightning.store.packed import Item
 from dq_lightning.store.patched import pack_image
 from dq_lightning.threads import torch_threads
@@ -130,7 +130,7 @@ def _packed_images(
 
     def read() -> Iterator[Callable[[], tuple[Any, PatchedImage]]]:
         for number, position in enumerate(selection.index[start:].tolist(), start):
-            sample = plan.source.plain(position)
+            sample = plain_parts(plan.source.plain(position))
             leaf = whole_leaf(plan, position, sample, place)
             yield _Packing(sample, leaf, choice.mask(number), patches)
 

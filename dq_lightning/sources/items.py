@@ -105,6 +105,24 @@ def children(value: Any) -> Iterator[tuple[str | int, Any]]:
         yield from enumerate(value)
 
 
+def plain_parts(value: Any) -> Any:
+    """A value as a packed store holds it: tuples and dicts for containers of other classes, tensors for torchvision's own."""
+    if isinstance(value, Tensor):
+        return value.as_subclass(Tensor) if tv_tensor(value) else value
+    if is_dataclass(value) or isinstance(value, dict):
+        return {key: plain_parts(part) for key, part in children(value)}
+    if isinstance(value, tuple):
+        return tuple(map(plain_parts, value))
+    return [plain_parts(part) for part in value] if type(value) is list else value
+
+
+def tv_tensor(value: Any) -> str:
+    """The name of torchvision's class of an image or mask that is a tensor with nothing beside; else empty."""
+    kind = type(value)
+    known = kind.__module__.startswith("torchvision.tv_tensors") and kind.__name__ in ("Image", "Mask")
+    return kind.__name__ if known else ""
+
+
 def image_leaves(item: Any, prefix: Leaf = ()) -> list[Leaf]:
     """Every leaf of an item that can be an image, in order."""
     if looks_like_image(item):
@@ -193,8 +211,8 @@ def _advice(item: Any, leaves: list[Leaf]) -> str:
             "with its key or position; if not, compute features of your own and pass them to select(make_bins(features))."
         )
     return (
-        "Pass image_column= with the key or position of the image (a PIL image or an array [H, W], [C, H, W] or [H, W, C]); for "
-        'rows of text name their columns with config.text, as TextConfig(columns=("sentence",)).'
+        "Pass image_column= with the key or position of the image (a PIL image or an array [H, W], [C, H, W] or [H, W, C]); "
+        'for rows of text name their columns with config.text, as TextConfig(columns=("sentence",)).'
     )
 
 

@@ -9,11 +9,11 @@ from dq_lightning.errors import SourceError
 from dq_lightning.records import DigestMemory
 from dq_lightning.sources.base import Finisher
 from dq_lightning.sources.finish import TransformFinisher
-from dq_lightning.sources.items import digest_of
+from dq_lightning.sources.items import digest_of, plain_parts
 from dq_lightning.sources.reading import ItemSource
 from dq_lightning.sources.strip import KEEP, own_transforms, with_transforms, without_transforms
 from dq_lightning.sources.targets import Targets, as_targets
-from dq_lightning.sources.traced import TRACED_SAMPLES, explain, trace
+from dq_lightning.sources.traced import TRACED_SAMPLES, InTurn, Trace, explain, same, trace
 
 
 def getter_module(dataset: Any) -> str:
@@ -54,23 +54,28 @@ class MapSource(ItemSource):
         return TransformFinisher(transform, target_transform, self.image_leaf(), self.target_leaf())
 
     def finisher(self, index: Tensor) -> Finisher:
-        finisher = getattr(self.dataset, "finisher", None)
-        if isinstance(finisher, TransformFinisher):
-            return finisher
+        late = getattr(self.dataset, "finisher", None)
+        late = late if isinstance(late, TransformFinisher) else None
         now, neutral = own_transforms(self.dataset), own_transforms(self.plain_dataset)
         used = {name: value for name, value in now.items() if value is not None and value is not neutral.get(name)}
-        if not used:
-            return TransformFinisher()
         traces = []
         for seed, position in enumerate(self.readable(index, TRACED_SAMPLES)):
             plain = self.plain(position)
+            stored = plain_parts(plain)
+            if late is not None or not used:
+                traces.append(Trace(stored, delivered=plain))
+                continue
             with self.explaining(position):
-                traces.append(trace(self.dataset, used, position, plain, seed))
+                traces.append(trace(self.dataset, used, position, stored, seed))
+        if not any(one.calls for one in traces) and all(same(one.plain, one.delivered) for one in traces):
+            return late or TransformFinisher()
+        names = ", ".join(used) or "parts"
         try:
-            return explain(traces, [leaf for leaf in (self.image_leaf(), self.target_leaf()) if leaf is not None])
+            found = explain(traces, [leaf for leaf in (self.image_leaf(), self.target_leaf()) if leaf is not None])
+            return found if late is None else InTurn(found, late)
         except SourceError as error:
             raise SourceError(
-                f"What {self.describe()} delivers can't be made from its plain items by its {', '.join(used)}: {error}. Use "
+                f"What {self.describe()} delivers can't be made from its plain items by its {names}: {error}. Use "
                 "store='indices' (without drop_ratio), which reads through the dataset itself. Or let its __getitem__ put the "
                 "item together, call its transform with parts of it, and deliver what comes out as it is"
             ) from error

@@ -25,10 +25,12 @@ from dq_lightning.sources.items import (
     evenly_spaced,
     find_image,
     find_target,
+    outline,
 )
 from dq_lightning.sources.pixels import Scale, check_pixels, decide_scale, needs_scale, to_rgb
 from dq_lightning.sources.skipping import Unreadable
 from dq_lightning.sources.state import state_key
+from dq_lightning.sources.streams import generators_in, random_states
 from dq_lightning.sources.targets import Targets, as_targets, given_labels, target_of, to_labels
 
 logger = logging.getLogger("dq_lightning")
@@ -36,6 +38,11 @@ logger = logging.getLogger("dq_lightning")
 OTHER_SPOTS = 4
 _SCALE_SAMPLES = 64
 _LONG_PASS = 1000
+# of fewer samples it can't be said that their classes are too many
+_FEW = 20
+# where random numbers are drawn while plain items are read, so many are read so often
+_READ_OFTEN = 4
+_OFTEN = 64
 
 
 class ItemSource(ItemReader):
@@ -133,10 +140,42 @@ class ItemSource(ItemReader):
             return given_labels(self.grouping, len(self))
         targets = self.targets()
         labels = to_labels(targets) if targets is not None else None
+        if self.modality == "image":
+            self._check_classes(labels, known=targets is not None and targets.names is not None)
         if labels is None and not self._told_no_classes:
             self._told_no_classes = True
             logger.info("%s: no classes found: bins over the whole set", self.describe())
         return labels
+
+    def _check_classes(self, labels: Labels | None, *, known: bool) -> None:
+        """Ask where the classes are none: in a column that was named, or with about as many different values as samples.
+
+        Args:
+            labels: what was found.
+            known: whether the dataset itself lists the names of its classes.
+
+        Raises:
+            SourceError: with what was found, and what to pass.
+        """
+        if labels is None and self.label_column is None:
+            return
+        item, leaf = self.first_item(), self.target_leaf()
+        place = leaf[-1] if leaf else None
+        seen = f"{outline(at(item, leaf)) if leaf else 'nothing'} in {outline(item)}"
+        if labels is None:
+            raise SourceError(
+                f"labels={self.label_column!r} of {self.describe()} are no classes ({seen}): whole numbers or strings are. "
+                "Name another key or position, or pass labels= with one class for each sample, or labels=False for bins over "
+                "the whole set"
+            )
+        different = len(labels.values.unique())
+        if self.label_column is None and not known and len(self) >= _FEW and different > len(self) / 2:
+            raise SourceError(
+                f"The classes of {self.describe()} were looked for at {place!r} ({seen}), which has {different:,} different "
+                f"values: rather a name, a number or a measurement. Pass labels='{place}' if these are the classes after all, "
+                "labels= with another key or position or with one class for each sample, or labels=False for bins over the "
+                "whole set"
+            )
 
     def encoded(self, index: int) -> EncodedImage | None:
         return None
@@ -244,12 +283,21 @@ class ItemSource(ItemReader):
     def _check_reads(self) -> None:
         if self._repeatable:
             return
+        generators, spots = generators_in(self.plain_view()), evenly_spaced(len(self), SPOT_CHECKS)
         with isolated_random_state():
-            for index in evenly_spaced(len(self), SPOT_CHECKS):
-                if self.digested(index)[1] != self.digested(index)[1]:
-                    raise SourceError(
-                        f"Two reads of item {index} of {self.describe()} differ, though its transforms were taken off: "
-                        "something random is hidden inside. Features are made once from the plain image, so give the "
-                        "dataset its augmentation as an attribute named `transform`, or pass transform= here instead."
-                    )
+            before = random_states(generators)
+            first = {index: self.digested(index)[1] for index in spots}
+            self._compare_reads(first, spots)
+            if random_states(generators) != before:
+                # what is drawn may change an item but seldom
+                self._compare_reads(first, evenly_spaced(len(self), _READ_OFTEN) * _OFTEN)
         self._repeatable = True
+
+    def _compare_reads(self, first: dict[int, str], again: list[int]) -> None:
+        for index in again:
+            if first.setdefault(index, self.digested(index)[1]) != self.digested(index)[1]:
+                raise SourceError(
+                    f"Two reads of item {index} of {self.describe()} differ, though its transforms were taken off: "
+                    "something random is hidden inside. Features are made once from the plain image, so give the "
+                    "dataset its augmentation as an attribute named `transform`, or pass transform= here instead."
+                )

@@ -8,27 +8,24 @@ trace: the same calls in the same order, each given what it would give, and the 
 """
 
 import copy
-import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from dq_lightning.errors import SourceError
 from dq_lightning.randomness import isolated_random_state
-from dq_lightning.sources.items import Leaf, at, children, digest_of, is_dataclass, outline
+from dq_lightning.sources.items import Leaf, at, children, digest_of, is_dataclass, outline, tv_tensor
+from dq_lightning.sources.streams import generators_in, random_states
 from dq_lightning.sources.strip import replaced, with_attributes
 
 # items that are looked at, each under a seed of its own
 TRACED_SAMPLES = 8
 _SCALARS = (type(None), bool, int, float, str)
-_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
-_DEEPEST = 4
 _LONGEST = 64
 
 
@@ -121,7 +118,7 @@ class Trace:
     """What was seen while one item was read.
 
     Attributes:
-        plain: the same item without transforms.
+        plain: the same item without transforms, as a packed store gives it.
         delivered: the item.
         calls: of transforms; `given` and `result` are copies of what they were when it was called.
         live: the results themselves, by which they are found in the item.
@@ -130,7 +127,7 @@ class Trace:
     """
 
     plain: Any
-    streams: Callable[[], str]
+    streams: Callable[[], str] = str
     delivered: Any = None
     calls: list[SeenCall] = field(default_factory=list)
     live: list[Any] = field(default_factory=list)
@@ -201,7 +198,7 @@ def trace(dataset: Any, used: dict[str, Any], index: int, plain: Any, seed: int)
         seed: of the global random state while it is read.
     """
     found = generators_in(vars(dataset))
-    seen = Trace(plain, lambda: _states(found))
+    seen = Trace(plain, lambda: random_states(found))
     recorders = {
         name: replaced(value, lambda one, place: _Recorder(one, place, seen), (name,)) for name, value in used.items()
     }
@@ -212,36 +209,15 @@ def trace(dataset: Any, used: dict[str, Any], index: int, plain: Any, seed: int)
     return seen
 
 
-def generators_in(value: Any) -> list[Any]:
-    """The generators of random numbers that an object holds, as far as can be seen."""
-    found: dict[int, Any] = {}
-    seen: set[int] = set()
+@dataclass(frozen=True)
+class InTurn:
+    """Two finishers, one after the other."""
 
-    def walk(inner: Any, depth: int) -> None:
-        if id(inner) in seen or depth > _DEEPEST or isinstance(inner, (*_SCALARS, bytes, Tensor, np.ndarray, type)):
-            return
-        seen.add(id(inner))
-        if isinstance(inner, _GENERATORS):
-            found[id(inner)] = inner
-        elif isinstance(inner, Mapping | list | tuple):
-            if len(inner) <= _LONGEST:
-                for child in inner.values() if isinstance(inner, Mapping) else inner:
-                    walk(child, depth + 1)
-        elif isinstance(getattr(inner, "__dict__", None), dict):
-            walk(vars(inner), depth + 1)
+    first: Any
+    second: Any
 
-    walk(value, 0)
-    return list(found.values())
-
-
-def _states(generators: list[Any]) -> str:
-    own: list[Any] = []
-    for one in generators:
-        if isinstance(one, np.random.Generator):
-            own.append(one.bit_generator.state)
-        else:
-            own.append(one.getstate() if isinstance(one, random.Random) else one.get_state())
-    return digest_of(random.getstate(), np.random.get_state(), torch.get_rng_state(), own)
+    def __call__(self, position: int, plain_item: Any) -> Any:
+        return self.second(position, self.first(position, plain_item))
 
 
 def explain(traces: Sequence[Trace], usual: Sequence[Leaf]) -> CallingFinisher:
@@ -352,7 +328,7 @@ class _Explanation:
             found = (given or kept) if touched else (kept or given)
         if found is None:
             found = _container(value, lambda part, key: self._delivered(part, (*place, key)))
-        found = found or self._plain_like(value)
+        found = found or self._plain_like(value, place)
         if found is None:
             where = "".join(f"[{key!r}]" for key in place) or "all of it"
             raise SourceError(
@@ -382,13 +358,14 @@ class _Explanation:
     def _plain_at(self, value: Any, place: Leaf) -> Taken | None:
         return next((Taken(0, leaf) for leaf, part in self._plain if leaf == place and same(part, value)), None)
 
-    def _plain_like(self, value: Any) -> Taken | None:
-        """A part of the plain item that is equal, or becomes so in a usual way."""
-        for leaf, part in self._plain:
+    def _plain_like(self, value: Any, place: Leaf | None = None) -> Taken | None:
+        """A part of the plain item that is equal, or becomes so in a usual way; the one at the same place first."""
+        parts = sorted(self._plain, key=lambda part: part[0] != place)
+        for leaf, part in parts:
             if same(part, value):
                 return Taken(0, leaf)
         kind = _kind_of(value)
-        for leaf, part in self._plain:
+        for leaf, part in parts:
             if kind and isinstance(part, Image.Image | Tensor | np.ndarray) and same(_made(part, kind), value):
                 return Taken(0, leaf, kind)
         return None
@@ -436,10 +413,7 @@ def _build(template: Any, known: Sequence[Any]) -> Any:
 
 def _kind_of(value: Any) -> str:
     """Into what images are usually made for a transform, if the value is such."""
-    if type(value) is np.ndarray:
-        return "array"
-    known = type(value).__module__.startswith("torchvision.tv_tensors")
-    return type(value).__name__ if known and type(value).__name__ in ("Image", "Mask") else ""
+    return "array" if type(value) is np.ndarray else tv_tensor(value)
 
 
 def _made(value: Any, kind: str) -> Any:

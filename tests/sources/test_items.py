@@ -1,6 +1,10 @@
 """Finding the image and the target, and digesting nested items."""
 
+import collections
+import dataclasses
+import types
 from collections import OrderedDict, namedtuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,3 +149,74 @@ def test_images_are_told_apart_by_mode_size_pixels_and_palette():
 def test_what_can_be_neither_read_nor_pickled_is_an_error():
     with pytest.raises(SourceError, match="fingerprint="):
         digest_of((IMAGE, (x for x in range(3))))
+
+
+# what is taken for an image, and what is said where there is none
+
+
+@dataclasses.dataclass
+class Reading:
+    picture: Any
+    gt_label: int
+
+
+def picture(side=8):
+    return np.zeros((side, side, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("value", "taken"),
+    [
+        (torch.zeros(1, 16000), False),
+        (np.zeros((1, 16000), np.int16), False),
+        (torch.zeros(2, 16000), False),
+        (torch.zeros(4, 4), False),
+        (np.zeros((1, 900), np.uint8), False),
+        (torch.zeros(1, 1, 16000), False),
+        (torch.zeros(8, 8), True),
+        (np.zeros((4, 4), np.uint8), True),
+        (torch.zeros(3, 4, 4), True),
+        (torch.zeros(1, 80, 200), True),
+    ],
+)
+def test_sound_and_small_tables_are_no_images_unless_they_are_named(value, taken):
+    item = {"value": value, "label": 1}
+    if taken:
+        assert find_image(item, None) == ("value",)
+    else:
+        with pytest.raises(SourceError, match=r"image_column=|sound or a table"):
+            find_image(item, None)
+    assert find_image(item, "value") == ("value",)
+
+
+@pytest.mark.parametrize(
+    ("item", "advice"),
+    [
+        ((torch.zeros(13, 64, 64), 1), "load_selection"),
+        ({"left": picture(), "right": picture()}, "image_column=.*'left', 'right'"),
+        (types.SimpleNamespace(image=picture()), "tuples, lists, dicts and dataclasses"),
+        (Reading("a.png", 1), "image_column="),
+    ],
+)
+def test_items_without_one_image_say_what_to_do(item, advice):
+    with pytest.raises(SourceError, match=advice):
+        find_image(item, None)
+
+
+def test_fields_of_dataclasses_are_leaves():
+    item = Reading(picture(), 3)
+    image = find_image(item, None)
+    assert image == ("picture",)
+    assert find_target(item, image, None) == ("gt_label",)
+    assert at(item, image) is item.picture
+    changed = with_value(item, image, 7)
+    assert (type(changed), changed.picture, changed.gt_label) == (Reading, 7, 3)
+    assert item.picture is not changed.picture
+    with pytest.raises(SourceError, match="'picture', 'gt_label'"):
+        find_image(item, "image")
+
+
+def test_dicts_of_other_classes_keep_their_class_when_a_value_is_changed():
+    item = collections.defaultdict(list, image=picture(), label=1)
+    changed = with_value(item, ("image",), 5)
+    assert (type(changed), changed["image"], changed["none"]) == (collections.defaultdict, 5, [])

@@ -245,6 +245,43 @@ def test_integers_of_shape_one_are_classes():
     assert as_source(items).labels().values.tolist() == [0, 1, 2] * 3
 
 
+def test_targets_that_differ_in_most_samples_are_asked_about():
+    images = [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(40)]
+    named = [(image, f"{i}.png", i % 2) for i, image in enumerate(images)]
+    with pytest.raises(SourceError, match=r"40 different values.*labels='1'.*labels=False"):
+        as_source(named).labels()
+    assert as_source(named, labels="2").labels().values.tolist() == [i % 2 for i in range(40)]
+    assert as_source(named, labels="1").labels().num_classes == 40
+    assert as_source(named, labels=False).labels() is None
+    numbered = [{"image": image, "label": i} for i, image in enumerate(images)]
+    with pytest.raises(SourceError, match="40 different values"):
+        as_source(numbered).labels()
+    assert as_source(numbered[:10]).labels().num_classes == 10
+
+
+@pytest.mark.parametrize("named", ["image", "score"])
+def test_a_named_column_that_holds_no_classes_is_an_error(named):
+    items = [{"image": Image.new("RGB", (4, 4), (i, 0, 0)), "score": i / 7, "label": i % 2} for i in range(6)]
+    with pytest.raises(SourceError, match=rf"labels='{named}'.*no classes.*labels=False"):
+        as_source(items, labels=named).labels()
+
+
+@pytest.mark.parametrize(
+    "draw", [random.random, lambda: torch.rand(()), np.random.rand, np.random.default_rng().random]
+)
+def test_a_change_that_seldom_comes_is_found_where_numbers_are_drawn(draw):
+    class Seldom(Pictures):
+        def __getitem__(self, index):
+            image, target = super().__getitem__(index)
+            return image.rotate(90) if self.draw() < 0.03 else image, target
+
+    dataset = Seldom(30)
+    # a bound method shows its generator as an attribute does
+    dataset.draw, dataset.stream = draw, getattr(draw, "__self__", None)
+    with pytest.raises(SourceError, match="something random is hidden"):
+        as_source(dataset).check_repeatable()
+
+
 def test_that_no_classes_were_found_is_told_once(caplog):
     items = [(Image.new("RGB", (4, 4), (i, 0, 0)), 0.5) for i in range(5)]
     with caplog.at_level(logging.INFO, "dq_lightning"):

@@ -1,0 +1,49 @@
+"""Generators of random numbers: which ones an object holds, and whether numbers were drawn."""
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dq_lightning.sources.items import digest_of
+
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+_VALUES = (str, bytes, int, float, complex, Tensor, np.ndarray, type)
+_DEEPEST = 4
+_LONGEST = 64
+
+
+def generators_in(value: Any) -> list[Any]:
+    """The generators of random numbers that an object holds, as far as can be seen."""
+    found: dict[int, Any] = {}
+    seen: set[int] = set()
+
+    def walk(inner: Any, depth: int) -> None:
+        if id(inner) in seen or depth > _DEEPEST or isinstance(inner, _VALUES):
+            return
+        seen.add(id(inner))
+        if isinstance(inner, _GENERATORS):
+            found[id(inner)] = inner
+        elif isinstance(inner, Mapping | list | tuple):
+            if len(inner) <= _LONGEST:
+                for child in inner.values() if isinstance(inner, Mapping) else inner:
+                    walk(child, depth + 1)
+        elif isinstance(getattr(inner, "__dict__", None), dict):
+            walk(vars(inner), depth + 1)
+
+    walk(value, 0)
+    return list(found.values())
+
+
+def random_states(generators: list[Any]) -> str:
+    """Digest of where the global random state and the generators stand: it changes when a number is drawn or a seed set."""
+    own: list[Any] = []
+    for one in generators:
+        if isinstance(one, np.random.Generator):
+            own.append(one.bit_generator.state)
+        else:
+            own.append(one.getstate() if isinstance(one, random.Random) else one.get_state())
+    return digest_of(random.getstate(), np.random.get_state(), torch.get_rng_state(), own)
