@@ -105,12 +105,24 @@ class CallingFinisher:
 
 @dataclass
 class SeenCall:
-    """What a recorder saw of one call: the live values, and copies of them as they were before and after it."""
+    """What a recorder saw of one call.
+
+    Attributes:
+        place: as in `Call`.
+        transform: likewise.
+        given: its arguments, positional and named, copied before it worked on them.
+        result: what it gave, copied likewise.
+        live_given: the arguments themselves, by which they are found again.
+        live_result: what the dataset was given: a copy, so that it is another object than the argument even where the
+            transform gives its argument back.
+    """
 
     place: tuple[Any, ...]
     transform: Callable[..., Any]
     given: tuple[tuple[Any, ...], dict[str, Any]]
+    live_given: Any
     result: Any = None
+    live_result: Any = None
 
 
 @dataclass
@@ -120,8 +132,7 @@ class Trace:
     Attributes:
         plain: the same item without transforms, as a packed store gives it.
         delivered: the item.
-        calls: of transforms; `given` and `result` are copies of what they were when it was called.
-        live: the results themselves, by which they are found in the item.
+        calls: of transforms.
         streams: gives the states of all generators of random numbers.
         doubt: why what was seen does not show all that the dataset does with its transforms; empty when there is no reason.
     """
@@ -130,7 +141,6 @@ class Trace:
     streams: Callable[[], str] = str
     delivered: Any = None
     calls: list[SeenCall] = field(default_factory=list)
-    live: list[Any] = field(default_factory=list)
     doubt: str = ""
     _mark: str = ""
 
@@ -166,13 +176,12 @@ class _Recorder:
     def __call__(self, *values: Any, **named: Any) -> Any:
         transform, place, trace = self._recorded
         trace.enter()
-        seen = SeenCall(place, transform, trace.copied((values, named)))
+        seen = SeenCall(place, transform, trace.copied((values, named)), (values, named))
         result = transform(*values, **named)
-        seen.result = trace.copied(result)
+        seen.result, seen.live_result = trace.copied(result), trace.copied(result)
         trace.calls.append(seen)
-        trace.live.append(result)
         trace.leave()
-        return result
+        return seen.live_result
 
     def __getattr__(self, name: str) -> Any:
         transform, _, trace = self._recorded
@@ -236,12 +245,18 @@ def explain(traces: Sequence[Trace], usual: Sequence[Leaf]) -> CallingFinisher:
     problem: SourceError | None = None
     for seen in traces:
         try:
-            finisher = _Explanation(seen, usual).finisher()
+            finisher, other = (_Explanation(seen, usual, plain_first).finisher() for plain_first in (False, True))
         except SourceError as error:
             problem = error
             continue
-        if all(_agrees(finisher, other) for other in traces):
-            return finisher
+        if not all(_agrees(finisher, one) for one in traces):
+            continue
+        if other != finisher and all(_agrees(other, one) for one in traces):
+            raise SourceError(
+                f"in {len(traces)} items, each under another seed, its transform changed nothing, and what it delivers is a "
+                "copy, which may be of what the transform is given or of what it gives"
+            )
+        return finisher
     raise problem or SourceError("its items do not all go the same way through its transforms")
 
 
@@ -287,11 +302,13 @@ def same(one: Any, other: Any) -> bool:
 class _Explanation:
     """Where the values of one trace come from."""
 
-    def __init__(self, seen: Trace, usual: Sequence[Leaf]) -> None:
+    def __init__(self, seen: Trace, usual: Sequence[Leaf], plain_first: bool) -> None:
         self._seen = seen
-        parts = list(_parts(seen.plain))
-        # the usual ones first, else in order
-        self._plain = sorted(parts, key=lambda part: usual.index(part[0]) if part[0] in usual else len(usual))
+        self._plain_first = plain_first
+        # the usual parts first, else in order
+        self._plain = sorted(
+            _parts(seen.plain), key=lambda part: usual.index(part[0]) if part[0] in usual else len(usual)
+        )
         self._touched: list[Leaf] = []
 
     def finisher(self) -> CallingFinisher:
@@ -305,8 +322,11 @@ class _Explanation:
         return CallingFinisher(tuple(calls), self._delivered(self._seen.delivered, ()))
 
     def _argument(self, value: Any, number: int) -> Any:
-        """Where an argument of a call comes from: results of earlier calls before the plain item."""
-        found = self._result_like(value, number) or self._plain_like(value)
+        """Where an argument of a call comes from."""
+        found = self._live_result(value, number)
+        if found is None and isinstance(value, _SCALARS):
+            found = self._result_like(value, number)
+        found = found or self._plain_like(value) or self._result_like(value, number)
         if found is not None:
             if found.call == 0:
                 self._touched.append(found.leaf)
@@ -320,12 +340,16 @@ class _Explanation:
 
     def _delivered(self, value: Any, place: Leaf) -> Any:
         """Where a part of the delivered item comes from."""
-        found: Any = self._live_result(value)
+        number = len(self._seen.calls)
+        found: Any = self._live_result(value, number)
         if found is None:
             touched = any(leaf[: len(place)] == place or place[: len(leaf)] == leaf for leaf in self._touched)
             kept = None if touched and _is_container(value) else self._plain_at(value, place)
-            given = self._result_like(value, len(self._seen.calls))
-            found = (given or kept) if touched else (kept or given)
+            given = self._result_like(value, number)
+            original = any(part is value for call in self._seen.calls for _, part in _parts(call.live_given))
+            # a copy may be one of what a transform was given or of what it gave, until the two differ
+            first = touched and not (original and not isinstance(value, _SCALARS)) and not self._prefers_plain(value)
+            found = (given or kept) if first else (kept or given)
         if found is None:
             found = _container(value, lambda part, key: self._delivered(part, (*place, key)))
         found = found or self._plain_like(value, place)
@@ -337,13 +361,18 @@ class _Explanation:
             )
         return found
 
-    def _live_result(self, value: Any) -> Taken | None:
+    def _prefers_plain(self, value: Any) -> bool:
+        # numbers and texts are not told apart by what object they are: what a transform gave counts
+        return self._plain_first and not isinstance(value, _SCALARS)
+
+    def _live_result(self, value: Any, before: int) -> Taken | None:
         """The part of a result that is this very object, and was not changed since; of the latest call."""
         if isinstance(value, _SCALARS):
             return None
-        for number in range(len(self._seen.live), 0, -1):
-            for leaf, part in _parts(self._seen.live[number - 1]):
-                if part is value and same(at(self._seen.calls[number - 1].result, leaf), value):
+        for number in range(before, 0, -1):
+            call = self._seen.calls[number - 1]
+            for leaf, part in _parts(call.live_result):
+                if part is value and same(at(call.result, leaf), value):
                     return Taken(number, leaf)
         return None
 

@@ -159,6 +159,19 @@ class Kept(Scenes):
         return {"image": image, "view": self.transform(image) if self.transform else image, "label": 1}
 
 
+class Views(Scenes):
+    def __getitem__(self, index):
+        image = self.images[index]
+        views = [self.transform(image), self.transform(image)] if self.transform else [image, image]
+        return views[0], views[1], index % 2
+
+
+class Copied(Scenes):
+    def __getitem__(self, index):
+        image = self.images[index]
+        return (self.transform(image) if self.transform else image).copy(), index % 2
+
+
 def halve_label(label):
     return label // 2
 
@@ -176,13 +189,28 @@ WAYS = {
     "a list": lambda: Steps(transforms=[transforms.RandomHorizontalFlip(0.1), transforms.ToTensor()]),
     "a whole sample": lambda: Sample(transforms=to_floats),
     "beside the original": lambda: Kept(transforms.RandomHorizontalFlip(0.1)),
+    "beside the original, seldom": lambda: Kept(transforms.RandomHorizontalFlip(0.001)),
+    "two views": lambda: Views(transforms.RandomHorizontalFlip(0.001)),
+    "a copy": lambda: Copied(transforms.RandomHorizontalFlip(0.9)),
 }
+
+
+def test_seldom_transforms_stay_where_they_are_called():
+    index = torch.arange(COUNT)
+    for dataset, calls in ((Kept(), [0]), (Views(), [0, 0])):
+        dataset.transform = transforms.RandomHorizontalFlip(0.0)
+        finisher = as_source(dataset, image_column="image" if len(calls) == 1 else "0").finisher(index)
+        assert [call.given.parts[0].parts[0].call for call in finisher.calls] == calls
+    assert (
+        as_source(Kept(transforms.RandomHorizontalFlip(0.0)), image_column="image").finisher(index).item.parts[0].call
+        == 0
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_ways_of_calling_transforms(way):
     dataset = WAYS[way]()
-    dataset.image_column = {"a dict": "0", "beside the original": "image"}.get(way)
+    dataset.image_column = {"a dict": "0", "two views": "0"}.get(way, "image" if "original" in way else None)
     check(dataset)
 
 
@@ -318,6 +346,7 @@ class Applied(Scenes):
         (Sometimes(Shrink(), rng=random), "draws random numbers"),
         (Afterwards(v2.RandomHorizontalFlip(0.1)), r"\[1\]: Mask|\[1\]: Tensor"),
         (InPlace(v2.RandomHorizontalFlip(0.1)), r"\[0\]: Tensor"),
+        (Copied(v2.RandomHorizontalFlip(0.0)), "changed nothing"),
         (Applied(v2.RandomHorizontalFlip(0.1)), r"\.forward"),
     ],
 )
