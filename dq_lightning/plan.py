@@ -148,6 +148,14 @@ def _encoder(source: Source, config: QuantizeConfig, encoder: Any) -> EncoderSpe
     )
     if isinstance(source, TextRows) and spec.reads_samples:
         source.template()  # columns that can't be read are told before anything long
+    check_image = getattr(source, "check_image", None)
+    if (
+        config.image_column is not None
+        and source.modality == "image"
+        and spec.reads_samples
+        and check_image is not None
+    ):
+        check_image()
     if config.features.selection_epochs and not (source.modality == "image" and spec.reads_samples):
         raise ConfigError(
             f"selection_epochs trains a network of images, and features come from {spec.description}: leave it out"

@@ -23,6 +23,11 @@ IMAGE_NAMES = ("image", "img", "pixel_values", "pixels")
 TARGET_NAMES = ("label", "labels", "target", "targets", "class", "y", "gt_label")
 MISSING = object()
 _LONGEST_WALKED = 64
+MANY_CHANNELS = (
+    "Arrays of more than 4 channels are no images for an encoder. Quantize a view of the dataset that shows three of them, "
+    "info = quantize(view, config), and train on Subset(dataset, load_selection(info.path).index); or name the arrays with "
+    "image_column= and pass features of your own, encoder=array [N, D]."
+)
 # of an array [H, W] that is taken for an image: scikit-learn's digits have 8 x 8 pixels
 _SMALLEST_PLANE = 8
 _ROWS_AT_ONCE = 256
@@ -200,11 +205,7 @@ def _advice(item: Any, leaves: list[Leaf]) -> str:
         )
     arrays = [value for _, value in [((), item), *children(item)] if _is_pixels(value)]
     if any(array.ndim == 3 and min(array.shape[0], array.shape[-1]) > 4 for array in arrays):
-        return (
-            "Arrays of more than 4 channels are no images for an encoder. Quantize a view of the dataset that shows three of "
-            "them, info = quantize(view, config), and train on Subset(dataset, load_selection(info.path).index); or compute "
-            "features of your own and pass them to select(make_bins(features, labels=labels), keep_ratio=...)."
-        )
+        return MANY_CHANNELS
     if any(may_be_image(array) for array in arrays):
         return (
             f"Numbers [H, W] of a side under {_SMALLEST_PLANE} may be sound or a table. If it is an image, pass image_column= "

@@ -18,6 +18,7 @@ from dq_lightning.records import DigestMemory, EncodedImage, Labels
 from dq_lightning.sources.base import Finisher, Positions
 from dq_lightning.sources.item_reader import SPOT_CHECKS, ItemReader
 from dq_lightning.sources.items import (
+    MANY_CHANNELS,
     Digester,
     Leaf,
     at,
@@ -25,6 +26,7 @@ from dq_lightning.sources.items import (
     evenly_spaced,
     find_image,
     find_target,
+    may_be_image,
     outline,
 )
 from dq_lightning.sources.pixels import Scale, check_pixels, decide_scale, needs_scale, to_rgb
@@ -109,6 +111,17 @@ class ItemSource(ItemReader):
             find = partial(find_image, wanted=self.image_column)
             self._leaf = find(self.first_item(find))
         return self._leaf
+
+    def check_image(self) -> None:
+        """Tell before any work that what was named as the image is none for an encoder.
+
+        Raises:
+            SourceError: it is an array of another shape or kind.
+        """
+        value = at(self.first_item(), self.image_leaf())
+        if isinstance(value, Tensor | np.ndarray) and not may_be_image(value):
+            advice = MANY_CHANNELS if value.ndim == 3 else "Images are [H, W], [C, H, W] or [H, W, C] of real numbers."
+            raise SourceError(f"image_column={self.image_column!r} of {self.describe()} is {outline(value)}. {advice}")
 
     def image(self, index: int) -> Image.Image:
         self.image_leaf()

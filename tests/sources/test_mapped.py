@@ -14,7 +14,9 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, MNIST, FakeData, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
+from dq_lightning.config import QuantizeConfig
 from dq_lightning.errors import SourceError
+from dq_lightning.plan import make_plan
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.sources.items import digest_of
 from dq_lightning.sources.mapped import ArraySource, MapSource
@@ -280,6 +282,18 @@ def test_a_change_that_seldom_comes_is_found_where_numbers_are_drawn(draw):
     dataset.draw, dataset.stream = draw, getattr(draw, "__self__", None)
     with pytest.raises(SourceError, match="something random is hidden"):
         as_source(dataset).check_repeatable()
+
+
+def test_arrays_of_many_channels_are_refused_before_any_work_unless_features_are_given():
+    items = [{"bands": torch.zeros(13, 8, 8), "label": i % 2} for i in range(6)]
+    with pytest.raises(SourceError, match=r"no image.*13, 8, 8.*load_selection"):
+        as_source(items).image_leaf()
+    named = QuantizeConfig(image_column="bands")
+    with pytest.raises(SourceError, match=r"image_column='bands'.*load_selection.*encoder=array"):
+        make_plan(items, named, encoder=(torch.nn.Flatten(), transforms.ToTensor()))
+    plan = make_plan(items, named, encoder=np.zeros((6, 3), np.float32))
+    assert plan.labels.values.tolist() == [0, 1] * 3
+    assert plan.source.delivered(1) is items[1]
 
 
 def test_that_no_classes_were_found_is_told_once(caplog):
