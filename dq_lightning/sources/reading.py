@@ -170,7 +170,11 @@ class ItemSource(ItemReader):
         Raises:
             SourceError: with what was found, and what to pass.
         """
-        if labels is None and self.label_column is None:
+        named = self.label_column is not None
+        if named is (labels is not None):
+            return
+        different = 0 if labels is None else len(labels.values.unique())
+        if labels is not None and (known or len(self) < _FEW or different <= len(self) / 2):
             return
         item, leaf = self.first_item(), self.target_leaf()
         place = leaf[-1] if leaf else None
@@ -181,14 +185,12 @@ class ItemSource(ItemReader):
                 "Name another key or position, or pass labels= with one class for each sample, or labels=False for bins over "
                 "the whole set"
             )
-        different = len(labels.values.unique())
-        if self.label_column is None and not known and len(self) >= _FEW and different > len(self) / 2:
-            raise SourceError(
-                f"The classes of {self.describe()} were looked for at {place!r} ({seen}), which has {different:,} different "
-                f"values: rather a name, a number or a measurement. Pass labels='{place}' if these are the classes after all, "
-                "labels= with another key or position or with one class for each sample, or labels=False for bins over the "
-                "whole set"
-            )
+        raise SourceError(
+            f"The classes of {self.describe()} were looked for at {place!r} ({seen}), which has {different:,} different "
+            f"values: rather a name, a number or a measurement. Pass labels='{place}' if these are the classes after all, "
+            "labels= with another key or position or with one class for each sample, or labels=False for bins over the "
+            "whole set"
+        )
 
     def encoded(self, index: int) -> EncodedImage | None:
         return None
