@@ -173,7 +173,7 @@ class ItemSource(ItemReader):
         named = self.label_column is not None
         if named is (labels is not None):
             return
-        different = 0 if labels is None else len(labels.values.unique())
+        different = 0 if labels is None else len(np.unique(labels.values.numpy()))
         if labels is not None and (known or len(self) < _FEW or different <= len(self) / 2):
             return
         item, leaf = self.first_item(), self.target_leaf()
