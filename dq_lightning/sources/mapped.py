@@ -58,16 +58,17 @@ class MapSource(ItemSource):
         late = late if isinstance(late, TransformFinisher) else None
         now, neutral = own_transforms(self.dataset), own_transforms(self.plain_dataset)
         used = {name: value for name, value in now.items() if value is not None and value is not neutral.get(name)}
+        calling = late is None and bool(used)
         traces = []
         for seed, position in enumerate(self.readable(index, TRACED_SAMPLES)):
             plain = self.plain(position)
             stored = plain_parts(plain)
-            if late is not None or not used:
+            if not calling:
                 traces.append(Trace(stored, delivered=plain))
                 continue
             with self.explaining(position):
                 traces.append(trace(self.dataset, used, position, stored, seed))
-        if not any(one.calls for one in traces) and all(same(one.plain, one.delivered) for one in traces):
+        if not calling and all(same(one.plain, one.delivered) for one in traces):
             return late or TransformFinisher()
         names = ", ".join(used) or "parts"
         try:
