@@ -179,8 +179,10 @@ class TextConfig(JsonFields):
         pooling: of the encoder's tokens; `"auto"` is what the model's own files say.
         normalize: scale every embedding to length 1.
         max_length: tokens of a row that the encoder reads; its own limit when None.
-        train_length: tokens of a row in training, with `tokenizer=`. Not part of the identity, nor is the next.
+        train_length: tokens of a row in training, with `tokenizer=`. Not part of the identity, nor are the next two.
         pack_rows: put several rows into one sequence of `train_length` tokens, none of which sees another row's.
+        use_chat_template: write rows for training by the tokenizer's chat template: when None only conversations, and
+            where there is one; when True all rows; when False none, which uses the published wording.
     """
 
     template: Template = "auto"
@@ -191,6 +193,7 @@ class TextConfig(JsonFields):
     max_length: int | None = None
     train_length: int = 512
     pack_rows: bool = False
+    use_chat_template: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,6 +7,7 @@ under them.
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -192,6 +193,8 @@ class QuantizedHooks(Base):
         self._reported = False
         train_set = make_train_set(train, wanted, verify)
         check_batch_transform(batch_transform, train_set.fills_late)
+        text, on_error = wanted.config.text, wanted.config.on_error
+        self._tokens = None if tokenizer is None else TokenLoading(tokenizer, text, wanted.seed, on_error)
         self._preparation = Preparation(
             train_set,
             self._inner,
@@ -200,10 +203,10 @@ class QuantizedHooks(Base):
             device=device,
             force=force_recompute,
             seed=wanted.seed,
+            check=None if self._tokens is None else self._check_rows,
         )
         if self._inner is not None:
             self._wrap(self._inner)
-        self._tokens = None if tokenizer is None else TokenLoading(tokenizer, wanted.config.text, wanted.seed)
         self._batch_transform = batch_transform
         self._filler: BatchFiller | None = None
         if train_set.fills_late:
@@ -381,6 +384,8 @@ class QuantizedHooks(Base):
             return
         # the batch-size finder and a model look for it here
         self.batch_size = self._settings().batch_size
+        if self._tokens is not None:
+            self._tokens.rows(self._preparation.opened.dataset, self.selection.index.tolist())
         if self.trainer is not None:
             settings = self._settings()
             if self._tokens is not None:
@@ -541,6 +546,18 @@ class QuantizedHooks(Base):
             following = self.trainer.lightning_module.on_after_batch_transfer
         return batch if following is None else following(batch, dataloader_idx)
 
+    def _check_rows(self, dataset: Any) -> None:
+        """Tell before the work what a tokenizer could not be given: of the whole training set, and of what validates it."""
+        tokens, val = self._tokens, self._eval["val"]
+        assert tokens is not None
+        tokens.check(dataset)
+        if val is not None and self._inner is None:
+
+            def check(one: Any, *_: Any) -> Any:
+                return tokens.check(one, "val=")
+
+            make_eval_loaders(val, LoaderSettings(), TrainerFacts.of(None), check)
+
     def _settings(self) -> LoaderSettings:
         """Settings of the train loader; the batch size is read at each call, because the batch-size finder changes it."""
         return self._preparation.settings(self.batch_size, self._given)
@@ -560,5 +577,5 @@ class QuantizedHooks(Base):
         settings = replace(
             settings, batch_size=settings.batch_size if self.eval_batch_size is None else self.eval_batch_size
         )
-        make = None if self._tokens is None else self._tokens.loader
+        make = None if self._tokens is None else partial(self._tokens.loader, name=f"{name}=")
         return make_eval_loaders(self._eval[name], settings, TrainerFacts.of(self.trainer), make)

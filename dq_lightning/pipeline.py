@@ -1,6 +1,7 @@
 """From a dataset to its compact set, or to its bins, found in the cache or made. No Lightning."""
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -80,11 +81,18 @@ def quantize(
 
 
 def find_or_build(
-    plan: Plan, cache: Cache, *, device: str = "auto", force: bool = False, progress: bool = True
+    plan: Plan,
+    cache: Cache,
+    *,
+    device: str = "auto",
+    force: bool = False,
+    progress: bool = True,
+    before: Callable[[], object] | None = None,
 ) -> Compact:
     """The compact set, from the cache when it is there. Says in one line which of the two, and why.
 
-    The global random state is the same before and after, whatever had to be done.
+    The global random state is the same before and after, whatever had to be done. `before` is called where something has to be
+    made: what it raises is told before the work.
     """
     with isolated_random_state():
         started = time.perf_counter()
@@ -96,6 +104,8 @@ def find_or_build(
                 get_logger().info(f"reusing the compact set of {kept:,} of {whole:,} samples: {found.info.path}")
                 return found
         seconds = {"identity": round(time.perf_counter() - started, 3)}
+        if before is not None:
+            before()
         return Build(plan, source, cache, device, force=force, progress=progress, seconds=seconds).compact()
 
 

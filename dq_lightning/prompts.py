@@ -1,7 +1,8 @@
 """Text rows: which columns hold the prompt and the response, and which text of a row is embedded. Pure."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -23,6 +24,7 @@ WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 SEPARATOR = "\n"
+_ROWS_AT_ONCE = 256
 # what an assistant asks of tools, beside or in place of its content
 _CALLS = ("tool_calls", "function_call")
 # how the columns of a data set may be called: (template, required, optional). The first layout whose required columns are
@@ -46,6 +48,14 @@ LAYOUTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("plain", ("question", "sentence"), ()),
     ("plain", ("sentence",), ()),
 )
+# columns that rows of a template may have besides, always under these names: what stands before the question, and what a chat
+# template is given beside the messages
+_BESIDE: dict[str, tuple[str, ...]] = {
+    "alpaca": ("system", "history"),
+    "prompt": ("system", "history"),
+    "chat": ("tools", "chat_template_kwargs"),
+    "plain": (),
+}
 # how many columns `config.text.columns` may name for each template, and what they hold
 _NAMED: dict[str, tuple[int, int, str]] = {
     "alpaca": (2, 3, "instruction, output and perhaps input"),
@@ -67,8 +77,8 @@ _SPEAKERS = {
 }
 Message = dict[str, Any]
 """One message of a conversation: `role`, `content` (text, parts that hold text, or None beside tool calls), and whatever else
-the row says of it (`name`, `tool_calls`, `tool_call_id`, ...), unchanged. Fields that are None are left out: tables fill them
-in where other messages have some."""
+the row says of it (`name`, `tool_calls`, `tool_call_id`, ...), unchanged. Fields that are None are left out, also inside tool
+calls: tables fill them in where other messages have some."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +94,18 @@ class Template:
     name: str
     columns: tuple[str, ...]
 
+    @property
+    def all_columns(self) -> tuple[str, ...]:
+        """Every column that is looked at: `columns`, and those that a row may have besides under a fixed name."""
+        return tuple(dict.fromkeys((*self.columns, *_BESIDE[self.name])))
+
     def messages(self, row: Row, index: int | None = None) -> list[Message]:
         """The row as a conversation, for a tokenizer's chat template.
 
-        An Alpaca row is one user turn (instruction and input, without the published wording) and the answer; plain text
-        is one assistant turn. ShareGPT's `from` and `value` become `role` and `content`. A conversation ends with the
-        assistant's last message.
+        An Alpaca row is one user turn (instruction and input, without the published wording) and the answer, after the text
+        of its column `system` and the earlier questions and answers of its column `history`; plain text is one assistant
+        turn. ShareGPT's `from` and `value` become `role` and `content`. A conversation ends with the assistant's last
+        message; its column `system` comes first, unless it begins with a system message of its own.
 
         Args:
             row: the fields of one sample.
@@ -103,13 +119,44 @@ class Template:
         if self.name == "plain":
             return [_turn("assistant", self._response(row, index))]
         question = SEPARATOR.join(self._question(row, index))
-        return [_turn("user", question), _turn("assistant", self._response(row, index))]
+        return [*self._before(row, index), _turn("user", question), _turn("assistant", self._response(row, index))]
+
+    def chat_options(self, row: Row, index: int | None = None) -> dict[str, Any]:
+        """What `apply_chat_template` is given beside the messages: the row's `tools` and `chat_template_kwargs`, if any.
+
+        Both may also be JSON in a string, since tables hold no lists of differing objects. Fields of tools that are None are
+        left out, because tables fill them in.
+
+        Raises:
+            SourceError: the column holds something else; names row and column.
+        """
+        if self.name != "chat":
+            return {}
+        options: dict[str, Any] = {}
+        tools = _parsed(row.get("tools"))
+        if tools:
+            if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
+                raise SourceError(
+                    f"{_place(index)}, column 'tools': expected a list of JSON schemas of tools, got {_shown(tools)}; repair "
+                    "the row or remove the column"
+                )
+            options["tools"] = [_without_nulls(tool) for tool in tools]
+        given = _parsed(row.get("chat_template_kwargs"))
+        if given:
+            if not isinstance(given, Mapping):
+                raise SourceError(
+                    f"{_place(index)}, column 'chat_template_kwargs': expected {{name: value}}, got {_shown(given)}; repair "
+                    "the row or remove the column"
+                )
+            options |= {name: value for name, value in given.items() if value is not None}
+        return options
 
     def prompt_and_response(self, row: Row, index: int | None = None) -> tuple[str, str]:
         """What the model is given and what it shall answer.
 
-        Alpaca rows get the published wording, with or without input. Of a conversation the last assistant message is the
-        response, and the prompt names the role before every message; a tokenizer's own chat template, applied to
+        Alpaca rows get the published wording, with or without input; a `system` text stands before it, and the questions and
+        answers of `history` before the instruction, in the same wording. Of a conversation the last assistant message is
+        the response, and the prompt names the role before every message; a tokenizer's own chat template, applied to
         `messages`, is to be preferred. Plain text is a response to nothing.
 
         Args:
@@ -127,13 +174,14 @@ class Template:
             wording = WITH_INPUT if context else WITHOUT_INPUT
             # one pass of format: braces inside the cells stay as they are
             filled = wording.format(instruction=instruction, input=context[0] if context else "")
-            return filled, self._response(row, index)
+            return _after_earlier(self._before(row, index), filled), self._response(row, index)
         if self.name == "chat":
             turns = self._conversation(row, index)
-            asked = "".join(f"{turn['role']}: {message_text(turn)}\n" for turn in turns[:-1])
-            return f"{asked}{turns[-1]['role']}: ", message_text(turns[-1])
+            asked = "".join(f"{_speaker(turn)}: {message_text(turn)}\n" for turn in turns[:-1])
+            return f"{asked}{_speaker(turns[-1])}: ", message_text(turns[-1])
         if self.name == "prompt":
-            return SEPARATOR.join(self._question(row, index)), self._response(row, index)
+            earlier = [message_text(turn) for turn in self._before(row, index)]
+            return SEPARATOR.join([*earlier, *self._question(row, index)]), self._response(row, index)
         return "", self._response(row, index)
 
     def embedded_text(self, row: Row, part: EmbeddedText = "both", index: int | None = None) -> str:
@@ -152,6 +200,29 @@ class Template:
         asked, answer = [message_text(turn) for turn in turns[:-1]], message_text(turns[-1])
         chosen = {"instruction": asked, "response": [answer], "both": [*asked, answer]}[part]
         return SEPARATOR.join(text for text in chosen if text)
+
+    def _before(self, row: Row, index: int | None) -> list[Message]:
+        """What stands before the question of an Alpaca or prompt row: its system text, and earlier questions and answers."""
+        # a column that is named as one of the texts is no second time something else
+        row = {name: row.get(name) for name in _BESIDE[self.name] if name not in self.columns}
+        system = _text(row, "system", index, optional=True)
+        turns = [_turn("system", system)] if system.strip() else []
+        where = f"{_place(index)}, column 'history'"
+        earlier = row.get("history")
+        if earlier is None or earlier == "":
+            return turns
+        if not isinstance(earlier, Sequence) or isinstance(earlier, str | bytes):
+            raise SourceError(f"{where}: expected a list of [question, answer], got {_shown(earlier)}; repair the row")
+        for number, entry in enumerate(earlier):
+            if isinstance(entry, Mapping):
+                turns.append(_message(entry, f"{where}, message {number}"))
+            elif isinstance(entry, list | tuple) and [type(text) for text in entry] == [str, str]:
+                turns += [_turn("user", entry[0]), _turn("assistant", entry[1])]
+            else:
+                raise SourceError(
+                    f"{where}, entry {number}: expected [question, answer], got {_shown(entry)}; repair the row"
+                )
+        return turns
 
     def _question(self, row: Row, index: int | None) -> list[str]:
         """Instruction, and the input when there is one; or the prompt."""
@@ -197,6 +268,35 @@ def message_text(message: Message) -> str:
     return SEPARATOR.join(part for part in parts if part) if len(parts) > 1 else "".join(parts)
 
 
+def columns_of(rows: Any) -> list[str]:
+    """The names of the columns of rows: of all of them, since any row may lack an optional one.
+
+    Args:
+        rows: map-style, of dicts. Items that are none have no columns; where the first rows hold no text, as in a dataset of
+            images, the others are not read.
+    """
+    found: dict[str, None] = {}
+    holds_text = False
+    if len(rows) == 0 or not isinstance(rows[0], Mapping):
+        return []
+    for index, row in numbered(rows):
+        found |= dict.fromkeys(row)
+        holds_text = holds_text or any(isinstance(value, str | list | tuple) for value in row.values())
+        if index == _ROWS_AT_ONCE and not holds_text:
+            break
+    return list(found)
+
+
+def numbered(rows: Any) -> Iterator[tuple[int, Any]]:
+    """Every row with its position, read many at a time where the dataset can do so."""
+    together = getattr(rows, "__getitems__", None)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        places = range(start, min(start + _ROWS_AT_ONCE, len(rows)))
+        yield from zip(
+            places, map(rows.__getitem__, places) if together is None else together(list(places)), strict=True
+        )
+
+
 def choose_template(
     columns: Sequence[str], wanted: TemplateName = "auto", named: Sequence[str] | None = None
 ) -> Template:
@@ -240,6 +340,40 @@ def _named_template(name: TemplateName, named: tuple[str, ...], columns: Sequenc
     return Template(name, named)
 
 
+def _after_earlier(earlier: Sequence[Message], wording: str) -> str:
+    """Alpaca's wording of a question with what was said before: the system's text first, each earlier turn under a heading."""
+    if not earlier:
+        return wording
+    first = [message_text(turn) for turn in earlier if turn["role"] == "system"]
+    headings = {"user": "### Instruction:\n", "assistant": "### Response:"}
+    turns = [
+        headings.get(turn["role"], f"### {turn['role']}:\n") + message_text(turn)
+        for turn in earlier
+        if turn["role"] != "system"
+    ]
+    beginning, question = wording.split("\n\n", 1)
+    return "\n\n".join([*first, beginning, *turns, question])
+
+
+def _speaker(message: Message) -> str:
+    return f"{message['role']} ({message['name']})" if message.get("name") else str(message["role"])
+
+
+def _parsed(value: Any) -> Any:
+    """A value that may be JSON in a string; text that is none stays as it is."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return json.loads(value)
+    return value
+
+
+def _without_nulls(value: Any) -> Any:
+    """A nest of dicts and lists without the fields that are None."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(field) for key, field in value.items() if field is not None}
+    return [_without_nulls(field) for field in value] if isinstance(value, list | tuple) else value
+
+
 def _turn(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
@@ -249,6 +383,7 @@ def _message(given: Any, where: str) -> Message:
     if not isinstance(given, Mapping):
         raise SourceError(f"{where}: expected {{role, content}}, got {_shown(given)}; repair the row or leave it out")
     rest = {key: value for key, value in given.items() if value is not None}
+    rest |= {key: _without_nulls(rest[key]) for key in _CALLS if key in rest}
     shared = "role" not in rest and "from" in rest
     role_key, content_key = ("from", "value") if shared else ("role", "content")
     role, content = rest.pop(role_key, None), rest.pop(content_key, None)

@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dq_lightning import QuantizeConfig, QuantizedDataModule
 from dq_lightning.config import BinConfig, FeatureConfig, TextConfig
-from dq_lightning.errors import ConfigError, DQError
+from dq_lightning.errors import ConfigError, DQError, SourceError
 from dq_lightning.tokens.rows import IGNORED
+from tests.chat_templates import CHATML, chat_tokenizer
 from tests.lightning_scripts.common import photos, trainer
 from tests.small_tokenizers import byte_tokenizer
 
@@ -168,3 +169,87 @@ def test_near_duplicates_are_never_selected():
     assert (made.bins.assignment[30:] == -1).all()
     with pytest.raises(ConfigError, match="near-duplicates"):
         opened(module(encoder=doubled, keep_ratio=0.75, config=QuantizeConfig(bins=BinConfig(deduplicate=0.999))))
+
+
+# conversations whose template may refuse a row
+
+STRICT = "{% if messages[0].role != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}" + CHATML
+
+
+def chats(refused=()):
+    return [
+        {
+            "messages": [{"role": "system", "content": "s"}] * (i in refused)
+            + [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}."}]
+        }
+        for i in range(COUNT)
+    ]
+
+
+def chat_module(data, **options):
+    return module(data, **{"tokenizer": chat_tokenizer("chatml", template=STRICT)} | options)
+
+
+def test_a_row_that_the_chat_template_refuses_is_told_before_the_work(tmp_path):
+    made = chat_module(chats(refused=[41]), cache_dir=tmp_path)
+    with pytest.raises(SourceError, match=r"^row 41: .*begin with the user.*config.text.use_chat_template"):
+        made.prepare_data()
+    assert not list(tmp_path.glob("1-features/*"))
+    made = chat_module(chats(), val=chats(refused=[3]), cache_dir=tmp_path)
+    with pytest.raises(SourceError, match=r"^val=: row 3: "):
+        made.prepare_data()
+    assert not list(tmp_path.glob("1-features/*"))
+
+
+def test_a_row_of_a_set_that_was_made_before_is_named_by_its_position_in_the_data(tmp_path):
+    for store in ("indices", "packed"):
+        kept = opened(chat_module(chats(), tokenizer=None, store=store, cache_dir=tmp_path)).selection.index.tolist()
+        bad = kept[-1]
+        data = chats(refused=[bad])
+        made = opened(chat_module(data, tokenizer=None, store=store, cache_dir=tmp_path))
+        assert made.selection.index.tolist() == kept
+        with pytest.raises(SourceError, match=rf"^row {bad}: .*begin with the user"):
+            opened(chat_module(data, store=store, cache_dir=tmp_path))
+    alone = QuantizedDataModule.from_store(
+        made.info.path, tokenizer=chat_tokenizer("chatml", template=STRICT), cache_dir=tmp_path
+    )
+    with pytest.raises(SourceError, match=rf"^row {bad}: "):
+        opened(alone)
+
+
+def test_rows_that_the_chat_template_refuses_are_left_out_on_request(caplog):
+    refused = list(range(0, COUNT, 2))
+    made = opened(chat_module(chats(refused), on_error="skip"))
+    kept = [i for i in made.selection.index.tolist() if i not in refused]
+    tokenizer = chat_tokenizer("chatml")
+    answers = sorted(
+        tokenizer.decode(labels[labels != IGNORED]) for batch in made.train_dataloader() for labels in batch["labels"]
+    )
+    assert answers == sorted(f"a{i}.<|im_end|>" for i in kept)
+    assert f"{30 - len(kept)} rows can't be written as tokens" in caplog.text
+
+
+def test_the_chat_template_can_be_left_aside_and_used_for_all_rows():
+    tokenizer = chat_tokenizer("chatml", template=STRICT)
+    for data, flag, said in ((chats(refused=[1]), False, "user: q"), (rows(), True, "<|im_start|>user\nName number")):
+        made = opened(chat_module(data, config=QuantizeConfig(text=TextConfig(use_chat_template=flag))))
+        (batch, *_) = made.train_dataloader()
+        assert said in tokenizer.decode(batch["input_ids"][0])
+
+
+@pytest.mark.parametrize("kind", ["list", "hub", "map"])
+def test_a_first_row_without_input_hides_no_other(kind):
+    class Map:
+        def __len__(self):
+            return COUNT
+
+        def __getitem__(self, index):
+            return data[index]
+
+    data = [row | ({"input": f"see {row['id']}"} if row["id"] % 2 else {}) for row in rows()]
+    data = [{name: cell for name, cell in row.items() if cell} for row in data]
+    given = {"list": data, "hub": Dataset.from_list(data[::-1]), "map": Map()}[kind]
+    config = QuantizeConfig(text=TextConfig(template="alpaca"))
+    made = opened(module(given, config=config, keep_ratio=1.0))
+    asked = [question for batch in made.train_dataloader() for question, _ in texts(batch)]
+    assert sum("### Input:\nsee " in question for question in asked) == COUNT / 2

@@ -94,6 +94,28 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt():
     assert ids[-1] == tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("text", ["<s> ask say </s>", " <s> ask say </s> ", "ask say </s>", "<s> ask say", "ask say"])
+def test_tokens_that_begin_and_end_a_text_are_not_doubled(text):
+    ids, labels = lists(encode_rows([{"text": text}], word_tokenizer()))
+    assert ids == [2, 4, 6, 3]
+    assert labels[-3:] == ids[-3:]
+    begun, ended = text.split("say")[0], "say" + text.split("say")[1]
+    assert lists(encode_rows([pair(begun, ended)], word_tokenizer())) == (ids, [IGNORED, IGNORED, 6, 3])
+
+
+def test_an_end_within_a_text_or_in_the_prompt_ends_no_response():
+    assert lists(encode_rows([{"text": "ask </s> say"}], word_tokenizer()))[0] == [2, 4, 3, 6, 3]
+    assert lists(encode_rows([pair("ask </s>", "")], word_tokenizer())) == ([2, 4, 3, 3], [-100, -100, -100, 3])
+
+
+def test_begin_and_end_written_out_for_a_real_tokenizer(shared_dir):
+    tokenizer = load_tokenizer(shared_dir / "weights" / "stories260K")
+    for text in ("<s>[INST] Who? [/INST] Lily.</s>", "Lily and Tom."):
+        ids, labels = lists(encode_rows([{"text": text}], tokenizer))
+        assert (ids[0], ids[-1], labels[-1]) == (1, 2, 2)
+        assert (ids.count(1), ids.count(2)) == (1, 1)
+
+
 CONVERSATION = {
     "messages": [
         {"role": "user", "content": " ask "},
@@ -137,15 +159,19 @@ def test_chat_template_that_adds_no_end_gets_one():
     ("template", "said"),
     [
         ("{{ raise_exception('system message please') }}", "system message please"),
-        (
-            "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
-            "continuation of its beginning",
-        ),
+        ("{{ messages | length }} messages", "none of the assistant's messages can be found"),
     ],
 )
 def test_chat_templates_that_cannot_be_followed_are_told(template, said):
-    with pytest.raises(ConfigError, match=f"row 0: .*{said}.*use_chat_template=False"):
+    with pytest.raises(SourceError, match=f"row 0: .*{said}.*use_chat_template=False"):
         encode_rows([CONVERSATION], word_tokenizer(chat_template=template))
+
+
+def test_a_chat_template_that_does_not_go_on_from_its_beginning():
+    template = "{{ messages | length }} {% for m in messages %}{{ m['content'] }}{% endfor %}"
+    ids, labels = lists(encode_rows([CONVERSATION], word_tokenizer(chat_template=template)))
+    assert ids == [1, 4, 7, 5, 8, 3]
+    assert labels == [-100, -100, 7, -100, 8, 3]
 
 
 def test_chat_template_asked_for_but_missing():
@@ -254,6 +280,70 @@ def test_hugging_face_rows():
     ]
     ours, theirs = (encode_rows(data, byte_tokenizer()) for data in (rows, Dataset.from_list(rows)))
     assert [lists(ours, i) for i in range(2)] == [lists(theirs, i) for i in range(2)]
+
+
+class Listed:
+    """A dataset of a user's class."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+@pytest.mark.parametrize("kind", ["list", "class", "subset", "concat", "table", "store"])
+def test_rows_may_lack_an_optional_column_whatever_the_first_one_has(kind, tmp_path):
+    from datasets import Dataset
+    from torch.utils.data import ConcatDataset, Subset
+
+    bare, full = {"instruction": "ask", "output": "say"}, {"instruction": "ask", "input": "context", "output": "say"}
+    tokenizer = byte_tokenizer()
+    for rows in ([bare, full, bare], [full, bare, full]):
+        data = {
+            "list": lambda rows=rows: rows,
+            "class": lambda rows=rows: Listed(rows),
+            "subset": lambda rows=rows: Subset([*rows, *rows], [0, 1, 5]),
+            "concat": lambda rows=rows: ConcatDataset([rows[:1], rows[1:]]),
+            "table": lambda rows=rows: Dataset.from_dict({name: [row.get(name) for row in rows] for name in full}),
+            "store": lambda rows=rows: stored(rows, tmp_path),
+        }[kind]()
+        encoded = encode_rows(data, tokenizer)
+        for place, row in enumerate(rows):
+            text = tokenizer.decode(lists(encoded, place)[0])
+            assert ("### Input:\ncontext" in text) == ("input" in row)
+            assert ("paired with an input" in text) == ("input" in row)
+        assert encoded.positions.tolist() == [0, 1, 2]
+
+
+def stored(rows, folder):
+    """The rows out of a packed compact set."""
+    import numpy as np
+
+    from dq_lightning.compact import open_packed
+    from dq_lightning.config import QuantizeConfig, SelectionConfig
+    from dq_lightning.pipeline import quantize
+
+    config = QuantizeConfig(store="packed", selection=SelectionConfig(keep_ratio=1.0))
+    vectors = np.random.default_rng(0).normal(size=(len(rows), 4)).astype(np.float32)
+    return open_packed(quantize(rows, config, encoder=vectors, cache_dir=folder, progress=False).path)
+
+
+def test_the_columns_of_all_rows_choose_the_layout():
+    rows = [{"text": "one"}, {"text": "two", "prompt": "ask ", "completion": "say"}]
+    with pytest.raises(SourceError, match="row 0, column 'prompt'"):
+        encode_rows(rows, word_tokenizer())
+
+
+def test_a_packed_sequence_too_short_names_the_row_of_the_data():
+    from dq_lightning.tokens.batches import PackedRows
+
+    rows = encode_rows([pair("ask", "say"), pair("ask", "say " * 9)], word_tokenizer(), positions=[3, 77])
+    with pytest.raises(ConfigError, match="row 77 has 12 tokens, a packed sequence 8"):
+        PackedRows(rows, 8)
 
 
 # tokenizers

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dq_lightning.errors import ConfigError, FeatureError
 from dq_lightning.evaluation.kmeans import kmeans
-from dq_lightning.prompts import choose_template
+from dq_lightning.prompts import choose_template, columns_of
 from dq_lightning.records import Features, Selection
 from dq_lightning.selection.allocate import count_kept
 
@@ -65,7 +65,7 @@ def baseline_selection(
 
 def response_lengths(rows: Sequence[Any]) -> NDArray[np.int64]:
     """Characters of every row's response, int64 [N]."""
-    template = choose_template(list(rows[0]))
+    template = choose_template(columns_of(rows))
     return np.array([len(template.prompt_and_response(rows[i], i)[1]) for i in range(len(rows))], dtype=np.int64)
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dq_lightning.evaluation.baselines import response_lengths
 from dq_lightning.evaluation.kmeans import Rows
-from dq_lightning.prompts import choose_template
+from dq_lightning.prompts import choose_template, columns_of
 
 _BLOCK = 1024
 # what a polite or asking instruction begins with before it comes to the point, and words that begin one without a verb
@@ -62,7 +62,7 @@ def measure_diversity(
     Complexity: O(M M D), memory O(M D).
     """
     kept = [rows[int(i)] for i in index]
-    template = choose_template(list(kept[0]))
+    template = choose_template(columns_of(kept))
     asked = [template.embedded_text(row, "instruction") for row in kept]
     verbs = {verb for text in asked if (verb := instruction_verb(text)) is not None}
     return Diversity(

@@ -1,5 +1,6 @@
 """What happens between `prepare_data` and the loaders: build or find on one process, open and compare on all. No Lightning."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class Preparation:
         device: likewise.
         force: make once, in this process, what is in the cache already.
         seed: of the random state in which the wrapped data module makes its split.
+        check: as in `BuildOptions`.
     """
 
     def __init__(
@@ -41,7 +43,9 @@ class Preparation:
         device: str,
         force: bool,
         seed: int,
+        check: Callable[[Any], object] | None = None,
     ) -> None:
+        self.check = check
         self.train, self.inner = train, inner
         self.cache_dir, self.verify, self.device, self.force, self.seed = cache_dir, verify, device, force, seed
         self.expected_hash: str | None = None
@@ -90,7 +94,7 @@ class Preparation:
             if facts.fits:
                 device = facts.device if self.device == "auto" else self.device
                 with isolated_random_state():
-                    self.train.prepare(self.cache(), BuildOptions(device, self.force, facts.progress))
+                    self.train.prepare(self.cache(), BuildOptions(device, self.force, facts.progress, self.check))
                 self.force = False
         except (Exception, SystemExit) as error:
             # Lightning's barrier lets the other ranks go on: they learn of the failure in setup and end with its cause

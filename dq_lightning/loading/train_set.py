@@ -1,5 +1,6 @@
 """The training set behind a data module: a dataset, a wrapped data module, or a packed store. No Lightning here."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -47,11 +48,13 @@ class BuildOptions:
         device: as in `quantize`.
         force: make what is in the cache already.
         progress: show bars.
+        check: called with the whole dataset, as it is delivered, before anything is made of it; raises what is wrong with it.
     """
 
     device: str = "auto"
     force: bool = False
     progress: bool = True
+    check: Callable[[Any], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,14 @@ class DataModuleTrainSet(_FoundTrainSet):
 
 def build(plan: Plan, cache: Cache, options: BuildOptions) -> Compact:
     """The compact set, found or made."""
-    return find_or_build(plan, cache, device=options.device, force=options.force, progress=options.progress)
+
+    def check() -> None:
+        if options.check is not None:
+            options.check(plan.source.subset(torch.arange(len(plan.source))))
+
+    return find_or_build(
+        plan, cache, device=options.device, force=options.force, progress=options.progress, before=check
+    )
 
 
 def filled_late(patches: PatchPlan | None) -> PatchPlan | None:

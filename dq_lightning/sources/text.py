@@ -67,9 +67,8 @@ class TextRows(ItemSource):
 
     def text_identity(self) -> dict[str, Any]:
         """What decides, beside the rows, which text is embedded."""
-        template, there = self.template(), set(self.columns())
-        read = [name for name in template.columns if name in there]
-        return {"template": template.name, "columns": read, "embed": self.settings.embed}
+        template = self.template()
+        return {"template": template.name, "columns": list(template.all_columns), "embed": self.settings.embed}
 
     # in place of the image
 
@@ -123,7 +122,7 @@ class HubTextSource(TextRows, HubSource):
     def rows(self, positions: Sequence[int]) -> list[Mapping[str, Any]]:
         # one read for all: reading row by row costs more than tokenizing
         there = set(self.plain_dataset.column_names)
-        wanted = self.plain_dataset.select_columns([name for name in self.template().columns if name in there])
+        wanted = self.plain_dataset.select_columns([name for name in self.template().all_columns if name in there])
         together = range(positions[0], positions[-1] + 1) if len(positions) else range(0)
         batch = wanted[together.start : together.stop] if list(together) == list(positions) else wanted[list(positions)]
         return [dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True)]

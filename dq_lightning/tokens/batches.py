@@ -35,7 +35,11 @@ class PackedRows(Dataset[dict[str, Tensor]]):
 
     def __init__(self, rows: TokenRows, capacity: int | None = None) -> None:
         self.rows = rows
-        self.packs = pack(rows.lengths.tolist(), rows.report.max_length if capacity is None else capacity)
+        capacity = rows.report.max_length if capacity is None else capacity
+        if len(rows) and (longest := int(rows.lengths.max())) > capacity:
+            row = int(rows.positions[int(rows.lengths.argmax())])
+            raise ConfigError(f"row {row} has {longest} tokens, a packed sequence {capacity}: lower max_length")
+        self.packs = pack(rows.lengths.tolist(), capacity)
         self.lengths = torch.tensor([int(rows.lengths[members].sum()) for members in self.packs], dtype=torch.int64)
 
     def __len__(self) -> int:

@@ -4,8 +4,9 @@ All rows are encoded when they are opened: a compact set takes seconds, the fast
 truncations are known before the first step. Five bytes are held for every token.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,17 +15,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dq_lightning.config import OnError
 from dq_lightning.config import Template as TemplateName
-from dq_lightning.errors import ConfigError
+from dq_lightning.errors import ConfigError, SourceError, may_pass
 from dq_lightning.logs import get_logger
-from dq_lightning.prompts import Message, Template, choose_template
+from dq_lightning.prompts import choose_template, columns_of, numbered
+from dq_lightning.tokens.chat import ChatTemplate, Segment
 from dq_lightning.tokens.tokenizer import load_tokenizer
 
 # what the loss of every transformers model leaves out
 IGNORED = -100
 # the share of max_length that a prompt keeps however long the response is: without it nothing would say what is answered
 _PROMPT_SHARE = 4
-_ROWS_AT_ONCE = 1000
+# of one call of the tokenizer, which holds far more for every token than its id
+_ROWS_AT_ONCE, _CHARACTERS_AT_ONCE = 1000, 1 << 20
+# what the plain wording of a conversation has of a message
+_WRITTEN = {"role", "content", "name", "tool_calls", "function_call"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class TokenReport:
         prompt_cut: rows whose prompt lost its middle.
         response_cut: rows that do not fit even so: their last response lost its end, and the end-of-sequence token with it.
         max_length: the limit.
+        missed: messages of the assistant that were not found in what the chat template wrote; they are not learned.
+        left_out: rows that could not be written, under `on_error="skip"`.
     """
 
     rows: int
@@ -48,6 +56,8 @@ class TokenReport:
     prompt_cut: int
     response_cut: int
     max_length: int
+    missed: int = 0
+    left_out: int = 0
 
     def __str__(self) -> str:
         text = f"{self.rows:,} rows, {self.tokens:,} tokens, {self.learned:,} of them learned; longest row {self.longest:,}"
@@ -56,6 +66,10 @@ class TokenReport:
                 f"; cut to max_length={self.max_length}: {self.prompt_cut:,} prompts in the middle, "
                 f"{self.response_cut:,} responses at the end"
             )
+        if self.missed:
+            text += f"; {self.missed:,} of the assistant's messages not found"
+        if self.left_out:
+            text += f"; {self.left_out:,} rows left out"
         return text
 
 
@@ -65,11 +79,14 @@ class TokenRows(Dataset[dict[str, Tensor]]):
     Attributes:
         lengths: int64 [N], tokens of every row.
         report: what encoding did.
+        positions: int64 [N], of the rows in the data that they were taken from.
     """
 
-    def __init__(self, ids: NDArray[np.int32], learn: NDArray[np.bool_], lengths: Tensor, report: TokenReport) -> None:
+    def __init__(
+        self, ids: NDArray[np.int32], learn: NDArray[np.bool_], lengths: Tensor, report: TokenReport, positions: Tensor
+    ) -> None:
         self._ids, self._learn = ids, learn
-        self.lengths, self.report = lengths, report
+        self.lengths, self.report, self.positions = lengths, report, positions
         self._offsets = [0, *lengths.cumsum(0).tolist()]
 
     def __len__(self) -> int:
@@ -80,13 +97,6 @@ class TokenRows(Dataset[dict[str, Tensor]]):
         part = slice(self._offsets[place], self._offsets[place + 1])
         ids = torch.from_numpy(self._ids[part].astype(np.int64))
         return {"input_ids": ids, "labels": ids.where(torch.from_numpy(self._learn[part]), torch.tensor(IGNORED))}
-
-
-class Segment(NamedTuple):
-    """A stretch of a row's text, and whether the model learns to write it."""
-
-    text: str
-    learn: bool
 
 
 class _Encoded(NamedTuple):
@@ -105,54 +115,83 @@ def encode_rows(
     columns: Sequence[str] | None = None,
     max_length: int = 512,
     use_chat_template: bool | None = None,
+    positions: Sequence[int] | None = None,
+    on_error: OnError = "raise",
 ) -> TokenRows:
     """Encode rows for training.
 
     A prompt has exactly the ids that it has at inference; the response goes on from there. The end-of-sequence token follows
-    every row's last response. A row longer than `max_length` first loses the middle of all that comes before its last
-    response, down to a quarter of `max_length`; only then the end of the response, of which three quarters always stay.
+    every row's last response, unless the text holds it already; so does the token that begins a text come first. A row
+    longer than `max_length` first loses the middle of all that comes before its last response, down to a quarter of
+    `max_length`; only then the end of the response, of which three quarters always stay.
 
     Args:
         rows: map-style, of dicts: a list, a Hugging Face dataset, a compact set.
         tokenizer: of transformers, or its name or folder.
-        template: which columns hold what; by the columns when `"auto"`.
+        template: which columns hold what; by the columns of all rows when `"auto"`.
         columns: the columns to read, where they have other names; see `choose_template`.
         max_length: tokens of a row at most.
         use_chat_template: write rows by the tokenizer's chat template, and learn every assistant message; None does so for
             conversations when there is one. False, or a tokenizer without one, uses the published wording of `prompts.py`.
+            The template gets all that a message holds, and the row's `tools` and `chat_template_kwargs`.
+        positions: of the rows in the data that they were taken from, for messages; by default 0, 1, 2, ...
+        on_error: `"skip"` leaves out rows that cannot be written, says how many, and counts them in the report.
 
     Raises:
-        ConfigError: max_length is too small, the tokenizer does not fit, or its chat template cannot be followed.
-        SourceError: there are no rows, the columns fit no template, or a cell is no text; names the row.
+        ConfigError: max_length is too small, or the tokenizer does not fit.
+        SourceError: there are no rows, the columns fit no template, a cell is no text, or the chat template fails; names the
+            row.
     """
     if max_length < 8:
         raise ConfigError(f"max_length={max_length} leaves no room for a prompt and a response; pass at least 8")
-    tokenizer = load_tokenizer(tokenizer)
-    reading = choose_template(_columns(rows), template, columns)
-    writes = getattr(tokenizer, "chat_template", None) is not None
-    if use_chat_template and not writes:
-        raise ConfigError("use_chat_template=True, but the tokenizer has no chat template; set tokenizer.chat_template")
-    by_chat = writes and (reading.name == "chat" if use_chat_template is None else use_chat_template)
-    encoder = _Encoder(tokenizer, reading, by_chat)
-    ids: list[NDArray[np.int32]] = []
-    learn: list[NDArray[np.bool_]] = []
+    writer = RowWriter(rows, load_tokenizer(tokenizer), template, columns, use_chat_template=use_chat_template)
+    encoder = _Encoder(writer)
+    places, ids, learn = [], [], []
     prompt_cut = response_cut = 0
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        for row in encoder.encode(rows, start, min(start + _ROWS_AT_ONCE, len(rows))):
-            cut = truncate(row, max_length)
-            response_cut += len(row.ids) - row.response > len(cut.ids) - cut.response
-            prompt_cut += row.response > cut.response
-            ids.append(np.array(cut.ids, dtype=np.int32))
-            learn.append(np.array(cut.learn, dtype=np.bool_))
+    for place, row in encoder.encode(writer.written(rows, positions, on_error)):
+        cut = truncate(row, max_length)
+        response_cut += len(row.ids) - row.response > len(cut.ids) - cut.response
+        prompt_cut += row.response > cut.response
+        places.append(place)
+        ids.append(np.array(cut.ids, dtype=np.int32))
+        learn.append(np.array(cut.learn, dtype=np.bool_))
     lengths = torch.tensor([len(row) for row in ids], dtype=torch.int64)
     all_ids, all_learn = np.concatenate([np.empty(0, np.int32), *ids]), np.concatenate([np.empty(0, np.bool_), *learn])
-    longest = int(lengths.max()) if len(lengths) else 0
     report = TokenReport(
-        len(lengths), len(all_ids), int(all_learn.sum()), longest, prompt_cut, response_cut, max_length
+        rows=len(lengths),
+        tokens=len(all_ids),
+        learned=int(all_learn.sum()),
+        longest=int(lengths.max()),
+        prompt_cut=prompt_cut,
+        response_cut=response_cut,
+        max_length=max_length,
+        missed=writer.missed,
+        left_out=writer.left_out,
     )
+    writer.warn()
     if response_cut:
         get_logger().warning(f"{report}; raise max_length= to keep them whole")
-    return TokenRows(all_ids, all_learn, lengths, report)
+    return TokenRows(all_ids, all_learn, lengths, report, torch.tensor(places, dtype=torch.int64))
+
+
+def check_rows(
+    rows: Any,
+    tokenizer: Any,
+    *,
+    template: TemplateName = "auto",
+    columns: Sequence[str] | None = None,
+    use_chat_template: bool | None = None,
+    on_error: OnError = "raise",
+) -> None:
+    """Write every row as `encode_rows` would, without encoding it: to be called before long work on the same rows.
+
+    Raises:
+        ConfigError: as in `encode_rows`.
+        SourceError: as in `encode_rows`; under `on_error="skip"` only if no row can be written.
+    """
+    writer = RowWriter(rows, load_tokenizer(tokenizer), template, columns, use_chat_template=use_chat_template)
+    for _ in writer.written(rows, None, on_error):
+        pass
 
 
 def truncate(row: _Encoded, max_length: int) -> _Encoded:
@@ -170,78 +209,177 @@ def truncate(row: _Encoded, max_length: int) -> _Encoded:
     return _Encoded(cut(row.ids), cut(row.learn), kept)
 
 
-class _Encoder:
-    """Rows to token ids, many in one call of the tokenizer."""
+class RowWriter:
+    """Rows to text, cut where learning begins and ends; and what could not be written.
 
-    def __init__(self, tokenizer: Any, template: Template, by_chat: bool) -> None:
-        self.tokenizer, self.template, self.by_chat = tokenizer, template, by_chat
-        # chat templates print the tokens that begin a text themselves
-        self.leading = [] if by_chat else _leading_tokens(tokenizer)
+    Args:
+        rows: whose columns decide how all of them are read.
+        tokenizer: with an end-of-sequence token.
+        template: as in `encode_rows`; so are `columns` and `use_chat_template`.
+        columns: likewise.
+        use_chat_template: likewise.
 
-    def encode(self, rows: Any, start: int, stop: int) -> Iterator[_Encoded]:
-        parts = [self._segments(rows[i], i) for i in range(start, stop)]
-        grown = [["".join(s.text for s in row[: n + 1]) for n in range(len(row))] for row in parts]
-        flat = iter(self._ids([text for texts in grown for text in texts]))
-        for row, texts in zip(parts, grown, strict=True):
-            yield self._join(row, [next(flat) for _ in texts])
+    Attributes:
+        by_chat: whether rows are written by the chat template.
+        left_out: rows that could not be written, under `on_error="skip"`.
+        missed: messages of the assistant that were not found in what the chat template wrote.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        tokenizer: Any,
+        template: TemplateName,
+        columns: Sequence[str] | None,
+        *,
+        use_chat_template: bool | None,
+    ) -> None:
+        writes = getattr(tokenizer, "chat_template", None) is not None
+        if use_chat_template and not writes:
+            raise ConfigError(
+                "use_chat_template=True, but the tokenizer has no chat template; set tokenizer.chat_template"
+            )
+        self.tokenizer, self.template = tokenizer, choose_template(columns_of(rows), template, columns)
+        self.by_chat = writes and (self.template.name == "chat" if use_chat_template is None else use_chat_template)
+        self._chat = ChatTemplate(tokenizer) if self.by_chat else None
+        self.left_out = self.missed = self._rows_missed = 0
+        self._first_problem = ""
+        # fields of messages that only a chat template could write
+        self._unwritten: dict[str, None] = {}
+
+    def written(
+        self, rows: Any, positions: Sequence[int] | None, on_error: OnError
+    ) -> Iterator[tuple[int, list[Segment]]]:
+        """Every row that can be written, with its position in the data.
+
+        Raises:
+            SourceError: a row cannot be written, or none can.
+        """
+        problem = None
+        for place, row in numbered(rows):
+            index = place if positions is None else int(positions[place])
+            try:
+                segments = self._segments(row, index)
+            except SourceError as error:
+                if on_error == "raise" or may_pass(error):
+                    raise
+                problem = problem or error
+                self._first_problem = self._first_problem or str(error)
+                self.left_out += 1
+                continue
+            yield index, segments
+        if problem is not None and self.left_out == len(rows):
+            raise SourceError(f"none of the {len(rows)} rows can be written: {problem}") from problem
+
+    def warn(self) -> None:
+        """Say in one line each what is not in the rows that were written."""
+        log = get_logger()
+        if self.left_out:
+            log.warning(
+                f'on_error="skip": {self.left_out:,} rows can\'t be written as tokens and are left out: {self._first_problem}'
+                + ("; and others" if self.left_out > 1 else "")
+            )
+        if self.missed:
+            log.warning(
+                f"{self.missed:,} of the assistant's messages, in {self._rows_missed:,} rows, could not be found in what the "
+                "tokenizer's chat template writes, so they are not learned; a template with {% generation %} marks tells where "
+                "they are"
+            )
+        if self._unwritten:
+            names = ", ".join(map(repr, self._unwritten))
+            log.warning(
+                f"the messages hold {names}, which only a chat template could write, and the tokenizer has none or "
+                "use_chat_template=False: they are left out"
+            )
 
     def _segments(self, row: Any, index: int) -> list[Segment]:
-        if self.by_chat:
-            return chat_segments(self.tokenizer, self.template.messages(row, index), index)
+        if not isinstance(row, Mapping):
+            raise SourceError(f"row {index} is no dict of fields but a {type(row).__name__}; leave it out")
+        options = self.template.chat_options(row, index)
+        if self._chat is not None:
+            found = self._chat.conversation(self.template.messages(row, index), options, index)
+            self.missed += found.missed
+            self._rows_missed += found.missed > 0
+            return found.segments
+        if "tools" in options:
+            raise SourceError(
+                f"row {index}, column 'tools': only a chat template can write the tools that a conversation may use, and the "
+                "tokenizer has none or use_chat_template=False; set tokenizer.chat_template, or remove the column"
+            )
+        if self.template.name == "chat":
+            for message in self.template.messages(row, index):
+                self._unwritten |= dict.fromkeys(message.keys() - _WRITTEN)
         prompt, response = self.template.prompt_and_response(row, index)
         return [Segment(prompt, False), Segment(response, True)]
 
-    def _join(self, row: list[Segment], grown: Sequence[list[int]]) -> _Encoded:
-        """Ids of a row from those of its growing beginnings; a token never spans the end of a prompt."""
+
+class _Encoder:
+    """Written rows to token ids, many in one call of the tokenizer."""
+
+    def __init__(self, writer: RowWriter) -> None:
+        self.tokenizer = writer.tokenizer
+        # chat templates print the tokens that begin a text themselves
+        self.leading = [] if writer.by_chat else _leading_tokens(writer.tokenizer)
+
+    def encode(self, rows: Iterable[tuple[int, list[Segment]]]) -> Iterator[tuple[int, _Encoded]]:
+        """The ids of rows, with their positions. A call of the tokenizer gets a bounded number of characters, or one row."""
+        waiting: list[tuple[int, list[Segment]]] = []
+        characters = 0
+        for place, segments in rows:
+            waiting.append((place, segments))
+            characters += sum(len(segment.text) for segment in segments)
+            if characters >= _CHARACTERS_AT_ONCE or len(waiting) >= _ROWS_AT_ONCE:
+                yield from self._encode(waiting)
+                waiting, characters = [], 0
+        yield from self._encode(waiting)
+
+    def _encode(self, rows: list[tuple[int, list[Segment]]]) -> Iterator[tuple[int, _Encoded]]:
+        """Each segment is encoded alone and behind the one before it: three times the length of the text, however it is cut."""
+        texts: list[str] = []
+        for _, segments in rows:
+            alone = [segment.text for segment in segments]
+            texts += alone + [before + text for before, text in pairwise(alone)]
+        ids = iter(self._ids(texts))
+        for place, segments in rows:
+            alone_ids = [next(ids) for _ in segments]
+            yield place, self._join(segments, alone_ids, [[], *(next(ids) for _ in segments[1:])])
+
+    def _join(self, segments: list[Segment], alone: list[list[int]], behind: list[list[int]]) -> _Encoded:
+        """Ids of a row from those of its segments; a token never spans the end of a prompt.
+
+        Args:
+            segments: of the row.
+            alone: ids of every segment.
+            behind: ids of every segment together with the one before it.
+        """
         ids: list[int] = []
         learn: list[bool] = []
-        response, whole = 0, True
-        for (text, learned), upto in zip(row, grown, strict=True):
-            whole = whole and upto[: len(ids)] == ids
-            added = upto[len(ids) :] if whole else self._ids([text])[0]
+        response = 0
+        for number, (_, learned) in enumerate(segments):
+            before = alone[number - 1] if number else []
+            goes_on = number > 0 and behind[number][: len(before)] == before
+            added = behind[number][len(before) :] if goes_on else alone[number]
             response = len(ids) if learned else response
             ids, learn = ids + added, learn + [learned] * len(added)
         end = self.tokenizer.eos_token_id
-        if not (self.by_chat and end in ids[response:]):
+        if not (end in ids[response:] and segments[-1].text.rstrip().endswith(str(self.tokenizer.eos_token))):
             ids, learn = [*ids, end], [*learn, True]
-        return _Encoded(self.leading + ids, [False] * len(self.leading) + learn, len(self.leading) + response)
+        leading = [] if self._begins(segments, ids) else self.leading
+        return _Encoded(leading + ids, [False] * len(leading) + learn, len(leading) + response)
+
+    def _begins(self, segments: list[Segment], ids: list[int]) -> bool:
+        """Whether the text itself holds the tokens that begin a text."""
+        if ids[: len(self.leading)] == self.leading:
+            return True
+        begin, written = self.tokenizer.bos_token_id, str(self.tokenizer.bos_token)
+        text = "".join(segment.text for segment in segments).lstrip()
+        return self.leading == [begin] and begin in ids and text.startswith(written)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [list(ids) for ids in encoded["input_ids"]]
-
-
-def chat_segments(tokenizer: Any, messages: Sequence[Message], index: int) -> list[Segment]:
-    """A conversation as the tokenizer's chat template writes it, the assistant's messages marked to be learned.
-
-    Raises:
-        ConfigError: the template fails, or does not continue what it wrote for the beginning of the conversation.
-    """
-
-    def written(count: int, *, asks: bool) -> str:
-        if count == 0:
-            return ""
-        try:
-            return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=asks))
-        except Exception as error:  # templates are programs of the model's author and raise what they like
-            raise ConfigError(
-                f"row {index}: the tokenizer's chat template fails ({type(error).__name__}: {error}); repair the row, or pass "
-                "use_chat_template=False"
-            ) from error
-
-    whole, segments, done = written(len(messages), asks=False), [], 0
-    for place in [n for n, message in enumerate(messages) if message["role"] == "assistant"]:
-        before, after = written(place, asks=True), written(place + 1, asks=False)
-        follows = whole.startswith(before) and whole.startswith(after) and done <= len(before) <= len(after)
-        if follows:
-            segments += [Segment(whole[done : len(before)], False), Segment(whole[len(before) : len(after)], True)]
-            done = len(after)
-        elif place == len(messages) - 1:
-            raise ConfigError(
-                f"row {index}: the tokenizer's chat template does not write a conversation as a continuation of its beginning, "
-                "so responses cannot be found in it; pass use_chat_template=False"
-            )
-    return segments
 
 
 def _leading_tokens(tokenizer: Any) -> list[int]:
@@ -252,13 +390,3 @@ def _leading_tokens(tokenizer: Any) -> list[int]:
         if dressed[start : start + len(bare)] == bare:
             return dressed[:start]
     return []
-
-
-def _columns(rows: Any) -> list[str]:
-    names = getattr(rows, "column_names", None)
-    if names is not None:
-        return list(names)
-    if len(rows) == 0:
-        return []
-    first = rows[0]
-    return list(first) if hasattr(first, "keys") else []

@@ -1,0 +1,407 @@
+"""Conversations as a tokenizer's chat template writes them, and where in that text the assistant's messages stand.
+
+A template is a program: it may write a message otherwise in the middle of a conversation than at its end (reasoning is often
+left out of earlier turns). So messages are looked for in the text of the whole conversation. Where the template marks what the
+assistant writes (`{% generation %}`), these marks are followed. Else the other messages are found by writing the conversation
+once more with a mark inside each of them, and the assistant's text is what stands between them, without the headings that the
+template writes around it. A heading is the same for all messages of a role, so it is found once. The number of times that a
+conversation is written does not grow with its length.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+from dq_lightning.errors import SourceError
+from dq_lightning.prompts import Message, message_text
+
+# how often the beginning of one conversation is written to find headings
+_EXTRA_WRITINGS = 8
+_GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+# characters that no text has a use for
+_PRIVATE = range(0xE000, 0xF900)
+
+
+class Segment(NamedTuple):
+    """A stretch of a row's text, and whether the model learns to write it."""
+
+    text: str
+    learn: bool
+
+
+class Conversation(NamedTuple):
+    """A conversation as the template writes it, up to the last message of the assistant that was found.
+
+    Attributes:
+        segments: its text, cut where learning begins and ends.
+        missed: messages of the assistant that could not be found in it; they are not learned.
+    """
+
+    segments: list[Segment]
+    missed: int
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Args:
+        tokenizer: of transformers, with a chat template.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        # headings that were found, by roles and options: what the template writes between the end of a message and the
+        # beginning of the assistant's answer, and between the end of an answer and the beginning of the next message
+        self.openings: dict[tuple[str, str], str] = {}
+        self.closings: dict[tuple[str, str], str] = {}
+
+    def conversation(self, messages: Sequence[Message], options: Mapping[str, Any], index: int) -> Conversation:
+        """Write a conversation and find the assistant's messages in it.
+
+        Args:
+            messages: ending with one of the assistant.
+            options: `tools` and other arguments of `apply_chat_template`.
+            index: position of the row, for messages.
+
+        Returns:
+            Every learned segment is an assistant's message as the template writes it, with the token that ends its turn.
+
+        Raises:
+            SourceError: the template fails, or no message of the assistant can be found in what it wrote.
+        """
+        row = _Row(self, messages, options, index)
+        spans = row.marked_by_template()
+        if spans is None:
+            spans = row.between_the_others()
+        if not spans:
+            raise SourceError(
+                f"row {index}: none of the assistant's messages can be found in what the tokenizer's chat template writes, so "
+                "there is nothing to learn; leave the row out (on_error='skip'), or write rows without the chat template "
+                "(use_chat_template=False, in a data module config.text.use_chat_template)"
+            )
+        segments, done = [], 0
+        for start, end in spans:
+            segments += [Segment(row.whole[done:start], False), Segment(row.whole[start:end], True)]
+            done = end
+        # the last answer may be empty: then the end of the sequence alone is learned
+        return Conversation([one for one in segments[:-1] if one.text] + segments[-1:], row.missed)
+
+    def write(self, messages: Sequence[Message], options: Mapping[str, Any], **arguments: Any) -> str:
+        """The text of messages; any exception may leave this, since templates raise what they like."""
+        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **{**options, **arguments}))
+
+    def source(self, options: Mapping[str, Any]) -> str:
+        """The template that conversations with these options are written by."""
+        return str(self.tokenizer.get_chat_template(options.get("chat_template"), options.get("tools")))
+
+    @cached_property
+    def special(self) -> re.Pattern[str]:
+        """Matches the special tokens of the tokenizer."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        names = {str(token) for token in self.tokenizer.all_special_tokens}
+        names |= {token.content for token in added if token.special}
+        return re.compile("|".join(re.escape(name) for name in sorted(names - {""}, key=len, reverse=True)) or r"(?!)")
+
+
+class _Row:
+    """One conversation while its messages are looked for.
+
+    Attributes:
+        whole: what the template writes.
+        missed: messages of the assistant that were not found.
+    """
+
+    def __init__(
+        self, template: ChatTemplate, messages: Sequence[Message], options: Mapping[str, Any], index: int
+    ) -> None:
+        self._template, self._messages, self._options = template, messages, options
+        self._answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        self._kind = json.dumps(
+            [bool(options.get("tools")), {k: v for k, v in options.items() if k != "tools"}], default=str
+        )
+        self._extra = _EXTRA_WRITINGS
+        self.missed = 0
+        try:
+            self.whole = template.write(messages, options)
+        except Exception as error:  # templates are programs of the model's author and raise what they like
+            raise SourceError(
+                f"row {index}: the tokenizer's chat template fails ({type(error).__name__}: {error}); repair the row, leave it "
+                "out (on_error='skip'), or write rows without the chat template (use_chat_template=False, in a data module "
+                "config.text.use_chat_template)"
+            ) from error
+
+    def marked_by_template(self) -> list[tuple[int, int]] | None:
+        """Where the template's own marks say that the assistant writes; None if it has none that can be followed."""
+        source = self._template.source(self._options)
+        if not _GENERATION.search(source):
+            return None
+        begin, end = _unused(source + self.whole, 2)
+
+        def mark(found: re.Match[str]) -> str:
+            # the first tag keeps what the original does to the space before it, the last one to the space behind it
+            left, ends, right = found.groups()
+            return f"{{%{left} if true %}}{{{{ '{end if ends else begin}' }}}}{{% endif {right}%}}"
+
+        text = self._written(self._messages, chat_template=_GENERATION.sub(mark, source))
+        if text is None or text.replace(begin, "").replace(end, "") != self.whole:
+            return None
+        spans: list[tuple[int, int]] = []
+        length, start = 0, None
+        for piece in re.split(f"([{begin}{end}])", text):
+            if piece == begin:
+                start = length
+            elif piece == end and start is not None:
+                # reasoning and answer may be marked one by one
+                if spans and spans[-1][1] == start:
+                    start = spans.pop()[0]
+                spans += [(start, length)] if start < length else []
+                start = None
+            elif piece not in (begin, end):
+                length += len(piece)
+        self.missed = max(0, len(self._answers) - len(spans))
+        # a template may leave the token that ends a turn unmarked: it is what follows the last answer
+        ending = self._template.special.match(self.whole, spans[-1][1]) if spans else None
+        if ending is None:
+            return spans
+        return [(a, b + len(ending[0]) if self.whole.startswith(ending[0], b) else b) for a, b in spans]
+
+    def between_the_others(self) -> list[tuple[int, int]]:
+        """Where the assistant's messages stand, by the messages around them and the template's headings."""
+        found: dict[int, tuple[int, int]] = {}
+        # a heading that one message does not show may be known by a later one
+        for place in self._answers * 2:
+            start = None if place in found else self._start(place)
+            end = None if start is None else self._end(place, start)
+            if start is not None and end is not None:
+                found[place] = start, self._without_space(place, start, end)
+        spans: list[tuple[int, int]] = []
+        for _, (start, end) in sorted(found.items()):
+            if end >= start and (not spans or start >= spans[-1][1]):
+                spans.append((start, end))
+        self.missed = len(self._answers) - len(spans)
+        return spans
+
+    def _start(self, place: int) -> int | None:
+        """Where the assistant begins to write a message: behind what it is given at inference."""
+        if place == self._answers[-1] or place == 0:
+            exact = self._behind_the_prompt(place)
+            if exact is not None:
+                return exact
+        before = self._anchors.get(place - 1)
+        if before is None:
+            return self._behind_the_prompt(place) if place not in (0, self._answers[-1]) else None
+        kind = (self._kind, self._messages[place - 1]["role"])
+        # what follows the message before may be the space in it, or that may have been taken away
+        ends = [before.end + before.space_behind, before.end]
+        for renewed in (False, True):
+            if renewed and (opening := self._opening(place)) is not None:
+                self._template.openings[kind] = opening
+            heading = self._template.openings.get(kind)
+            for end in ends:
+                if heading is not None and self.whole.startswith(heading, end):
+                    return end + len(heading)
+        heading = self._template.openings.get(kind)
+        return None if heading is None else self._behind_part_of(heading, place, ends)
+
+    def _behind_the_prompt(self, place: int) -> int | None:
+        """The end of what the template writes for the messages before, if the whole conversation begins with it."""
+        if place == 0:
+            asking = self._written(self._messages, add_generation_prompt=True) or ""
+            heading = asking[len(self.whole) :] if asking.startswith(self.whole) else ""
+            at = self.whole.find(heading) if heading else -1
+            return at + len(heading) if at >= 0 else 0
+        prompt = self._written(self._messages[:place], add_generation_prompt=True, counted=place != self._answers[-1])
+        return len(prompt) if prompt is not None and self.whole.startswith(prompt) else None
+
+    def _opening(self, place: int) -> str | None:
+        """What the template writes behind the message before an answer, up to where the answer begins."""
+        marked = self._written(self._marking[0][:place], add_generation_prompt=True, counted=True)
+        if marked is None:
+            return None
+        text, marks = self._without_marks(marked)
+        before = self._anchor(place - 1, text, marks)
+        if before is None:
+            return None
+        space = before.space_behind if text.startswith(self._space_behind(place - 1), before.end) else 0
+        return text[before.end + space :]
+
+    def _behind_part_of(self, heading: str, place: int, ends: list[int]) -> int | None:
+        """Behind the part of a heading that this message has: some templates end the last heading alone by `<think>`."""
+        content = self._messages[place]["content"]
+        visible = content.rsplit("</think>", 1)[-1].strip() if isinstance(content, str) else ""
+        for end in ends:
+            same = takewhile(
+                lambda pair: pair[0] == pair[1], zip(heading, self.whole[end : end + len(heading)], strict=False)
+            )
+            shared = "".join(char for char, _ in same)
+            cuts = [found.end() for found in self._template.special.finditer(shared)]
+            cuts += [found.end() for found in re.finditer(r"\s+", shared)]
+            start = end + max(cuts, default=0)
+            follows = self.whole[start : start + len(visible) + 64].lstrip().startswith(visible)
+            if cuts and follows and (visible or "tool_calls" in self._messages[place]):
+                return start
+        return None
+
+    def _end(self, place: int, start: int) -> int | None:
+        """Where the template's text of an answer ends."""
+        if place == len(self._messages) - 1:
+            return len(self.whole)
+        following = self._anchors.get(place + 1)
+        if following is None:
+            upto = self._written(self._messages[: place + 1], counted=True)
+            return len(upto) if upto is not None and self.whole.startswith(upto) else None
+        kind = (self._kind, self._messages[place + 1]["role"])
+        for renewed in (False, True):
+            if renewed and (end := self._closing(place, start, following.start)) is not None:
+                self._template.closings[kind] = self.whole[end : following.start]
+            heading = self._template.closings.get(kind)
+            for limit in (following.start - following.space_before, following.start):
+                if heading is not None and self.whole.endswith(heading, start, limit):
+                    return limit - len(heading)
+        return None
+
+    def _closing(self, place: int, start: int, stop: int) -> int | None:
+        """The end of an answer between `start` and the next message: what the template also ends with when it is the last.
+
+        The beginning may differ, since reasoning may be written for the last message alone.
+        """
+        upto = self._written(self._messages[: place + 1], counted=True)
+        content = self._messages[place]["content"]
+        needed = content.strip()[-8:] if isinstance(content, str) else ""
+        if not upto:
+            return None
+        if self.whole.startswith(upto) and start <= len(upto) <= stop:
+            return len(upto)
+        end = stop
+        while (end := self.whole.rfind(upto[-1], start, end)) >= 0:
+            answer = self.whole[start : end + 1]
+            if answer.strip() and needed in answer and upto.endswith(answer):
+                return end + 1
+        return None
+
+    def _without_space(self, place: int, start: int, end: int) -> int:
+        """The end of an answer without the space that the template writes behind it."""
+        text = self.whole[start:end]
+        bare = text.rstrip()
+        texts = _texts(self._messages[place])
+        content, own = (texts[-1].strip(), self._space_behind(place)) if texts else ("", "")
+        # the message's own space is part of it where nothing follows its text
+        ends_so = bare.endswith(content[-16:]) if content else not bare
+        return start + len(bare) + (len(own) if ends_so and text.startswith(own, len(bare)) else 0)
+
+    def _space_behind(self, place: int) -> str:
+        texts = _texts(self._messages[place])
+        return texts[-1][len(texts[-1].rstrip()) :] if texts else ""
+
+    # marks inside the other messages
+
+    @cached_property
+    def _mark(self) -> str:
+        return _unused(self.whole + json.dumps(self._messages, ensure_ascii=False, default=str), 1)[0]
+
+    @cached_property
+    def _marking(self) -> tuple[list[Message], dict[str, list[int]]]:
+        """The messages, those of others than the assistant with a mark in the middle of their first and last text; and where
+        the marks are in what the template writes: nowhere if they change it.
+
+        A mark in an empty text is the likeliest to do so: then such messages have none.
+        """
+        marked: list[Message] = []
+        for empty in (True, False):
+            marked = [
+                message
+                if message["role"] == "assistant" or not (empty or message_text(message).strip())
+                else self._with_marks(n, message)
+                for n, message in enumerate(self._messages)
+            ]
+            text, marks = self._without_marks(self._written(marked) or "")
+            if text == self.whole:
+                return marked, marks
+        return marked, {}
+
+    def _with_marks(self, place: int, message: Message) -> Message:
+        content = message["content"]
+        if isinstance(content, str):
+            return message | {"content": self._with_mark(place, content)}
+        parts = [dict(part) for part in content or ()]
+        for number in sorted({0, len(parts) - 1} if parts else ()):
+            parts[number]["text"] = self._with_mark(f"{place}-{number}", parts[number]["text"])
+        return message | {"content": parts or content}
+
+    def _with_mark(self, name: Any, text: str) -> str:
+        middle = _middle(text)
+        return f"{text[:middle]}{self._mark}{name}{self._mark}{text[middle:]}"
+
+    def _without_marks(self, marked: str) -> tuple[str, dict[str, list[int]]]:
+        """A text without its marks, and where they were."""
+        pieces = re.split(f"{self._mark}([0-9-]+){self._mark}", marked)
+        marks: dict[str, list[int]] = {}
+        length = 0
+        for piece, name in zip(pieces[::2], [*pieces[1::2], None], strict=True):
+            length += len(piece)
+            if name is not None:
+                marks.setdefault(name, []).append(length)
+        return "".join(pieces[::2]), marks
+
+    @cached_property
+    def _anchors(self) -> "dict[int, _Anchor]":
+        """Where the messages of others than the assistant are, as far as the template writes them as they are."""
+        _, marks = self._marking
+        found = {n: self._anchor(n, self.whole, marks) for n in range(len(self._messages)) if n not in self._answers}
+        return {n: anchor for n, anchor in found.items() if anchor is not None}
+
+    def _anchor(self, place: int, text: str, marks: dict[str, list[int]]) -> "_Anchor | None":
+        texts = _texts(self._messages[place])
+        if not texts:
+            return None
+        one = isinstance(self._messages[place]["content"], str)
+        first = marks.get(str(place) if one else f"{place}-0", [])
+        last = marks.get(str(place) if one else f"{place}-{len(texts) - 1}", [])
+        if len(first) != 1 or len(last) != 1:
+            return None
+        head = texts[0][: _middle(texts[0])].lstrip()
+        tail = texts[-1][_middle(texts[-1]) :].rstrip()
+        start, end = first[0] - len(head), last[0] + len(tail)
+        if text[max(0, start) : first[0]] != head or text[last[0] : end] != tail:
+            return None
+        space_before = len(texts[0]) - len(texts[0].lstrip())
+        return _Anchor(start, end, space_before, len(self._space_behind(place)))
+
+    def _written(self, messages: Sequence[Message], *, counted: bool = False, **arguments: Any) -> str | None:
+        """What the template writes of other messages than the row's; None where it fails or has been asked too often."""
+        if counted:
+            if self._extra == 0:
+                return None
+            self._extra -= 1
+        try:
+            return self._template.write(messages, self._options, **arguments)
+        except Exception:  # a part of a conversation may be no conversation
+            return None
+
+
+class _Anchor(NamedTuple):
+    """Where a message's text begins and ends, without the space around it, and how much of that there is in the row."""
+
+    start: int
+    end: int
+    space_before: int
+    space_behind: int
+
+
+def _texts(message: Message) -> list[str]:
+    content = message["content"]
+    return [content] if isinstance(content, str) else [part["text"] for part in content or ()]
+
+
+def _middle(text: str) -> int:
+    """A place inside the text without the space around it: what stands at its ends may decide how it is written."""
+    return len(text) - len(text.lstrip()) + len(text.strip()) // 2
+
+
+def _unused(text: str, count: int) -> list[str]:
+    """Characters that a text does not have."""
+    seen = set(text)
+    return [char for char in map(chr, _PRIVATE) if char not in seen][:count]
