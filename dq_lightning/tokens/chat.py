@@ -304,10 +304,10 @@ class _Row:
 
     @cached_property
     def _marking(self) -> tuple[list[Message], dict[str, list[int]]]:
-        """The messages, those of others than the assistant with a mark in the middle of their first and last text; and where
-        the marks are in what the template writes: nowhere if they change it.
+        """The messages with marks, and where the marks are in what the template writes: nowhere if they change it.
 
-        A mark in an empty text is the likeliest to do so: then such messages have none.
+        Messages of others than the assistant get one in the middle of their first and last text. A mark in an empty text is
+        the likeliest to change what is written: then such messages get none.
         """
         marked: list[Message] = []
         for empty in (True, False):
