@@ -241,7 +241,7 @@ class _Row:
             cuts += [found.end() for found in re.finditer(r"\s+", shared)]
             start = end + max(cuts, default=0)
             follows = self.whole[start : start + len(visible) + 64].lstrip().startswith(visible)
-            if cuts and follows and (visible or "tool_calls" in self._messages[place]):
+            if cuts and follows:
                 return start
         return None
 
@@ -288,9 +288,12 @@ class _Row:
         bare = text.rstrip()
         texts = _texts(self._messages[place])
         content, own = (texts[-1].strip(), self._space_behind(place)) if texts else ("", "")
-        # the message's own space is part of it where nothing follows its text
-        ends_so = bare.endswith(content[-16:]) if content else not bare
-        return start + len(bare) + (len(own) if ends_so and text.startswith(own, len(bare)) else 0)
+        # the message's own space is part of it where the template writes nothing behind the message but space
+        tail = content[-16:]
+        special = next((found for found in self._template.special.finditer(bare) if found.end() == len(bare)), None)
+        closed = special is not None and bare[: special.start()].endswith(tail + own)
+        alone = not closed and (bare.endswith(tail) if content else not bare)
+        return start + len(bare) + (len(own) if alone and text.startswith(own, len(bare)) else 0)
 
     def _space_behind(self, place: int) -> str:
         texts = _texts(self._messages[place])
