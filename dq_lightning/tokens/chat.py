@@ -230,8 +230,7 @@ class _Row:
 
     def _behind_part_of(self, heading: str, place: int, ends: list[int]) -> int | None:
         """Behind the part of a heading that this message has: some templates end the last heading alone by `<think>`."""
-        content = self._messages[place]["content"]
-        visible = content.rsplit("</think>", 1)[-1].strip() if isinstance(content, str) else ""
+        visible = self._visible(place)
         for end in ends:
             same = takewhile(
                 lambda pair: pair[0] == pair[1], zip(heading, self.whole[end : end + len(heading)], strict=False)
@@ -269,8 +268,7 @@ class _Row:
         The beginning may differ, since reasoning may be written for the last message alone.
         """
         upto = self._written(self._messages[: place + 1], counted=True)
-        content = self._messages[place]["content"]
-        needed = content.strip()[-8:] if isinstance(content, str) else ""
+        needed = self._visible(place)[-8:]
         if not upto:
             return None
         if self.whole.startswith(upto) and start <= len(upto) <= stop:
@@ -294,6 +292,11 @@ class _Row:
         closed = special is not None and bare[: special.start()].endswith(tail + own)
         alone = not closed and (bare.endswith(tail) if content else not bare)
         return start + len(bare) + (len(own) if alone and text.startswith(own, len(bare)) else 0)
+
+    def _visible(self, place: int) -> str:
+        """An answer without the reasoning before it."""
+        content = self._messages[place]["content"]
+        return content.rsplit("</think>", 1)[-1].strip() if isinstance(content, str) else ""
 
     def _space_behind(self, place: int) -> str:
         texts = _texts(self._messages[place])
