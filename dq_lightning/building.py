@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dq_lightning.binning import bins_of, tell_lost_classes
-from dq_lightning.compact import Compact, open_compact, write_description
-from dq_lightning.errors import CacheError, ConfigError, SourceError
+from dq_lightning.compact import Compact, open_compact, store_digest, write_description
+from dq_lightning.errors import CacheError, ConfigError, SourceError, StoreError
 from dq_lightning.features.extract import extract_features
 from dq_lightning.features.loading import telling_of_lost_loaders
 from dq_lightning.features.readable import find_unreadable, without_labels
@@ -35,7 +35,9 @@ from dq_lightning.plan import (
     SELECTION,
     STORE,
     Plan,
+    filled_parts,
     keeps_all,
+    scored_parts,
     source_identity,
     usable_parts,
 )
@@ -102,9 +104,15 @@ class Build:
         started = time.perf_counter()
         log = get_logger()
         log.info(self._reason(STORE))
-        compact = self._load(STORE, self._write_store, partial(open_compact, parts=self.parts, reused=False))
+        read = partial(open_compact, parts=self.parts, reused=False)
+        compact = self._load(STORE, self._write_store, read)
         if FILLED in self.parts:
-            compact = replace(compact, filled=self._load(FILLED, self._write_filled, Path))
+            try:
+                compact = self._filled(compact)
+            except StoreError:
+                # who read it has left a doubt, or it was removed meanwhile: this look compares all files
+                again = self.cache.load(STORE, self.parts[STORE], self._write_store, read)
+                compact = self._filled(again)
         spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         log.info(
             f"kept {len(compact.selection):,} of {len(self.plan.source):,} samples in {time.perf_counter() - started:.1f} s "
@@ -128,9 +136,19 @@ class Build:
             FEATURES: "features",
         }
         for earlier, reused in reusable.items():
-            if earlier in self.parts and self.cache.find(earlier, self.parts[earlier]) is not None:
+            if earlier in self.parts and self._is_made(earlier):
                 return f"{why}; reusing {reused}"
         return why + encoder
+
+    def _is_made(self, station: str) -> bool:
+        if station != PATCHES:
+            return self.cache.find(station, self.parts[station]) is not None
+        selected = self.cache.find(SELECTION, self.parts[SELECTION])
+        try:
+            selection = None if selected is None else read_selection(selected)
+        except StoreError:
+            return False
+        return selection is not None and self.cache.find(PATCHES, scored_parts(self.parts, selection)) is not None
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -142,9 +160,10 @@ class Build:
     def _load(self, station: str, write: Callable[[Path], None], read: Callable[[Path], Read]) -> Read:
         return self.cache.load(station, self.parts[station], write, read, force=self.force)
 
-    def _shards(self, station: str, noun: str, **options: Any) -> KeptShards:
-        """What a killed run has left of an entry."""
-        return KeptShards(self.cache.place(station, self.parts[station]), noun, fresh=self.force, **options)
+    def _shards(self, station: str, noun: str, *, parts: dict[str, Any] | None = None, **options: Any) -> KeptShards:
+        """What a killed run has left of an entry; its parts are those of the station, if none are given."""
+        place = self.cache.place(station, self.parts[station] if parts is None else parts)
+        return KeptShards(place, noun, fresh=self.force, **options)
 
     def _check_unchanged(self, station: str) -> None:
         """What was read just now must be what the key says, or the entry would be found when the data are as before.
@@ -163,7 +182,8 @@ class Build:
     def _write_store(self, folder: Path) -> None:
         plan, selection = self.plan, self._load(SELECTION, self._write_selection, read_selection)
         if plan.patches is not None:
-            scored = self._load(PATCHES, partial(self._write_scores, selection), read_scores)
+            parts, write = scored_parts(self.parts, selection), partial(self._write_scores, selection)
+            scored = self.cache.load(PATCHES, parts, write, read_scores, force=self.force)
             with self._timed("store"), reading_again(plan):
                 write_patches(folder, plan, selection, *scored, self._shards(STORE, "packing"))
                 self._check_unchanged(STORE)
@@ -178,17 +198,28 @@ class Build:
 
     def _write_scores(self, selection: Selection, folder: Path) -> None:
         with self._timed("saliency"), reading_again(self.plan):
-            shards = self._shards(PATCHES, "saliency")
+            shards = self._shards(PATCHES, "saliency", parts=scored_parts(self.parts, selection))
             scored = score_selection(self.plan, selection, device=self.device, progress=self.progress, shards=shards)
         write_scores(folder, *scored)
 
-    def _write_filled(self, folder: Path) -> None:
-        assert self.plan.patches is not None
-        shards, patches = self._shards(FILLED, "filling"), self.plan.patches
-        fill = partial(write_filled, folder, patches=patches, device=self.device, progress=self.progress, shards=shards)
-        with self._timed("filling"):
-            # every sample is verified before the first is filled, so a damaged store can be made again here
-            self.cache.load(STORE, self.parts[STORE], self._write_store, fill)
+    def _filled(self, compact: Compact) -> Compact:
+        """A compact set with its filled images, found or made.
+
+        Raises:
+            StoreError: the store is damaged, which is seen before the first image is filled.
+        """
+        store = Path(compact.info.path)
+        digest = store_digest(store)
+        parts = filled_parts(digest, self.parts[FILLED]["reconstructor"])
+
+        def write(folder: Path) -> None:
+            assert self.plan.patches is not None
+            shards = self._shards(FILLED, "filling", parts=parts)
+            options: dict[str, Any] = {"device": self.device, "progress": self.progress, "shards": shards}
+            with self._timed("filling"):
+                write_filled(folder, store, digest, self.plan.patches, **options)
+
+        return replace(compact, filled=self.cache.build(FILLED, parts, write, force=self.force))
 
     def _write_selection(self, folder: Path) -> None:
         if self.plan.chosen is not None:

@@ -4,20 +4,27 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from dq_lightning.config import VerifyPolicy
 from dq_lightning.errors import CacheError, DQError, StoreError
 from dq_lightning.patch_bytes import PatchFacts
-from dq_lightning.plan import BINS, FILLED, STORE, Parts, Plan, keeps_all, source_identity, usable_parts
+from dq_lightning.patch_config import PatchConfig, Reconstruct
+from dq_lightning.patch_plan import PatchPlan, make_patch_plan
+from dq_lightning.plan import BINS, FILLED, STORE, Parts, Plan, filled_parts, keeps_all, source_identity, usable_parts
 from dq_lightning.records import Bins, Selection, StoreInfo
 from dq_lightning.store.cache import Cache
-from dq_lightning.store.files import read_sealed, seal, write_bytes
+from dq_lightning.store.files import read_sealed, seal, sealed_digest, write_bytes
 from dq_lightning.store.manifest import MANIFEST, cast_doubt, check_copied_entry
+from dq_lightning.store.packed import STORE_FILE
 from dq_lightning.store.reader import PackedDataset
 from dq_lightning.store.tensors import read_bins, read_selection
 
 # of a set among the results of a command
 SET_FOLDER = "compact"
 COMPACT_FILE = "compact.json"
+# what a store may name without a word: the table of `choose_reconstructor` and the network in the package
+OWN_RECONSTRUCTORS = ("auto", "bundled")
 
 
 @dataclass(frozen=True)
@@ -103,8 +110,21 @@ def find_by_parts(parts: Parts, cache: Cache) -> Compact | None:
         compact = open_compact(path, parts)
     if FILLED not in parts:
         return compact
-    filled = cache.find(FILLED, parts[FILLED])
+    filled = cache.find(FILLED, filled_parts(store_digest(path), parts[FILLED]["reconstructor"]))
     return replace(compact, filled=filled) if filled is not None else None
+
+
+def store_digest(folder: Path) -> str:
+    """`PackedDataset.digest` of a packed store, which is not opened.
+
+    Raises:
+        StoreError: there is none, or a damaged one.
+    """
+    try:
+        return sealed_digest(read_sealed(folder / STORE_FILE))
+    except (OSError, DQError) as error:
+        cast_doubt(folder)
+        raise StoreError(f"{folder} holds no packed store that can be used ({error}): copy it again") from error
 
 
 def set_folder(path: str | Path) -> Path:
@@ -133,6 +153,7 @@ def open_compact(
     try:
         described = read_sealed(path / COMPACT_FILE)
         selection = read_selection(path)
+        _check_described(described, selection)
         patches = described["patches"] and PatchFacts(**described["patches"])
         info = StoreInfo(
             path=str(path),
@@ -147,13 +168,45 @@ def open_compact(
             **(_costs(patches) if patches else {}),
         )
         config = described["config"]
-    except (OSError, DQError, KeyError, TypeError) as error:
+    except (OSError, DQError, KeyError, TypeError, ValueError) as error:
         cast_doubt(path)
         raise StoreError(
             f"{path} holds no compact set that can be used ({error}): in a cache the next run makes it again, a copy must be "
             "copied again"
         ) from error
     return Compact(info, selection, parts or {}, config, patches)
+
+
+def _check_described(described: dict[str, Any], selection: Selection) -> None:
+    """Refuse a description whose numbers and texts are of other types or sizes than `write_description` writes.
+
+    Raises:
+        StoreError: it names the field.
+        KeyError: one is missing.
+    """
+
+    def is_count(value: Any, least: int = 0) -> bool:
+        return type(value) is int and value >= least
+
+    total, names, patches = described["num_source_samples"], described["class_names"], described["patches"]
+    index = selection.index
+    fit = {
+        "kind": described["kind"] in ("indices", "packed"),
+        "num_source_samples": is_count(total) and (not len(index) or 0 <= int(index.min()) <= int(index.max()) < total),
+        "num_classes": described["num_classes"] is None or is_count(described["num_classes"]),
+        "class_names": names is None or (isinstance(names, list) and all(type(name) is str for name in names)),
+        "config": isinstance(described["config"], dict),
+        "patches": patches is None
+        or (
+            is_count(patches["patch_size"], 1)
+            and len(patches["image_size"]) == 2
+            and all(is_count(side, 1) for side in patches["image_size"])
+            and type(patches["keep_ratio"]) in (int, float)
+            and all(is_count(patches[name]) for name in ("original_bytes", "source_bytes", "unpatched_bytes"))
+        ),
+    }
+    if wrong := [name for name, fits in fit.items() if not fits]:
+        raise StoreError(f"{COMPACT_FILE} has an impossible {wrong[0]}: {described[wrong[0]]!r:.80}")
 
 
 def _costs(patches: PatchFacts) -> dict[str, Any]:
@@ -163,6 +216,36 @@ def _costs(patches: PatchFacts) -> dict[str, Any]:
         "source_bytes": patches.source_bytes,
         "unpatched_bytes": patches.unpatched_bytes,
     }
+
+
+def stored_patch_plan(
+    compact: Compact, *, reconstructor: Any = None, reconstruct: Reconstruct | None = None
+) -> PatchPlan:
+    """How the dropped patches of a store are filled.
+
+    Args:
+        compact: a store of patches.
+        reconstructor: name, path or network; None for what the store was made with, if that is a choice of this package.
+        reconstruct: when they are filled; None for what it was made with.
+
+    Raises:
+        StoreError: the store names a network of somebody's: whoever made it does not decide what is downloaded here.
+    """
+    assert compact.patches is not None
+    config = PatchConfig.from_dict(compact.config.get("patches", {}))
+    when = reconstruct or config.reconstruct
+    if reconstructor is None and when != "off" and config.reconstructor not in OWN_RECONSTRUCTORS:
+        raise StoreError(
+            f"the dropped patches of {compact.info.path} were filled by reconstructor={config.reconstructor!r} where it was "
+            f"made. A store does not choose what is loaded here: pass reconstructor={config.reconstructor!r} if you trust it, "
+            'another name, folder or network, "bundled" for the small one of this package, or reconstruct="off" for the mean '
+            "colour"
+        )
+    # a classifier is no longer needed
+    config = replace(config, saliency="random", reconstruct=when, patch_size=compact.patches.patch_size)
+    height, width = compact.patches.image_size
+    chosen = config.reconstructor if reconstructor is None else reconstructor
+    return make_patch_plan(config, (height, width), reconstructor=chosen)
 
 
 def load_selection(path: str | Path) -> Selection:
@@ -194,7 +277,14 @@ def read_bins_of(compact: Compact, cache: Cache) -> Bins:
             f"the bins behind the compact set {compact.info.path} are not in {cache.root}: they stay in the cache where it was "
             "made, and a run with force_recompute=True over the original dataset makes them again"
         )
-    return read_bins(path)
+    bins, selection = read_bins(path), compact.selection
+    fit = len(bins) == compact.info.num_source_samples
+    if not fit or not torch.equal(bins.assignment[selection.index], selection.bin):
+        raise CacheError(
+            f"the bins in {path} were made again after the compact set {compact.info.path}, and came out different (the "
+            "features of another device differ in their last bits): a run with force_recompute=True makes both anew"
+        )
+    return bins
 
 
 def open_packed(
@@ -215,4 +305,20 @@ def open_packed(
             f"{path} holds indices, not samples: it needs the original dataset. Quantize with store='packed' to get a set "
             "that stands alone"
         )
-    return PackedDataset(path, finisher=finisher, verify=verify, patches=patches)
+    samples = PackedDataset(path, finisher=finisher, verify=verify, patches=patches)
+    check_same_samples(samples, compact.selection)
+    return samples
+
+
+def check_same_samples(samples: PackedDataset, selection: Selection) -> None:
+    """Compare the positions that a packed store says its samples have with those of a compact set.
+
+    Raises:
+        StoreError: they belong to different sets.
+    """
+    if not torch.equal(samples.index, selection.index) or not torch.equal(samples.bin, selection.bin):
+        cast_doubt(samples.path)
+        raise StoreError(
+            f"{samples.path} holds samples of another selection than its compact set: in a cache the next run makes it again, "
+            "a copy must be copied again"
+        )

@@ -65,6 +65,8 @@ class JsonFields:
         Raises:
             ConfigError: a field is unknown or its value invalid.
         """
+        if not isinstance(values, dict):
+            raise ConfigError(f"{cls.__name__} is made from a dict of its fields, got {values!r:.80}")
         hints = _hints(cls)
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:

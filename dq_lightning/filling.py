@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dq_lightning.errors import PatchError
+from dq_lightning.errors import PatchError, StoreError
 from dq_lightning.features.encoders import resolve_device
 from dq_lightning.features.isolation import isolated, release_memory
 from dq_lightning.patch_plan import PatchPlan
@@ -17,8 +17,7 @@ from dq_lightning.patches.fill import fill_pixels
 from dq_lightning.progress import progress_bar
 from dq_lightning.sources.items import at, with_value
 from dq_lightning.store.cache import require_space
-from dq_lightning.store.files import file_digest
-from dq_lightning.store.packed import STORE_FILE, Item, write_packed
+from dq_lightning.store.packed import Item, write_packed
 from dq_lightning.store.patched import image_leaf, unpack_image
 from dq_lightning.store.reader import PackedDataset
 from dq_lightning.store.shards import KeptShards
@@ -29,7 +28,7 @@ MEASURED_SAMPLES = 64
 
 
 def write_filled(
-    folder: Path, store: Path, patches: PatchPlan, *, device: str, progress: bool, shards: KeptShards
+    folder: Path, store: Path, digest: str, patches: PatchPlan, *, device: str, progress: bool, shards: KeptShards
 ) -> None:
     """Write the samples of a store of patches as a plain packed store, with the dropped patches filled.
 
@@ -39,17 +38,23 @@ def write_filled(
     Args:
         folder: empty.
         store: folder of the store.
+        digest: of the store (`PackedDataset.digest`), by which this entry is found again. All files are compared with it: a
+            store that only claims to be another one fills nothing in its name.
         patches: names the reconstructor.
         device: where it runs.
         progress: show a bar.
         shards: finished samples.
+
+    Raises:
+        StoreError: the store is damaged, or another one.
     """
-    samples = PackedDataset(store, patches="packed")
-    place = tuple(samples.attributes["image_place"])
+    samples = PackedDataset(store, patches="packed", verify="hash")
+    samples.require(digest)
+    place = stored_place(samples)
     require_space(
         folder, sum(image.height * image.width * len(image.mode) for image in map(samples.patched, range(len(samples))))
     )
-    shards.made_from = file_digest(store / STORE_FILE)
+    shards.made_from = digest
     write_packed(
         folder,
         lambda start: filled_items(samples, place, patches, device=device, progress=progress, start=start),
@@ -102,6 +107,33 @@ def filled_items(
         release_memory()
 
 
+def stored_place(samples: PackedDataset) -> tuple[str | int, ...]:
+    """Where the image is in the samples of a store of patches.
+
+    Raises:
+        StoreError: the store does not say.
+    """
+    place = samples.attributes.get("image_place")
+    if not isinstance(place, list) or not all(type(part) in (str, int) for part in place):
+        raise StoreError(f"{samples.path} does not say where its images are ({place!r:.80}): copy it again")
+    return tuple(place)
+
+
+def stored_image(sample: Any, place: tuple[str | int, ...]) -> PatchedImage:
+    """The image of a sample.
+
+    Raises:
+        StoreError: there is none that was stored by patches.
+    """
+    try:
+        image = at(sample, place)
+    except (LookupError, TypeError) as error:
+        raise StoreError(f"a sample has no image at {place!r:.80}, where its store says it is") from error
+    if not isinstance(image, PatchedImage):
+        raise StoreError(f"a sample holds a {type(image).__name__} at {place!r:.80}, where its store says the image is")
+    return image
+
+
 class Filler:
     """A reconstructor on its device, over images as they are stored.
 
@@ -116,26 +148,34 @@ class Filler:
         self._plan = patches
         self._model = patches.reconstructor.load(device)
 
-    def fill(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Images uint8 [B, C, H, W] with patches `mask` bool [B, L] kept, filled; on the reconstructor's device."""
+    def fill(self, images: Tensor, mask: Tensor, patch_size: int | None = None) -> Tensor:
+        """Images uint8 [B, C, H, W] with patches `mask` bool [B, L] kept, filled; on the reconstructor's device.
+
+        Args:
+            images: with anything in the dropped patches.
+            mask: of the patches.
+            patch_size: of the images; the plan's when None.
+        """
         model = self._model
         moved, kept = images.to(model.device), mask.to(model.device)
-        return fill_pixels(model, moved, kept, self._plan.patch_size, model.mean, model.std)
+        return fill_pixels(model, moved, kept, patch_size or self._plan.patch_size, model.mean, model.std)
 
     def samples(self, window: list[Any], place: tuple[str | int, ...]) -> Iterator[Item]:
         """The same samples with their images filled; images of one shape and number of patches share a batch."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for number, sample in enumerate(window):
-            image: PatchedImage = at(sample, place)
-            groups.setdefault((image.height, image.width, len(image.mode), image.num_kept), []).append(number)
+            image = stored_image(sample, place)
+            facts = (image.height, image.width, len(image.mode), image.num_kept, image.patch_size)
+            groups.setdefault(facts, []).append(number)
         filled: dict[int, np.ndarray[Any, Any]] = {}
-        for members in groups.values():
+        for (*_, patch_size), members in groups.items():
             size = self._plan.config.batch_size
             for start in range(0, len(members), size):
                 chosen = members[start : start + size]
                 pixels, masks = zip(*(unpack_image(at(window[number], place)) for number in chosen), strict=True)
                 images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-                whole = self.fill(images, torch.from_numpy(np.stack(masks))).permute(0, 2, 3, 1).cpu().numpy()
+                whole = self.fill(images, torch.from_numpy(np.stack(masks)), patch_size)
+                whole = whole.permute(0, 2, 3, 1).cpu().numpy()
                 filled.update(zip(chosen, whole, strict=True))
         for number, sample in enumerate(window):
             yield with_value(sample, place, image_leaf(at(sample, place), filled[number])), None

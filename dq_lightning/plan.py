@@ -12,7 +12,7 @@ from dq_lightning.config import QuantizeConfig
 from dq_lightning.errors import ConfigError, SourceError
 from dq_lightning.features.choose import EncoderSpec, choose_encoder
 from dq_lightning.patch_plan import PatchPlan, check_modality, make_patch_plan
-from dq_lightning.records import DigestMemory, Labels
+from dq_lightning.records import DigestMemory, Labels, Selection
 from dq_lightning.selection.given import read_indices
 from dq_lightning.sources.adapt import as_source, grouping_id
 from dq_lightning.sources.base import Source
@@ -20,7 +20,8 @@ from dq_lightning.sources.items import evenly_spaced
 from dq_lightning.sources.text import TextRows
 
 FEATURES, BINS, SELECTION, PATCHES, STORE = "1-features", "2-bins", "3-selection", "4-patches", "5-store"
-# images with their dropped patches filled: made from the store alone, so this folder may be removed at any time
+# images with their dropped patches filled: made from the store alone, so this folder may be removed at any time. Entries of
+# this station and of PATCHES are found by the content of the entry that they are made from
 FILLED = "6-filled"
 # Raised by whoever changes what a station computes: old entries are then never reused.
 ALGORITHM_VERSIONS = {FEATURES: 1, BINS: 1, SELECTION: 1, PATCHES: 1, STORE: 1, FILLED: 2}
@@ -223,7 +224,8 @@ def station_parts(plan: Plan, source: str, identities: dict[str, str]) -> Parts:
         store = parts[PATCHES] | {"stored_patches": plan.patches.store_parts()}
     parts[STORE] = store | {"store": plan.store_kind, "store_version": version[STORE]}
     if plan.patches is not None and plan.patches.fills_ahead:
-        parts[FILLED] = filled_parts(parts[STORE], identities["reconstructor"])
+        # the rest is the content of the store, see `filled_parts`
+        parts[FILLED] = {"reconstructor": identities["reconstructor"]}
     return parts
 
 
@@ -260,6 +262,19 @@ def usable_parts(plan: Plan, source: str, identities: dict[str, str]) -> list[Pa
     return [*own, station_parts(strict, source, identities)]
 
 
-def filled_parts(store: dict[str, Any], reconstructor: str) -> dict[str, Any]:
-    """What identifies the filled images of a store."""
-    return store | {"reconstructor": reconstructor, "filled_version": ALGORITHM_VERSIONS[FILLED]}
+def scored_parts(parts: Parts, selection: Selection) -> dict[str, Any]:
+    """What identifies the scores of a selection's patches: which samples it holds, not only how it was asked for.
+
+    The same settings may select other samples on another device, whose features differ in their last bits.
+    """
+    return parts[PATCHES] | {"selection": selection.content_hash()}
+
+
+def filled_parts(store_digest: str, reconstructor: str) -> dict[str, Any]:
+    """What identifies the filled images of a store: its content, not what it says of its origin.
+
+    Args:
+        store_digest: see `PackedDataset.digest`.
+        reconstructor: identity of the network.
+    """
+    return {"store": store_digest, "reconstructor": reconstructor, "filled_version": ALGORITHM_VERSIONS[FILLED]}

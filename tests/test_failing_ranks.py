@@ -13,11 +13,12 @@ from tests.lightning_scripts import failing_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 CAUSES = {"error": "disk on fire", "exit": "asked to stop", "kill": NO_NOTE}
-TWO = [f"{place}-{kind}-{rank}" for place in ("prepare", "setup", "train") for kind in CAUSES for rank in (0, 1)]
+PLACES = ("prepare", "override", "setup", "train")
+TWO = [f"{place}-{kind}-{rank}" for place in PLACES for kind in CAUSES for rank in (0, 1)]
 # one of each pair, so that every place, way and rank is there
 SOME = [name for number, name in enumerate(TWO) if (number // 2 + number) % 2]
 FOUR = ["prepare-error-2", "setup-kill-0", "train-error-3"]
-ALL_FOUR = [f"{place}-{kind}-{rank}" for place in ("prepare", "setup", "train") for kind in CAUSES for rank in (0, 3)]
+ALL_FOUR = [f"{place}-{kind}-{rank}" for place in PLACES for kind in CAUSES for rank in (0, 3)]
 
 
 def check(folder, count, names):

@@ -10,11 +10,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dq_lightning.compact import COMPACT_FILE, Compact, open_compact, open_packed
+from dq_lightning.compact import COMPACT_FILE, Compact, open_compact, open_packed, stored_patch_plan
 from dq_lightning.errors import StoreError
-from dq_lightning.filling import filled_items
-from dq_lightning.patch_config import PatchConfig
-from dq_lightning.patch_plan import make_patch_plan
+from dq_lightning.filling import filled_items, stored_place
 from dq_lightning.records import EncodedImage, Labels, Selection
 from dq_lightning.sources.items import Leaf, at, find_image, find_target
 from dq_lightning.store.files import read_sealed
@@ -154,13 +152,10 @@ def _samples(
     """Samples with whole images: as they are, filled, or in the mean colour."""
     if compact.patches is None:
         return iter(store)
-    config = PatchConfig.from_dict(compact.config["patches"] | {"saliency": "random"})
-    if not fill or config.reconstruct == "off":
+    plan = stored_patch_plan(compact, reconstructor=reconstructor, reconstruct=None if fill else "off")
+    if plan.config.reconstruct == "off":
         return (map_patched(sample, mean_filled) for sample in store)
-    plan = make_patch_plan(config, compact.patches.image_size, reconstructor=reconstructor)
-    filled = filled_items(
-        store, tuple(store.attributes["image_place"]) or image, plan, device=device, progress=progress
-    )
+    filled = filled_items(store, stored_place(store) or image, plan, device=device, progress=progress)
     return (sample for sample, _ in filled)
 
 
@@ -211,6 +206,7 @@ def _names(labels: Labels | None) -> tuple[str, ...] | None:
 
 def _label(value: Any, names: list[str]) -> int:
     """The class of a stored target, which is a number or a name."""
-    if isinstance(value, str):
-        return names.index(value)
-    return int(value)
+    number = names.index(value) if value in names else value
+    if type(number) is str or not 0 <= int(number) < len(names):
+        raise StoreError(f"the target {value!r:.40} is none of the {len(names)} classes that the set lists")
+    return int(number)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from dq_lightning.errors import ConfigError, PatchError
-from dq_lightning.filling import Filler
+from dq_lightning.filling import Filler, stored_image
 from dq_lightning.patch_plan import PatchPlan
 from dq_lightning.sources.items import at, with_value
 from dq_lightning.store.patched import unpack_image
@@ -35,7 +35,7 @@ class UnfilledDataset(Dataset[Any]):
     """
 
     def __init__(self, samples: PackedDataset, place: Place, finisher: Callable[[int, Any], Any] | None = None) -> None:
-        if not samples.attributes["one_size"]:
+        if not samples.attributes.get("one_size"):
             raise PatchError(
                 'reconstruct="batch" needs images of one size, because a batch is filled before any transform: use '
                 'reconstruct="prepare", or let the dataset give images of one size'
@@ -47,7 +47,7 @@ class UnfilledDataset(Dataset[Any]):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         sample = self.samples[position]
-        pixels, mask = unpack_image(at(sample, self.place))
+        pixels, mask = unpack_image(stored_image(sample, self.place))
         image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
         sample = with_value(sample, self.place, image)
         if self.finisher is not None:

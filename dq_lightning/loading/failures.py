@@ -1,16 +1,18 @@
 """Why a run of several processes ended, for the ranks that only see a closed connection.
 
-While a compact set is prepared, ranks tell each other by collectives. In training nobody can: a rank that fails is gone, and
-the others learn of a closed connection. So it leaves a note in the cache folder, which they look for before they end too.
+While a compact set is prepared, ranks tell each other by collectives. In training nobody can, nor where a user's own hook fails
+before ours is called: a rank that fails is gone, and the others learn of a closed connection. So it leaves a note in the cache
+folder, which they look for before they end too.
 """
 
 import contextlib
+import hashlib
 import os
 import time
 import traceback
 from pathlib import Path
 
-from dq_lightning.loading.ranks import gather_from_all, global_rank, world_size
+from dq_lightning.loading.ranks import global_rank, world_size
 
 FOLDER = ".failures"
 KEPT_SECONDS = 24 * 3600.0
@@ -20,6 +22,8 @@ NO_NOTE = (
     "another process of this run is gone and left no error: it was killed, ran out of memory, or its machine is gone; its own "
     "output or its system's log tells more"
 )
+# what all ranks of a run have in common, and know without asking each other
+RUN_VARIABLES = ("MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID")
 # how the backends of torch.distributed speak of a peer that is gone
 LOST_CONNECTION = ("connection", "gloo", "nccl", "broken pipe", "peer", "timed out", "heartbeat", "socket")
 # packages whose calls may wait for another rank; an error without frames has no package
@@ -27,15 +31,17 @@ COLLECTIVES = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "d
 
 
 class FailureNotes:
-    """Notes of one run; every rank must make it, at the same place.
+    """Notes of one run.
 
     Args:
         cache_root: folder of the cache; notes of ranks that cannot see it are not found.
+        since: seconds since 1970 when this run began: older notes are of an earlier one.
     """
 
-    def __init__(self, cache_root: Path) -> None:
-        self._folder = cache_root / FOLDER
-        self._run = gather_from_all(os.urandom(8).hex())[0]
+    def __init__(self, cache_root: Path, since: float) -> None:
+        self._folder, self._since = cache_root / FOLDER, since
+        known = [os.environ.get(name, "") for name in RUN_VARIABLES]
+        self._run = hashlib.sha256("\n".join([*known, str(world_size())]).encode()).hexdigest()[:16]
 
     def explain(self, error: BaseException) -> str | None:
         """Leave a note of this rank's error, or, if it is a lost connection, say what ended the other side.
@@ -61,12 +67,14 @@ class FailureNotes:
                 if time.time() - old.stat().st_mtime > KEPT_SECONDS:
                     old.unlink()
             beside = self._folder / f"{self._run}-{global_rank()}.tmp"
-            beside.write_text(note, encoding="utf-8")
-            beside.rename(beside.with_suffix(".txt"))
+            beside.write_text(note, encoding="utf-8", errors="replace")
+            beside.replace(beside.with_suffix(".txt"))
 
     def _read(self) -> list[str]:
         with contextlib.suppress(OSError):
-            return [path.read_text(encoding="utf-8") for path in sorted(self._folder.glob(f"{self._run}-*.txt"))]
+            found = sorted(self._folder.glob(f"{self._run}-*.txt"))
+            fresh = [path for path in found if path.stat().st_mtime >= self._since]
+            return [path.read_text(encoding="utf-8", errors="replace") for path in fresh]
         return []
 
 

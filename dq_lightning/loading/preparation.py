@@ -1,5 +1,6 @@
 """What happens between `prepare_data` and the loaders: build or find on one process, open and compare on all. No Lightning."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,9 @@ from dq_lightning.compact import Compact
 from dq_lightning.config import VerifyPolicy
 from dq_lightning.errors import CacheError, ConfigError
 from dq_lightning.loading.batch_filling import UnfilledCollate
-from dq_lightning.loading.failures import NO_NOTE, FailureNotes, is_lost_connection
+from dq_lightning.loading.failures import FailureNotes
 from dq_lightning.loading.loaders import LoaderSettings
-from dq_lightning.loading.ranks import call_on_all, check_equal_on_all, gather_from_all, raise_on_all, world_size
+from dq_lightning.loading.ranks import call_on_all, check_equal_on_all, gather_from_all, raise_on_all
 from dq_lightning.loading.train_set import BuildOptions, Known, Opened, TrainSet
 from dq_lightning.loading.trainer_facts import TrainerFacts
 from dq_lightning.randomness import isolated_random_state
@@ -51,7 +52,7 @@ class Preparation:
         self.expected_hash: str | None = None
         self._opened: Opened | None = None
         self._failure: BaseException | None = None
-        self._notes: FailureNotes | None = None
+        self._started = time.time()
 
     def cache(self) -> Cache:
         """The cache; the environment is asked at each call."""
@@ -132,7 +133,6 @@ class Preparation:
         if wanted:
             told = self._told()
             call_on_all(open_found, "opening the compact set")
-            self._notes = FailureNotes(self.cache().root)
             check_equal_on_all(
                 self.info.content_hash,
                 "compact sets",
@@ -158,9 +158,7 @@ class Preparation:
 
     def explain(self, error: BaseException) -> str | None:
         """What ended this run on another rank, if this one's error says only that it is gone."""
-        if self._notes is not None:
-            return self._notes.explain(error)
-        return NO_NOTE if world_size() > 1 and is_lost_connection(error) else None
+        return FailureNotes(self.cache().root, self._started).explain(error)
 
     def compact(self) -> Compact:
         """The opened set's selection, description and identity."""

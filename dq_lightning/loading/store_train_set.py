@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dq_lightning.compact import open_compact, open_packed, set_folder
+from dq_lightning.compact import open_compact, open_packed, set_folder, stored_patch_plan
 from dq_lightning.config import VerifyPolicy
 from dq_lightning.errors import CacheError, ConfigError
 from dq_lightning.filling import write_filled
@@ -23,14 +23,13 @@ from dq_lightning.loading.train_set import (
 )
 from dq_lightning.loading.wanted import Wanted
 from dq_lightning.logs import get_logger
-from dq_lightning.patch_config import PatchConfig, Reconstruct
-from dq_lightning.patch_plan import PatchPlan, make_patch_plan
+from dq_lightning.patch_config import Reconstruct
+from dq_lightning.patch_plan import PatchPlan
 from dq_lightning.plan import FILLED, filled_parts
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.sources.jsonl import is_rows_file
 from dq_lightning.sources.strip import KEEP
 from dq_lightning.store.cache import Cache
-from dq_lightning.store.manifest import read_manifest
 from dq_lightning.store.reader import PackedDataset
 from dq_lightning.store.shards import KeptShards
 
@@ -70,7 +69,8 @@ class StoreTrainSet:
         def write(folder: Path) -> None:
             get_logger().info(f"filling the dropped patches of {len(self._samples):,} samples of {self._path}")
             shards = KeptShards(cache.place(FILLED, parts), "filling", fresh=options.force)
-            write_filled(folder, self._path, resolved, device=options.device, progress=options.progress, shards=shards)
+            given: dict[str, Any] = {"device": options.device, "progress": options.progress, "shards": shards}
+            write_filled(folder, self._path, self._samples.digest, resolved, **given)
 
         parts = self._filled_parts(resolved, cache)
         cache.build(FILLED, parts, write, force=options.force)
@@ -87,6 +87,8 @@ class StoreTrainSet:
 
     def open(self, cache: Cache, told: Known | None = None) -> Opened:
         compact = open_compact(self._path, verify=cache.verify)
+        # the store that was opened first, not what may stand in its folder by now
+        PackedDataset(self._path, verify=cache.verify).require(self._samples.digest)
         finisher, patches = self._finisher(compact.config), self._patches
         if patches is None:
             dataset = (
@@ -107,23 +109,15 @@ class StoreTrainSet:
         return open_compact(self._path).info.num_classes
 
     def _patch_plan(self) -> PatchPlan | None:
-        compact = open_compact(self._path, verify="off")
+        compact, given = open_compact(self._path, verify="off"), self._wanted.config.patches.reconstructor
         if compact.patches is None:
             return None
-        config = PatchConfig.from_dict(compact.config["patches"])
-        wanted = self._wanted
         # what filled the dropped patches where the store was made is asked for anew: a path of another machine means nothing
-        given = wanted.config.patches
-        config = replace(
-            config,
-            # a classifier is no longer needed
-            saliency="random",
-            reconstruct=self._reconstruct or config.reconstruct,
-            reconstructor=given.reconstructor if given.reconstructor != "auto" else config.reconstructor,
-            patch_size=compact.patches.patch_size,
+        named = None if given == "auto" else given
+        network = self._wanted.reconstructor
+        return stored_patch_plan(
+            compact, reconstructor=named if network is None else network, reconstruct=self._reconstruct
         )
-        height, width = compact.patches.image_size
-        return make_patch_plan(config, (height, width), reconstructor=wanted.reconstructor)
 
     def _filled_parts(self, patches: PatchPlan, cache: Cache) -> dict[str, Any]:
         assert patches.reconstructor is not None
@@ -132,7 +126,7 @@ class StoreTrainSet:
             raise CacheError(
                 f"the identity of {patches.reconstructor.name} is not known in {cache.root}: run prepare_data"
             )
-        return filled_parts(read_manifest(self._path)["parts"], identity)
+        return filled_parts(self._samples.digest, identity)
 
     def _finisher(self, config: dict[str, Any]) -> Any:
         """What applies the transforms that were passed; a store holds none, so there is nothing to keep."""

@@ -6,9 +6,10 @@ from typing import Any, Protocol
 
 import torch
 
-from dq_lightning.compact import Compact, find_compact, open_packed
+from dq_lightning.compact import Compact, check_same_samples, find_compact, open_packed
 from dq_lightning.config import VerifyPolicy
 from dq_lightning.errors import CacheError, ConfigError, DQError, SourceError
+from dq_lightning.filling import stored_place
 from dq_lightning.loading.batch_filling import UnfilledDataset
 from dq_lightning.loading.inner import probe_train_loader
 from dq_lightning.loading.loaders import LoaderSettings, read_loader
@@ -268,11 +269,13 @@ def patched_dataset(compact: Compact, patches: PatchPlan, finisher: Any, verify:
     """The samples of a store of patches, filled ahead, to be filled by the batch, or with the mean colour."""
     if patches.fills_ahead:
         assert compact.filled is not None
-        return PackedDataset(compact.filled, finisher=finisher, verify=verify)
+        filled = PackedDataset(compact.filled, finisher=finisher, verify=verify)
+        check_same_samples(filled, compact.selection)
+        return filled
     if patches.config.reconstruct == "off":
         return open_packed(compact.info.path, finisher=finisher, verify=verify)
     samples = open_packed(compact.info.path, verify=verify, patches="packed")
-    return UnfilledDataset(samples, tuple(samples.attributes["image_place"]), finisher)
+    return UnfilledDataset(samples, stored_place(samples), finisher)
 
 
 def cut_down(settings: LoaderSettings, compact: Compact) -> LoaderSettings:

@@ -136,6 +136,8 @@ class Cache:
             self._move_aside(target, f"it cannot be read ({error})")
             return None
         with contextlib.suppress(OSError):
+            # a builder that was killed right after its entry was in place left the shards; newer ones belong to another
+            remove_shards(target, before=target.stat().st_mtime)
             # prune goes by this date; that of reading is noted by few file systems
             os.utime(target / MANIFEST)
         return target

@@ -34,6 +34,8 @@ from dq_lightning.store.values import (
 # a larger image is smaller as PNG or as its owner's bytes
 MAX_RAW_IMAGE_BYTES = 64 * 64 * 4
 MAX_ROW_BYTES = 1 << 40
+# each is a file; a sample of more parts, such as a long list of numbers, is one value
+MAX_PLANNED_COLUMNS = 512
 VALUE_KIND = "value"
 STREAM_KIND = "stream"
 
@@ -202,7 +204,8 @@ def plan(samples: Sequence[Any], raw_images: bool = False) -> tuple[Tree, list[L
 
     if not samples:
         return Tree("leaf", 0), [Leaf(VALUE_KIND)]
-    return grow(samples, 0), leaves
+    tree = grow(samples, 0)
+    return (tree, leaves) if len(leaves) <= MAX_PLANNED_COLUMNS else (Tree("leaf", 0), [Leaf(VALUE_KIND)])
 
 
 def leaf_from_json(value: Any) -> Leaf:

@@ -6,7 +6,10 @@ from typing import Any
 from dq_lightning.store.manifest import Damage, check_file, is_plain_name
 from dq_lightning.store.packed import FORMAT, FORMAT_VERSION, VERSION_WITHOUT_PATCHES
 
-MAX_SAMPLES = 1 << 32
+# a hundred times ImageNet; what is held in memory of each takes about 30 bytes and its name
+MAX_SAMPLES = 1 << 27
+MAX_NAME_BYTES = 4096
+MAX_COLUMNS = 1 << 16
 # verified whenever the store is opened
 SMALL_FILES = ("index.npy", "bin.npy", "id_offsets.npy", "ids.bin", "value_offsets.npy", "checksums.npy")
 
@@ -37,4 +40,6 @@ def check_description(path: Path, description: dict[str, Any]) -> tuple[int, dic
     missing = {*SMALL_FILES, "values.bin"} - set(listed)
     if missing:
         raise Damage(f"store.json does not name {', '.join(sorted(missing))}")
+    if listed["ids.bin"]["size"] > MAX_NAME_BYTES * count:
+        raise Damage(f"ids.bin has more than {MAX_NAME_BYTES} bytes for the name of a sample")
     return count, attributes

@@ -25,6 +25,8 @@ observer: Callable[[str, Path], None] | None = None
 
 BUFFER_BYTES = 1 << 20
 MAX_JSON_BYTES = 64 << 20
+# half a million names of classes, or the files of 30,000 columns
+MAX_JSON_VALUES = 1 << 20
 
 
 def _observe(operation: str, path: Path) -> None:
@@ -260,10 +262,16 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def sealed_digest(values: dict[str, Any]) -> str:
+    """The digest that `seal` writes beside values."""
+    return hashlib.sha256(canonical_json(values).encode()).hexdigest()
+
+
 def seal(values: dict[str, Any]) -> bytes:
     """JSON that carries the digest of itself, so that any changed byte is noticed."""
-    digest = hashlib.sha256(canonical_json(values).encode()).hexdigest()
-    return (json.dumps({**values, "digest": digest}, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
+    return (
+        json.dumps({**values, "digest": sealed_digest(values)}, sort_keys=True, indent=1, allow_nan=False) + "\n"
+    ).encode()
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -277,6 +285,9 @@ def read_sealed(path: Path) -> dict[str, Any]:
         text = file.read(MAX_JSON_BYTES + 1)
     if len(text) > MAX_JSON_BYTES:
         raise DQError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
+    # counted before they are made: millions of empty lists take thirty times the memory of their text
+    if sum(map(text.count, (b",", b":", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise DQError(f"{path.name} holds more than {MAX_JSON_VALUES:,} values")
     try:
         values = json.loads(text)
         # a foreign JSON file may hold anything at all, also nesting that exhausts the stack

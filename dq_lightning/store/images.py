@@ -60,15 +60,15 @@ def _palette(image: Image.Image) -> tuple[str, bytes] | None:
     return mode, bytes(image.getpalette(mode) or [])
 
 
-def decode_image(data: Any, decoder: str) -> Image.Image:
-    """Decode as `records.EncodedImage.decoder` says.
+def decode_image(data: Any, decoder: str, most_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode as `records.EncodedImage.decoder` says; nothing is decoded of an image that claims more than `most_pixels`.
 
     Raises:
         StoreError: no image of an allowed format, or too large.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.size[0] * image.size[1] > MAX_PIXELS:
+            if image.size[0] * image.size[1] > most_pixels:
                 raise StoreError(f"an image claims {image.size[0]} x {image.size[1]} pixels")
             if decoder == "pil_rgb":
                 image.load()
@@ -159,7 +159,7 @@ def images_from_raw(mode: str, size: tuple[int, int], rows: Any) -> list[Image.I
     return made
 
 
-def decode_node(facts: Any, data: memoryview) -> Image.Image:
+def decode_node(facts: Any, data: memoryview, most_pixels: int = MAX_PIXELS) -> Image.Image:
     """The inverse of `encode_image`.
 
     Raises:
@@ -168,7 +168,7 @@ def decode_node(facts: Any, data: memoryview) -> Image.Image:
     if not isinstance(facts, list) or not facts:
         raise StoreError("a stored image has no facts")
     if facts[0] == "e" and len(facts) == 2 and isinstance(facts[1], str):
-        return decode_image(data, facts[1])
+        return decode_image(data, facts[1], most_pixels)
     if facts[0] != "r" or len(facts) != 6:
         raise StoreError(f"a stored image has unknown facts {facts!r:.80}")
     _, mode, width, height, palette, transparency = facts

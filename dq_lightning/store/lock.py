@@ -20,6 +20,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from dq_lightning.store import files
+
 logger = logging.getLogger("dq_lightning")
 
 BEAT_SECONDS = 5.0
@@ -115,7 +117,8 @@ def _wait(lock: FileLock, owner: Path, finished: Callable[[], bool]) -> bool:
 
 def _read_beat(owner: Path) -> tuple[str, int, int] | None:
     try:
-        values = json.loads(owner.read_bytes()[:4096])
+        with files.open_plain(owner) as file:
+            values = json.loads(file.read(4096))
         return str(values["host"]), int(values["pid"]), int(values["beat"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None

@@ -46,7 +46,7 @@ from dq_lightning.store.packing_shards import Unkept, facts_of, samples_of
 from dq_lightning.store.patch_stream import uvarint, write_stream
 from dq_lightning.store.patched import patched_images
 from dq_lightning.store.trees import Tree, leaves_of, tree_from_json, tree_to_json
-from dq_lightning.store.values import encode_value
+from dq_lightning.store.values import check_decoded_size, encode_value
 
 STORE_FILE = "store.json"
 FORMAT = "dq_lightning packed"
@@ -213,7 +213,8 @@ class _StoreWriter:
     def _encode(self, sample: Any, encoded: EncodedImage | None) -> tuple[list[bytes], bytes]:
         """A sample's row in each column, and everything the columns do not hold."""
         found = leaves_of(sample, self.tree)
-        if self.version == VERSION_WITHOUT_PATCHES and patched_images(sample):
+        patched = patched_images(sample)
+        if patched:
             self.version = FORMAT_VERSION
         if found is None:
             no_streams = bytes(sum(leaf.kind == STREAM_KIND for leaf in self.leaves))
@@ -234,7 +235,9 @@ class _StoreWriter:
                 rows.append(bytes(leaf.row_bytes))
                 beside[number] = value
             first_image = first_image and not image
-        return rows, streams + (encode_value(beside, encoded, self.raw_images) if beside else b"")
+        value = streams + (encode_value(beside, encoded, self.raw_images) if beside else b"")
+        check_decoded_size(patched, sum(map(len, rows)) + len(value))
+        return rows, value
 
     def small_array(self, name: str, values: Any) -> None:
         """An array that is verified by its digest whenever the store is opened."""

@@ -19,16 +19,14 @@ class BatchDecoder:
 
     Args:
         leaf: describes the column.
-        rows: its bytes.
     """
 
-    def __init__(self, leaf: Leaf, rows: memoryview) -> None:
+    def __init__(self, leaf: Leaf) -> None:
         self.whole: PatchedImage = leaf_reader(leaf)(bytes(leaf.row_bytes))
         self.mask_bytes = len(self.whole.mask)
         bare = layout_of(self.whole)
         count = leaf.shape[3] // (bare.patch**2 * bare.channels)
         self.layout = replace(bare, count=count)
-        self.rows = np.frombuffer(rows, np.uint8).reshape(-1, leaf.row_bytes)
 
     @staticmethod
     def fits(leaf: Leaf) -> bool:
@@ -38,19 +36,20 @@ class BatchDecoder:
         height, width, patch_size, _ = leaf.shape
         return height % patch_size == 0 == width % patch_size and leaf.shape[3] > 0
 
-    def __call__(self, positions: Sequence[int]) -> list[Any]:
-        """The images at these positions; None for a row whose mask does not fit its pixels."""
-        if not len(positions):
+    def __call__(self, rows: Sequence[bytes | memoryview]) -> list[Any]:
+        """The images of these rows; None for a row whose mask does not fit its pixels."""
+        if not rows:
             return []
-        taken = np.asarray(positions, np.int64)
-        data = self.rows[:, self.mask_bytes :][taken]
+        taken = np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), -1)
+        # of its own memory, which is laid out anew below
+        data = np.ascontiguousarray(taken[:, self.mask_bytes :])
         layout, count = self.layout, self.layout.count
-        masks = np.unpackbits(self.rows[:, : self.mask_bytes][taken], axis=1, bitorder="little").view(np.bool_)
+        masks = np.unpackbits(taken[:, : self.mask_bytes], axis=1, bitorder="little").view(np.bool_)
         good = masks.sum(1) == count
         masks = masks[:, : self.whole.num_patches]
         good &= masks.sum(1) == count
         if data.shape[1] != count * layout.patch**2 * layout.channels or not good.any():
-            return [None] * len(taken)
+            return [None] * len(rows)
         if good.all():
             return self._values(_place_all(data, masks, layout))
         values = iter(self._values(_place_all(data[good], masks[good], layout)))

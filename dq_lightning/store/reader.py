@@ -1,18 +1,21 @@
 """Read a packed store: a map-style dataset that verifies each sample. Touches the disk, read-only.
 
-Columns are memory-mapped, and the sizes of their files looked at before each read; values are read by position from an open
-file. So a file cut under a reader is an error and not a crash. Both are dropped when pickled and opened anew in the other
-process; forked processes share them safely, since neither has a position of its own.
+A reader belongs to one store, not to a path. Checksums, offsets and positions are held in memory; columns and values are read
+by position from open files (see `store/open_files.py`) and compared with those checksums. So when files of another store are
+copied over those of an open one, or cut, the next sample that differs is an error. A pickle holds the path and the digest of
+the store: the process that unpickles it opens the path anew and refuses another store. Forked processes share the open files
+safely, since reading by position moves nothing.
 """
 
 import operator
-import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -22,22 +25,22 @@ from dq_lightning.fields import check_choice
 from dq_lightning.patch_records import PatchedImage
 from dq_lightning.store import files
 from dq_lightning.store.columns import STREAM_KIND, VALUE_KIND, leaf_from_json, leaf_reader
-from dq_lightning.store.description import SMALL_FILES, check_description
+from dq_lightning.store.description import MAX_COLUMNS, SMALL_FILES, check_description
 from dq_lightning.store.manifest import Damage, cast_doubt, check_file
-from dq_lightning.store.mapped import MappedFiles
 from dq_lightning.store.names import Names
 from dq_lightning.store.npy import npy_header
+from dq_lightning.store.open_files import OpenFiles, Row, read_piece
 from dq_lightning.store.packed import FORMAT_VERSION, STORE_FILE
 from dq_lightning.store.patch_batches import BatchDecoder
 from dq_lightning.store.patch_stream import facts_of, take_streams
 from dq_lightning.store.patched import map_patched, mean_filled, patched_images
 from dq_lightning.store.tensors import TENSORS_FILE
 from dq_lightning.store.trees import tree_builder, tree_from_json
-from dq_lightning.store.values import decode_value
+from dq_lightning.store.values import check_decoded_size, decode_value
 
 Patches = Literal["mean", "packed"]
-# of the small files, what each sample is read with
-READ_EACH_TIME = ("checksums.npy", "value_offsets.npy")
+# what damaged or hostile bytes may raise where values are made of them
+DECODING_ERRORS = (StoreError, ValueError, TypeError, LookupError, RuntimeError, OverflowError, MemoryError)
 
 
 class PackedDataset(Dataset[Any]):
@@ -45,6 +48,7 @@ class PackedDataset(Dataset[Any]):
 
     Attributes:
         path: folder of the store; it may be moved before it is opened.
+        digest: of the content: hexadecimal sha256 of store.json, which holds the digests of all other files.
         index: int64 [M], positions in the source.
         bin: int16 [M], the bin of each sample.
         ids: names of the samples.
@@ -52,6 +56,7 @@ class PackedDataset(Dataset[Any]):
         has_patches: whether images may have lost patches.
     """
 
+    digest: str
     index: Tensor
     bin: Tensor
     ids: Sequence[str]
@@ -88,7 +93,7 @@ class PackedDataset(Dataset[Any]):
         self._open()
 
     def _open(self) -> None:
-        self._mapped = MappedFiles(self.path)
+        self._files = OpenFiles(self.path)
         if (self.path / TENSORS_FILE).exists() and not (self.path / STORE_FILE).exists():
             raise StoreError(
                 f"{self.path} holds indices, not samples: load_selection(path).index are their positions in the original "
@@ -96,28 +101,29 @@ class PackedDataset(Dataset[Any]):
             )
         try:
             description = files.read_sealed(self.path / STORE_FILE)
+            self.digest = files.sealed_digest(description)
             self._num_samples, self.attributes = check_description(self.path, description)
             self.has_patches = description["version"] == FORMAT_VERSION
-            small = {name: self._read_small(name, description["files"][name]) for name in SMALL_FILES}
             if self.verify == "hash":
                 for name, facts in description["files"].items():
                     check_file(self.path, name, facts, hashed=True)
-            self._set_small(small)
+            self._set_small({name: self._read_small(name, description["files"][name]) for name in SMALL_FILES})
             self._set_columns(description)
         except StoreError:
             raise
-        except (OSError, DQError) as error:
-            raise self._unusable(str(error)) from error
+        except (OSError, DQError, MemoryError) as error:
+            raise self._unusable(str(error) or type(error).__name__) from error
 
     def _unusable(self, reason: str) -> StoreError:
         cast_doubt(self.path)
         remedy = "A store in the cache is made again by the next run; copy any other one anew"
         return StoreError(f"the packed store {self.path} cannot be used: {reason}. {remedy}")
 
-    def _read_small(self, name: str, facts: dict[str, Any]) -> memoryview:
-        check_file(self.path, name, facts, hashed=self.verify != "off")
+    def _read_small(self, name: str, facts: dict[str, Any]) -> NDArray[np.uint8]:
+        """A file that is held in memory; its digest is compared with what was read."""
+        sha256 = None if self.verify == "off" else facts["sha256"]
         if name == "ids.bin":
-            return self._mapped.open(name, facts["size"], watched=False)
+            return self._files.read(name, facts["size"], sha256=sha256)
         dtype, rows = {
             "index.npy": ("<i8", self._num_samples),
             "bin.npy": ("<i2", self._num_samples),
@@ -125,20 +131,19 @@ class PackedDataset(Dataset[Any]):
             "value_offsets.npy": ("<i8", self._num_samples + 1),
             "checksums.npy": ("<u4", self._num_samples),
         }[name]
-        watched = name in READ_EACH_TIME
-        return self._mapped.open(name, rows * int(dtype[2:]), npy_header(dtype, (rows,)), watched=watched)
+        return self._files.read(name, rows * int(dtype[2:]), npy_header(dtype, (rows,)), sha256)
 
-    def _set_small(self, small: dict[str, memoryview]) -> None:
-        self.index = _tensor(small["index.npy"], torch.int64)
-        self.bin = _tensor(small["bin.npy"], torch.int16)
-        self.ids = Names(small["ids.bin"], small["id_offsets.npy"].cast("q"))
-        self._offsets = small["value_offsets.npy"].cast("q")
-        self._checksums = small["checksums.npy"].cast("I")
+    def _set_small(self, small: dict[str, NDArray[np.uint8]]) -> None:
+        self.index = torch.from_numpy(small["index.npy"].view("<i8"))
+        self.bin = torch.from_numpy(small["bin.npy"].view("<i2"))
+        self.ids = Names(small["ids.bin"].data, _numbers(small["id_offsets.npy"], "q"))
+        self._offsets = _numbers(small["value_offsets.npy"], "q")
+        self._checksums = _numbers(small["checksums.npy"], "I")
 
     def _set_columns(self, description: dict[str, Any]) -> None:
         described = description.get("columns")
-        if not isinstance(described, list) or len(described) > 1 << 16:
-            raise Damage("store.json has no columns")
+        if not isinstance(described, list) or len(described) > MAX_COLUMNS:
+            raise Damage(f"store.json has no columns, or more than {MAX_COLUMNS:,}")
         leaves = [leaf_from_json(value) for value in described]
         self._build = tree_builder(tree_from_json(description.get("tree"), len(leaves)))
         self._readers = [leaf_reader(leaf) for leaf in leaves]
@@ -149,10 +154,10 @@ class PackedDataset(Dataset[Any]):
             for number, leaf in enumerate(leaves)
             if leaf.kind == STREAM_KIND
         ]
-        # number of the leaf, rows of all samples, bytes of one row, reader
-        self._columns: list[tuple[int, memoryview, int, Callable[[Any], Any]]] = []
-        # number of the leaf, and its values of a batch as far as they can be decoded together
-        self._batched: list[tuple[int, BatchDecoder]] = []
+        # number of the leaf, row at a position, reader of a row
+        self._columns: list[tuple[int, Callable[[int], Row], Callable[[Any], Any]]] = []
+        # place among the columns, number of the leaf, and its values of a batch as far as they can be decoded together
+        self._batched: list[tuple[int, int, BatchDecoder]] = []
         together = all(BatchDecoder.fits(leaf) for leaf in leaves if leaf.kind == "patches")
         for number, leaf in enumerate(leaves):
             if leaf.kind in (VALUE_KIND, STREAM_KIND, "none"):
@@ -162,20 +167,14 @@ class PackedDataset(Dataset[Any]):
             header = npy_header(dtype, (self._num_samples, *shape))
             if name not in description["files"]:
                 raise Damage(f"store.json does not name {name}")
-            rows = self._mapped.open(name, self._num_samples * leaf.row_bytes, header)
-            self._columns.append((number, rows, leaf.row_bytes, self._readers[number]))
             if together and BatchDecoder.fits(leaf):
-                self._batched.append((number, BatchDecoder(leaf, rows)))
+                self._batched.append((len(self._columns), number, BatchDecoder(leaf)))
+            rows = self._files.rows(name, self._num_samples, leaf.row_bytes, header)
+            self._columns.append((number, rows, self._readers[number]))
         self._num_leaves = len(leaves)
-        self._values = os.open(self.path / "values.bin", os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        self._values_size = os.fstat(self._values).st_size
+        self._values_size = description["files"]["values.bin"]["size"]
+        self._values = self._files.open("values.bin", self._values_size)
         files.share(self._values)
-
-    def _check_uncut(self) -> None:
-        try:
-            self._mapped.check_uncut()
-        except Damage as damage:
-            raise self._unusable(str(damage)) from damage
 
     def __len__(self) -> int:
         return self._num_samples
@@ -189,20 +188,23 @@ class PackedDataset(Dataset[Any]):
         return at
 
     def __getitem__(self, position: int) -> Any:
-        self._check_uncut()
-        return self._get(position, {})
-
-    def _get(self, position: int, ready: dict[int, Any]) -> Any:
         at = self._position(position)
-        sample = self._read(at, ready)
-        # a sample without a value of its own has no other patched image than those that are ready
-        alone = 0 < len(self._batched) == len(ready) and self._offsets[at] == self._offsets[at + 1]
-        if self.has_patches and self.patches == "mean" and not alone:
-            try:
-                sample = map_patched(sample, mean_filled)
-            except StoreError as error:
-                raise self._unusable(f"the patches of sample {at} ({self.ids[at]}): {error}") from error
-        return sample if self.finisher is None else self.finisher(at, sample)
+        return self._finished(at, *self._verified(at), {})
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Any]:
+        """The samples of a batch, in order; DataLoader calls this."""
+        if not self._batched or self.patches != "mean":
+            return [self[position] for position in positions]
+        taken = [self._position(position) for position in positions]
+        stored = [self._verified(at) for at in taken]
+        decoded = {number: decode([rows[place] for rows, _ in stored]) for place, number, decode in self._batched}
+        return [
+            self._finished(at, *stored[i], {n: values[i] for n, values in decoded.items() if values[i] is not None})
+            for i, at in enumerate(taken)
+        ]
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.__getitem__, range(self._num_samples))
 
     def patched(self, position: int) -> PatchedImage:
         """The kept patches of a sample's first image that lost some, without the finisher.
@@ -210,60 +212,60 @@ class PackedDataset(Dataset[Any]):
         Raises:
             StoreError: no image of this sample was stored by patches.
         """
-        self._check_uncut()
         at = self._position(position)
-        found = patched_images(self._read(at, {}))
+        found = patched_images(self._decoded(at, *self._verified(at), {}))
         if not found:
             raise StoreError(f"sample {at} ({self.ids[at]}) of {self.path} has no image that was stored by patches")
         return found[0]
 
-    def __getitems__(self, positions: Sequence[int]) -> list[Any]:
-        """The samples of a batch, in order; DataLoader calls this."""
-        self._check_uncut()
-        ready = {number: decode(positions) for number, decode in self._batched} if self.patches == "mean" else {}
-        return [
-            self._get(position, {number: values[i] for number, values in ready.items() if values[i] is not None})
-            for i, position in enumerate(positions)
-        ]
+    def _finished(self, at: int, rows: list[Row], value: Row, ready: dict[int, Any]) -> Any:
+        """A sample as it is delivered, from its verified bytes and those leaves that are decoded already."""
+        sample = self._decoded(at, rows, value, ready)
+        # a sample without a value of its own has no other patched image than those that are ready
+        alone = 0 < len(self._batched) == len(ready) and not len(value)
+        if self.has_patches and self.patches == "mean" and not alone:
+            try:
+                check_decoded_size(patched_images(sample), sum(map(len, rows)) + len(value))
+                sample = map_patched(sample, mean_filled)
+            except DECODING_ERRORS as error:
+                raise self._unusable(f"the patches of sample {at} ({self.ids[at]}): {error}") from error
+        return sample if self.finisher is None else self.finisher(at, sample)
 
-    def __iter__(self) -> Iterator[Any]:
-        return map(self.__getitem__, range(self._num_samples))
-
-    def _read(self, at: int, ready: dict[int, Any]) -> Any:
-        leaves: list[Any] = [None] * self._num_leaves
-        checksum = at & 0xFFFFFFFF
-        crc32 = zlib.crc32
-        verified = self.verify != "off"
-        # decode only what has been verified: first all bytes, then all values
-        rows = [view[at * size : at * size + size] for _, view, size, _ in self._columns]
-        start, end = self._offsets[at], self._offsets[at + 1]
-        value = self._read_value(at, start, end) if end != start else b""
-        if verified:
+    def _verified(self, at: int) -> tuple[list[Row], Row]:
+        """A sample's row in each column, and its value: what is decoded was compared with its checksum first."""
+        try:
+            rows = [row(at) for _, row, _ in self._columns]
+            value = self._value(self._offsets[at], self._offsets[at + 1])
+        except (Damage, OSError, OverflowError, MemoryError) as error:
+            raise self._unusable(f"sample {at} ({self.ids[at]}): {error}") from error
+        if self.verify != "off":
+            checksum, crc32 = at & 0xFFFFFFFF, zlib.crc32
             for row in rows:
                 checksum = crc32(row, checksum)
             if crc32(value, checksum) != self._checksums[at]:
                 raise self._unusable(f"sample {at} ({self.ids[at]}) does not match its checksum{self._suspects(value)}")
+        return rows, value
+
+    def _value(self, start: int, end: int) -> Row:
+        if start == end:
+            return b""
+        if not 0 <= start < end <= self._values_size:
+            raise Damage(f"its value is said to be at {start} to {end} of {self._values_size} bytes")
+        return read_piece(self._values, end - start, start, "values.bin")
+
+    def _decoded(self, at: int, rows: list[Row], value: Row, ready: dict[int, Any]) -> Any:
+        leaves: list[Any] = [None] * self._num_leaves
         try:
-            for (number, _, _, reader), row in zip(self._columns, rows, strict=True):
+            for (number, _, reader), row in zip(self._columns, rows, strict=True):
                 leaves[number] = ready[number] if number in ready else reader(row)
-            value, missing = take_streams(self._streams, leaves, value)
-            if not value and not self._value_leaves and not missing:
+            rest, missing = take_streams(self._streams, leaves, bytes(value) if self._streams else value)
+            if not rest and not self._value_leaves and not missing:
                 return self._build(leaves)
-            return self._with_values(leaves, value, missing)
-        except (StoreError, TypeError, IndexError) as error:
+            return self._with_values(leaves, rest, missing)
+        except DECODING_ERRORS as error:
             raise self._unusable(f"the value of sample {at} ({self.ids[at]}): {error}") from error
 
-    def _read_value(self, at: int, start: int, end: int) -> bytes:
-        if not 0 <= start < end <= self._values_size:
-            raise self._unusable(
-                f"the value of sample {at} is said to be at {start} to {end} of {self._values_size} bytes"
-            )
-        data = os.pread(self._values, end - start, start)
-        if len(data) != end - start:
-            raise self._unusable(f"values.bin ends inside the value of sample {at}")
-        return data
-
-    def _with_values(self, leaves: list[Any], data: bytes, missing: set[int]) -> Any:
+    def _with_values(self, leaves: list[Any], data: Row, missing: set[int]) -> Any:
         """Put the values that stand beside the columns into their places."""
         beside = decode_value(data)
         if not isinstance(beside, dict):
@@ -276,25 +278,33 @@ class PackedDataset(Dataset[Any]):
             raise StoreError("a leaf is missing")
         return self._build(leaves)
 
-    def _suspects(self, value: bytes) -> str:
+    def _suspects(self, value: Row) -> str:
         return f" ({', '.join([f'column-{n}.npy' for n, *_ in self._columns] + ['values.bin'] * bool(value))})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "finisher": self.finisher, "verify": self.verify, "patches": self.patches}
+        return {name: getattr(self, name) for name in ("path", "digest", "finisher", "verify", "patches")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
+        self.require(state["digest"])
 
-    def __del__(self, _close: Callable[[int], None] = os.close) -> None:
-        # bound above, since modules are emptied before the last objects at the end of the interpreter
-        values = self.__dict__.pop("_values", None)
-        if values is not None:
-            _close(values)
+    def require(self, digest: str) -> None:
+        """Refuse to read another store than the one of this digest.
+
+        Raises:
+            StoreError: the folder holds another one by now.
+        """
+        if self.digest != digest:
+            raise StoreError(
+                f"{self.path} holds another store than when it was opened first ({digest[:8]} -> {self.digest[:8]}): its files "
+                "were replaced in between. Start again to train on what is there now, or put the first store back"
+            )
 
     def __repr__(self) -> str:
         return f"PackedDataset({str(self.path)!r}, {self._num_samples} samples)"
 
 
-def _tensor(data: memoryview, dtype: torch.dtype) -> Tensor:
-    return torch.frombuffer(data, dtype=dtype) if len(data) else torch.empty(0, dtype=dtype)
+def _numbers(data: NDArray[np.uint8], code: str) -> memoryview:
+    """Bytes as the numbers of a format of `struct`."""
+    return memoryview(data.data if len(data) else b"").cast(code)  # type: ignore[call-overload, no-any-return]

@@ -17,6 +17,7 @@ another builder's shards lead there. When none can be written (on a full disk, s
 import errno
 import hashlib
 import logging
+import math
 import os
 import shutil
 import time
@@ -46,9 +47,15 @@ def partial_folder(entry: Path) -> Path:
     return entry.parent.parent / PARTIAL_FOLDER / entry.parent.name / entry.name
 
 
-def remove_shards(entry: Path) -> None:
-    """Take the shards of an entry away, as far as possible."""
-    if (folder := partial_folder(entry)).exists():
+def remove_shards(entry: Path, before: float = math.inf) -> None:
+    """Take the shards of an entry away, as far as possible.
+
+    Args:
+        entry: its folder.
+        before: seconds since 1970; shards stay if one was written since then.
+    """
+    folder = partial_folder(entry)
+    if folder.exists() and files.last_change(folder) <= before:
         files.remove_folder(folder)
 
 

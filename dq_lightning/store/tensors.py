@@ -114,6 +114,29 @@ def _expect(folder: Path, verify: VerifyPolicy, *names: str) -> tuple[dict[str, 
     return tensors, attributes
 
 
+def _check_columns(folder: Path, tensors: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> None:
+    """Refuse tensors that are no columns [N] of these dtypes, all of one length."""
+    first = next(iter(dtypes))
+    for name, dtype in dtypes.items():
+        seen = tensors[name]
+        if seen.ndim != 1 or seen.dtype != dtype or len(seen) != tensors[first].numel():
+            raise _unfit(folder, f"a {name} of {seen.dtype} {tuple(seen.shape)}")
+
+
+def _count(folder: Path, attributes: dict[str, Any], name: str) -> int:
+    count = attributes.get(name, 0)
+    if type(count) is not int or count < 0:
+        raise _unfit(folder, f"a {name} of {count!r:.40}")
+    return count
+
+
+def _unfit(folder: Path, seen: str) -> StoreError:
+    cast_doubt(folder)
+    return StoreError(
+        f"the tensors in {folder} cannot be used: it holds {seen}. The next run over the data makes them again"
+    )
+
+
 def write_features(folder: Path, features: Features) -> None:
     """Features as `embedding` and, when there is one, `head_gradient`."""
     tensors = {"embedding": features.embedding}
@@ -140,7 +163,9 @@ def write_bins(folder: Path, bins: Bins) -> None:
 def read_bins(folder: Path, *, verify: VerifyPolicy = "size") -> Bins:
     """The inverse of `write_bins`; StoreError when damaged."""
     tensors, attributes = _expect(folder, verify, "assignment", "rank", "gain", "group")
-    counts = int(attributes.get("num_bins", 0)), int(attributes.get("num_unreadable", 0))
+    facts = {"assignment": torch.int16, "rank": torch.int32, "gain": torch.float32, "group": torch.int32}
+    _check_columns(folder, tensors, facts)
+    counts = _count(folder, attributes, "num_bins"), _count(folder, attributes, "num_unreadable")
     return Bins(tensors["assignment"], tensors["rank"], tensors["gain"], tensors["group"], *counts)
 
 
@@ -153,7 +178,8 @@ def write_selection(folder: Path, selection: Selection) -> None:
 def read_selection(folder: Path, *, verify: VerifyPolicy = "size") -> Selection:
     """The inverse of `write_selection`; StoreError when damaged."""
     tensors, attributes = _expect(folder, verify, "index", "bin")
-    return Selection(tensors["index"], tensors["bin"], int(attributes.get("num_unreadable", 0)))
+    _check_columns(folder, tensors, {"index": torch.int64, "bin": torch.int16})
+    return Selection(tensors["index"], tensors["bin"], _count(folder, attributes, "num_unreadable"))
 
 
 def _skipped(count: int) -> dict[str, Any]:
@@ -169,4 +195,6 @@ def write_scores(folder: Path, scores: Tensor, sizes: Tensor) -> None:
 def read_scores(folder: Path, *, verify: VerifyPolicy = "size") -> tuple[Tensor, Tensor]:
     """The inverse of `write_scores`; StoreError when damaged."""
     tensors, _ = _expect(folder, verify, "scores", "sizes")
+    if tensors["scores"].ndim != 1 or tensors["sizes"].shape[1:] != (2,):
+        raise _unfit(folder, "scores or sizes of another shape")
     return tensors["scores"], tensors["sizes"]

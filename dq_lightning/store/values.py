@@ -4,12 +4,15 @@ Decoding builds only None, bool, int, float, complex, str, bytes, tuple, list, d
 Pillow images and patched images. All sizes are checked against the bytes at hand before anything is made.
 
     uint32 length of the JSON | JSON | buffers, one after the other
+
+What a value takes in memory is bounded by what is stored of it, see `most_decoded_bytes`; the writer refuses what the reader
+would refuse.
 """
 
 import json
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,12 +20,19 @@ import torch
 from PIL import Image
 
 from dq_lightning.errors import StoreError
-from dq_lightning.patch_records import PatchedImage
+from dq_lightning.patch_records import CHANNELS, PatchedImage
 from dq_lightning.records import EncodedImage
-from dq_lightning.store.images import decode_node, encode_image, raw_image
+from dq_lightning.store.images import MAX_PIXELS, decode_node, encode_image, raw_image
 
 MAX_DEPTH = 64
 MAX_DIMENSIONS = 32
+MAX_ELEMENTS = 1 << 48
+# the JSON of one value: two million numbers of a list, which would be better off in an array
+MAX_STRUCTURE_BYTES = 16 << 20
+# an image as Pillow holds it
+BYTES_PER_PIXEL = 4
+# any one image of the size that Pillow opens without being told to, and the compression of pictures that show something
+ALWAYS_DECODED_BYTES, DECODED_PER_STORED = 1 << 30, 64
 NUMPY_KINDS = "biufcSUMm"
 TENSOR_DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -61,10 +71,34 @@ def array_from(data: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
 
 
 def tensor_from(data: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of its own memory."""
+    """A tensor of its own memory: that of `data`, where it may be written to, else a copy."""
     if not len(data):
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+    own = bytearray(data) if memoryview(data).readonly else data
+    return torch.frombuffer(own, dtype=dtype).reshape(shape)
+
+
+def most_decoded_bytes(stored_bytes: int) -> int:
+    """How much memory the images of one sample may take, given the bytes that are stored of it."""
+    return ALWAYS_DECODED_BYTES + DECODED_PER_STORED * stored_bytes
+
+
+def check_decoded_size(images: Sequence[PatchedImage], stored_bytes: int) -> None:
+    """Refuse patched images of one sample that take far more memory than what is stored of them can explain.
+
+    Raises:
+        StoreError: they do.
+    """
+    size = sum(image.height * image.width * CHANNELS[image.mode] for image in images)
+    if size > most_decoded_bytes(stored_bytes):
+        raise _too_large(size, stored_bytes)
+
+
+def _too_large(size: int, stored_bytes: int) -> StoreError:
+    return StoreError(
+        f"the images of one sample take {size:,} bytes in memory and {stored_bytes:,} in the store; a sample may take "
+        f"{most_decoded_bytes(stored_bytes):,}: divide it into several samples, or resize its images"
+    )
 
 
 def encode_value(value: Any, encoded: EncodedImage | None = None, raw_images: bool = False) -> bytes:
@@ -77,7 +111,15 @@ def encode_value(value: Any, encoded: EncodedImage | None = None, raw_images: bo
     """
     encoder = _Encoder(encoded, raw_images)
     text = json.dumps(encoder.node(value, "item", 0), separators=(",", ":")).encode()
-    return b"".join([struct.pack("<I", len(text)), text, *encoder.buffers])
+    if len(text) > MAX_STRUCTURE_BYTES:
+        raise StoreError(
+            f"its lists, dicts and texts take {len(text):,} bytes, the most is {MAX_STRUCTURE_BYTES:,}: deliver numbers as "
+            "arrays or tensors"
+        )
+    whole = b"".join([struct.pack("<I", len(text)), text, *encoder.buffers])
+    if encoder.image_bytes > most_decoded_bytes(len(whole)):
+        raise _too_large(encoder.image_bytes, len(whole))
+    return whole
 
 
 def decode_value(data: Any) -> Any:
@@ -91,7 +133,9 @@ def decode_value(data: Any) -> Any:
         (length,) = struct.unpack_from("<I", view)
         if length > len(view) - 4:
             raise StoreError(f"{length} bytes of structure are claimed, {len(view) - 4} are there")
-        decoder = _Decoder(view[4 + length :])
+        if length > MAX_STRUCTURE_BYTES:
+            raise StoreError(f"{length:,} bytes of structure are more than {MAX_STRUCTURE_BYTES:,}")
+        decoder = _Decoder(view[4 + length :], most_decoded_bytes(len(view)))
         value = decoder.value(json.loads(bytes(view[4 : 4 + length])), 0)
     except StoreError:
         raise
@@ -118,6 +162,8 @@ class _Encoder:
         self.encoded = encoded
         self.raw_images = raw_images
         self.buffers: list[bytes] = []
+        # what the images take once they are decoded
+        self.image_bytes = 0
 
     def _keep(self, data: bytes) -> int:
         self.buffers.append(data)
@@ -159,9 +205,11 @@ class _Encoder:
         if isinstance(value, Image.Image):
             facts, data = raw_image(value) if self.raw_images else encode_image(value, self.encoded)
             self.encoded = None
+            self.image_bytes += value.size[0] * value.size[1] * BYTES_PER_PIXEL
             return ["p", facts, self._keep(data)]
         if isinstance(value, PatchedImage):
             facts = [value.height, value.width, value.mode, value.layout, value.patch_size, value.codec]
+            self.image_bytes += value.height * value.width * BYTES_PER_PIXEL
             return ["q", facts, self._keep(value.mask), self._keep(value.data)]
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise StoreError(
@@ -173,9 +221,11 @@ class _Encoder:
 class _Decoder:
     """Takes the raw buffers one after the other while it turns JSON nodes into values."""
 
-    def __init__(self, view: memoryview) -> None:
+    def __init__(self, view: memoryview, image_bytes: int) -> None:
         self.view = view
         self.at = 0
+        # what further images may take
+        self.image_bytes = image_bytes
 
     def _take(self, length: Any) -> memoryview:
         if type(length) is not int or not 0 <= length <= len(self.view) - self.at:
@@ -231,12 +281,22 @@ class _Decoder:
         return tensor_from(data, dtype, shape)
 
     def _image(self, node: list[Any], _: int) -> Image.Image:
-        return decode_node(node[1], self._take(node[2]))
+        most = min(MAX_PIXELS, self.image_bytes // BYTES_PER_PIXEL)
+        image = decode_node(node[1], self._take(node[2]), most)
+        self._count(image.size[0] * image.size[1])
+        return image
+
+    def _count(self, pixels: int) -> None:
+        self.image_bytes -= pixels * BYTES_PER_PIXEL
+        if self.image_bytes < 0:
+            raise StoreError("the images of one sample take far more memory than what is stored of them can explain")
 
     def _patched(self, node: list[Any], _: int) -> PatchedImage:
         height, width, mode, layout, patch_size, codec = node[1]
         mask = bytes(self._take(node[2]))
-        return PatchedImage(height, width, mode, layout, patch_size, mask, codec, bytes(self._take(node[3])))
+        image = PatchedImage(height, width, mode, layout, patch_size, mask, codec, bytes(self._take(node[3])))
+        self._count(height * width)
+        return image
 
     _BY_TAG: dict[str, Callable[["_Decoder", list[Any], int], Any]] = {  # noqa: RUF012 (a constant)
         "i": _integer,
@@ -278,7 +338,9 @@ def plain_shape(value: Any) -> tuple[int, ...]:
     sizes_fit = (
         isinstance(value, list)
         and len(value) <= MAX_DIMENSIONS
-        and all(type(n) is int and 0 <= n < 1 << 48 for n in value)
+        and all(type(n) is int and 0 <= n < MAX_ELEMENTS for n in value)
+        # also of what has no elements: the sizes of the others are multiplied to find a place
+        and math.prod(max(n, 1) for n in value) < MAX_ELEMENTS
     )
     if not sizes_fit:
         raise StoreError(f"{value!r:.80} is no shape")

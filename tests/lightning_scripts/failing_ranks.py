@@ -1,9 +1,8 @@
 """Runs in which one rank fails, forked from a warm parent. Usage: failing_ranks.py FOLDER NUM_RANKS SCENARIO ...
 
-A scenario is PLACE-KIND-RANK: where (prepare, setup, train), how (error, exit, kill) and which rank. Every rank is a node of
-its own for Lightning, so each has a `prepare_data`. FOLDER/SCENARIO/rank-R.txt is what rank R printed, end.json beside it how
-each ended and after how many seconds.
-"""
+A scenario is PLACE-KIND-RANK: where (prepare, setup, train, or override: a user's own setup, before ours), how (error, exit,
+kill) and which rank. Every rank is a node of its own for Lightning, so each has a `prepare_data`. FOLDER/SCENARIO/rank-R.txt is
+what rank R printed, end.json beside it how each ended and after how many seconds.
 
 import json
 import os
@@ -56,12 +55,21 @@ class FailsInTraining(Recorder):
         return super().training_step(batch, index)
 
 
+class FailsInItsOwnSetup(QuantizedDataModule):
+    kind = None
+
+    def setup(self, stage=None):
+        fail(self.kind)
+
+
 def run_rank(folder, place, kind, failing, count):
     rank = int(os.environ["NODE_RANK"])
     mine = rank == failing
     # identity is given: only this rank's reading fails
     data = Broken(kind) if mine and place == "prepare" else photos(40)
-    module = QuantizedDataModule(
+    kind_of_module = FailsInItsOwnSetup if mine and place == "override" else QuantizedDataModule
+    FailsInItsOwnSetup.kind = kind
+    module = kind_of_module(
         data,
         keep_ratio=0.5,
         num_bins=2,

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import random
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -170,3 +172,51 @@ def test_who_may_only_read_still_sees_that_a_file_is_in_use(tmp_path: Path, monk
 
     monkeypatch.setattr(os, "open", refuse)
     assert files.is_shared(path)
+
+
+def test_any_changed_bit_of_remembered_digests_is_made_good(tmp_path: Path) -> None:
+    memory = FileDigestMemory(tmp_path / "memory")
+    data = [tmp_path / name for name in ("a", "b")]
+    for path in data:
+        path.write_bytes(path.name.encode())
+        os.utime(path, ns=(0, 0))
+    paths = [str(path) for path in data]
+    expected = memory.files(paths)
+    memory.remember("key", "digest")
+    table, remembered = sorted((tmp_path / "memory").iterdir())
+    assert (table.suffix, remembered.suffix) == (".npz", ".json")
+    draw = random.Random(0)
+    for path in (table, remembered):
+        content = path.read_bytes()
+        for at in range(len(content)):
+            damaged = bytearray(content)
+            damaged[at] ^= 1 << draw.randrange(8)
+            path.write_bytes(damaged)
+            assert memory.files(paths) == expected
+            assert memory.recall("key") in (None, "digest")
+        path.write_bytes(content)
+    table.write_bytes(b"PK")
+    assert memory.files(paths) == expected
+
+
+def test_a_pipe_in_place_of_the_beat_of_a_lock(tmp_path: Path) -> None:
+    pipe(tmp_path / "lock.owner")
+    assert ended(forked(lambda: lock._read_beat(tmp_path / "lock.owner")), 20) == 0
+
+
+def test_shards_that_a_killed_builder_left_beside_its_entry(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    entry = cache.build("2-bins", {"a": 1}, lambda folder: (folder / "x").write_bytes(b"x") and None)
+    shards = partial_folder(entry)
+    shards.mkdir(parents=True)
+    (shards / "000000000000-000000000005-ab.shard").write_bytes(b"x")
+    # of a builder that makes the entry anew
+    assert cache.find("2-bins", {"a": 1}) == entry
+    later = time.time() + 100
+    os.utime(shards, (later, later))
+    assert cache.find("2-bins", {"a": 1}) == entry
+    assert shards.exists()
+    for path in (*shards.iterdir(), shards):
+        os.utime(path, (1e9, 1e9))
+    assert cache.find("2-bins", {"a": 1}) == entry
+    assert not shards.exists()
