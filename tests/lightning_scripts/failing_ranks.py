@@ -3,6 +3,7 @@
 A scenario is PLACE-KIND-RANK: where (prepare, setup, train, or override: a user's own setup, before ours), how (error, exit,
 kill) and which rank. Every rank is a node of its own for Lightning, so each has a `prepare_data`. FOLDER/SCENARIO/rank-R.txt is
 what rank R printed, end.json beside it how each ended and after how many seconds.
+"""
 
 import json
 import os
