@@ -64,7 +64,7 @@ def timed(function, device) -> float:
 def bare(classifier, autoencoder, images, batch_size, device):
     """What the two networks take alone; gradients stop at the images."""
     model = (
-        ViTMAEForPreTraining.from_pretrained(autoencoder, dtype=torch.float32)
+        ViTMAEForPreTraining.from_pretrained(autoencoder, trust_remote_code=False, dtype=torch.float32)
         if isinstance(autoencoder, Path)
         else autoencoder
     )

@@ -69,7 +69,8 @@ def main():
     total = sum(map(len, tokens))
     places = batches_by_length([len(row) for row in tokens], options.batch_size)
     batches = [pad([tokens[place] for place in batch]).to(device) for batch in places]
-    model = AutoModel.from_pretrained(options.model, dtype=resolve_precision("auto", device)).to(device).eval()
+    model = AutoModel.from_pretrained(options.model, trust_remote_code=False, dtype=resolve_precision("auto", device))
+    model = model.to(device).eval()
 
     def ours():
         extract_features(source, Loaded(encoder), device=str(device), batch_size=options.batch_size, progress=False)

@@ -42,7 +42,7 @@ class FineTuner(L.LightningModule):
         self.save_hyperparameters()
         # The optimizer changes float32 weights; --precision says in what the network computes. In the half precision that most
         # checkpoints are stored in, a step of 8e-6 is rounded away (bfloat16) or ends in NaN (float16).
-        self.network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self.network = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False, dtype=torch.float32)
         self.network.train()  # transformers loads for inference, without dropout
         self.network.config.use_cache = False
         embedded = self.network.get_input_embeddings().num_embeddings
@@ -221,7 +221,7 @@ def main() -> dict[str, float]:
     args = parse()
     L.seed_everything(args.seed, verbose=False)
     torch.set_float32_matmul_precision("high")  # tf32
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     data = make_data(tokenizer, args)
     vocabulary = max(tokenizer.get_vocab().values()) + 1
     module = FineTuner(args.model, args.learning_rate, args.weight_decay, vocabulary)

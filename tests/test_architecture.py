@@ -105,6 +105,21 @@ def test_heavy_libraries_have_one_door(library):
         assert not uses or place(path) in DOORS[library], f"{place(path)} imports {library}"
 
 
+def test_no_download_may_bring_code():
+    roots = [PACKAGE, PACKAGE.parent / "examples", PACKAGE.parent / "benchmarks"]
+    calls = [
+        (path, node)
+        for root in roots
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained"
+    ]
+    assert len(calls) > 5
+    for path, call in calls:
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert given.get("trust_remote_code") == "False", f"{path}:{call.lineno} does not say trust_remote_code=False"
+
+
 def modules_after(code: str) -> set[str]:
     """Top-level modules that a fresh interpreter has loaded after running some code."""
     script = f"{code}\nimport sys; print(' '.join({{m.split('.')[0] for m in sys.modules}}))"

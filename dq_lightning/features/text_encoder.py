@@ -151,8 +151,10 @@ def _load(
     card = Card() if known else read_card({name: read(name) for name in CARD_FILES}, read, place)
     pinned: dict[str, Any] = {"revision": commit} if commit is not None else {"local_files_only": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **pinned)
-        module, report = AutoModel.from_pretrained(place, dtype=torch.float32, output_loading_info=True, **pinned)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **pinned)
+        module, report = AutoModel.from_pretrained(
+            place, trust_remote_code=False, dtype=torch.float32, output_loading_info=True, **pinned
+        )
     except Exception as error:
         raise FeatureError(f"transformers cannot load {place}: {type(error).__name__}: {error}; {INSTEAD}") from error
     # a pooler that the files lack is not used; anything else would be random

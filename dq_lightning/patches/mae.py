@@ -237,7 +237,9 @@ def _from_pretrained(name: str | None, revision: str | None, what: str | None = 
     try:
         # weights that a file lacks would be drawn at random before that is reported
         with isolated_random_state(), _without_bars():
-            model, report = tool.from_pretrained(name, output_loading_info=True, dtype=torch.float32, **arguments)
+            model, report = tool.from_pretrained(
+                name, trust_remote_code=False, output_loading_info=True, dtype=torch.float32, **arguments
+            )
     except Exception as error:
         raise PatchError(
             f"transformers cannot load a masked autoencoder from {what or name}: {error}. Pass a hub name, a folder with "

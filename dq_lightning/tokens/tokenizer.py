@@ -38,7 +38,7 @@ def _from_transformers(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"the tokenizer {name!r} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); pass a folder "

@@ -148,6 +148,7 @@ def tensor_folders(root: Path) -> dict[str, Path]:
     made = {}
     for case, facts in {
         "huge": {"shape": [HUGE, HUGE]},
+        "huge and empty": {"shape": [0, 1 << 47, 1 << 47]},
         "negative": {"shape": [-1, 4]},
         "dtype": {"dtype": "object"},
         "text": {"shape": "44"},
@@ -160,6 +161,37 @@ def tensor_folders(root: Path) -> dict[str, Path]:
         name = facts.pop("name", "embedding")
         listed["tensors"] = {name: listed["tensors"]["embedding"] | facts}
         (folder / "tensors.json").write_bytes(files.seal(listed))
+    return made
+
+
+def largest_png() -> bytes:
+    """A whole image of nearly the size that Pillow opens without being told to: half a gibibyte out of 200 KB."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    side = 13_000
+    deflate, row = zlib.compressobj(), bytes(1 + 3 * side)
+    data = b"".join(deflate.compress(row) for _ in range(side)) + deflate.flush()
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def many_patched() -> tuple[object, bytes]:
+    """Forty images of the largest allowed size, each of which keeps nothing."""
+    side = 11_000
+    node = ["q", [side, side, "RGB", "array", side, "raw"], 1, 0]
+    return ["l", *[node] * 40], bytes(40)
+
+
+def crowded(root: Path) -> dict[str, Path]:
+    """Sealed JSON whose values take far more memory than its text."""
+    made = {}
+    for case in ("manifest.json", "store.json", "tensors.json"):
+        folder = made[case] = root / f"crowded-{case}"
+        folder.mkdir()
+        text = b'{"a": [' + b"[]," * (11 << 20) + b"[]]}"
+        (folder / case).write_bytes(text)
     return made
 
 
@@ -184,7 +216,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     root = Path(sys.argv[1])
     bombs, lying, outside = image_bombs(), stores(root), manifests(root)
-    tensors = tensor_folders(root)
+    tensors, crowds = tensor_folders(root), crowded(root)
     read_all(write_store(root / "good"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for case, data in bombs.items():
@@ -198,6 +230,9 @@ def main() -> None:
         "negative": ["y", -HUGE],
     }.items():
         opened(case, lambda node=node: values.decode_value(value(node, b"12345678")))
+    opened("lists", lambda: values.decode_value(struct.pack("<I", 60 << 20) + b"[" + b"[]," * (20 << 20)))
+    node, buffers = many_patched()
+    opened("patched", lambda: values.decode_value(value(node, buffers)))
     opened("nested", lambda: values.decode_value(struct.pack("<I", 400_000) + b"[" * 200_000 + b"]" * 200_000))
     for case, path in lying.items():
         opened(case, lambda path=path: read_all(path))
@@ -205,8 +240,15 @@ def main() -> None:
         opened(case, lambda path=path: manifest.check_entry(path, "hash", station="s", key="k"))
     for case, path in tensors.items():
         opened(case, lambda path=path: read_features(path))
+    opened("crowded manifest", lambda: manifest.read_manifest(crowds["manifest.json"]))
+    opened("crowded store", lambda: read_all(crowds["store.json"]))
+    opened("crowded tensors", lambda: read_features(crowds["tensors.json"]))
     with contextlib.suppress(OSError):
         shutil.rmtree(root)
+    if sys.argv[2:] == ["large"]:
+        data = largest_png()
+        one = ["p", ["e", "hf"], len(data)]
+        opened("forty large images", lambda: values.decode_value(value(["l", *[one] * 40], data * 40)))
     sys.stdout.write(str((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10))
 
 

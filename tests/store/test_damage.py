@@ -120,6 +120,10 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "text count": lambda d: d.update(num_samples="6"),
     "huge column": lambda d: d["columns"][1].update(kind="array", dtype="<f8", shape=[1 << 40, 1 << 40]),
     "other dtype": lambda d: d["columns"][1].update(kind="array", dtype="<f8", shape=[2]),
+    "huge empty column": lambda d: d["columns"][1].update(kind="tensor", dtype="float32", shape=[0, 1 << 47, 1 << 47]),
+    "text as a size": lambda d: d["columns"][1].update(kind="tensor", dtype="float32", shape=["2"]),
+    "size of a file as text": lambda d: d["files"]["values.bin"].update(size="9"),
+    "too many samples": lambda d: d.update(num_samples=(1 << 27) + 1),
     "object dtype": lambda d: d["columns"][1].update(kind="array", dtype="|O", shape=[1]),
     "structured dtype": lambda d: d["columns"][1].update(kind="array", dtype="i4,i4", shape=[1]),
     "negative shape": lambda d: d["columns"][1].update(kind="array", dtype="<i8", shape=[-1]),
@@ -198,6 +202,9 @@ def text_of(node: Any, buffers: bytes = b"") -> bytes:
         text_of(["y", 1 << 50]),
         text_of(["y", -1], b"xx"),
         text_of(["a", "<f8", [1 << 47, 1 << 47], 8], b"12345678"),
+        text_of(["a", "<f8", [0, 1 << 47, 1 << 47], 0]),
+        text_of(["T", "float32", [0, 1 << 47, 1 << 47], 0]),
+        text_of(["T", "float32", ["5"], 8], b"12345678"),
         text_of(["a", "|O", [1], 8], b"12345678"),
         text_of(["T", "float32", [5], 8], b"12345678"),
         text_of(["T", "quint8", [8], 8], b"12345678"),
@@ -270,3 +277,58 @@ def test_damaged_tensors_are_noticed(tmp_path: Path) -> None:
             with pytest.raises(StoreError):
                 tensors.load_tensors(tmp_path / "t")
         path.write_bytes(original)
+
+
+def test_many_images_in_one_sample_stay_as_they_are(tmp_path: Path) -> None:
+    """Frames of a screen: almost blank, each a thousand times larger than its file."""
+    frames = [Image.new("RGB", (2000, 2000), (i, 0, 0)) for i in range(20)]
+    items = [((frames, i), None) for i in range(2)]
+    write_packed(
+        tmp_path / "s",
+        items,
+        ids=list("ab"),
+        index=torch.arange(2),
+        bins=torch.zeros(2, dtype=torch.int16),
+        attributes={},
+    )
+    found = PackedDataset(tmp_path / "s")[1][0]
+    assert [frame.getpixel((5, 5)) for frame in found] == [(i, 0, 0) for i in range(20)]
+
+
+def test_what_could_not_be_read_back_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(values, "ALWAYS_DECODED_BYTES", 1 << 20)
+    with pytest.raises(StoreError, match=r"images of one sample take .*divide it into several samples"):
+        values.encode_value([Image.new("RGB", (600, 600))] * 20)
+    monkeypatch.setattr(values, "MAX_STRUCTURE_BYTES", 1000)
+    with pytest.raises(StoreError, match="deliver numbers as arrays"):
+        values.encode_value([0.5] * 1000)
+
+
+def test_a_long_list_of_numbers_is_no_thousand_files(tmp_path: Path) -> None:
+    items = [([i + n for n in range(2000)], None) for i in range(3)]
+    write_packed(
+        tmp_path / "s",
+        items,
+        ids=list("abc"),
+        index=torch.arange(3),
+        bins=torch.zeros(3, dtype=torch.int16),
+        attributes={},
+    )
+    assert len(list((tmp_path / "s").iterdir())) < 20
+    assert PackedDataset(tmp_path / "s")[2] == items[2][0]
+
+
+def test_bins_and_selections_of_other_shapes_are_errors(tmp_path: Path) -> None:
+    index = torch.arange(4)
+    wrong: list[dict[str, torch.Tensor]] = [
+        {"index": index.float(), "bin": index.short()},
+        {"index": index[None], "bin": index.short()},
+        {"index": index, "bin": index[:2].short()},
+    ]
+    for count, case in enumerate(wrong):
+        tensors.write_tensor_folder(tmp_path / str(count), case, {})
+        with pytest.raises(StoreError, match="cannot be used"):
+            tensors.read_selection(tmp_path / str(count))
+    tensors.write_tensor_folder(tmp_path / "text", {"index": index, "bin": index.short()}, {"num_unreadable": "many"})
+    with pytest.raises(StoreError, match="num_unreadable of 'many'"):
+        tensors.read_selection(tmp_path / "text")
