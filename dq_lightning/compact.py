@@ -194,7 +194,7 @@ def _check_described(described: dict[str, Any], selection: Selection) -> None:
         "kind": described["kind"] in ("indices", "packed"),
         "num_source_samples": is_count(total) and (not len(index) or 0 <= int(index.min()) <= int(index.max()) < total),
         "num_classes": described["num_classes"] is None or is_count(described["num_classes"]),
-        "class_names": names is None or (isinstance(names, list) and all(type(name) is str for name in names)),
+        "class_names": names is None or isinstance(names, list),
         "config": isinstance(described["config"], dict),
         "patches": patches is None
         or (
@@ -202,7 +202,10 @@ def _check_described(described: dict[str, Any], selection: Selection) -> None:
             and len(patches["image_size"]) == 2
             and all(is_count(side, 1) for side in patches["image_size"])
             and type(patches["keep_ratio"]) in (int, float)
-            and all(is_count(patches[name]) for name in ("original_bytes", "source_bytes", "unpatched_bytes"))
+            and all(
+                patches[n] is None or is_count(patches[n])
+                for n in ("original_bytes", "source_bytes", "unpatched_bytes")
+            )
         ),
     }
     if wrong := [name for name, fits in fit.items() if not fits]:
