@@ -112,7 +112,7 @@ class OpenFiles:
         size = count * row_bytes
         if self._held + size <= HELD_BYTES:
             self._held += size
-            held = memoryview(self.read(name, size, header)).toreadonly()
+            held = self.read(name, size, header).data.toreadonly()
             return lambda at: held[at * row_bytes : (at + 1) * row_bytes]
         descriptor, first = self.open(name, len(header) + size), len(header)
         if os.pread(descriptor, first, 0) != header:
@@ -137,7 +137,7 @@ def read_piece(descriptor: int, size: int, at: int, name: str) -> Row:
     data = os.pread(descriptor, size, at) if size <= MOST_BYTES_PER_READ else b""
     if len(data) == size:
         return data
-    return memoryview(_read_exactly(descriptor, size, at, name)).toreadonly()
+    return _read_exactly(descriptor, size, at, name).data.toreadonly()
 
 
 def _read_exactly(descriptor: int, size: int, at: int, name: str) -> NDArray[np.uint8]:
@@ -147,6 +147,6 @@ def _read_exactly(descriptor: int, size: int, at: int, name: str) -> NDArray[np.
     while done < size:
         step = os.preadv(descriptor, [view[done : done + MOST_BYTES_PER_READ]], at + done)
         if not step:
-            raise Damage(f"{name} ends at {at + done} bytes, it was cut while it was open")
+            raise Damage(f"{name} ends at {os.fstat(descriptor).st_size} bytes, it was cut while it was open")
         done += step
     return whole
