@@ -179,6 +179,7 @@ class TextConfig(JsonFields):
         pooling: of the encoder's tokens; `"auto"` is what the model's own files say.
         normalize: scale every embedding to length 1.
         max_length: tokens of a row that the encoder reads; its own limit when None.
+        prompt: put before every row that the encoder reads; the default one of the model's own files when None, `""` for none.
         train_length: tokens of a row in training, with `tokenizer=`. Not part of the identity, nor are the next two.
         pack_rows: put several rows into one sequence of `train_length` tokens, none of which sees another row's.
         use_chat_template: write rows for training by the tokenizer's chat template: when None only conversations, and
@@ -191,6 +192,7 @@ class TextConfig(JsonFields):
     pooling: Pooling = "auto"
     normalize: bool = True
     max_length: int | None = None
+    prompt: str | None = None
     train_length: int = 512
     pack_rows: bool = False
     use_chat_template: bool | None = None

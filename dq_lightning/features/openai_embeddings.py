@@ -7,9 +7,11 @@ The official client waits and repeats after 408, 409, 429, 5xx, timeouts and cut
 import hashlib
 import logging
 import os
+import queue
+import re
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -21,6 +23,7 @@ from dq_lightning.config import Precision, TextConfig
 from dq_lightning.describe import digest_text
 from dq_lightning.errors import FeatureError
 from dq_lightning.features.collect import Rows
+from dq_lightning.features.text_loading import read_texts
 from dq_lightning.records import DigestMemory
 from dq_lightning.resuming import Paid
 
@@ -34,6 +37,12 @@ TIMEOUT_SECONDS = 60.0
 REQUESTS_AT_ONCE = 8
 # bounds of the API: inputs a request, and tokens of an input and of a request; a token is at least one byte
 MOST_INPUTS, TOKENS_PER_INPUT, BYTES_PER_REQUEST = 2048, 8191, 280_000
+# of requests under way when the run is stopped
+GRACE_SECONDS = 5.0
+# what servers say of a request that is too large or not to their liking, and of trouble that passes
+_REFUSED, _PASSING = (400, 413, 422), (408, 409, 425, 429)
+_SPEAKS_OF_LENGTH = re.compile(r"token|context|length|too (?:long|large)|exceed|maximum", re.IGNORECASE)
+_SPEAKS_OF_ENCODING = re.compile(r"base64|encoding.?format", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class OpenAIOrigin:
     timeout: float = TIMEOUT_SECONDS
 
     def identity(self, memory: DigestMemory) -> str | None:
-        return digest_text("openai", self.model, os.environ.get(SERVER, ""))
+        return digest_text("openai 2", self.model, os.environ.get(SERVER, ""))
 
     def resolve(self, memory: DigestMemory) -> Self:
         return self
@@ -88,10 +97,10 @@ def openai_origin(name: str, settings: TextConfig) -> OpenAIOrigin:
     model = name.removeprefix(PREFIX)
     if not model:
         raise FeatureError(f'{name!r} names no model: pass for instance "{PREFIX}text-embedding-3-small"')
-    for setting in ("pooling", "max_length"):
+    for setting in ("pooling", "max_length", "prompt"):
         if getattr(settings, setting) != getattr(TextConfig(), setting):
             raise FeatureError(
-                f"config.text.{setting} does not go with {name!r}: pooling and length are the server's own"
+                f"config.text.{setting} does not go with {name!r}: pooling, length and prompt are the server's own"
             )
     return OpenAIOrigin(model)
 
@@ -105,6 +114,10 @@ class OpenAIRows:
     def __init__(self, origin: OpenAIOrigin) -> None:
         self._origin = origin
         self._client = origin.client()
+        self._most = MOST_INPUTS
+        self._options: dict[str, Any] = {}
+        self._answered = False
+        self._stopped = threading.Event()
 
     def rows(self, source: Any, batch_size: int, num_workers: int | Literal["auto"], paid: Paid) -> Iterator[Rows]:
         """Embeddings of every sample, batches as they arrive; equal texts are sent once.
@@ -115,10 +128,10 @@ class OpenAIRows:
             FeatureError: the server refuses, or goes on failing.
         """
         # the API refuses an empty input
-        texts = [text if text.strip() else " " for text in source.texts(range(len(source)))]
+        texts = [text if text.strip() else " " for text in read_texts(source, range(len(source)))]
         places: dict[bytes, list[int]] = {}
         for position, text in enumerate(texts):
-            places.setdefault(hashlib.sha256(text.encode(errors="surrogatepass")).digest(), []).append(position)
+            places.setdefault(_key(text), []).append(position)
         name = digest_text(self._origin.model, os.environ.get(SERVER, ""))[:32]
         had = paid.of(f"openai-{name}")
         known = [key for key in places if key in had]
@@ -128,7 +141,7 @@ class OpenAIRows:
             part = known[start : start + MOST_INPUTS]
             yield _spread([places[key] for key in part], np.stack([had[key] for key in part]))
         self._check_one(widths)
-        sizes = [len(texts[places[key][0]].encode(errors="surrogatepass")) for key in waiting]
+        sizes = [len(texts[places[key][0]].encode()) for key in waiting]
         batches = [[waiting[i] for i in batch] for batch in split(sizes, min(batch_size, MOST_INPUTS))]
         threads = REQUESTS_AT_ONCE if num_workers == "auto" else max(1, num_workers)
 
@@ -142,44 +155,131 @@ class OpenAIRows:
             had.record(keys, rows)
             return keys, rows
 
-        for keys, rows in in_threads(request, batches, threads):
+        for keys, rows in in_threads(request, batches, threads, self._stopped):
             yield _spread([places[key] for key in keys], rows)
 
     def _request(self, texts: list[str]) -> Array:
+        """Embeddings float32 [B, D], each as if its text had been sent alone.
+
+        A request that is refused goes again in smaller ones; only a text that is refused alone is cut.
+        """
+        if len(texts) > self._most:
+            parts = [texts[start : start + self._most] for start in range(0, len(texts), self._most)]
+            return np.concatenate([self._request(part) for part in parts])
+        answer = self._try(texts)
+        if isinstance(answer, np.ndarray):
+            return answer
+        if len(texts) == 1:
+            return self._cut(texts[0], answer)
+        if isinstance(answer, _UnorderedError):
+            self._most = 1
+            logger.warning(
+                "features: %s does not say which embedding belongs to which text; going on with one text a request",
+                SERVER,
+            )
+            return self._request(texts)
+        long = [len(text.encode()) > TOKENS_PER_INPUT for text in texts]
+        if any(long) and not all(long):
+            rest = self._request([text for text, is_long in zip(texts, long, strict=True) if not is_long])
+            rows = np.empty((len(texts), rest.shape[1]), np.float32)
+            rows[[not is_long for is_long in long]] = rest
+            for place, is_long in enumerate(long):
+                if is_long:
+                    rows[place] = self._request([texts[place]])[0]
+            return rows
+        half, options = (len(texts) + 1) // 2, self._options
+        rows = np.concatenate([self._request(texts[:half]), self._request(texts[half:])])
+        if not any(long) and options is self._options:  # so it was the number of texts: later requests keep to it
+            self._most = min(self._most, half)
+        return rows
+
+    def _cut(self, text: str, refusal: Exception) -> Array:
+        """The embedding of a text that is refused alone: of its longest beginning that is not."""
+        size = len(text.encode())
+        for most in (TOKENS_PER_INPUT, 4096, 2048, 1024, 512):
+            if most < size and (most == TOKENS_PER_INPUT or _SPEAKS_OF_LENGTH.search(_message(refusal))):
+                answer = self._try([cut_bytes(text, most)])
+                if isinstance(answer, np.ndarray):
+                    logger.warning("features: a text of %d bytes was refused; it is cut to %d", size, most)
+                    return answer
+                refusal = answer
+        raise FeatureError(
+            f"{self._origin.model} refuses the text {text[:40]!r} ({size:,} bytes): {_message(refusal)}. Leave the row out, or "
+            f"pass another model; {SERVER} names the server"
+        ) from None
+
+    def _try(self, texts: list[str]) -> "Array | Exception":
+        """Embeddings of one request, or why it was refused.
+
+        Raises:
+            FeatureError: the server fails, or refuses whatever is sent.
+        """
         import openai
 
+        if self._stopped.is_set():
+            raise FeatureError("the run was stopped")
+        model, options = self._origin.model, self._options
         try:
-            return self._embed(texts)
-        except openai.BadRequestError as error:
-            shorter = [cut_bytes(text, TOKENS_PER_INPUT) for text in texts]
-            if shorter == texts:
-                raise FeatureError(f"{self._origin.model} refuses a request: {error.message}") from None
-            logger.warning(
-                "features: a request with long texts was refused; they are cut to %d bytes", TOKENS_PER_INPUT
-            )
+            try:
+                rows = self._embed(texts, options)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                # not every server has the client's usual encoding; one that has answered has
+                told = len(texts) == 1 or _SPEAKS_OF_ENCODING.search(_message(error))
+                if options is self._options and (options or self._answered or not told):
+                    raise
+                # or another thread has found that out meanwhile
+                options = self._options or {"encoding_format": "float"}
+                rows = self._embed(texts, options)
+                self._options = options
+            self._answered = True
+            return rows
+        except _UnorderedError as error:
+            return error
         except openai.AuthenticationError as error:
             # the server's message repeats a part of the key
-            raise FeatureError(f"{self._origin.model}: the key in {KEY} is refused ({error.status_code})") from None
+            raise FeatureError(f"{model}: the key in {KEY} is refused ({error.status_code})") from None
+        except openai.APIStatusError as error:
+            if error.status_code in _REFUSED:
+                return error
+            if error.status_code < 500 and error.status_code not in _PASSING:
+                raise FeatureError(
+                    f"{model} refuses a request ({error.status_code}): {_message(error)}. Pass another model, or look at "
+                    f"{SERVER}"
+                ) from None
+            raise self._failed(error) from None
         except openai.APIError as error:
-            raise FeatureError(
-                f"{self._origin.model} fails, after up to {self._origin.retries} further attempts ({type(error).__name__}: "
-                f"{error.message}). What has arrived is kept: start again later"
-            ) from None
-        return self._request(shorter)
+            raise self._failed(error) from None
 
-    def _embed(self, texts: list[str]) -> Array:
-        answer = self._client.embeddings.create(model=self._origin.model, input=texts)
-        data = sorted(answer.data, key=lambda row: row.index)
-        widths = {len(row.embedding) for row in data}
-        if [row.index for row in data] != list(range(len(texts))) or len(widths) != 1 or 0 in widths:
+    def _failed(self, error: Exception) -> FeatureError:
+        return FeatureError(
+            f"{self._origin.model} fails, after up to {self._origin.retries} further attempts ({type(error).__name__}: "
+            f"{_message(error)}). What has arrived is kept: start again later"
+        )
+
+    def _embed(self, texts: list[str], options: dict[str, Any]) -> Array:
+        model = self._origin.model
+        try:
+            answer = self._client.embeddings.create(model=model, input=texts, **options)
+            data = list(answer.data or ())
+            order = [getattr(row, "index", None) for row in data]
+            widths = {len(row.embedding or ()) for row in data}
+            rows = np.array([row.embedding for row in data], dtype=np.float32) if len(widths) == 1 else np.empty((0, 0))
+        except (ValueError, TypeError, AttributeError) as error:
             raise FeatureError(
-                f"{self._origin.model} answered {len(texts)} texts with {len(data)} embeddings of the widths {sorted(widths)}"
+                f"{model} answered with something else than embeddings ({error}): look at {SERVER}"
+            ) from error
+        if len(data) != len(texts) or len(widths) != 1 or 0 in widths:
+            raise FeatureError(
+                f"{model} answered {len(texts)} texts with {len(data)} embeddings of the widths {sorted(widths)}"
             )
-        rows = np.array([row.embedding for row in data], dtype=np.float32)
         # recorded, they would be found again by every later run
         if not np.isfinite(rows).all():
-            raise FeatureError(f"{self._origin.model} answered with numbers that are NaN or infinite: {self.advice}")
-        return rows
+            raise FeatureError(f"{model} answered with numbers that are NaN or infinite: {self.advice}")
+        if len(texts) == 1:
+            return rows
+        if None in order or sorted(order) != list(range(len(texts))):
+            raise _UnorderedError(f"it numbers {len(texts)} embeddings {order[:5]}")
+        return rows[np.argsort(order)]
 
     def _check_one(self, widths: set[int]) -> None:
         """The server may have changed the model behind a name."""
@@ -190,22 +290,43 @@ class OpenAIRows:
             )
 
 
-def in_threads(request: Any, batches: Sequence[Any], threads: int) -> Iterator[Any]:
-    """Results of `request(batch)` as they arrive; after a failure no further request is sent, those under way are awaited."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="embed")
-    todo = iter(batches)
-    running: set[Future[Any]] = set()
-    try:
-        while True:
-            while len(running) < 2 * threads and (batch := next(todo, None)) is not None:
-                running.add(pool.submit(request, batch))
-            if not running:
+def in_threads(request: Any, batches: Sequence[Any], threads: int, stopped: threading.Event) -> Iterator[Any]:
+    """Results of `request(batch)` as they arrive.
+
+    After a failure or an interruption no further request is sent, and those under way have `GRACE_SECONDS` to arrive and be
+    recorded; `stopped` tells the requests. The threads end with the process, however long a server lets them wait.
+    """
+    todo, taking = iter(batches), threading.Lock()
+    stopped.clear()
+    arrived: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        while not stopped.is_set():
+            with taking:
+                batch = next(todo, None)
+            if batch is None:
                 return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
+            try:
+                arrived.put((request(batch), None))
+            except BaseException as error:
+                arrived.put((None, error))
+                return
+
+    # an executor's threads would be awaited when the process ends
+    workers = [threading.Thread(target=work, name=f"embed-{n}", daemon=True) for n in range(min(threads, len(batches)))]
+    for worker in workers:
+        worker.start()
+    try:
+        for _ in batches:
+            result, error = arrived.get()
+            if error is not None:
+                raise error
+            yield result
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        stopped.set()
+        ends = time.monotonic() + GRACE_SECONDS
+        for worker in workers:
+            worker.join(max(0.0, ends - time.monotonic()))
 
 
 def split(sizes: Sequence[int], most: int) -> list[list[int]]:
@@ -223,8 +344,24 @@ def split(sizes: Sequence[int], most: int) -> list[list[int]]:
 
 def cut_bytes(text: str, most: int) -> str:
     """The text's beginning, at most so many bytes of UTF-8, no character cut in two; the text itself if it fits."""
-    data = text.encode(errors="surrogatepass")
+    data = text.encode()
     return text if len(data) <= most else data[:most].decode(errors="ignore")
+
+
+def _key(text: str) -> bytes:
+    """What the embedding of a text is recorded under."""
+    data = text.encode()
+    # earlier releases could cut a long text because of its neighbours, so what they recorded of those is not taken
+    return hashlib.sha256(data if len(data) <= TOKENS_PER_INPUT else b"alone\0" + data).digest()
+
+
+def _message(error: Exception) -> str:
+    # servers may repeat the key
+    return str(getattr(error, "message", None) or error).replace(os.environ.get(KEY) or KEY, "...")
+
+
+class _UnorderedError(Exception):
+    """An answer does not say which embedding belongs to which text."""
 
 
 def _spread(places: list[list[int]], rows: Array) -> Rows:

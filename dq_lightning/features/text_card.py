@@ -2,11 +2,19 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dq_lightning.errors import FeatureError
 
-CARD_FILES = ("modules.json", "sentence_bert_config.json")
+MODULES, PROMPTS = "modules.json", "config_sentence_transformers.json"
+# what the first module, the network, is told; older releases named the file by the network
+LENGTHS = (
+    "sentence_bert_config.json",
+    *(
+        f"sentence_{name}_config.json"
+        for name in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+    ),
+)
 # the switches of a pooling module's config.json, and what `pool_tokens` calls them
 _SWITCHES = {
     "pooling_mode_mean_tokens": "mean",
@@ -15,7 +23,24 @@ _SWITCHES = {
     "pooling_mode_lasttoken": "last",
 }
 _NAMES = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}
+# of a dense layer; the files name a class of torch
+ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "Sigmoid", "SiLU")
 _ADVICE = 'set config.text.pooling to "mean" or "cls" to use the network without it, or pass another encoder'
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module behind the pooling.
+
+    Attributes:
+        kind: `"Normalize"` scales to length one; `"Dense"` is linear, with an activation.
+        path: folder of its files, below the model's.
+        config: of a dense layer.
+    """
+
+    kind: Literal["Normalize", "Dense"]
+    path: str = ""
+    config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -25,32 +50,102 @@ class Card:
     Attributes:
         pooling: `"mean"`, `"cls"`, `"max"`, `"last"`, or None when nothing is said.
         max_length: tokens it is meant to read, or None.
+        prompt: put before every text: the default one of the prompts that the model was trained with.
+        pools_prompt: whether the tokens of the prompt are pooled, too.
+        lowers: whether texts are put into lower case.
+        layers: modules behind the pooling, in order.
     """
 
     pooling: str | None = None
     max_length: int | None = None
+    prompt: str = ""
+    pools_prompt: bool = True
+    lowers: bool = False
+    layers: tuple[Layer, ...] = ()
 
 
-def read_card(files: Mapping[str, Any], read: Callable[[str], Any], place: str) -> Card:
+def read_card(read: Callable[[str], Any], place: str, *, whole: bool = True) -> Card:
     """Understand a model's files.
 
     Args:
-        files: parsed content of `CARD_FILES`, None where there is no such file.
-        read: the parsed content of a further file, None where there is none.
+        read: the parsed content of a file, None where there is none.
         place: of the model, for messages.
+        whole: False leaves out the pooling and what is behind it, since another pooling was asked for.
 
     Raises:
         FeatureError: the files ask for a layer or a pooling that is not known here.
     """
-    length = (files.get("sentence_bert_config.json") or {}).get("max_seq_length")
-    pooling = None
-    for module in files.get("modules.json") or ():
-        kind = str(module.get("type", "")).rsplit(".", 1)[-1]
-        if kind == "Pooling":
-            pooling = _pooling(read(f"{module['path']}/config.json") or {}, place)
-        elif kind not in ("Transformer", "Normalize"):
+    modules = read(MODULES)
+    if not modules:
+        return Card()
+    network = next((found for name in LENGTHS if (found := read(name)) is not None), {})
+    prompts = read(PROMPTS) or {}
+    length = network.get("max_seq_length")
+    pooling, pools_prompt, layers = None, True, []
+    for module in modules:
+        kind, path = str(module.get("type", "")).rsplit(".", 1)[-1], str(module.get("path", ""))
+        if path.startswith("/") or ".." in path.split("/"):
+            raise FeatureError(f"{place} names the folder {path!r}, which is none of its own: download the model again")
+        if kind == "Transformer":
+            _check_network(path, network, place)
+        elif kind == "Dropout" or not whole:
+            continue
+        elif kind == "Pooling":
+            config = read(f"{path}/config.json") or {}
+            pooling, pools_prompt = _pooling(config, place), bool(config.get("include_prompt", True))
+        elif kind == "Normalize":
+            layers.append(Layer("Normalize"))
+        elif kind == "Dense":
+            layers.append(_dense(path, read(f"{path}/config.json"), place))
+        else:
             raise FeatureError(f"{place} has a layer {kind!r} behind its pooling, which is not supported: {_ADVICE}")
-    return Card(pooling, int(length) if length else None)
+    return Card(
+        pooling,
+        int(length) if length else None,
+        _prompt(prompts, place),
+        pools_prompt,
+        lowers=bool(network.get("do_lower_case")),
+        layers=tuple(layers),
+    )
+
+
+def _check_network(path: str, network: Mapping[str, Any], place: str) -> None:
+    if path not in ("", "."):
+        raise FeatureError(f"{place} has its network in the subfolder {path!r}: pass this folder as encoder")
+    used = (network.get("modality_config") or {}).get("text") or {}
+    if (used.get("method", "forward"), used.get("method_output_name", "last_hidden_state")) != (
+        "forward",
+        "last_hidden_state",
+    ):
+        raise FeatureError(
+            f"{place} takes {used} of its network, which is not supported: pass another encoder, or ready-made embeddings"
+        )
+
+
+def _prompt(config: Mapping[str, Any], place: str) -> str:
+    """The prompt that sentence-transformers uses where none is asked for."""
+    name, prompts = config.get("default_prompt_name"), config.get("prompts") or {}
+    if name is None:
+        return ""
+    if not isinstance(prompts.get(name), str):
+        raise FeatureError(
+            f"{place} names the prompt {name!r} as its default, but its prompts are {', '.join(map(repr, prompts)) or 'none'}: "
+            "set config.text.prompt to the text that is to stand before every row"
+        )
+    return str(prompts[name])
+
+
+def _dense(path: str, config: Any, place: str) -> Layer:
+    config = config or {}
+    activation = str(config.get("activation_function", "Tanh")).rsplit(".", 1)[-1]
+    sizes = [config.get(key) for key in ("in_features", "out_features")]
+    elsewhere = [config.get(f"module_{end}_name") not in (None, "sentence_embedding") for end in ("input", "output")]
+    elsewhere.append(bool(config.get("use_residual")))
+    if activation not in ACTIVATIONS or not all(type(size) is int for size in sizes) or any(elsewhere):
+        raise FeatureError(
+            f"{place} has a layer 'Dense' in {path or 'no folder'} whose settings are not supported ({dict(config)}): {_ADVICE}"
+        )
+    return Layer("Dense", path, config)
 
 
 def _pooling(config: Mapping[str, Any], place: str) -> str:

@@ -2,20 +2,21 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.nn import functional
 
 from dq_lightning.config import Precision, TextConfig
 from dq_lightning.describe import digest_text
 from dq_lightning.errors import DQError, FeatureError
 from dq_lightning.features.encoders import resolve_device, resolve_precision
-from dq_lightning.features.text_card import CARD_FILES, Card, read_card
+from dq_lightning.features.text_card import MODULES, Card, Layer, read_card
 from dq_lightning.records import DigestMemory
 from dq_lightning.weights import find_commit
 
@@ -27,6 +28,8 @@ INSTEAD = (
     'pass the folder of a transformers model (config.json, tokenizer, weights), "openai:MODEL", or ready-made embeddings '
     "(an array or a .npy file) as encoder"
 )
+# what transformers calls learned embeddings of absolute positions
+POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
 # longest text of a model that names no limit itself
 DEFAULT_LENGTH = 512
 
@@ -47,20 +50,20 @@ class TextFolderOrigin:
         files = sorted(file for file in self.path.iterdir() if file.suffix in FOLDER_SUFFIXES)
         if any(file.suffix == ".safetensors" for file in files):  # then transformers does not read the others
             files = [file for file in files if file.suffix != ".bin"]
-        files += [file for file in sorted(self.path.glob("*/config.json")) if file.is_file()]
+        files += [file for place in _module_folders(self.path) for file in sorted(place.iterdir()) if file.is_file()]
         names = [file.relative_to(self.path).as_posix() for file in files]
         digests = memory.files([str(file) for file in files])
-        return digest_text("text_folder", *names, *digests, *_relevant(self.settings))
+        return digest_text("text_folder 2", *names, *digests, *_relevant(self.settings))
 
     def resolve(self, memory: DigestMemory) -> Self:
         return self
 
     def load(self, device: str, precision: Precision) -> "TokenEncoder":
-        def read(name: str) -> Any:
+        def locate(name: str) -> Path | None:
             file = self.path / name
-            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+            return file if file.is_file() else None
 
-        return _load(str(self.path), None, read, self.settings, device, precision)
+        return _load(str(self.path), None, locate, self.settings, device, precision)
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class TextHubOrigin:
 
     def identity(self, memory: DigestMemory) -> str | None:
         commit = self.commit or memory.recall(f"hub:{self.name}")
-        return None if commit is None else digest_text("text_hub", self.name, commit, *_relevant(self.settings))
+        return None if commit is None else digest_text("text_hub 2", self.name, commit, *_relevant(self.settings))
 
     def resolve(self, memory: DigestMemory) -> Self:
         commit = self.commit or memory.recall(f"hub:{self.name}") or self._find_commit()
@@ -90,7 +93,7 @@ class TextHubOrigin:
         repository = self.name.partition("@")[0]
         commit = self.commit or self._find_commit()
         return _load(
-            repository, commit, lambda name: self._read(repository, commit, name), self.settings, device, precision
+            repository, commit, lambda name: self._locate(repository, commit, name), self.settings, device, precision
         )
 
     def _find_commit(self) -> str:
@@ -100,21 +103,23 @@ class TextHubOrigin:
         except DQError as error:
             raise FeatureError(f"encoder {self.name!r} needs {error}, or {INSTEAD}") from error
 
-    def _read(self, repository: str, commit: str, name: str) -> Any:
-        from huggingface_hub import hf_hub_download
+    def _locate(self, repository: str, commit: str, name: str) -> Path | None:
+        from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+        # the hub has said before that there is no such file
+        if try_to_load_from_cache(repository, name, revision=commit) is _CACHED_NO_EXIST:
+            return None
         try:
-            file = hf_hub_download(repository, name, revision=commit)
+            return Path(hf_hub_download(repository, name, revision=commit))
         except EntryNotFoundError as error:
             # not reachable is not the same as not there
             if not isinstance(error, LocalEntryNotFoundError):
                 return None
             raise FeatureError(
-                f"{name} of {repository}, which says how its tokens are pooled, is not in the local Hugging Face cache and "
-                "cannot be downloaded: connect once, or set config.text.pooling and config.text.max_length"
+                f"{name} of {repository}, which says how it wants to be used, is not in the local Hugging Face cache and "
+                "cannot be downloaded: connect once, or set config.text.pooling, config.text.max_length and config.text.prompt"
             ) from error
-        return json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 def text_origin(name: str, settings: TextConfig) -> TextFolderOrigin | TextHubOrigin:
@@ -134,22 +139,40 @@ def text_origin(name: str, settings: TextConfig) -> TextFolderOrigin | TextHubOr
 
 
 def _relevant(settings: TextConfig) -> tuple[Any, ...]:
-    return settings.pooling, settings.normalize, settings.max_length
+    return settings.pooling, settings.normalize, settings.max_length, repr(settings.prompt)
+
+
+def _module_folders(place: Path) -> list[Path]:
+    """The subfolders that `modules.json` names."""
+    try:
+        modules = json.loads((place / MODULES).read_text(encoding="utf-8"))
+        folders = {place / module["path"] for module in modules if module["path"]}
+    except (OSError, ValueError, KeyError, TypeError):  # told when the model is loaded
+        return []
+    return sorted(folder for folder in folders if folder.is_dir())
 
 
 def _load(
     place: str,
     commit: str | None,
-    read: Callable[[str], Any],
+    locate: Callable[[str], Path | None],
     settings: TextConfig,
     device: str,
     precision: Precision,
 ) -> "TokenEncoder":
     from transformers import AutoModel, AutoTokenizer
 
-    known = settings.pooling != "auto" and settings.max_length is not None
-    card = Card() if known else read_card({name: read(name) for name in CARD_FILES}, read, place)
+    def read(name: str) -> Any:
+        file = locate(name)
+        try:
+            return None if file is None else json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise FeatureError(f"{file} is no valid JSON ({error}): download the model again") from error
+
+    known = settings.pooling != "auto" and None not in (settings.max_length, settings.prompt)
+    card = Card() if known else read_card(read, place, whole=settings.pooling == "auto")
     pinned: dict[str, Any] = {"revision": commit} if commit is not None else {"local_files_only": True}
+    pinned["trust_remote_code"] = False
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **pinned)
         module, report = AutoModel.from_pretrained(
@@ -157,12 +180,60 @@ def _load(
         )
     except Exception as error:
         raise FeatureError(f"transformers cannot load {place}: {type(error).__name__}: {error}; {INSTEAD}") from error
-    # a pooler that the files lack is not used; anything else would be random
-    missing = [name for name in report["missing_keys"] if "pooler" not in name]
+    # a pooler that the files lack is not used, nor is a decoder; anything else would be random
+    unused = ("decoder.", "lm_head.") if module.config.is_encoder_decoder else ()
+    missing = [name for name in report["missing_keys"] if "pooler" not in name and not name.startswith(unused)]
     if missing:
         raise FeatureError(f"the weights in {place} lack {len(missing)} parameters, first {missing[0]}: {INSTEAD}")
     pooling = settings.pooling if settings.pooling != "auto" else card.pooling or "mean"
-    return TokenEncoder(module, tokenizer, pooling, settings, card, resolve_device(device), precision)
+    prompted = bool(card.prompt if settings.prompt is None else settings.prompt)
+    if prompted and pooling == "cls" and not card.pools_prompt:
+        raise FeatureError(
+            f"{place} takes the first token and does not pool its prompt: releases of sentence-transformers disagree on which "
+            'token that is. Set config.text.pooling="cls" for the very first one, or config.text.prompt="" for no prompt'
+        )
+    heads = [_head(layer, locate, place) for layer in card.layers]
+    _check_heads(heads, getattr(module.config, "hidden_size", None), place)
+    return TokenEncoder(module, tokenizer, pooling, settings, card, heads, resolve_device(device), precision)
+
+
+def _head(layer: Layer, locate: Callable[[str], Path | None], place: str) -> nn.Module:
+    """A module behind the pooling, with its weights, float32 [B, D] to [B, E].
+
+    Raises:
+        FeatureError: its weights are missing or do not fit.
+    """
+    if layer.kind == "Normalize" or layer.config is None:
+        return _Normalize()
+    file = next((found for name in WEIGHT_FILES if (found := locate(f"{layer.path}/{name}")) is not None), None)
+    bias = bool(layer.config.get("bias", True))
+    linear = nn.utils.skip_init(nn.Linear, layer.config["in_features"], layer.config["out_features"], bias)
+    try:
+        if file is None:
+            raise FileNotFoundError(f"there is no {' or '.join(WEIGHT_FILES)} in {layer.path}")
+        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+        linear.load_state_dict({name.removeprefix("linear."): value.float() for name, value in state.items()})
+    except Exception as error:
+        raise FeatureError(
+            f"the dense layer in {place} cannot be loaded ({type(error).__name__}: {error}): {INSTEAD}"
+        ) from error
+    activation = str(layer.config.get("activation_function", "Tanh")).rsplit(".", 1)[-1]
+    return nn.Sequential(linear, getattr(nn, activation)())
+
+
+def _check_heads(heads: Sequence[nn.Module], width: int | None, place: str) -> None:
+    try:
+        if width is not None:
+            nn.Sequential(*heads)(torch.zeros(1, width))
+    except RuntimeError as error:
+        raise FeatureError(
+            f"the dense layers in {place} do not fit its network, which gives {width} numbers ({error}): {INSTEAD}"
+        ) from error
+
+
+class _Normalize(nn.Module):
+    def forward(self, features: Tensor) -> Tensor:
+        return functional.normalize(features, dim=1)
 
 
 class TokenEncoder:
@@ -172,8 +243,9 @@ class TokenEncoder:
         module: gives `last_hidden_state` [B, T, D]; of an encoder-decoder only the encoder is used.
         tokenizer: of the model.
         pooling: `"mean"`, `"cls"`, `"max"` or `"last"`.
-        settings: length and normalisation.
+        settings: length, prompt and normalisation.
         card: what the model's files say.
+        heads: modules behind the pooling, float32.
         device: where to run.
         precision: of the network; pooling is float32.
     """
@@ -187,20 +259,28 @@ class TokenEncoder:
         pooling: str,
         settings: TextConfig,
         card: Card,
+        heads: Sequence[nn.Module],
         device: torch.device,
         precision: Precision,
     ) -> None:
         self._tokenizer, self._pooling, self._normalize = tokenizer, pooling, settings.normalize
-        self._device = device
+        self._device, self._card = device, card
+        self._prompt = card.prompt if settings.prompt is None else settings.prompt
+        # whether the rows come out with length one is for the settings to say
+        heads = heads[:-1] if heads and isinstance(heads[-1], _Normalize) else heads
+        self._heads = nn.Sequential(*heads).to(device).eval().requires_grad_(False)
         if module.config.is_encoder_decoder:
             module = module.get_encoder()
         self._module = module.to(device, resolve_precision(precision, device)).eval().requires_grad_(False)
         self._filler = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-        most = _longest(tokenizer, module.config)
+        most = _longest(tokenizer, module)
+        self._unpooled = 0 if card.pools_prompt else self._prompt_tokens()
         self.max_length = min(settings.max_length or card.max_length or most or DEFAULT_LENGTH, most or 2**31)
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Token ids of texts, cut at `max_length`; a text without any token is one filler."""
+        texts = [self._prompt + text for text in texts]
+        texts = [text.lower() for text in texts] if self._card.lowers else texts
         made = self._tokenizer(
             texts, truncation=True, max_length=self.max_length, padding=False, return_attention_mask=False
         )
@@ -212,8 +292,17 @@ class TokenEncoder:
         mask = tokens >= 0
         with torch.no_grad():
             output = self._module(input_ids=torch.where(mask, tokens, self._filler), attention_mask=mask.long())
-            features = pool_tokens(output.last_hidden_state, mask, self._pooling)
+            if self._unpooled and self._pooling in ("mean", "max"):
+                pooled = mask.clone()
+                pooled[:, : self._unpooled] = False
+                mask = torch.where(pooled.any(dim=1, keepdim=True), pooled, mask)
+            features = self._heads(pool_tokens(output.last_hidden_state, mask, self._pooling))
         return functional.normalize(features, dim=1) if self._normalize else features
+
+    def _prompt_tokens(self) -> int:
+        """Tokens of the prompt, with those that begin a text."""
+        ids = self._tokenizer(self._prompt)["input_ids"] if self._prompt else []
+        return len(ids) - (1 if ids and ids[-1] in self._tokenizer.all_special_ids else 0)
 
 
 def pool_tokens(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
@@ -221,7 +310,7 @@ def pool_tokens(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
 
     Args:
         states: of the last layer.
-        mask: bool [B, T], True for tokens; every row begins with one.
+        mask: bool [B, T], True for tokens; every row begins with one, but for the mean and the maximum.
         pooling: `"mean"` over the tokens, their `"max"`, the first (`"cls"`) or the `"last"`.
     """
     if pooling == "cls":
@@ -237,8 +326,12 @@ def pool_tokens(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
     return (states.float() * weights[..., None]).sum(dim=1)
 
 
-def _longest(tokenizer: Any, config: Any) -> int | None:
+def _longest(tokenizer: Any, module: Any) -> int | None:
     """Tokens that the model can read; None when it names no limit."""
-    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    limits = [tokenizer.model_max_length, getattr(module.config, "max_position_embeddings", None)]
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
+            # RoBERTa and its kin count positions from behind the index of the padding: of 514 rows, 512 are used
+            limits.append(part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1))
     known = [int(limit) for limit in limits if limit is not None and 0 < limit < 10**9]
     return min(known) if known else None

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dq_lightning.errors import FeatureError
 from dq_lightning.features.encoders import TextEncoder
 from dq_lightning.features.loading import stretches
 from dq_lightning.threads import torch_threads
@@ -64,7 +65,7 @@ def iterate_text_batches(
         first, last = int(window[0]), int(window[-1])
         # a source may read consecutive texts at once
         whole = last - first + 1 == len(window)
-        return encoder.tokenize(source.texts(range(first, last + 1) if whole else window.tolist()))
+        return encoder.tokenize(read_texts(source, range(first, last + 1) if whole else window.tolist()))
 
     with torch_threads(1, "tokenize") as pool:
         ahead = deque(pool.submit(tokenized, window) for window in windows[:1])
@@ -81,6 +82,23 @@ def iterate_text_batches(
             len(positions),
             encoder.max_length,
         )
+
+
+def read_texts(source: TextSource, positions: Sequence[int]) -> list[str]:
+    """Texts of some samples, all of which have bytes; the sources of this package tell of others with row and column.
+
+    Raises:
+        FeatureError: a text holds half of a character (a lone surrogate).
+    """
+    texts = source.texts(positions)
+    for position, text in zip(positions, texts, strict=True):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise FeatureError(
+                f"the text of sample {position} holds half of a character ({error}); repair it or leave it out"
+            ) from error
+    return texts
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:

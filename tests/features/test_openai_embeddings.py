@@ -43,6 +43,7 @@ class Server(ThreadingHTTPServer):
         self.requests, self.times, self.paid, self.running, self.most_running = [], [], [], 0, 0
         self.trouble = lambda number: None
         self.delay = 0.0
+        self.index, self.most_inputs, self.only_floats = "right", 10_000, None
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -108,6 +109,10 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(status, {"error": {"message": f"status {status} for {KEY}", "type": "t"}}, headers)
         elif any(not text for text in body["input"]) or any(len(text.encode()) > 20_000 for text in body["input"]):
             self.reply(400, {"error": {"message": "maximum context length"}}, {})
+        elif len(body["input"]) > self.server.most_inputs:
+            self.reply(422, {"error": {"message": "batch size is too large"}}, {})
+        elif self.server.only_floats and body.get("encoding_format") == "base64":
+            self.reply(self.server.only_floats, {"error": {"message": "not valid"}}, {})
         else:
             with self.server.lock:
                 self.server.paid += body["input"]
@@ -116,6 +121,10 @@ class Handler(BaseHTTPRequestHandler):
             encoded = body.get("encoding_format") == "base64"
             shown = [base64.b64encode(row.tobytes()).decode() if encoded else row.tolist() for row in rows]
             data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(shown)]
+            for row in data if self.server.index != "right" else ():
+                row.update({"index": 0})
+                if self.server.index == "missing":
+                    del row["index"]
             usage = {"prompt_tokens": 1, "total_tokens": 1}
             # the order of the answer is not promised
             self.reply(200, {"object": "list", "data": data[::-1], "model": body["model"], "usage": usage}, {})
@@ -268,6 +277,80 @@ def test_long_texts_are_cut_when_the_server_refuses_them(server, caplog):
     made = embed(["short", long])
     assert torch.equal(made, wanted(["short", long.encode()[:8191].decode(errors="ignore")]))
     assert "cut" in caplog.text
+
+
+def test_a_long_text_is_cut_only_where_it_is_refused_itself(server):
+    fits, long = "c" * 15_000, "äb" * 20_000
+    texts = ["short", fits, long, fits + "d"]
+    cut = long.encode()[:8191].decode(errors="ignore")
+    assert torch.equal(embed(texts), wanted(["short", fits, cut, fits + "d"]))
+    # so the vector of a text is the same beside any others
+    assert torch.equal(embed([fits, "short"]), wanted([fits, "short"]))
+
+
+@pytest.mark.parametrize("index", ["zero", "missing"])
+def test_embeddings_without_numbers_are_asked_for_one_by_one(server, index, caplog):
+    server.index = index
+    # the server answers in the reverse order
+    assert torch.equal(embed(), wanted())
+    assert "which embedding belongs to which text" in caplog.text
+
+
+def test_a_server_that_takes_fewer_texts(server):
+    server.most_inputs = 3
+    texts = [f"text {i}" for i in range(200)]
+    assert torch.equal(embed(texts, batch_size=100, threads=1), wanted(texts))
+    # the limit is found once: 100, 50, 25, 13, 7, 4 are too many
+    assert sum(len(body["input"]) > 3 for _, _, body in server.requests) <= 6
+    assert len(server.paid) == 200
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_server_that_has_no_base64(server, status):
+    server.only_floats = status
+    texts = [f"text {i}" for i in range(80)]
+    assert torch.allclose(embed(texts, batch_size=8, threads=1), wanted(texts))
+    # found out with the first request; the others are not made smaller
+    assert [len(body["input"]) for _, _, body in server.requests[-9:]] == [8] * 9
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 413, 422])
+def test_what_is_refused_for_good_is_not_told_as_trouble_that_passes(server, status):
+    server.trouble = lambda number: ("status", (status, {}))
+    with pytest.raises(FeatureError, match="refuses") as caught:
+        embed(threads=1)
+    assert "later" not in str(caught.value)
+    assert KEY not in str(caught.value)
+    assert len(server.requests) <= 8
+
+
+@pytest.mark.parametrize("answer", [{"data": []}, {"error": "no"}, {"data": [{"index": 0}]}, []])
+def test_an_answer_that_holds_no_embeddings(server, answer, monkeypatch):
+    monkeypatch.setattr(Handler, "answer", lambda self, body, trouble: self.reply(200, answer, {}))
+    with pytest.raises(FeatureError, match="answered"):
+        embed(threads=1)
+
+
+def test_an_interruption_does_not_wait_for_slow_servers(server, monkeypatch, tmp_path):
+    monkeypatch.setattr(openai_embeddings, "GRACE_SECONDS", 0.5)
+    server.trouble = lambda number: ("stall", 30) if number % 2 else None
+    spec = choose_encoder(NAME, modality="text").load("cpu")
+    rows = spec.rows(Texts(TEXTS), 4, 2, PaidFolder(tmp_path))
+    next(rows)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        rows.throw(KeyboardInterrupt)
+    assert time.monotonic() - started < 5
+    # nothing new is asked for, and what had arrived is kept
+    count = len(server.requests)
+    time.sleep(0.3)
+    assert len(server.requests) == count
+    assert len(list(tmp_path.rglob("*.rows"))) >= 1
+
+
+def test_half_a_character_names_the_sample(server):
+    with pytest.raises(FeatureError, match=r"sample 1 holds half of a character"):
+        embed(["a", "b\ud83d"])
 
 
 def test_the_key_is_in_no_message_and_no_file(server, tmp_path, caplog, capsys):

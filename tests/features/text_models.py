@@ -3,6 +3,7 @@
 import json
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -31,19 +32,36 @@ def make_model(seed=0):
         return BertModel(config).eval()
 
 
-def save_model(folder, seed=0, pooling=None, max_length=None, modules=()):
+def save_model(folder, seed=0, pooling=None, max_length=None, modules=(), prompts=None, **network):
     model = make_model(seed)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     if pooling is not None:
         kinds = ["Transformer", "Pooling", *modules]
-        listed = [{"idx": i, "path": f"{i}_{k}" if i else "", "type": f"s.models.{k}"} for i, k in enumerate(kinds)]
+        listed = [
+            {"idx": i, "name": str(i), "path": f"{i}_{k}" if i else "", "type": f"sentence_transformers.models.{k}"}
+            for i, k in enumerate(kinds)
+        ]
         (folder / "modules.json").write_text(json.dumps(listed))
         (folder / "1_Pooling").mkdir(exist_ok=True)
         (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    if max_length is not None:
-        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": max_length}))
+    if max_length is not None or network:
+        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": max_length} | network))
+    if prompts is not None:
+        (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
     return model
+
+
+def save_dense(folder, seed=3, width=16, out=6, activation="torch.nn.modules.activation.Tanh", **settings):
+    """Files of a dense layer; returns its weight and bias."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        weight, bias = torch.randn(out, width), torch.randn(out)
+    folder.mkdir(exist_ok=True)
+    config = {"in_features": width, "out_features": out, "bias": True, "activation_function": activation}
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    save_file({"linear.weight": weight, "linear.bias": bias}, folder / "model.safetensors")
+    return weight, bias
 
 
 class Texts:
