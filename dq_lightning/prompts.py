@@ -240,6 +240,10 @@ class Template:
         """The messages up to the last one of the assistant."""
         column = self.columns[0]
         seen = row.get(column)
+        if isinstance(seen, Mapping) and len({len(cells) for cells in seen.values() if isinstance(cells, list)}) == 1:
+            # a Sequence of dicts comes out of a Hugging Face dataset as a dict of lists
+            fields = {key: cells for key, cells in seen.items() if isinstance(cells, list)}
+            seen = [dict(zip(fields, cells, strict=True)) for cells in zip(*fields.values(), strict=True)]
         if not isinstance(seen, Sequence) or isinstance(seen, str | bytes):
             raise SourceError(
                 f"{_place(index)}, column {column!r}: expected a list of messages {{role, content}} or {{from, value}}, got "

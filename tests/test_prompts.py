@@ -175,6 +175,8 @@ def test_sharegpt_is_the_same_conversation_under_other_names():
     assert template.messages(shared | {"system": "Other"}) == template.messages(shared)
     # other conversations with role and content may stand in the same column
     assert template.messages({"conversations": PLAIN}) == PLAIN
+    as_lists = {"from": [speaker for speaker, _ in SHAREGPT], "value": [said for _, said in SHAREGPT]}
+    assert template.messages({"conversations": as_lists}) == PLAIN
     with pytest.raises(SourceError, match="row 2, column 'conversations', message 0: its 'value' must be text"):
         template.messages({"conversations": [{"from": "human", "value": 3}]}, 2)
     with pytest.raises(SourceError, match="the roles are 'user', 'alien'"):
