@@ -261,9 +261,13 @@ class OpenAIRows:
         try:
             answer = self._client.embeddings.create(model=model, input=texts, **options)
             data = list(answer.data or ())
-            order = [getattr(row, "index", None) for row in data]
+            order: list[Any] = [getattr(row, "index", None) for row in data]
             widths = {len(row.embedding or ()) for row in data}
-            rows = np.array([row.embedding for row in data], dtype=np.float32) if len(widths) == 1 else np.empty((0, 0))
+            rows = (
+                np.array([row.embedding for row in data], dtype=np.float32)
+                if len(widths) == 1
+                else np.empty((0, 0), np.float32)
+            )
         except (ValueError, TypeError, AttributeError) as error:
             raise FeatureError(
                 f"{model} answered with something else than embeddings ({error}): look at {SERVER}"

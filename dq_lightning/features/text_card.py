@@ -78,7 +78,7 @@ def read_card(read: Callable[[str], Any], place: str, *, whole: bool = True) -> 
     modules = read(MODULES)
     if not modules:
         return Card()
-    network = next((found for name in LENGTHS if (found := read(name)) is not None), {})
+    network: Mapping[str, Any] = next((found for name in LENGTHS if (found := read(name)) is not None), {})
     prompts = read(PROMPTS) or {}
     length = network.get("max_seq_length")
     pooling, pools_prompt, layers = None, True, []

@@ -207,7 +207,7 @@ def _head(layer: Layer, locate: Callable[[str], Path | None], place: str) -> nn.
         return _Normalize()
     file = next((found for name in WEIGHT_FILES if (found := locate(f"{layer.path}/{name}")) is not None), None)
     bias = bool(layer.config.get("bias", True))
-    linear = nn.utils.skip_init(nn.Linear, layer.config["in_features"], layer.config["out_features"], bias)
+    linear = nn.utils.skip_init(nn.Linear, layer.config["in_features"], layer.config["out_features"], bias)  # type: ignore[no-untyped-call]
     try:
         if file is None:
             raise FileNotFoundError(f"there is no {' or '.join(WEIGHT_FILES)} in {layer.path}")
