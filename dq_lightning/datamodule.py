@@ -38,7 +38,7 @@ from dq_lightning.loading.preparation import Preparation
 from dq_lightning.loading.steps import report_steps
 from dq_lightning.loading.store_train_set import StoreFolder, make_train_set
 from dq_lightning.loading.trainer_facts import TrainerFacts
-from dq_lightning.loading.wanted import want
+from dq_lightning.loading.wanted import in_one_process, want
 from dq_lightning.logs import get_logger
 from dq_lightning.patch_config import Reconstruct
 from dq_lightning.records import Bins, Selection, StoreInfo
@@ -97,7 +97,9 @@ class QuantizedHooks(Base):
         batch_size: samples per batch and process; 32 when None. Of a wrapped data module this and the next settings of
             loaders are those of its own train loader when None.
         eval_batch_size: of the val, test and predict loaders; None is `batch_size`.
-        num_workers: loader processes; `"auto"`, also when None, leaves one core to each training process.
+        num_workers: loader processes; `"auto"`, also when None, leaves one core to each training process, and starts none for
+            a dataset that holds open files. 0 also keeps features and saliency in one process, unless
+            `config.features.num_workers` says more.
         pin_memory: `"auto"`, also when None, pins when batches go to a GPU.
         persistent_workers: `"auto"`, also when None, keeps workers unless loaders are reloaded every few epochs.
         drop_last: leave out the last, smaller batch of an epoch; False when None.
@@ -170,6 +172,8 @@ class QuantizedHooks(Base):
             reconstructor=reconstructor,
             on_error=on_error,
         )
+        if num_workers == 0:
+            wanted = in_one_process(wanted)
         self.config = wanted.config
         selected, seed = wanted.config.selection, wanted.seed
         # what holds, wherever it was set. Plain and small only: a dataset here would be copied into every checkpoint

@@ -14,10 +14,12 @@ from torch import Tensor
 from dq_lightning.errors import PatchError
 from dq_lightning.features.encoders import resolve_device
 from dq_lightning.features.isolation import isolated, release_memory
+from dq_lightning.handles import FORK, loader_processes
 from dq_lightning.loading.loaders import automatic_workers
 from dq_lightning.patch_plan import PatchPlan
 from dq_lightning.patch_records import PatchedImage
 from dq_lightning.patches.choose import choose_patches, kept_count, make_choice, spread_budget
+from dq_lightning.patches.saliency import ClassifierScorer
 from dq_lightning.patches.score import score_images, split_scores
 from dq_lightning.plan import Plan
 from dq_lightning.records import PatchChoice, Selection
@@ -39,18 +41,20 @@ def score_selection(
     patches = patches_of(plan)
     target = resolve_device(device)
     labels = plan.labels if patches.classifier is not None else None
+    asked = plan.config.features.num_workers != "auto"
+    source, workers = loader_processes(plan.source, _num_workers(plan, len(selection)), asked=asked, context=FORK)
     try:
         with isolated():
             scorer = patches.load_scorer(str(target), labels.num_classes if labels is not None else None)
             scored = score_images(
-                plan.source,
+                source,
                 selection.index,
                 scorer,
                 patches.patch_size,
                 labels=labels.values[selection.index] if labels is not None else None,
                 device=target,
                 batch_size=patches.config.batch_size,
-                num_workers=_num_workers(plan, len(selection)),
+                num_workers=workers,
                 progress=progress,
                 shards=shards,
             )
@@ -58,6 +62,29 @@ def score_selection(
     finally:
         release_memory()
     return scored
+
+
+def check_saliency(plan: Plan, *, device: str) -> None:
+    """Tell before the hours of work that the classifier cannot score patches: two images of noise are tried.
+
+    Raises:
+        PatchError: its target layer cannot be found, or it fails.
+        FeatureError: its weights cannot be found.
+    """
+    patches = patches_of(plan)
+    if patches.classifier is None:
+        return
+    target, labels = resolve_device(device), plan.labels
+    try:
+        with isolated():
+            scorer = patches.load_scorer(str(target), labels.num_classes if labels is not None else None)
+            if isinstance(scorer, ClassifierScorer):
+                noise = torch.randint(0, 256, (2, 3, *patches.image_size), generator=torch.Generator().manual_seed(0))
+                classes = None if labels is None else torch.zeros(2, dtype=torch.int64, device=target)
+                scorer.check(noise.to(target, torch.uint8), classes)
+            del scorer
+    finally:
+        release_memory()
 
 
 def choose(plan: Plan, selection: Selection, scores: Tensor, sizes: Tensor) -> PatchChoice:

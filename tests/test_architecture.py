@@ -27,6 +27,7 @@ BASE = (
     "tensor_bytes",
     "describe_network",
     "resuming",
+    "handles",
 )
 # file or folder (relative to the package) -> modules of heavy libraries that only it may import
 DOORS = {

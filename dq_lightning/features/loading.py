@@ -4,7 +4,6 @@ import logging
 import multiprocessing
 import os
 import pickle
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dq_lightning.errors import DQError, FeatureError
 from dq_lightning.features.preprocessing import Preprocessing
+from dq_lightning.handles import FORK, loader_processes, with_dataset
 
 logger = logging.getLogger("dq_lightning")
 # starting and stopping loader processes costs about this much, so less work is not worth it
@@ -154,15 +154,18 @@ def iterate_batches(
 ) -> Iterator[ImageBatch]:
     """All batches in order; pinned for a GPU, and prepared ahead in processes where that pays off.
 
-    Where processes cannot be started because the dataset cannot be pickled (systems without fork), a message says so and
-    the batches are prepared in this process.
+    A dataset that processes cannot share, or that cannot be sent to them (systems without fork), is read in this process,
+    and a message says so.
     """
     workers = choose_num_workers(batches, device) if num_workers == "auto" else num_workers
+    source, workers = loader_processes(
+        batches.source, workers, asked=num_workers != "auto", context=FORK, also=batches.preprocess
+    )
+    batches = with_dataset(batches, "source", source)
     options: dict[str, Any] = {}
     if workers > 0:
         # Python 3.14 no longer forks by default, but datasets with local classes and lambdas need it
-        method = "fork" if sys.platform.startswith("linux") else None
-        options = {"multiprocessing_context": multiprocessing.get_context(method), "prefetch_factor": 4}
+        options = {"multiprocessing_context": multiprocessing.get_context(FORK), "prefetch_factor": 4}
     loader = DataLoader(
         batches,
         batch_size=None,

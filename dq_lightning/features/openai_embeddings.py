@@ -143,7 +143,8 @@ class OpenAIRows:
         self._check_one(widths)
         sizes = [len(texts[places[key][0]].encode()) for key in waiting]
         batches = [[waiting[i] for i in batch] for batch in split(sizes, min(batch_size, MOST_INPUTS))]
-        threads = REQUESTS_AT_ONCE if num_workers == "auto" else max(1, num_workers)
+        # 0 says that the dataset is read in this process, which it is
+        threads = REQUESTS_AT_ONCE if num_workers == "auto" or num_workers < 1 else num_workers
 
         lock = threading.Lock()
 

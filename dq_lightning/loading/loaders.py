@@ -25,6 +25,7 @@ from torch.utils.data import (
 )
 
 from dq_lightning.errors import ConfigError
+from dq_lightning.handles import loader_processes
 from dq_lightning.loading.trainer_facts import TrainerFacts
 from dq_lightning.sources.hub import hub_kind
 
@@ -105,11 +106,16 @@ def make_loader(dataset: Any, settings: LoaderSettings, facts: TrainerFacts, see
         settings: how to load it.
         facts: of the run, which resolve what is `"auto"`.
         seed: of a sampler that draws, so that all ranks draw alike; loaders made anew in a later epoch draw anew.
+
+    Where `num_workers` is `"auto"`, a dataset that processes cannot share is read in this one.
     """
     workers = automatic_workers(facts.processes_on_node) if settings.num_workers == "auto" else settings.num_workers
     pin = facts.on_cuda if settings.pin_memory == "auto" else settings.pin_memory
     persist = not facts.reloads if settings.persistent_workers == "auto" else settings.persistent_workers
     sampler = make_sampler(dataset, settings, seed + facts.epoch)
+    context = worker_context(settings.multiprocessing_context, workers)
+    asked = settings.num_workers != "auto"
+    dataset, workers = loader_processes(dataset, workers, asked=asked, context=context, also=settings.collate_fn)
     return DataLoader(
         dataset,
         batch_size=settings.batch_size,
@@ -122,7 +128,7 @@ def make_loader(dataset: Any, settings: LoaderSettings, facts: TrainerFacts, see
         collate_fn=settings.collate_fn,
         worker_init_fn=settings.worker_init_fn,
         prefetch_factor=settings.prefetch_factor if workers > 0 else None,
-        multiprocessing_context=worker_context(settings.multiprocessing_context, workers),
+        multiprocessing_context=context if workers > 0 else None,
         timeout=settings.timeout if workers > 0 else 0,
         generator=settings.generator,
     )

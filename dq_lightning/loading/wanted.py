@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dq_lightning.config import AnyConfig, OnError, QuantizeConfig, StoreKind, with_short_forms
+from dq_lightning.config import AnyConfig, OnError, QuantizeConfig, StoreKind, replace_fields, with_short_forms
 from dq_lightning.errors import ConfigError
 from dq_lightning.plan import Plan, make_plan
 from dq_lightning.selection.given import Indices, check_alone, read_indices
@@ -115,6 +115,13 @@ def want(
         classifier=None if isinstance(classifier, str | Path) else classifier,
         reconstructor=None if isinstance(reconstructor, str | Path) else reconstructor,
     )
+
+
+def in_one_process(wanted: Wanted) -> Wanted:
+    """The same wishes with the dataset read in one process for features and saliency, unless a number was set for these."""
+    if wanted.config.features.num_workers != "auto":
+        return wanted
+    return replace(wanted, config=replace_fields(wanted.config, {"features.num_workers": 0}))
 
 
 def without_transform(wanted: Wanted) -> Wanted:

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dq_lightning.errors import DQError, PatchError
+from dq_lightning.handles import FORK
 from dq_lightning.patch_records import Grid
 from dq_lightning.patches.saliency import PatchScorer
 from dq_lightning.progress import progress_bar
@@ -160,8 +160,7 @@ def split_scores(scores: Tensor, sizes: Tensor, patch_size: int) -> list[Tensor]
 
 
 def _read_all(images: _Images, num_workers: int) -> Iterator[_Read]:
-    # datasets with local classes and lambdas cannot be pickled for another start method
-    context: Any = "fork" if num_workers and sys.platform.startswith("linux") else None
+    context: Any = FORK if num_workers else None
     yield from DataLoader(
         images,
         batch_size=None,

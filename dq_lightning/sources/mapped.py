@@ -1,6 +1,7 @@
 """Map-style datasets of torch and torchvision: the transforms are attributes; any class with __getitem__ and __len__ fits."""
 
-from typing import Any
+import copy
+from typing import Any, Self
 
 import numpy as np
 from torch import Tensor
@@ -11,7 +12,14 @@ from dq_lightning.sources.base import Finisher
 from dq_lightning.sources.finish import TransformFinisher
 from dq_lightning.sources.items import digest_of, plain_parts
 from dq_lightning.sources.reading import ItemSource
-from dq_lightning.sources.strip import KEEP, own_transforms, with_transforms, without_transforms
+from dq_lightning.sources.strip import (
+    KEEP,
+    copy_of_attributes,
+    own_transforms,
+    with_attributes,
+    with_transforms,
+    without_transforms,
+)
 from dq_lightning.sources.targets import Targets, as_targets
 from dq_lightning.sources.traced import TRACED_SAMPLES, InTurn, Trace, explain, same, trace
 
@@ -38,6 +46,7 @@ class MapSource(ItemSource):
         target_transform: Any = KEEP,
     ) -> None:
         super().__init__(dataset, image_column, label_column)
+        self._before = copy_of_attributes(dataset)
         self.plain_dataset = without_transforms(dataset)
         self.dataset = with_transforms(dataset, self.plain_dataset, transform, target_transform, self._leaf_finisher)
         self._name = type(dataset).__name__
@@ -47,6 +56,14 @@ class MapSource(ItemSource):
 
     def read_plain(self, index: int) -> Any:
         return self.plain_dataset[index]
+
+    def unread(self) -> Self:
+        if self._before is None:
+            return self
+        fresh = copy.copy(self)
+        fresh.given = fresh.dataset = self._before
+        fresh.plain_dataset = with_attributes(self._before, own_transforms(self.plain_dataset))
+        return fresh
 
     # transforms
 

@@ -1,6 +1,7 @@
 """Parts and sums of other datasets: torch's Subset and ConcatDataset."""
 
-from typing import Any
+import copy
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -33,6 +34,12 @@ class SubsetSource(ItemSource):
 
     def describe(self) -> str:
         return f"{len(self):,} samples of {self.inner.describe()}"
+
+    def unread(self) -> Self:
+        fresh = copy.copy(self)
+        fresh.inner = self.inner.unread()
+        fresh.given = fresh.dataset = Subset(fresh.inner.dataset, self.positions)
+        return fresh
 
     def read_plain(self, index: int) -> Any:
         return self.inner.read_plain(self.positions[index])
@@ -93,6 +100,12 @@ class ConcatSource(ItemSource):
 
     def describe(self) -> str:
         return f"{len(self):,} samples of " + " + ".join(part.describe() for part in self.parts)
+
+    def unread(self) -> Self:
+        fresh = copy.copy(self)
+        fresh.parts = [part.unread() for part in self.parts]
+        fresh.given = fresh.dataset = ConcatDataset([part.dataset for part in fresh.parts])
+        return fresh
 
     def _place(self, index: int) -> tuple[ItemSource, int]:
         part = int(np.searchsorted(self._ends, index, side="right"))

@@ -4,7 +4,7 @@ import contextlib
 import logging
 from abc import abstractmethod
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
@@ -102,6 +102,10 @@ class ItemSource(ItemReader):
     def decode_problem(self, index: int) -> str | None:
         """What the dataset's decoder gets wrong for this sample, or None."""
         return None
+
+    def unread(self) -> Self:
+        """The same source over its dataset as it was before an item was read: each process opens its own files then."""
+        return self
 
     # what follows from it
 

@@ -55,6 +55,16 @@ def replaced(transform: Any, by: Callable[[Any, tuple[Any, ...]], Any], place: t
     return None if transform is None else by(transform, place)
 
 
+def copy_of_attributes(dataset: Any) -> Any | None:
+    """A shallow copy that keeps what the dataset holds now; None for a class whose objects are more than their attributes."""
+    if not hasattr(dataset, "__dict__") or any(vars(owner).get("__slots__") for owner in type(dataset).__mro__):
+        return None
+    try:
+        return with_attributes(dataset, {})
+    except TypeError:
+        return None
+
+
 def without_transforms(dataset: Any) -> Any:
     """The dataset with every transform attribute None, or with neutral ones where the class calls them regardless.
 

@@ -1,0 +1,248 @@
+"""What a dataset holds open that forked processes would share, and how many loader processes are safe with it.
+
+A forked process gets its parent's open files as they are: both move one and the same position. A dataset that seeks in such a
+file reads another process's rows, or nothing at all. What has its position in memory (a memory map, a `BytesIO`) is copied and
+safe, and so is what is opened by each process for itself.
+"""
+
+import copy
+import functools
+import gc
+import logging
+import multiprocessing
+import os
+import pickle
+import sys
+import threading
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+logger = logging.getLogger("dq_lightning")
+
+_LEAVES = (type(None), bool, int, float, complex, str, bytes, bytearray, range, slice, type(Ellipsis), np.dtype)
+# their objects are open files which Python does not show
+_FILE_LIBRARIES = ("h5py", "tables", "netCDF4", "decord", "torchcodec", "lmdb", "apsw", "_sqlite3", "sqlite3")
+# loggers and streams of messages are only written to; what these other libraries hold is made for several processes
+_NOT_LOOKED_INTO = ("logging", "multiprocessing", "torch", "numpy", "pyarrow")
+_STANDARD_STREAMS = 2
+_told: set[str] = set()
+
+FORK = "fork" if sys.platform.startswith("linux") else None
+"""How our own passes start processes: where they are forked, datasets with local classes and lambdas need not be pickled."""
+
+
+def loader_processes(
+    dataset: Any, num_workers: int, *, asked: bool, context: Any = None, also: Any = None
+) -> tuple[Any, int]:
+    """How many processes may read a dataset, and the dataset as it is given to them.
+
+    Where the dataset holds something open, its fresh copies are tried: as it was before anything was read (`unread()`), and
+    pickled and made again. If these hold nothing, processes open what they need by themselves.
+
+    Args:
+        dataset: a dataset or source.
+        num_workers: processes wanted.
+        asked: the user named this number: it is kept, and a danger is only told.
+        context: start method of the processes or its name; None is torch's default.
+        also: what is sent to the processes beside it.
+
+    Returns:
+        The dataset or a copy, and the number: 0 where only one process is safe.
+    """
+    if num_workers == 0:
+        return dataset, 0
+    name = context if isinstance(context, str) else getattr(context, "_name", None)
+    # asked so that nothing is settled by asking
+    name = name or multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    if name != "fork":
+        if not asked and (problem := _pickling_problem((dataset, also))) is not None:
+            _tell(f"the dataset can't be sent to loader processes ({problem}): it is read in one process")
+            return dataset, 0
+        return dataset, num_workers
+    held = find_open_handle((dataset, also))
+    if held is None:
+        return dataset, num_workers
+    for fresh in _fresh_copies(dataset):
+        if find_open_handle((fresh, also)) is None:
+            return fresh, num_workers
+    advice = "open it at the first read of each process, and leave it out in __getstate__"
+    if asked:
+        _tell(
+            f"num_workers={num_workers} was asked for, but the dataset holds {held}, which forked processes share: samples may "
+            f"come out wrong or not at all. Pass num_workers=0, or {advice}"
+        )
+        return dataset, num_workers
+    _tell(
+        f"the dataset holds {held}, which forked processes would share: it is read in one process. For several, {advice}"
+    )
+    return dataset, 0
+
+
+def find_open_handle(value: Any) -> str | None:
+    """Something open that forked processes would share, in words; None if a value holds nothing of the kind.
+
+    Attributes, containers, closures, defaults, and the classes and global names that the user's code uses are looked through.
+    """
+    seen: dict[int, Any] = {}
+    level: list[Any] = [value]
+    while level:
+        following: list[Iterable[Any]] = []
+        for one in level:
+            kind = type(one)
+            if kind in _LEAVES:
+                continue
+            if kind is tuple:
+                # millions of (path, class): not remembered, since no circle goes through tuples alone
+                following.append(one)
+                continue
+            if id(one) in seen:
+                continue
+            # held, so that no other object can get its number
+            seen[id(one)] = one
+            if (found := _described(one)) is not None:
+                return found
+            following.append(_held_by(one))
+        level = [child for children in following for child in children if type(child) not in _LEAVES]
+    return None
+
+
+def _held_by(value: Any) -> Iterable[Any]:
+    """Objects that a value refers to and may use."""
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    if isinstance(value, np.ndarray):
+        base: list[Any] = [] if value.base is None else [value.base]
+        return [*base, *value.ravel().tolist()] if value.dtype.hasobject else base
+    if isinstance(value, Tensor | types.ModuleType | types.CodeType | types.FrameType):
+        return []
+    if isinstance(value, types.FunctionType):
+        cells = [*(value.__closure__ or ()), value.__defaults__, value.__kwdefaults__, value.__dict__]
+        return [*cells, *_used_globals(value)]
+    if isinstance(value, type):
+        return [] if _is_library(value.__module__) else [*vars(value).values(), *value.__bases__]
+    if _root(type(value)) in _NOT_LOOKED_INTO and not hasattr(type(value), "__getitem__"):
+        return []
+    return [*gc.get_referents(value), type(value)]
+
+
+def _used_globals(function: types.FunctionType) -> Iterator[Any]:
+    """What the user's code names outside of itself: globals, and attributes of the user's modules."""
+    if _is_library(function.__module__):
+        return
+    names = set(_names(function.__code__))
+    for name in names:
+        if name in function.__globals__:
+            found = function.__globals__[name]
+            yield found
+            if isinstance(found, types.ModuleType) and not _is_library(found.__name__):
+                yield from (vars(found)[one] for one in names if one in vars(found))
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+@functools.lru_cache(4096)
+def _is_library(module: str | None) -> bool:
+    """Whether a module is installed or comes with Python; what users type or keep beside their scripts is not."""
+    root = (module or "builtins").partition(".")[0]
+    place = getattr(sys.modules.get(root), "__file__", None) or ""
+    installed = any(f"{os.sep}{name}{os.sep}" in place for name in ("site-packages", "dist-packages"))
+    return installed or root == "dq_lightning" or (root in sys.stdlib_module_names and root != "__main__")
+
+
+def _root(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+def _described(value: Any) -> str | None:
+    """What a value is, if it is itself something open that processes share."""
+    kind: Any = type(value)
+    why = _suspicion(kind)
+    if why is None:
+        return None
+    what = f"an open {kind.__module__}.{kind.__qualname__}"
+    if why == "thread":
+        lives = value.is_alive() and value is not threading.main_thread()
+        return f"a running thread ({value.name})" if lives else None
+    if why == "library":
+        return what if _is_open(value) else None
+    if why == "closes":
+        return what if _pickling_problem(value) is not None else None
+    try:
+        descriptor = value.fileno()
+        read_from = not hasattr(value, "readable") or value.readable()
+    except Exception:
+        # closed, or in memory
+        return None
+    if not isinstance(descriptor, int) or descriptor <= _STANDARD_STREAMS or not read_from:
+        return None
+    name = getattr(value, "name", "")
+    return f"an open file ({name})" if isinstance(name, str) and name else what
+
+
+@functools.lru_cache(4096)
+def _suspicion(kind: type[Any]) -> str | None:
+    """Why an object of a class may be something open, or None."""
+    root = _root(kind)
+    if issubclass(kind, type | types.FunctionType | types.ModuleType):
+        return None
+    if issubclass(kind, threading.Thread):
+        return "thread"
+    if root in _FILE_LIBRARIES:
+        return "library"
+    if callable(getattr(kind, "fileno", None)):
+        return None if root == "multiprocessing" else "descriptor"
+    # below Python, a library's object that is to be closed and can't be pickled is most likely a file
+    closes = any(callable(getattr(kind, name, None)) for name in ("close", "release"))
+    own = root in sys.stdlib_module_names or root in _NOT_LOOKED_INTO
+    return "closes" if closes and not own and _is_library(kind.__module__) else None
+
+
+def _is_open(value: Any) -> bool:
+    # h5py's objects are false once they are closed
+    try:
+        return bool(value) if type(value).__module__.startswith("h5py") else True
+    except Exception:
+        return True
+
+
+def _fresh_copies(dataset: Any) -> Iterator[Any]:
+    if callable(getattr(dataset, "unread", None)):
+        yield dataset.unread()
+    try:
+        yield pickle.loads(pickle.dumps(dataset))
+    except Exception:
+        # it is read in one process then
+        return
+
+
+def _pickling_problem(value: Any) -> str | None:
+    try:
+        pickle.dumps(value)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _tell(text: str) -> None:
+    """Say a thing once in the life of the process: several passes read the same dataset."""
+    if text not in _told:
+        _told.add(text)
+        logger.warning("%s", text)
+
+
+def with_dataset(batches: Any, name: str, dataset: Any) -> Any:
+    """A shallow copy that reads another dataset; the object itself where it is the same."""
+    if getattr(batches, name) is dataset:
+        return batches
+    changed = copy.copy(batches)
+    setattr(changed, name, dataset)
+    return changed
