@@ -26,7 +26,7 @@ from dq_lightning.filling import write_filled
 from dq_lightning.logs import get_logger
 from dq_lightning.packing import reading_again, write_patches, write_whole
 from dq_lightning.patch_bytes import describe_costs
-from dq_lightning.patching import score_selection
+from dq_lightning.patching import check_saliency, score_selection
 from dq_lightning.plan import (
     BINS,
     FEATURES,
@@ -180,6 +180,9 @@ class Build:
             )
 
     def _write_store(self, folder: Path) -> None:
+        if self.plan.patches is not None and (self.force or self.cache.find(PATCHES, self.parts[PATCHES]) is None):
+            with self._timed("saliency"):
+                check_saliency(self.plan, device=self.device)
         plan, selection = self.plan, self._load(SELECTION, self._write_selection, read_selection)
         if plan.patches is not None:
             parts, write = scored_parts(self.parts, selection), partial(self._write_scores, selection)

@@ -24,7 +24,7 @@ FEATURES, BINS, SELECTION, PATCHES, STORE = "1-features", "2-bins", "3-selection
 # this station and of PATCHES are found by the content of the entry that they are made from
 FILLED = "6-filled"
 # Raised by whoever changes what a station computes: old entries are then never reused.
-ALGORITHM_VERSIONS = {FEATURES: 1, BINS: 1, SELECTION: 1, PATCHES: 1, STORE: 1, FILLED: 2}
+ALGORITHM_VERSIONS = {FEATURES: 1, BINS: 1, SELECTION: 1, PATCHES: 2, STORE: 1, FILLED: 2}
 SIZE_SAMPLES = 16
 # before an identity of the data that the user gave
 GIVEN = "given:"

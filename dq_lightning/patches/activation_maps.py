@@ -1,7 +1,6 @@
 """Grad-CAM and its kin: one forward pass, and a backward pass that ends at the feature map. Batched, on the images' device."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +8,7 @@ from torch.nn import functional as F
 
 from dq_lightning.errors import PatchError
 from dq_lightning.patch_config import SaliencyTarget
-from dq_lightning.patches.target_layer import TargetLayer, find_target_layer, frozen
+from dq_lightning.patches.target_layer import TargetLayers, activation_and_gradient
 
 
 def grad_cam(activation: Tensor, gradient: Tensor) -> Tensor:
@@ -126,8 +125,7 @@ class ActivationMaps:
         self._module = module
         self._combine = METHODS[method]
         self._targets = targets or TargetChoice()
-        self._layer_name = target_layer
-        self._layers: dict[tuple[int, ...], TargetLayer] = {}
+        self._layers = TargetLayers(module, target_layer)
 
     def __call__(self, images: Tensor, labels: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
         """Saliency in [0, 1] of every pixel.
@@ -143,52 +141,19 @@ class ActivationMaps:
         Raises:
             PatchError: the gradient does not reach the layer, or no layer can be found.
         """
-        activation, gradient = self._activation_and_gradient(images, labels)
-        return upscale(self._combine(activation, gradient), size or (images.shape[2], images.shape[3]))
-
-    def _activation_and_gradient(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        shape = tuple(images.shape[1:])
-        if shape not in self._layers:
-            self._layers[shape] = find_target_layer(self._module, images, self._layer_name)
-        layer = self._layers[shape]
-        leaves: list[Tensor] = []
-
-        def cut(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            leaves.append(output.detach().requires_grad_())
-            # a copy, since the network may go on in place, which a leaf does not allow and the activation must not see
-            return leaves[-1].clone()
-
-        with frozen(self._module), torch.inference_mode(False), torch.enable_grad():
-            handle = self._module.get_submodule(layer.name).register_forward_hook(cut)
-            try:
-                logits = logits_of(self._module(images.detach()))
-            finally:
-                handle.remove()
-            classes = self._targets.choose(logits.detach(), labels)
-            score = logits.gather(1, classes[:, None]).sum()
-            if not score.requires_grad:
-                raise PatchError(f"the logits do not depend on layer {layer.name!r}; pass another target_layer")
-            gradient = torch.autograd.grad(score, leaves[-1], allow_unused=True)[0]
-        if gradient is None or not bool(layer.to_map(gradient).any()):
-            raise PatchError(
-                f"the gradient of the class score is zero at layer {layer.name!r}: the classifier does not look at the patches "
-                "there (class-token pooling behind the last attention does this); pass another target_layer"
-            )
+        layer = self._layers.of(images)
+        activation, gradient = activation_and_gradient(
+            self._module, layer, images, lambda logits: self._targets.choose(logits, labels)
+        )
         # half precision would lose the sums over places; double stays, because Grad-CAM++ divides by what may nearly vanish
         kind = torch.promote_types(gradient.dtype, torch.float32)
-        return layer.to_map(leaves[-1].detach()).to(kind), layer.to_map(gradient).to(kind)
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in a network's output: itself, its `.logits`, or the first of a tuple."""
-    logits = getattr(output, "logits", output)
-    if isinstance(logits, tuple | list):
-        logits = logits[0]
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise PatchError(
-            f"the classifier must give logits [B, C], got {type(output).__name__} {getattr(logits, 'shape', '')}"
+        return upscale(
+            self._combine(activation.to(kind), gradient.to(kind)), size or (images.shape[2], images.shape[3])
         )
-    return logits
+
+    def check(self, images: Tensor, labels: Tensor | None = None) -> None:
+        """Raise PatchError if there can be no maps of images like these; arguments as for the maps."""
+        self(images, labels)
 
 
 def upscale(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dq_lightning.errors import PatchError
-from dq_lightning.patches.activation_maps import TargetChoice, logits_of, upscale
-from dq_lightning.patches.target_layer import TargetLayer, find_target_layer, frozen
+from dq_lightning.patches.activation_maps import TargetChoice, upscale
+from dq_lightning.patches.target_layer import TargetLayers, frozen, logits_of
 
 # our names -> the package's classes
 PACKAGE_METHODS = {
@@ -49,8 +49,7 @@ class PackageMaps:
         self._module = copy.deepcopy(module).float().eval().requires_grad_(method == "shapleycam")
         self._method = method
         self._targets = targets or TargetChoice()
-        self._layer_name = target_layer
-        self._layer: TargetLayer | None = None
+        self._layers = TargetLayers(self._module, target_layer)
 
     def __call__(self, images: Tensor, labels: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
         """Saliency in [0, 1] of every pixel; arguments and result as in `ActivationMaps`."""
@@ -59,14 +58,13 @@ class PackageMaps:
 
         package: Any = pytorch_grad_cam
         images = images.detach().float()
-        if self._layer is None:
-            self._layer = find_target_layer(self._module, images, self._layer_name)
+        layer = self._layers.of(images)
         with frozen(self._module), torch.no_grad():
             classes = self._targets.choose(logits_of(self._module(images)), labels)
         make: Callable[..., Any] = getattr(package, PACKAGE_METHODS[self._method])
-        layers = [] if self._method == "fullgrad" else [self._module.get_submodule(self._layer.name)]
-        options: dict[str, Any] = {"reshape_transform": None if self._layer.layout == "NCHW" else self._layer.to_map}
-        if self._method == "ablationcam" and self._layer.layout == "tokens":
+        layers = [] if self._method == "fullgrad" else [self._module.get_submodule(layer.name)]
+        options: dict[str, Any] = {"reshape_transform": None if layer.layout == "NCHW" else layer.to_map}
+        if self._method == "ablationcam" and layer.layout == "tokens":
             options["ablation_layer"] = package.AblationLayerVit()
         tool = make(self._module, layers, **options)
         try:
@@ -82,3 +80,10 @@ class PackageMaps:
             tool.activations_and_grads.release()
         pixels = torch.from_numpy(np.ascontiguousarray(maps, dtype=np.float32)).to(images.device)
         return pixels if size in (None, tuple(images.shape[2:])) else upscale(pixels, (size or (0, 0)))
+
+    def check(self, images: Tensor, labels: Tensor | None = None) -> None:
+        """Raise PatchError if there can be no maps of images like these; the slow method itself is not run."""
+        images = images.detach().float()
+        self._layers.of(images)
+        with frozen(self._module), torch.no_grad():
+            self._targets.choose(logits_of(self._module(images)), labels)

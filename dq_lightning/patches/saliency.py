@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dq_lightning.errors import PatchError
+from dq_lightning.errors import DQError, PatchError
 from dq_lightning.patch_config import PatchConfig
 from dq_lightning.patches.activation_maps import METHODS, ActivationMaps, TargetChoice
 from dq_lightning.patches.grid import grid_of, pool_to_patches
+from dq_lightning.patches.target_layer import HOW_TO_NAME
 
 
 class PatchScorer(Protocol):
@@ -37,6 +38,10 @@ class SaliencyMaps(Protocol):
     """Maps float32 [B, H, W] in [0, 1] of images [B, 3, h, w], with `size` = (H, W)."""
 
     def __call__(self, images: Tensor, labels: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor: ...
+
+    def check(self, images: Tensor, labels: Tensor | None = None) -> None:
+        """Raise PatchError if there can be no maps of images like these."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,23 @@ class ClassifierScorer:
     def scores(self, images: Tensor, labels: Tensor | None, positions: Tensor, patch_size: int) -> Tensor:
         size = (images.shape[2], images.shape[3])
         return pool_to_patches(self._maps(self._prepare(images), labels, size), patch_size)
+
+    def check(self, images: Tensor, labels: Tensor | None) -> None:
+        """Find the target layer and try the classifier; images and labels as for the scores.
+
+        Raises:
+            PatchError: there can be no scores of images like these.
+        """
+        try:
+            self._maps.check(self._prepare(images), labels)
+        except (DQError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise PatchError(
+                f"the classifier fails when its saliency is tried on images of {tuple(images.shape[2:])} pixels "
+                f"({type(error).__name__}: {error}). Check that its preprocessing gives what its first layer takes; or "
+                f"{HOW_TO_NAME}"
+            ) from error
 
     def _prepare(self, images: Tensor) -> Tensor:
         whole = images

@@ -1,18 +1,41 @@
-"""Which layer of a classifier a saliency map is read from, and how its output becomes a feature map."""
+"""Which layer of a classifier a saliency map is read from, and how its output becomes a feature map.
 
-from collections.abc import Iterator
+The layout of an output is not guessed from names. Taller and wider images tell which dimension is which, where the network
+takes them; and a textured square is moved over a plain image: a layout is right if the change of the output moves along.
+"""
+
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dq_lightning.errors import PatchError
 
 # the norm before the attention of a transformer block: timm and torchvision's Swin, torchvision's ViT, transformers
 FIRST_NORMS = ("norm1", "ln_1", "layernorm_before")
 MOST_PREFIX_TOKENS = 16
+# the square stands in each of 3 x 3 equal parts of the image
+PARTS_A_SIDE = 3
+# where a network takes images of any size, the square is moved over larger ones: in a map of 2 x 2 places, places hardly differ
+PROBE_SIDE = 128
+# Least correlation between the change of an output and the place of the square. Random networks of 70 families of timm gave
+# 0.3 to 1 in the right layout, and in a wrong one at most 0.25 for tokens, 0.1 for four dimensions.
+LEAST_CORRELATION = 0.3
+# of an output with four dimensions that by its shape can have one layout alone
+LEAST_WHERE_ONE_FITS = 0.15
+# Taller and wider images have shown the dimensions: the square may only not speak against it, as it does where a map is rolled
+# over. A network that mixes all places of a small map gives about 0.
+LEAST_AFTER_SIZES = -0.2
+# layers whose outputs are held at the same time
+LAYERS_AT_ONCE = 8
+HOW_TO_NAME = (
+    "name the layer yourself: PatchConfig(target_layer=NAME), a name of network.named_modules() whose output is [B, C, h, w], "
+    '[B, h, w, C] or [B, tokens, C]; or pass another classifier=, or saliency="variance", which needs none'
+)
 
 
 @dataclass(frozen=True)
@@ -22,19 +45,19 @@ class TargetLayer:
     Attributes:
         name: as `get_submodule` takes it.
         layout: `"NCHW"`, `"NHWC"` or `"tokens"` ([B, prefix + rows * columns, C]).
+        rows: of the feature map.
+        columns: of the feature map.
         prefix: class and register tokens before those of the patches.
-        rows: of the tokens.
-        columns: of the tokens.
     """
 
     name: str
     layout: Literal["NCHW", "NHWC", "tokens"]
+    rows: int
+    columns: int
     prefix: int = 0
-    rows: int = 0
-    columns: int = 0
 
     def to_map(self, output: Tensor) -> Tensor:
-        """The layer's output, or a gradient of its shape, as [B, C, h, w]."""
+        """The layer's output, or a gradient of its shape, as [B, C, rows, columns]."""
         if self.layout == "NHWC":
             return output.permute(0, 3, 1, 2)
         if self.layout == "tokens":
@@ -62,85 +85,351 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+class TargetLayers:
+    """The layer of a network that maps are read from, for images of every size.
+
+    Args:
+        module: classifier; it is left as it was.
+        name: of the layer; found by `find_target_layer` when None.
+    """
+
+    def __init__(self, module: nn.Module, name: str | None = None) -> None:
+        self._module, self._name = module, name
+        self._known: dict[tuple[int, ...], TargetLayer] = {}
+
+    def of(self, images: Tensor) -> TargetLayer:
+        """The layer for images [B, C, H, W] of this size; looked for once a size, and kept where the first one has a map.
+
+        Raises:
+            PatchError: there is none.
+        """
+        shape = tuple(images.shape[1:])
+        if shape not in self._known:
+            layer = self._resized(images) or find_target_layer(self._module, images, self._name)
+            self._known[shape] = layer
+        return self._known[shape]
+
+    def _resized(self, images: Tensor) -> TargetLayer | None:
+        first = next(iter(self._known.values()), None)
+        if first is None:
+            return None
+        output = _outputs(self._module, images[:1], [first.name])[first.name]
+        return next((layer for layer in _layouts(first.name, output.shape, images) if _alike(layer, first)), None)
+
+
 def find_target_layer(module: nn.Module, images: Tensor, name: str | None = None) -> TargetLayer:
-    """Find the layer for saliency maps by running the network once on one image.
+    """Find the layer for saliency maps, and prove the layout of its output, by running the network on a few images.
 
     A transformer gives the norm before its last attention: behind it, class-token pooling leaves the patches without any
-    gradient. Every other network gives the last layer whose output still has two dimensions larger than 1.
+    gradient. Every other network gives its last layer that has a map. A layer counts if the change of its output follows a
+    square that is moved over the image, and if the gradient of the class score reaches its map.
 
     Args:
         module: the classifier; it is left as it was.
-        images: [B, 3, H, W] as the classifier takes them; the first is used.
+        images: [B, C, H, W] as the classifier takes them; their size, mean and spread are used.
         name: of the layer, if it is given and only its layout is wanted.
 
     Raises:
-        PatchError: there is no such layer.
+        PatchError: there is no such layer, or no layout of its output can be proved; names `target_layer=`.
     """
-    seen: list[tuple[str, nn.Module, torch.Size]] = []
+    images = images.detach()
+    shapes = _shapes(module, images[:1].expand(2, -1, -1, -1))
+    if name is not None and name not in shapes:
+        raise PatchError(
+            f"target_layer={name!r} gives no tensor in {type(module).__name__}; layers: {_last_names(shapes)}"
+        )
+    sizes = _Sizes(module, images)
+    # of windows and the like, the first dimension is not the batch
+    fitting = {
+        key: sizes.needed(list(_layouts(key, shape, images)), shape) for key, shape in shapes.items() if shape[0] == 2
+    }
+    order = [key for key in reversed(fitting) if fitting[key] and name in (None, key)]
+    if name is None:
+        order.sort(key=lambda key: not (_is_first_norm(key) and any(one.layout != "NCHW" for one in fitting[key])))
+    probes, places = make_probes(images, sizes.times)
+    for start in range(0, len(order), LAYERS_AT_ONCE):
+        some = order[start : start + LAYERS_AT_ONCE]
+        outputs = _outputs(module, probes, some)
+        for key in some:
+            layer = _follower(fitting[key], outputs[key], probes, places)
+            if layer is None or (name is None and _is_first_norm(key) and layer.layout == "NCHW"):
+                continue
+            if name is not None or _is_reached(module, layer, images[:1]):
+                return layer
+            _check_looks(module, images)
+    if name is not None:
+        raise PatchError(
+            f"the output {tuple(shapes[name])} of target_layer={name!r} of {type(module).__name__} is no map of images of "
+            f"{tuple(images.shape[2:])} pixels: when something moves in the image, the change of the output moves along in "
+            f"none of the layouts [B, C, h, w], [B, h, w, C] and [B, tokens, C]. Name another; the last: {_last_names(shapes)}"
+        )
+    raise PatchError(
+        f"no layer of {type(module).__name__} could be proved to be a map of images of {tuple(images.shape[2:])} pixels: pass "
+        f"larger images, or {HOW_TO_NAME}. The last layers are {_last_names(shapes)}"
+    )
 
-    def note(layer_name: str) -> Any:
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a network's output: itself, its `.logits`, or the first of a tuple."""
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, tuple | list):
+        logits = logits[0]
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise PatchError(
+            f"the classifier must give logits [B, C], got {type(output).__name__} {getattr(logits, 'shape', '')}"
+        )
+    return logits
+
+
+def activation_and_gradient(
+    module: nn.Module, layer: TargetLayer, images: Tensor, choose: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """A layer's output as a map, and the gradient of the chosen class scores with respect to it, both [B, C, rows, columns].
+
+    The part of the network before the layer runs without a graph, and no parameter gets a gradient.
+
+    Args:
+        module: the classifier; it is left as it was.
+        layer: of it.
+        images: [B, C, H, W].
+        choose: from logits [B, C] to the class of every image, int64 [B].
+
+    Raises:
+        PatchError: the logits do not depend on the layer, or their gradient is zero in the whole map.
+    """
+    leaves: list[Tensor] = []
+
+    def cut(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        # a copy, since the network may go on in place, which a leaf does not allow and the activation must not see
+        return leaves[-1].clone()
+
+    with frozen(module), torch.inference_mode(False), torch.enable_grad():
+        handle = module.get_submodule(layer.name).register_forward_hook(cut)
+        try:
+            logits = logits_of(module(images.detach()))
+        finally:
+            handle.remove()
+        score = logits.gather(1, choose(logits.detach())[:, None]).sum()
+        if not score.requires_grad:
+            raise PatchError(f"the logits do not depend on layer {layer.name!r}; pass another target_layer")
+        gradient = torch.autograd.grad(score, leaves[-1], allow_unused=True)[0]
+    if gradient is None or not bool(layer.to_map(gradient).any()):
+        raise PatchError(
+            f"the gradient of the class score is zero at layer {layer.name!r}: the classifier does not look at the patches "
+            "there (class-token pooling behind the last attention does this); pass another target_layer"
+        )
+    return layer.to_map(leaves[-1].detach()), layer.to_map(gradient)
+
+
+def _outputs(module: nn.Module, images: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+    """The last output of each of the named layers."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str) -> Any:
         def hook(layer: nn.Module, _: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                seen.append((layer_name, layer, output.shape))
+            # a copy, since the network may go on in place
+            seen[name] = output.clone()
 
         return hook
 
-    handles = [
-        child.register_forward_hook(note(child_name)) for child_name, child in module.named_modules() if child_name
-    ]
+    _run_with({name: note(name) for name in names}, module, images)
+    return seen
+
+
+def _shapes(module: nn.Module, images: Tensor) -> dict[str, torch.Size]:
+    """Shapes of the last outputs of all layers that give a tensor, in the order in which layers end."""
+    seen: dict[str, torch.Size] = {}
+
+    def note(name: str) -> Any:
+        def hook(layer: nn.Module, _: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                seen.pop(name, None)
+                seen[name] = output.shape
+
+        return hook
+
+    _run_with({name: note(name) for name, _ in module.named_modules() if name}, module, images)
+    return {name: shape for name, shape in seen.items() if len(shape) in (3, 4)}
+
+
+def _run_with(hooks: dict[str, Any], module: nn.Module, images: Tensor) -> None:
+    handles = [module.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
     try:
         with frozen(module), torch.no_grad():
-            module(images[:1])
+            module(images)
     finally:
         for handle in handles:
             handle.remove()
-    if name is not None:
-        for layer_name, layer, shape in reversed(seen):
-            if layer_name == name:
-                return _describe(module, name, layer, shape, images)
-        raise PatchError(
-            f"target_layer={name!r} gives no tensor in {type(module).__name__}; layers: {_last_names(seen)}"
+
+
+class _Sizes:
+    """What images of twice the height, and of twice the width, show about the dimensions of outputs.
+
+    Attributes:
+        times: the side of the probes over that of the images.
+    """
+
+    def __init__(self, module: nn.Module, images: Tensor) -> None:
+        self.times = 1
+        self._tall: dict[str, torch.Size] = {}
+        self._wide: dict[str, torch.Size] = {}
+        try:
+            self._tall = _shapes(module, images[:1].repeat(1, 1, 2, 1))
+            self._wide = _shapes(module, images[:1].repeat(1, 1, 1, 2))
+            times = -(-PROBE_SIDE // min(images.shape[2:]))
+            _shapes(module, images[:1].repeat(1, 1, times, times))
+            self.times = times
+        except Exception:
+            # positions of a transformer, windows, linear layers over places: networks of one size fail in many ways
+            self._tall = self._wide = {}
+
+    def needed(self, layers: list[TargetLayer], shape: torch.Size) -> dict[TargetLayer, float]:
+        """The layouts of an output of this shape that sizes do not speak against, with the correlation that proves each."""
+        left = [layer for layer in layers if not self._tell(layer, shape) or self._show(layer, shape)]
+        unproved = LEAST_WHERE_ONE_FITS if len(left) == 1 and len(shape) == 4 else LEAST_CORRELATION
+        return {layer: LEAST_AFTER_SIZES if self._show(layer, shape) else unproved for layer in left}
+
+    def _show(self, layer: TargetLayer, shape: torch.Size) -> bool:
+        """Whether they speak for it."""
+        tall, wide = self._tall.get(layer.name), self._wide.get(layer.name)
+        if not self._tell(layer, shape) or tall is None or wide is None:
+            return False
+        if layer.layout == "tokens":
+            higher, further = tall[1] - layer.prefix, wide[1] - layer.prefix
+            return (
+                higher % layer.columns == further % layer.rows == 0
+                and layer.rows < higher // layer.columns <= 2 * layer.rows + 1
+                and layer.columns < further // layer.rows <= 2 * layer.columns + 1
+                and tall[2] == wide[2] == shape[2]
+            )
+        row = 2 if layer.layout == "NCHW" else 1
+        return _changed(shape, tall) == [row] and _changed(shape, wide) == [row + 1]
+
+    def _tell(self, layer: TargetLayer, shape: torch.Size) -> bool:
+        """Whether anything changes with the size; pooling to a fixed size hides it."""
+        return any(
+            len(other) != len(shape) or _changed(shape, other)
+            for shapes in (self._tall, self._wide)
+            if (other := shapes.get(layer.name)) is not None
         )
-    for layer_name, layer, shape in reversed(seen):
-        is_first_norm = layer_name.rpartition(".")[2] in FIRST_NORMS and len(shape) in (3, 4)
-        if is_first_norm and _normalises_last(layer, shape):
-            return _describe(module, layer_name, layer, shape, images)
-    for layer_name, layer, shape in reversed(seen):
-        # attention weights have four dimensions too
-        if len(shape) == 4 and min(shape[2:]) > 1 and not isinstance(layer, nn.Dropout | nn.Softmax):
-            return _describe(module, layer_name, layer, shape, images)
-    raise PatchError(
-        f"no layer of {type(module).__name__} has a feature map for images of {tuple(images.shape[2:])} pixels: pass larger "
-        f"images, or target_layer=; the last layers are {_last_names(seen)}"
-    )
 
 
-def _last_names(seen: list[tuple[str, nn.Module, torch.Size]]) -> str:
-    return ", ".join(f"{name} {tuple(shape)}" for name, _, shape in seen[-12:])
+def _changed(shape: torch.Size, other: torch.Size) -> list[int]:
+    """Dimensions behind the batch whose size differs."""
+    return [axis for axis in range(1, len(shape)) if len(other) == len(shape) and other[axis] != shape[axis]]
 
 
-def _normalises_last(layer: nn.Module, shape: torch.Size) -> bool:
-    """Whether a layer is a norm over the last dimension of its output (LayerNorm and its kin)."""
-    kind = type(layer).__name__
-    weight = getattr(layer, "weight", None)
-    width = weight.numel() if isinstance(weight, Tensor) else shape[-1]
-    return "Norm" in kind and not kind.endswith("2d") and not isinstance(layer, nn.GroupNorm) and width == shape[-1]
-
-
-def _describe(module: nn.Module, name: str, layer: nn.Module, shape: torch.Size, images: Tensor) -> TargetLayer:
-    if len(shape) == 4:
-        return TargetLayer(name, "NHWC" if _normalises_last(layer, shape) else "NCHW")
-    if len(shape) != 3:
-        raise PatchError(f"the output {tuple(shape)} of layer {name!r} is no feature map; pass another target_layer")
-    declared = [getattr(child, "num_prefix_tokens", None) for child in module.modules()]
-    prefixes = [n for n in declared if isinstance(n, int)][:1] or list(range(MOST_PREFIX_TOKENS + 1))
+def _layouts(name: str, shape: torch.Size, images: Tensor) -> Iterator[TargetLayer]:
+    """Every layout that an output may have by its shape: its grid must have the aspect of the images [B, C, H, W]."""
     height, width = images.shape[2:]
-    for prefix in prefixes:
+
+    def fits(rows: int, columns: int) -> bool:
+        return min(rows, columns) > 1 and abs(rows * width - columns * height) < max(height, width)
+
+    if len(shape) == 4 and fits(shape[2], shape[3]):
+        yield TargetLayer(name, "NCHW", shape[2], shape[3])
+    if len(shape) == 4 and fits(shape[1], shape[2]):
+        yield TargetLayer(name, "NHWC", shape[1], shape[2])
+    for prefix in range(MOST_PREFIX_TOKENS + 1) if len(shape) == 3 else ():
         count = shape[1] - prefix
-        rows = round((max(count, 0) * height / width) ** 0.5)
-        if rows and count % rows == 0 and abs(rows * width - count // rows * height) < max(height, width):
-            return TargetLayer(name, "tokens", prefix, rows, count // rows)
-    raise PatchError(
-        f"the {shape[1]} tokens of layer {name!r} make no grid for images of {(height, width)} pixels with "
-        f"{' or '.join(map(str, prefixes))} tokens before them; pass another target_layer"
-    )
+        ideal = int((max(count, 0) * height / width) ** 0.5)
+        for rows in (ideal, ideal + 1):
+            if rows and count % rows == 0 and fits(rows, count // rows):
+                yield TargetLayer(name, "tokens", rows, count // rows, prefix)
+
+
+def _alike(one: TargetLayer, other: TargetLayer) -> bool:
+    """Whether two layouts differ in the size of the map alone."""
+    return (one.layout, one.prefix) == (other.layout, other.prefix)
+
+
+def _is_first_norm(name: str) -> bool:
+    return name.rpartition(".")[2] in FIRST_NORMS
+
+
+def _last_names(shapes: dict[str, torch.Size]) -> str:
+    return ", ".join(f"{name} {tuple(shape)}" for name, shape in list(shapes.items())[-12:])
+
+
+def make_probes(images: Tensor, times: int = 1) -> tuple[Tensor, Tensor]:
+    """A plain image, and the same with a square in each of 9 places.
+
+    Args:
+        images: [B, C, H, W] as the network takes them; gives mean and spread.
+        times: of their size.
+
+    Returns:
+        probes [1 + 9, C, times * H, times * W], the plain one first, and where the square is, [9, 1, times * H, times * W].
+    """
+    channels, height, width = images.shape[1], times * images.shape[2], times * images.shape[3]
+    draw = torch.Generator().manual_seed(0)
+    mean, spread = images.mean((0, 2, 3), keepdim=True), images.std((0, 2, 3), keepdim=True)
+    # of one colour only, or of one pixel
+    spread = torch.where(spread > 1e-6, spread, 1)
+
+    def texture(amplitude: float) -> Tensor:
+        fine = torch.randn(1, channels, height, width, generator=draw)
+        coarse = torch.randn(1, channels, -(-height // 8), -(-width // 8), generator=draw)
+        return mean + amplitude * spread * (fine + F.interpolate(coarse, (height, width))).to(images)
+
+    plain, square = texture(0.3), texture(1.0) + spread
+    places = torch.zeros(PARTS_A_SIDE**2, 1, height, width, device=images.device, dtype=images.dtype)
+    for place in range(len(places)):
+        row, column = divmod(place, PARTS_A_SIDE)
+        ys = slice(row * height // PARTS_A_SIDE, (row + 1) * height // PARTS_A_SIDE)
+        xs = slice(column * width // PARTS_A_SIDE, (column + 1) * width // PARTS_A_SIDE)
+        places[place, :, ys, xs] = 1
+    return torch.cat([plain, torch.where(places > 0, square, plain)]), places
+
+
+def _follower(needed: dict[TargetLayer, float], output: Tensor, probes: Tensor, places: Tensor) -> TargetLayer | None:
+    """The layout in which the output [1 + 9, ...] for the probes follows the square best, if that is as well as needed."""
+    best, found = -1.0, None
+    for layer in needed:
+        for probed in _layouts(layer.name, output.shape, probes):
+            if _alike(layer, probed) and (correlation := follows(probed, output, places)) > best:
+                best, found = correlation, layer
+    return found if found is not None and best >= needed[found] else None
+
+
+def follows(layer: TargetLayer, output: Tensor, places: Tensor) -> float:
+    """Correlation between where an output changes and where the square is, over all places of the square.
+
+    Args:
+        layer: in the layout that is tried.
+        output: [1 + 9, ...] for the probes.
+        places: of the square, [9, 1, H, W].
+    """
+    maps = layer.to_map(output.float())
+    plain, moved = maps[:1], maps[1:]
+    length = plain.norm(dim=1) + moved.norm(dim=1)
+    # relative: in trained transformers a few tokens are far longer than all others
+    change = (moved - plain).norm(dim=1) / torch.where(length > 0, length, 1)
+    change = change / change.sum((1, 2), keepdim=True).clamp(min=1e-30)
+    covered = F.adaptive_avg_pool2d(places.float(), (layer.rows, layer.columns))[:, 0]
+    # without what is the same wherever the square is
+    change, covered = change - change.mean(0), covered - covered.mean(0)
+    scale = float(change.norm() * covered.norm())
+    return float((change * covered).sum()) / scale if scale > 0 else 0.0
+
+
+def _is_reached(module: nn.Module, layer: TargetLayer, images: Tensor) -> bool:
+    try:
+        activation_and_gradient(module, layer, images, lambda logits: logits.argmax(1))
+    except PatchError:
+        return False
+    return True
+
+
+def _check_looks(module: nn.Module, images: Tensor) -> None:
+    """Raise PatchError if no pixel counts for the class score, whatever layer is asked."""
+    with frozen(module), torch.inference_mode(False), torch.enable_grad():
+        probes = make_probes(images)[0][:2].requires_grad_()
+        score = logits_of(module(probes)).amax(1).sum()
+        gradient = torch.autograd.grad(score, probes, allow_unused=True)[0] if score.requires_grad else None
+    if gradient is None or not bool(gradient.any()):
+        raise PatchError(
+            f"the class scores of {type(module).__name__} do not depend on the image (weights of a new head are often zero): "
+            'train it first, pass another classifier=, or use saliency="variance"'
+        )
