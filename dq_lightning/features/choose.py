@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import nn
 
 from dq_lightning.config import Precision, TextConfig
@@ -207,7 +208,9 @@ def _module_spec(module: Any, preprocess: Callable[..., Any] | None) -> EncoderS
         from dq_lightning.features.timm_encoder import module_preprocessing
 
         transform, mean, std, text = module_preprocessing(module)
-        return EncoderSpec(name, f"the given {name}", ModuleOrigin(module, transform, mean, std, text))
+        spec = EncoderSpec(name, f"the given {name}", ModuleOrigin(module, transform, mean, std, text))
+        _check_channels(spec, module, transform)
+        return spec
     preprocess = preprocess or getattr(module, "preprocess", None)
     if not callable(preprocess):
         raise FeatureError(
@@ -215,4 +218,29 @@ def _module_spec(module: Any, preprocess: Callable[..., Any] | None) -> EncoderS
             "turns one RGB PIL image into a tensor, for instance torchvision's Compose([Resize(..), ToTensor(), "
             "Normalize(mean, std)]), or give the network a `preprocess` attribute"
         )
-    return EncoderSpec(name, f"the given {name}", ModuleOrigin(module, preprocess))
+    spec = EncoderSpec(name, f"the given {name}", ModuleOrigin(module, preprocess))
+    _check_channels(spec, module, preprocess)
+    return spec
+
+
+def _check_channels(spec: EncoderSpec, module: nn.Module, preprocess: Callable[..., Any]) -> None:
+    """Tell at once that the preprocessing gives images of another number of channels than the network takes."""
+    first = next((child for child in module.modules() if isinstance(child, nn.Conv2d)), None)
+    try:
+        prepared = preprocess(Image.new("RGB", (64, 64)))
+        if first is None or prepared.ndim != 3 or prepared.shape[0] == first.in_channels:
+            return
+        # the layer that is listed first need not be the one that sees the image
+        encoder: Any = spec.load("cpu", "float32")
+        encoder.embed(prepared[None])
+    except Exception as error:
+        # all else is told where images are read
+        if "channels" not in str(error):
+            return
+        count = first.in_channels if first is not None else 0
+        wanted = f"{count} channel" + ("s" if count != 1 else "")
+        grey = ", which for one channel begins with torchvision's Grayscale()" if count == 1 else ""
+        raise FeatureError(
+            f"the first convolution of {spec.name} takes images of {wanted}, but its preprocessing gives {prepared.shape[0]}: "
+            f"pass (network, preprocessing), where preprocessing turns one RGB PIL image into a tensor of {wanted}{grey}"
+        ) from error

@@ -206,7 +206,18 @@ class NetworkEncoder:
             batch = (batch.float() - self._mean) / self._std
         if batch.ndim == 4:
             batch = batch.contiguous(memory_format=torch.channels_last)
-        return self._timm_features(batch) if self._has_timm_vocabulary else self._hooked_features(batch)
+        try:
+            return self._timm_features(batch) if self._has_timm_vocabulary else self._hooked_features(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # torch tells of a lost loader process wherever this one happens to be
+            if "DataLoader worker" in str(error):
+                raise
+            raise FeatureError(
+                f"{type(self._module).__name__} fails on a batch {tuple(batch.shape)} of its preprocessing ({error}): pass "
+                "(network, preprocessing), where preprocessing turns one RGB PIL image into what the first layer takes"
+            ) from error
 
     def logits(self, embedding: Tensor) -> Tensor:
         """Logits float32 [B, C] of features [B, D]."""

@@ -4,6 +4,7 @@ import threading
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision import transforms
@@ -198,3 +199,49 @@ def test_loading_draws_no_random_numbers(timm_file):
     choose_encoder("test_resnet", weights=timm_file[1], image_size=SIZE).load("cpu")
     choose_encoder("bundled", image_size=SIZE).load("cpu")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Grey(nn.Module):
+    """Takes images of one channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 4, 3)
+
+    def forward(self, x):
+        return self.convolution(x)
+
+
+class GreyLater(nn.Module):
+    """The layer that is listed first sees one channel, made of three."""
+
+    def __init__(self):
+        super().__init__()
+        self.grey = Grey()
+
+    def forward(self, x):
+        return self.grey(x.mean(1, keepdim=True))
+
+
+def test_a_network_of_grey_images_is_told_at_once_or_given_them():
+    from torchvision.transforms import Compose, Grayscale, ToTensor
+
+    with pytest.raises(
+        FeatureError, match=r"1 channel, but its preprocessing gives 3: pass \(network, preprocessing\)"
+    ):
+        choose_encoder((Grey(), ToTensor()))
+    with pytest.raises(FeatureError, match=r"1 channel.*Grayscale"):
+        choose_encoder(timm.create_model("resnet10t", in_chans=1))
+    with pytest.raises(FeatureError, match="4 channels, but its preprocessing gives 3"):
+        choose_encoder((nn.Sequential(nn.Conv2d(4, 2, 3)), ToTensor()))
+    grey = choose_encoder((Grey(), Compose([Grayscale(), ToTensor()]))).load("cpu")
+    assert grey.embed(grey.preprocess(Image.new("RGB", (8, 8)))[None]).shape == (1, 4)
+    assert choose_encoder((GreyLater(), ToTensor())).name == "GreyLater"
+
+
+def test_a_first_layer_that_does_not_fit_is_told_with_what_to_pass():
+    from torchvision.transforms import ToTensor
+
+    encoder = choose_encoder((nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), ToTensor())).load("cpu", "float32")
+    with pytest.raises(FeatureError, match=r"fails on a batch \(1, 3, 8, 8\).*\(network, preprocessing\)"):
+        encoder.embed(torch.zeros(1, 3, 8, 8))
