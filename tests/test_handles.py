@@ -19,9 +19,8 @@ import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from dq_lightning import handles
+from dq_lightning import QuantizedDataModule, handles
 from dq_lightning.config import FeatureConfig, QuantizeConfig
-from dq_lightning.datamodule import QuantizedDataModule
 from dq_lightning.features import loading
 from dq_lightning.handles import find_open_handle, loader_processes
 from dq_lightning.loading.loaders import LoaderSettings, make_loader
