@@ -166,7 +166,7 @@ def agreement_with_receptive_fields(network, layer, side):
 
 
 def following(network, layer, side, *, weighted=True):
-    """Correlation between where a map changes and where a square is that moves: of gradient times activation, or of this alone."""
+    """Correlation between where a map changes, with or without weights of the gradient, and where a square is that moves."""
     probes, places = make_probes(torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(3)))
     activation, gradient = activation_and_gradient(
         network, layer, probes, lambda logits: torch.zeros(len(logits), dtype=torch.int64)
