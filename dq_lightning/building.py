@@ -180,7 +180,7 @@ class Build:
             )
 
     def _write_store(self, folder: Path) -> None:
-        if self.plan.patches is not None and (self.force or self.cache.find(PATCHES, self.parts[PATCHES]) is None):
+        if self.plan.patches is not None and (self.force or not self._is_made(PATCHES)):
             with self._timed("saliency"):
                 check_saliency(self.plan, device=self.device)
         plan, selection = self.plan, self._load(SELECTION, self._write_selection, read_selection)
