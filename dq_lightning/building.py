@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dq_lightning.binning import bins_of, tell_lost_classes
 from dq_lightning.compact import Compact, open_compact, store_digest, write_description
-from dq_lightning.errors import CacheError, ConfigError, SourceError, StoreError
+from dq_lightning.errors import CacheError, ChangedError, ConfigError, StoreError
 from dq_lightning.features.extract import extract_features
 from dq_lightning.features.loading import telling_of_lost_loaders
 from dq_lightning.features.readable import find_unreadable, without_labels
@@ -91,28 +91,42 @@ class Build:
                 f"the identity of a network could not be recorded in {cache.root}; pass a cache_dir= that can be written"
             )
         self.source = source
+        self.marks = _marks(self.plan.source, fresh=False)
         self.usable = usable_parts(self.plan, source, identities)
         self.parts = self.usable[0]
+        self.has_made = False
 
     def bins(self) -> Bins:
         """The bins alone."""
-        get_logger().info(self._reason(BINS))
-        return self._load(BINS, self._write_bins, read_bins)
+        return self._load(BINS, partial(self._telling, BINS, self._write_bins), read_bins)
+
+    def _telling(self, station: str, write: Callable[[Path], None], folder: Path) -> None:
+        """Say why something is made, once it is: another process may have made it while this one waited."""
+        if not self.has_made:
+            self.has_made = True
+            get_logger().info(self._reason(station))
+        write(folder)
 
     def compact(self) -> Compact:
         """The whole way to a compact set."""
         started = time.perf_counter()
         log = get_logger()
-        log.info(self._reason(STORE))
         read = partial(open_compact, parts=self.parts, reused=False)
-        compact = self._load(STORE, self._write_store, read)
+        write = partial(self._telling, STORE, self._write_store)
+        compact = self._load(STORE, write, read)
         if FILLED in self.parts:
             try:
                 compact = self._filled(compact)
             except StoreError:
                 # who read it has left a doubt, or it was removed meanwhile: this look compares all files
-                again = self.cache.load(STORE, self.parts[STORE], self._write_store, read)
+                again = self.cache.load(STORE, self.parts[STORE], write, read)
                 compact = self._filled(again)
+        if not self.has_made:
+            log.info(
+                f"reusing the compact set of {len(compact.selection):,} of {len(self.plan.source):,} samples, which another "
+                f"process made while this one waited {time.perf_counter() - started:.1f} s: {compact.info.path}"
+            )
+            return replace(compact, info=replace(compact.info, reused=True))
         spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
         log.info(
             f"kept {len(compact.selection):,} of {len(self.plan.source):,} samples in {time.perf_counter() - started:.1f} s "
@@ -168,13 +182,15 @@ class Build:
     def _check_unchanged(self, station: str) -> None:
         """What was read just now must be what the key says, or the entry would be found when the data are as before.
 
-        Data that are known by their items alone are not read once more.
+        Data that are known by their items alone are not read once more: each item is compared as it is read.
         """
-        if self.plan.fingerprint is not None or getattr(self.plan.source, "by_items", True):
+        if self.plan.fingerprint is not None:
             return
-        if source_identity(self.plan, self.cache.memory, full=True) != self.source:
+        by_items = getattr(self.plan.source, "by_items", True)
+        changed = _marks(self.plan.source, fresh=True) != self.marks
+        if changed or (not by_items and source_identity(self.plan, self.cache.memory, full=True) != self.source):
             remove_shards(self.cache.place(station, self.parts[station]))
-            raise SourceError(
+            raise ChangedError(
                 f"{self.plan.source.describe()} changed while it was read: start again when nothing writes to it any more. "
                 "What was made of it was not kept"
             )
@@ -222,7 +238,8 @@ class Build:
             with self._timed("filling"):
                 write_filled(folder, store, digest, self.plan.patches, **options)
 
-        return replace(compact, filled=self.cache.build(FILLED, parts, write, force=self.force))
+        telling = partial(self._telling, STORE, write)
+        return replace(compact, filled=self.cache.build(FILLED, parts, telling, force=self.force))
 
     def _write_selection(self, folder: Path) -> None:
         if self.plan.chosen is not None:
@@ -313,3 +330,9 @@ class Build:
             )
             self._check_unchanged(FEATURES)
         write_features(folder, features)
+
+
+def _marks(source: Any, *, fresh: bool) -> str:
+    """See `ItemSource.marks`; a source of the user's own has none."""
+    marks = getattr(source, "marks", None)
+    return "" if marks is None else str(marks(fresh=fresh))

@@ -22,6 +22,10 @@ class SourceError(DQError):
     """A dataset cannot be read as it is: the message names the sample and the way out."""
 
 
+class ChangedError(SourceError):
+    """Data changed while they were read."""
+
+
 class FeatureError(DQError):
     """An encoder cannot be found or run, or features are not finite."""
 
@@ -45,6 +49,6 @@ class DistributedError(DQError):
 def may_pass(error: BaseException) -> bool:
     """Whether what an error was raised from says nothing of the sample: it may well be read in a moment."""
     cause = error.__cause__ or error
-    return isinstance(cause, MemoryError | TimeoutError | ConnectionError) or (
+    return isinstance(cause, ChangedError | MemoryError | TimeoutError | ConnectionError) or (
         isinstance(cause, OSError) and cause.errno in _PASSING
     )

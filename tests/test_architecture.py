@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "dq_lightning"
 STATIONS = ("sources", "features", "bins", "selection", "patches", "store")
 BASE = (
-    "describe",
+    "identity",
     "errors",
     "records",
     "patch_records",
@@ -20,12 +20,9 @@ BASE = (
     "logs",
     "progress",
     "randomness",
-    "weights",
     "prompts",
     "threads",
     "devices",
-    "tensor_bytes",
-    "describe_network",
     "resuming",
     "handles",
 )

@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 
 from dq_lightning.config import Precision, TextConfig
-from dq_lightning.describe import digest_text
 from dq_lightning.errors import FeatureError
 from dq_lightning.features.collect import Rows
 from dq_lightning.features.text_loading import read_texts
+from dq_lightning.identity.values import digest_text
 from dq_lightning.records import DigestMemory
 from dq_lightning.resuming import Paid
 

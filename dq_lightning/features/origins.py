@@ -7,12 +7,12 @@ from typing import Protocol, Self
 from torch import nn
 
 from dq_lightning.config import Precision
-from dq_lightning.describe import describe_callable, digest_text
 from dq_lightning.features.bundled import BUNDLED_ENCODER_FILE, CIFAR10_MEAN, CIFAR10_STD, load_small_resnet
 from dq_lightning.features.encoders import Encoder, NetworkEncoder, RowEncoder, TextEncoder, resolve_device
 from dq_lightning.features.preprocessing import Preprocessing, ResizeToSquare
+from dq_lightning.identity.networks import digest_encoder
+from dq_lightning.identity.values import digest_text
 from dq_lightning.records import DigestMemory
-from dq_lightning.weights import digest_module
 
 
 class Origin(Protocol):
@@ -72,8 +72,8 @@ class ModuleOrigin:
     preprocess_text: str | None = None
 
     def identity(self, memory: DigestMemory) -> str | None:
-        text = self.preprocess_text or describe_callable(self.preprocess)
-        return digest_text("module", digest_module(self.module), text, self.mean, self.std)
+        known = digest_encoder(self.module, self.preprocess, self.preprocess_text)
+        return digest_text("module", known, self.mean, self.std)
 
     def resolve(self, memory: DigestMemory) -> Self:
         return self

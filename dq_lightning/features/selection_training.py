@@ -17,9 +17,9 @@ from dq_lightning.features.encoders import Encoder, NetworkEncoder, RowEncoder, 
 from dq_lightning.features.isolation import isolated
 from dq_lightning.features.loading import ImageBatches, ImageSource, iterate_batches
 from dq_lightning.features.preprocessing import Preprocessing
+from dq_lightning.identity.networks import digest_module
 from dq_lightning.progress import progress_bar
 from dq_lightning.records import Labels
-from dq_lightning.weights import digest_module
 
 logger = logging.getLogger("dq_lightning")
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dq_lightning.config import Precision, TextConfig
-from dq_lightning.describe import digest_text
 from dq_lightning.errors import DQError, FeatureError
 from dq_lightning.features.encoders import resolve_device, resolve_precision
 from dq_lightning.features.text_card import MODULES, Card, Layer, read_card
+from dq_lightning.identity.callables import library_version
+from dq_lightning.identity.networks import find_commit
+from dq_lightning.identity.values import digest_text
 from dq_lightning.records import DigestMemory
-from dq_lightning.weights import find_commit
 
 logger = logging.getLogger("dq_lightning")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -53,7 +54,8 @@ class TextFolderOrigin:
         files += [file for place in _module_folders(self.path) for file in sorted(place.iterdir()) if file.is_file()]
         names = [file.relative_to(self.path).as_posix() for file in files]
         digests = memory.files([str(file) for file in files])
-        return digest_text("text_folder 2", *names, *digests, *_relevant(self.settings))
+        version = library_version("transformers")
+        return digest_text("text_folder 2", version, *names, *digests, *_relevant(self.settings))
 
     def resolve(self, memory: DigestMemory) -> Self:
         return self
@@ -82,7 +84,10 @@ class TextHubOrigin:
 
     def identity(self, memory: DigestMemory) -> str | None:
         commit = self.commit or memory.recall(f"hub:{self.name}")
-        return None if commit is None else digest_text("text_hub 2", self.name, commit, *_relevant(self.settings))
+        version = library_version("transformers")
+        return (
+            None if commit is None else digest_text("text_hub 2", version, self.name, commit, *_relevant(self.settings))
+        )
 
     def resolve(self, memory: DigestMemory) -> Self:
         commit = self.commit or memory.recall(f"hub:{self.name}") or self._find_commit()

@@ -11,12 +11,13 @@ from typing import Any, Self
 from torch import nn
 
 from dq_lightning.config import Precision
-from dq_lightning.describe import digest_text
 from dq_lightning.errors import DQError, FeatureError
 from dq_lightning.features.encoders import NetworkEncoder, resolve_device
 from dq_lightning.features.preprocessing import Preprocessing
+from dq_lightning.identity.callables import library_version
+from dq_lightning.identity.networks import find_commit
+from dq_lightning.identity.values import digest_text
 from dq_lightning.records import DigestMemory
-from dq_lightning.weights import find_commit
 
 logger = logging.getLogger("dq_lightning")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -36,7 +37,9 @@ class TimmFileOrigin:
     path: Path
 
     def identity(self, memory: DigestMemory) -> str | None:
-        return digest_text("timm_file", self.name, memory.file(self.path), registry_digest(self.name, memory))
+        return digest_text(
+            "timm_file", library_version("timm"), self.name, memory.file(self.path), registry_digest(self.name, memory)
+        )
 
     def resolve(self, memory: DigestMemory) -> Self:
         return self
@@ -73,7 +76,7 @@ class TimmFolderOrigin:
     def identity(self, memory: DigestMemory) -> str | None:
         files = sorted(p for p in self.path.iterdir() if p.suffix in (".json", ".safetensors", ".bin", ".pth", ".tar"))
         names = [p.name for p in files]
-        return digest_text("timm_folder", *names, *memory.files([str(p) for p in files]))
+        return digest_text("timm_folder", library_version("timm"), *names, *memory.files([str(p) for p in files]))
 
     def resolve(self, memory: DigestMemory) -> Self:
         return self
@@ -104,7 +107,7 @@ class TimmHubOrigin:
             return None
         # a repository named directly holds its preprocessing at the same commit; a timm name has it in timm
         config = "" if self._is_repository else registry_digest(self.name, memory)
-        return digest_text("timm_hub", self.name, commit, config)
+        return digest_text("timm_hub", library_version("timm"), self.name, commit, config)
 
     def resolve(self, memory: DigestMemory) -> Self:
         commit = self.commit or memory.recall(f"hub:{self.name}") or self._find_commit()

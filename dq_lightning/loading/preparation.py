@@ -123,15 +123,15 @@ class Preparation:
                     self.inner.trainer = trainer
                     self.inner.setup(stage)
                 if wanted:
-                    self.train.find(self.cache())
+                    self.train.find(self.cache(), peer)
 
         def open_found() -> None:
             with isolated_random_state():
-                self._opened = self.train.open(self.cache(), told)
+                self._opened = self.train.open(self.cache())
 
+        peer = self._known_to_peer() if wanted else None
         call_on_all(find, "looking for the compact set")
         if wanted:
-            told = self._told()
             call_on_all(open_found, "opening the compact set")
             check_equal_on_all(
                 self.info.content_hash,
@@ -143,16 +143,16 @@ class Preparation:
                 self._check_resumed()
         return wanted
 
-    def _told(self) -> Known | None:
-        """What the first rank that found the compact set knows of the data: others may hold state that differs from its."""
-        if len(set(gather_from_all(self.train.found))) == 1:
-            return None
+    def _known_to_peer(self) -> Known | None:
+        """What the first rank that prepared knows of the data, so that the others need not look at every file once more."""
         known: list[Known | None] = [None]
 
         def tell() -> None:
             with isolated_random_state():
                 known[0] = self.train.known()
 
+        if world_size() == 1:
+            return None
         call_on_all(tell, "telling what the data are")
         return next((one for one in gather_from_all(known[0]) if one is not None), None)
 

@@ -75,17 +75,13 @@ class StoreTrainSet:
         parts = self._filled_parts(resolved, cache)
         cache.build(FILLED, parts, write, force=options.force)
 
-    def find(self, cache: Cache) -> None:
+    def find(self, cache: Cache, peer: Known | None = None) -> None:
         """There is nothing to look for: the folder is given."""
-
-    @property
-    def found(self) -> bool:
-        return True
 
     def known(self) -> Known | None:
         return None
 
-    def open(self, cache: Cache, told: Known | None = None) -> Opened:
+    def open(self, cache: Cache) -> Opened:
         compact = open_compact(self._path, verify=cache.verify)
         # the store that was opened first, not what may stand in its folder by now
         PackedDataset(self._path, verify=cache.verify).require(self._samples.digest)

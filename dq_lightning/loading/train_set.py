@@ -80,25 +80,24 @@ class TrainSet(Protocol):
         """Make the compact set if it is not cached."""
         ...
 
-    def find(self, cache: Cache) -> None:
-        """Look for the compact set; builds nothing. What was found is remembered for `open`."""
-        ...
-
-    @property
-    def found(self) -> bool:
-        """Whether `find` has found it."""
-        ...
-
     def known(self) -> Known | None:
-        """What the data were found to be, for processes that cannot tell by themselves; None where nothing was found."""
+        """What `prepare` found the data to be; None in a process that has not prepared, or where nobody need be told."""
         ...
 
-    def open(self, cache: Cache, told: Known | None = None) -> Opened:
-        """Open what was found.
+    def find(self, cache: Cache, peer: Known | None = None) -> None:
+        """Look for the compact set; builds nothing. What was found is remembered for `open`.
 
         Args:
-            cache: that it is in.
-            told: what another process knows of the same data.
+            cache: where it is.
+            peer: what a process that prepared knows of the data: where a few items are the same, they are not identified anew.
+        """
+        ...
+
+    def open(self, cache: Cache) -> Opened:
+        """Open what was found.
+
+        Raises:
+            CacheError: nothing was.
         """
         ...
 
@@ -122,31 +121,34 @@ class _FoundTrainSet:
 
     plan: Plan | None = None
     compact: Compact | None = None
-
-    @property
-    def found(self) -> bool:
-        return self.compact is not None
+    # left by prepare for the open that follows in the same process: it saves hashing the data a second time
+    prepared: tuple[Plan, Compact] | None = None
 
     def known(self) -> Known | None:
-        if self.plan is None or self.compact is None:
+        if self.prepared is None:
             return None
-        return _known(self.plan, str(self.compact.parts[STORE]["source"]))
+        plan, compact = self.prepared
+        return None if plan.fingerprint is not None else _known(plan, str(compact.parts[STORE]["source"]))
 
-    def take(self, cache: Cache, told: Known | None) -> tuple[Plan, Compact]:
+    def take(self, cache: Cache) -> tuple[Plan, Compact]:
         """The plan and its compact set, which are forgotten here.
 
         Raises:
-            CacheError: there is none, also not under what another process knows of these data.
+            CacheError: there is none.
         """
         plan, compact, self.plan, self.compact = self.plan, self.compact, None, None
-        assert plan is not None
-        # what is known by its content alone would have been found: only state may differ
-        by_state = bool(getattr(plan.source, "by_items", False))
-        if compact is None and told is not None and by_state and _known(plan, told.source) == told:
-            compact = find_compact(plan, cache, source=told.source)
-        if compact is None:
+        if plan is None or compact is None:
             raise _missing(cache)
         return plan, compact
+
+
+def found_with(plan: Plan, cache: Cache, peer: Known | None) -> Compact | None:
+    """The compact set of a plan, under what another process knows of the same data or else under their own identity."""
+    if peer is not None and peer.spots and len(plan.source) == peer.length and _known(plan, peer.source) == peer:
+        compact = find_compact(plan, cache, source=peer.source)
+        if compact is not None:
+            return compact
+    return find_compact(plan, cache)
 
 
 class DatasetTrainSet(_FoundTrainSet):
@@ -155,23 +157,21 @@ class DatasetTrainSet(_FoundTrainSet):
     def __init__(self, dataset: Any, wanted: Wanted) -> None:
         self._dataset, self._wanted = dataset, without_transform(wanted)
         self.fills_late = wanted.fills_late
-        # left by prepare for the open that follows in the same process: it saves hashing the data a second time
-        self._prepared: tuple[Plan, Compact] | None = None
         self._num_classes: tuple[int | None] | None = None
 
     def prepare(self, cache: Cache, options: BuildOptions) -> None:
         # planned anew each time: the user may have changed the dataset since
         plan = self._wanted.plan(self._dataset)
         check_deliverable(plan)
-        self._prepared = plan, build(plan, cache, options)
+        self.prepared = plan, build(plan, cache, options)
 
-    def find(self, cache: Cache) -> None:
-        prepared, self._prepared = self._prepared, None
+    def find(self, cache: Cache, peer: Known | None = None) -> None:
+        prepared, self.prepared = self.prepared, None
         self.plan, self.compact = prepared or (self._wanted.plan(self._dataset), None)
-        self.compact = self.compact or find_compact(self.plan, cache)
+        self.compact = self.compact or found_with(self.plan, cache, peer)
 
-    def open(self, cache: Cache, told: Known | None = None) -> Opened:
-        plan, compact = self.take(cache, told)
+    def open(self, cache: Cache) -> Opened:
+        plan, compact = self.take(cache)
         return Opened(compact, compact_dataset(plan, compact, cache.verify), patches=filled_late(plan.patches))
 
     def num_classes(self) -> int | None:
@@ -187,7 +187,6 @@ class DataModuleTrainSet(_FoundTrainSet):
     def __init__(self, datamodule: Any, wanted: Wanted) -> None:
         self._datamodule, self._wanted = datamodule, without_transform(wanted)
         self.fills_late = wanted.fills_late
-        self._prepared: Compact | None = None
         self._settings = LoaderSettings()
 
     def prepare(self, cache: Cache, options: BuildOptions) -> None:
@@ -195,15 +194,17 @@ class DataModuleTrainSet(_FoundTrainSet):
             dataset, _ = read_loader(probe_train_loader(self._datamodule))
         plan = self._wanted.plan(dataset)
         check_deliverable(plan)
-        self._prepared = build(plan, cache, options)
+        self.prepared = plan, build(plan, cache, options)
 
-    def find(self, cache: Cache) -> None:
-        prepared, self._prepared = self._prepared, None
+    def find(self, cache: Cache, peer: Known | None = None) -> None:
+        made, self.prepared = self.prepared, None
         dataset, self._settings = read_loader(self._datamodule.train_dataloader())
         self.plan = self._wanted.plan(dataset)
-        self.compact = find_compact(self.plan, cache)
-        if prepared is None:
+        # the process that prepared compares the whole split with that of its preparation
+        self.compact = found_with(self.plan, cache, None if made is not None else peer)
+        if made is None:
             return
+        _, prepared = made
         if self.compact is None or self.compact.parts != prepared.parts:
             # the dataset may only remember what was read while it was prepared: all of it is compared
             self.compact = find_compact(self.plan, cache, source=source_identity(self.plan, cache.memory, full=True))
@@ -211,8 +212,8 @@ class DataModuleTrainSet(_FoundTrainSet):
             raise self._changed_split()
         self.compact = prepared
 
-    def open(self, cache: Cache, told: Known | None = None) -> Opened:
-        plan, compact = self.take(cache, told)
+    def open(self, cache: Cache) -> Opened:
+        plan, compact = self.take(cache)
         dataset = compact_dataset(plan, compact, cache.verify)
         return Opened(compact, dataset, cut_down(self._settings, compact), filled_late(plan.patches))
 

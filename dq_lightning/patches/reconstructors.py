@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dq_lightning.describe import digest_text
 from dq_lightning.errors import DQError, PatchError
+from dq_lightning.identity.callables import library_version
+from dq_lightning.identity.networks import digest_module, find_commit
+from dq_lightning.identity.values import digest_text
 from dq_lightning.records import DigestMemory
-from dq_lightning.weights import digest_module, find_commit
 
 if TYPE_CHECKING:
     from dq_lightning.patches.mae import MaskedAutoencoder
@@ -21,6 +22,8 @@ AUTO_SMALL_SIDE = 64
 AUTO_PHOTO_MAE = "facebook/vit-mae-base"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 FOLDER_FILES = (".json", ".safetensors", ".bin")
+# the mask is given, its share is not read
+MASK_SHARE = ("mask_ratio",)
 INSTEAD = 'pass a folder or a checkpoint file of the original format, or reconstructor="bundled"'
 
 
@@ -51,16 +54,29 @@ class ReconstructorSpec:
             The digest, or None if the hub name was never resolved with this memory: then `resolve` first.
         """
         if self.module is not None:
-            return digest_text("mae_module", digest_module(self.module), _settings_of(self.module))
+            return digest_text("mae_module", digest_module(self.module, without=MASK_SHARE))
         if self.path is not None and self.path.is_file():
-            return digest_text("mae_file", memory.file(self.path), self.num_heads, self.decoder_num_heads)
+            return digest_text(
+                "mae_file",
+                library_version("transformers"),
+                memory.file(self.path),
+                self.num_heads,
+                self.decoder_num_heads,
+            )
         if self.path is not None:
             files = sorted(path for path in self.path.iterdir() if path.suffix in FOLDER_FILES)
             return digest_text(
-                "mae_folder", *[path.name for path in files], *memory.files([str(path) for path in files])
+                "mae_folder",
+                library_version("transformers"),
+                *[path.name for path in files],
+                *memory.files([str(path) for path in files]),
             )
         commit = self.commit or memory.recall(f"hub:{self.name}")
-        return None if commit is None else digest_text("mae_hub", self.name.partition("@")[0], commit)
+        return (
+            None
+            if commit is None
+            else digest_text("mae_hub", library_version("transformers"), self.name.partition("@")[0], commit)
+        )
 
     def resolve(self, memory: DigestMemory) -> "ReconstructorSpec":
         """The same choice with its hub commit fixed and recorded in `memory`; the only method that may ask a hub.
@@ -141,13 +157,6 @@ def choose_reconstructor(
     if path.is_absolute() or path.suffix in (".pth", ".pt", ".bin", ".safetensors") or name.count("/") != 1:
         raise PatchError(f"reconstructor={name!r} is no existing file or folder, and no hub name OWNER/NAME")
     return ReconstructorSpec(name)
-
-
-def _settings_of(module: nn.Module) -> list[tuple[str, Any]]:
-    """The configuration of a network as far as it changes what is filled: the mask is given, its share is not read."""
-    config: Any = getattr(module, "config", None)
-    settings = {} if config is None else config.to_dict()
-    return sorted((name, str(value)) for name, value in settings.items() if name != "mask_ratio")
 
 
 def bundled_folder() -> Path:

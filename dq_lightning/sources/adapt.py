@@ -13,7 +13,7 @@ from dq_lightning.sources.base import Source, dataset_length
 from dq_lightning.sources.files import FileSource, file_list
 from dq_lightning.sources.hub import HubSource, hub_kind
 from dq_lightning.sources.jsonl import NAMES, is_rows_file, read_rows
-from dq_lightning.sources.mapped import ArraySource, MapSource, arrays_of, getter_module
+from dq_lightning.sources.mapped import ArraySource, MapSource, arrays_of, getter_module, reads_as_installed
 from dq_lightning.sources.nested import ConcatSource, SubsetSource, filled_parts
 from dq_lightning.sources.reading import ItemSource
 from dq_lightning.sources.strip import KEEP
@@ -118,6 +118,7 @@ def grouping_id(source: Source) -> str | None:
         given = given_labels(grouping, len(source))
         digest = hashlib.sha256(given.values.numpy().tobytes())
         digest.update(repr(given.names).encode() if given.names is not None else b"")
+        digest.update(b"unlabeled" if given.unlabeled else b"")
         return digest.hexdigest()
     # the column's values belong to the source's own identity: its name is enough
     return None if column is None else f"column:{column}"
@@ -164,7 +165,7 @@ def _adapt(dataset: Any, text: TextConfig, *options: Any) -> ItemSource:
     in_memory = isinstance(dataset, list | tuple) and is_row(dataset[0])
     if options[0] is None and (in_memory or _named_as_text(text)):
         return _rows(dataset, None, *options)
-    if arrays_of(dataset) is not None:
+    if arrays_of(dataset) is not None and reads_as_installed(dataset):
         return ArraySource(dataset, *options)
     return FileSource(dataset, *options) if file_list(dataset) is not None else MapSource(dataset, *options)
 

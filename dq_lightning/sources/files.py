@@ -1,16 +1,22 @@
 """Datasets of one image file per sample (ImageFolder and its kin): identity is relative paths, labels and file contents."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from dq_lightning.identity.callables import is_library, patches_of
+from dq_lightning.identity.datasets import State, find_state
+from dq_lightning.identity.values import digest_of, digest_text
 from dq_lightning.records import DigestMemory, EncodedImage
 from dq_lightning.sources.base import relative_paths
-from dq_lightning.sources.items import Leaf, digest_of
-from dq_lightning.sources.mapped import MapSource, getter_module
+from dq_lightning.sources.items import Leaf
+from dq_lightning.sources.mapped import MapSource, getter_module, reads_as_installed
 from dq_lightning.sources.pixels import header_problem
 from dq_lightning.sources.skipping import ForgivingMemory
-from dq_lightning.sources.state import state_beside
+from dq_lightning.sources.strip import TRANSFORM_NAMES
 from dq_lightning.sources.targets import Targets, as_targets
 
 _LISTS = ("samples", "_samples", "imgs", "_image_files")
@@ -39,9 +45,19 @@ def _is_folder(dataset: Any) -> bool:
     )
 
 
+def _opens_as_installed() -> bool:
+    """Whether nothing of what opens files was replaced in torchvision and Pillow."""
+    from torchvision.datasets.folder import default_loader, pil_loader
+
+    opening: tuple[Any, ...] = (default_loader, pil_loader, Image.open)
+    return all(map(is_library, opening)) and not patches_of(Image.Image)
+
+
 def _reads_pil_rgb(dataset: Any) -> bool:
     """Whether the dataset's own code is torchvision's and opens every file with Pillow, converted to RGB."""
-    if not getter_module(dataset).startswith("torchvision.datasets."):
+    if not getter_module(dataset).startswith("torchvision.datasets.") or patches_of(type(dataset)):
+        return False
+    if not _opens_as_installed():
         return False
     if not hasattr(dataset, "loader"):
         return True  # all torchvision classes that list image files with classes and let no loader be chosen do
@@ -55,13 +71,12 @@ def _reads_pil_rgb(dataset: Any) -> bool:
 class FileSource(MapSource):
     """One file per sample."""
 
-    by_items = False
-
     def __init__(self, dataset: Any, *options: Any) -> None:
         # both are asked while the transforms are put on or off
         self._list = file_list(dataset) or ""
         self._standard = _reads_pil_rgb(dataset)
-        self._known_beside: str | None = None
+        self._known_beside: State | None = None
+        self._exact = self._standard and reads_as_installed(dataset)
         super().__init__(dataset, *options)
         self.trusts_list = getter_module(dataset).startswith("torchvision.datasets.") and self.label_column is None
 
@@ -124,19 +139,36 @@ class FileSource(MapSource):
             with self.explaining(index):
                 raise error
 
-    def _beside(self) -> str:
+    def _beside(self) -> State:
+        """Code of the user's that reads the files, and what it holds beside them."""
         # once: what reading changes in the dataset must not change its identity
         if self._known_beside is None:
-            known = {*_LISTS, "root"}
-            self._known_beside = state_beside(self.plain_view(), self.given, self.spot_digest, self._root(), known)
+            view, known = self.plain_view(), {*_LISTS, *TRANSFORM_NAMES, "root"}
+            root = self._root() or ""
+            self._known_beside = find_state(view, self.given, self.spot_digest, without=known, root=root)
         return self._known_beside
 
+    @property
+    def by_items(self) -> bool:  # type: ignore[override]
+        return not self._exact and (not _opens_as_installed() or bool(self._beside().unknown))
+
+    def marks(self, *, fresh: bool) -> str:
+        def stamp(path: str) -> tuple[int, ...]:
+            seen = os.stat(path)  # noqa: PTH116 (a million of them)
+            return seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino
+
+        if not self.by_items:
+            with contextlib.suppress(OSError):
+                return digest_text(*map(stamp, self._paths()))
+        return super().marks(fresh=fresh)
+
     def digest(self, memory: DigestMemory) -> str:
+        if self.by_items:
+            return super().digest(memory)
         paths = self._paths()
         targets = self.listed_targets()
         content = "\n".join(self._file_digests(paths, ForgivingMemory(memory) if self.skips else memory))
-        # code of the user's that reads the files, and what it holds beside, is part of what the items are
-        reading = "" if self._standard else self._beside()
+        reading = "" if self._exact else self._beside().digest
         # values that are no classes are delivered all the same
         values = targets.values if targets is not None else digest_of(self._listed())
         return digest_of(

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dq_lightning.errors import SourceError
+from dq_lightning.identity.values import digest_of
 from dq_lightning.randomness import isolated_random_state
-from dq_lightning.sources.items import Leaf, at, digest_of, with_value
+from dq_lightning.sources.items import Leaf, at, with_value
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ import numpy as np
 from torch import Tensor
 
 from dq_lightning.errors import SourceError
+from dq_lightning.identity.callables import is_untouched
+from dq_lightning.identity.values import digest_of
 from dq_lightning.records import DigestMemory, EncodedImage
 from dq_lightning.sources.base import Finisher, dataset_length
 from dq_lightning.sources.finish import BatchFinisher, FormatFinisher, TransformFinisher, check_finisher
-from dq_lightning.sources.items import IMAGE_NAMES, TARGET_NAMES, Leaf, digest_of
+from dq_lightning.sources.items import IMAGE_NAMES, TARGET_NAMES, Leaf
 from dq_lightning.sources.pixels import header_problem
 from dq_lightning.sources.reading import ItemSource
 from dq_lightning.sources.skipping import ForgivingMemory
@@ -66,6 +68,8 @@ class HubSource(ItemSource):
         self, dataset: Any, image_column: str | None, label_column: str | None, transform: Any, target_transform: Any
     ) -> None:
         dataset_length(dataset)
+        # a class derived from it may give other rows than its table
+        self.by_items = not is_untouched(type(dataset))
         if target_transform != KEEP:
             raise SourceError(
                 "target_transform= does not fit a Hugging Face dataset, whose transform sees the whole row: "
@@ -221,6 +225,8 @@ class HubSource(ItemSource):
         return self.plain_dataset
 
     def digest(self, memory: DigestMemory) -> str:
+        if self.by_items:
+            return super().digest(memory)
         key = self._table_key()
         recalled = memory.recall(key) if key is not None else None
         if recalled is not None:

@@ -8,9 +8,10 @@ from typing import Any
 
 from PIL import Image
 
-from dq_lightning.errors import SourceError, may_pass
+from dq_lightning.errors import ChangedError, SourceError, may_pass
+from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.base import dataset_length
-from dq_lightning.sources.items import at, digest_of, evenly_spaced, image_leaves
+from dq_lightning.sources.items import at, evenly_spaced, image_leaves
 from dq_lightning.sources.skipping import Unreadable
 
 SPOT_CHECKS = 16
@@ -57,6 +58,8 @@ class ItemReader(ABC):
         """Give whatever is raised inside the name of the item, and the way out."""
         try:
             yield
+        except ChangedError:
+            raise
         except Exception as error:
             place = self.path(index)
             skipping = "" if self.skips else ', or pass on_error="skip", which leaves out and counts all such items'

@@ -1,11 +1,8 @@
-"""The inside of one item: which leaf is the image, which is the target, and the digest of all of it."""
+"""The inside of one item: which leaf is the image, and which is the target."""
 
 import copy
 import dataclasses
-import hashlib
-import pickle
 from collections.abc import Iterator, Mapping
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -14,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from dq_lightning.errors import SourceError
-from dq_lightning.tensor_bytes import tensor_bytes
 
 Leaf = tuple[str | int, ...]
 """Path from an item to one of its leaves: keys of mappings and positions in sequences."""
@@ -30,7 +26,6 @@ MANY_CHANNELS = (
 )
 # of an array [H, W] that is taken for an image: scikit-learn's digits have 8 x 8 pixels
 _SMALLEST_PLANE = 8
-_ROWS_AT_ONCE = 256
 
 
 def evenly_spaced(length: int, count: int) -> list[int]:
@@ -230,93 +225,3 @@ def find_target(item: Any, image: Leaf, wanted: str | None) -> Leaf | None:
     if len(item) == 2:
         return (1 - place,)
     return (place + 1,) if place + 1 < len(item) else None
-
-
-class Digester:
-    """Digest of nested values: containers, arrays, images, numbers and strings; order and types count."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def hexdigest(self) -> str:
-        """Of everything added so far."""
-        return self._hash.hexdigest()
-
-    def _put(self, tag: str, data: Any = b"") -> None:
-        view = memoryview(data).cast("B") if not isinstance(data, bytes) else data
-        self._hash.update(f"{tag}:{len(view)}:".encode())
-        self._hash.update(view)
-
-    def array(self, value: Tensor | np.ndarray[Any, Any]) -> None:
-        """Add an array: kind, dtype, shape and bytes in row order, whatever the layout in memory."""
-        if isinstance(value, Tensor):
-            kind, dtype, shape = "tensor", str(value.dtype), [*value.shape] if not value.is_nested else ["nested"]
-            value = np.asarray(tensor_bytes(value))
-        elif value.dtype.hasobject:
-            self.add(value.tolist())
-            return
-        elif isinstance(value, np.ma.MaskedArray):
-            self.array(value.mask | np.zeros(value.shape, bool))
-            self.array(value.data)
-            return
-        else:
-            kind, dtype, shape = "array", value.dtype.str, list(value.shape)
-        self._hash.update(f"{kind} {dtype} {shape}:{value.nbytes}:".encode())
-        # torchvision's CIFAR is a transposed view: copied in pieces that fit the processor's cache
-        rows = value.shape[0] if value.ndim and value.flags.c_contiguous else _ROWS_AT_ONCE
-        for start in range(0, value.shape[0], max(1, rows)) if value.ndim else (0,):
-            part = np.ascontiguousarray(value[start : start + rows] if value.ndim else value)
-            if part.size:
-                self._hash.update(part.reshape(-1).view(np.uint8).data)
-
-    def add(self, value: Any) -> None:
-        """Add a value of any supported type.
-
-        Raises:
-            SourceError: a value can be neither read nor pickled.
-        """
-        if value is None or isinstance(value, bool | int | float | complex | str | PurePath):
-            self._put(type(value).__name__, str(value).encode(errors="surrogatepass"))
-        elif isinstance(value, bytes | bytearray):
-            self._put("bytes", bytes(value))
-        elif isinstance(value, Tensor | np.ndarray):
-            self.array(value)
-        elif isinstance(value, np.generic):
-            self.array(np.asarray(value))
-        elif isinstance(value, Image.Image):
-            self._put(f"image {value.mode} {value.size}", value.tobytes())
-            if value.mode == "P":
-                self._put("palette", bytes(value.getpalette("RGBA") or []))
-        elif isinstance(value, Mapping):
-            self._put(f"mapping {len(value)}")
-            for key in sorted(value, key=repr):
-                self.add(key)
-                self.add(value[key])
-        elif isinstance(value, tuple | list):
-            self._put(f"{'list' if isinstance(value, list) else 'tuple'} {len(value)}")
-            for child in value:
-                self.add(child)
-        elif isinstance(value, set | frozenset):
-            self.add(sorted(value, key=repr))
-        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            self._put(f"dataclass {type(value).__qualname__}")
-            self.add({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
-        else:
-            self._other(value)
-
-    def _other(self, value: Any) -> None:
-        try:
-            self._put(f"object {type(value).__qualname__}", pickle.dumps(value, protocol=4))
-        except Exception as error:
-            raise SourceError(
-                f"The items hold a {type(value).__module__}.{type(value).__qualname__}, whose content can't be read for "
-                "the dataset's identity. Pass fingerprint= with a name of your own for this version of the data."
-            ) from error
-
-
-def digest_of(*values: Any) -> str:
-    """Hexadecimal sha256 over the values."""
-    digester = Digester()
-    for value in values:
-        digester.add(value)
-    return digester.hexdigest()

@@ -4,13 +4,17 @@ import copy
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from dq_lightning.errors import SourceError
+from dq_lightning.errors import ChangedError, SourceError
+from dq_lightning.identity.callables import is_library, is_untouched, patches_of
+from dq_lightning.identity.values import digest_of
 from dq_lightning.records import DigestMemory
 from dq_lightning.sources.base import Finisher
 from dq_lightning.sources.finish import TransformFinisher
-from dq_lightning.sources.items import digest_of, plain_parts
+from dq_lightning.sources.items import plain_parts
 from dq_lightning.sources.reading import ItemSource
 from dq_lightning.sources.strip import (
     KEEP,
@@ -32,6 +36,16 @@ def getter_module(dataset: Any) -> str:
     return ""
 
 
+_NOTED_BYTES = 8
+CHANGED = "changed while it was read: start again when nothing writes to it any more. What was made of it was not kept"
+
+
+def reads_as_installed(dataset: Any) -> bool:
+    """Whether a dataset is of a library's own class, and neither that nor Pillow was changed from outside."""
+    opening: tuple[Any, ...] = (Image.open, Image.fromarray)
+    return is_untouched(type(dataset)) and not patches_of(Image.Image) and all(map(is_library, opening))
+
+
 class MapSource(ItemSource):
     """Any map-style dataset; its identity is the digest of all plain items."""
 
@@ -46,16 +60,26 @@ class MapSource(ItemSource):
         target_transform: Any = KEEP,
     ) -> None:
         super().__init__(dataset, image_column, label_column)
+        self._noted: NDArray[np.uint8] | None = None
+        self._name = type(dataset).__name__
         self._before = copy_of_attributes(dataset)
         self.plain_dataset = without_transforms(dataset)
         self.dataset = with_transforms(dataset, self.plain_dataset, transform, target_transform, self._leaf_finisher)
-        self._name = type(dataset).__name__
 
     def describe(self) -> str:
         return f"{self._name} with {len(self):,} samples"
 
     def read_plain(self, index: int) -> Any:
-        return self.plain_dataset[index]
+        item = self.plain_dataset[index]
+        known = None if self._noted is None else self._noted[index]
+        if known is not None and known.any() and known.tobytes().hex() != digest_of(item)[: 2 * _NOTED_BYTES]:
+            raise ChangedError(f"item {index} of {self.describe()} {CHANGED}")
+        return item
+
+    def note(self, index: int, digest: str) -> None:
+        if self._noted is None:
+            self._noted = np.zeros((len(self), _NOTED_BYTES), np.uint8)
+        self._noted[index] = np.frombuffer(bytes.fromhex(digest)[:_NOTED_BYTES], np.uint8)
 
     def unread(self) -> Self:
         if self._before is None:

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
+from dq_lightning.identity.datasets import Parts
+from dq_lightning.identity.values import digest_of
 from dq_lightning.records import DigestMemory, EncodedImage
 from dq_lightning.sources.base import Finisher, Positions
 from dq_lightning.sources.finish import ConcatFinisher
-from dq_lightning.sources.items import Leaf, digest_of
+from dq_lightning.sources.items import Leaf
 from dq_lightning.sources.pixels import needs_scale, to_rgb
 from dq_lightning.sources.reading import ItemSource
 from dq_lightning.sources.targets import Targets, join
@@ -30,7 +32,7 @@ class SubsetSource(ItemSource):
         )
         self.inner = inner
         inner.first = self.positions[0]
-        self.by_items, self.trusts_list = inner.by_items, inner.trusts_list
+        self.trusts_list = inner.trusts_list
 
     def describe(self) -> str:
         return f"{len(self):,} samples of {self.inner.describe()}"
@@ -72,8 +74,18 @@ class SubsetSource(ItemSource):
         listed = self.inner.listed_targets()
         return listed.take(self.positions.array) if listed is not None else None
 
+    @property
+    def by_items(self) -> bool:  # type: ignore[override]
+        return self.inner.by_items
+
+    def note(self, index: int, digest: str) -> None:
+        self.inner.note(self.positions[index], digest)
+
     def plain_view(self) -> Any:
-        return [self.inner.plain_view(), self.positions.array]
+        return Parts([self.inner.plain_view(), self.positions.array])
+
+    def marks(self, *, fresh: bool) -> str:
+        return super().marks(fresh=fresh) or self.inner.marks(fresh=fresh)
 
     def digest(self, memory: DigestMemory) -> str:
         if self.by_items:
@@ -95,7 +107,6 @@ class ConcatSource(ItemSource):
         whole = dataset if same else ConcatDataset([part.dataset for part in parts])
         super().__init__(whole, parts[0].image_column, parts[0].label_column)
         self._ends = np.cumsum([len(part) for part in parts])
-        self.by_items = any(part.by_items for part in parts)
         self.trusts_list = all(part.trusts_list for part in parts)
 
     def describe(self) -> str:
@@ -158,8 +169,19 @@ class ConcatSource(ItemSource):
     def targets(self) -> Targets | None:
         return join([part.targets() for part in self.parts])
 
+    @property
+    def by_items(self) -> bool:  # type: ignore[override]
+        return any(part.by_items for part in self.parts)
+
+    def note(self, index: int, digest: str) -> None:
+        part, place = self._place(index)
+        part.note(place, digest)
+
     def plain_view(self) -> Any:
-        return [part.plain_view() for part in self.parts]
+        return Parts([part.plain_view() for part in self.parts])
+
+    def marks(self, *, fresh: bool) -> str:
+        return " ".join(part.marks(fresh=fresh) for part in self.parts)
 
     def digest(self, memory: DigestMemory) -> str:
         return digest_of("concat", [part.digest(memory) for part in self.parts])

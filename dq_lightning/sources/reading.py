@@ -1,7 +1,9 @@
 """The part of a source that all adapters share: reading, explaining failures, targets, identity by items."""
 
 import contextlib
+import hashlib
 import logging
+import time
 from abc import abstractmethod
 from functools import partial
 from typing import Any, Self
@@ -12,6 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from dq_lightning.errors import SourceError
+from dq_lightning.identity.datasets import State, find_state
+from dq_lightning.identity.values import digest_of
 from dq_lightning.progress import progress_bar
 from dq_lightning.randomness import isolated_random_state
 from dq_lightning.records import DigestMemory, EncodedImage, Labels
@@ -19,10 +23,8 @@ from dq_lightning.sources.base import Finisher, Positions
 from dq_lightning.sources.item_reader import SPOT_CHECKS, ItemReader
 from dq_lightning.sources.items import (
     MANY_CHANNELS,
-    Digester,
     Leaf,
     at,
-    digest_of,
     evenly_spaced,
     find_image,
     find_target,
@@ -31,8 +33,8 @@ from dq_lightning.sources.items import (
 )
 from dq_lightning.sources.pixels import Scale, check_pixels, decide_scale, needs_scale, to_rgb
 from dq_lightning.sources.skipping import Unreadable
-from dq_lightning.sources.state import state_key
 from dq_lightning.sources.streams import generators_in, random_states
+from dq_lightning.sources.strip import TRANSFORM_NAMES
 from dq_lightning.sources.targets import Targets, as_targets, given_labels, target_of, to_labels
 
 logger = logging.getLogger("dq_lightning")
@@ -73,13 +75,13 @@ class ItemSource(ItemReader):
         self._scale: Scale | None = None
         self._targets: tuple[Targets | None] | None = None
         self._scan: tuple[str, Targets | None] | None = None
-        self._state: str | None = None
+        self._state: State | None = None
         self._told_no_classes = False
         self._repeatable = False
 
     @property
     def identity_is_certain(self) -> bool:
-        return not self.by_items or not self.state_key().startswith("opaque:")
+        return not self.by_items or not self.state().unknown
 
     # what an adapter says
 
@@ -247,39 +249,70 @@ class ItemSource(ItemReader):
         if self._scan is None:
             self._check_reads()  # something random inside is found before the long pass, not after it
             leaf = self.target_leaf()
-            digester = Digester()
-            digester.add(self.image_leaf())
+            content = hashlib.sha256(repr(self.image_leaf()).encode())
             values: list[Any] = []
+            started = time.perf_counter()
             logger.info("%s: reading every item once for its content digest", self.describe())
             show = self.shows_progress and len(self) >= _LONG_PASS
             with progress_bar(show, total=len(self), unit="item", description="reading items") as bar:
                 for index in range(len(self)):
                     item, digest = self.digested(index)
-                    digester.add(digest)
+                    content.update(bytes.fromhex(digest))
+                    if not isinstance(item, Unreadable):
+                        self.note(index, digest)
                     values.append(item if isinstance(item, Unreadable) else target_of(item, leaf))
                     bar.update()
+            if self.state().unknown:
+                logger.info(
+                    "%s: this took %.1f s and is done at every start, because what the items depend on is not all seen (%s). "
+                    "fingerprint= with a name of your own for this version of the data takes its place",
+                    self.describe(),
+                    time.perf_counter() - started,
+                    "; ".join(self.state().unknown[:3]),
+                )
             listed = self.listed_targets()
             names = listed.names if listed is not None else None
             # what can't be read is in no bin: any class will do that hides none and makes none
             known = next((value for value in values if not isinstance(value, Unreadable)), None)
             values = [known if isinstance(value, Unreadable) else value for value in values]
-            self._scan = digester.hexdigest(), as_targets(values, names)
+            self._scan = content.hexdigest(), as_targets(values, names)
         return self._scan
 
-    def state_key(self) -> str:
-        """Where the digest of all items is remembered."""
-        if self._state is None:
-            self._state = state_key(
+    def note(self, index: int, digest: str) -> None:
+        """Keep the digest of an item: reading it later is an error where it is another one by then."""
+
+    def state(self, *, fresh: bool = False) -> State:
+        """What is seen of the dataset without reading all items: as it was when first asked for, or now."""
+        if self._state is None or fresh:
+            found = find_state(
                 self.plain_view(),
                 self.given,
                 lambda others: digest_of(len(self), self.image_leaf(), self.spot_digest(others)),
+                without=TRANSFORM_NAMES,
             )
+            if self._state is not None:
+                return found
+            self._state = found
         return self._state
+
+    def marks(self, *, fresh: bool) -> str:
+        """A text that differs once the data were changed, also where they were changed back; found without reading them all.
+
+        Args:
+            fresh: as they are now, in place of as they were when the identity was looked for.
+        """
+        return self.state(fresh=fresh).digest if self.by_items else ""
+
+    def state_key(self) -> str:
+        """Where the digest of all items is remembered."""
+        state = self.state()
+        return f"{'opaque:' if state.unknown else ''}dataset-state:{state.digest}"
 
     def digest(self, memory: DigestMemory) -> str:
         key = self.state_key()  # before the items are read, which may fill a cache inside the dataset
         digest = self.scan()[0]
-        memory.remember(key, digest)
+        if self.state(fresh=True).digest == self.state().digest:
+            memory.remember(key, digest)
         return digest
 
     def quick_digest(self, memory: DigestMemory) -> str | None:

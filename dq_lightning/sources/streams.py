@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dq_lightning.sources.items import digest_of
+from dq_lightning.identity.values import digest_of
 
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _VALUES = (str, bytes, int, float, complex, Tensor, np.ndarray, type)

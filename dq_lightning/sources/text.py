@@ -7,10 +7,11 @@ from PIL import Image
 
 from dq_lightning.config import TextConfig
 from dq_lightning.errors import ConfigError, SourceError
+from dq_lightning.identity.values import digest_of
 from dq_lightning.prompts import Template, choose_template
 from dq_lightning.records import DigestMemory, EncodedImage, Labels
 from dq_lightning.sources.hub import HubSource
-from dq_lightning.sources.items import IMAGE_NAMES, Leaf, digest_of, image_leaves
+from dq_lightning.sources.items import IMAGE_NAMES, Leaf, image_leaves
 from dq_lightning.sources.mapped import MapSource
 from dq_lightning.sources.nested import ConcatSource, SubsetSource
 from dq_lightning.sources.reading import ItemSource
@@ -142,7 +143,8 @@ class RowsSource(TextRows, MapSource):
         super().__init__(dataset, None, label_column, transform)
         self._rows: Sequence[Any] | None = dataset if isinstance(dataset, list | tuple) else None
         self._name = name or ("list of rows" if self._rows is not None else self._name)
-        self.by_items, self.trusts_list = self._rows is None, self._rows is not None
+        # a list of a class of its own may give other rows than it holds
+        self.by_items, self.trusts_list = type(dataset) not in (list, tuple), self._rows is not None
         for index, row in enumerate(self._rows or ()):
             if not isinstance(row, Mapping):
                 raise SourceError(f"row {index} is no dict of fields but a {type(row).__name__}; leave it out")
@@ -158,7 +160,7 @@ class RowsSource(TextRows, MapSource):
         return as_targets([row.get(self.label_column) for row in self._rows])
 
     def digest(self, memory: DigestMemory) -> str:
-        if self._rows is None:
+        if self.by_items or self._rows is None:
             return super().digest(memory)
         return digest_of("rows", *(list(row.items()) for row in self._rows))
 

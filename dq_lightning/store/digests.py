@@ -1,6 +1,6 @@
 """Remembered content digests: an unchanged file is read once. Touches the disk.
 
-A digest is trusted while path, size, modification time and change time are the same. The change time cannot be set by
+A digest is trusted while path, size, modification time, change time and inode are the same. The change time cannot be set by
 `touch` or kept by `cp -p`, so other content under an old date is noticed. A file modified less than two seconds before it was
 hashed is hashed again next time, because it could change once more within the clock's step (git calls this "racy").
 """
@@ -27,16 +27,19 @@ PIECE_BYTES = 1 << 20
 CHUNK_FILES = 512
 ATTEMPTS = 3
 
-# size, mtime_ns, ctime_ns of each file
+# size, mtime_ns, ctime_ns and inode of each file
 Stamps = npt.NDArray[np.int64]
+STAMP_SIZE = 4
 
 
-def _stamp(path: str) -> tuple[int, int, int]:
+def _stamp(path: str) -> tuple[int, ...]:
     seen = os.stat(path)  # noqa: PTH116 (a million of them: no Path objects)
-    return seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns
+    # the inode tells apart two files of equal size and times, one of which a link names. Its device does not count: network
+    # file systems number it anew at each mount, and everything would be read again
+    return seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino & (2**63 - 1)
 
 
-def _hash_file(path: str) -> tuple[bytes, tuple[int, int, int]]:
+def _hash_file(path: str) -> tuple[bytes, tuple[int, ...]]:
     """Digest of a file, and its stamp; a stamp of -1 when it is too young to be trusted."""
     for _ in range(ATTEMPTS):
         started = time.time_ns()
@@ -47,7 +50,7 @@ def _hash_file(path: str) -> tuple[bytes, tuple[int, int, int]]:
                 digest.update(piece)
         if _stamp(path) == before:
             young = max(before[1], before[2]) > started - RACY_NANOSECONDS
-            return digest.digest(), (-1, -1, -1) if young else before
+            return digest.digest(), (-1,) * STAMP_SIZE if young else before
     raise CacheError(f"{path} changes while it is read: wait until it is written, then start again")
 
 
@@ -148,7 +151,7 @@ class _Table:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.names = b""
-        self.stamps: Stamps = np.empty((0, 3), np.int64)
+        self.stamps: Stamps = np.empty((0, STAMP_SIZE), np.int64)
         self.digests: npt.NDArray[np.uint8] = np.empty((0, 32), np.uint8)
         try:
             with files.open_plain(path) as file:
@@ -162,16 +165,16 @@ class _Table:
             logger.debug("digests in %s are made again: %s: %s", path, type(error).__name__, error)
             return
         rows = names.count(b"\0") + 1 if names else 0
-        shapes_fit = stamps.shape == (rows, 3) and digests.shape == (rows, 32)
+        shapes_fit = stamps.shape == (rows, STAMP_SIZE) and digests.shape == (rows, 32)
         if shapes_fit and stamps.dtype == np.int64 and digests.dtype == np.uint8:
             self.names, self.stamps, self.digests = names, stamps, digests
 
     def look_up(self, places: list[str]) -> tuple[Stamps, npt.NDArray[np.uint8]]:
-        """Stamps [N, 3] and digests [N, 32] of the given paths; a stamp of -1 where unknown."""
+        """Stamps [N, 4] and digests [N, 32] of the given paths; a stamp of -1 where unknown."""
         names = _join(places)
         if self.names == names or self.names.startswith(names + b"\0"):
             return self.stamps[: len(places)], self.digests[: len(places)]
-        stamps = np.full((len(places), 3), -1, np.int64)
+        stamps = np.full((len(places), STAMP_SIZE), -1, np.int64)
         digests = np.zeros((len(places), 32), np.uint8)
         row_of = {name: row for row, name in enumerate(self.names.split(b"\0"))} if self.names else {}
         rows = np.array([row_of.get(os.fsencode(place), -1) for place in places], np.int64)

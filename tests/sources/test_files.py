@@ -14,10 +14,10 @@ from torchvision.datasets import DatasetFolder, ImageFolder, VisionDataset
 from torchvision.datasets.folder import default_loader
 
 from dq_lightning.errors import SourceError
+from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.sources.base import relative_paths
 from dq_lightning.sources.files import FileSource
-from dq_lightning.sources.items import digest_of
 
 AUGMENT = transforms.Compose([transforms.RandomHorizontalFlip(), transforms.ToTensor()])
 

@@ -25,9 +25,10 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torchvision.datasets import ImageFolder
 
 from dq_lightning.errors import SourceError
+from dq_lightning.identity.values import digest_of
+from dq_lightning.sources import arrow
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.sources.hub import HubSource
-from dq_lightning.sources.items import digest_of
 
 NAMES = ["cat", "dog", "owl"]
 
@@ -314,7 +315,7 @@ def test_a_table_on_disk_is_read_once(tmp_path, memory, monkeypatch):
     make(20).save_to_disk(tmp_path / "saved")
     first = as_source(load_from_disk(tmp_path / "saved")).digest(memory)
     with monkeypatch.context() as patch:
-        patch.setattr(Dataset, "iter", lambda *_, **__: pytest.fail("the table was read again"))
+        patch.setattr(arrow, "digest_tables", lambda *_, **__: pytest.fail("the table was read again"))
         assert as_source(load_from_disk(tmp_path / "saved").with_format("torch")).quick_digest(memory) == first
     saved = load_from_disk(tmp_path / "saved")
     others = [

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dq_lightning.errors import SourceError
-from dq_lightning.sources.items import at, digest_of, evenly_spaced, find_image, find_target, with_value
+from dq_lightning.identity.values import digest_of
+from dq_lightning.sources.items import at, evenly_spaced, find_image, find_target, with_value
 
 IMAGE = Image.new("RGB", (5, 4))
 MASK = Image.new("L", (5, 4))

@@ -16,9 +16,9 @@ from torchvision.transforms import v2
 
 from dq_lightning.config import QuantizeConfig
 from dq_lightning.errors import SourceError
+from dq_lightning.identity.values import digest_of
 from dq_lightning.plan import make_plan
 from dq_lightning.sources.adapt import as_source
-from dq_lightning.sources.items import digest_of
 from dq_lightning.sources.mapped import ArraySource, MapSource
 
 AUGMENT = transforms.Compose([transforms.RandomHorizontalFlip(), transforms.ToTensor()])

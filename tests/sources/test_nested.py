@@ -13,8 +13,8 @@ from torchvision import transforms
 from torchvision.datasets import FakeData
 
 from dq_lightning.errors import SourceError
+from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.adapt import as_source
-from dq_lightning.sources.items import digest_of
 
 AUGMENT = transforms.Compose([transforms.RandomHorizontalFlip(), transforms.ToTensor()])
 

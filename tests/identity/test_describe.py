@@ -19,10 +19,9 @@ from torch import nn
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from dq_lightning.describe import describe_callable
-from dq_lightning.describe_network import describe_settings
 from dq_lightning.errors import FeatureError
-from dq_lightning.weights import digest_module
+from dq_lightning.identity.callables import describe_callable
+from dq_lightning.identity.networks import digest_module
 
 FACTOR = 2.0
 log = logging.getLogger(__name__)
@@ -250,10 +249,10 @@ def test_attributes_of_networks_count_and_training_does_not():
     network[1].handle = object()
     assert digest_module(network) != second != first
     one, two = (nn.MultiheadAttention(8, heads) for heads in (1, 2))
-    assert describe_settings(one) != describe_settings(two)
-    before = describe_settings(network)
+    assert digest_module(one) != digest_module(two)
+    before = digest_module(network)
     network.eval().requires_grad_(False)
-    assert describe_settings(network) == before
+    assert digest_module(network) == before
 
 
 model = nn.Linear(1, 1)

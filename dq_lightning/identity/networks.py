@@ -1,0 +1,268 @@
+"""What a network computes: weights, code, settings; what cannot be resolved, by its outputs. And commits of hub repositories.
+
+A network whose code was not understood in full is also known by what it answers to a few fixed inputs, in double precision, on
+one thread of the CPU, so that devices and numbers of threads do not matter. The answers are rounded to four digits: the same
+machine gives the same always, another kind of processor may differ in the last of sixteen, which the rounding hides but for one
+in billions; then an entry is made again, and never a wrong one used.
+"""
+
+import contextlib
+import copy
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dq_lightning.errors import DQError
+from dq_lightning.identity.callables import CodeDescriber, described, is_library
+from dq_lightning.identity.values import digest_text, tensor_bytes
+from dq_lightning.randomness import isolated_random_state
+
+logger = logging.getLogger("dq_lightning")
+
+# attributes of libraries' networks that say where weights came from or lie, not what they compute
+_ORIGINS = frozenset(
+    ("name_or_path", "device", "dtype", "torch_dtype", "transformers_version", "pretrained_cfg", "default_cfg")
+)
+_SIDES = (32, 224)
+_NUMBERS = 64
+
+
+class _NetworkDescriber(CodeDescriber):
+    """Describes the parts of a network; the tensors of these are left to `described_module`.
+
+    Args:
+        module: the network.
+        without: names of settings that do not count.
+    """
+
+    def __init__(self, module: nn.Module, without: Collection[str]) -> None:
+        super().__init__()
+        self._places = {id(part): place for place, part in module.named_modules()}
+        self._skipped = _ORIGINS.union(without)
+
+    def attributes(self, value: Any, held: dict[str, Any]) -> dict[str, Any]:
+        every = super().attributes(value, held)
+        if isinstance(value, nn.Module) and id(value) not in self._places:
+            return every  # no part of the network, but held by one
+        if isinstance(value, nn.Module):
+            kept = _bookkeeping(type(value)) | {"_parameters", "_buffers", "_modules", "training"}
+            every = {name: one for name, one in every.items() if name not in kept and not name.startswith("_hparams")}
+        elif not any(kind.__module__.startswith(("transformers.", "timm.")) for kind in type(value).__mro__):
+            return every
+        if not is_library(type(value)):
+            return every
+        return {n: v for n, v in every.items() if "hooks" in n or not (n.startswith("_") or n in self._skipped)}
+
+    def special(self, value: Any) -> str | None:
+        if isinstance(value, nn.Module) and len(self._open) > 1 and id(value) in self._places:
+            return f"part:{self._places[id(value)]}"
+        return super().special(value)
+
+
+def _bookkeeping(kind: type) -> set[str]:
+    """Names of the attributes that Lightning keeps on its modules, which change by training."""
+    for owner in kind.__mro__:
+        if owner.__name__ == "LightningModule" and owner.__module__.split(".")[0] in ("lightning", "pytorch_lightning"):
+            return set(vars(owner()))
+    return set()
+
+
+def described_module(module: nn.Module, without: Collection[str] = ()) -> tuple[str, list[str]]:
+    """Digest of a network, and why equal digests do not promise equal outputs: empty where all was resolved.
+
+    Reads every byte of the weights once; device, precision of the computation and train mode do not enter.
+
+    Args:
+        module: the network.
+        without: names of settings that do not count.
+
+    Raises:
+        DQError: a parameter has no values (meta or lazy).
+    """
+    describer = _NetworkDescriber(module, without)
+    texts: list[str] = []
+    compiled: list[str] = []
+    for place, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            # a whole holds its parts
+            if not any(place.startswith(f"{whole}." if whole else "") for whole in compiled):
+                compiled.append(place)
+                texts += [place, _compiled(part)]
+            continue
+        texts += [place, describer.describe(part)]
+        if isinstance(part, torch.fx.GraphModule):
+            texts.append(part.code)
+    tensors = dict((*module.named_parameters(), *module.named_buffers()))
+    for name, tensor in tensors.items():
+        content = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+        texts += [name, str(tensor.dtype), str(tuple(tensor.shape)), content]
+    # weights that are neither, as those of quantized networks
+    texts += [
+        text
+        for name, value in module.state_dict().items()
+        if name not in tensors
+        for text in (name, describer.describe(value))
+    ]
+    return digest_text(*texts), describer.unknown
+
+
+def _compiled(part: torch.jit.ScriptModule) -> str:
+    """Code and constants of a network of TorchScript; its parameters and buffers are seen as those of any other."""
+    graph: Any = part.inlined_graph
+    # names of types are numbered through the process
+    texts = [re.sub(r"___torch_mangle_\d+", "", graph.str(False))]
+    for node in graph.findAllNodes("prim::Constant", True):
+        if "value" in node.attributeNames() and node.kindOf("value") == "t":
+            texts.append(hashlib.sha256(tensor_bytes(node.t("value"))).hexdigest())
+    return digest_text(*texts)
+
+
+def digest_module(module: nn.Module, *, without: Collection[str] = ()) -> str:
+    """Digest of a network: code, settings, every parameter and buffer; its outputs too where its code is not understood.
+
+    Raises:
+        DQError: a parameter has no values (meta or lazy).
+    """
+    text, unknown = described_module(module, without)
+    return digest_text(text, probe(module, None, unknown)) if unknown else text
+
+
+def digest_encoder(module: nn.Module, preprocess: Callable[..., Any], text: str | None = None) -> str:
+    """Digest of a network with its preprocessing; of their outputs too where they are not understood.
+
+    Args:
+        module: the network.
+        preprocess: from an RGB image to a tensor.
+        text: description of `preprocess` when its owner knows a better one than its code.
+
+    Raises:
+        FeatureError: the preprocessing holds something that cannot be looked into.
+        DQError: a parameter has no values (meta or lazy).
+    """
+    unknown: list[str] = []
+    if text is None:
+        text, unknown = described(preprocess)
+    weights, unresolved = described_module(module)
+    unknown += unresolved
+    return digest_text(weights, text, *([probe(module, preprocess, unknown)] if unknown else []))
+
+
+def probe(module: nn.Module, preprocess: Callable[..., Any] | None, unknown: list[str]) -> str:
+    """Digest of what a network answers to a few fixed inputs.
+
+    Args:
+        module: the network.
+        preprocess: from an RGB image to a tensor; None gives the network plain pixels.
+        unknown: why its description does not suffice, for the warning where it accepts no input.
+    """
+    answers: list[str] = []
+    with isolated_random_state(0), _one_thread(), torch.no_grad():
+        network = copy.deepcopy(module).cpu().eval()
+        for side in _SIDES:
+            with contextlib.suppress(Exception):
+                given = torch.stack([(preprocess or image_to_pixels)(image) for image in _images(side)]).cpu()
+                answers += _rounded(given)
+                answers += _answer(network, given)
+    if not answers:
+        logger.warning(
+            "%s is not known in full (%s), and it could not be tried out: if it changes, old results may be reused. Give it a "
+            "string attribute `identity` that you change whenever its behaviour changes",
+            type(module).__name__,
+            unknown[0],
+        )
+    return digest_text("probe", *answers)
+
+
+def image_to_pixels(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _answer(network: nn.Module, given: Tensor) -> list[str]:
+    given = given.double() / 255 if given.dtype == torch.uint8 else given
+    for dtype in (torch.float64, torch.float32):
+        with contextlib.suppress(Exception):
+            return _rounded(network.to(dtype)(given.to(dtype)))
+    return []
+
+
+def _rounded(answer: Any) -> list[str]:
+    """Evenly spread numbers of all tensors in an answer, to four digits of the largest."""
+    if isinstance(answer, Tensor):
+        values = answer.detach().double().flatten()
+        spread = (
+            values[torch.linspace(0, len(values) - 1, min(_NUMBERS, len(values))).long()] if len(values) else values
+        )
+        whole = torch.stack([values.mean(), values.abs().mean()]) if len(values) else values
+        chosen = torch.cat([spread, whole]).numpy()
+        finite = np.abs(chosen[np.isfinite(chosen)])
+        step = 1e-4 * 2.0 ** np.ceil(np.log2(finite.max())) if finite.size and finite.max() > 0 else 1.0
+        return [str(tuple(answer.shape)), f"{step:.3e}", *(f"{value:.0f}" for value in np.round(chosen / step) + 0.0)]
+    if isinstance(answer, dict):
+        return [text for name in answer for text in (str(name), *_rounded(answer[name]))]
+    if isinstance(answer, list | tuple):
+        return [text for one in answer for text in _rounded(one)]
+    return [type(answer).__name__]
+
+
+def _images(side: int) -> list[Image.Image]:
+    """A few fixed RGB images of large and small structure."""
+    rows, columns = np.mgrid[0:side, 0:side]
+    waves = [np.stack([(rows * a + columns * b * (c + 1)) % 256 for c in range(3)], -1) for a, b in ((1, 3), (7, 2))]
+    return [Image.fromarray(wave.astype(np.uint8)) for wave in waves]
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def find_commit(repository: str, revision: str | None, files: tuple[str, ...]) -> str:
+    """Commit of a repository's weights: from the local Hugging Face cache, or else downloaded.
+
+    Args:
+        repository: `OWNER/NAME`.
+        revision: branch, tag or commit; the default branch when None.
+        files: names of weight files, the preferred one first.
+
+    Raises:
+        DQError: the weights are neither in the cache nor reachable. The caller says what can be passed instead.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    for file in files:
+        cached = try_to_load_from_cache(repository, file, revision=revision)
+        if isinstance(cached, str):
+            return _commit_of(cached, file)
+    reason: Exception | None = None
+    for file in files:
+        try:
+            return _commit_of(hf_hub_download(repository, file, revision=revision), file)
+        except Exception as error:
+            reason = error
+            # only a hub that answered may have the other file; without network every attempt costs half a minute
+            if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
+                break
+    raise DQError(
+        f"{' or '.join(files)} of the hub repository {repository}, which is not in the local Hugging Face cache and cannot "
+        f"be downloaded ({type(reason).__name__}): connect once"
+    ) from reason
+
+
+def _commit_of(path: str, file: str) -> str:
+    # .../snapshots/COMMIT/FILE, where FILE may lie in subfolders
+    return Path(path).parents[len(Path(file).parts) - 1].name

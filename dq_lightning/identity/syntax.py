@@ -1,0 +1,305 @@
+"""The syntax of running code: what it refers to, and which of it may read files whose names it makes up."""
+
+import ast
+import collections
+import dis
+import linecache
+import types
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+# functions that read files take them by these names, or first
+_CHANGES = frozenset(("append", "appendleft", "extend", "insert", "update", "setdefault", "add", "__setitem__"))
+_FILE_ARGUMENTS = ("fp", "file", "f", "fname", "filename", "path")
+
+
+def cells_of(function: Any) -> dict[str, Any]:
+    """Values of the names that a function takes from the functions around it."""
+    held = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            held[name] = cell.cell_contents
+        except ValueError:  # not filled yet
+            held[name] = "empty"
+    return held
+
+
+@lru_cache(64)
+def _parsed(text: str) -> tuple[list[ast.AST], frozenset[types.CodeType]]:
+    """The functions in a source: their nodes, and their code as this Python compiles it."""
+    try:
+        tree = ast.parse(text)
+        codes, found = [compile(text, "", "exec", dont_inherit=True)], set()
+    except (SyntaxError, ValueError, RecursionError):
+        return [], frozenset()
+    while codes:
+        inner = [one for one in codes.pop().co_consts if isinstance(one, types.CodeType)]
+        codes += inner
+        found.update(inner)
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    return [node for node in ast.walk(tree) if isinstance(node, kinds)], frozenset(found)
+
+
+def _node_of(code: types.CodeType) -> Any:
+    """The syntax of running code, or None where the source at hand is not the one that it was made from."""
+    linecache.checkcache(code.co_filename)
+    nodes, codes = _parsed("".join(linecache.getlines(code.co_filename)))
+    if code not in codes:
+        return None
+
+    def fits(node: Any) -> bool:
+        if isinstance(node, ast.Lambda):
+            places = {place[::2] for place in code.co_positions()}
+            return code.co_name == "<lambda>" and (node.body.lineno, node.body.col_offset) in places
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        return bool(node.name == code.co_name and first == code.co_firstlineno)
+
+    fitting = [node for node in nodes if fits(node)]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+_NO_EFFECT = ("ctx", "annotation", "returns", "type_comment", "kind", "type_params", "type_ignores")
+
+
+def _dumped(node: Any, *, top: bool = False) -> str:
+    """A syntax tree as text, without what has no effect; the same for every Python that can parse it."""
+    if isinstance(node, list):
+        kept = [part for part in node if not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))]
+        return f"[{','.join(map(_dumped, kept))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    # what decorators made of a function is seen in what they gave
+    skipped = (*_NO_EFFECT, "decorator_list") if top else _NO_EFFECT
+    fields = [(name, value) for name, value in ast.iter_fields(node) if name not in skipped and value not in (None, [])]
+    return f"{type(node).__name__}({','.join(f'{name}={_dumped(value)}' for name, value in fields)})"
+
+
+class Code(ast.NodeVisitor):
+    """What the code of a function refers to.
+
+    Attributes:
+        node: its syntax; None where no source fits.
+        text: of that.
+        world: values by name: of its module, and of the functions around it.
+        chains: names of the world or of builtins, each with the attributes that are asked of it.
+        attributes: names of attributes that are asked of anything else.
+        stored: names of attributes that it sets.
+        calls: last name of what is called, and an argument.
+        handed: those of the chains that are not only called.
+        unresolved: why it is not understood.
+    """
+
+    def __init__(self, function: types.FunctionType) -> None:
+        self.name = function.__qualname__.replace("<locals>.", "")
+        self.short = function.__name__
+        self.world: Mapping[str, Any] = collections.ChainMap(cells_of(function), function.__globals__)
+        self.node = _node_of(function.__code__)
+        self.text = "" if self.node is None else _dumped(self.node, top=True)
+        self.chains: list[tuple[str, ...]] = []
+        self.attributes: list[str] = []
+        self.stored: set[str] = set()
+        self.calls: list[Call] = []
+        self.handed: set[tuple[str, ...]] = set()
+        self._function: ast.expr | None = None
+        self.unresolved: list[str] = []
+        self.arguments: set[str] = set()
+        self.assigned: dict[str, list[ast.expr]] = {}
+        self._global = set(_global_names(function.__code__)) | set(function.__code__.co_freevars)
+        if self.node is None:
+            self.chains = [(name,) for name in sorted(self._global)]
+            return
+        for part in [self.node.args, *(self.node.body if isinstance(self.node.body, list) else [self.node.body])]:
+            self.visit(part)
+
+    def visit_arg(self, node: ast.arg) -> None:
+        self.arguments.add(node.arg)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        self._assign(node.target, node.value)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        for target in node.targets:
+            self._assign(target, node.value)
+
+    def visit_NamedExpr(self, node: ast.NamedExpr) -> None:
+        self._assign(node.target, node.value)
+
+    def visit_For(self, node: ast.For) -> None:
+        self._assign(node.target, node.iter)
+        for part in (*node.body, *node.orelse):
+            self.visit(part)
+
+    def visit_comprehension(self, node: ast.comprehension) -> None:
+        self._assign(node.target, node.iter)
+        for part in node.ifs:
+            self.visit(part)
+
+    def visit_withitem(self, node: ast.withitem) -> None:
+        self.visit(node.context_expr)
+        if node.optional_vars is not None:
+            self._assign(node.optional_vars, node.context_expr, visit=False)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self._assign(node.target, ast.BinOp(node.target, node.op, node.value), visit=False)
+        self.visit(node.value)
+
+    def _assign(self, target: ast.expr, value: ast.expr | None, *, visit: bool = True) -> None:
+        for part in ast.walk(target):
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store) and value is not None:
+                self.assigned.setdefault(part.id, []).append(value)
+        self.visit(target)
+        if visit and value is not None:
+            self.visit(value)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        self.arguments.update(one.arg for one in ast.walk(node.args) if isinstance(one, ast.arg))
+        for part in (*node.decorator_list, node.args, *node.body):
+            self.visit(part)
+
+    def visit_Import(self, node: Any) -> None:
+        self.unresolved.append(f"{self.name} imports inside a function")
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        self.visit_Import(node)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if node.id in self._global and isinstance(node.ctx, ast.Load):
+            self._refer(node, (node.id,))
+
+    def _refer(self, node: ast.expr, chain: tuple[str, ...]) -> None:
+        self.chains.append(chain)
+        if node is not self._function:
+            self.handed.add(chain)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        names, base = [node.attr], node.value
+        while isinstance(base, ast.Attribute):
+            names.append(base.attr)
+            base = base.value
+        names.reverse()
+        if not isinstance(node.ctx, ast.Load):
+            self.stored.add(names[-1])
+            names.pop()
+        if isinstance(base, ast.Name) and base.id in self._global:
+            self._refer(node, (base.id, *names))
+            return
+        self.attributes += names
+        self.visit(base)
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        if not isinstance(node.ctx, ast.Load):
+            self._change(node.value, node)
+        self.generic_visit(node)
+
+    def _change(self, held: ast.expr, how: ast.expr) -> None:
+        """Something is put into a container."""
+        while isinstance(held, ast.Subscript):
+            held = held.value
+        if isinstance(held, ast.Attribute):
+            self.stored.add(held.attr)
+        elif isinstance(held, ast.Name):
+            self.assigned.setdefault(held.id, []).append(ast.Call(how, [], []))
+
+    def visit_Call(self, node: ast.Call) -> None:
+        called = node.func
+        if isinstance(called, ast.Attribute) and called.attr in _CHANGES:
+            self._change(called.value, node)
+        last = called.attr if isinstance(called, ast.Attribute) else called.id if isinstance(called, ast.Name) else ""
+        constant = node.args[1] if len(node.args) > 1 else None
+        if last == "getattr" and isinstance(constant, ast.Constant) and isinstance(constant.value, str):
+            self.attributes.append(constant.value)
+            called = ast.Name("hasattr", ast.Load())
+        self._function = called
+        self.visit(called)
+        given = [*enumerate(node.args), *((word.arg, word.value) for word in node.keywords)]
+        for place, part in given:
+            self.calls.append(Call(self, last, place == 0 or place in _FILE_ARGUMENTS, part))
+            self.visit(part)
+
+    def origin(self, value: ast.expr, computed: set[str], seen: tuple[str, ...] = ()) -> str:
+        """Where a value comes from: "held" (as it is described), "given" (an argument) or "made" here."""
+        while isinstance(value, ast.Subscript | ast.Attribute | ast.Starred):
+            if (value.attr if isinstance(value, ast.Attribute) else "[]") in computed:
+                return "made"
+            value = value.value
+        if isinstance(value, ast.Call):
+            name = value.func.attr if isinstance(value.func, ast.Attribute) else getattr(value.func, "id", "")
+            if name == "BytesIO":
+                return "held"
+            if (
+                name in ("str", "Path", "fspath", "enumerate", "zip", "list", "tuple", "sorted")
+                and len(value.args) == 1
+            ):
+                return self.origin(value.args[0], computed, seen)
+            if name == "get" and isinstance(value.func, ast.Attribute) and len(value.args) == 1:
+                return self.origin(value.func.value, computed, seen)
+            return "made"
+        if isinstance(value, ast.Tuple | ast.List) and value.elts:
+            return _worst([self.origin(part, computed, seen) for part in value.elts])
+        if isinstance(value, ast.IfExp):
+            return _worst([self.origin(part, computed, seen) for part in (value.body, value.orelse)])
+        if not isinstance(value, ast.Name) or value.id in seen:
+            return "made"
+        found = [self.origin(one, computed, (*seen, value.id)) for one in self.assigned.get(value.id, [])]
+        if value.id in self.arguments:
+            found.append("held" if value.id == "self" else "given")
+        elif not found:
+            found.append("held" if value.id in self._global else "made")
+        return _worst(found)
+
+
+def _worst(origins: list[str]) -> str:
+    return next((one for one in ("made", "given") if one in origins), "held")
+
+
+class Call(NamedTuple):
+    """A call in code, with one of its arguments.
+
+    Attributes:
+        code: where it is.
+        name: the last name of what is called.
+        first: whether a function that reads files would take this argument for the file.
+        argument: its syntax.
+    """
+
+    code: Code
+    name: str
+    first: bool
+    argument: ast.expr
+
+
+def composed_names(calls: list[Call], library: set[str], computed: set[str], plain: set[str]) -> list[str]:
+    """Calls that may read files whose names are not described as they stand.
+
+    Args:
+        calls: in all code.
+        library: names of functions of libraries that read files.
+        computed: names of attributes that code sets or computes.
+        plain: names that what is called by them has itself; anything may be called by other names.
+    """
+
+    def reads(call: Call, origin: str) -> bool:
+        constant = isinstance(call.argument, ast.Constant) and not isinstance(call.argument.value, str)
+        by_users = call.name in users or (bool(users) and call.name not in plain)
+        of_file = by_users or (call.name in library and call.first)
+        return of_file and not constant and call.code.origin(call.argument, computed) == origin
+
+    users: set[str] = set()
+    while more := {call.code.short for call in calls if reads(call, "given")} - users:
+        users |= more  # a function that reads the file it is given reads files too
+    return list(
+        dict.fromkeys(
+            f"{call.code.name} gives {call.name} a name that it makes" for call in calls if reads(call, "made")
+        )
+    )
+
+
+def _global_names(code: types.CodeType) -> Iterator[str]:
+    # co_names alone has attributes too: `self.model` is not the script's own `model`
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            yield step.argval
+    for one in code.co_consts:
+        if isinstance(one, types.CodeType):
+            yield from _global_names(one)

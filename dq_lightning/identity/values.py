@@ -1,0 +1,299 @@
+"""The content of values as digests: numbers, text, arrays, images, containers, and objects by their attributes."""
+
+import copyreg
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dq_lightning.errors import DQError, SourceError
+
+_COMPRESSED = {
+    torch.sparse_csr: ("crow_indices", "col_indices"),
+    torch.sparse_bsr: ("crow_indices", "col_indices"),
+    torch.sparse_csc: ("ccol_indices", "row_indices"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices"),
+}
+_ROWS_AT_ONCE = 256
+_SHORT = 64
+_AT_ONCE = 4096
+_DEEPEST = 100
+_NUMBERS = (type(None), type(Ellipsis), bool, int, float, complex)
+
+
+def digest_text(*parts: object) -> str:
+    """Hexadecimal SHA-256 of the parts' texts, kept apart by a separator."""
+    return hashlib.sha256("\x1f".join(map(str, parts)).encode(errors="surrogatepass")).hexdigest()
+
+
+def digest_of(*values: Any) -> str:
+    """Hexadecimal SHA-256 of the content of values, as of a dataset's items; types and the order of sequences count.
+
+    Raises:
+        SourceError: a value can be neither looked into nor pickled.
+    """
+    describer = Describer()
+    return digest_text(*[describer.describe(value) for value in values])
+
+
+class Describer:
+    """A short text for any value that differs where the value does, and is equal in every process.
+
+    This class describes the items of a dataset: objects count by the name of their class and what they hold. Its children add
+    code, files and networks.
+    """
+
+    order_of_keys = False
+    """Whether the order of a mapping's keys counts."""
+
+    def __init__(self) -> None:
+        self._open: list[int] = []
+        # with the value, so that its id stays taken
+        self._known: dict[int, tuple[Any, str]] = {}
+
+    def describe(self, value: Any) -> str:
+        """The text.
+
+        Raises:
+            SourceError: the value cannot be looked into.
+        """
+        kind = type(value)
+        if kind in _NUMBERS:
+            return f"{kind.__name__}:{value!r}"
+        if isinstance(value, str | bytes | PurePath):
+            return self.text(value)
+        if id(value) in self._open:  # a cycle: how far up it closes
+            return f"above:{len(self._open) - self._open.index(id(value))}"
+        if id(value) not in self._known:
+            if len(self._open) > _DEEPEST:
+                return self.unseen(value, "is nested too deeply")
+            self._open.append(id(value))
+            try:
+                self._known[id(value)] = value, self._compound(value)
+            finally:
+                self._open.pop()
+        return self._known[id(value)][1]
+
+    def all(self, values: Any) -> list[str]:
+        """The texts of several values."""
+        return [self.describe(value) for value in values]
+
+    # what children change
+
+    def text(self, value: Any) -> str:
+        """Of a string, bytes or a path."""
+        if isinstance(value, bytes):
+            return f"bytes:{value!r}" if len(value) <= _SHORT else f"bytes:{hashlib.sha256(value).hexdigest()}"
+        return f"path:{value.as_posix()!r}" if isinstance(value, PurePath) else f"{type(value).__name__}:{str(value)!r}"
+
+    def kind(self, kind: type) -> str:
+        """Of a class."""
+        return f"class:{kind.__qualname__}"
+
+    def special(self, value: Any) -> str | None:
+        """Of what needs more than its content; None for other values."""
+        return self.kind(value) if isinstance(value, type) else None
+
+    def unseen(self, value: Any, why: str) -> str:
+        """Of what cannot be looked into."""
+        raise SourceError(
+            f"The items hold a {type(value).__module__}.{type(value).__qualname__}, which {why}, so it gives the dataset no "
+            "identity. Pass fingerprint= with a name of your own for this version of the data."
+        )
+
+    # content
+
+    def _compound(self, value: Any) -> str:
+        special = self.special(value)
+        if special is not None:
+            return special
+        if isinstance(value, Tensor | np.ndarray | np.generic):
+            try:
+                return self._array(np.asarray(value) if isinstance(value, np.generic) else value)
+            except (DQError, RuntimeError, OSError, ValueError) as error:
+                return self.unseen(value, f"has no values that can be read ({error})")
+        if isinstance(value, Image.Image):
+            return self._image(value)
+        if isinstance(value, Mapping):
+            return digest_text(*self._container(value), *self._items_of(value))
+        if isinstance(value, list | tuple):
+            return digest_text(*self._container(value), len(value), *self._sequence(value))
+        if isinstance(value, set | frozenset):
+            return digest_text(*self._container(value), *sorted(self.all(value)))
+        if callable(getattr(value, "to_numpy", None)) and not isinstance(value, type):
+            return self._table(value)
+        return self._object(value)
+
+    def _container(self, value: Any) -> list[str]:
+        """The kind of a container, and what a class derived from it holds beside."""
+        kind = type(value)
+        attributes = getattr(value, "__dict__", None)
+        return [self.kind(kind), *([self.describe(attributes)] if attributes and attributes is not value else [])]
+
+    def _items_of(self, value: Mapping[Any, Any]) -> list[str]:
+        pairs = [(self.describe(key), self.describe(value[key])) for key in value]
+        in_order = self.order_of_keys and all(isinstance(key, str | int) for key in value)
+        return [text for pair in (pairs if in_order else sorted(pairs)) for text in pair]
+
+    def _sequence(self, value: Any) -> list[str]:
+        # a million numbers need not be visited one by one
+        held = list(value)
+        if len(held) > _SHORT and set(map(type, held)) <= {int}:
+            return [repr(held)]
+        # the texts of a million others need not be held all at once
+        starts = range(0, len(held), _AT_ONCE) if len(held) > _AT_ONCE else ()
+        return [digest_text(*self.all(held[at : at + _AT_ONCE])) for at in starts] or self.all(held)
+
+    def _array(self, value: Any) -> str:
+        """Kind, type, shape and bytes in row order, whatever the layout in memory."""
+        if isinstance(value, Tensor):
+            shape = "nested" if value.is_nested else tuple(value.shape)
+            beside = (
+                []
+                if type(value) in (Tensor, torch.nn.Parameter)
+                else [type(value).__name__, self.describe(vars(value))]
+            )
+            return digest_text("tensor", value.dtype, shape, digest_bytes(tensor_bytes(value)), *beside)
+        if value.dtype.hasobject:
+            return digest_text("objects", value.shape, self.describe(value.tolist()))
+        if isinstance(value, np.ma.MaskedArray):
+            mask = np.ma.getmaskarray(value)
+            return digest_text("masked", self._array(np.asarray(value.data)), self._array(mask))
+        return digest_text("array", value.dtype.descr, value.shape, digest_bytes(value))
+
+    def _image(self, value: Image.Image) -> str:
+        try:
+            pixels = digest_bytes(np.frombuffer(value.tobytes(), np.uint8))
+        except OSError as error:
+            if type(self) is Describer:
+                raise
+            return self.unseen(value, f"cannot be decoded ({error})")
+        palette = value.getpalette("RGBA") if value.mode in ("P", "PA") else None
+        # what a header says beside the pixels may decide what a transform does: orientation, transparency
+        plain = (str, bytes, bool, int, float, tuple)
+        said = {str(name): held for name, held in value.info.items() if isinstance(held, plain)}
+        return digest_text("image", value.mode, value.size, pixels, palette, self._info(said))
+
+    def _info(self, said: dict[str, Any]) -> str:
+        return digest_text(*(f"{name}={held!r}" for name, held in sorted(said.items())))
+
+    def _table(self, value: Any) -> str:
+        """A table or column of pandas, polars or pyarrow, column by column: all at once, numbers would become floats."""
+        texts = [type(value).__qualname__]
+        try:
+            if hasattr(value, "iloc"):
+                texts.append(self.describe(value.index.to_numpy()))
+                columns = [value.iloc[:, place] for place in range(value.shape[1])] if value.ndim == 2 else [value]
+            else:
+                columns = value.get_columns() if hasattr(value, "get_columns") else getattr(value, "columns", [value])
+            for column in columns:
+                texts += [str(getattr(column, "name", "")), str(getattr(column, "dtype", getattr(column, "type", "")))]
+                # pyarrow gives what it would have to copy on request alone
+                single = type(column).__module__.startswith("pyarrow") and not hasattr(column, "chunks")
+                texts.append(self.describe(column.to_numpy(zero_copy_only=False) if single else column.to_numpy()))
+            texts += [str(name) for name in getattr(value, "column_names", ())]
+        except SourceError:
+            raise
+        except Exception as error:
+            return self.unseen(value, f"gives no arrays ({error})")
+        return digest_text(*texts)
+
+    def _object(self, value: Any) -> str:
+        """By class, attributes and slots, and what its own way of being pickled keeps."""
+        kind: Any = type(value)
+        parts = [self.kind(kind)]
+        held = {name: getattr(value, name) for name in slots_of(kind) if hasattr(value, name)}
+        held |= getattr(value, "__dict__", {})
+        reducer = copyreg.dispatch_table.get(kind)
+        own = reducer or kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__
+        if isinstance(value, logging.Logger):
+            return digest_text(*parts, value.name)
+        if hasattr(value, "fileno"):
+            return self.unseen(value, "is an open file")
+        for name, one in sorted(self.attributes(value, held).items()):
+            parts += [name, self.describe(one)]
+        if own or not held:
+            try:
+                kept: Any = reducer(value) if reducer else value.__reduce_ex__(4)
+            except Exception:
+                return self.unseen(value, "cannot be looked into")
+            parts += [kept] if isinstance(kept, str) else self._reduced(kept, held)
+        return digest_text(*parts)
+
+    def _reduced(self, kept: tuple[Any, ...], held: dict[str, Any]) -> list[str]:
+        lists = [list(part) for part in kept[3:5] if part is not None]
+        # most give their attributes once more
+        state = [part for part in kept[2:3] if not (isinstance(part, dict) and part.keys() == held.keys())]
+        return self.all([kept[0], kept[1], *state, *lists])
+
+    def attributes(self, value: Any, held: dict[str, Any]) -> dict[str, Any]:
+        """Those of an object that count."""
+        return held
+
+
+def slots_of(kind: type) -> list[str]:
+    """Names of the slots of a class and its bases."""
+    names = []
+    for owner in kind.__mro__:
+        slots = vars(owner).get("__slots__", ())
+        own = [slots] if isinstance(slots, str) else list(slots)
+        # private names are stored with the name of their class
+        private = f"_{owner.__name__.lstrip('_')}"
+        names += [f"{private}{n}" if n.startswith("__") and not n.endswith("__") else n for n in own]
+    return [name for name in names if name not in ("__dict__", "__weakref__")]
+
+
+def digest_bytes(value: Any) -> str:
+    """Digest of an array's bytes in row order."""
+    digest = hashlib.sha256()
+    # torchvision's CIFAR is a transposed view: copied in pieces that fit the processor's cache
+    rows = value.shape[0] if value.ndim and value.flags.c_contiguous else _ROWS_AT_ONCE
+    for start in range(0, value.shape[0], max(1, rows)) if value.ndim else (0,):
+        part = np.ascontiguousarray(value[start : start + rows] if value.ndim else value)
+        if part.size:
+            digest.update(part.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> Any:
+    """All values, in row order for dense tensors, as a contiguous uint8 array [bytes]; device and gradients do not count.
+
+    Raises:
+        DQError: the tensor has no values (meta, lazy), or is of a layout that is not known here.
+    """
+    parts = [part.contiguous().reshape(-1).view(torch.uint8) for part in _dense_parts(tensor.detach())]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).numpy()
+
+
+def _dense_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Dense tensors on the CPU that hold all there is."""
+    if tensor.is_meta or isinstance(tensor, torch.nn.UninitializedParameter | torch.nn.UninitializedBuffer):
+        raise DQError("a tensor has no values (meta or lazy): load or initialise it first")
+    if tensor.is_nested:
+        for part in tensor.unbind():
+            yield torch.tensor(part.shape)
+            yield from _dense_parts(part)
+    elif tensor.is_quantized:
+        yield tensor.int_repr().cpu()
+        if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+            yield torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64)
+        else:
+            yield tensor.q_per_channel_scales().double().cpu()
+            yield tensor.q_per_channel_zero_points().double().cpu()
+    elif tensor.layout in _COMPRESSED:
+        for name in (*_COMPRESSED[tensor.layout], "values"):
+            yield from _dense_parts(getattr(tensor, name)())
+    elif tensor.layout == torch.sparse_coo:
+        whole = tensor.coalesce()
+        yield whole.indices().cpu()
+        yield from _dense_parts(whole.values())
+    elif tensor.layout == torch.strided:
+        yield tensor.cpu().as_subclass(Tensor).resolve_conj().resolve_neg()
+    else:
+        raise DQError(f"a tensor of layout {tensor.layout} is not known here")
