@@ -305,7 +305,7 @@ class CodeDescriber(Describer):
             if name in _NOTES or name in _STARTS:
                 continue
             parts += [name, self.describe(one)]
-            self._name(name, one)
+            self.note_name(name, one)
             if not isinstance(one, types.FunctionType) and hasattr(type(one), "__get__"):
                 self._computed.add(name)
         if {"__getattr__", "__getattribute__"} & members.keys():
@@ -326,7 +326,7 @@ class CodeDescriber(Describer):
     def attributes(self, value: Any, held: dict[str, Any]) -> dict[str, Any]:
         self._offered.update(held)
         for name, one in held.items():
-            self._name(name, one)
+            self.note_name(name, one)
         if not isinstance(value, nn.Module):
             return held
         parts: dict[str, Any] = {name: dict(held.get(name) or {}) for name in ("_parameters", "_buffers", "_modules")}
@@ -336,7 +336,7 @@ class CodeDescriber(Describer):
         own = {} if is_library(type(value)) else {"training": value.training}
         return parts | hooks | own | {name: one for name, one in held.items() if name not in _MODULE_NAMES}
 
-    def _name(self, name: str, value: Any) -> None:
+    def note_name(self, name: str, value: Any) -> None:
         """Note where a function is called by another name than its own."""
         if callable(value) or isinstance(value, staticmethod | classmethod):
             (self._plain if getattr(value, "__name__", None) == name else self._aliases).add(name)
@@ -419,7 +419,7 @@ class CodeDescriber(Describer):
             return library if _reads(value) or value is io.BytesIO else self.describe(value)
         self._ask(rest, code)
         if not rest:
-            self._name(name.rpartition(".")[2], value)
+            self.note_name(name.rpartition(".")[2], value)
         if isinstance(value, type):
             return digest_text(self.describe(value), *self.made(value))
         return self.used(value)

@@ -136,12 +136,15 @@ class Parts(list[Any]):
     """Several dataset objects that are one together."""
 
 
-def _seen(view: Any, root: str | None, without: set[str]) -> tuple[dict[str, tuple[str, Any]], list[str]]:
+def _seen(view: Any, root: str | None, names: set[str]) -> tuple[dict[str, tuple[str, Any]], list[str]]:
     """Digests of a dataset's parts and of what its code uses, by place, each with its value; and what is unknown."""
-    parts = _parts(view, without)
-    describer = StateDescriber(without | {name.rpartition("/")[2] for name in parts}, root)
+    parts = _parts(view, names)
+    describer = StateDescriber(names | {name.rpartition("/")[2] for name in parts}, root)
     for one in _objects(view):
-        describer.check_folders(one, getattr(one, "__dict__", {}))
+        held = getattr(one, "__dict__", {})
+        describer.check_folders(one, held)
+        for name in held.keys() - names:
+            describer.note_name(name, held[name])
     found: dict[str, tuple[str, Any]] = {}
     for name, value in parts.items():
         describer.values = []
