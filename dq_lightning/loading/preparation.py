@@ -12,7 +12,7 @@ from dq_lightning.errors import CacheError, ConfigError
 from dq_lightning.loading.batch_filling import UnfilledCollate
 from dq_lightning.loading.failures import FailureNotes
 from dq_lightning.loading.loaders import LoaderSettings
-from dq_lightning.loading.ranks import call_on_all, check_equal_on_all, gather_from_all, raise_on_all
+from dq_lightning.loading.ranks import call_on_all, check_equal_on_all, gather_from_all, raise_on_all, world_size
 from dq_lightning.loading.train_set import BuildOptions, Known, Opened, TrainSet
 from dq_lightning.loading.trainer_facts import TrainerFacts
 from dq_lightning.randomness import isolated_random_state
