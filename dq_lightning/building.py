@@ -109,7 +109,8 @@ class Build:
 
     def compact(self) -> Compact:
         """The whole way to a compact set."""
-        started = time.perf_counter()
+        # the identity of the data was found before
+        started, before = time.perf_counter(), sum(self.seconds.values())
         log = get_logger()
         read = partial(open_compact, parts=self.parts, reused=False)
         write = partial(self._telling, STORE, self._write_store)
@@ -127,9 +128,11 @@ class Build:
                 f"process made while this one waited {time.perf_counter() - started:.1f} s: {compact.info.path}"
             )
             return replace(compact, info=replace(compact.info, reused=True))
-        spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+        whole = before + time.perf_counter() - started
+        # rounded down, or the parts could be more than the whole
+        spent = ", ".join(f"{name} {math.floor(10 * seconds) / 10:.1f} s" for name, seconds in self.seconds.items())
         log.info(
-            f"kept {len(compact.selection):,} of {len(self.plan.source):,} samples in {time.perf_counter() - started:.1f} s "
+            f"kept {len(compact.selection):,} of {len(self.plan.source):,} samples in {whole:.1f} s "
             f"({spent}): {compact.info.path}"
         )
         if self.plan.patches is not None:
@@ -166,10 +169,12 @@ class Build:
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started, others = time.perf_counter(), sum(self.seconds.values())
         with telling_of_lost_loaders():
             yield
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 3)
+        # what was timed under another name meanwhile is no part of this one
+        spent = time.perf_counter() - started - (sum(self.seconds.values()) - others)
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 3)
 
     def _load(self, station: str, write: Callable[[Path], None], read: Callable[[Path], Read]) -> Read:
         return self.cache.load(station, self.parts[station], write, read, force=self.force)

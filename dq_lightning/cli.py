@@ -1,7 +1,11 @@
 """The console script: every command is one call of the public API; what it needs is imported when it runs."""
 
+import difflib
+import inspect
+import os
 import signal
 import sys
+from argparse import ArgumentError
 from contextlib import suppress
 from importlib.metadata import version
 from itertools import zip_longest
@@ -47,7 +51,18 @@ def main(arguments: list[str] | None = None) -> None:
     # nested settings are listed in the help, not hidden behind a class path
     set_parsing_settings(subclasses_disabled=[JsonFields])
     try:
-        auto_cli(COMMANDS, args=_with_values(given or ["--help"]), prog="dq-lightning", as_positional=True)
+        auto_cli(
+            COMMANDS, args=_normal(given or ["--help"]), prog="dq-lightning", as_positional=True, exit_on_error=False
+        )
+        sys.stdout.flush()
+    except ArgumentError as error:
+        print(f"dq-lightning: {_advised(str(error), given)}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError as error:
+        if _is_read():
+            print(f"dq-lightning: {error}", file=sys.stderr)
+            sys.exit(1)
+        sys.exit(128 + signal.SIGPIPE)
     except DQError as error:
         print(f"dq-lightning: {error}", file=sys.stderr)
         sys.exit(1)
@@ -65,6 +80,43 @@ def main(arguments: list[str] | None = None) -> None:
 def _end(number: int, frame: object) -> NoReturn:
     print("dq-lightning: ended by a signal; what was finished stays in the cache", file=sys.stderr)
     sys.exit(128 + number)
+
+
+def _normal(arguments: list[str]) -> list[str]:
+    """The arguments in the one spelling that the parser knows: underscores in options, a dash in the name of a command."""
+    command = arguments[0].replace("_", "-")
+    first = command if command in COMMANDS else arguments[0]
+    return _with_values([_underscored(one) for one in (first, *arguments[1:])])
+
+
+def _underscored(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}"
+
+
+def _advised(message: str, arguments: list[str]) -> str:
+    """An error of the parser, with the option that is written nearly like an unknown one, and where all of them stand."""
+    command = next((one for one in _normal(arguments or ["--help"]) if one in COMMANDS), None)
+    if command is not None:
+        options = list(inspect.signature(COMMANDS[command]).parameters)
+        unknown = [name.partition("=")[0] for name in message.split() if name.startswith("--")]
+        near = [match for name in unknown for match in difflib.get_close_matches(name[2:], options, 1)]
+        if near and near[0] not in [name[2:] for name in unknown]:
+            message += f"; did you mean --{near[0]}?"
+    return f"{message.rstrip()} (see: dq-lightning {f'{command} ' if command else ''}--help)"
+
+
+def _is_read() -> bool:
+    """Whether somebody still reads what is printed. Where not (`| head`), what is printed from now on goes nowhere."""
+    try:
+        sys.stdout.flush()
+        return True
+    except BrokenPipeError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
 
 
 def _with_values(arguments: list[str]) -> list[str]:

@@ -31,9 +31,11 @@ from dq_lightning.loading.loaders import (
     AutoInt,
     LoaderSettings,
     check_loader_numbers,
+    is_one_dataset,
     make_eval_loaders,
     make_loader,
 )
+from dq_lightning.loading.paths import open_paths, other_splits
 from dq_lightning.loading.preparation import Preparation
 from dq_lightning.loading.steps import report_steps
 from dq_lightning.loading.store_train_set import StoreFolder, make_train_set
@@ -43,6 +45,7 @@ from dq_lightning.logs import get_logger
 from dq_lightning.patch_config import Reconstruct
 from dq_lightning.records import Bins, Selection, StoreInfo
 from dq_lightning.selection.given import Indices
+from dq_lightning.sources.strip import KEEP
 from dq_lightning.tokens.loading import TokenLoading
 
 if TYPE_CHECKING:
@@ -65,9 +68,11 @@ class QuantizedHooks(Base):
     `pytorch_lightning` import the class from `dq_lightning.pytorch`.
 
     Args:
-        train: torchvision or Hugging Face dataset, any map-style dataset, a LightningDataModule (see `from_datamodule`), or the
-            folder of a packed compact set (see `from_store`).
-        val: validation dataset or loader, or a list or dict of these; None: there is no validation loader.
+        train: torchvision or Hugging Face dataset, any map-style dataset, a LightningDataModule (see `from_datamodule`), the
+            folder of a packed compact set (see `from_store`), a folder of class folders with images, or a file of text rows.
+        val: validation dataset or loader, or a list or dict of these; None: there is no validation loader. Of a Hugging Face
+            `DatasetDict` the splits named validation and test are taken where `val` and `test` are None, unless `transform`
+            is given.
         test: likewise.
         predict: likewise.
         keep_ratio: share of the samples that are kept, in (0, 1]; 0.125 when None.
@@ -193,7 +198,9 @@ class QuantizedHooks(Base):
             "drop_last": drop_last,
             "collate_fn": collate_fn,
         }
-        self._eval = {"val": val, "test": test, "predict": predict}
+        evals = {name: open_paths(one, name) for name, one in (("val", val), ("test", test), ("predict", predict))}
+        kept = isinstance(transform, str) and transform == KEEP and batch_transform is None
+        self._eval = other_splits(train, evals, same_form=kept)
         self._reported = False
         train_set = make_train_set(train, wanted, verify)
         check_batch_transform(batch_transform, train_set.fills_late)
@@ -208,6 +215,9 @@ class QuantizedHooks(Base):
             force=force_recompute,
             seed=wanted.seed,
             check=None if self._tokens is None else self._check_rows,
+            default_collate=tokenizer is None
+            and collate_fn is None
+            and type(self).train_dataloader is QuantizedHooks.train_dataloader,
         )
         if self._inner is not None:
             self._wrap(self._inner)
@@ -375,7 +385,8 @@ class QuantizedHooks(Base):
 
     def prepare_data(self) -> None:
         """Make the compact set if it is not cached. Runs where Lightning says; leaves nothing of use but files behind."""
-        self._preparation.prepare(self.trainer)
+        val = self._eval["val"]
+        self._preparation.prepare(self.trainer, {"val": val} if is_one_dataset(val) else None)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the compact set on every rank and check that all ranks hold the same one.

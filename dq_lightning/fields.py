@@ -1,8 +1,10 @@
 """What the settings share: checks of their values, and JSON in both directions."""
 
 import json
+import re
 from dataclasses import asdict
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 from dq_lightning.errors import ConfigError
@@ -22,6 +24,18 @@ def check_ratio(owner: str, name: str, value: float, *, zero: bool = False) -> N
     if not inside:
         hint = f"; {value:g} % is {value / 100:g}" if 1 < value <= 100 else ""
         raise ConfigError(f"{owner}.{name} must be in {'[0, 1)' if zero else '(0, 1]'}, got {value!r}{hint}")
+
+
+def check_local(name: str, path: str | Path | None) -> None:
+    """Raise ConfigError for an address: it would become a folder of that name below the working directory."""
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+(?=:/)", str(path or ""))
+    if scheme is not None:
+        advice = (
+            "leave file: and the slashes behind it out" if scheme[0] == "file" else "mount it, and pass that folder"
+        )
+        raise ConfigError(
+            f"{name}={str(path)!r} is an address, and only folders of this machine can be written: {advice}"
+        )
 
 
 def _hints(kind: type) -> dict[str, Any]:

@@ -362,3 +362,42 @@ def test_inner_setup_sees_the_trainer_and_draws_do_not_leak(warm):
     before = torch.get_rng_state()
     ready(quantized(Nosy(), warm))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Named(L.LightningDataModule):
+    """Has names that Lightning's base class has too, and one that ours has."""
+
+    def __init__(self, width: int = 3):
+        super().__init__()
+        self.save_hyperparameters()
+        self.config = {"mine": width}
+        self.num_classes = 21
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    @property
+    def name(self):
+        return f"photos {self.hparams.width}"
+
+    def train_dataloader(self):
+        return DataLoader([(image, 0.5) for image, _ in photos(20)], 5)
+
+
+def test_names_that_the_base_class_has_too(tmp_path, caplog):
+    """A model that reads them through trainer.datamodule sees what it saw without us; what is hidden is said."""
+    inner = Named(width=7)
+    module = QuantizedDataModule.from_datamodule(inner, cache_dir=tmp_path, num_bins=2)
+    assert module.name == "photos 7"
+    assert module.hparams is inner.hparams
+    assert module.hparams.width == 7
+    assert module.hparams_initial == {"width": 7}
+    assert module._log_hyperparams
+    assert module.allow_zero_length_dataloader_with_multiple_devices
+    module.prepare_data()
+    module.setup("fit")
+    assert module.num_classes == 21
+    assert "Named has config, and so has QuantizedDataModule" in caplog.text
+    module.name = "mine"
+    assert module.name == "mine"
+    plain = QuantizedDataModule(photos(20), keep_ratio=0.5)
+    assert plain.name is None
+    assert plain.hparams == {"keep_ratio": 0.5, "num_bins": 10, "seed": 0}

@@ -1,6 +1,6 @@
 """Features -> Bins: split every group into bins of falling representativeness and rising diversity. PURE."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from dq_lightning.bins.prepare import Prepared, as_factors, prepare
 from dq_lightning.bins.sizes import bin_sizes, group_members, group_of_each, to_tensor
 from dq_lightning.bins.workers import block_workers
 from dq_lightning.config import BinConfig, Maximizer, Objective, Similarity
+from dq_lightning.logs import get_logger
 from dq_lightning.progress import progress_bar
 from dq_lightning.records import Bins, Features
 
@@ -26,7 +27,7 @@ def make_bins(
     features: Features | Tensor | NDArray[np.floating],
     *,
     num_bins: int = 10,
-    labels: NDArray[np.generic] | Tensor | None = None,
+    labels: NDArray[np.generic] | Tensor | Sequence[int | str] | None = None,
     objective: Objective = "graph_cut",
     maximizer: Maximizer = "naive",
     similarity: Similarity = "cosine",
@@ -50,7 +51,7 @@ def make_bins(
         features: floating [N, D] of any width, in memory, on a device, or mapped from a file; or `Features`; with
             `head_gradient` samples are compared by the last layer's gradient.
         num_bins: K, 1 to 32767.
-        labels: N integers, or None.
+        labels: class of every sample: N integers or strings, or None. `Bins.group` numbers strings in their sorted order.
         objective: `"graph_cut"`, `"facility_location"`, `"log_determinant"`, `"sum_redundancy"` or `"feature_based"`.
         maximizer: `"naive"`, `"lazy"`, `"stochastic"` or `"approximate_lazy"`.
         similarity: `"cosine"` is 1/2 + cos/2 (the cosine with a zero vector is 0), `"dot"` the inner product, `"rbf"`
@@ -71,7 +72,7 @@ def make_bins(
     Raises:
         ConfigError: a setting is unknown or out of range, needs more memory than there is, or does not fit the features.
         FeatureError: features are not a finite floating matrix.
-        DQError: labels are not N integers.
+        DQError: labels are not N integers or strings.
     """
     config = BinConfig(
         num_bins, objective, maximizer, similarity, lam, True, clusters, gamma, epsilon, beta, search_seed
@@ -94,6 +95,7 @@ def make_bins(
             groups = [part for members in groups for part in cluster_members(prepared, members, clusters, search_seed)]
             for number, members in enumerate(groups):
                 group[members] = number
+        _tell_unfilled(num_bins, [len(members) for members in groups])
         with progress_bar(show, total=total, unit=" picks", description="bins") as bar:
             for members, order, gains in _pick(prepared, groups, config, plan, bar.update):
                 per_bin = bin_sizes(len(members), num_bins)
@@ -102,6 +104,18 @@ def make_bins(
                 rank[chosen] = np.concatenate([np.arange(size) for size in per_bin])
                 gain[chosen] = gains
     return Bins(to_tensor(assignment), to_tensor(rank), to_tensor(gain), to_tensor(group), num_bins)
+
+
+def _tell_unfilled(num_bins: int, sizes: list[int]) -> None:
+    """Say in one line that groups have fewer samples than bins."""
+    small = [size for size in sizes if size < num_bins]
+    if small:
+        empty = num_bins - max(sizes)
+        get_logger().warning(
+            f"num_bins={num_bins}, but {len(small)} of {len(sizes)} groups have fewer samples ({min(small)} in the smallest), "
+            "which fill the first bins alone"
+            + (f"; {empty} of the {num_bins} bins stay empty: lower num_bins" if empty > 0 else "")
+        )
 
 
 def _pick(

@@ -1,6 +1,6 @@
 """Sizes of bins, and the groups they are made in. PURE."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,19 +19,23 @@ def bin_sizes(total: int, num_bins: int) -> list[int]:
     return [total // num_bins + (number < total % num_bins) for number in range(num_bins)]
 
 
-def group_of_each(labels: NDArray[np.generic] | Tensor | None, total: int) -> NDArray[np.int32]:
-    """Return the group of each sample, int32 [N]: its label, or zeros without labels.
+def group_of_each(labels: NDArray[np.generic] | Tensor | Sequence[int | str] | None, total: int) -> NDArray[np.int32]:
+    """Return the group of each sample, int32 [N]: its label, or zeros without labels; names are numbered in sorted order.
 
     Raises:
-        DQError: labels are not N whole numbers that fit 32 bits.
+        DQError: labels are not N strings or whole numbers that fit 32 bits.
     """
     if labels is None:
         return np.zeros(total, dtype=np.int32)
     values = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     if values.shape != (total,):
         raise DQError(f"labels must have one entry for each of {total} samples, got shape {values.shape}")
+    if total and (values.dtype.kind == "U" or (values.dtype.kind == "O" and all(isinstance(v, str) for v in values))):
+        return np.unique(values, return_inverse=True)[1].astype(np.int32)
     if total and not (np.issubdtype(values.dtype, np.integer) or values.dtype == np.bool_):
-        raise DQError(f"labels must be integers, got {values.dtype}; number the classes 0, 1, ... first")
+        raise DQError(
+            f"labels must be integers, got {values.dtype}; number the classes 0, 1, ... first, or pass their names"
+        )
     if total and not (int(values.min()) >= -(2**31) and int(values.max()) < 2**31):
         raise DQError(f"labels must fit 32 bits, got values from {values.min()} to {values.max()}")
     return values.astype(np.int32)

@@ -1,5 +1,6 @@
 """Which dataset a name, a folder or a file on the command line stands for."""
 
+import difflib
 import inspect
 import os
 import re
@@ -10,9 +11,11 @@ from typing import Any
 
 from dq_lightning.errors import DQError, SourceError
 from dq_lightning.prompts import LAYOUTS
+from dq_lightning.sources.folders import has_class_folders, open_image_folder
 from dq_lightning.sources.jsonl import is_rows_file
 
 HUB = "hub:"
+TORCHVISION = "torchvision.datasets"
 # what the published scripts call a folder of class folders below train/ and val/
 FOLDERS = ("ImageNet", "ImageFolder")
 # pandas would take NA, N/A, None, null and more words for missing cells
@@ -20,8 +23,6 @@ _CSV_CELLS: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
 # whole numbers of 64 bits, written in the one usual way
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 TABLES = (".parquet", ".arrow", ".csv")
-# as torchvision's ImageFolder
-IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 KINDS = (
     "a torchvision class (CIFAR10, torchvision.datasets.SVHN), ImageNet or ImageFolder with data_path=, hub:OWNER/NAME, "
     "a class of your own (package.module.Class), or in data_path= a folder of class folders, a .json, .jsonl, .parquet, "
@@ -97,16 +98,12 @@ def _by_path(place: Path, split: str) -> Any:
 
 
 def _has_class_folders(place: Path, split: str) -> bool:
-    root = place / split if (place / split).is_dir() else place
-    folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    return bool(folders) and all(any(p.suffix.lower() in IMAGES for p in folder.iterdir()) for folder in folders)
+    return has_class_folders(place / split if (place / split).is_dir() else place)
 
 
 def _folder(place: Path, split: str) -> Any:
-    from torchvision.datasets import ImageFolder
-
     root = place / split if (place / split).is_dir() else place
-    return _opened(lambda: ImageFolder(str(root)), str(root))
+    return _opened(lambda: open_image_folder(root), str(root))
 
 
 def _table(paths: list[Path]) -> Any:
@@ -172,7 +169,7 @@ def _split_of(found: Any, split: str) -> Any:
 
 
 def _of_class(name: str, place: Path | None, split: str) -> Any:
-    made = _class(name if "." in name else f"torchvision.datasets.{name}")
+    made = _class(name if "." in name else f"{TORCHVISION}.{name}")
     parameters = inspect.signature(made).parameters
     arguments: dict[str, Any] = {}
     if "root" in parameters:
@@ -194,12 +191,21 @@ def _made(described: Any) -> Any:
     return _opened(lambda: _class(described["class_path"])(**arguments), described["class_path"])
 
 
+def _similar(name: str) -> str | None:
+    """The name of a dataset that is written nearly like this one."""
+    known = {one.casefold(): one for one in (*import_module(TORCHVISION).__all__, *FOLDERS)}
+    near = difflib.get_close_matches(name.casefold(), known, 1)
+    return known[near[0]] if near else None
+
+
 def _class(path: str) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
     try:
         found: Callable[..., Any] = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise SourceError(f"there is no {path} ({error}); a dataset is {KINDS}") from error
+        meant = _similar(name) if module in ("", TORCHVISION) else None
+        advice = f": did you mean {meant}?" if meant else ";"
+        raise SourceError(f"there is no {path} ({error}){advice} A dataset is {KINDS}") from error
     return found
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from dq_lightning.errors import StoreError
+from dq_lightning.fields import check_local
 from dq_lightning.sources.hub import hub_kind
 from dq_lightning.store.lock import host_name, process_alive
 
@@ -173,6 +174,7 @@ def check_writable(folder: str | Path) -> None:
     Raises:
         StoreError: it is a file, or cannot be made or written.
     """
+    check_local("output", folder)
     wanted = Path(folder).absolute()
     place = wanted
     while not os.path.lexists(place) and place != place.parent:

@@ -22,13 +22,16 @@ from torch.utils.data import (
     Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
+    default_collate,
 )
 
 from dq_lightning.errors import ConfigError
 from dq_lightning.handles import loader_processes
 from dq_lightning.loading.trainer_facts import TrainerFacts
 from dq_lightning.sources.hub import hub_kind
+from dq_lightning.sources.items import evenly_spaced
 
+COLLATED_SAMPLES = 3
 AutoInt = int | Literal["auto"]
 AutoBool = bool | Literal["auto"]
 
@@ -73,6 +76,32 @@ def check_loader_numbers(*, batch_size: Any, eval_batch_size: Any, num_workers: 
             continue
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def check_collatable(dataset: Any, name: str) -> None:
+    """Tell before the work that torch's own collate function makes no batches of what a dataset delivers.
+
+    A few samples are read. One that cannot be read is not judged, and one that fits is enough: the others may not be kept.
+
+    Raises:
+        ConfigError: it takes none of them.
+    """
+    problem = None
+    for position in evenly_spaced(len(dataset), COLLATED_SAMPLES):
+        try:
+            sample = dataset[position]
+        except Exception:  # it is told where everything is read
+            return
+        try:
+            default_collate([sample])
+            return
+        except TypeError as error:
+            problem = error
+    if problem is not None:
+        raise ConfigError(
+            f"no batch can be made of the samples of {name} ({problem}): give the dataset a transform that makes tensors, such "
+            "as transform=torchvision.transforms.ToTensor(), or pass collate_fn=; rows of instructions need tokenizer="
+        )
 
 
 def automatic_workers(processes_on_node: int = 1) -> int:
@@ -162,6 +191,17 @@ def make_eval_loaders(
         return given
     settings = replace(settings, shuffle=False, drop_last=False, weights=None, replacement=False)
     return (make or make_loader)(given, settings, facts)
+
+
+def is_one_dataset(given: Any) -> bool:
+    """Whether what was passed for validation is a dataset of which `make_eval_loaders` makes one loader."""
+    return (
+        hasattr(given, "__getitem__")
+        and hasattr(given, "__len__")
+        and not isinstance(given, DataLoader | dict)
+        and not (isinstance(given, list | tuple) and all(map(_is_dataset, given)))
+        and hub_kind(given) not in ("DatasetDict", "IterableDatasetDict")
+    )
 
 
 def _is_dataset(value: Any) -> bool:

@@ -9,9 +9,10 @@ from typing import Any
 from dq_lightning.compact import Compact
 from dq_lightning.config import VerifyPolicy
 from dq_lightning.errors import CacheError, ConfigError
+from dq_lightning.fields import check_local
 from dq_lightning.loading.batch_filling import UnfilledCollate
 from dq_lightning.loading.failures import FailureNotes
-from dq_lightning.loading.loaders import LoaderSettings
+from dq_lightning.loading.loaders import LoaderSettings, check_collatable
 from dq_lightning.loading.ranks import call_on_all, check_equal_on_all, gather_from_all, raise_on_all, world_size
 from dq_lightning.loading.train_set import BuildOptions, Known, Opened, TrainSet
 from dq_lightning.loading.trainer_facts import TrainerFacts
@@ -32,6 +33,7 @@ class Preparation:
         force: make once, in this process, what is in the cache already.
         seed: of the random state in which the wrapped data module makes its split.
         check: as in `BuildOptions`.
+        default_collate: torch's own collate function makes the batches.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class Preparation:
         force: bool,
         seed: int,
         check: Callable[[Any], object] | None = None,
+        default_collate: bool = False,
     ) -> None:
-        self.check = check
+        check_local("cache_dir", cache_dir)
+        self.check, self.default_collate = check, default_collate
         self.train, self.inner = train, inner
         self.cache_dir, self.verify, self.device, self.force, self.seed = cache_dir, verify, device, force, seed
         self.expected_hash: str | None = None
@@ -81,8 +85,12 @@ class Preparation:
         """Where the compact set is and what it costs."""
         return self.opened.compact.info
 
-    def prepare(self, trainer: Any) -> None:
+    def prepare(self, trainer: Any, evals: dict[str, Any] | None = None) -> None:
         """Make the compact set if a train set is needed and it is not cached. Runs on the processes Lightning picks.
+
+        Args:
+            trainer: of the run, or None.
+            evals: datasets of validation and the like, by name, of which batches must be possible.
 
         Raises:
             DQError: in a run of one process; in others `open` raises it, on every rank.
@@ -93,9 +101,15 @@ class Preparation:
                 self.inner.trainer = trainer
                 self.inner.prepare_data()
             if facts.fits:
+                # without a Trainer the batches may be nobody's concern
+                collates = self.default_collate and trainer is not None
+                for name, dataset in (evals or {}).items() if collates else ():
+                    with isolated_random_state():
+                        check_collatable(dataset, f"{name}=")
                 device = facts.device if self.device == "auto" else self.device
                 with isolated_random_state():
-                    self.train.prepare(self.cache(), BuildOptions(device, self.force, facts.progress, self.check))
+                    options = BuildOptions(device, self.force, facts.progress, self.check, collates)
+                    self.train.prepare(self.cache(), options)
                 self.force = False
         except (Exception, SystemExit) as error:
             # Lightning's barrier lets the other ranks go on: they learn of the failure in setup and end with its cause

@@ -11,6 +11,8 @@ from dq_lightning.config import VerifyPolicy
 from dq_lightning.errors import CacheError, ConfigError
 from dq_lightning.filling import write_filled
 from dq_lightning.loading.inner import is_datamodule
+from dq_lightning.loading.loaders import check_collatable
+from dq_lightning.loading.paths import open_path
 from dq_lightning.loading.train_set import (
     BuildOptions,
     DataModuleTrainSet,
@@ -27,9 +29,9 @@ from dq_lightning.patch_config import Reconstruct
 from dq_lightning.patch_plan import PatchPlan
 from dq_lightning.plan import FILLED, filled_parts
 from dq_lightning.sources.adapt import as_source
-from dq_lightning.sources.jsonl import is_rows_file
 from dq_lightning.sources.strip import KEEP
 from dq_lightning.store.cache import Cache
+from dq_lightning.store.manifest import MANIFEST
 from dq_lightning.store.reader import PackedDataset
 from dq_lightning.store.shards import KeptShards
 
@@ -61,6 +63,9 @@ class StoreTrainSet:
 
     def prepare(self, cache: Cache, options: BuildOptions) -> None:
         patches = self._patches
+        if options.default_collate and not self.fills_late:
+            finisher = self._finisher(open_compact(self._path, verify="off").config)
+            check_collatable(open_packed(self._path, finisher=finisher, verify="off"), "the train set")
         if patches is None or not patches.fills_ahead:
             return
         assert patches.reconstructor is not None
@@ -146,9 +151,10 @@ class StoreTrainSet:
 
 
 def make_train_set(train: Any, wanted: Wanted, verify: VerifyPolicy) -> TrainSet:
-    """Decide what `train` is: a data module, the folder of a packed set, or a dataset, which may be a file of rows."""
+    """Decide what `train` is: a data module, the folder of a packed set, or a dataset, which may be named by its path."""
     if is_datamodule(train):
         return DataModuleTrainSet(train, wanted)
-    if isinstance(train, str | Path) and not is_rows_file(train):
-        train = StoreFolder(Path(train))
+    if isinstance(train, str | Path):
+        place = set_folder(train)
+        train = StoreFolder(place) if (place / MANIFEST).is_file() else open_path(train, "train")
     return StoreTrainSet(train, wanted, verify) if isinstance(train, StoreFolder) else DatasetTrainSet(train, wanted)

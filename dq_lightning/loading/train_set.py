@@ -12,7 +12,7 @@ from dq_lightning.errors import CacheError, ConfigError, DQError, SourceError
 from dq_lightning.filling import stored_place
 from dq_lightning.loading.batch_filling import UnfilledDataset
 from dq_lightning.loading.inner import probe_train_loader
-from dq_lightning.loading.loaders import LoaderSettings, read_loader
+from dq_lightning.loading.loaders import LoaderSettings, check_collatable, read_loader
 from dq_lightning.loading.ranks import global_rank
 from dq_lightning.loading.wanted import Wanted, without_transform
 from dq_lightning.patch_plan import PatchPlan
@@ -20,6 +20,7 @@ from dq_lightning.patching import check_packable
 from dq_lightning.pipeline import find_or_build
 from dq_lightning.plan import STORE, Plan, source_identity
 from dq_lightning.randomness import isolated_random_state
+from dq_lightning.sources.base import Source
 from dq_lightning.store.cache import Cache
 from dq_lightning.store.reader import PackedDataset
 
@@ -50,12 +51,14 @@ class BuildOptions:
         force: make what is in the cache already.
         progress: show bars.
         check: called with the whole dataset, as it is delivered, before anything is made of it; raises what is wrong with it.
+        default_collate: batches for a training will be made by torch's own collate function.
     """
 
     device: str = "auto"
     force: bool = False
     progress: bool = True
     check: Callable[[Any], object] | None = None
+    default_collate: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,8 @@ class DatasetTrainSet(_FoundTrainSet):
     def prepare(self, cache: Cache, options: BuildOptions) -> None:
         # planned anew each time: the user may have changed the dataset since
         plan = self._wanted.plan(self._dataset)
+        if options.default_collate and not self.fills_late:
+            check_collatable(Delivered(plan.source), "the train set")
         check_deliverable(plan)
         self.prepared = plan, build(plan, cache, options)
 
@@ -228,6 +233,19 @@ class DataModuleTrainSet(_FoundTrainSet):
             f"{type(self._datamodule).__name__}.setup('fit') gave another train set than in prepare_data: its split depends "
             "on more than the seeded random state. Give the split a generator with a seed of its own"
         )
+
+
+class Delivered:
+    """A source as a map-style dataset of what it delivers."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._source.delivered(index)
 
 
 def build(plan: Plan, cache: Cache, options: BuildOptions) -> Compact:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from dq_lightning.errors import SourceError
 from dq_lightning.records import DigestMemory, EncodedImage, Labels
@@ -122,13 +122,28 @@ def dataset_length(dataset: Any) -> int:
     except (TypeError, NotImplementedError):
         length = None
     if length is None:
-        raise SourceError(
-            f"{name} can't be read by position (a stream, or no __getitem__ and __len__), but every sample must be compared "
-            "with every other. Load it as a map-style dataset: streaming=False for Hugging Face, or collect it into a list."
-        )
+        raise SourceError(_why_unordered(dataset, name))
     if length == 0:
         raise SourceError(f"{name} is empty: there is nothing to choose from. Check its folder, split or filter.")
     return length
+
+
+def _why_unordered(dataset: Any, name: str) -> str:
+    """Why samples cannot be read by position, and what to pass."""
+    if isinstance(dataset, DataLoader) or (hasattr(dataset, "dataset") and hasattr(dataset, "batch_size")):
+        return (
+            f"{name} is a loader, which gives batches of a dataset: pass the dataset itself (loader.dataset) with batch_size= "
+            "and the like, or the data module that makes the loader"
+        )
+    if type(dataset).__module__.startswith("litdata"):
+        return (
+            f"{name} of litdata is read as a stream, but every sample must be compared with every other: pass the dataset that "
+            "it was made from, or collect its samples into a list, if they fit into memory"
+        )
+    return (
+        f"{name} can't be read by position (a stream, or no __getitem__ and __len__), but every sample must be compared "
+        "with every other. Load it as a map-style dataset: streaming=False for Hugging Face, or collect it into a list."
+    )
 
 
 def relative_paths(paths: list[str], root: str | None) -> list[str]:

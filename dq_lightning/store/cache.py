@@ -20,7 +20,7 @@ import platformdirs
 
 from dq_lightning.config import VerifyPolicy
 from dq_lightning.errors import CacheError, StoreError
-from dq_lightning.fields import check_choice
+from dq_lightning.fields import check_choice, check_local
 from dq_lightning.store import files
 from dq_lightning.store.digests import FileDigestMemory
 from dq_lightning.store.disk_errors import READ_ONLY_ERRORS, explained
@@ -88,6 +88,7 @@ class Cache:
 
     def __init__(self, root: str | Path, *, verify: VerifyPolicy = "size") -> None:
         check_choice("Cache", "verify", verify, VerifyPolicy)
+        check_local("cache_dir", root)
         self.root = Path(root).expanduser().absolute()
         self.verify: VerifyPolicy = verify
         self.memory = FileDigestMemory(self.root / "0-digests")

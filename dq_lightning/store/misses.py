@@ -9,7 +9,6 @@ MIN_DIGEST, SHOWN_DIGEST = 32, 8
 NOUNS = {"5-store": "the compact set"}
 DATA, DROP_RATIO = "source", "stored_patches.drop_ratio"
 NAMES = {
-    DATA: "the data",
     "encoder": "the encoder",
     "num_source_samples": "number of samples",
     DROP_RATIO: "drop_ratio",
@@ -46,10 +45,17 @@ def describe_change(station: str, wanted: dict[str, Any], existing: list[dict[st
         path, a, b = change
         return not (missing in (a, b) and path != DROP_RATIO and path.startswith(OF_PATCHES))
 
-    nearest = min((changes(parts) for parts in existing), key=len)
+    # an entry of the same data tells more than one of others
+    nearest = min(
+        (changes(parts) for parts in existing), key=lambda found: (any(c[0] == DATA for c in found), len(found))
+    )
     if not nearest:
         return f"computing {noun}: asked to make it again"
-    listed = sorted(filter(is_told, nearest), key=lambda change: change[0] != DATA)
+    for path, a, b in nearest:
+        if path == DATA:
+            seen = f"{_short(path, a, missing)} -> {_short(path, b, missing)}"
+            return f"computing {noun}: no entry is of these data, which are new here or were changed ({seen})"
+    listed = list(filter(is_told, nearest))
     told = [
         f"{NAMES.get(path, path)} changed ({_short(path, a, missing)} -> {_short(path, b, missing)})"
         for path, a, b in listed[:MAX_CHANGES]

@@ -243,7 +243,11 @@ def test_misses_are_explained_by_the_nearest_entry(tmp_path: Path) -> None:
     less = patched | {"stored_patches": {"drop_ratio": 0.5, "codec": "raw"}}
     assert cache.explain_miss("2-bins", less) == "computing bins because drop_ratio changed (0.2 -> 0.5)"
     other = cache.explain_miss("2-bins", {**PARTS, "source": "other", "algorithm": 7})
-    assert other == "computing bins because the data changed (abc -> other), algorithm changed (1 -> 7)"
+    assert other == "computing bins: no entry is of these data, which are new here or were changed (abc -> other)"
+    # what changed is told of an entry of the same data, also where one of other data has more in common
+    build(cache, {**PARTS, "source": "other"})
+    same = cache.explain_miss("2-bins", {**PARTS, "algorithm": 7, "config": {"num_bins": 3, "lam": 0.5}})
+    assert "algorithm changed (1 -> 7)" in same
 
 
 def test_space_and_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
