@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import os
+import select
 import signal
 import sys
 from argparse import ArgumentError
@@ -110,13 +111,13 @@ def _advised(message: str, arguments: list[str]) -> str:
 
 def _is_read() -> bool:
     """Whether somebody still reads what is printed. Where not (`| head`), what is printed from now on goes nowhere."""
-    try:
-        sys.stdout.flush()
-        return True
-    except BrokenPipeError:
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
+    with suppress(OSError, ValueError, AttributeError):  # no file, or a system without poll
+        place, poll = sys.stdout.fileno(), select.poll()
+        poll.register(place, 0)
+        if poll.poll(0):  # errors alone are told when no event is asked for
+            os.dup2(os.open(os.devnull, os.O_WRONLY), place)
+            return False
+    return True
 
 
 def _with_values(arguments: list[str]) -> list[str]:

@@ -208,7 +208,7 @@ def test_parts_of_the_time_are_no_more_than_the_whole(tmp_path, caplog, monkeypa
         time.sleep(0.05)
         with build._timed("inner"):
             time.sleep(0.2)
-    assert build.seconds["outer"] < 0.15 < build.seconds["inner"]
+    assert build.seconds["outer"] < build.seconds["inner"]
 
 
 # the command line
