@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dq_lightning.errors import PatchError, StoreError
@@ -51,9 +52,7 @@ def write_filled(
     samples = PackedDataset(store, patches="packed", verify="hash")
     samples.require(digest)
     place = stored_place(samples)
-    require_space(
-        folder, sum(image.height * image.width * len(image.mode) for image in map(samples.patched, range(len(samples))))
-    )
+    require_space(folder, sum(_filled_bytes(stored_image(sample, place)) for sample in samples))
     shards.made_from = digest
     write_packed(
         folder,
@@ -119,17 +118,19 @@ def stored_place(samples: PackedDataset) -> tuple[str | int, ...]:
     return tuple(place)
 
 
-def stored_image(sample: Any, place: tuple[str | int, ...]) -> PatchedImage:
-    """The image of a sample.
+def stored_image(
+    sample: Any, place: tuple[str | int, ...]
+) -> PatchedImage | Image.Image | Tensor | np.ndarray[Any, Any]:
+    """The image of a sample: its patches, or the whole image where no patches could be kept.
 
     Raises:
-        StoreError: there is none that was stored by patches.
+        StoreError: there is no image.
     """
     try:
         image = at(sample, place)
     except (LookupError, TypeError) as error:
         raise StoreError(f"a sample has no image at {place!r:.80}, where its store says it is") from error
-    if not isinstance(image, PatchedImage):
+    if not isinstance(image, PatchedImage | Image.Image | Tensor | np.ndarray):
         raise StoreError(f"a sample holds a {type(image).__name__} at {place!r:.80}, where its store says the image is")
     return image
 
@@ -161,12 +162,16 @@ class Filler:
         return fill_pixels(model, moved, kept, patch_size or self._plan.patch_size, model.mean, model.std)
 
     def samples(self, window: list[Any], place: tuple[str | int, ...]) -> Iterator[Item]:
-        """The same samples with their images filled; images of one shape and number of patches share a batch."""
+        """The same samples with their images filled; images of one shape and number of patches share a batch.
+
+        An image that was stored whole stays as it is.
+        """
         groups: dict[tuple[int, ...], list[int]] = {}
         for number, sample in enumerate(window):
             image = stored_image(sample, place)
-            facts = (image.height, image.width, len(image.mode), image.num_kept, image.patch_size)
-            groups.setdefault(facts, []).append(number)
+            if isinstance(image, PatchedImage):
+                facts = (image.height, image.width, len(image.mode), image.num_kept, image.patch_size)
+                groups.setdefault(facts, []).append(number)
         filled: dict[int, np.ndarray[Any, Any]] = {}
         for (*_, patch_size), members in groups.items():
             size = self._plan.config.batch_size
@@ -175,7 +180,14 @@ class Filler:
                 pixels, masks = zip(*(unpack_image(at(window[number], place)) for number in chosen), strict=True)
                 images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
                 whole = self.fill(images, torch.from_numpy(np.stack(masks)), patch_size)
-                whole = whole.permute(0, 2, 3, 1).cpu().numpy()
-                filled.update(zip(chosen, whole, strict=True))
+                filled.update(zip(chosen, whole.permute(0, 2, 3, 1).cpu().numpy(), strict=True))
         for number, sample in enumerate(window):
-            yield with_value(sample, place, image_leaf(at(sample, place), filled[number])), None
+            if number in filled:
+                sample = with_value(sample, place, image_leaf(at(sample, place), filled[number]))
+            yield sample, None
+
+
+def _filled_bytes(image: Any) -> int:
+    if isinstance(image, PatchedImage):
+        return image.height * image.width * len(image.mode)
+    return int(np.asarray(image).nbytes)

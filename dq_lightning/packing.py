@@ -4,19 +4,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dq_lightning.compact import write_description
-from dq_lightning.errors import SourceError
+from dq_lightning.errors import SourceError, StoreError
+from dq_lightning.identity.values import digest_of
 from dq_lightning.patch_bytes import measure_bytes
-from dq_lightning.patching import choose, image_place, packed_items
+from dq_lightning.patching import TRIED_SAMPLES, check_packable, choose, image_place, packed_items, with_all_patches
 from dq_lightning.plan import Plan
+from dq_lightning.randomness import isolated_random_state
 from dq_lightning.records import Selection
-from dq_lightning.sources.items import plain_parts
+from dq_lightning.sources.items import evenly_spaced, plain_parts
+from dq_lightning.sources.skipping import readable_items
 from dq_lightning.store.cache import require_space
 from dq_lightning.store.packed import Item, estimate_bytes, write_packed
+from dq_lightning.store.reader import PackedDataset
 from dq_lightning.store.shards import KeptShards
 from dq_lightning.store.tensors import write_selection
 
@@ -59,6 +65,79 @@ def write_patches(
     write_description(folder, plan, facts)
 
 
+def check_storable(plan: Plan, finisher: Any = None) -> None:
+    """Pack a few samples and read them back, before the hours of work, if that is what the plan will do.
+
+    Args:
+        plan: what is to be made.
+        finisher: made for `plan.candidates`: what it makes of a sample as it comes back must be what it makes of the dataset's
+            own. Its transform may ask for what no packed set keeps, such as the name of an image's file.
+
+    Raises:
+        StoreError: a sample cannot be stored.
+        SourceError: the finisher makes something else of it afterwards.
+    """
+    if plan.store_kind != "packed":
+        return
+    if plan.patches is not None:
+        check_packable(plan)
+    index, positions, items = plan.candidates, [], []
+    places = {int(index[place]): place for place in evenly_spaced(len(index), TRIED_SAMPLES)}
+    for position, sample in readable_items(plan.source, places):
+        positions.append(position)
+        items.append(_tried_item(plan, position, plain_parts(sample)))
+    with TemporaryDirectory(prefix="dq_lightning-") as folder:
+        try:
+            write_packed(
+                Path(folder),
+                items,
+                ids=[str(position) for position in positions],
+                index=torch.tensor(positions, dtype=torch.int64),
+                bins=torch.zeros(len(positions), dtype=torch.int16),
+                attributes={},
+            )
+            stored = list(PackedDataset(folder))
+        except StoreError as error:
+            raise StoreError(
+                f"{plan.source.describe()} can't be packed, a trial with a few samples failed: {error}"
+            ) from error
+    for position, sample in zip(positions, stored, strict=True) if finisher is not None else ():
+        _check_finished(plan, partial(finisher, places[position]), position, sample)
+
+
+def _tried_item(plan: Plan, position: int, sample: Any) -> Item:
+    if plan.patches is not None:
+        try:
+            return with_all_patches(plan, sample, image_place(plan)), None
+        except StoreError:
+            pass  # stays whole
+    return sample, plan.source.encoded(position)
+
+
+def _check_finished(plan: Plan, finish: Callable[[Any], Any], position: int, stored: Any) -> None:
+    def finished(item: Any) -> str:
+        with isolated_random_state(position):
+            return digest_of(finish(item))
+
+    try:
+        wanted = {finished(plain_parts(plan.source.plain(position))) for _ in range(2)}
+    except Exception:
+        return  # it fails on the dataset's own sample too, or gives what cannot be compared
+    if len(wanted) > 1:
+        return  # it draws from a generator of its own
+    reason = "another result"
+    try:
+        if finished(stored) in wanted:
+            return
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise SourceError(
+        f"The transform of {plan.source.describe()} gives something else for sample {position} as it is packed than for the "
+        f"dataset's own ({reason}): it asks for what a packed set does not keep, such as the file's name or the image's class. "
+        'Let the dataset do that part itself, or use store="indices" (without drop_ratio=), which reads through the dataset'
+    )
+
+
 @contextmanager
 def reading_again(plan: Plan) -> Iterator[None]:
     """Tell that a sample which can't be read now was read before, where its features were made from it."""
@@ -68,7 +147,8 @@ def reading_again(plan: Plan) -> Iterator[None]:
         if not plan.reads_for_features:
             raise
         raise SourceError(
-            f"A sample that was read for its features can't be read any more: the dataset changed between two reads. {error}"
+            "A sample whose image was read for its features can't be read any more: the dataset changed between two reads, or "
+            f"another part of the sample is damaged. {error}"
         ) from error
 
 

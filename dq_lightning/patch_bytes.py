@@ -1,7 +1,8 @@
 """What a store of patches is compared with: bytes of the same samples elsewhere."""
 
+import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dq_lightning.patching import image_place, patches_of, whole_leaf
+from dq_lightning.errors import SourceError
+from dq_lightning.patching import image_place, patches_of, whole_bytes
 from dq_lightning.plan import Plan
 from dq_lightning.records import PatchChoice, Selection, StoreInfo
 from dq_lightning.sources.items import at, evenly_spaced
+from dq_lightning.sources.skipping import readable_items
+from dq_lightning.store.patched import can_keep_patches
+from dq_lightning.store.values import encode_properties
 
 MEASURED_SAMPLES = 1000
 
@@ -49,8 +54,11 @@ def measure_bytes(plan: Plan, selection: Selection, choice: PatchChoice) -> Patc
     tried = [kept[place] for place in evenly_spaced(len(kept), MEASURED_SAMPLES)]
     unpatched = 0
     for position in tried:
-        leaf = whole_leaf(plan, position, plan.source.plain(position), place)
-        unpatched += plain_bytes(leaf, patches.codec, patches.config.quality)
+        leaf = at(plan.source.plain(position), place)
+        if can_keep_patches(leaf):
+            unpatched += plain_bytes(leaf, patches.codec, patches.config.quality)
+        else:
+            unpatched += whole_bytes(plan, position, leaf)
     return PatchFacts(
         patch_size=patches.patch_size,
         image_size=patches.image_size,
@@ -62,13 +70,14 @@ def measure_bytes(plan: Plan, selection: Selection, choice: PatchChoice) -> Patc
 
 
 def plain_bytes(leaf: Any, codec: str, quality: int) -> int:
-    """Bytes of a whole image as a plain file of a codec, as Pillow writes it by default."""
+    """Bytes of a whole image as a plain file of a codec, as Pillow writes it by default, and of its info."""
+    beside = len(encode_properties(leaf)) if isinstance(leaf, Image.Image) else 0
     if codec == "raw":
-        return int(np.asarray(leaf).nbytes)
+        return int(np.asarray(leaf).nbytes) + beside
     image = leaf if isinstance(leaf, Image.Image) else _as_pil(leaf)
     buffer = io.BytesIO()
     image.save(buffer, codec.upper(), **({} if codec == "png" else {"quality": quality}))
-    return len(buffer.getvalue())
+    return len(buffer.getvalue()) + beside
 
 
 def _as_pil(leaf: Any) -> Image.Image:
@@ -81,17 +90,32 @@ def _as_pil(leaf: Any) -> Image.Image:
 
 
 def _owner_bytes(plan: Plan, positions: Sequence[int]) -> int:
-    """Bytes of samples as their owner stores them: files, encoded bytes, or raw pixels."""
+    """Bytes of samples as their owner stores them: files, encoded bytes, or raw pixels. What can't be read has none."""
     source: Any = plan.source
-    path: Callable[[int], str | None] = getattr(source, "path", lambda _: None)
-    if len(positions) and path(positions[0]) is not None:
-        return sum(Path(str(path(position))).stat().st_size for position in positions)
-    tried = [positions[place] for place in evenly_spaced(len(positions), MEASURED_SAMPLES)]
-    place, total = image_place(plan), 0
-    for position in tried:
-        encoded = source.encoded(position)
-        total += len(encoded.data) if encoded is not None else np.asarray(at(source.plain(position), place)).nbytes
-    return round(total * len(positions) / max(1, len(tried)))
+    if not len(positions):
+        return 0
+    if hasattr(source, "path") and source.path(positions[0]) is not None:
+        paths = [source.path(position) for position in positions]
+        others = [position for position, path in zip(positions, paths, strict=True) if path is None]
+        return sum(_file_bytes(path) for path in paths if path is not None) + _read_bytes(plan, others)
+    return _read_bytes(plan, positions)
+
+
+def _file_bytes(path: str) -> int:
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return 0  # left out, or never read
+
+
+def _read_bytes(plan: Plan, positions: Sequence[int]) -> int:
+    """The same from at most 1,000 samples."""
+    place, sizes = image_place(plan), []
+    tried = [positions[number] for number in evenly_spaced(len(positions), MEASURED_SAMPLES)]
+    for position, sample in readable_items(plan.source, tried):
+        with contextlib.suppress(SourceError):
+            sizes.append(whole_bytes(plan, position, at(sample, place)))
+    return round(sum(sizes) * len(positions) / max(1, len(sizes)))
 
 
 def describe_costs(info: StoreInfo) -> str:

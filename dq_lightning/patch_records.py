@@ -65,6 +65,7 @@ class PatchedImage:
         mask: ceil(L / 8) bytes as `records.pack_mask` gives them: patch j is bit j % 8 of byte j // 8.
         codec: how `data` is encoded.
         data: the kept patches; empty when none is kept.
+        properties: format and info of a Pillow image, see `store.values.encode_properties`.
     """
 
     height: int
@@ -75,6 +76,7 @@ class PatchedImage:
     mask: bytes
     codec: str
     data: bytes
+    properties: bytes = b""
 
     def __post_init__(self) -> None:
         numbers = (self.height, self.width, self.patch_size)

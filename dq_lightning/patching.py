@@ -7,31 +7,36 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dq_lightning.errors import PatchError
+from dq_lightning.errors import PatchError, StoreError
 from dq_lightning.features.encoders import resolve_device
 from dq_lightning.features.isolation import isolated, release_memory
 from dq_lightning.handles import FORK, loader_processes
 from dq_lightning.loading.loaders import automatic_workers
+from dq_lightning.logs import get_logger
 from dq_lightning.patch_plan import PatchPlan
-from dq_lightning.patch_records import PatchedImage
+from dq_lightning.patch_records import Grid, PatchedImage
 from dq_lightning.patches.choose import choose_patches, kept_count, make_choice, spread_budget
 from dq_lightning.patches.saliency import ClassifierScorer
 from dq_lightning.patches.score import score_images, split_scores
 from dq_lightning.plan import Plan
 from dq_lightning.records import PatchChoice, Selection
 from dq_lightning.resuming import Shards
-from dq_lightning.sources.items import at, plain_parts, with_value
+from dq_lightning.sources.items import at, evenly_spaced, plain_parts, with_value
+from dq_lightning.sources.skipping import readable_items
 from dq_lightning.store.packed import Item
-from dq_lightning.store.patched import pack_image
+from dq_lightning.store.patched import can_keep_patches, check_patches, image_size, pack_image
 from dq_lightning.threads import torch_threads
 
 # fewer images are read faster than processes start
 WORKERS_PAY_FROM = 512
 BUDGET_ROUNDS = 8
+# looked at before the hours of work
+TRIED_SAMPLES = 8
+NAMED_SAMPLES = 5
 
 
 def score_selection(
@@ -106,7 +111,7 @@ def choose(plan: Plan, selection: Selection, scores: Tensor, sizes: Tensor) -> P
     total = sum(counts)
     for _ in range(BUDGET_ROUNDS):
         choice = make_choice(spread_budget(rows, total, least), pairs, size)
-        seen = sum(len(image.data) + len(image.mask) for _, image in _packed_images(plan, selection, choice))
+        seen = sum(packed.num_bytes(plan) for packed in _packed_images(plan, selection, choice))
         if seen <= config.max_bytes:
             return choice
         # a little less than in proportion, because the patches that stay are the dearer ones
@@ -120,10 +125,23 @@ def choose(plan: Plan, selection: Selection, scores: Tensor, sizes: Tensor) -> P
 
 
 def packed_items(plan: Plan, selection: Selection, choice: PatchChoice, start: int = 0) -> Iterator[Item]:
-    """The kept samples from number `start` on, each with its image's kept patches in the place of the image."""
-    leaf = image_place(plan)
-    for sample, image in _packed_images(plan, selection, choice, start):
-        yield with_value(sample, leaf, image), None
+    """The kept samples from number `start` on, each with its image's kept patches in the place of the image.
+
+    An image of which no patches can be kept (another mode than RGB or L) stays whole and is told of in a warning.
+    """
+    place, whole = image_place(plan), []
+    for packed in _packed_images(plan, selection, choice, start):
+        if packed.image is None:
+            whole.append(packed.position)
+            yield packed.sample, plan.source.encoded(packed.position)
+        else:
+            yield with_value(packed.sample, place, packed.image), None
+    if whole:
+        named = ", ".join(map(str, whole[:NAMED_SAMPLES])) + (", ..." if len(whole) > NAMED_SAMPLES else "")
+        get_logger().warning(
+            f"{len(whole):,} images have a mode or type of which no patches can be kept and stay whole (samples {named}). "
+            'Where the dataset gives all images as RGB (image.convert("RGB")), they lose patches too'
+        )
 
 
 def image_place(plan: Plan) -> tuple[str | int, ...]:
@@ -136,44 +154,89 @@ def image_place(plan: Plan) -> tuple[str | int, ...]:
 
 
 def check_packable(plan: Plan) -> None:
-    """Tell before the hours of work that the images of a dataset cannot be stored by patches."""
-    image = whole_leaf(plan, 0, plan.source.plain(0), image_place(plan))
-    size = patches_of(plan).patch_size
-    height, width = (image.height, image.width) if isinstance(image, Image.Image) else _array_size(image)
-    count = -(-height // size) * -(-width // size)
-    pack_image(image, torch.ones(count, dtype=torch.bool), size, "raw", 90)
+    """Tell before the hours of work that the images of a dataset cannot be stored by patches.
+
+    A few images of other modes among them may stay whole, but not where each image is to be filled on the device.
+
+    Raises:
+        StoreError: with what to deliver instead.
+    """
+    place, problems, fitting = image_place(plan), [], 0
+    tried = [int(plan.candidates[number]) for number in evenly_spaced(len(plan.candidates), TRIED_SAMPLES)]
+    for _, sample in readable_items(plan.source, tried):
+        try:
+            with_all_patches(plan, plain_parts(sample), place)
+            fitting += 1
+        except StoreError as error:
+            problems.append(error)
+    if problems and (not fitting or patches_of(plan).config.reconstruct == "batch"):
+        raise problems[0]
 
 
-def _array_size(image: Any) -> tuple[int, int]:
-    shape = tuple(image.shape)
-    return (shape[-2], shape[-1]) if isinstance(image, Tensor) else (shape[0], shape[1])
+def with_all_patches(plan: Plan, sample: Any, place: tuple[str | int, ...]) -> Any:
+    """A sample with all patches of its image kept, without loss: what packing does to it beside dropping patches.
+
+    Raises:
+        StoreError: its image is of a kind of which no patches can be kept.
+    """
+    leaf, size = at(sample, place), patches_of(plan).patch_size
+    height, width = image_size(leaf)
+    count = Grid(height, width, size).num_patches
+    return with_value(sample, place, pack_image(leaf, torch.ones(count, dtype=torch.bool), size, "raw"))
 
 
-def _packed_images(
-    plan: Plan, selection: Selection, choice: PatchChoice, start: int = 0
-) -> Iterator[tuple[Any, PatchedImage]]:
+def _packed_images(plan: Plan, selection: Selection, choice: PatchChoice, start: int = 0) -> Iterator["_Packed"]:
     """Samples and their packed images, in order; read here, because datasets are seldom safe to share, packed in threads."""
     patches, place = patches_of(plan), image_place(plan)
 
-    def read() -> Iterator[Callable[[], tuple[Any, PatchedImage]]]:
+    def read() -> Iterator[Callable[[], _Packed]]:
         for number, position in enumerate(selection.index[start:].tolist(), start):
             sample = plain_parts(plan.source.plain(position))
-            leaf = whole_leaf(plan, position, sample, place)
-            yield _Packing(sample, leaf, choice.mask(number), patches)
+            yield _Packing(position, sample, at(sample, place), choice.mask(number), patches)
 
     yield from _in_threads(read())
 
 
 @dataclass(frozen=True)
+class _Packed:
+    """A sample and the kept patches of its image; None where the image stays whole."""
+
+    position: int
+    sample: Any
+    image: PatchedImage | None
+
+    def num_bytes(self, plan: Plan) -> int:
+        """About what the image takes in the store."""
+        if self.image is not None:
+            return len(self.image.data) + len(self.image.mask)
+        return whole_bytes(plan, self.position, at(self.sample, image_place(plan)))
+
+
+@dataclass(frozen=True)
 class _Packing:
+    position: int
     sample: Any
     leaf: Any
     mask: Tensor
     patches: PatchPlan
 
-    def __call__(self) -> tuple[Any, PatchedImage]:
+    def __call__(self) -> _Packed:
         plan = self.patches
-        return self.sample, pack_image(self.leaf, self.mask, plan.patch_size, plan.codec, plan.config.quality)
+        if can_keep_patches(self.leaf):
+            image = pack_image(self.leaf, self.mask, plan.patch_size, plan.codec, plan.config.quality)
+            return _Packed(self.position, self.sample, image)
+        if plan.config.reconstruct == "batch":
+            try:
+                check_patches(self.leaf)
+            except StoreError as error:
+                raise PatchError(f'sample {self.position}, for reconstruct="batch": {error}') from error
+        return _Packed(self.position, self.sample, None)
+
+
+def whole_bytes(plan: Plan, position: int, leaf: Any) -> int:
+    """Bytes of a whole image as its owner stores it, or of its pixels."""
+    encoded = plan.source.encoded(position)
+    return int(np.asarray(leaf).nbytes) if encoded is None else len(encoded.data)
 
 
 def _in_threads(calls: Iterator[Callable[[], Any]]) -> Iterator[Any]:
@@ -191,14 +254,6 @@ def _in_threads(calls: Iterator[Callable[[], Any]]) -> Iterator[Any]:
         finally:
             for future in waiting:
                 future.cancel()
-
-
-def whole_leaf(plan: Plan, position: int, sample: Any, place: tuple[str | int, ...]) -> Any:
-    """The image of a sample as it is packed: palettes, alpha and other colour spaces become RGB, as the encoder sees them."""
-    leaf = at(sample, place)
-    if isinstance(leaf, Image.Image) and leaf.mode not in ("RGB", "L"):
-        return plan.source.image(position)
-    return leaf
 
 
 def _num_workers(plan: Plan, count: int) -> int:

@@ -11,6 +11,7 @@ from dq_lightning.compact import Compact, find_made
 from dq_lightning.config import AnyConfig, OnError, VerifyPolicy, with_short_forms
 from dq_lightning.errors import StoreError
 from dq_lightning.logs import get_logger
+from dq_lightning.packing import check_storable
 from dq_lightning.plan import BINS, Plan, make_plan, source_identity, usable_parts
 from dq_lightning.randomness import isolated_random_state
 from dq_lightning.records import Bins, StoreInfo
@@ -103,6 +104,7 @@ def find_or_build(
                 kept, whole = len(found.selection), len(plan.source)
                 get_logger().info(f"reusing the compact set of {kept:,} of {whole:,} samples: {found.info.path}")
                 return found
+        check_storable(plan)
         seconds = {"identity": round(time.perf_counter() - started, 3)}
         if before is not None:
             before()

@@ -24,7 +24,7 @@ FEATURES, BINS, SELECTION, PATCHES, STORE = "1-features", "2-bins", "3-selection
 # this station and of PATCHES are found by the content of the entry that they are made from
 FILLED = "6-filled"
 # Raised by whoever changes what a station computes: old entries are then never reused.
-ALGORITHM_VERSIONS = {FEATURES: 1, BINS: 1, SELECTION: 1, PATCHES: 2, STORE: 1, FILLED: 2}
+ALGORITHM_VERSIONS = {FEATURES: 1, BINS: 1, SELECTION: 1, PATCHES: 2, STORE: 2, FILLED: 3}
 SIZE_SAMPLES = 16
 # before an identity of the data that the user gave
 GIVEN = "given:"
@@ -76,6 +76,11 @@ class Plan:
         if self.config.store == "auto":
             return "indices" if self.patches is None else "packed"
         return self.config.store
+
+    @property
+    def candidates(self) -> Tensor:
+        """Positions int64 [n] of the samples that may be kept: those that were given, or all."""
+        return torch.arange(len(self.source)) if self.chosen is None else self.chosen
 
     def resolve(self, memory: DigestMemory) -> "Plan":
         """The same plan with the commits of hub names fixed; the only method that may ask a hub."""

@@ -208,8 +208,8 @@ class EncodedImage:
 
     Attributes:
         data: the encoded file (JPEG, PNG, WebP, ...).
-        decoder: `"pil_rgb"` (Pillow, converted to RGB: torchvision's default loader) or `"hf"` / `"hf:MODE"` (Pillow in the
-            file's own or the given mode, with the EXIF rotation applied: Hugging Face `Image`).
+        decoder: `"pil_rgb"` (Pillow, converted to RGB: torchvision's default loader), `"hf"` / `"hf:MODE"` (Pillow in the
+            file's own or the given mode, with the EXIF rotation applied: Hugging Face `Image`), or `"pil"` (Pillow alone).
     """
 
     data: bytes

@@ -147,16 +147,6 @@ def test_images_of_many_sizes(tmp_path):
         patched(data, tmp_path, "batch")
 
 
-@pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "CMYK"])
-def test_other_colour_spaces_become_rgb(mode, tmp_path):
-    data = [(image.convert(mode), label) for image, label in pictures()]
-    module = patched(data, tmp_path, "prepare")
-    for i, position in enumerate(module.selection.index.tolist()):
-        image = module.train_dataloader().dataset[i][0]
-        assert image.mode == "RGB"
-        check_image(image, data[position][0].convert("RGB"), kept(module, i))
-
-
 def test_floats_have_no_patches_to_store(tmp_path):
     data = [(to_tensor(image), label) for image, label in pictures()]
     with pytest.raises(DQError, match="before it is normalised"):

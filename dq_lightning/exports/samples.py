@@ -1,6 +1,7 @@
 """The kept images of a compact set, one by one, in the form that every export writes."""
 
 import io
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from dq_lightning.filling import filled_items, stored_place
 from dq_lightning.records import EncodedImage, Labels, Selection
 from dq_lightning.sources.items import Leaf, at, find_image, find_target
 from dq_lightning.store.files import read_sealed
+from dq_lightning.store.images import exif_beside
 from dq_lightning.store.patched import map_patched, mean_filled
 from dq_lightning.store.reader import PackedDataset
 
@@ -31,7 +33,7 @@ class KeptImage:
     Attributes:
         position: in the source.
         bin: that it came from; -1 when that is not known.
-        name: its id in the source: a relative path, or the position.
+        name: its id in the source: a relative path, or the position; see `text_of`.
         label: its class, or None.
         data: bytes of the image file.
         suffix: of such a file, `.png`, `.jpg` or `.webp`.
@@ -57,7 +59,8 @@ class KeptImages:
     def __init__(
         self, selection: Selection, class_names: tuple[str, ...] | None, items: Any, name: str = "dataset"
     ) -> None:
-        self.selection, self.class_names, self.name = selection, class_names, name
+        self.selection, self.name = selection, name
+        self.class_names = None if class_names is None else tuple(map(text_of, class_names))
         self._items = items
 
     def __len__(self) -> int:
@@ -65,6 +68,11 @@ class KeptImages:
 
     def __iter__(self) -> Iterator[KeptImage]:
         return iter(self._items())
+
+
+def text_of(name: str) -> str:
+    """A name as text that any format holds: what is no UTF-8 in a file's name is written with a backslash, as Python does."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def kept_of_source(source: Any, selection: Selection, name: str = "dataset") -> KeptImages:
@@ -83,7 +91,8 @@ def kept_of_source(source: Any, selection: Selection, name: str = "dataset") -> 
                 source.encoded(position), lambda p=position: at(source.plain(p), source.image_leaf())
             )
             label = None if labels is None else int(labels.values[position])
-            yield KeptImage(position, int(selection.bin[number]), source.sample_id(position), label, data, suffix)
+            name = text_of(source.sample_id(position))
+            yield KeptImage(position, int(selection.bin[number]), name, label, data, suffix)
 
     return KeptImages(selection, _names(labels), items, name)
 
@@ -104,7 +113,7 @@ def kept_of_items(source: Any, selection: Selection, samples: Any, name: str = "
         for position, bin_number, sample in pairs:
             label = None if labels is None else int(labels.values[position])
             data = as_png(at(sample, source.image_leaf()))
-            yield KeptImage(position, bin_number, source.sample_id(position), label, data, ".png")
+            yield KeptImage(position, bin_number, text_of(source.sample_id(position)), label, data, ".png")
 
     return KeptImages(selection, _names(labels), items, name)
 
@@ -141,7 +150,8 @@ def kept_of_store(
         for number, sample in enumerate(samples):
             label = None if target is None else _label(at(sample, target), names)
             position, bin_number = int(store.index[number]), int(store.bin[number])
-            yield KeptImage(position, bin_number, store.ids[number], label, as_png(at(sample, image)), ".png")
+            name, data = text_of(store.ids[number]), as_png(at(sample, image))
+            yield KeptImage(position, bin_number, name, label, data, ".png")
 
     return KeptImages(compact.selection, None if target is None else tuple(names), items, Path(path).name)
 
@@ -160,7 +170,7 @@ def _samples(
 
 
 def as_png(leaf: Any) -> bytes:
-    """An image as PNG bytes, without loss.
+    """An image as PNG bytes, without loss, with its EXIF tags (a photo may be turned by them), resolution and colour profile.
 
     Raises:
         StoreError: it is none that PNG holds exactly.
@@ -170,8 +180,12 @@ def as_png(leaf: Any) -> bytes:
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
     if image.mode not in PNG_MODES:
         raise StoreError(f"an image of mode {image.mode} has no exact PNG: deliver RGB, L, RGBA or LA (image.convert)")
+    exif, dpi = exif_beside(image) or image.info.get("exif"), image.info.get("dpi")
+    known: dict[str, Any] = {"exif": exif} if isinstance(exif, bytes) else {}
+    if isinstance(dpi, tuple) and len(dpi) == 2 and all(0 < float(side) < math.inf for side in dpi):
+        known["dpi"] = dpi
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, "PNG", **known)  # the colour profile goes along by itself
     return buffer.getvalue()
 
 

@@ -33,7 +33,7 @@ def find_unreadable(
     """Read every sample once; what cannot be read is counted and the first few are named in one warning.
 
     Args:
-        source: N samples: `image(i)`, or for text `text(i)`.
+        source: N samples: `check(i)` or `image(i)`, or for text `text(i)`.
         positions: int64 [n], ascending, of the samples that are read; None reads all.
         num_workers: loader processes for images; `"auto"` decides by the time a few samples take.
         progress: show a bar.
@@ -150,7 +150,9 @@ class _TriedImages(ImageBatches):
 
     def __getitem__(self, batch: int) -> ImageBatch:
         try:
-            texts = [(index, _problem(self.source.image, index)) for index in self.batches[batch].tolist()]
+            # what is packed holds more than the image, and must be readable as a whole
+            read = getattr(self.source, "check", self.source.image)
+            texts = [(index, _problem(read, index)) for index in self.batches[batch].tolist()]
         except SourceError as error:
             return ImageBatch(None, [], error)
         return ImageBatch(None, [(index, text) for index, text in texts if text is not None], None)

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, default_collate
 from dq_lightning.errors import ConfigError, PatchError
 from dq_lightning.filling import Filler, stored_image
 from dq_lightning.patch_plan import PatchPlan
+from dq_lightning.patch_records import PatchedImage
 from dq_lightning.sources.items import at, with_value
 from dq_lightning.store.patched import unpack_image
 from dq_lightning.store.reader import PackedDataset
@@ -47,7 +48,13 @@ class UnfilledDataset(Dataset[Any]):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         sample = self.samples[position]
-        pixels, mask = unpack_image(stored_image(sample, self.place))
+        packed = stored_image(sample, self.place)
+        if not isinstance(packed, PatchedImage):
+            raise PatchError(
+                f"sample {position} of {self.samples.path} was stored whole, because its image has another mode than RGB or L: "
+                'use reconstruct="prepare", or let the dataset give all images as RGB (image.convert("RGB"))'
+            )
+        pixels, mask = unpack_image(packed)
         image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
         sample = with_value(sample, self.place, image)
         if self.finisher is not None:

@@ -15,8 +15,8 @@ from dq_lightning.loading.inner import probe_train_loader
 from dq_lightning.loading.loaders import LoaderSettings, check_collatable, read_loader
 from dq_lightning.loading.ranks import global_rank
 from dq_lightning.loading.wanted import Wanted, without_transform
+from dq_lightning.packing import check_storable
 from dq_lightning.patch_plan import PatchPlan
-from dq_lightning.patching import check_packable
 from dq_lightning.pipeline import find_or_build
 from dq_lightning.plan import STORE, Plan, source_identity
 from dq_lightning.randomness import isolated_random_state
@@ -268,9 +268,7 @@ def filled_late(patches: PatchPlan | None) -> PatchPlan | None:
 def check_deliverable(plan: Plan) -> None:
     """Tell before the hours of work that packed samples could not be turned into what the dataset delivers."""
     if plan.store_kind == "packed":
-        plan.source.finisher(torch.arange(len(plan.source)))
-    if plan.patches is not None:
-        check_packable(plan)
+        check_storable(plan, plan.source.finisher(plan.candidates))
 
 
 def compact_dataset(plan: Plan, compact: Compact, verify: VerifyPolicy) -> Any:

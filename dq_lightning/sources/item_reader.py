@@ -75,7 +75,11 @@ class ItemReader(ABC):
             for leaf in image_leaves(item):
                 image = at(item, leaf)
                 if isinstance(image, Image.Image):
+                    stream = getattr(image, "fp", None)
                     image.load()
+                    # Pillow lets go of a file that the dataset opened, and with it of the bytes that packing keeps
+                    if not getattr(stream, "closed", True):
+                        image.fp = stream  # type: ignore[attr-defined]
             return item
 
     def _or_unreadable(self, error: SourceError) -> Unreadable:

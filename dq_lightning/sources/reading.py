@@ -28,6 +28,7 @@ from dq_lightning.sources.items import (
     evenly_spaced,
     find_image,
     find_target,
+    image_leaves,
     may_be_image,
     outline,
 )
@@ -73,6 +74,7 @@ class ItemSource(ItemReader):
         self.grouping: Any = None
         self._leaf: Leaf | None = None
         self._scale: Scale | None = None
+        self._several_images: bool | None = None
         self._targets: tuple[Targets | None] | None = None
         self._scan: tuple[str, Targets | None] | None = None
         self._state: State | None = None
@@ -134,6 +136,18 @@ class ItemSource(ItemReader):
         with self.explaining(index):
             leaf = check_pixels(self.read_image(index))
             return to_rgb(leaf, self.scale() if needs_scale(leaf) else None)
+
+    def check(self, index: int) -> None:
+        """Read all of a sample: its image as the encoder sees it, and other images that its item holds.
+
+        Raises:
+            SourceError: a part of it can't be read.
+        """
+        self.image(index)
+        if self._several_images is None:
+            self._several_images = len(image_leaves(self.first_item())) > 1
+        if self._several_images:
+            self.plain(index)
 
     def scale(self) -> Scale:
         """The one scale of all images whose type does not tell the range, from 64 evenly spread items."""

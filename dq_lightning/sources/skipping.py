@@ -1,8 +1,11 @@
 """What stands for samples that can't be read when those are left out (`on_error="skip"`)."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from dq_lightning.errors import SourceError, may_pass
 from dq_lightning.records import DigestMemory
 
 
@@ -15,6 +18,29 @@ class Unreadable:
     """
 
     reason: str
+
+
+def readable_items(source: Any, positions: Iterable[int]) -> Iterator[tuple[int, Any]]:
+    """Positions and plain items of the samples that can be read.
+
+    Every look at samples that need not be selected goes through this: which ones are left out is known to the features alone,
+    and whether an unreadable sample ends the run is decided where all that are needed are read.
+
+    Args:
+        source: with `plain(position)`.
+        positions: to read.
+
+    Raises:
+        SourceError: a failure that may pass, and says nothing of the sample.
+    """
+    for position in positions:
+        try:
+            item = source.plain(position)
+        except SourceError as error:
+            if may_pass(error):
+                raise
+            continue
+        yield position, item
 
 
 class ForgivingMemory:

@@ -15,18 +15,20 @@ from PIL import Image
 
 from dq_lightning.errors import StoreError
 from dq_lightning.patch_records import PatchedImage
-from dq_lightning.store.images import MODE_BITS, has_palette, image_from_raw, raw_bytes_of
-from dq_lightning.store.patch_stream import check_facts, shared_heads
+from dq_lightning.store.images import MODE_BITS, image_from_raw, is_plain, raw_bytes_of
+from dq_lightning.store.patch_stream import MAX_PROPERTIES_BYTES, check_facts, shared_heads
 from dq_lightning.store.trees import Tree, container, same_container
 from dq_lightning.store.values import (
     MAX_DEPTH,
     TENSOR_DTYPES,
     array_bytes,
     array_from,
+    encode_properties,
     is_plain_array,
     is_plain_tensor,
     numpy_dtype,
     plain_shape,
+    properties_setter,
     tensor_bytes,
     tensor_from,
 )
@@ -50,13 +52,15 @@ class Leaf:
         dtype: numpy's description, torch's name, or the image's mode; of patched images `mode/layout/codec`.
         shape: of an array or tensor; (width, height) of an image; of patches (height, width, P, bytes of
             pixels); of a stream (P,).
-        shared: what the heads of a stream's images are squeezed with.
+        shared: what the heads and properties of a stream's images are squeezed with.
+        properties: format and info of every image of the column, see `values.encode_properties`.
     """
 
     kind: str
     dtype: str = ""
     shape: tuple[int, ...] = ()
     shared: bytes = field(default=b"", compare=False)
+    properties: bytes = b""
 
     @property
     def row_bytes(self) -> int:
@@ -114,13 +118,22 @@ def describe_leaf(value: Any, raw_images: bool = False) -> Leaf:
         return Leaf("tensor", str(value.dtype).removeprefix("torch."), tuple(value.shape))
     if isinstance(value, PatchedImage) and value.codec == "raw":
         facts = (value.height, value.width, value.patch_size, len(value.data))
-        return Leaf("patches", stream_leaf(value).dtype, facts)
+        return Leaf("patches", stream_leaf(value).dtype, facts, properties=value.properties)
     if isinstance(value, PatchedImage):
         return stream_leaf(value)
-    if isinstance(value, Image.Image) and value.mode in MODE_BITS and not has_palette(value) and 0 not in value.size:
-        leaf = Leaf("image", value.mode, value.size)
-        return leaf if raw_images or leaf.row_bytes <= MAX_RAW_IMAGE_BYTES else Leaf(VALUE_KIND)
+    if isinstance(value, Image.Image) and _is_raw(value, raw_images):
+        try:
+            return Leaf("image", value.mode, value.size, properties=encode_properties(value))
+        except StoreError:
+            return Leaf(VALUE_KIND)  # which tells where it stands
     return Leaf(VALUE_KIND)
+
+
+def _is_raw(image: Image.Image, raw_images: bool) -> bool:
+    """Whether the pixels and the info of an image say what it shows, and its pixels go into a column."""
+    if image.mode not in MODE_BITS or image.mode in ("P", "PA") or 0 in image.size or not is_plain(image):
+        return False
+    return raw_images or raw_bytes_of(image.mode, image.size) <= MAX_RAW_IMAGE_BYTES
 
 
 def stream_leaf(image: PatchedImage) -> Leaf:
@@ -131,7 +144,8 @@ def stream_leaf(image: PatchedImage) -> Leaf:
 def fits(value: Any, leaf: Leaf, raw_images: bool = False) -> bool:
     """Whether a value can be stored as this leaf."""
     if leaf.kind == STREAM_KIND:
-        return isinstance(value, PatchedImage) and stream_leaf(value) == leaf
+        alike = isinstance(value, PatchedImage) and stream_leaf(value) == leaf
+        return alike and len(value.properties) <= MAX_PROPERTIES_BYTES
     return leaf.kind != VALUE_KIND and describe_leaf(value, raw_images) == leaf
 
 
@@ -165,12 +179,12 @@ def leaf_reader(leaf: Leaf) -> Callable[[Any], Any]:
     if leaf.kind == "patches":
         height, width, patch_size, _ = leaf.shape
         (kind, layout, codec), cut = leaf.dtype.split("/"), _mask_bytes(leaf)
+        properties = leaf.properties
         return lambda data: PatchedImage(
-            height, width, kind, layout, patch_size, bytes(data[:cut]), codec, bytes(data[cut:])
+            height, width, kind, layout, patch_size, bytes(data[:cut]), codec, bytes(data[cut:]), properties
         )
     if leaf.kind == "image":
-        mode, size = leaf.dtype, (leaf.shape[0], leaf.shape[1])
-        return lambda data: image_from_raw(mode, size, data)
+        return _image_reader(leaf.dtype, (leaf.shape[0], leaf.shape[1]), leaf.properties)
     if leaf.kind == "tensor":
         torch_dtype, shape = TENSOR_DTYPES[leaf.dtype], leaf.shape
         return lambda data: tensor_from(data, torch_dtype, shape)
@@ -178,6 +192,20 @@ def leaf_reader(leaf: Leaf) -> Callable[[Any], Any]:
         dtype, shape, whole = numpy_dtype(leaf.dtype), leaf.shape, leaf.kind == "array"
         return lambda data: array_from(data, dtype, shape) if whole else array_from(data, dtype, shape)[()]
     return lambda data: None
+
+
+def _image_reader(mode: str, size: tuple[int, int], properties: bytes) -> Callable[[Any], Image.Image]:
+    """A function from raw pixels to an image, with the format and info that all images of a column have."""
+    if not properties:
+        return lambda data: image_from_raw(mode, size, data)
+    give = properties_setter(properties)
+
+    def read(data: Any) -> Image.Image:
+        image = image_from_raw(mode, size, data)
+        give(image)
+        return image
+
+    return read
 
 
 def plan(samples: Sequence[Any], raw_images: bool = False) -> tuple[Tree, list[Leaf]]:
@@ -216,7 +244,8 @@ def leaf_from_json(value: Any) -> Leaf:
     """
     if not isinstance(value, dict) or not isinstance(value.get("kind"), str) or value["kind"] not in _ROW_BYTES:
         raise StoreError(f"store.json has an unknown column {value!r:.80}")
-    leaf = Leaf(value["kind"], str(value.get("dtype", "")), plain_shape(value.get("shape", [])), _shared_of(value))
+    hexadecimal = {name: _bytes_of(value, name) for name in ("shared", "properties")}
+    leaf = Leaf(value["kind"], str(value.get("dtype", "")), plain_shape(value.get("shape", [])), **hexadecimal)
     if leaf.kind in ("patches", STREAM_KIND):
         check_facts(leaf.kind, leaf.dtype, leaf.shape)
     image_fits = leaf.dtype in MODE_BITS and len(leaf.shape) == 2 and 0 not in leaf.shape
@@ -233,12 +262,13 @@ def leaf_from_json(value: Any) -> Leaf:
 def leaf_to_json(leaf: Leaf) -> dict[str, Any]:
     """Plain JSON for a leaf."""
     plain = {"kind": leaf.kind, "dtype": leaf.dtype, "shape": list(leaf.shape)}
-    return plain | ({"shared": leaf.shared.hex()} if leaf.shared else {})
+    beside = {"shared": leaf.shared, "properties": leaf.properties}
+    return plain | {name: data.hex() for name, data in beside.items() if data}
 
 
-def _shared_of(value: dict[str, Any]) -> bytes:
-    text = value.get("shared", "")
+def _bytes_of(value: dict[str, Any], name: str) -> bytes:
+    text = value.get(name, "")
     try:
         return bytes.fromhex(text)
     except (TypeError, ValueError) as error:
-        raise StoreError(f"store.json has shared bytes that are no hexadecimal digits: {text!r:.40}") from error
+        raise StoreError(f"store.json has {name} bytes that are no hexadecimal digits: {text!r:.40}") from error

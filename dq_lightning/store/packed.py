@@ -50,9 +50,9 @@ from dq_lightning.store.values import check_decoded_size, encode_value
 
 STORE_FILE = "store.json"
 FORMAT = "dq_lightning packed"
-# 2 has patched images; a store without any is still written as 1
-FORMAT_VERSION = 2
-VERSION_WITHOUT_PATCHES = 1
+# 4 has patched images; a store without any is written as 3. 1 and 2 forgot what an image is beside its pixels
+FORMAT_VERSION = 4
+VERSION_WITHOUT_PATCHES = 3
 # the samples that decide what is a column: enough to see the rule, bounded in memory
 LOOK_AHEAD_SAMPLES = 64
 LOOK_AHEAD_BYTES = 64 << 20

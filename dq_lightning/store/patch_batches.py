@@ -12,6 +12,7 @@ from dq_lightning.store.columns import Leaf, leaf_reader
 from dq_lightning.store.images import images_from_raw
 from dq_lightning.store.patch_layout import Layout, Pixels
 from dq_lightning.store.patched import layout_of
+from dq_lightning.store.values import properties_setter
 
 
 class BatchDecoder:
@@ -27,6 +28,7 @@ class BatchDecoder:
         bare = layout_of(self.whole)
         count = leaf.shape[3] // (bare.patch**2 * bare.channels)
         self.layout = replace(bare, count=count)
+        self.give_properties = properties_setter(leaf.properties)
 
     @staticmethod
     def fits(leaf: Leaf) -> bool:
@@ -59,7 +61,10 @@ class BatchDecoder:
         """The owner's values of pixels [B, H, W, C]."""
         facts = self.whole
         if facts.layout == "pil":
-            return images_from_raw(facts.mode, (facts.width, facts.height), pixels)
+            images = images_from_raw(facts.mode, (facts.width, facts.height), pixels)
+            for image in images if facts.properties else ():
+                self.give_properties(image)
+            return images
         return [self._array(image) for image in pixels]
 
     def _array(self, pixels: Pixels) -> Any:

@@ -1,9 +1,10 @@
 """Patched images of one kind, one after the other, with what they share written once. PURE.
 
-    uvarint height | uvarint width | mask | [uvarint length | head] | rest of the data
+    uvarint height | uvarint width | mask | uvarint length | properties | [uvarint length | head] | rest of the data
 
 The head of an encoded file (tables, sizes) is deflated with the heads of the first samples as dictionary: of the 350
-bytes at the head of a JPEG with Huffman tables of its own, about 100 are left. Raw pixels have no head.
+bytes at the head of a JPEG with Huffman tables of its own, about 100 are left. Raw pixels have no head. The properties (format
+and info of the image, such as EXIF tags and a colour profile) are deflated likewise; most images have none.
 """
 
 import zlib
@@ -19,6 +20,8 @@ Stream = tuple[int, Facts, bytes]
 MAX_HEAD_BYTES = 1 << 14
 SHARED_HEADS = 8
 MAX_SHARED_BYTES = 1 << 15
+# larger ones are written as they are, beside the stream
+MAX_PROPERTIES_BYTES = 1 << 20
 # signature, size and format; a JPEG's head ends where its scan begins
 _HEAD_BYTES = {"raw": 0, "png": 41, "webp": 30}
 _START_OF_SCAN = 0xDA
@@ -59,9 +62,11 @@ def jpeg_head(data: bytes) -> tuple[int, tuple[int, int, int]]:
 
 
 def shared_heads(images: Sequence[PatchedImage]) -> bytes:
-    """The dictionary for images like these."""
+    """The dictionary for images like these: their different properties, and the heads of the first few."""
     first = images[:SHARED_HEADS]
-    return b"".join(image.data[: head_bytes(image.codec, image.data)] for image in first)[:MAX_SHARED_BYTES]
+    heads = b"".join(image.data[: head_bytes(image.codec, image.data)] for image in first)[:MAX_SHARED_BYTES]
+    properties = b"".join(dict.fromkeys(image.properties for image in images[:SHARED_HEADS]))
+    return properties[: MAX_SHARED_BYTES - len(heads)] + heads
 
 
 def check_facts(kind: str, dtype: str, shape: tuple[int, ...]) -> None:
@@ -84,11 +89,11 @@ def check_facts(kind: str, dtype: str, shape: tuple[int, ...]) -> None:
 
 def write_stream(image: PatchedImage, shared: bytes) -> bytes:
     """Size, mask and data of a patched image; the rest of its facts are the store's."""
-    parts = [uvarint(image.height), uvarint(image.width), image.mask]
+    properties = _squeeze(image.properties, shared)
+    parts = [uvarint(image.height), uvarint(image.width), image.mask, uvarint(len(properties)), properties]
     if image.codec != "raw":
         length = head_bytes(image.codec, image.data)
-        squeezer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_DEFAULT_STRATEGY, shared)
-        head = squeezer.compress(image.data[:length]) + squeezer.flush() if length else b""
+        head = _squeeze(image.data[:length], shared)
         parts += [uvarint(len(head)), head, image.data[length:]]
     else:
         parts.append(image.data)
@@ -109,14 +114,19 @@ def read_stream(data: bytes, facts: Facts, shared: bytes) -> PatchedImage:
     if mask_end > len(data):
         raise StoreError(f"a patched image claims {height} x {width} pixels, its mask is not there")
     mask, at = data[at:mask_end], mask_end
+    properties, at = _take(data, at, shared, MAX_PROPERTIES_BYTES, "properties")
     head = b""
     if codec != "raw":
-        length, at = read_uvarint(data, at)
-        if length > len(data) - at:
-            raise StoreError(f"a patched image claims a head of {length} bytes, {len(data) - at} are there")
-        head = _expand(data[at : at + length], shared) if length else b""
-        at += length
-    return PatchedImage(height, width, mode, layout, patch_size, mask, codec, head + data[at:])
+        head, at = _take(data, at, shared, MAX_HEAD_BYTES, "head")
+    return PatchedImage(height, width, mode, layout, patch_size, mask, codec, head + data[at:], properties)
+
+
+def _take(data: bytes, at: int, shared: bytes, most: int, what: str) -> tuple[bytes, int]:
+    """What was squeezed at a place, and the place after it."""
+    length, at = read_uvarint(data, at)
+    if length > len(data) - at:
+        raise StoreError(f"a patched image claims {what} of {length} bytes, {len(data) - at} are there")
+    return _expand(data[at : at + length], shared, most, what) if length else b"", at + length
 
 
 def facts_of(dtype: str, patch_size: int) -> Facts:
@@ -125,7 +135,9 @@ def facts_of(dtype: str, patch_size: int) -> Facts:
     return mode, layout, codec, patch_size
 
 
-def take_streams(streams: Sequence[Stream], leaves: list[Any], value: bytes) -> tuple[bytes, set[int]]:
+def take_streams(
+    streams: Sequence[Stream], leaves: list[Any], value: bytes | memoryview
+) -> tuple[bytes | memoryview, set[int]]:
     """Put the patched images at the start of a sample's value into their places.
 
     Args:
@@ -145,21 +157,27 @@ def take_streams(streams: Sequence[Stream], leaves: list[Any], value: bytes) -> 
         if length > len(value) - start:
             raise StoreError(f"a patched image claims {length} bytes, {len(value) - start} are there")
         if length:
-            leaves[number] = read_stream(value[start : start + length], facts, shared)
+            leaves[number] = read_stream(bytes(value[start : start + length]), facts, shared)
         else:
             missing.add(number)
         start += length
     return value[start:] if start else value, missing
 
 
-def _expand(head: bytes, shared: bytes) -> bytes:
+def _squeeze(data: bytes, shared: bytes) -> bytes:
+    """Deflated bytes; none of none."""
+    squeezer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_DEFAULT_STRATEGY, shared)
+    return squeezer.compress(data) + squeezer.flush() if data else b""
+
+
+def _expand(data: bytes, shared: bytes, most: int, what: str) -> bytes:
     expander = zlib.decompressobj(-zlib.MAX_WBITS, zdict=shared)
     try:
-        whole = expander.decompress(head, MAX_HEAD_BYTES)
+        whole = expander.decompress(data, most)
     except zlib.error as error:
-        raise StoreError(f"the head of a patched image is damaged ({error})") from error
+        raise StoreError(f"the {what} of a patched image is damaged ({error})") from error
     if not expander.eof or expander.unused_data:
-        raise StoreError("the head of a patched image is damaged (it has another end)")
+        raise StoreError(f"the {what} of a patched image is damaged (it has another end)")
     return whole
 
 

@@ -22,6 +22,7 @@ The tables at the head of a JPEG are alike in a store; `store/patch_stream.py` k
 
 import contextlib
 import io
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -48,7 +49,7 @@ from dq_lightning.store.patch_layout import (
     strip_of,
 )
 from dq_lightning.store.patch_stream import jpeg_head
-from dq_lightning.store.values import is_plain_array, is_plain_tensor
+from dq_lightning.store.values import encode_properties, is_plain_array, is_plain_tensor, properties_setter
 
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 JPEG_BLOCK = 8
@@ -59,7 +60,7 @@ _HALVED, _FULL = 2, 0
 def pack_image(
     leaf: Any, mask: Tensor, patch_size: int, codec: str, quality: int = 90, *, subsampling: int | None = None
 ) -> PatchedImage:
-    """Encode the kept patches of an image.
+    """Encode the kept patches of an image; format and info of a Pillow image are kept beside them.
 
     Args:
         leaf: Pillow image of mode RGB or L, uint8 array [H, W] or [H, W, C], or uint8 tensor [H, W] or [C, H, W], C 1 or 3.
@@ -75,13 +76,37 @@ def pack_image(
     layout_name, mode, pixels = _pixels_of(leaf)
     height, width = pixels.shape[:2]
     packed = pack_mask(mask.cpu()).numpy().tobytes()
-    patched = PatchedImage(height, width, mode, layout_name, patch_size, packed, codec, b"")
+    properties = encode_properties(leaf) if isinstance(leaf, Image.Image) else b""
+    patched = PatchedImage(height, width, mode, layout_name, patch_size, packed, codec, b"", properties)
     if mask.shape != (patched.num_patches,):
         raise StoreError(f"a mask {tuple(mask.shape)} does not fit the {patched.num_patches} patches of its image")
     if patched.num_kept == 0:
         return patched
-    data = _encode(pixels, mask.cpu().numpy(), patched, quality, subsampling)
-    return PatchedImage(height, width, mode, layout_name, patch_size, packed, codec, data)
+    return replace(patched, data=_encode(pixels, mask.cpu().numpy(), patched, quality, subsampling))
+
+
+def can_keep_patches(leaf: Any) -> bool:
+    """Whether `pack_image` takes this kind of image."""
+    try:
+        _pixels_of(leaf)
+    except StoreError:
+        return False
+    return True
+
+
+def check_patches(leaf: Any) -> None:
+    """Raise StoreError, with advice, for an image that `pack_image` does not take."""
+    _pixels_of(leaf)
+
+
+def image_size(leaf: Any) -> tuple[int, int]:
+    """Height and width of an image that `pack_image` takes.
+
+    Raises:
+        StoreError: it takes no such image.
+    """
+    height, width = _pixels_of(leaf)[2].shape[:2]
+    return height, width
 
 
 def unpack_image(patched: PatchedImage) -> tuple[Pixels, Mask]:
@@ -111,7 +136,9 @@ def image_leaf(patched: PatchedImage, pixels: Pixels) -> Any:
     """Pixels [H, W, C] in the type, shape and dtype that the dataset delivered; arrays and tensors may share their memory."""
     flat = pixels[..., 0] if patched.mode == "L" else pixels
     if patched.layout == "pil":
-        return Image.fromarray(flat)
+        image = Image.fromarray(flat)
+        properties_setter(patched.properties)(image)
+        return image
     if patched.layout in ("array", "tensor"):
         shaped = flat if patched.layout == "array" or patched.mode == "L" else flat.transpose(2, 0, 1)
     else:
@@ -177,12 +204,22 @@ def _pixels_of(leaf: Any) -> tuple[str, str, Pixels]:
         if leaf.ndim == 3 and leaf.shape[0] in (1, 3):
             pixels = leaf.permute(1, 2, 0).numpy()
             return ("tensor", "RGB", pixels) if leaf.shape[0] == 3 else ("tensor_1hw", "L", pixels)
-    seen = [str(getattr(leaf, name)) for name in ("mode", "dtype", "shape", "size") if hasattr(leaf, name)]
     raise StoreError(
-        f"patches cannot be kept of a {type(leaf).__module__}.{type(leaf).__qualname__} ({', '.join(seen):.120}): deliver a "
-        'Pillow image of mode RGB or L (image.convert("RGB")), a uint8 array [H, W, 3] or [H, W], or a uint8 tensor '
-        "[3, H, W] or [H, W], before it is normalised"
+        f"patches cannot be kept of a {type(leaf).__module__}.{type(leaf).__qualname__}{_outline(leaf)}: deliver a Pillow "
+        'image of mode RGB or L (image.convert("RGB"); for a column of Hugging Face datasets '
+        'dataset.cast_column(name, datasets.Image(mode="RGB"))), a uint8 array [H, W, 3] or [H, W], or a uint8 tensor '
+        "[3, H, W] or [H, W], before it is normalised; or leave out drop_ratio="
     )
+
+
+def _outline(leaf: Any) -> str:
+    """Mode, type and size of an image, for messages."""
+    if isinstance(leaf, Image.Image):
+        return f" (mode {leaf.mode}, {leaf.width} x {leaf.height} pixels)"
+    if isinstance(leaf, Tensor | np.ndarray):
+        return f" ({leaf.dtype} {list(leaf.shape)})"
+    undecoded = isinstance(leaf, dict) and leaf.keys() == {"bytes", "path"}
+    return " (an image of Hugging Face datasets that is not decoded)" if undecoded else ""
 
 
 def _encode(pixels: Pixels, mask: Mask, patched: PatchedImage, quality: int, subsampling: int | None) -> bytes:

@@ -1,7 +1,8 @@
 """A safe encoding for any value a dataset may deliver: JSON for the structure, raw bytes for the rest. PURE.
 
 Decoding builds only None, bool, int, float, complex, str, bytes, tuple, list, dict, numpy arrays and scalars, torch tensors,
-Pillow images and patched images. All sizes are checked against the bytes at hand before anything is made.
+Pillow images and patched images, and two kinds of values that Pillow puts into an image's `info`. All sizes are checked
+against the bytes at hand before anything is made.
 
     uint32 length of the JSON | JSON | buffers, one after the other
 
@@ -9,6 +10,7 @@ What a value takes in memory is bounded by what is stored of it, see `most_decod
 would refuse.
 """
 
+import copy
 import json
 import math
 import struct
@@ -22,7 +24,7 @@ from PIL import Image
 from dq_lightning.errors import StoreError
 from dq_lightning.patch_records import CHANNELS, PatchedImage
 from dq_lightning.records import EncodedImage
-from dq_lightning.store.images import MAX_PIXELS, decode_node, encode_image, raw_image
+from dq_lightning.store.images import MAX_PIXELS, decode_node, encode_image, exif_beside, is_plain, raw_image
 
 MAX_DEPTH = 64
 MAX_DIMENSIONS = 32
@@ -101,16 +103,18 @@ def _too_large(size: int, stored_bytes: int) -> StoreError:
     )
 
 
-def encode_value(value: Any, encoded: EncodedImage | None = None, raw_images: bool = False) -> bytes:
-    """Encode a value; the first image uses the `encoded` bytes when they decode to just its pixels.
+def encode_value(
+    value: Any, encoded: EncodedImage | None = None, raw_images: bool = False, place: str = "item"
+) -> bytes:
+    """Encode a value; the first image uses the `encoded` bytes when they decode to just this image.
 
-    With `raw_images` all images are written as their pixels.
+    With `raw_images` all images that are no open files are written as their pixels. `place` names the value in messages.
 
     Raises:
         StoreError: a value that cannot be stored; the message names its place and type.
     """
     encoder = _Encoder(encoded, raw_images)
-    text = json.dumps(encoder.node(value, "item", 0), separators=(",", ":")).encode()
+    text = json.dumps(encoder.node(value, place, 0), separators=(",", ":")).encode()
     if len(text) > MAX_STRUCTURE_BYTES:
         raise StoreError(
             f"its lists, dicts and texts take {len(text):,} bytes, the most is {MAX_STRUCTURE_BYTES:,}: deliver numbers as "
@@ -122,8 +126,8 @@ def encode_value(value: Any, encoded: EncodedImage | None = None, raw_images: bo
     return whole
 
 
-def decode_value(data: Any) -> Any:
-    """The inverse of `encode_value`.
+def decode_value(data: Any, images: bool = True) -> Any:
+    """The inverse of `encode_value`; without `images` a value that holds any is refused.
 
     Raises:
         StoreError: the bytes are not an encoding of ours.
@@ -135,7 +139,7 @@ def decode_value(data: Any) -> Any:
             raise StoreError(f"{length} bytes of structure are claimed, {len(view) - 4} are there")
         if length > MAX_STRUCTURE_BYTES:
             raise StoreError(f"{length:,} bytes of structure are more than {MAX_STRUCTURE_BYTES:,}")
-        decoder = _Decoder(view[4 + length :], most_decoded_bytes(len(view)))
+        decoder = _Decoder(view[4 + length :], most_decoded_bytes(len(view)) if images else 0)
         value = decoder.value(json.loads(bytes(view[4 : 4 + length])), 0)
     except StoreError:
         raise
@@ -148,11 +152,56 @@ def decode_value(data: Any) -> Any:
         RecursionError,
         OverflowError,
         MemoryError,
+        ArithmeticError,
     ) as error:
         raise StoreError(f"a stored value cannot be decoded ({type(error).__name__}: {error})") from error
     if decoder.at != len(decoder.view):
         raise StoreError(f"{len(decoder.view) - decoder.at} bytes are left over after a stored value")
     return value
+
+
+def encode_properties(image: Image.Image, place: str = "the image") -> bytes:
+    """What an image is beside its pixels: `format`, `info` and EXIF tags that are not in the info; nothing when it has none.
+
+    Raises:
+        StoreError: the info holds a value that cannot be stored; the message names its key.
+    """
+    exif = exif_beside(image)
+    if image.format is None and not image.info and exif is None:
+        return b""
+    return encode_value((image.format, dict(image.info), exif), place=f"(format, info, EXIF) of {place}")
+
+
+def properties_setter(data: bytes) -> Callable[[Image.Image], None]:
+    """What gives images the properties that were encoded; each image gets an info of its own.
+
+    Raises:
+        StoreError: the bytes are not an encoding of ours.
+    """
+    if not data:
+        return lambda image: None
+    value = decode_value(data, images=False)
+    kinds = tuple(map(type, value)) if type(value) is tuple else ()
+    if len(kinds) != 3 or kinds[0] not in (str, _NONE) or kinds[1] is not dict or kinds[2] not in (bytes, _NONE):
+        raise StoreError(f"the properties of a stored image are {value!r:.80}")
+    image_format, info, exif = value
+
+    def give(image: Image.Image) -> None:
+        if image_format is not None:
+            image.format = image_format
+        image.info = copy.deepcopy(info)
+        if exif is None:
+            return
+        try:
+            image.getexif().load(exif)
+        except Exception as error:
+            # Pillow raises all sorts of errors on damaged tags, SyntaxError among them
+            raise StoreError(f"stored EXIF tags cannot be read ({type(error).__name__}: {error})") from error
+
+    return give
+
+
+_NONE = type(None)
 
 
 class _Encoder:
@@ -203,19 +252,42 @@ class _Encoder:
             name = str(value.dtype).removeprefix("torch.")
             return ["T", name, list(value.shape), self._keep(tensor_bytes(value))]
         if isinstance(value, Image.Image):
-            facts, data = raw_image(value) if self.raw_images else encode_image(value, self.encoded)
+            raw = self.raw_images and is_plain(value)
+            facts, data = raw_image(value) if raw else encode_image(value, self.encoded)
             self.encoded = None
             self.image_bytes += value.size[0] * value.size[1] * BYTES_PER_PIXEL
-            return ["p", facts, self._keep(data)]
+            # a whole file holds its own
+            properties = b"" if facts[0] == "e" else encode_properties(value, place)
+            return ["p", facts, self._keep(data), self._keep(properties)]
         if isinstance(value, PatchedImage):
             facts = [value.height, value.width, value.mode, value.layout, value.patch_size, value.codec]
             self.image_bytes += value.height * value.width * BYTES_PER_PIXEL
-            return ["q", facts, self._keep(value.mask), self._keep(value.data)]
-        kind = f"{type(value).__module__}.{type(value).__qualname__}"
-        raise StoreError(
-            f"{place} is a {kind}, which a packed store cannot hold unchanged: deliver plain numbers, text, arrays, tensors "
-            'or Pillow images, or use store="indices", which keeps the dataset itself'
-        )
+            return ["q", facts, self._keep(value.mask), self._keep(value.data), self._keep(value.properties)]
+        if type(value).__module__.startswith("PIL."):
+            return self._of_info(value, place)
+        raise _cannot_hold(value, place)
+
+    def _of_info(self, value: Any, place: str) -> Any:
+        """What only Pillow makes: a fraction of two numbers, and a text with its language."""
+        from PIL.PngImagePlugin import iTXt
+        from PIL.TiffImagePlugin import IFDRational
+
+        parts: tuple[Any, ...]
+        if type(value) is IFDRational:
+            tag, parts = "R", (value.numerator, value.denominator)
+        elif type(value) is iTXt:
+            tag, parts = "x", (str(value), value.lang, value.tkey)
+        else:
+            raise _cannot_hold(value, place)
+        return [tag, *(self.node(part, place, MAX_DEPTH) for part in parts)]
+
+
+def _cannot_hold(value: Any, place: str) -> StoreError:
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    return StoreError(
+        f"{place} is a {kind}, which a packed store cannot hold unchanged: deliver plain numbers, text, arrays, tensors "
+        'or Pillow images, or use store="indices", which keeps the dataset itself'
+    )
 
 
 class _Decoder:
@@ -284,6 +356,7 @@ class _Decoder:
         most = min(MAX_PIXELS, self.image_bytes // BYTES_PER_PIXEL)
         image = decode_node(node[1], self._take(node[2]), most)
         self._count(image.size[0] * image.size[1])
+        properties_setter(bytes(self._take(node[3])))(image)
         return image
 
     def _count(self, pixels: int) -> None:
@@ -293,10 +366,20 @@ class _Decoder:
 
     def _patched(self, node: list[Any], _: int) -> PatchedImage:
         height, width, mode, layout, patch_size, codec = node[1]
-        mask = bytes(self._take(node[2]))
-        image = PatchedImage(height, width, mode, layout, patch_size, mask, codec, bytes(self._take(node[3])))
+        mask, data, properties = (bytes(self._take(length)) for length in node[2:5])
+        image = PatchedImage(height, width, mode, layout, patch_size, mask, codec, data, properties)
         self._count(height * width)
         return image
+
+    def _fraction(self, node: list[Any], depth: int) -> Any:
+        from PIL.TiffImagePlugin import IFDRational
+
+        return IFDRational(self.value(node[1], depth + 1), self.value(node[2], depth + 1))
+
+    def _png_text(self, node: list[Any], depth: int) -> Any:
+        from PIL.PngImagePlugin import iTXt
+
+        return iTXt(*(self.value(part, depth + 1) for part in node[1:4]))
 
     _BY_TAG: dict[str, Callable[["_Decoder", list[Any], int], Any]] = {  # noqa: RUF012 (a constant)
         "i": _integer,
@@ -311,6 +394,8 @@ class _Decoder:
         "T": _tensor,
         "p": _image,
         "q": _patched,
+        "R": _fraction,
+        "x": _png_text,
     }
 
 

@@ -215,7 +215,7 @@ def test_the_data_module(tmp_path):
 def test_patches_of_what_can_be_read(folder, tmp_path):
     data, config = ImageFolder(str(folder)), settings(patches=PatchConfig(drop_ratio=0.5))
     networks = {"classifier": (Edges(), to_tensor), "reconstructor": small_mae()}
-    with pytest.raises(SourceError, match=r"01\.jpg"):
+    with pytest.raises(SourceError, match=r"(01|04|09)\.jpg"):
         compact(data, tmp_path, config, **networks)
     info = compact(data, tmp_path, config, on_error="skip", **networks)
     store = PackedDataset(info.path)

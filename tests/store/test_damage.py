@@ -133,7 +133,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "path": lambda d: d["files"].update({"../../etc/passwd": {"size": 1, "sha256": ""}}),
     "absolute path": lambda d: d["files"].update({"/etc/passwd": {"size": 1, "sha256": ""}}),
     "missing file": lambda d: d["files"].pop("values.bin"),
-    "other version": lambda d: d.update(version=3),
+    "other version": lambda d: d.update(version=99),
     "no tree": lambda d: d.pop("tree"),
     "columns of text": lambda d: d.update(columns=["int"]),
 }

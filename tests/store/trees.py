@@ -97,4 +97,13 @@ def equal(one: Any, other: Any) -> bool:
 
 def _image_facts(image: Image.Image) -> tuple[Any, ...]:
     palette = image.getpalette("RGBA") if image.mode in ("P", "PA") else None
-    return image.mode, image.size, image.tobytes(), palette, image.info.get("transparency")
+    return (
+        type(image),
+        image.format,
+        image.mode,
+        image.size,
+        image.tobytes(),
+        palette,
+        image.info,
+        dict(image.getexif()),
+    )
