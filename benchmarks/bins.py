@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from dq_lightning.bins.make import make_bins
-from dq_lightning.records import Features
+from dq_lightning.core.records import Features
 
 ROWS = {}
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from dq_lightning.bins.make import make_bins
-from dq_lightning.config import TextConfig
+from dq_lightning.core.config import TextConfig
 from dq_lightning.evaluation.baselines import baseline_selection
 from dq_lightning.features.choose import choose_encoder
 from dq_lightning.features.extract import extract_features

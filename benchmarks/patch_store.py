@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dq_lightning.patch_config import PatchConfig
-from dq_lightning.patch_records import Grid
+from dq_lightning.core.config import PatchConfig
+from dq_lightning.core.grid import pixel_mask
+from dq_lightning.core.records import Grid
+from dq_lightning.packed.patches import pack_image, unpack_image
+from dq_lightning.packed.reader import PackedDataset
+from dq_lightning.packed.writer import write_packed
 from dq_lightning.patches.choose import choose_patches
-from dq_lightning.patches.grid import pixel_mask
 from dq_lightning.patches.saliency import make_scorer
-from dq_lightning.store.packed import write_packed
-from dq_lightning.store.patched import pack_image, unpack_image
-from dq_lightning.store.reader import PackedDataset
 
 PATCH, DROP, ROUNDS = 16, 0.2, 15
 IMAGENET_CLASSES = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)

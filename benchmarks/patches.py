@@ -22,18 +22,11 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from dq_lightning import (
-    BinConfig,
-    PatchConfig,
-    QuantizeConfig,
-    QuantizedDataModule,
-    SelectionConfig,
-    quantize,
-)
+from dq_lightning import BinConfig, PatchConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig, quantize
+from dq_lightning.demo.sample_data import SampleCIFAR10
 from dq_lightning.features.bundled import load_small_resnet
 from dq_lightning.features.encoders import resolve_device
-from dq_lightning.patches.reconstructors import bundled_folder
-from dq_lightning.sample_data import SampleCIFAR10
+from dq_lightning.patches.mae import bundled_folder
 
 DROP = 0.2
 TENSOR = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])

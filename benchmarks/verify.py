@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dq_lightning.records import Features
-from dq_lightning.store.cache import Cache
-from dq_lightning.store.packed import write_packed
-from dq_lightning.store.reader import PackedDataset
-from dq_lightning.store.tensors import read_features, write_features
+from dq_lightning.cache.entries import Cache
+from dq_lightning.cache.tensors import read_features, write_features
+from dq_lightning.core.records import Features
+from dq_lightning.packed.reader import PackedDataset
+from dq_lightning.packed.writer import write_packed
 
 KEPT, WHOLE, WIDTH = 6_250, 50_000, 128
 

@@ -8,39 +8,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dq_lightning.bins.make import make_bins
-    from dq_lightning.compact import load_selection
-    from dq_lightning.config import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig
-    from dq_lightning.errors import DQError
+    from dq_lightning.core.config import BinConfig, FeatureConfig, PatchConfig, QuantizeConfig, SelectionConfig
+    from dq_lightning.core.errors import DQError
+    from dq_lightning.core.records import Bins, Features, PatchChoice, Selection, StoreInfo
     from dq_lightning.lightning import QuantizedDataModule
-    from dq_lightning.patch_config import PatchConfig
+    from dq_lightning.packed.reader import PackedDataset
     from dq_lightning.patches.mae import load_mae
-    from dq_lightning.pipeline import quantize
-    from dq_lightning.records import Bins, Features, PatchChoice, Selection, StoreInfo
+    from dq_lightning.pipeline.compact import load_selection
+    from dq_lightning.pipeline.quantize import quantize
     from dq_lightning.selection.select import select
     from dq_lightning.sources.adapt import as_source
-    from dq_lightning.store.reader import PackedDataset
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BinConfig": "config",
-    "Bins": "records",
-    "DQError": "errors",
-    "FeatureConfig": "config",
-    "Features": "records",
-    "PackedDataset": "store.reader",
-    "PatchChoice": "records",
-    "PatchConfig": "patch_config",
-    "QuantizeConfig": "config",
+    "BinConfig": "core.config",
+    "Bins": "core.records",
+    "DQError": "core.errors",
+    "FeatureConfig": "core.config",
+    "Features": "core.records",
+    "PackedDataset": "packed.reader",
+    "PatchChoice": "core.records",
+    "PatchConfig": "core.config",
+    "QuantizeConfig": "core.config",
     "QuantizedDataModule": "lightning",
-    "Selection": "records",
-    "SelectionConfig": "config",
-    "StoreInfo": "records",
+    "Selection": "core.records",
+    "SelectionConfig": "core.config",
+    "StoreInfo": "core.records",
     "as_source": "sources.adapt",
     "load_mae": "patches.mae",
-    "load_selection": "compact",
+    "load_selection": "pipeline.compact",
     "make_bins": "bins.make",
-    "quantize": "pipeline",
+    "quantize": "pipeline.quantize",
     "select": "selection.select",
 }
 

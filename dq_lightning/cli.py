@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 from jsonargparse import auto_cli, set_parsing_settings
 
 from dq_lightning.commands import care, quantizing, stations, texts
-from dq_lightning.errors import DQError
-from dq_lightning.fields import JsonFields
+from dq_lightning.core.errors import DQError
+from dq_lightning.core.fields import JsonFields
 
 COMMANDS: dict[str, Any] = {
     "quantize": quantizing.quantize_dataset,

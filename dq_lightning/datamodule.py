@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch.utils.data import DataLoader, Dataset
 
-from dq_lightning.compact import read_bins_of
-from dq_lightning.config import AnyConfig, OnError, StoreKind, VerifyPolicy
-from dq_lightning.errors import ConfigError
+from dq_lightning.core.config import AnyConfig, OnError, Reconstruct, StoreKind, VerifyPolicy
+from dq_lightning.core.console import get_logger
+from dq_lightning.core.errors import ConfigError
+from dq_lightning.core.records import Bins, Selection, StoreInfo
 from dq_lightning.loading.batch_filling import BatchFiller, check_batch_transform, is_unfilled
 from dq_lightning.loading.inner import (
     AnyDataModule,
@@ -41,9 +42,7 @@ from dq_lightning.loading.steps import report_steps
 from dq_lightning.loading.store_train_set import StoreFolder, make_train_set
 from dq_lightning.loading.trainer_facts import TrainerFacts
 from dq_lightning.loading.wanted import in_one_process, want
-from dq_lightning.logs import get_logger
-from dq_lightning.patch_config import Reconstruct
-from dq_lightning.records import Bins, Selection, StoreInfo
+from dq_lightning.pipeline.compact import read_bins_of
 from dq_lightning.selection.given import Indices
 from dq_lightning.sources.strip import KEEP
 from dq_lightning.tokens.loading import TokenLoading

@@ -17,12 +17,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dq_lightning import PatchConfig
-from dq_lightning.patch_plan import PatchPlan, make_patch_plan
-from dq_lightning.patch_records import Grid
+from dq_lightning.core.grid import pixel_mask
+from dq_lightning.core.records import Grid
+from dq_lightning.demo.sample_data import SampleCIFAR10
 from dq_lightning.patches.choose import choose_kept, kept_count, mask_of
 from dq_lightning.patches.fill import fill_pixels
-from dq_lightning.patches.grid import pixel_mask
-from dq_lightning.sample_data import SampleCIFAR10
+from dq_lightning.pipeline.patch_plan import PatchPlan, make_patch_plan
 
 GAP, GREY = 6, 128
 # low, middle, high

@@ -26,8 +26,8 @@ from lightning.pytorch.strategies import FSDPStrategy
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
 from dq_lightning import QuantizeConfig, QuantizedDataModule
-from dq_lightning.config import TextConfig
-from dq_lightning.errors import DQError
+from dq_lightning.core.config import TextConfig
+from dq_lightning.core.errors import DQError
 from dq_lightning.sources import jsonl
 from dq_lightning.tokens.batches import make_token_loader
 from dq_lightning.tokens.rows import IGNORED, encode_rows

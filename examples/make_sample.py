@@ -8,7 +8,7 @@ import argparse
 import numpy as np
 from torchvision.datasets import CIFAR10
 
-from dq_lightning.sample_data import balanced_choice, encode_sheet, make_sheet
+from dq_lightning.demo.sample_data import balanced_choice, encode_sheet, make_sheet
 
 
 def main() -> None:

@@ -26,11 +26,11 @@ from torchvision.datasets import CIFAR10
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from dq_lightning import load_mae
+from dq_lightning.core.grid import pixel_mask
+from dq_lightning.core.records import Grid
 from dq_lightning.features.bundled import CIFAR10_MEAN, CIFAR10_STD
-from dq_lightning.patch_records import Grid
 from dq_lightning.patches.choose import choose_kept, kept_count, mask_of
 from dq_lightning.patches.fill import HarmonicFill, MeanFill
-from dq_lightning.patches.grid import pixel_mask
 from dq_lightning.patches.harmonic import fill_harmonically
 
 PATCH = 4

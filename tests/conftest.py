@@ -11,6 +11,8 @@ import pytest
 # a test must never reach a hub, nor leave anything in the user's cache
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
+# tests run side by side: one thread each, and each of the processes that they start
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(os.environ.get("DQ_LIGHTNING_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dq_lightning.sample_data import SampleCIFAR10
+from dq_lightning.demo.sample_data import SampleCIFAR10
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY = [

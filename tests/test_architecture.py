@@ -1,4 +1,4 @@
-"""The import rule, the doors of heavy libraries, and how light the package is to import."""
+"""The table of ranks, the doors of heavy libraries, and how light the package is to import."""
 
 import ast
 import subprocess
@@ -8,31 +8,35 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "dq_lightning"
-STATIONS = ("sources", "features", "bins", "selection", "patches", "store")
-BASE = (
-    "identity",
-    "errors",
-    "records",
-    "patch_records",
-    "fields",
-    "config",
-    "patch_config",
-    "logs",
-    "progress",
-    "randomness",
-    "prompts",
-    "threads",
-    "devices",
-    "resuming",
-    "handles",
+# Folders and files of the package, lowest first. A file imports from lower ranks and from its own folder alone.
+RANKS = (
+    ("core",),
+    ("identity", "cache"),
+    ("sources", "features", "bins", "selection", "patches", "packed"),
+    ("pipeline",),
+    ("loading", "exports", "evaluation"),
+    ("tokens",),
+    ("datamodule",),
+    ("lightning", "pytorch"),
+    ("demo",),
+    ("commands",),
+    ("cli",),
+    ("__init__",),
 )
-# file or folder (relative to the package) -> modules of heavy libraries that only it may import
+RANK_OF = {name: rank for rank, names in enumerate(RANKS) for name in names}
+# heavy library -> the files that alone may import it
 DOORS = {
     # one file a package; the hooks in datamodule.py name the base class to type checkers alone
-    "lightning": ("lightning.py", "datamodule.py", "demo.py"),
+    "lightning": ("lightning.py", "datamodule.py", "demo/run.py"),
     "pytorch_lightning": ("pytorch.py",),
     "timm": ("features/timm_encoder.py",),
-    "datasets": ("sources/hub.py", "exports/rows.py", "exports/hub.py", "commands/opening.py"),
+    "datasets": (
+        "sources/hub.py",
+        "sources/hub_formats.py",
+        "exports/rows.py",
+        "exports/hub.py",
+        "commands/opening.py",
+    ),
     "transformers": ("patches/mae.py", "features/text_encoder.py", "tokens/tokenizer.py"),
     "openai": ("features/openai_embeddings.py",),
     "pytorch_grad_cam": ("patches/package_maps.py",),
@@ -40,27 +44,19 @@ DOORS = {
 HEAVY = ("timm", "datasets", "pyarrow", "transformers", "openai", "pytorch_grad_cam", "torchvision", "lightning")
 
 
-def imports_of(path: Path) -> list[tuple[str, bool]]:
-    """Every module that a file imports, with whether the import runs when the file is imported."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    inside = {
-        id(node)
-        for outer in ast.walk(tree)
-        if isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef)
-        or (isinstance(outer, ast.If) and "TYPE_CHECKING" in ast.dump(outer.test))
-        for node in ast.walk(outer)
-    }
+def imports_of(path: Path) -> list[str]:
+    """Every module that a file imports, wherever in the file the import stands."""
     found = []
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found += [(alias.name, id(node) not in inside) for alias in node.names]
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             module = node.module or ""
             leaves = [alias.name for alias in node.names if is_module(f"{module}.{alias.name}")]
-            found += [(f"{module}.{leaf}", id(node) not in inside) for leaf in leaves]
+            found += [f"{module}.{leaf}" for leaf in leaves]
             if len(leaves) < len(node.names):
-                found.append((module, id(node) not in inside))
+                found.append(module)
     return found
 
 
@@ -78,28 +74,55 @@ def place(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+def test_every_folder_has_a_rank():
+    names = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in package_files()}
+    assert names == set(RANK_OF)
+
+
 @pytest.mark.parametrize("path", package_files(), ids=place)
-def test_imports_go_one_way(path):
-    where = place(path).split("/")
-    for name, _ in imports_of(path):
-        if not name.startswith("dq_lightning"):
+def test_imports_come_from_lower_ranks(path):
+    own = place(path).split("/")[0].removesuffix(".py")
+    for name in imports_of(path):
+        if name.split(".")[0] != "dq_lightning":
             continue
-        parts = name.split(".")
-        assert parts != ["dq_lightning"] or path.name == "__init__.py", f"{place(path)} imports the package root"
-        if len(parts) < 2:
-            continue
-        target = parts[1]
-        if where[0] in STATIONS:
-            assert target in (*BASE, where[0]), f"{place(path)} (a station) imports {name}"
-            assert len(parts) > 2 or target in BASE, f"{place(path)} imports the root of {name}, not a leaf"
-        elif where[0].removesuffix(".py") in BASE:
-            assert target in BASE, f"{place(path)} (the base) imports {name}"
+        assert name != "dq_lightning", f"{place(path)} imports the package root"
+        target = name.split(".")[1]
+        assert target == own or RANK_OF[target] < RANK_OF[own], f"{place(path)} imports {name}"
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Modules from which an import leads back to themselves."""
+    found = []
+    for start in graph:
+        reached: set[str] = set()
+        waiting = list(graph[start])
+        while waiting:
+            module = waiting.pop()
+            if module not in reached:
+                reached.add(module)
+                waiting += graph.get(module, ())
+        if start in reached:
+            found.append(start)
+    return found
+
+
+def test_no_import_leads_back_to_where_it_began():
+    graph = {dotted(path): set(imports_of(path)) for path in package_files()}
+    assert not circles(graph)
+
+
+def test_the_test_of_circles_can_fail():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("library", DOORS)
 def test_heavy_libraries_have_one_door(library):
     for path in package_files():
-        uses = any(name.split(".")[0] == library for name, _ in imports_of(path))
+        uses = any(name.split(".")[0] == library for name in imports_of(path))
         assert not uses or place(path) in DOORS[library], f"{place(path)} imports {library}"
 
 
@@ -144,9 +167,8 @@ def test_the_data_module_adds_no_heavy_module_to_lightning():
 
 
 def test_bins_selection_and_store_work_without_lightning():
-    code = (
-        "import dq_lightning.bins.make, dq_lightning.selection.select, dq_lightning.store.reader, dq_lightning.pipeline"
-    )
+    code = "import dq_lightning.bins.make, dq_lightning.selection.select, dq_lightning.packed.reader"
+    code += ", dq_lightning.pipeline.quantize"
     assert not modules_after(code) & {"lightning", "pytorch_lightning", "timm", "datasets", "transformers"}
 
 

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dq_lightning.errors import ConfigError, FeatureError
+from dq_lightning.core.errors import ConfigError, FeatureError
+from dq_lightning.core.records import Features
 from dq_lightning.evaluation.baselines import baseline_selection, response_lengths
 from dq_lightning.evaluation.diversity import instruction_verb, measure_diversity, neighbour_distances
 from dq_lightning.evaluation.kmeans import kmeans, nearest
-from dq_lightning.records import Features
 from dq_lightning.selection.allocate import count_kept
 
 # Lloyd's algorithm finds the three clusters from first centres that lie one in each

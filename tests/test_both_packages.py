@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 
 import dq_lightning
 import dq_lightning.pytorch
-from dq_lightning import building
-from dq_lightning.errors import ConfigError
+from dq_lightning.core.errors import ConfigError
+from dq_lightning.pipeline import build as building
 from tests.lightning_scripts.common import QUIET, Recorder, held_out, photos
 from tests.test_distributed import environment
 from tests.test_lightning_cli import CONFIG, LinkedCLI

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dq_lightning.errors import SourceError
+from dq_lightning.core.errors import SourceError
 from dq_lightning.tokens import rows as rows_module
 from dq_lightning.tokens.rows import IGNORED, check_rows, encode_rows
 from tests.chat_templates import CHATML, ENDINGS, QWEN3, TEMPLATES, chat_tokenizer

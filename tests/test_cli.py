@@ -15,12 +15,12 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from dq_lightning import cli
-from dq_lightning.compact import load_selection
-from dq_lightning.sample_data import SampleCIFAR10
+from dq_lightning.cache.lock import host_name
+from dq_lightning.demo.sample_data import SampleCIFAR10
+from dq_lightning.pipeline.compact import load_selection
 from dq_lightning.selection.given import read_index
-from dq_lightning.store.lock import host_name
 
-SAMPLE = ["--dataset", "dq_lightning.sample_data.SampleCIFAR10", "--progress", "false"]
+SAMPLE = ["--dataset", "dq_lightning.demo.sample_data.SampleCIFAR10", "--progress", "false"]
 ROWS = [{"instruction": f"Say {i} in words.", "input": "", "output": "x" * (i % 7 + 1)} for i in range(40)]
 
 
@@ -213,8 +213,8 @@ def test_without_a_command_the_help_is_shown(capsys):
 
 
 def test_prune_by_age_and_size(tmp_path, ready, capsys):
-    from dq_lightning.store.cache import Cache, default_cache_dir
-    from dq_lightning.store.lock import FileLock
+    from dq_lightning.cache.entries import Cache, default_cache_dir
+    from dq_lightning.cache.lock import FileLock
 
     run("quantize", *SAMPLE, *ready)
     cache = Cache(default_cache_dir())
@@ -247,7 +247,7 @@ def age(entries, days: float) -> None:
     then = time.time() - 86400 * days
     for entry in entries:
         manifest = entry.path / "manifest.json"
-        from dq_lightning.store import files
+        from dq_lightning.cache import files
 
         values = files.read_sealed(manifest)
         values["created"] = "2020-01-01T00:00:00+00:00"
@@ -308,7 +308,7 @@ def test_bins_that_do_not_tell_the_classes(tmp_path, ready, caplog):
     draw = ["sample", tmp_path / "bins", "--keep_ratio", "0.1"]
     run(*draw)
     (tmp_path / "bins" / "bins.npz").unlink()
-    run(*draw, "--dataset", "dq_lightning.sample_data.SampleCIFAR10")
+    run(*draw, "--dataset", "dq_lightning.demo.sample_data.SampleCIFAR10")
     assert "does not tell the classes" not in caplog.text
     run(*draw)
     assert "does not tell the classes" in caplog.text

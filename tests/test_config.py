@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dq_lightning import BinConfig, FeatureConfig, PatchConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig
-from dq_lightning.config import as_config, with_short_forms
-from dq_lightning.errors import ConfigError
+from dq_lightning.core.config import as_config, with_short_forms
+from dq_lightning.core.errors import ConfigError
 
 configs = st.builds(
     QuantizeConfig,

@@ -18,11 +18,11 @@ from dq_lightning import (
     SelectionConfig,
     quantize,
 )
-from dq_lightning.errors import CacheError, DQError, StoreError
+from dq_lightning.cache import files, manifest, tensors
+from dq_lightning.core.errors import CacheError, DQError, StoreError
+from dq_lightning.core.records import Selection
 from dq_lightning.exports.samples import kept_of_store
-from dq_lightning.plan import BINS, FEATURES, FILLED, PATCHES, SELECTION, STORE
-from dq_lightning.records import Selection
-from dq_lightning.store import files, manifest, tensors
+from dq_lightning.pipeline.plan import BINS, FEATURES, FILLED, PATCHES, SELECTION, STORE
 from tests.lightning_scripts.common import photos
 from tests.lightning_scripts.patched_images import small_mae
 
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("quick_collections")
 @pytest.fixture
 def other_device(monkeypatch):
     """Call it, and the features that are made from then on are those of another device: other bins, the same identity."""
-    from dq_lightning import building
+    from dq_lightning.pipeline import build as building
 
     real = building.extract_features
 

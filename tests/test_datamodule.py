@@ -9,9 +9,10 @@ import torch
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
-from dq_lightning import BinConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig, binning
-from dq_lightning import building as flow
-from dq_lightning.errors import CacheError, ConfigError
+from dq_lightning import BinConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig
+from dq_lightning.core.errors import CacheError, ConfigError
+from dq_lightning.pipeline import binning
+from dq_lightning.pipeline import build as flow
 from tests.lightning_scripts.common import Recorder, held_out, name_of, photos, trainer
 
 

@@ -4,9 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from dq_lightning import demo
+from dq_lightning.demo import run as demo
+from dq_lightning.demo.sample_data import (
+    SampleCIFAR10,
+    balanced_choice,
+    cut_sheet,
+    decode_sheet,
+    encode_sheet,
+    make_sheet,
+)
 from dq_lightning.features.bundled import CIFAR10_MEAN, CIFAR10_STD, load_small_resnet
-from dq_lightning.sample_data import SampleCIFAR10, balanced_choice, cut_sheet, decode_sheet, encode_sheet, make_sheet
 
 
 def test_the_demo_runs_and_prints_what_came_out(monkeypatch, capsys):

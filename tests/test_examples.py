@@ -50,7 +50,7 @@ def test_swap_in_trains_on_the_bundled_images(tmp_path):
 def test_make_sample_makes_the_bundled_file_again(cifar_root, tmp_path):
     import numpy as np
 
-    from dq_lightning.sample_data import SAMPLE_FILE
+    from dq_lightning.demo.sample_data import SAMPLE_FILE
 
     run(
         "make_sample.py",
@@ -92,7 +92,7 @@ def write_small_cifar10(root: Path) -> None:
     import hashlib
     import pickle
 
-    from dq_lightning.sample_data import SampleCIFAR10
+    from dq_lightning.demo.sample_data import SampleCIFAR10
 
     folder = root / "cifar-10-batches-py"
     folder.mkdir()

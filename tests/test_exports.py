@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value, load_from_disk
 
-from dq_lightning.errors import StoreError
+from dq_lightning.core.errors import StoreError
 from dq_lightning.exports.rows import write_dataset, write_index, write_json
 from dq_lightning.sources.jsonl import read_rows
 

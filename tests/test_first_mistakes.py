@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import ToTensor
 
-from dq_lightning import QuantizedDataModule, building, cli, make_bins, quantize
-from dq_lightning.config import QuantizeConfig, SelectionConfig
-from dq_lightning.errors import ConfigError, SourceError
+from dq_lightning import QuantizedDataModule, cli, make_bins, quantize
+from dq_lightning.cache.entries import Cache
+from dq_lightning.core.config import QuantizeConfig, SelectionConfig
+from dq_lightning.core.errors import ConfigError, SourceError
+from dq_lightning.pipeline import build as building
 from dq_lightning.sources.adapt import as_source
-from dq_lightning.store.cache import Cache
 from tests.lightning_scripts.common import Recorder, held_out, photos, trainer
 
 GIVEN = {"keep_ratio": 0.25, "num_bins": 2, "batch_size": 5, "num_workers": 0}
@@ -91,7 +92,7 @@ def test_addresses_make_no_folders(address, tmp_path, monkeypatch, no_work, caps
     with pytest.raises(ConfigError, match="is an address"):
         quantize(photos(40), cache_dir=address)
     with pytest.raises(SystemExit):
-        cli.main(["quantize", "--dataset", "dq_lightning.sample_data.SampleCIFAR10", "--output", address])
+        cli.main(["quantize", "--dataset", "dq_lightning.demo.sample_data.SampleCIFAR10", "--output", address])
     assert "is an address" in capsys.readouterr().err
     monkeypatch.setenv("DQ_LIGHTNING_CACHE", address)
     with pytest.raises(ConfigError, match="is an address"):
@@ -191,7 +192,7 @@ def test_parts_of_the_time_are_no_more_than_the_whole(tmp_path, caplog, monkeypa
     """Also where finding the identity takes long, and where one part runs inside another."""
     import time
 
-    from dq_lightning import pipeline
+    from dq_lightning.pipeline import quantize as pipeline
 
     real = pipeline.source_identity
     monkeypatch.setattr(pipeline, "source_identity", lambda *a, **k: (time.sleep(0.5), real(*a, **k))[1])

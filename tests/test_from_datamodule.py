@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 
 from dq_lightning import PatchConfig, QuantizeConfig, QuantizedDataModule
-from dq_lightning.errors import ConfigError, SourceError
+from dq_lightning.core.errors import ConfigError, SourceError
 from tests.lightning_scripts.common import Recorder, held_out, name_of, photos, trainer
 
 

@@ -13,8 +13,8 @@ from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms import v2
 
 from dq_lightning import PackedDataset, QuantizeConfig, QuantizedDataModule, as_source, load_selection, quantize
-from dq_lightning.errors import CacheError, DQError, SourceError, StoreError
-from dq_lightning.sample_data import SampleCIFAR10
+from dq_lightning.core.errors import CacheError, DQError, SourceError, StoreError
+from dq_lightning.demo.sample_data import SampleCIFAR10
 from tests.lightning_scripts.common import Recorder, held_out, name_of, photos, to_tensor, trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -237,7 +237,7 @@ def test_what_cannot_be_packed_is_told_before_the_work(tmp_path, monkeypatch):
             # what is done to the transformed image is in no attribute
             return (image, label) if self.transform is None else (self.transform(image) + 1, label)
 
-    monkeypatch.setattr("dq_lightning.building.extract_features", None)
+    monkeypatch.setattr("dq_lightning.pipeline.build.extract_features", None)
     with pytest.raises(SourceError, match="can't be made from its plain items"):
         ready(Hidden(), tmp_path, store="packed")
 
@@ -265,7 +265,7 @@ def test_a_full_disk_is_told_before_the_work(tmp_path, monkeypatch):
     def full(path, needed):
         raise CacheError("no room")
 
-    monkeypatch.setattr("dq_lightning.building.require_space", full)
+    monkeypatch.setattr("dq_lightning.pipeline.build.require_space", full)
     with pytest.raises(CacheError, match="no room"):
         quantize(photos(COUNT, None), cache_dir=tmp_path / "other")
     assert not list((tmp_path / "other").glob("[1-5]-*/[0-9a-f]*"))
@@ -273,7 +273,7 @@ def test_a_full_disk_is_told_before_the_work(tmp_path, monkeypatch):
 
 def test_same_images_by_torchvision_and_hugging_face(folder, tmp_path):
     """The same ten images give the same features and the same selection."""
-    from dq_lightning.store.tensors import read_features
+    from dq_lightning.cache.tensors import read_features
 
     ten = sorted(folder.rglob("*.jpg"))[::6]
     own = tmp_path / "ten"

@@ -19,14 +19,15 @@ import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from dq_lightning import QuantizedDataModule, handles
-from dq_lightning.config import FeatureConfig, QuantizeConfig
+from dq_lightning import QuantizedDataModule
+from dq_lightning.cache.tensors import read_features
+from dq_lightning.core import handles
+from dq_lightning.core.config import FeatureConfig, QuantizeConfig
+from dq_lightning.core.handles import find_open_handle, loader_processes
 from dq_lightning.features import loading
-from dq_lightning.handles import find_open_handle, loader_processes
 from dq_lightning.loading.loaders import LoaderSettings, make_loader
 from dq_lightning.loading.trainer_facts import TrainerFacts
-from dq_lightning.pipeline import quantize
-from dq_lightning.store.tensors import read_features
+from dq_lightning.pipeline.quantize import quantize
 
 SIDE = 8
 ROW = SIDE * SIDE * 3
@@ -134,7 +135,7 @@ class Sensor:
 def several(monkeypatch):
     """`"auto"` means two processes, however short the reading is."""
     monkeypatch.setattr(loading, "choose_num_workers", lambda batches, device: 2)
-    monkeypatch.setattr("dq_lightning.patching._num_workers", lambda plan, count: 2)
+    monkeypatch.setattr("dq_lightning.pipeline.patching._num_workers", lambda plan, count: 2)
     monkeypatch.setattr("dq_lightning.loading.loaders.automatic_workers", lambda processes=1: 2)
 
 
@@ -174,6 +175,11 @@ def test_rows_of_one_file_are_the_right_ones(kind, wrap, rows, several, tmp_path
     # what opens its file in each process by itself is read in several
     assert len(told) == (kind is InOneFile)
     assert all(str(path) in text and "__getstate__" in text for text in told)
+
+
+def test_a_number_of_processes_that_was_named_makes_no_wrong_features(rows, tmp_path):
+    _, features = features_of(InOneFile(rows[0]), tmp_path, features={"num_workers": 2})
+    assert torch.equal(features, torch.from_numpy(rows[1]).flatten(1).float())
 
 
 def test_samples_of_an_archive_are_not_called_unreadable(rows, several, tmp_path, caplog):

@@ -14,13 +14,13 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from dq_lightning import PatchConfig, QuantizeConfig, SelectionConfig, quantize
-from dq_lightning.errors import StoreError
+from dq_lightning.core.errors import StoreError
+from dq_lightning.core.records import Selection
+from dq_lightning.demo.sample_data import SampleCIFAR10
 from dq_lightning.exports.command import export_set
 from dq_lightning.exports.hub import push_images
 from dq_lightning.exports.images import folder_names, write_image_folder, write_parquet
 from dq_lightning.exports.samples import kept_of_source, kept_of_store
-from dq_lightning.records import Selection
-from dq_lightning.sample_data import SampleCIFAR10
 from dq_lightning.selection.given import read_index
 from dq_lightning.sources.adapt import as_source
 

@@ -19,16 +19,16 @@ from dq_lightning import (
     QuantizeConfig,
     QuantizedDataModule,
     SelectionConfig,
-    building,
     cli,
     load_selection,
     quantize,
 )
+from dq_lightning.cache.entries import Cache
 from dq_lightning.commands.reconstruction import reconstruct_images
-from dq_lightning.errors import CacheError, ConfigError, DQError, StoreError
+from dq_lightning.core.errors import CacheError, ConfigError, DQError, StoreError
 from dq_lightning.exports.images import write_image_folder
 from dq_lightning.features import choose
-from dq_lightning.store.cache import Cache
+from dq_lightning.pipeline import build as building
 from tests.lightning_scripts.common import Recorder, name_of, photos, trainer
 
 CHOSEN = [3, 30, 11, 7]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from dq_lightning import QuantizedDataModule
-from dq_lightning.errors import ConfigError
+from dq_lightning.core.errors import ConfigError
 from dq_lightning.loading.loaders import LoaderSettings, automatic_workers, make_loader
 from dq_lightning.loading.steps import check_steps, steps_per_epoch
 from dq_lightning.loading.trainer_facts import TrainerFacts

@@ -8,20 +8,12 @@ import torch
 from torch import nn
 from transformers import ViTMAEForPreTraining
 
-from dq_lightning import (
-    PackedDataset,
-    PatchConfig,
-    QuantizeConfig,
-    QuantizedDataModule,
-    SelectionConfig,
-    building,
-    filling,
-    packing,
-    quantize,
-)
-from dq_lightning.errors import ConfigError, PatchError
-from dq_lightning.patch_plan import PatchPlan
-from dq_lightning.plan import FILLED, PATCHES, STORE, make_plan, station_parts
+from dq_lightning import PackedDataset, PatchConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig, quantize
+from dq_lightning.core.errors import ConfigError, PatchError
+from dq_lightning.pipeline import build as building
+from dq_lightning.pipeline import filling, packing
+from dq_lightning.pipeline.patch_plan import PatchPlan
+from dq_lightning.pipeline.plan import FILLED, PATCHES, STORE, make_plan, station_parts
 from tests.lightning_scripts.common import photos
 from tests.lightning_scripts.patched_images import small_mae
 

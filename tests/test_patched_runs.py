@@ -13,13 +13,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from dq_lightning import (
-    PackedDataset,
-    filling,
-    packing,
-)
-from dq_lightning.patches.grid import grid_of, pixel_mask
-from dq_lightning.plan import FILLED
+from dq_lightning import PackedDataset
+from dq_lightning.core.grid import grid_of, pixel_mask
+from dq_lightning.pipeline import filling, packing
+from dq_lightning.pipeline.plan import FILLED
 from tests.lightning_scripts import patched_images
 from tests.lightning_scripts.common import Recorder, name_of, photos, to_tensor, trainer
 from tests.lightning_scripts.patched_images import MODES, quantized, ready, stored

@@ -7,9 +7,9 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from dq_lightning import PackedDataset, QuantizedDataModule
-from dq_lightning.errors import ConfigError, DQError, PatchError
-from dq_lightning.patches.grid import grid_of, pixel_mask
-from dq_lightning.sample_data import SampleCIFAR10
+from dq_lightning.core.errors import ConfigError, DQError, PatchError
+from dq_lightning.core.grid import grid_of, pixel_mask
+from dq_lightning.demo.sample_data import SampleCIFAR10
 from tests.lightning_scripts.common import Recorder, held_out, name_of, photos, to_tensor, trainer
 from tests.lightning_scripts.patched_images import MODES, as_floats, quantized, ready, small_mae
 

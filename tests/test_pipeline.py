@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from dq_lightning import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig, as_source, quantize
-from dq_lightning.compact import open_compact
-from dq_lightning.errors import ConfigError, SourceError
-from dq_lightning.plan import BINS, FEATURES, SELECTION, STORE, make_plan, source_identity, station_parts
-from dq_lightning.store.cache import Cache
+from dq_lightning.cache.entries import Cache
+from dq_lightning.core.errors import ConfigError, SourceError
+from dq_lightning.pipeline.compact import open_compact
+from dq_lightning.pipeline.plan import BINS, FEATURES, SELECTION, STORE, make_plan, source_identity, station_parts
 from tests.lightning_scripts.common import photos, to_tensor
 
 

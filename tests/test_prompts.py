@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dq_lightning.errors import ConfigError, SourceError
-from dq_lightning.prompts import Template, choose_template, message_text
+from dq_lightning.core.errors import ConfigError, SourceError
+from dq_lightning.sources.prompts import Template, choose_template, message_text
 
 ALPACA = ("instruction", "input", "output")
 

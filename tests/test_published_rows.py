@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dq_lightning import cli
-from dq_lightning.sample_data import SampleCIFAR10
+from dq_lightning.demo.sample_data import SampleCIFAR10
 from dq_lightning.selection.given import read_index
 from tests.readme_table import published_rows, words
 from tests.test_examples import run, write_small_cifar10

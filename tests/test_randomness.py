@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dq_lightning.randomness import isolated_random_state
+from dq_lightning.core.isolation import isolated_random_state
 
 
 @pytest.mark.parametrize("seed", [None, 7])

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from dq_lightning import cli
-from dq_lightning.errors import StoreError
+from dq_lightning.core.errors import StoreError
+from dq_lightning.demo.sample_data import SampleCIFAR10
 from dq_lightning.exports.published import open_image_folder
-from dq_lightning.sample_data import SampleCIFAR10
 from tests.readme_table import words
 from tests.test_examples import EXAMPLES, run, write_small_cifar10
 
@@ -63,7 +63,7 @@ def test_cifar10_trains_on_reconstructed_images(tmp_path):
     write_small_cifar10(tmp_path)
     np.save(tmp_path / "rows.npy", np.arange(0, 2000, 50))
     cli.main(
-        ["reconstruct", str(tmp_path / "pixel"), "--dataset", "dq_lightning.sample_data.SampleCIFAR10", "--indices",
+        ["reconstruct", str(tmp_path / "pixel"), "--dataset", "dq_lightning.demo.sample_data.SampleCIFAR10", "--indices",
          str(tmp_path / "rows.npy"), "--patches.saliency", "random", "--patches.reconstruct", "off", "--progress", "false"]
     )  # fmt: skip
     files = ["--data_dir", "pixel", "--select_indices", "rows.npy"]

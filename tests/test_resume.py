@@ -12,23 +12,16 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Subset
 
-from dq_lightning import (
-    BinConfig,
-    FeatureConfig,
-    PatchConfig,
-    QuantizeConfig,
-    SelectionConfig,
-    as_source,
-    filling,
-    packing,
-    quantize,
-)
+from dq_lightning import BinConfig, FeatureConfig, PatchConfig, QuantizeConfig, SelectionConfig, as_source, quantize
+from dq_lightning.cache import entries as cache
+from dq_lightning.cache import files, shards
 from dq_lightning.features import extract, text_loading
 from dq_lightning.features.choose import choose_encoder
+from dq_lightning.packed import writer as packed
+from dq_lightning.packed.writer import write_packed
 from dq_lightning.patches import score
 from dq_lightning.patches.saliency import VarianceScorer
-from dq_lightning.store import cache, files, packed, shards
-from dq_lightning.store.packed import write_packed
+from dq_lightning.pipeline import filling, packing
 from tests.features.text_models import Texts, save_model
 from tests.lightning_scripts.common import photos, to_tensor
 from tests.lightning_scripts.patched_images import small_mae

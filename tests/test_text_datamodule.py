@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dq_lightning import QuantizeConfig, QuantizedDataModule
-from dq_lightning.config import BinConfig, FeatureConfig, TextConfig
-from dq_lightning.errors import ConfigError, DQError, SourceError
+from dq_lightning.core.config import BinConfig, FeatureConfig, TextConfig
+from dq_lightning.core.errors import ConfigError, DQError, SourceError
 from dq_lightning.tokens.rows import IGNORED
 from tests.chat_templates import CHATML, chat_tokenizer
 from tests.lightning_scripts.common import photos, trainer

@@ -11,11 +11,11 @@ import torch
 from datasets import Dataset, load_from_disk
 from torch.utils.data import ConcatDataset, Subset
 
-from dq_lightning.compact import open_compact, open_packed
-from dq_lightning.config import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig, TextConfig
-from dq_lightning.errors import FeatureError, SourceError, StoreError
+from dq_lightning.core.config import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig, TextConfig
+from dq_lightning.core.errors import FeatureError, SourceError, StoreError
 from dq_lightning.exports.command import export_set
-from dq_lightning.pipeline import quantize
+from dq_lightning.pipeline.compact import open_compact, open_packed
+from dq_lightning.pipeline.quantize import quantize
 from dq_lightning.sources.jsonl import read_rows
 
 WORDS = ["red", "blue", "tree", "house", "grün", "水", "run", "sleep"]
@@ -179,7 +179,8 @@ def test_a_tenth_of_all_real_rows(shared_dir, tmp_path):
     values = stored["q"].astype(np.float32) * stored["scale"][:, None]
     np.save(tmp_path / "made.npy", values / np.linalg.norm(values, axis=1, keepdims=True))
     code = (
-        "import sys, json, resource; from dq_lightning.pipeline import quantize; from dq_lightning.config import *\n"
+        "import sys, json, resource; from dq_lightning.pipeline.quantize import quantize\n"
+        "from dq_lightning.core.config import *\n"
         "config = QuantizeConfig(selection=SelectionConfig(keep_ratio=0.1), bins=BinConfig(num_bins=10),\n"
         "    features=FeatureConfig(encoder=sys.argv[2]))\n"
         "info = quantize(sys.argv[1], config, cache_dir=sys.argv[3], progress=False)\n"

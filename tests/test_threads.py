@@ -7,7 +7,7 @@ import traceback
 import pytest
 import torch
 
-from dq_lightning.threads import torch_threads
+from dq_lightning.core.workers import torch_threads
 
 FORKS, THREADS = 100, 8
 

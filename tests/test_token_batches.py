@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler, RandomSampler
 
-from dq_lightning.errors import ConfigError
+from dq_lightning.core.errors import ConfigError
 from dq_lightning.tokens.batches import PackedRows, TokenCollator, block_mask, make_token_loader, pack
 from dq_lightning.tokens.rows import IGNORED, encode_rows
 from dq_lightning.tokens.sampler import EpochShuffle, LengthBatchSampler

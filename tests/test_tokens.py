@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dq_lightning.errors import ConfigError, SourceError
+from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.tokens.rows import IGNORED, _Encoded, encode_rows, truncate
 from dq_lightning.tokens.tokenizer import load_tokenizer, padding_id
 from tests.small_tokenizers import CHAT, byte_tokenizer, word_tokenizer
@@ -323,9 +323,9 @@ def stored(rows, folder):
     """The rows out of a packed compact set."""
     import numpy as np
 
-    from dq_lightning.compact import open_packed
-    from dq_lightning.config import QuantizeConfig, SelectionConfig
-    from dq_lightning.pipeline import quantize
+    from dq_lightning.core.config import QuantizeConfig, SelectionConfig
+    from dq_lightning.pipeline.compact import open_packed
+    from dq_lightning.pipeline.quantize import quantize
 
     config = QuantizeConfig(store="packed", selection=SelectionConfig(keep_ratio=1.0))
     vectors = np.random.default_rng(0).normal(size=(len(rows), 4)).astype(np.float32)

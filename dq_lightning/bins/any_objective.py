@@ -12,7 +12,7 @@ from dq_lightning.bins.objectives import OBJECTIVES, Setting
 from dq_lightning.bins.plan import refuse_growing_gains
 from dq_lightning.bins.prepare import Prepared
 from dq_lightning.bins.similarity import Similarities, default_gamma
-from dq_lightning.config import BinConfig
+from dq_lightning.core.config import BinConfig
 
 
 def pick_group(

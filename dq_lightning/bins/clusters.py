@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from dq_lightning.bins.prepare import Prepared
 from dq_lightning.bins.rows import StoredRows
-from dq_lightning.errors import ConfigError
+from dq_lightning.core.errors import ConfigError
 
 _ROUNDS = 20
 # rows that the centres are found on; more change them little

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dq_lightning.records import Bins
+from dq_lightning.core.records import Bins
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 400, 48
 

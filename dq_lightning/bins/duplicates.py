@@ -5,8 +5,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dq_lightning.errors import ConfigError, FeatureError
-from dq_lightning.records import Bins
+from dq_lightning.core.errors import ConfigError, FeatureError
+from dq_lightning.core.records import Bins
 
 # rows compared at a time: 4 MiB of similarities
 _BLOCK = 1024

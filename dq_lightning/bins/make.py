@@ -14,10 +14,9 @@ from dq_lightning.bins.plan import Plan, choose_device, make_plan
 from dq_lightning.bins.prepare import Prepared, as_factors, prepare
 from dq_lightning.bins.sizes import bin_sizes, group_members, group_of_each, to_tensor
 from dq_lightning.bins.workers import block_workers
-from dq_lightning.config import BinConfig, Maximizer, Objective, Similarity
-from dq_lightning.logs import get_logger
-from dq_lightning.progress import progress_bar
-from dq_lightning.records import Bins, Features
+from dq_lightning.core.config import BinConfig, Maximizer, Objective, Similarity
+from dq_lightning.core.console import get_logger, progress_bar
+from dq_lightning.core.records import Bins, Features
 
 # fewer samples than this are done before a bar is read
 _BAR_FROM = 20_000

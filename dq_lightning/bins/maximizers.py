@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dq_lightning.bins.exact import Array
 from dq_lightning.bins.objectives import Objective
-from dq_lightning.config import Maximizer
+from dq_lightning.core.config import Maximizer
 
 Picks = tuple[NDArray[np.int64], Array]
 

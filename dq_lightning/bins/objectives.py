@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dq_lightning.bins.similarity import Similarities
-from dq_lightning.config import Objective as ObjectiveName
-from dq_lightning.errors import ConfigError
+from dq_lightning.core.config import Objective as ObjectiveName
+from dq_lightning.core.errors import ConfigError
 
 
 class Objective(Protocol):

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dq_lightning.bins.maximizers import LAZY
 from dq_lightning.bins.objectives import OBJECTIVES
-from dq_lightning.config import BinConfig
-from dq_lightning.devices import named_device
-from dq_lightning.errors import ConfigError
+from dq_lightning.core.config import BinConfig
+from dq_lightning.core.devices import named_device
+from dq_lightning.core.errors import ConfigError
 
 log = logging.getLogger("dq_lightning")
 # groups up to this size share their steps; a GPU needs larger ones to be kept busy

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dq_lightning.bins.rows import StoredRows, row_lengths, wide_factor
 from dq_lightning.bins.workers import Workers
-from dq_lightning.errors import FeatureError
-from dq_lightning.records import Features
+from dq_lightning.core.errors import FeatureError
+from dq_lightning.core.records import Features
 
 _ROWS = 4096
 # beyond this power of two squares may leave the range of float64

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dq_lightning.bins.rows import Rows, StoredRows
-from dq_lightning.config import Similarity
+from dq_lightning.core.config import Similarity
 
 
 class Similarities:

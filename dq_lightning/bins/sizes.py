@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dq_lightning.errors import DQError
+from dq_lightning.core.errors import DQError
 
 
 def bin_sizes(total: int, num_bins: int) -> list[int]:

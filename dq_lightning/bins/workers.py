@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from dq_lightning.threads import one_thread
+from dq_lightning.core.workers import one_thread
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

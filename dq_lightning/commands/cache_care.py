@@ -10,12 +10,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dq_lightning.errors import CacheError, ConfigError, StoreError
-from dq_lightning.store import files
-from dq_lightning.store.cache import STATIONS, Cache, EntryInfo
-from dq_lightning.store.leftovers import clean
-from dq_lightning.store.manifest import MANIFEST, Damage, check_entry, read_manifest
-from dq_lightning.store.paid import PAID_FOLDER
+from dq_lightning.cache import files
+from dq_lightning.cache.entries import STATIONS, Cache, EntryInfo
+from dq_lightning.cache.leftovers import clean
+from dq_lightning.cache.manifest import MANIFEST, Damage, check_entry, read_manifest
+from dq_lightning.cache.paid import PAID_FOLDER
+from dq_lightning.core.errors import CacheError, ConfigError, StoreError
 
 # what was made or opened within this time may be about to be opened by the run that asked for it
 YOUNG_SECONDS = 60.0

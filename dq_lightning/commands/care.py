@@ -13,7 +13,7 @@ def info(path: str) -> None:
     """
     import json
 
-    from dq_lightning.compact import open_compact, set_folder
+    from dq_lightning.pipeline.compact import open_compact, set_folder
 
     compact = open_compact(set_folder(path))
     # how long it took is known to the run that made it alone
@@ -30,8 +30,8 @@ def verify(path: str) -> None:
         path: folder of the set, of the results of quantize, or of a cache.
     """
     from dq_lightning.commands.cache_care import verify_folder
-    from dq_lightning.compact import set_folder
-    from dq_lightning.errors import StoreError
+    from dq_lightning.core.errors import StoreError
+    from dq_lightning.pipeline.compact import set_folder
 
     findings = verify_folder(set_folder(path))
     for finding in findings:
@@ -80,8 +80,9 @@ def export(
         device: of the reconstructor.
         progress: show progress bars.
     """
-    from dq_lightning.commands.opening import dataset_name, open_dataset
+    from dq_lightning.commands.opening import open_dataset
     from dq_lightning.exports.command import export_set
+    from dq_lightning.exports.names import dataset_name
 
     given = dataset is not None or data_path is not None
     written = export_set(
@@ -118,8 +119,8 @@ def prune(
         max_size: how much may stay, such as 20GB.
         dry_run: only tell.
     """
+    from dq_lightning.cache.entries import default_cache_dir
     from dq_lightning.commands.cache_care import parse_bytes, prune
-    from dq_lightning.store.cache import default_cache_dir
 
     bound = None if max_size is None else parse_bytes(max_size)
     done = prune(cache_dir or default_cache_dir(), older_than_days=older_than_days, max_bytes=bound, dry_run=dry_run)
@@ -136,6 +137,6 @@ def demo(progress: bool = True) -> None:
     Args:
         progress: show progress bars.
     """
-    from dq_lightning.demo import run_demo
+    from dq_lightning.demo.run import run_demo
 
     run_demo(progress=progress)

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from dq_lightning.config import QuantizeConfig
-from dq_lightning.pipeline import find_or_build_bins
-from dq_lightning.plan import make_plan
-from dq_lightning.randomness import isolated_random_state
-from dq_lightning.records import Bins
-from dq_lightning.store.cache import Cache, default_cache_dir
+from dq_lightning.cache.entries import Cache, default_cache_dir
+from dq_lightning.core.config import QuantizeConfig
+from dq_lightning.core.isolation import isolated_random_state
+from dq_lightning.core.records import Bins
+from dq_lightning.pipeline.plan import make_plan
+from dq_lightning.pipeline.quantize import find_or_build_bins
 
 
 def bins_of_dataset(

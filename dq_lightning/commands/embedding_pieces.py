@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dq_lightning.cache.entries import Cache, default_cache_dir
+from dq_lightning.cache.paid import PaidFolder
 from dq_lightning.commands.opening import open_dataset
-from dq_lightning.config import FeatureConfig, TextConfig
-from dq_lightning.errors import FeatureError
+from dq_lightning.core.config import FeatureConfig, TextConfig
+from dq_lightning.core.console import get_logger
+from dq_lightning.core.errors import FeatureError
 from dq_lightning.exports.rows import whole
 from dq_lightning.features.choose import choose_encoder
 from dq_lightning.features.pieces import embed_piece, merge_pieces
-from dq_lightning.logs import get_logger
 from dq_lightning.sources.adapt import as_source
-from dq_lightning.store.cache import Cache, default_cache_dir
-from dq_lightning.store.paid import PaidFolder
 
 
 def embed_rows(

@@ -9,12 +9,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dq_lightning.errors import DQError, SourceError
-from dq_lightning.prompts import LAYOUTS
+from dq_lightning.core.errors import DQError, SourceError
+from dq_lightning.exports.names import HUB
 from dq_lightning.sources.folders import has_class_folders, open_image_folder
 from dq_lightning.sources.jsonl import is_rows_file
+from dq_lightning.sources.prompts import LAYOUTS
 
-HUB = "hub:"
 TORCHVISION = "torchvision.datasets"
 # what the published scripts call a folder of class folders below train/ and val/
 FOLDERS = ("ImageNet", "ImageFolder")
@@ -57,15 +57,6 @@ def open_dataset(
     if dataset is not None:
         return _of_class(dataset, place, split)
     return _by_path(_needed(place, None), split)
-
-
-def dataset_name(dataset: str | dict[str, Any] | None, data_path: str | Path | None = None) -> str:
-    """A short name for files: of the class, the hub repository, or the folder or file."""
-    if isinstance(dataset, dict):
-        return str(dataset.get("class_path", "dataset")).rpartition(".")[2]
-    if dataset is not None:
-        return dataset.removeprefix(HUB).replace("/", "_").rpartition(".")[2]
-    return Path(data_path or "dataset").expanduser().absolute().name.partition(".")[0] or "dataset"
 
 
 def _needed(place: Path | None, dataset: str | None) -> Path:

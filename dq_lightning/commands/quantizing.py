@@ -6,10 +6,11 @@ No function here may bear a public name: jsonargparse looks it up in the package
 from pathlib import Path
 from typing import Any
 
-from dq_lightning.config import (
+from dq_lightning.core.config import (
     BinConfig,
     FeatureConfig,
     OnError,
+    PatchConfig,
     QuantizeConfig,
     SelectionConfig,
     StoreKind,
@@ -17,7 +18,6 @@ from dq_lightning.config import (
     VerifyPolicy,
     replace_fields,
 )
-from dq_lightning.patch_config import PatchConfig
 
 
 def quantize_dataset(
@@ -95,7 +95,7 @@ def quantize_dataset(
     config = replace_fields(config, short)
     from dq_lightning.commands.opening import open_dataset
     from dq_lightning.exports.rows import check_writable
-    from dq_lightning.pipeline import quantize
+    from dq_lightning.pipeline.quantize import quantize
     from dq_lightning.selection.given import check_alone
 
     check_alone(indices, keep_ratio=keep_ratio, num_bins=num_bins, encoder=encoder)

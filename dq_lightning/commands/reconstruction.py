@@ -5,17 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dq_lightning.compact import open_packed
-from dq_lightning.config import QuantizeConfig, SelectionConfig
-from dq_lightning.errors import ConfigError
+from dq_lightning.cache.entries import Cache, default_cache_dir
+from dq_lightning.core.config import PatchConfig, QuantizeConfig, SelectionConfig
+from dq_lightning.core.errors import ConfigError
+from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.exports.samples import KeptImages, kept_of_items
-from dq_lightning.patch_config import PatchConfig
-from dq_lightning.patching import check_packable
-from dq_lightning.pipeline import find_or_build
-from dq_lightning.plan import make_plan
-from dq_lightning.randomness import isolated_random_state
-from dq_lightning.store.cache import Cache, default_cache_dir
-from dq_lightning.store.reader import PackedDataset
+from dq_lightning.packed.reader import PackedDataset
+from dq_lightning.pipeline.compact import open_packed
+from dq_lightning.pipeline.patching import check_packable
+from dq_lightning.pipeline.plan import make_plan
+from dq_lightning.pipeline.quantize import find_or_build
 
 
 def reconstruct_images(

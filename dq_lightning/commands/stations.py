@@ -3,17 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-from dq_lightning.config import (
+from dq_lightning.core.config import (
     BinConfig,
     Draw,
     FeatureConfig,
     OnError,
+    PatchConfig,
     QuantizeConfig,
     SelectionConfig,
     TextConfig,
     replace_fields,
 )
-from dq_lightning.patch_config import PatchConfig
 
 
 def bins(
@@ -55,7 +55,8 @@ def bins(
     config = QuantizeConfig(features=features, bins=bins, text=text, store="indices", on_error=on_error)
     config = replace_fields(config, {"bins.num_bins": num_bins, "features.encoder": encoder})
     from dq_lightning.commands.dataset_bins import bins_of_dataset
-    from dq_lightning.commands.opening import dataset_name, open_dataset
+    from dq_lightning.commands.opening import open_dataset
+    from dq_lightning.exports.names import dataset_name
     from dq_lightning.exports.published import write_bin_files
     from dq_lightning.exports.results import CONFIG, write_config
 
@@ -150,9 +151,10 @@ def reconstruct(
     """
     config = QuantizeConfig(patches=patches)
     config = replace_fields(config, {"patches.drop_ratio": drop_ratio, "patches.reconstructor": reconstructor})
-    from dq_lightning.commands.opening import dataset_name, open_dataset
+    from dq_lightning.commands.opening import open_dataset
     from dq_lightning.commands.reconstruction import reconstruct_images
     from dq_lightning.exports.images import write_image_folder
+    from dq_lightning.exports.names import dataset_name
     from dq_lightning.exports.rows import check_writable
 
     check_writable(str(Path(output).expanduser()))

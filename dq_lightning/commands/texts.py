@@ -1,7 +1,14 @@
 """`embed` and `sample-text`: instruction data, over the files of the published scripts."""
 
-from dq_lightning.config import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig, TextConfig, replace_fields
-from dq_lightning.errors import ConfigError
+from dq_lightning.core.config import (
+    BinConfig,
+    FeatureConfig,
+    QuantizeConfig,
+    SelectionConfig,
+    TextConfig,
+    replace_fields,
+)
+from dq_lightning.core.errors import ConfigError
 
 EMBEDS = "alpaca_embeds"
 
@@ -96,10 +103,10 @@ def sample_text(
     from pathlib import Path
 
     from dq_lightning.commands.opening import open_dataset
-    from dq_lightning.compact import load_selection
     from dq_lightning.evaluation.baselines import baseline_selection
     from dq_lightning.exports.rows import write_index, write_json
-    from dq_lightning.pipeline import quantize
+    from dq_lightning.pipeline.compact import load_selection
+    from dq_lightning.pipeline.quantize import quantize
     from dq_lightning.sources.jsonl import is_rows_file, read_rows
 
     opened = open_dataset(None, data)

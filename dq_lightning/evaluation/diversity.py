@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dq_lightning.evaluation.baselines import response_lengths
 from dq_lightning.evaluation.kmeans import Rows
-from dq_lightning.prompts import choose_template, columns_of
+from dq_lightning.sources.prompts import choose_template, columns_of
 
 _BLOCK = 1024
 # what a polite or asking instruction begins with before it comes to the point, and words that begin one without a verb

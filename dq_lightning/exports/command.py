@@ -5,22 +5,22 @@ from typing import Any
 
 import torch
 
-from dq_lightning.compact import open_compact, set_folder
-from dq_lightning.config import TextConfig
-from dq_lightning.errors import StoreError
+from dq_lightning.cache.entries import Cache, default_cache_dir
+from dq_lightning.cache.manifest import read_manifest
+from dq_lightning.core.config import TextConfig
+from dq_lightning.core.errors import StoreError
+from dq_lightning.core.records import Selection
 from dq_lightning.exports.hub import push_images, write_image_dataset
 from dq_lightning.exports.images import write_ids, write_image_folder, write_litdata, write_parquet, write_webdataset
 from dq_lightning.exports.rows import write_dataset, write_index, write_json
 from dq_lightning.exports.samples import KeptImages, kept_of_source, kept_of_store
-from dq_lightning.plan import GIVEN
-from dq_lightning.records import Selection
+from dq_lightning.packed.reader import PackedDataset
+from dq_lightning.pipeline.compact import open_compact, set_folder
+from dq_lightning.pipeline.plan import GIVEN
 from dq_lightning.selection.given import read_index
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.sources.hub import hub_kind
 from dq_lightning.sources.text import is_row
-from dq_lightning.store.cache import Cache, default_cache_dir
-from dq_lightning.store.manifest import read_manifest
-from dq_lightning.store.reader import PackedDataset
 
 WRITERS = {
     "imagefolder": write_image_folder,

@@ -2,21 +2,12 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from dq_lightning.errors import StoreError
+from dq_lightning.core.errors import StoreError
+from dq_lightning.exports.images import write_parquet
 from dq_lightning.exports.rows import whole
 from dq_lightning.exports.samples import KeptImages
-
-
-def features_of(class_names: tuple[str, ...] | None) -> Any:
-    """The Arrow schema of the columns, with what Hugging Face datasets needs to read images and classes."""
-    from datasets import ClassLabel, Features, Image, Value
-
-    columns = {"image": Image(), "index": Value("int64"), "bin": Value("int16"), "id": Value("string")}
-    if class_names is not None:
-        columns["label"] = ClassLabel(names=list(class_names))
-    return cast(Any, Features)(columns).arrow_schema
 
 
 def write_image_dataset(images: KeptImages, folder: str | Path) -> Path:
@@ -65,8 +56,6 @@ def push_images(images: KeptImages, repository: str, *, private: bool = True, sp
 
 def _as_dataset(images: KeptImages, scratch: Path) -> Any:
     from datasets import Dataset
-
-    from dq_lightning.exports.images import write_parquet
 
     file = write_parquet(images, scratch / "train.parquet")
     # its own cache, which leaves with the scratch folder

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from dq_lightning.errors import StoreError
+from dq_lightning.core.console import get_logger
+from dq_lightning.core.errors import StoreError
 from dq_lightning.exports.rows import whole, write_index
 from dq_lightning.exports.samples import KeptImage, KeptImages
-from dq_lightning.logs import get_logger
 
 METADATA = "metadata.csv"
 INDEX = "index.npy"
@@ -144,7 +144,7 @@ def write_parquet(images: KeptImages, path: str | Path) -> Path:
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    from dq_lightning.exports.hub import features_of
+    from dq_lightning.exports.rows import features_of
 
     schema = features_of(images.class_names)
 

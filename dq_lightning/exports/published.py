@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dq_lightning.errors import StoreError
+from dq_lightning.core.console import get_logger
+from dq_lightning.core.errors import StoreError
+from dq_lightning.core.records import Bins, Selection
 from dq_lightning.exports.rows import whole, write_index
-from dq_lightning.logs import get_logger
-from dq_lightning.records import Bins, Selection
 from dq_lightning.selection.given import read_index
 from dq_lightning.selection.select import select
 

@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dq_lightning.commands.opening import dataset_name
-from dq_lightning.compact import SET_FOLDER, load_selection, open_compact
-from dq_lightning.config import QuantizeConfig
+from dq_lightning.core.config import QuantizeConfig
+from dq_lightning.core.records import StoreInfo
 from dq_lightning.exports.images import check_free
+from dq_lightning.exports.names import dataset_name
 from dq_lightning.exports.published import selection_file
 from dq_lightning.exports.rows import whole, write_index
-from dq_lightning.records import StoreInfo
+from dq_lightning.pipeline.compact import SET_FOLDER, load_selection, open_compact
 
 CONFIG, INFO = "config.yaml", "info.json"
 

@@ -8,15 +8,15 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
 
-from dq_lightning.errors import StoreError
-from dq_lightning.fields import check_local
+from dq_lightning.cache.lock import host_name, process_alive
+from dq_lightning.core.errors import StoreError
+from dq_lightning.core.fields import check_local
 from dq_lightning.sources.hub import hub_kind
-from dq_lightning.store.lock import host_name, process_alive
 
 # halves of characters (lone surrogates)
 _HALVES = re.compile("[\ud800-\udfff]")
@@ -197,3 +197,13 @@ def _remove_leftovers(target: Path) -> None:
         pid = left.name.removeprefix(f".{target.name}.{host_name()}-").partition("-")[0]
         if pid.isdecimal() and not process_alive(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def features_of(class_names: tuple[str, ...] | None) -> Any:
+    """The Arrow schema of the columns, with what Hugging Face datasets needs to read images and classes."""
+    from datasets import ClassLabel, Features, Image, Value
+
+    columns = {"image": Image(), "index": Value("int64"), "bin": Value("int16"), "id": Value("string")}
+    if class_names is not None:
+        columns["label"] = ClassLabel(names=list(class_names))
+    return cast(Any, Features)(columns).arrow_schema

@@ -11,15 +11,15 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dq_lightning.compact import COMPACT_FILE, Compact, open_compact, open_packed, stored_patch_plan
-from dq_lightning.errors import StoreError
-from dq_lightning.filling import filled_items, stored_place
-from dq_lightning.records import EncodedImage, Labels, Selection
+from dq_lightning.cache.files import read_sealed
+from dq_lightning.core.errors import StoreError
+from dq_lightning.core.records import EncodedImage, Labels, Selection
+from dq_lightning.packed.images import exif_beside
+from dq_lightning.packed.patches import map_patched, mean_filled
+from dq_lightning.packed.reader import PackedDataset
+from dq_lightning.pipeline.compact import COMPACT_FILE, Compact, open_compact, open_packed, stored_patch_plan
+from dq_lightning.pipeline.filling import filled_items, stored_place
 from dq_lightning.sources.items import Leaf, at, find_image, find_target
-from dq_lightning.store.files import read_sealed
-from dq_lightning.store.images import exif_beside
-from dq_lightning.store.patched import map_patched, mean_filled
-from dq_lightning.store.reader import PackedDataset
 
 # encodings that every reader of images knows; what is in another one is written anew, as PNG
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}

@@ -8,18 +8,18 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
-from dq_lightning.config import Precision, TextConfig
-from dq_lightning.errors import FeatureError
+from dq_lightning.core.config import Precision, TextConfig
+from dq_lightning.core.errors import FeatureError
+from dq_lightning.core.isolation import isolated
+from dq_lightning.core.records import DigestMemory
 from dq_lightning.features.bundled import BUNDLED_ENCODER_FILE
 from dq_lightning.features.encoders import Encoder, RowEncoder, TextEncoder
-from dq_lightning.features.isolation import isolated
 from dq_lightning.features.openai_embeddings import PREFIX as OPENAI
 from dq_lightning.features.openai_embeddings import openai_origin
 from dq_lightning.features.origins import BundledOrigin, ModuleOrigin, Origin
 from dq_lightning.features.ready_made import ReadyOrigin, is_ready_made, ready_origin
 from dq_lightning.features.text_encoder import INSTEAD as TEXT_INSTEAD
 from dq_lightning.features.text_encoder import text_origin
-from dq_lightning.records import DigestMemory
 
 AUTO_SMALL_SIDE = 64
 # ImageNet-1k weights under Apache-2.0 with a linear head, and moderate on a CPU; timm's most used network

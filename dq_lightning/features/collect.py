@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dq_lightning.errors import FeatureError
-from dq_lightning.progress import progress_bar
-from dq_lightning.records import Features
-from dq_lightning.resuming import Shards
+from dq_lightning.core.console import progress_bar
+from dq_lightning.core.errors import FeatureError
+from dq_lightning.core.records import Features
+from dq_lightning.core.resuming import Shards
 
 Allocate = Callable[[str, tuple[int, int]], Tensor]
 # rows stay on the device until so many batches are done, because every copy to the host waits for the device

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dq_lightning.config import Precision
-from dq_lightning.devices import named_device
-from dq_lightning.errors import FeatureError
+from dq_lightning.core.config import Precision
+from dq_lightning.core.devices import named_device
+from dq_lightning.core.errors import FeatureError
+from dq_lightning.core.resuming import Paid
 from dq_lightning.features.collect import Rows
 from dq_lightning.features.preprocessing import Preprocessing
-from dq_lightning.resuming import Paid
 
 HEAD_NAMES = ("head", "fc", "classifier", "linear")
 

@@ -8,19 +8,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dq_lightning.config import FeatureKind, Precision
-from dq_lightning.errors import FeatureError
+from dq_lightning.core.config import FeatureKind, Precision
+from dq_lightning.core.errors import FeatureError
+from dq_lightning.core.isolation import isolated, release_memory
+from dq_lightning.core.records import Features
+from dq_lightning.core.resuming import NothingKept, NothingPaid, Paid, Shards
 from dq_lightning.features.choose import EncoderSpec
 from dq_lightning.features.collect import NAMED_SAMPLES, Allocate, Rows, allocate_in_memory, collect
 from dq_lightning.features.encoders import Encoder, RowEncoder, TextEncoder, resolve_device
 from dq_lightning.features.gradient import HeadLoss, head_gradient
-from dq_lightning.features.isolation import isolated, release_memory
 from dq_lightning.features.loading import ImageBatches, iterate_batches, telling_of_lost_loaders
 from dq_lightning.features.readable import Blanked
 from dq_lightning.features.selection_training import TrainedEncoder
 from dq_lightning.features.text_loading import iterate_text_batches
-from dq_lightning.records import Features
-from dq_lightning.resuming import NothingKept, NothingPaid, Paid, Shards
 
 logger = logging.getLogger("dq_lightning")
 

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dq_lightning.errors import ConfigError
+from dq_lightning.core.errors import ConfigError
 
 HeadLoss = Literal["softmax_cross_entropy", "cross_entropy"]
 

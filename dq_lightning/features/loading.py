@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dq_lightning.errors import DQError, FeatureError
+from dq_lightning.core.errors import DQError, FeatureError
+from dq_lightning.core.handles import FORK, loader_processes, with_dataset
 from dq_lightning.features.preprocessing import Preprocessing
-from dq_lightning.handles import FORK, loader_processes, with_dataset
 
 logger = logging.getLogger("dq_lightning")
 # starting and stopping loader processes costs about this much, so less work is not worth it
@@ -158,9 +158,8 @@ def iterate_batches(
     and a message says so.
     """
     workers = choose_num_workers(batches, device) if num_workers == "auto" else num_workers
-    source, workers = loader_processes(
-        batches.source, workers, asked=num_workers != "auto", context=FORK, also=batches.preprocess
-    )
+    # what is read here is kept in the cache, so a number that the user named gives no leave to read wrongly
+    source, workers = loader_processes(batches.source, workers, asked=False, context=FORK, also=batches.preprocess)
     batches = with_dataset(batches, "source", source)
     options: dict[str, Any] = {}
     if workers > 0:

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dq_lightning.config import Precision, TextConfig
-from dq_lightning.errors import FeatureError
+from dq_lightning.core.config import Precision, TextConfig
+from dq_lightning.core.errors import FeatureError
+from dq_lightning.core.records import DigestMemory
+from dq_lightning.core.resuming import Paid
 from dq_lightning.features.collect import Rows
 from dq_lightning.features.text_loading import read_texts
 from dq_lightning.identity.values import digest_text
-from dq_lightning.records import DigestMemory
-from dq_lightning.resuming import Paid
 
 logger = logging.getLogger("dq_lightning")
 PREFIX = "openai:"

@@ -15,11 +15,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dq_lightning.config import Precision
-from dq_lightning.errors import FeatureError
+from dq_lightning.core.config import Precision
+from dq_lightning.core.errors import FeatureError
+from dq_lightning.core.resuming import Paid
 from dq_lightning.features.choose import EncoderSpec
 from dq_lightning.features.extract import extract_features
-from dq_lightning.resuming import Paid
 
 NAME = "embeds"
 AGAIN = "make the piece again, or remove its .npy and .json when it is none of these"

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dq_lightning.errors import FeatureError, SourceError, may_pass
+from dq_lightning.core.console import progress_bar
+from dq_lightning.core.errors import FeatureError, SourceError, may_pass
+from dq_lightning.core.records import Labels
+from dq_lightning.core.resuming import NothingKept, Shards
 from dq_lightning.features.collect import NAMED_SAMPLES
 from dq_lightning.features.loading import ImageBatch, ImageBatches, iterate_batches
-from dq_lightning.progress import progress_bar
-from dq_lightning.records import Labels
-from dq_lightning.resuming import NothingKept, Shards
 
 logger = logging.getLogger("dq_lightning")
 SAMPLES_AT_ONCE = 256

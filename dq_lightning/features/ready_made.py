@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dq_lightning.config import Precision
-from dq_lightning.errors import FeatureError
+from dq_lightning.core.config import Precision
+from dq_lightning.core.errors import FeatureError
+from dq_lightning.core.records import DigestMemory
+from dq_lightning.core.resuming import Paid
 from dq_lightning.features.collect import Rows
-from dq_lightning.records import DigestMemory
-from dq_lightning.resuming import Paid
 
 ROWS_AT_ONCE = 4096
 

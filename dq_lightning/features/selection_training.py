@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dq_lightning.config import FeatureConfig, Precision
-from dq_lightning.errors import FeatureError
+from dq_lightning.core.config import FeatureConfig, Precision
+from dq_lightning.core.console import progress_bar
+from dq_lightning.core.errors import FeatureError
+from dq_lightning.core.isolation import isolated
+from dq_lightning.core.records import Labels
 from dq_lightning.features.choose import EncoderSpec
 from dq_lightning.features.encoders import Encoder, NetworkEncoder, RowEncoder, TextEncoder, resolve_device
-from dq_lightning.features.isolation import isolated
 from dq_lightning.features.loading import ImageBatches, ImageSource, iterate_batches
 from dq_lightning.features.preprocessing import Preprocessing
 from dq_lightning.identity.networks import digest_module
-from dq_lightning.progress import progress_bar
-from dq_lightning.records import Labels
 
 logger = logging.getLogger("dq_lightning")
 

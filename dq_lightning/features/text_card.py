@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dq_lightning.errors import FeatureError
+from dq_lightning.core.errors import FeatureError
 
 MODULES, PROMPTS = "modules.json", "config_sentence_transformers.json"
 # what the first module, the network, is told; older releases named the file by the network

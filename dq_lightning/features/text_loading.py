@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dq_lightning.errors import FeatureError
+from dq_lightning.core.errors import FeatureError
+from dq_lightning.core.workers import torch_threads
 from dq_lightning.features.encoders import TextEncoder
 from dq_lightning.features.loading import stretches
-from dq_lightning.threads import torch_threads
 
 logger = logging.getLogger("dq_lightning")
 # so many batches are sorted by length together: memory stays bounded, and the padding is that of a full sort within 2 %

@@ -10,14 +10,14 @@ from typing import Any, Self
 
 from torch import nn
 
-from dq_lightning.config import Precision
-from dq_lightning.errors import DQError, FeatureError
+from dq_lightning.core.config import Precision
+from dq_lightning.core.errors import DQError, FeatureError
+from dq_lightning.core.records import DigestMemory
 from dq_lightning.features.encoders import NetworkEncoder, resolve_device
 from dq_lightning.features.preprocessing import Preprocessing
 from dq_lightning.identity.callables import library_version
 from dq_lightning.identity.networks import find_commit
 from dq_lightning.identity.values import digest_text
-from dq_lightning.records import DigestMemory
 
 logger = logging.getLogger("dq_lightning")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dq_lightning.errors import FeatureError
+from dq_lightning.core.errors import FeatureError
 
 ROWS_AT_ONCE = 8192
 

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dq_lightning.errors import FeatureError
+from dq_lightning.core.errors import FeatureError
 from dq_lightning.identity.syntax import Call, Code, cells_of, composed_names
 from dq_lightning.identity.values import Describer, digest_text
 

@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dq_lightning.errors import DQError
+from dq_lightning.core.errors import DQError
+from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.identity.callables import CodeDescriber, described, is_library
 from dq_lightning.identity.values import digest_text, tensor_bytes
-from dq_lightning.randomness import isolated_random_state
 
 logger = logging.getLogger("dq_lightning")
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dq_lightning.errors import DQError, SourceError
+from dq_lightning.core.errors import DQError, SourceError
 
 _COMPRESSED = {
     torch.sparse_csr: ("crow_indices", "col_indices"),

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from dq_lightning.errors import ConfigError, PatchError
-from dq_lightning.filling import Filler, stored_image
-from dq_lightning.patch_plan import PatchPlan
-from dq_lightning.patch_records import PatchedImage
+from dq_lightning.core.errors import ConfigError, PatchError
+from dq_lightning.core.records import PatchedImage
+from dq_lightning.packed.patches import unpack_image
+from dq_lightning.packed.reader import PackedDataset
+from dq_lightning.pipeline.filling import Filler, stored_image
+from dq_lightning.pipeline.patch_plan import PatchPlan
 from dq_lightning.sources.items import at, with_value
-from dq_lightning.store.patched import unpack_image
-from dq_lightning.store.reader import PackedDataset
 
 # of the dict that travels from a worker to the hook
 BATCH, MASKS = "dq_lightning_batch", "dq_lightning_masks"

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from dq_lightning.errors import ConfigError
+from dq_lightning.core.errors import ConfigError
 
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 BASE_PACKAGES = ("lightning.", "pytorch_lightning.")

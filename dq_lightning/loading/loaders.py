@@ -1,7 +1,6 @@
 """Settings of a DataLoader: chosen, read from an existing loader, and turned into a loader again."""
 
 import multiprocessing
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -25,8 +24,9 @@ from torch.utils.data import (
     default_collate,
 )
 
-from dq_lightning.errors import ConfigError
-from dq_lightning.handles import loader_processes
+from dq_lightning.core.errors import ConfigError
+from dq_lightning.core.handles import loader_processes
+from dq_lightning.core.workers import automatic_workers
 from dq_lightning.loading.trainer_facts import TrainerFacts
 from dq_lightning.sources.hub import hub_kind
 from dq_lightning.sources.items import evenly_spaced
@@ -102,12 +102,6 @@ def check_collatable(dataset: Any, name: str) -> None:
             f"no batch can be made of the samples of {name} ({problem}): give the dataset a transform that makes tensors, such "
             "as transform=torchvision.transforms.ToTensor(), or pass collate_fn=; rows of instructions need tokenizer="
         )
-
-
-def automatic_workers(processes_on_node: int = 1) -> int:
-    """Loader processes that leave one core to each training process, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return max(0, min(8, cores // max(1, processes_on_node) - 1))
 
 
 def worker_context(given: Any, num_workers: int) -> Any:

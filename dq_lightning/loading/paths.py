@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dq_lightning.errors import ConfigError
-from dq_lightning.logs import get_logger
+from dq_lightning.core.console import get_logger
+from dq_lightning.core.errors import ConfigError
 from dq_lightning.sources.folders import has_class_folders, open_image_folder
 from dq_lightning.sources.hub import hub_kind
 from dq_lightning.sources.jsonl import NAMES, is_rows_file, read_rows

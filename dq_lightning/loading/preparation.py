@@ -6,19 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dq_lightning.compact import Compact
-from dq_lightning.config import VerifyPolicy
-from dq_lightning.errors import CacheError, ConfigError
-from dq_lightning.fields import check_local
+from dq_lightning.cache.entries import Cache, default_cache_dir
+from dq_lightning.core.config import VerifyPolicy
+from dq_lightning.core.errors import CacheError, ConfigError
+from dq_lightning.core.fields import check_local
+from dq_lightning.core.isolation import isolated_random_state
+from dq_lightning.core.records import StoreInfo
 from dq_lightning.loading.batch_filling import UnfilledCollate
 from dq_lightning.loading.failures import FailureNotes
 from dq_lightning.loading.loaders import LoaderSettings, check_collatable
 from dq_lightning.loading.ranks import call_on_all, check_equal_on_all, gather_from_all, raise_on_all, world_size
 from dq_lightning.loading.train_set import BuildOptions, Known, Opened, TrainSet
 from dq_lightning.loading.trainer_facts import TrainerFacts
-from dq_lightning.randomness import isolated_random_state
-from dq_lightning.records import StoreInfo
-from dq_lightning.store.cache import Cache, default_cache_dir
+from dq_lightning.pipeline.compact import Compact
 
 
 class Preparation:

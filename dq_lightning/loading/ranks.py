@@ -5,7 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dq_lightning.errors import DistributedError
+from dq_lightning.core.errors import DistributedError
 
 
 def world_size() -> int:

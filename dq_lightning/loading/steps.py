@@ -3,11 +3,11 @@
 import math
 from typing import Any
 
-from dq_lightning.errors import ConfigError
+from dq_lightning.core.console import get_logger
+from dq_lightning.core.errors import ConfigError
+from dq_lightning.core.records import StoreInfo
 from dq_lightning.loading.loaders import LoaderSettings
 from dq_lightning.loading.trainer_facts import TrainerFacts
-from dq_lightning.logs import get_logger
-from dq_lightning.records import StoreInfo
 
 
 def steps_per_epoch(num_samples: int, batch_size: int, num_ranks: int, drop_last: bool) -> int:

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
-from dq_lightning.compact import open_compact, open_packed, set_folder, stored_patch_plan
-from dq_lightning.config import VerifyPolicy
-from dq_lightning.errors import CacheError, ConfigError
-from dq_lightning.filling import write_filled
+from dq_lightning.cache.entries import Cache
+from dq_lightning.cache.manifest import MANIFEST
+from dq_lightning.cache.shards import KeptShards
+from dq_lightning.core.config import Reconstruct, VerifyPolicy
+from dq_lightning.core.console import get_logger
+from dq_lightning.core.errors import CacheError, ConfigError
 from dq_lightning.loading.inner import is_datamodule
 from dq_lightning.loading.loaders import check_collatable
 from dq_lightning.loading.paths import open_path
@@ -24,16 +26,13 @@ from dq_lightning.loading.train_set import (
     patched_dataset,
 )
 from dq_lightning.loading.wanted import Wanted
-from dq_lightning.logs import get_logger
-from dq_lightning.patch_config import Reconstruct
-from dq_lightning.patch_plan import PatchPlan
-from dq_lightning.plan import FILLED, filled_parts
+from dq_lightning.packed.reader import PackedDataset
+from dq_lightning.pipeline.compact import open_compact, open_packed, set_folder, stored_patch_plan
+from dq_lightning.pipeline.filling import write_filled
+from dq_lightning.pipeline.patch_plan import PatchPlan
+from dq_lightning.pipeline.plan import FILLED, filled_parts
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.sources.strip import KEEP
-from dq_lightning.store.cache import Cache
-from dq_lightning.store.manifest import MANIFEST
-from dq_lightning.store.reader import PackedDataset
-from dq_lightning.store.shards import KeptShards
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,23 @@ from typing import Any, Protocol
 
 import torch
 
-from dq_lightning.compact import Compact, check_same_samples, find_compact, open_packed
-from dq_lightning.config import VerifyPolicy
-from dq_lightning.errors import CacheError, ConfigError, DQError, SourceError
-from dq_lightning.filling import stored_place
+from dq_lightning.cache.entries import Cache
+from dq_lightning.core.config import VerifyPolicy
+from dq_lightning.core.errors import CacheError, ConfigError, DQError, SourceError
+from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.loading.batch_filling import UnfilledDataset
 from dq_lightning.loading.inner import probe_train_loader
 from dq_lightning.loading.loaders import LoaderSettings, check_collatable, read_loader
 from dq_lightning.loading.ranks import global_rank
 from dq_lightning.loading.wanted import Wanted, without_transform
-from dq_lightning.packing import check_storable
-from dq_lightning.patch_plan import PatchPlan
-from dq_lightning.pipeline import find_or_build
-from dq_lightning.plan import STORE, Plan, source_identity
-from dq_lightning.randomness import isolated_random_state
+from dq_lightning.packed.reader import PackedDataset
+from dq_lightning.pipeline.compact import Compact, check_same_samples, find_compact, open_packed
+from dq_lightning.pipeline.filling import stored_place
+from dq_lightning.pipeline.packing import check_storable
+from dq_lightning.pipeline.patch_plan import PatchPlan
+from dq_lightning.pipeline.plan import STORE, Plan, source_identity
+from dq_lightning.pipeline.quantize import find_or_build
 from dq_lightning.sources.base import Source
-from dq_lightning.store.cache import Cache
-from dq_lightning.store.reader import PackedDataset
 
 
 @dataclass

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dq_lightning.config import AnyConfig, OnError, QuantizeConfig, StoreKind, replace_fields, with_short_forms
-from dq_lightning.errors import ConfigError
-from dq_lightning.plan import Plan, make_plan
+from dq_lightning.core.config import AnyConfig, OnError, QuantizeConfig, StoreKind, replace_fields, with_short_forms
+from dq_lightning.core.errors import ConfigError
+from dq_lightning.pipeline.plan import Plan, make_plan
 from dq_lightning.selection.given import Indices, check_alone, read_indices
 from dq_lightning.sources.strip import KEEP
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dq_lightning.errors import PatchError
-from dq_lightning.patch_config import SaliencyTarget
+from dq_lightning.core.config import SaliencyTarget
+from dq_lightning.core.errors import PatchError
 from dq_lightning.patches.target_layer import TargetLayers, activation_and_gradient
 
 

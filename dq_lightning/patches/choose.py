@@ -7,9 +7,8 @@ from math import floor
 import torch
 from torch import Tensor
 
-from dq_lightning.errors import PatchError
-from dq_lightning.patch_records import Grid
-from dq_lightning.records import PatchChoice, pack_mask
+from dq_lightning.core.errors import PatchError
+from dq_lightning.core.records import Grid, PatchChoice, pack_mask
 
 
 def kept_count(num_patches: int, drop_ratio: float) -> int:

@@ -6,9 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dq_lightning.errors import PatchError
+from dq_lightning.core.errors import PatchError
+from dq_lightning.core.grid import grid_of, pixel_mask
 from dq_lightning.patches.choose import mask_of
-from dq_lightning.patches.grid import grid_of, pixel_mask
 from dq_lightning.patches.harmonic import fill_harmonically, fill_with_mean
 
 

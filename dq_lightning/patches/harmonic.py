@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dq_lightning.patch_records import Grid
-from dq_lightning.patches.grid import grid_of, patchify, pixel_mask, unpatchify
-from dq_lightning.threads import one_thread
+from dq_lightning.core.grid import grid_of, patchify, pixel_mask, unpatchify
+from dq_lightning.core.records import Grid
+from dq_lightning.core.workers import one_thread
 
 # float32 resolves a residual to about 1e-6 of its first size
 SINGLE_PRECISION_TOLERANCE = 1e-5

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dq_lightning.errors import PatchError
-from dq_lightning.patch_records import Grid
+from dq_lightning.core.errors import PatchError
+from dq_lightning.core.grid import pad_to_grid, pixel_mask, unpatchify
+from dq_lightning.core.isolation import isolated_random_state
+from dq_lightning.core.records import Grid
 from dq_lightning.patches.choose import mask_of
-from dq_lightning.patches.grid import pad_to_grid, pixel_mask, unpatchify
 from dq_lightning.patches.harmonic import fill_harmonically
 from dq_lightning.patches.original_checkpoint import convert_keys, read_original, read_sizes
-from dq_lightning.patches.reconstructors import bundled_folder
-from dq_lightning.randomness import isolated_random_state
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+BUNDLED_MAE = Path(__file__).resolve().parent.parent / "assets" / "cifar10_mae"
+INSTEAD = 'pass a folder or a checkpoint file of the original format, or reconstructor="bundled"'
 
 
 class MaskedAutoencoder:
@@ -283,3 +284,16 @@ def _preprocessing(name: str, revision: str | None) -> dict[str, Any]:
         "std": tuple(values.get("image_std", IMAGENET_STD)),
         "harmonic": bool(values.get("harmonic", False)),
     }
+
+
+def bundled_folder() -> Path:
+    """Folder of the bundled network.
+
+    Raises:
+        PatchError: it is missing.
+    """
+    if not (BUNDLED_MAE / "config.json").is_file():
+        raise PatchError(
+            f"the bundled masked autoencoder {BUNDLED_MAE} is missing: install the package again, or {INSTEAD}"
+        )
+    return BUNDLED_MAE

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dq_lightning.errors import PatchError
+from dq_lightning.core.errors import PatchError
 
 # (width, depth) -> heads, of the three published encoders; the published decoder has width 512, depth 8 and 16 heads
 OFFICIAL_HEADS = {(768, 12): 12, (1024, 24): 16, (1280, 32): 16}

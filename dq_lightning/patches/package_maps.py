@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dq_lightning.errors import PatchError
+from dq_lightning.core.errors import PatchError
 from dq_lightning.patches.activation_maps import TargetChoice, upscale
 from dq_lightning.patches.target_layer import TargetLayers, frozen, logits_of
 

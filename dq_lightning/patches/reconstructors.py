@@ -3,20 +3,17 @@
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from dq_lightning.errors import DQError, PatchError
+from dq_lightning.core.errors import DQError, PatchError
+from dq_lightning.core.records import DigestMemory
 from dq_lightning.identity.callables import library_version
 from dq_lightning.identity.networks import digest_module, find_commit
 from dq_lightning.identity.values import digest_text
-from dq_lightning.records import DigestMemory
+from dq_lightning.patches.mae import INSTEAD, MaskedAutoencoder, bundled_folder, load_mae
 
-if TYPE_CHECKING:
-    from dq_lightning.patches.mae import MaskedAutoencoder
-
-BUNDLED_MAE = Path(__file__).resolve().parent.parent / "assets" / "cifar10_mae"
 AUTO_SMALL_SIDE = 64
 # published weights on plain pixels; a third of the large network's cost
 AUTO_PHOTO_MAE = "facebook/vit-mae-base"
@@ -24,7 +21,6 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 FOLDER_FILES = (".json", ".safetensors", ".bin")
 # the mask is given, its share is not read
 MASK_SHARE = ("mask_ratio",)
-INSTEAD = 'pass a folder or a checkpoint file of the original format, or reconstructor="bundled"'
 
 
 @dataclass(frozen=True)
@@ -96,14 +92,12 @@ class ReconstructorSpec:
         memory.remember(f"hub:{self.name}", commit)
         return replace(self, commit=commit)
 
-    def load(self, device: str = "cpu") -> "MaskedAutoencoder":
+    def load(self, device: str = "cpu") -> MaskedAutoencoder:
         """The reconstructor on its device, frozen.
 
         Raises:
             PatchError: it cannot be found or read.
         """
-        from dq_lightning.patches.mae import load_mae
-
         if self.module is not None:
             # a copy: the user's own keeps its device, mode and mask ratio
             return load_mae(deepcopy(self.module), device=device)
@@ -157,16 +151,3 @@ def choose_reconstructor(
     if path.is_absolute() or path.suffix in (".pth", ".pt", ".bin", ".safetensors") or name.count("/") != 1:
         raise PatchError(f"reconstructor={name!r} is no existing file or folder, and no hub name OWNER/NAME")
     return ReconstructorSpec(name)
-
-
-def bundled_folder() -> Path:
-    """Folder of the bundled network.
-
-    Raises:
-        PatchError: it is missing.
-    """
-    if not (BUNDLED_MAE / "config.json").is_file():
-        raise PatchError(
-            f"the bundled masked autoencoder {BUNDLED_MAE} is missing: install the package again, or {INSTEAD}"
-        )
-    return BUNDLED_MAE

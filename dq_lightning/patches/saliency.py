@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dq_lightning.errors import DQError, PatchError
-from dq_lightning.patch_config import PatchConfig
+from dq_lightning.core.config import PatchConfig
+from dq_lightning.core.errors import DQError, PatchError
+from dq_lightning.core.grid import grid_of, pool_to_patches
 from dq_lightning.patches.activation_maps import METHODS, ActivationMaps, TargetChoice
-from dq_lightning.patches.grid import grid_of, pool_to_patches
 from dq_lightning.patches.target_layer import HOW_TO_NAME
 
 

@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dq_lightning.errors import DQError, PatchError
-from dq_lightning.handles import FORK
-from dq_lightning.patch_records import Grid
+from dq_lightning.core.console import progress_bar
+from dq_lightning.core.errors import DQError, PatchError
+from dq_lightning.core.handles import FORK
+from dq_lightning.core.records import Grid
+from dq_lightning.core.resuming import NothingKept, Shards
 from dq_lightning.patches.saliency import PatchScorer
-from dq_lightning.progress import progress_bar
-from dq_lightning.resuming import NothingKept, Shards
 
 logger = logging.getLogger("dq_lightning")
 # images of other sizes than the batch's wait for company, but not without limit

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dq_lightning.errors import PatchError
+from dq_lightning.core.errors import PatchError
 
 # the norm before the attention of a transformer block: timm and torchvision's Swin, torchvision's ViT, transformers
 FIRST_NORMS = ("norm1", "ln_1", "layernorm_before")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from math import floor, gcd, lcm
 
-from dq_lightning.errors import ConfigError
+from dq_lightning.core.errors import ConfigError
 
 
 def count_kept(total: int, ratio: float) -> int:

@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dq_lightning.config import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig
-from dq_lightning.errors import ConfigError, StoreError
-from dq_lightning.records import Selection
+from dq_lightning.core.config import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig
+from dq_lightning.core.errors import ConfigError, StoreError
+from dq_lightning.core.records import Selection
 
 # Any takes arrays and tensors, which LightningCLI can't write; it can write the others
 Indices = str | Path | Sequence[int] | Any

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dq_lightning.config import Draw, SelectionConfig
-from dq_lightning.errors import ConfigError
-from dq_lightning.records import Bins, Selection
+from dq_lightning.core.config import Draw, SelectionConfig
+from dq_lightning.core.errors import ConfigError
+from dq_lightning.core.records import Bins, Selection
 from dq_lightning.selection.allocate import Shares, apportion, count_kept
 
 # streams of random numbers: ties among groups, ties among the bins of a group, order inside a bin

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 from torch.utils.data import ConcatDataset, Subset
 
-from dq_lightning.config import OnError, TextConfig
-from dq_lightning.errors import ConfigError, SourceError
+from dq_lightning.core.config import OnError, TextConfig
+from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.sources.base import Source, dataset_length
 from dq_lightning.sources.files import FileSource, file_list
 from dq_lightning.sources.hub import HubSource, hub_kind

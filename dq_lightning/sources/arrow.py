@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-from dq_lightning.errors import SourceError
-from dq_lightning.records import DigestMemory
+from dq_lightning.core.errors import SourceError
+from dq_lightning.core.records import DigestMemory
 
 
 class ColumnDigest:

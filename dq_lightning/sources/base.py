@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dq_lightning.errors import SourceError
-from dq_lightning.records import DigestMemory, EncodedImage, Labels
+from dq_lightning.core.errors import SourceError
+from dq_lightning.core.records import DigestMemory, EncodedImage, Labels
 
 
 class Finisher(Protocol):

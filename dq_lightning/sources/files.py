@@ -7,10 +7,10 @@ from typing import Any
 
 from PIL import Image
 
+from dq_lightning.core.records import DigestMemory, EncodedImage
 from dq_lightning.identity.callables import is_library, patches_of
 from dq_lightning.identity.datasets import State, find_state
 from dq_lightning.identity.values import digest_of, digest_text
-from dq_lightning.records import DigestMemory, EncodedImage
 from dq_lightning.sources.base import relative_paths
 from dq_lightning.sources.items import Leaf
 from dq_lightning.sources.mapped import MapSource, getter_module, reads_as_installed

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dq_lightning.errors import SourceError
+from dq_lightning.core.errors import SourceError
+from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.identity.values import digest_of
-from dq_lightning.randomness import isolated_random_state
+from dq_lightning.sources.hub_formats import tensor_format
 from dq_lightning.sources.items import Leaf, at, with_value
 
 
@@ -78,8 +79,6 @@ class FormatFinisher:
     others: bool = False
 
     def __call__(self, position: int, plain_item: Any) -> Any:
-        from dq_lightning.sources.hub import tensor_format
-
         seen = {k: v for k, v in plain_item.items() if self.columns is None or k in self.columns}
         made = tensor_format(self.kind, dict(self.settings))(seen)
         if self.others:

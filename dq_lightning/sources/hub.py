@@ -3,17 +3,16 @@
 import hashlib
 import json
 import os
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from dq_lightning.errors import SourceError
+from dq_lightning.core.errors import SourceError
+from dq_lightning.core.records import DigestMemory, EncodedImage
 from dq_lightning.identity.callables import is_untouched
 from dq_lightning.identity.values import digest_of
-from dq_lightning.records import DigestMemory, EncodedImage
 from dq_lightning.sources.base import Finisher, dataset_length
 from dq_lightning.sources.finish import BatchFinisher, FormatFinisher, TransformFinisher, check_finisher
 from dq_lightning.sources.items import IMAGE_NAMES, TARGET_NAMES, Leaf
@@ -39,24 +38,6 @@ def hub_kind(dataset: Any) -> str | None:
         if _HOMES.get(owner.__name__) == owner.__module__:
             return owner.__name__
     return None
-
-
-@lru_cache(maxsize=16)
-def _formatter(kind: str, settings: tuple[tuple[str, Any], ...]) -> Any:
-    from datasets.formatting import get_formatter
-
-    return get_formatter(kind, **dict(settings))
-
-
-def tensor_format(kind: str, settings: dict[str, Any]) -> Any:
-    """The function by which a format turns one decoded row into tensors or arrays."""
-    try:
-        formatter = _formatter(kind, tuple(sorted(settings.items())))
-    except TypeError:  # settings that can't be hashed
-        from datasets.formatting import get_formatter
-
-        formatter = get_formatter(kind, **settings)
-    return formatter.recursive_tensorize
 
 
 class HubSource(ItemSource):

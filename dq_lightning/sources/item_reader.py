@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from dq_lightning.errors import ChangedError, SourceError, may_pass
+from dq_lightning.core.errors import ChangedError, SourceError, may_pass
 from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.base import dataset_length
 from dq_lightning.sources.items import at, evenly_spaced, image_leaves

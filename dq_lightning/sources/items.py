@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dq_lightning.errors import SourceError
+from dq_lightning.core.errors import SourceError
 
 Leaf = tuple[str | int, ...]
 """Path from an item to one of its leaves: keys of mappings and positions in sequences."""

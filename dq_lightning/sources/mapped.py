@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dq_lightning.errors import ChangedError, SourceError
+from dq_lightning.core.errors import ChangedError, SourceError
+from dq_lightning.core.records import DigestMemory
 from dq_lightning.identity.callables import is_library, is_untouched, patches_of
 from dq_lightning.identity.values import digest_of
-from dq_lightning.records import DigestMemory
 from dq_lightning.sources.base import Finisher
 from dq_lightning.sources.finish import TransformFinisher
 from dq_lightning.sources.items import plain_parts

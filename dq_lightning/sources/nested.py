@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
+from dq_lightning.core.records import DigestMemory, EncodedImage
 from dq_lightning.identity.datasets import Parts
 from dq_lightning.identity.values import digest_of
-from dq_lightning.records import DigestMemory, EncodedImage
 from dq_lightning.sources.base import Finisher, Positions
 from dq_lightning.sources.finish import ConcatFinisher
 from dq_lightning.sources.items import Leaf

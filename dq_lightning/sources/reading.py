@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from dq_lightning.errors import SourceError
+from dq_lightning.core.console import progress_bar
+from dq_lightning.core.errors import SourceError
+from dq_lightning.core.isolation import isolated_random_state
+from dq_lightning.core.records import DigestMemory, EncodedImage, Labels
 from dq_lightning.identity.datasets import State, find_state
 from dq_lightning.identity.values import digest_of
-from dq_lightning.progress import progress_bar
-from dq_lightning.randomness import isolated_random_state
-from dq_lightning.records import DigestMemory, EncodedImage, Labels
 from dq_lightning.sources.base import Finisher, Positions
 from dq_lightning.sources.item_reader import SPOT_CHECKS, ItemReader
 from dq_lightning.sources.items import (

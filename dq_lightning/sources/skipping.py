@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dq_lightning.errors import SourceError, may_pass
-from dq_lightning.records import DigestMemory
+from dq_lightning.core.errors import SourceError, may_pass
+from dq_lightning.core.records import DigestMemory
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from dq_lightning.errors import SourceError
-from dq_lightning.randomness import isolated_random_state
+from dq_lightning.core.errors import SourceError
+from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.sources.finish import TransformFinisher
 
 TRANSFORM_NAMES = ("transform", "target_transform", "transforms")

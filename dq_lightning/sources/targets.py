@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dq_lightning.errors import SourceError
-from dq_lightning.records import Labels
+from dq_lightning.core.errors import SourceError
+from dq_lightning.core.records import Labels
 from dq_lightning.sources.items import Leaf, at
 
 UNLABELED = -1

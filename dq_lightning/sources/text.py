@@ -5,15 +5,15 @@ from typing import Any
 
 from PIL import Image
 
-from dq_lightning.config import TextConfig
-from dq_lightning.errors import ConfigError, SourceError
+from dq_lightning.core.config import TextConfig
+from dq_lightning.core.errors import ConfigError, SourceError
+from dq_lightning.core.records import DigestMemory, EncodedImage, Labels
 from dq_lightning.identity.values import digest_of
-from dq_lightning.prompts import Template, choose_template
-from dq_lightning.records import DigestMemory, EncodedImage, Labels
 from dq_lightning.sources.hub import HubSource
 from dq_lightning.sources.items import IMAGE_NAMES, Leaf, image_leaves
 from dq_lightning.sources.mapped import MapSource
 from dq_lightning.sources.nested import ConcatSource, SubsetSource
+from dq_lightning.sources.prompts import Template, choose_template
 from dq_lightning.sources.reading import ItemSource
 from dq_lightning.sources.strip import KEEP
 from dq_lightning.sources.targets import Targets, as_targets

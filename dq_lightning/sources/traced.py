@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dq_lightning.errors import SourceError
+from dq_lightning.core.errors import SourceError
+from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.identity.values import digest_of
-from dq_lightning.randomness import isolated_random_state
 from dq_lightning.sources.items import Leaf, at, children, is_dataclass, outline, tv_tensor
 from dq_lightning.sources.streams import generators_in, random_states
 from dq_lightning.sources.strip import replaced, with_attributes

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
-from dq_lightning.errors import ConfigError
+from dq_lightning.core.errors import ConfigError
 from dq_lightning.tokens.rows import IGNORED, TokenRows
 from dq_lightning.tokens.sampler import EpochShuffle, LengthBatchSampler
 

@@ -15,8 +15,8 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from dq_lightning.errors import SourceError
-from dq_lightning.prompts import Message, message_text
+from dq_lightning.core.errors import SourceError
+from dq_lightning.sources.prompts import Message, message_text
 
 # how often the beginning of one conversation is written to find headings
 _EXTRA_WRITINGS = 8

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch.utils.data import DataLoader, default_collate
 
-from dq_lightning.config import OnError, TextConfig
-from dq_lightning.errors import ConfigError, SourceError
+from dq_lightning.core.config import OnError, TextConfig
+from dq_lightning.core.console import get_logger
+from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.loading.loaders import LoaderSettings
 from dq_lightning.loading.trainer_facts import TrainerFacts
-from dq_lightning.logs import get_logger
 from dq_lightning.tokens.batches import PackedRows, make_token_loader
 from dq_lightning.tokens.rows import TokenRows, check_rows, encode_rows
 from dq_lightning.tokens.tokenizer import load_tokenizer, padding_id

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dq_lightning.config import OnError
-from dq_lightning.config import Template as TemplateName
-from dq_lightning.errors import ConfigError, SourceError, may_pass
-from dq_lightning.logs import get_logger
-from dq_lightning.prompts import choose_template, columns_of, numbered
+from dq_lightning.core.config import OnError
+from dq_lightning.core.config import Template as TemplateName
+from dq_lightning.core.console import get_logger
+from dq_lightning.core.errors import ConfigError, SourceError, may_pass
+from dq_lightning.sources.prompts import choose_template, columns_of, numbered
 from dq_lightning.tokens.chat import ChatTemplate, Segment
 from dq_lightning.tokens.tokenizer import load_tokenizer
 

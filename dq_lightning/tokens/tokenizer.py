@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dq_lightning.errors import ConfigError
+from dq_lightning.core.errors import ConfigError
 
 
 def load_tokenizer(given: Any) -> Any:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dq_lightning.bins import duplicates
 from dq_lightning.bins.duplicates import find_duplicates
-from dq_lightning.errors import ConfigError, FeatureError
+from dq_lightning.core.errors import ConfigError, FeatureError
 from tests.reference.duplicates_twin import find_duplicates_twin
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dq_lightning.bins.make import make_bins
-from dq_lightning.records import Features
+from dq_lightning.core.records import Features
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import torch
 from dq_lightning.bins import make
 from dq_lightning.bins.curve import draw_gain_curve, gain_curve
 from dq_lightning.bins.make import make_bins
-from dq_lightning.errors import ConfigError, FeatureError
-from dq_lightning.records import Features
+from dq_lightning.core.errors import ConfigError, FeatureError
+from dq_lightning.core.records import Features
 
 
 def far_blobs(seed=0, per_blob=40):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dq_lightning.bins import levels, plan, proof, referee
 from dq_lightning.bins.make import make_bins
-from dq_lightning.records import Features
+from dq_lightning.core.records import Features
 from tests.bins.test_make import KINDS, assert_greedy, random_features
 from tests.reference import greedy_twin as twin
 

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dq_lightning.bins.make import make_bins
-from dq_lightning.errors import ConfigError, DQError, FeatureError
-from dq_lightning.records import Features
+from dq_lightning.core.errors import ConfigError, DQError, FeatureError
+from dq_lightning.core.records import Features
 from tests.reference import greedy_twin as twin
 
 

@@ -12,9 +12,9 @@ from dq_lightning.bins.any_objective import pick_group
 from dq_lightning.bins.make import make_bins
 from dq_lightning.bins.prepare import as_factors, prepare
 from dq_lightning.bins.workers import Workers
-from dq_lightning.config import BinConfig
-from dq_lightning.errors import ConfigError
-from dq_lightning.records import Features
+from dq_lightning.core.config import BinConfig
+from dq_lightning.core.errors import ConfigError
+from dq_lightning.core.records import Features
 from tests.reference import objective_twin as twin
 
 OBJECTIVES = ["graph_cut", "facility_location", "log_determinant", "sum_redundancy", "feature_based"]

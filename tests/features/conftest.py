@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dq_lightning.errors import SourceError
+from dq_lightning.core.errors import SourceError
 from tests.memories import DictMemory
 
 

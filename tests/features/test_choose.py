@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision import transforms
 
-from dq_lightning.errors import FeatureError
+from dq_lightning.core.errors import FeatureError
 from dq_lightning.features.bundled import BUNDLED_ENCODER_FILE, SmallResNet, to_half
 from dq_lightning.features.choose import AUTO_PHOTO_ENCODER, choose_encoder
 

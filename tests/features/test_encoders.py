@@ -6,7 +6,7 @@ import torch
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
-from dq_lightning.errors import FeatureError
+from dq_lightning.core.errors import FeatureError
 from dq_lightning.features.bundled import SmallResNet
 from dq_lightning.features.choose import choose_encoder
 from dq_lightning.features.encoders import NetworkEncoder, find_head, resolve_precision

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from dq_lightning.errors import FeatureError, SourceError
+from dq_lightning.core.errors import FeatureError, SourceError
 from dq_lightning.features import loading
 from dq_lightning.features.choose import EncoderSpec, choose_encoder
 from dq_lightning.features.extract import extract_features
@@ -142,7 +142,7 @@ def test_a_seed_that_waits_for_the_gpu_is_still_the_callers():
     """Until there is a context, torch keeps the call that will seed the GPU; in a fresh process there is none."""
     code = (
         "import torch\n"
-        "from dq_lightning.features.isolation import isolated\n"
+        "from dq_lightning.core.isolation import isolated\n"
         "torch.manual_seed(42)\n"
         "with isolated():\n"
         "    torch.rand(3)\n"

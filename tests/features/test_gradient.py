@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from dq_lightning.errors import ConfigError
+from dq_lightning.core.errors import ConfigError
 from dq_lightning.features.gradient import head_gradient
 
 

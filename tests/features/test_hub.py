@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from dq_lightning.errors import FeatureError
+from dq_lightning.core.errors import FeatureError
 from dq_lightning.features.choose import choose_encoder
 
 NAME = "test_resnet.r160_in1k"

@@ -14,13 +14,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dq_lightning.config import TextConfig
-from dq_lightning.errors import FeatureError
+from dq_lightning.cache.paid import PaidFolder
+from dq_lightning.core.config import TextConfig
+from dq_lightning.core.errors import FeatureError
 from dq_lightning.features import openai_embeddings
 from dq_lightning.features.choose import choose_encoder
 from dq_lightning.features.extract import extract_features
 from dq_lightning.features.openai_embeddings import OpenAIOrigin, cut_bytes, split
-from dq_lightning.store.paid import PaidFolder
 from tests.features.text_models import Texts
 
 pytest.importorskip("openai", reason="the optional extra openai is not installed")

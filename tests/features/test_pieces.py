@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dq_lightning.errors import FeatureError
+from dq_lightning.core.errors import FeatureError
 from dq_lightning.features import pieces
 from dq_lightning.features.choose import choose_encoder
 from dq_lightning.features.extract import extract_features

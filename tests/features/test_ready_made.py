@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dq_lightning.errors import FeatureError
+from dq_lightning.core.errors import FeatureError
 from dq_lightning.features.choose import choose_encoder
 from dq_lightning.features.extract import extract_features
 

@@ -8,17 +8,17 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from dq_lightning.config import BinConfig, FeatureConfig, QuantizeConfig
-from dq_lightning.errors import ConfigError, FeatureError
+from dq_lightning.core.config import BinConfig, FeatureConfig, QuantizeConfig
+from dq_lightning.core.errors import ConfigError, FeatureError
+from dq_lightning.core.records import Labels
+from dq_lightning.demo.sample_data import SampleCIFAR10
 from dq_lightning.features import selection_training
 from dq_lightning.features.bundled import load_small_resnet
 from dq_lightning.features.choose import choose_encoder
 from dq_lightning.features.extract import extract_features
 from dq_lightning.features.selection_training import with_selection_epochs
-from dq_lightning.pipeline import quantize
-from dq_lightning.plan import FEATURES, make_plan, station_parts
-from dq_lightning.records import Labels
-from dq_lightning.sample_data import SampleCIFAR10
+from dq_lightning.pipeline.plan import FEATURES, make_plan, station_parts
+from dq_lightning.pipeline.quantize import quantize
 from dq_lightning.sources.adapt import as_source
 from tests.features.conftest import TinyNetwork, to_float_tensor
 

@@ -13,14 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dq_lightning.config import TextConfig
-from dq_lightning.errors import FeatureError
+from dq_lightning.core.config import TextConfig
+from dq_lightning.core.errors import FeatureError
 from dq_lightning.features import text_loading
 from dq_lightning.features.choose import AUTO_TEXT_ENCODER, choose_encoder
 from dq_lightning.features.extract import extract_features
 from dq_lightning.features.text_encoder import TokenEncoder, pool_tokens
 from dq_lightning.features.text_loading import batches_by_length, pad
-from dq_lightning.prompts import choose_template
+from dq_lightning.sources.prompts import choose_template
 from tests.features.text_models import Texts, make_tokenizer, save_dense, save_model
 
 TEXTS = ["abc", "", "hello world", "z" * 300, "абв", "abc", "q"]

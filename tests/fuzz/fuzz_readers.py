@@ -24,17 +24,18 @@ import atheris
 with atheris.instrument_imports(include=["dq_lightning", "PIL", "json"]):
     from PIL import Image
 
-    from dq_lightning.prompts import choose_template
+    from dq_lightning.cache import files, manifest
+    from dq_lightning.packed import values
+    from dq_lightning.packed.reader import PackedDataset
     from dq_lightning.sources.adapt import as_source
     from dq_lightning.sources.pixels import header_problem, to_rgb
-    from dq_lightning.store import files, manifest, values
-    from dq_lightning.store.reader import PackedDataset
+    from dq_lightning.sources.prompts import choose_template
 
 import numpy as np
 import torch
 
-from dq_lightning.errors import DQError
-from dq_lightning.store.packed import write_packed
+from dq_lightning.core.errors import DQError
+from dq_lightning.packed.writer import write_packed
 
 FILES = ("store.json", "index.npy", "ids.bin", "id_offsets.npy", "value_offsets.npy", "values.bin", "checksums.npy")
 # more pixels than this are Pillow's own error; far below it, so that a bomb of the allowed size stays small

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dq_lightning.errors import DQError
+from dq_lightning.cache import files, manifest
+from dq_lightning.core.errors import DQError
+from dq_lightning.packed import values
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.sources.pixels import header_problem
-from dq_lightning.store import files, manifest, values
 from tests.inputs.broken import picture
 
 often = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

@@ -19,7 +19,7 @@ from torch import nn
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from dq_lightning.errors import FeatureError
+from dq_lightning.core.errors import FeatureError
 from dq_lightning.identity.callables import describe_callable
 from dq_lightning.identity.networks import digest_module
 

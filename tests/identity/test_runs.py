@@ -9,12 +9,14 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
-from dq_lightning import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig, building, pipeline, quantize
-from dq_lightning.errors import ChangedError
+from dq_lightning import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig, quantize
+from dq_lightning.cache.digests import FileDigestMemory
+from dq_lightning.cache.entries import Cache
+from dq_lightning.core.errors import ChangedError
 from dq_lightning.loading.train_set import BuildOptions, DatasetTrainSet
 from dq_lightning.loading.wanted import Wanted
-from dq_lightning.store.cache import Cache
-from dq_lightning.store.digests import FileDigestMemory
+from dq_lightning.pipeline import build as building
+from dq_lightning.pipeline import quantize as pipeline
 from tests.lightning_scripts.common import photos, to_tensor
 
 COUNT = 40

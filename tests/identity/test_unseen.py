@@ -18,12 +18,12 @@ from torchvision import tv_tensors
 from torchvision.datasets import CIFAR10, ImageFolder
 
 from dq_lightning import as_source
+from dq_lightning.cache.digests import FileDigestMemory, _stamp
 from dq_lightning.features.choose import choose_encoder
 from dq_lightning.identity.callables import describe_callable
 from dq_lightning.identity.networks import digest_encoder, digest_module
 from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.adapt import grouping_id
-from dq_lightning.store.digests import FileDigestMemory, _stamp
 from tests.memories import DictMemory
 
 COUNT = 60
@@ -1014,7 +1014,7 @@ class Data(Dataset):
 
 
 def test_an_item_that_is_another_one_by_now_is_an_error(world, tmp_path, memory):
-    from dq_lightning.errors import ChangedError
+    from dq_lightning.core.errors import ChangedError
 
     for index in range(40):
         np.save(tmp_path / f"{index}.npy", np.full((4, 4, 3), index, np.uint8))

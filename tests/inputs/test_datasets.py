@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dq_lightning import FeatureConfig, QuantizedDataModule, as_source, load_selection
-from dq_lightning.errors import ConfigError, SourceError
+from dq_lightning.core.errors import ConfigError, SourceError
 from tests.inputs.broken import MeanColour, Pictures, compact, encode, picture, settings
 
 

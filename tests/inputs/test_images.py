@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from dq_lightning import as_source, load_selection
-from dq_lightning.compact import open_packed
+from dq_lightning.pipeline.compact import open_packed
 from tests.inputs.broken import compact, picture, settings
 
 MODES = ("L", "LA", "RGBA", "P", "1", "CMYK")

@@ -22,17 +22,17 @@ from dq_lightning import (
     load_selection,
     quantize,
 )
+from dq_lightning.cache import shards
+from dq_lightning.cache.entries import Cache
+from dq_lightning.cache.tensors import read_bins
 from dq_lightning.commands.dataset_bins import bins_of_dataset
-from dq_lightning.compact import open_compact
-from dq_lightning.config import QuantizeConfig
-from dq_lightning.errors import ConfigError, FeatureError, SourceError
+from dq_lightning.core.config import QuantizeConfig
+from dq_lightning.core.errors import ConfigError, FeatureError, SourceError
 from dq_lightning.features import readable
 from dq_lightning.features.readable import find_unreadable
-from dq_lightning.pipeline import find_or_build
-from dq_lightning.plan import BINS, FEATURES, make_plan
-from dq_lightning.store import shards
-from dq_lightning.store.cache import Cache
-from dq_lightning.store.tensors import read_bins
+from dq_lightning.pipeline.compact import open_compact
+from dq_lightning.pipeline.plan import BINS, FEATURES, make_plan
+from dq_lightning.pipeline.quantize import find_or_build
 from tests.inputs.broken import MeanColour, Pictures, compact, encode, encoded, picture, settings
 from tests.lightning_scripts.common import to_tensor
 from tests.lightning_scripts.patched_images import small_mae

@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset
 from torchvision.datasets import ImageFolder
 
 from dq_lightning import PackedDataset, PatchConfig, QuantizedDataModule, as_source, load_selection
-from dq_lightning.errors import SourceError, StoreError
+from dq_lightning.core.errors import SourceError, StoreError
 from dq_lightning.exports.command import export_set
 from dq_lightning.exports.samples import kept_of_store
 from dq_lightning.identity.values import digest_of

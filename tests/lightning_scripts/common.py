@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import Subset
 
-from dq_lightning.sample_data import SampleCIFAR10
+from dq_lightning.demo.sample_data import SampleCIFAR10
 
 
 def to_tensor(image):

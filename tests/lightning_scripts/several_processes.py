@@ -10,7 +10,8 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, random_split
 
-from dq_lightning import QuantizedDataModule, building, quantize
+from dq_lightning import QuantizedDataModule, quantize
+from dq_lightning.pipeline import build as building
 from tests.lightning_scripts.common import Recorder, photos, trainer
 
 REPORT: dict = {}

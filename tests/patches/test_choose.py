@@ -5,10 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dq_lightning.errors import DQError, PatchError
-from dq_lightning.patch_records import Grid
+from dq_lightning.core.errors import DQError, PatchError
+from dq_lightning.core.records import Grid, PatchChoice, pack_mask, unpack_mask
 from dq_lightning.patches.choose import choose_kept, choose_patches, kept_count, make_choice, mask_of, spread_budget
-from dq_lightning.records import PatchChoice, pack_mask, unpack_mask
 from tests.reference import patch_twin
 
 # few different values, so that ties are common

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dq_lightning.errors import PatchError
+from dq_lightning.core.errors import PatchError
 from dq_lightning.patches.activation_maps import ActivationMaps, TargetChoice
 from dq_lightning.patches.saliency import ClassifierScorer
 from dq_lightning.patches.target_layer import TargetLayer, activation_and_gradient, find_target_layer, make_probes

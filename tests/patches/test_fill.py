@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dq_lightning.patch_records import Grid
+from dq_lightning.core.grid import pixel_mask
+from dq_lightning.core.records import Grid
 from dq_lightning.patches.choose import choose_kept
 from dq_lightning.patches.fill import HarmonicFill, MeanFill, fill_by_mask
-from dq_lightning.patches.grid import pixel_mask
 from dq_lightning.patches.harmonic import fill_harmonically, fill_with_mean
 from tests.reference import patch_twin
 

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dq_lightning.errors import PatchError
-from dq_lightning.patch_records import Grid
-from dq_lightning.patches.grid import patchify, pixel_mask, pool_to_patches, unpatchify
+from dq_lightning.core.errors import PatchError
+from dq_lightning.core.grid import patchify, pixel_mask, pool_to_patches, unpatchify
+from dq_lightning.core.records import Grid
 from tests.reference import patch_twin
 
 SIDES = st.integers(1, 37)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from dq_lightning import load_mae
-from dq_lightning.errors import PatchError
-from dq_lightning.patch_records import Grid
+from dq_lightning.core.errors import PatchError
+from dq_lightning.core.grid import pixel_mask
+from dq_lightning.core.records import Grid
 from dq_lightning.patches.choose import choose_kept, mask_of
 from dq_lightning.patches.fill import HarmonicFill, fill_by_mask
-from dq_lightning.patches.grid import pixel_mask
 from dq_lightning.patches.original_checkpoint import convert_keys, read_sizes
 from dq_lightning.patches.reconstructors import choose_reconstructor
 from tests.memories import DictMemory

@@ -7,8 +7,8 @@ import torch
 import torchvision
 from torch import nn
 
-from dq_lightning.errors import ConfigError, PatchError
-from dq_lightning.patch_config import PatchConfig
+from dq_lightning.core.config import PatchConfig
+from dq_lightning.core.errors import ConfigError, PatchError
 from dq_lightning.patches.activation_maps import METHODS, ActivationMaps, TargetChoice
 from dq_lightning.patches.package_maps import PACKAGE_METHODS, PackageMaps
 from dq_lightning.patches.saliency import make_scorer
@@ -310,9 +310,9 @@ def test_scores_do_not_depend_on_the_batch(photos, photo_classifier):
 
 def test_what_the_classifier_looks_at_carries_its_decision(photos, photo_classifier):
     """Deleting the 30 % of the patches that Grad-CAM ranks highest hurts more than deleting the lowest."""
-    from dq_lightning.patch_records import Grid
+    from dq_lightning.core.grid import pixel_mask
+    from dq_lightning.core.records import Grid
     from dq_lightning.patches.choose import choose_kept, mask_of
-    from dq_lightning.patches.grid import pixel_mask
 
     pixels, labels = photos[0].float() / 127.5 - 1, photos[1]
     scores = make_scorer(PatchConfig(), photo_classifier, num_classes=1000).scores(pixels, labels, torch.arange(16), 16)
@@ -340,6 +340,6 @@ def test_a_method_without_its_classifier_and_bad_settings_are_refused():
 def test_the_patch_settings_name_every_method_that_there_is():
     from typing import get_args
 
-    from dq_lightning.patch_config import Saliency
+    from dq_lightning.core.config import Saliency
 
     assert {*METHODS, *PACKAGE_METHODS, "random", "variance"} == set(get_args(Saliency))

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from dq_lightning.cache import entries as cache_module
+from dq_lightning.cache import files, leftovers, lock
+from dq_lightning.cache.entries import Cache
 from dq_lightning.commands import cache_care
-from dq_lightning.errors import CacheError
-from dq_lightning.plan import FEATURES, STORE
-from dq_lightning.store import cache as cache_module
-from dq_lightning.store import files, leftovers, lock
-from dq_lightning.store.cache import Cache
-from dq_lightning.store.reader import PackedDataset
+from dq_lightning.core.errors import CacheError
+from dq_lightning.packed.reader import PackedDataset
+from dq_lightning.pipeline.plan import FEATURES, STORE
 from tests.robustness.worlds import (
     RUNS,
     Points,
@@ -267,7 +267,7 @@ def test_nobody_cleans_up_after_the_living_when_a_clock_jumps(place: Path, days:
 def test_rot_in_a_large_file_is_made_good_by_the_next_run(
     place: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    monkeypatch.setattr("dq_lightning.store.manifest.SMALL_BYTES", 0)
+    monkeypatch.setattr("dq_lightning.cache.manifest.SMALL_BYTES", 0)
     info = RUNS["packed"](place)
     seen = delivered(info)
     column = Path(info.path) / "column-0.npy"
@@ -294,7 +294,7 @@ def test_a_full_disk_is_told_before_the_work(place: Path, monkeypatch: pytest.Mo
     written = []
     monkeypatch.setattr(files, "observer", lambda operation, path: written.append(path))
     room = shutil.disk_usage(place.parent)._replace(free=50)
-    monkeypatch.setattr("dq_lightning.store.cache.shutil.disk_usage", lambda path: room)
+    monkeypatch.setattr("dq_lightning.cache.entries.shutil.disk_usage", lambda path: room)
     with pytest.raises(CacheError, match=r"bytes are needed under .*, 50 are free: make room"):
         image_run(place, store="packed")
     assert not [path for path in written if path.name in ("embedding.bin", "column-0.npy", "values.bin")]

@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 
 from dq_lightning import PatchConfig, QuantizeConfig, SelectionConfig, quantize
-from dq_lightning.store import files, shards
+from dq_lightning.cache import files, shards
 from tests.lightning_scripts.common import photos
 from tests.robustness.worlds import (
     RUNS,

@@ -19,11 +19,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import nn
 
 from dq_lightning import BinConfig, QuantizeConfig, SelectionConfig, quantize
+from dq_lightning.cache import manifest
+from dq_lightning.cache.manifest import Damage, check_entry
 from dq_lightning.commands import cache_care
-from dq_lightning.errors import StoreError
-from dq_lightning.plan import STORE
-from dq_lightning.store import manifest
-from dq_lightning.store.manifest import Damage, check_entry
+from dq_lightning.core.errors import StoreError
+from dq_lightning.pipeline.plan import STORE
 from tests.robustness.worlds import Points, content, delivered, ended, entries, forked
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from dq_lightning import PackedDataset
+from dq_lightning.cache import lock
+from dq_lightning.cache.entries import Cache
 from dq_lightning.commands import cache_care
 from dq_lightning.commands.cache_care import prune
-from dq_lightning.plan import FEATURES
-from dq_lightning.store import lock
-from dq_lightning.store.cache import Cache
+from dq_lightning.pipeline.plan import FEATURES
 from tests.robustness.worlds import RUNS, Colours, content, delivered, ended, entries, forked, image_run, until
 
 PROCESSES = 8

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from dq_lightning import PackedDataset
-from dq_lightning.compact import open_compact
-from dq_lightning.errors import DQError, StoreError
-from dq_lightning.plan import BINS, FEATURES, FILLED, PATCHES, SELECTION, STORE
-from dq_lightning.store import manifest
-from dq_lightning.store.tensors import read_bins, read_features, read_scores, read_selection
+from dq_lightning.cache import manifest
+from dq_lightning.cache.tensors import read_bins, read_features, read_scores, read_selection
+from dq_lightning.core.errors import DQError, StoreError
+from dq_lightning.pipeline.compact import open_compact
+from dq_lightning.pipeline.plan import BINS, FEATURES, FILLED, PATCHES, SELECTION, STORE
 from tests.robustness.worlds import RUNS, content, delivered, entries, image_run, plain
 
 # what must be made anew, and so reads its parent, for an entry of each station to be read at all

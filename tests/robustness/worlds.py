@@ -23,11 +23,11 @@ from PIL import Image
 from torch import nn
 
 from dq_lightning import BinConfig, FeatureConfig, PackedDataset, PatchConfig, QuantizeConfig, SelectionConfig, quantize
+from dq_lightning.cache import files
+from dq_lightning.cache.entries import STATIONS
+from dq_lightning.cache.manifest import MANIFEST
 from dq_lightning.features.openai_embeddings import OpenAIOrigin
-from dq_lightning.plan import FILLED
-from dq_lightning.store import files
-from dq_lightning.store.cache import STATIONS
-from dq_lightning.store.manifest import MANIFEST
+from dq_lightning.pipeline.plan import FILLED
 from tests.lightning_scripts.common import photos, to_tensor
 from tests.lightning_scripts.patched_images import small_mae
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dq_lightning.errors import ConfigError
+from dq_lightning.core.errors import ConfigError
 from dq_lightning.selection.allocate import Shares, apportion, count_kept
 from tests.reference.allocation_twin import apportion_twin
 

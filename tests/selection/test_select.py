@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dq_lightning.errors import ConfigError
-from dq_lightning.records import Bins
+from dq_lightning.core.errors import ConfigError
+from dq_lightning.core.records import Bins
 from dq_lightning.selection.allocate import count_kept
 from dq_lightning.selection.select import select
 

@@ -13,7 +13,7 @@ from torchvision import transforms
 from torchvision.datasets import DatasetFolder, ImageFolder, VisionDataset
 from torchvision.datasets.folder import default_loader
 
-from dq_lightning.errors import SourceError
+from dq_lightning.core.errors import SourceError
 from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.sources.base import relative_paths

@@ -24,7 +24,7 @@ from PIL import Image as Pil
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torchvision.datasets import ImageFolder
 
-from dq_lightning.errors import SourceError
+from dq_lightning.core.errors import SourceError
 from dq_lightning.identity.values import digest_of
 from dq_lightning.sources import arrow
 from dq_lightning.sources.adapt import as_source

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dq_lightning.errors import SourceError
+from dq_lightning.core.errors import SourceError
 from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.items import at, evenly_spaced, find_image, find_target, with_value
 

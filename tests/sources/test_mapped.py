@@ -14,10 +14,10 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, MNIST, FakeData, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
-from dq_lightning.config import QuantizeConfig
-from dq_lightning.errors import SourceError
+from dq_lightning.core.config import QuantizeConfig
+from dq_lightning.core.errors import SourceError
 from dq_lightning.identity.values import digest_of
-from dq_lightning.plan import make_plan
+from dq_lightning.pipeline.plan import make_plan
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.sources.mapped import ArraySource, MapSource
 

@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, rand
 from torchvision import transforms
 from torchvision.datasets import FakeData
 
-from dq_lightning.errors import SourceError
+from dq_lightning.core.errors import SourceError
 from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.adapt import as_source
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dq_lightning.errors import SourceError
+from dq_lightning.core.errors import SourceError
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.sources.pixels import header_problem, to_rgb
 

@@ -12,10 +12,10 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Subset
 from torch.utils.data import Dataset as TorchDataset
 
-from dq_lightning.config import FeatureConfig, QuantizeConfig, TextConfig
-from dq_lightning.errors import ConfigError, SourceError
+from dq_lightning.core.config import FeatureConfig, QuantizeConfig, TextConfig
+from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.features.readable import find_unreadable
-from dq_lightning.plan import make_plan
+from dq_lightning.pipeline.plan import make_plan
 from dq_lightning.sources.adapt import as_source, grouping_id
 from dq_lightning.sources.base import Source
 from dq_lightning.sources.jsonl import is_rows_file, read_rows

@@ -15,8 +15,8 @@ from torchvision import transforms, tv_tensors
 from torchvision.transforms import v2
 
 from dq_lightning import QuantizeConfig, QuantizedDataModule
-from dq_lightning.errors import SourceError
-from dq_lightning.randomness import isolated_random_state
+from dq_lightning.core.errors import SourceError
+from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.sources.items import plain_parts
 from dq_lightning.sources.traced import same

@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dq_lightning.errors import DQError
+from dq_lightning.cache import files, manifest
+from dq_lightning.cache.tensors import read_features, write_tensor_folder
+from dq_lightning.core.errors import DQError
+from dq_lightning.packed import values
+from dq_lightning.packed.npy import npy_header
+from dq_lightning.packed.reader import PackedDataset
+from dq_lightning.packed.writer import write_packed
 from dq_lightning.sources.pixels import header_problem
-from dq_lightning.store import files, manifest, values
-from dq_lightning.store.npy import npy_header
-from dq_lightning.store.packed import write_packed
-from dq_lightning.store.reader import PackedDataset
-from dq_lightning.store.tensors import read_features, write_tensor_folder
 
 SIDE = 1 << 16
 HUGE = 1 << 60

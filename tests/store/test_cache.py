@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from dq_lightning.errors import CacheError, ConfigError
-from dq_lightning.store import digests, files
-from dq_lightning.store.cache import Cache, default_cache_dir, require_space
-from dq_lightning.store.digests import FileDigestMemory
-from dq_lightning.store.manifest import MANIFEST
+from dq_lightning.cache import digests, files
+from dq_lightning.cache.digests import FileDigestMemory
+from dq_lightning.cache.entries import Cache, default_cache_dir, require_space
+from dq_lightning.cache.manifest import MANIFEST
+from dq_lightning.core.errors import CacheError, ConfigError
 
 KEY = "8a658282381fa47c978bb03a154a8a45"
 PARTS: dict[str, Any] = {"source": "abc", "config": {"num_bins": 10, "lam": 1.0}, "algorithm": 1}
@@ -35,7 +35,7 @@ def build(cache: Cache, parts: dict[str, Any] = PARTS, **options: Any) -> Path:
 def test_the_key_never_changes(tmp_path: Path) -> None:
     # a changed literal means that every user's cache is made anew: raise the algorithm's version instead
     assert Cache(tmp_path).key("2-bins", PARTS) == KEY
-    script = f"from dq_lightning.store.cache import Cache; print(Cache('x').key('2-bins', {PARTS!r}))"
+    script = f"from dq_lightning.cache.entries import Cache; print(Cache('x').key('2-bins', {PARTS!r}))"
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         seen = subprocess.run(
@@ -177,7 +177,7 @@ def test_entries_hold_plain_files_only(tmp_path: Path) -> None:
 
 
 def test_stale_temp_folders_are_cleaned(tmp_path: Path) -> None:
-    from dq_lightning.store.lock import host_name
+    from dq_lightning.cache.lock import host_name
 
     station = tmp_path / "2-bins"
     nobody, here, elsewhere = 2**22 + 5, host_name(), f"{host_name()}_"
@@ -195,7 +195,7 @@ def test_stale_temp_folders_are_cleaned(tmp_path: Path) -> None:
 def test_where_machines_cannot_be_told_apart_leftovers_stay_a_day(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dq_lightning.store import leftovers, lock
+    from dq_lightning.cache import leftovers, lock
 
     monkeypatch.setattr(leftovers, "host_name", lambda: f"mac_{lock.UNKNOWN}")
     folders = [tmp_path / f".tmp-mac_{lock.UNKNOWN}-{2**22 + 5}-{age}" for age in (3600, 2 * 86400)]
@@ -207,7 +207,7 @@ def test_where_machines_cannot_be_told_apart_leftovers_stay_a_day(
 
 
 def test_containers_and_boots_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dq_lightning.store import lock
+    from dq_lightning.cache import lock
 
     names = set()
     for boot in ("one", "another"):
@@ -372,7 +372,7 @@ def test_an_entry_that_cannot_be_looked_at(
     def refuse(*arguments: Any, **options: Any) -> None:
         raise OSError(code, os.strerror(code), str(entry))
 
-    monkeypatch.setattr("dq_lightning.store.cache.check_entry", refuse)
+    monkeypatch.setattr("dq_lightning.cache.entries.check_entry", refuse)
     if stays:
         with pytest.raises(CacheError, match=r"repair its permissions, or pass cache_dir="):
             cache.find("2-bins", PARTS)

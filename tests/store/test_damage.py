@@ -17,12 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dq_lightning.errors import DQError, StoreError
-from dq_lightning.records import Bins, Features, Selection
-from dq_lightning.store import files, tensors, values
-from dq_lightning.store.cache import Cache
-from dq_lightning.store.packed import write_packed
-from dq_lightning.store.reader import PackedDataset
+from dq_lightning.cache import files, tensors
+from dq_lightning.cache.entries import Cache
+from dq_lightning.core.errors import DQError, StoreError
+from dq_lightning.core.records import Bins, Features, Selection
+from dq_lightning.packed import values
+from dq_lightning.packed.reader import PackedDataset
+from dq_lightning.packed.writer import write_packed
 
 PARTS = {"data": "abc"}
 

@@ -12,11 +12,11 @@ import filelock
 import pytest
 import torch
 
-from dq_lightning.errors import CacheError
-from dq_lightning.store import files, lock
-from dq_lightning.store.cache import Cache
-from dq_lightning.store.packed import write_packed
-from dq_lightning.store.reader import PackedDataset
+from dq_lightning.cache import files, lock
+from dq_lightning.cache.entries import Cache
+from dq_lightning.core.errors import CacheError
+from dq_lightning.packed.reader import PackedDataset
+from dq_lightning.packed.writer import write_packed
 from tests.store.calls import at_call
 
 PARTS = {"data": "abc", "config": {"ratio": 0.5}}

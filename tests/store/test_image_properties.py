@@ -12,14 +12,13 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 from PIL.TiffImagePlugin import IFDRational
 
-from dq_lightning.errors import StoreError
-from dq_lightning.patch_records import PatchedImage
-from dq_lightning.records import EncodedImage
-from dq_lightning.store.columns import describe_leaf
-from dq_lightning.store.patch_stream import MAX_PROPERTIES_BYTES
-from dq_lightning.store.patched import mean_filled, pack_image
-from dq_lightning.store.reader import PackedDataset
-from dq_lightning.store.values import decode_value, encode_value, properties_setter
+from dq_lightning.core.errors import StoreError
+from dq_lightning.core.records import EncodedImage, PatchedImage
+from dq_lightning.packed.columns import describe_leaf
+from dq_lightning.packed.patch_stream import MAX_PROPERTIES_BYTES
+from dq_lightning.packed.patches import mean_filled, pack_image
+from dq_lightning.packed.reader import PackedDataset
+from dq_lightning.packed.values import decode_value, encode_value, properties_setter
 from tests.store.test_packed import pack
 from tests.store.trees import equal
 

@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dq_lightning.compact import open_compact
-from dq_lightning.errors import StoreError
-from dq_lightning.store import files, lock
-from dq_lightning.store.cache import Cache
-from dq_lightning.store.digests import FileDigestMemory
-from dq_lightning.store.leftovers import remove_stale
-from dq_lightning.store.manifest import MANIFEST
-from dq_lightning.store.paid import PaidFolder
-from dq_lightning.store.sealed_arrays import read_arrays, write_arrays
-from dq_lightning.store.shards import KeptShards, partial_folder
+from dq_lightning.cache import files, lock
+from dq_lightning.cache.digests import FileDigestMemory
+from dq_lightning.cache.entries import Cache
+from dq_lightning.cache.leftovers import remove_stale
+from dq_lightning.cache.manifest import MANIFEST
+from dq_lightning.cache.paid import PaidFolder
+from dq_lightning.cache.sealed_arrays import read_arrays, write_arrays
+from dq_lightning.cache.shards import KeptShards, partial_folder
+from dq_lightning.core.errors import StoreError
+from dq_lightning.pipeline.compact import open_compact
 from tests.robustness.worlds import ended, forked
 
 LIMIT = 1 << 22

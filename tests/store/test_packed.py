@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dq_lightning.errors import StoreError
-from dq_lightning.records import EncodedImage
-from dq_lightning.store import open_files
-from dq_lightning.store.packed import LOOK_AHEAD_SAMPLES, write_packed
-from dq_lightning.store.reader import PackedDataset
+from dq_lightning.core.errors import StoreError
+from dq_lightning.core.records import EncodedImage
+from dq_lightning.packed import open_files
+from dq_lightning.packed.reader import PackedDataset
+from dq_lightning.packed.writer import LOOK_AHEAD_SAMPLES, write_packed
 from tests.store.trees import equal, samples
 
 relaxed = settings(deadline=None, max_examples=120, suppress_health_check=list(HealthCheck))

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dq_lightning.cache import files
+from dq_lightning.cache.paid import PAID_FOLDER, PaidFolder, PaidRows
 from dq_lightning.commands.cache_care import prune
-from dq_lightning.errors import CacheError
-from dq_lightning.store import files
-from dq_lightning.store.paid import PAID_FOLDER, PaidFolder, PaidRows
+from dq_lightning.core.errors import CacheError
 from tests.robustness.worlds import ended, forked, paid_run
 from tests.store.calls import at_call
 

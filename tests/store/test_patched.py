@@ -14,13 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dq_lightning.errors import DQError, StoreError
-from dq_lightning.patch_records import MAX_PIXELS, Grid, PatchedImage
-from dq_lightning.patches.grid import pixel_mask
-from dq_lightning.records import pack_mask
-from dq_lightning.store import values
-from dq_lightning.store.packed import LOOK_AHEAD_SAMPLES, estimate_bytes, write_packed
-from dq_lightning.store.patch_stream import (
+from dq_lightning.core.errors import DQError, StoreError
+from dq_lightning.core.grid import pixel_mask
+from dq_lightning.core.records import MAX_PIXELS, Grid, PatchedImage, pack_mask
+from dq_lightning.packed import values
+from dq_lightning.packed.patch_stream import (
     MAX_HEAD_BYTES,
     read_stream,
     read_uvarint,
@@ -28,8 +26,9 @@ from dq_lightning.store.patch_stream import (
     uvarint,
     write_stream,
 )
-from dq_lightning.store.patched import image_leaf, layout_of, pack_image, unpack_image
-from dq_lightning.store.reader import PackedDataset
+from dq_lightning.packed.patches import image_leaf, layout_of, pack_image, unpack_image
+from dq_lightning.packed.reader import PackedDataset
+from dq_lightning.packed.writer import LOOK_AHEAD_SAMPLES, estimate_bytes, write_packed
 from tests.store.test_damage import reseal
 from tests.store.test_packed import pack, photo
 from tests.store.trees import equal

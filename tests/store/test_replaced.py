@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from dq_lightning.errors import StoreError
-from dq_lightning.store import open_files
-from dq_lightning.store.packed import write_packed
-from dq_lightning.store.patched import pack_image
-from dq_lightning.store.reader import PackedDataset
+from dq_lightning.core.errors import StoreError
+from dq_lightning.packed import open_files
+from dq_lightning.packed.patches import pack_image
+from dq_lightning.packed.reader import PackedDataset
+from dq_lightning.packed.writer import write_packed
 from tests.robustness.worlds import ended, forked
 
 COUNT = 60

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dq_lightning.cache import files, sealed_arrays, shards
+from dq_lightning.cache.entries import Cache
+from dq_lightning.cache.shards import KeptShards, partial_folder, remove_abandoned
 from dq_lightning.commands.cache_care import prune
-from dq_lightning.errors import StoreError
-from dq_lightning.store import files, sealed_arrays, shards
-from dq_lightning.store.cache import Cache
-from dq_lightning.store.shards import KeptShards, partial_folder, remove_abandoned
+from dq_lightning.core.errors import StoreError
 from tests.store.calls import at_call
 
 TOTAL = 100

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 
-from dq_lightning.store.images import MODE_BITS, raw_bytes_of
+from dq_lightning.packed.images import MODE_BITS, raw_bytes_of
 
 ARRAY_DTYPES = ["|u1", "|b1", "<i2", ">i4", "<i8", "<f2", "<f4", "<f8", "<c8", "<M8[s]", "<U3", "|S4"]
 TENSOR_DTYPES = [torch.uint8, torch.bool, torch.int64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]

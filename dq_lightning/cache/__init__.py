@@ -1,0 +1,1 @@
+"""Entries on disk: keys, manifests, locks, digests, shards."""

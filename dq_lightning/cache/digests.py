@@ -1,0 +1,203 @@
+"""Remembered content digests: an unchanged file is read once. Touches the disk.
+
+A digest is trusted while path, size, modification time, change time and inode are the same. The change time cannot be set by
+`touch` or kept by `cp -p`, so other content under an old date is noticed. A file modified less than two seconds before it was
+hashed is hashed again next time, because it could change once more within the clock's step (git calls this "racy").
+"""
+
+import hashlib
+import io
+import logging
+import os
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dq_lightning.cache import files
+from dq_lightning.core.errors import CacheError, DQError
+
+logger = logging.getLogger("dq_lightning")
+
+RACY_NANOSECONDS = 2_000_000_000
+PIECE_BYTES = 1 << 20
+CHUNK_FILES = 512
+ATTEMPTS = 3
+
+# size, mtime_ns, ctime_ns and inode of each file
+Stamps = npt.NDArray[np.int64]
+STAMP_SIZE = 4
+
+
+def _stamp(path: str) -> tuple[int, ...]:
+    seen = os.stat(path)  # noqa: PTH116 (a million of them: no Path objects)
+    # the inode tells apart two files of equal size and times, one of which a link names. Its device does not count: network
+    # file systems number it anew at each mount, and everything would be read again
+    return seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino & (2**63 - 1)
+
+
+def _hash_file(path: str) -> tuple[bytes, tuple[int, ...]]:
+    """Digest of a file, and its stamp; a stamp of -1 when it is too young to be trusted."""
+    for _ in range(ATTEMPTS):
+        started = time.time_ns()
+        before = _stamp(path)
+        digest = hashlib.sha256()
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (a million of them: no Path objects)
+            while piece := file.read(PIECE_BYTES):
+                digest.update(piece)
+        if _stamp(path) == before:
+            young = max(before[1], before[2]) > started - RACY_NANOSECONDS
+            return digest.digest(), (-1,) * STAMP_SIZE if young else before
+    raise CacheError(f"{path} changes while it is read: wait until it is written, then start again")
+
+
+class FileDigestMemory:
+    """Digests by file and by key in one folder; see `records.DigestMemory`. A lost or damaged memory costs only time."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def file(self, path: str | Path) -> str:
+        """Hexadecimal sha256 of a file's content, remembered.
+
+        Raises:
+            OSError: the file cannot be read.
+            CacheError: it changes while it is read.
+        """
+        place = os.path.abspath(path)  # noqa: PTH100 (str in, str out)
+        stamp = list(_stamp(place))
+        known = self._read("file", place)
+        if known and known.get("stamp") == stamp and isinstance(known.get("value"), str):
+            return str(known["value"])
+        digest, taken = _hash_file(place)
+        if taken[0] >= 0:
+            self._write("file", place, digest.hex(), stamp=list(taken))
+        return digest.hex()
+
+    def files(self, paths: list[str]) -> list[str]:
+        """The same for many files, in order; hashing runs in threads.
+
+        One table a common folder; looking up N unchanged files costs N stats and one read of the table.
+        """
+        if not paths:
+            return []
+        here = os.getcwd()  # noqa: PTH109
+        places = [path if os.path.isabs(path) else os.path.join(here, path) for path in map(os.fspath, paths)]  # noqa: PTH117, PTH118
+        table = _Table(self.folder / f"files-{_name(_common_folder(places))}.npz")
+        stamps = np.array([_stamp(place) for place in places], dtype=np.int64)
+        known_stamps, digests = table.look_up(places)
+        stale = np.flatnonzero((known_stamps != stamps).any(axis=1))
+        if len(stale):
+            known_stamps = known_stamps.copy()
+            digests = digests.copy()
+            chunks = [stale[start : start + CHUNK_FILES].tolist() for start in range(0, len(stale), CHUNK_FILES)]
+            with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 4)) as pool:
+                for chunk, made in zip(
+                    chunks, pool.map(lambda c: [_hash_file(places[i]) for i in c], chunks), strict=True
+                ):
+                    for i, (digest, stamp) in zip(chunk, made, strict=True):
+                        digests[i] = np.frombuffer(digest, np.uint8)
+                        known_stamps[i] = stamp
+            table.store(places, known_stamps, digests)
+        text = digests.tobytes().hex()
+        return [text[start : start + 64] for start in range(0, len(text), 64)]
+
+    def recall(self, key: str) -> str | None:
+        """The digest remembered under a key, or None."""
+        known = self._read("key", key)
+        value = known.get("value") if known else None
+        return value if isinstance(value, str) else None
+
+    def remember(self, key: str, digest: str) -> None:
+        """Keep a digest under a key; a memory that cannot be written is passed over."""
+        self._write("key", key, digest)
+
+    def _read(self, kind: str, key: str) -> dict[str, object] | None:
+        try:
+            known = files.read_sealed(self.folder / f"{kind}-{_name(key)}.json")
+        except (OSError, DQError):
+            return None
+        return known if known.get("key") == key else None
+
+    def _write(self, kind: str, key: str, value: str, **more: object) -> None:
+        path = self.folder / f"{kind}-{_name(key)}.json"
+        _try_replace(path, files.seal({"key": key, "value": value, **more}))
+
+
+def _name(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
+
+
+def _common_folder(places: list[str]) -> str:
+    # commonpath splits every path; the common prefix of the extremes is that of all
+    first, last = min(places), max(places)
+    return os.path.commonpath([os.path.dirname(first), os.path.dirname(last)])  # noqa: PTH120
+
+
+def _try_replace(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.replace_bytes(path, data)
+    except OSError as error:
+        logger.debug("digests are not remembered in %s: %s", path, error)
+
+
+class _Table:
+    """Paths, stamps and digests of many files in one npz (whose zip checksums notice damage)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.names = b""
+        self.stamps: Stamps = np.empty((0, STAMP_SIZE), np.int64)
+        self.digests: npt.NDArray[np.uint8] = np.empty((0, 32), np.uint8)
+        try:
+            with files.open_plain(path) as file:
+                content = io.BytesIO(file.read())
+            if any(member.compress_type != zipfile.ZIP_STORED for member in zipfile.ZipFile(content).infolist()):
+                return  # ours are not compressed: whatever this is, it may be far larger than its file
+            with np.load(content, allow_pickle=False) as stored:
+                names, stamps, digests = stored["names"].tobytes(), stored["stamps"], stored["digests"]
+        except Exception as error:
+            # zipfile and numpy raise all sorts of errors on damaged bytes; what cannot be read is made again
+            logger.debug("digests in %s are made again: %s: %s", path, type(error).__name__, error)
+            return
+        rows = names.count(b"\0") + 1 if names else 0
+        shapes_fit = stamps.shape == (rows, STAMP_SIZE) and digests.shape == (rows, 32)
+        if shapes_fit and stamps.dtype == np.int64 and digests.dtype == np.uint8:
+            self.names, self.stamps, self.digests = names, stamps, digests
+
+    def look_up(self, places: list[str]) -> tuple[Stamps, npt.NDArray[np.uint8]]:
+        """Stamps [N, 4] and digests [N, 32] of the given paths; a stamp of -1 where unknown."""
+        names = _join(places)
+        if self.names == names or self.names.startswith(names + b"\0"):
+            return self.stamps[: len(places)], self.digests[: len(places)]
+        stamps = np.full((len(places), STAMP_SIZE), -1, np.int64)
+        digests = np.zeros((len(places), 32), np.uint8)
+        row_of = {name: row for row, name in enumerate(self.names.split(b"\0"))} if self.names else {}
+        rows = np.array([row_of.get(os.fsencode(place), -1) for place in places], np.int64)
+        known = rows >= 0
+        stamps[known] = self.stamps[rows[known]]
+        digests[known] = self.digests[rows[known]]
+        return stamps, digests
+
+    def store(self, places: list[str], stamps: Stamps, digests: npt.NDArray[np.uint8]) -> None:
+        """Write the given rows first, then those of other files that were known before."""
+        given = set(map(os.fsencode, places))
+        old = self.names.split(b"\0") if self.names else []
+        others = [row for row, name in enumerate(old) if name not in given]
+        names = b"\0".join([_join(places), *(old[row] for row in others)])
+        buffer = io.BytesIO()
+        np.savez(
+            buffer,
+            names=np.frombuffer(names, np.uint8),
+            stamps=np.concatenate([stamps, self.stamps[others]]),
+            digests=np.concatenate([digests, self.digests[others]]),
+        )
+        _try_replace(self.path, buffer.getvalue())
+
+
+def _join(places: list[str]) -> bytes:
+    return os.fsencode("\0".join(places))

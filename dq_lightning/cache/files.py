@@ -1,0 +1,300 @@
+"""The only place of this station that changes the disk: write, fsync, rename, remove. Touches the disk.
+
+Every call reports to `observer` before it acts, so that a test can count the calls, kill the process or raise an error at
+any one of them.
+"""
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from dq_lightning.core.errors import DQError
+
+# set by tests alone: called with the operation's name and the path before each operation
+observer: Callable[[str, Path], None] | None = None
+
+BUFFER_BYTES = 1 << 20
+MAX_JSON_BYTES = 64 << 20
+# half a million names of classes, or the files of 30,000 columns
+MAX_JSON_VALUES = 1 << 20
+
+
+def _observe(operation: str, path: Path) -> None:
+    if observer is not None:
+        observer(operation, path)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Give an OSError the path it is about: `write` and `fsync` do not know it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise
+
+
+class Writer:
+    """A new file, written from start to end, with its size and sha256 at hand.
+
+    Attributes:
+        size: bytes so far.
+    """
+
+    def __init__(self, path: Path) -> None:
+        _observe("create", path)
+        self.path = path
+        self.size = 0
+        self._digest = hashlib.sha256()
+        self._pending = bytearray()
+        self._file = path.open("xb", buffering=0)
+
+    def write(self, data: Any) -> None:
+        """Append bytes, a memoryview or anything else with a buffer."""
+        self._digest.update(data)
+        before = len(self._pending)
+        self._pending += data
+        self.size += len(self._pending) - before
+        if len(self._pending) >= BUFFER_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        with _named(self.path), memoryview(self._pending) as pending:
+            done = 0
+            while done < len(pending):
+                _observe("write", self.path)
+                done += self._file.write(pending[done:])
+        self._pending = bytearray()
+
+    def sha256(self) -> str:
+        """Hexadecimal digest of all bytes so far."""
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """Hand everything to the operating system; durable only after `fsync_file`."""
+        try:
+            self._flush()
+        finally:
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a new file; it must not exist."""
+    with Writer(path) as file:
+        file.write(data)
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Write a file beside and rename it over `path`, so that readers see the old or the new content.
+
+    Not made durable: for memories whose loss costs only time.
+    """
+    beside = path.with_name(f".tmp-{os.getpid()}-{os.urandom(8).hex()}")
+    try:
+        write_bytes(beside, data)
+        replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def fsync_file(path: Path) -> None:
+    """Make a file's content durable. A failure is final: the kernel may have dropped the pages, so never retry."""
+    _observe("fsync", path)
+    _fsync(path)
+
+
+def fsync_folder(path: Path) -> None:
+    """Make a folder's names durable, where the file system knows that."""
+    _observe("fsync", path)
+    try:
+        _fsync(path)
+    except OSError as error:
+        # some network file systems refuse to sync a folder: they have no better way
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+
+
+def _fsync(path: Path) -> None:
+    with _named(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Rename a folder. A folder with content at `new` is an OSError."""
+    _observe("rename", new)
+    old.rename(new)
+
+
+def replace(old: Path, new: Path) -> None:
+    """Rename a file, in place of one that is there."""
+    _observe("replace", new)
+    old.replace(new)
+
+
+def make_folder(path: Path, *, new: bool = False) -> None:
+    """Make a folder and its parents; with `new` it must not exist."""
+    _observe("mkdir", path)
+    path.mkdir(parents=True, exist_ok=not new)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder as far as possible; what stays is only disk space."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """The same for a folder, a file or anything else."""
+    # rmtree opens what it is given, and opening a pipe may wait for ever
+    if path.is_dir() and not path.is_symlink():
+        remove_folder(path)
+        return
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def share(descriptor: int) -> None:
+    """Mark an open file as in use until it is closed, where the platform and the file system can; see `is_shared`."""
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def _descriptor_to_lock(path: Path) -> int:
+    try:
+        # network file systems take an exclusive lock only of those who may write
+        return os.open(path, os.O_RDWR)
+    except PermissionError:
+        return os.open(path, os.O_RDONLY)
+
+
+def is_shared(path: Path) -> bool:
+    """Whether a process of this host (of any host, where the file system passes locks on) marked a file as in use."""
+    try:
+        import fcntl
+
+        descriptor = _descriptor_to_lock(path)
+    except (ImportError, FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        # who may not even look must not remove it either
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def clock_of(folder: Path) -> float:
+    """Seconds since 1970 by the clock that stamps the files of a folder, which need not be this process's."""
+    probe = folder / f".tmp-{os.getpid()}-{os.urandom(8).hex()}"
+    write_bytes(probe, b"")
+    try:
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def last_change(path: Path) -> float:
+    """When a file, or anything directly in a folder, was last written; 0 when it is gone."""
+    times = [0.0]
+    with contextlib.suppress(OSError):
+        times.append(path.lstat().st_mtime)
+        times += [inside.lstat().st_mtime for inside in path.iterdir()]
+    return max(times)
+
+
+def open_plain(path: Path) -> io.BufferedReader:
+    """Open a file to read it. What is no plain file, whose reading might never end, is an OSError."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def file_digest(path: Path) -> str:
+    """Hexadecimal sha256 of a file's content, read in pieces."""
+    with open_plain(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_checksums(path: Path, chunk_bytes: int) -> list[int]:
+    """crc32 of each chunk of a file."""
+    with open_plain(path) as file:
+        return [zlib.crc32(chunk) for chunk in iter(lambda: file.read(chunk_bytes), b"")]
+
+
+def canonical_json(value: Any) -> str:
+    """JSON text that is the same for equal values on every machine; NaN is refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def sealed_digest(values: dict[str, Any]) -> str:
+    """The digest that `seal` writes beside values."""
+    return hashlib.sha256(canonical_json(values).encode()).hexdigest()
+
+
+def seal(values: dict[str, Any]) -> bytes:
+    """JSON that carries the digest of itself, so that any changed byte is noticed."""
+    return (
+        json.dumps({**values, "digest": sealed_digest(values)}, sort_keys=True, indent=1, allow_nan=False) + "\n"
+    ).encode()
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read what `seal` made.
+
+    Raises:
+        DQError: the text is not exactly what `seal` writes for its values.
+        OSError: the file cannot be read.
+    """
+    with open_plain(path) as file:
+        text = file.read(MAX_JSON_BYTES + 1)
+    if len(text) > MAX_JSON_BYTES:
+        raise DQError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
+    # counted before they are made: millions of empty lists take thirty times the memory of their text
+    if sum(map(text.count, (b",", b":", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise DQError(f"{path.name} holds more than {MAX_JSON_VALUES:,} values")
+    try:
+        values = json.loads(text)
+        # a foreign JSON file may hold anything at all, also nesting that exhausts the stack
+        whole = isinstance(values, dict) and values.pop("digest", None) is not None and seal(values) == text
+    except (ValueError, RecursionError) as error:
+        raise DQError(f"{path.name} is not JSON of ours ({type(error).__name__})") from error
+    if not whole:
+        raise DQError(f"{path.name} does not match its own digest")
+    assert isinstance(values, dict)
+    return values

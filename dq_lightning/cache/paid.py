@@ -1,0 +1,88 @@
+"""Rows of an embeddings API, which cost money: one file a finished request, found again by the digest of their text.
+
+    ROOT/0-paid/MODEL/KEYS-COUNT.rows    see `cache/sealed_arrays.py`; KEYS is the beginning of a digest of the texts
+
+Touches the disk.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dq_lightning.cache import files
+from dq_lightning.cache.disk_errors import explained
+from dq_lightning.cache.sealed_arrays import read_arrays, write_arrays
+from dq_lightning.core.errors import StoreError
+
+logger = logging.getLogger("dq_lightning")
+
+PAID_FOLDER = "0-paid"
+FORMAT = "dq_lightning paid rows 1"
+Rows = NDArray[np.float32]
+
+
+class PaidFolder:
+    """The rows of all models; implements `resuming.Paid`.
+
+    Args:
+        root: folder; it is made when there is something to keep.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def of(self, model: str) -> "PaidRows":
+        """See `resuming.Paid`."""
+        return PaidRows(self._root / model)
+
+
+class PaidRows:
+    """Rows of one model; implements `resuming.PaidRows`. A file that is damaged is passed over: its rows are paid for again.
+
+    Args:
+        folder: of the model.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._rows: dict[bytes, Rows] = {}
+        for path in sorted(folder.glob("*.rows")):
+            self._read(path)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._rows
+
+    def __getitem__(self, key: bytes) -> Rows:
+        return self._rows[key]
+
+    def record(self, keys: Sequence[bytes], rows: Rows) -> None:
+        """See `resuming.PaidRows`.
+
+        Raises:
+            CacheError: the disk is full, say. What is paid for next could not be kept either.
+        """
+        path = self._folder / f"{hashlib.sha256(b''.join(keys)).hexdigest()[:16]}-{len(keys)}.rows"
+        places = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
+        with explained(path):
+            files.make_folder(self._folder)
+            write_arrays(path, self._identity, {"key": places, "row": rows})
+            files.fsync_folder(self._folder)
+
+    @property
+    def _identity(self) -> list[str]:
+        return [FORMAT, self._folder.name]
+
+    def _read(self, path: Path) -> None:
+        try:
+            stored = read_arrays(path, self._identity)
+            keys, rows = stored["key"], stored["row"]
+            if keys.ndim != 2 or rows.ndim != 2 or len(keys) != len(rows) or not np.isfinite(rows).all():
+                raise StoreError("it holds something else than rows")
+        except (OSError, StoreError, KeyError, TypeError) as error:
+            logger.warning("features: passing over %s, which cannot be used (%s)", path, error)
+            return
+        self._rows.update((key.tobytes(), row) for key, row in zip(keys, rows, strict=True))

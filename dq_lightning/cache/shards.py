@@ -1,0 +1,163 @@
+"""Finished work of an entry that is not finished: a killed run goes on where its last shard ends. Touches the disk.
+
+A shard is one file under ROOT/0-partial/STATION/KEY/ (work that comes before: KEY/PART/). It holds the arrays that the work on
+some consecutive samples gave, in the order of the work: samples START to STOP.
+
+    START-STOP-RANDOM.shard    see `cache/sealed_arrays.py`
+
+Shards are cut by time, not by count: nothing is written by work that is soon done, and a killed run loses `LEAST_SECONDS` of
+work, or up to `MOST_SECONDS` where the disk is so slow that shorter shards would cost over 2 %. Where a shard ends depends on
+the clock, what is in it does not: loops cut between their batches, and go on with the batches of an undisturbed run.
+
+Shards only save work. Builders of one key side by side write files of their own names and may read each other's. One that is
+damaged, of another key or made from something else is dropped; its samples are done again, and so is what follows, unless
+another builder's shards lead there. When none can be written (on a full disk, say), a warning says so and the stage goes on.
+"""
+
+import errno
+import hashlib
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from dq_lightning.cache import files
+from dq_lightning.cache.sealed_arrays import MAX_HEADER_BYTES, read_arrays, write_arrays
+from dq_lightning.core.errors import StoreError
+from dq_lightning.core.resuming import Array
+
+logger = logging.getLogger("dq_lightning")
+
+PARTIAL_FOLDER = "0-partial"
+FORMAT = "dq_lightning shard 2"
+LEAST_SECONDS, MOST_SECONDS = 20.0, 60.0
+# the work between two shards takes at least so many times as long as writing one
+WORK_PER_COST = 50.0
+ABANDONED_SECONDS = 14 * 24 * 3600.0
+
+
+def partial_folder(entry: Path) -> Path:
+    """Where the shards of an entry are, which itself is or will be at ROOT/STATION/KEY."""
+    return entry.parent.parent / PARTIAL_FOLDER / entry.parent.name / entry.name
+
+
+def remove_shards(entry: Path, before: float = math.inf) -> None:
+    """Take the shards of an entry away, as far as possible.
+
+    Args:
+        entry: its folder.
+        before: seconds since 1970; shards stay if one was written since then.
+    """
+    folder = partial_folder(entry)
+    if folder.exists() and files.last_change(folder) <= before:
+        files.remove_folder(folder)
+
+
+def remove_abandoned(station: Path, now: float) -> None:
+    """Remove shards of a station's entries to which nothing was added for two weeks.
+
+    Args:
+        station: its folder, ROOT/STATION.
+        now: seconds since 1970 by the clock that stamps its files.
+    """
+    for folder in (station.parent / PARTIAL_FOLDER / station.name).glob("*"):
+        if now - files.last_change(folder) > ABANDONED_SECONDS:
+            files.remove(folder)
+
+
+class KeptShards:
+    """The shards of one entry that is being made; implements `resuming.Shards`.
+
+    Args:
+        entry: where the entry will be.
+        noun: what the work is called in messages.
+        part: name of a piece of work that comes before that on the entry itself and has shards of its own.
+        also: another entry, whose unfinished work is as good as that of this one.
+        fresh: remove what is there.
+
+    Attributes:
+        reserve_bytes: what the entry itself needs on the disk: no shard is written that would leave less room.
+        made_from: what the work depends on in its last bits and the key does not tell, such as the entries it reads.
+    """
+
+    def __init__(
+        self, entry: Path, noun: str, *, part: str = "", also: Path | None = None, fresh: bool = False
+    ) -> None:
+        if fresh:
+            remove_shards(entry)
+        self.reserve_bytes = 0
+        self.made_from = ""
+        self._folder, self._noun = partial_folder(entry) / part, noun
+        others = [] if also is None or fresh else [also]
+        self._keys = {partial_folder(e) / part: f"{e.parent.name} {e.name} {part}" for e in (entry, *others)}
+        self._loop_made_from = ""
+        self._done = 0
+        self._since: float | None = None
+        self._interval = LEAST_SECONDS
+        self._given_up = False
+
+    def restore(self, total: int, made_from: str = "") -> Iterator[dict[str, Array]]:
+        """See `resuming.Shards`. Each shard is read when its turn comes; memory holds one at a time."""
+        self._loop_made_from, self._done = made_from, 0
+        listed = sorted((path for folder in self._keys for path in folder.glob("*.shard")), key=_stop, reverse=True)
+        while found := next((path for path in listed if path.name.startswith(f"{self._done:012}-")), None):
+            listed.remove(found)
+            stop = _stop(found)
+            try:
+                arrays = read_arrays(found, self._identity(found.parent, self._done, stop))
+            except FileNotFoundError:
+                # another builder has finished the entry
+                continue
+            except (OSError, StoreError) as error:
+                logger.warning("%s: dropping a shard of finished work (%s: %s)", self._noun, found, error)
+                files.remove(found)
+                continue
+            yield arrays
+            self._done = stop
+        if self._done:
+            logger.info("resuming %s: %s of %s samples are there", self._noun, f"{self._done:,}", f"{total:,}")
+
+    def is_due(self) -> bool:
+        """See `resuming.Shards`."""
+        if self._since is None:
+            self._since = time.monotonic()
+        return not self._given_up and time.monotonic() - self._since >= self._interval
+
+    def keep(self, count: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """See `resuming.Shards`. Arrays of other dtypes than `DTYPES` are a programming error."""
+        started = time.monotonic()
+        if count and not self._given_up:
+            try:
+                self._write(self._done, self._done + count, arrays)
+            except OSError as error:
+                self._given_up = True
+                logger.warning(
+                    "%s: finished work cannot be kept (%s); if this run is killed, the next begins after %s samples",
+                    *(self._noun, error, f"{self._done:,}"),
+                )
+            self._done += count
+        self._since = time.monotonic()
+        self._interval = min(max(LEAST_SECONDS, WORK_PER_COST * (self._since - started)), MOST_SECONDS)
+
+    def _write(self, start: int, stop: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        size = MAX_HEADER_BYTES + sum(array.nbytes for array in arrays.values())
+        files.make_folder(self._folder)
+        if shutil.disk_usage(self._folder).free < size + self.reserve_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
+        name = f"{start:012}-{stop:012}-{os.urandom(4).hex()}.shard"
+        write_arrays(self._folder / name, self._identity(self._folder, start, stop), arrays)
+
+    def _identity(self, folder: Path, start: int, stop: int) -> list[Any]:
+        made_from = hashlib.sha256(f"{self.made_from} {self._loop_made_from}".encode()).hexdigest()
+        return [FORMAT, self._keys[folder], made_from, start, stop]
+
+
+def _stop(path: Path) -> int:
+    parts = path.name.split("-")
+    return int(parts[1]) if len(parts) > 1 and parts[1].isdecimal() else 0

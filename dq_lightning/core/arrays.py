@@ -1,0 +1,36 @@
+"""Dtypes and shapes of arrays and tensors as the files of the cache and of packed sets describe them."""
+
+import math
+from typing import Any
+
+import torch
+
+from dq_lightning.core.errors import StoreError
+
+MAX_DIMENSIONS = 32
+MAX_ELEMENTS = 1 << 48
+TENSOR_DTYPES: dict[str, torch.dtype] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32),
+        *(torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
+    )
+}
+
+
+def plain_shape(value: Any) -> tuple[int, ...]:
+    """The shape of a stored description.
+
+    Raises:
+        StoreError: not a short list of sensible sizes.
+    """
+    sizes_fit = (
+        isinstance(value, list)
+        and len(value) <= MAX_DIMENSIONS
+        and all(type(n) is int and 0 <= n < MAX_ELEMENTS for n in value)
+        # also of what has no elements: the sizes of the others are multiplied to find a place
+        and math.prod(max(n, 1) for n in value) < MAX_ELEMENTS
+    )
+    if not sizes_fit:
+        raise StoreError(f"{value!r:.80} is no shape")
+    return tuple(value)

@@ -1,0 +1,104 @@
+"""What the settings share: checks of their values, and JSON in both directions."""
+
+import json
+import re
+from dataclasses import asdict
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, ClassVar, Self, get_args, get_type_hints
+
+from dq_lightning.core.errors import ConfigError
+
+
+def check_choice(owner: str, name: str, value: object, choices: Any) -> None:
+    """Raise ConfigError unless `value` is one of the Literal type `choices`."""
+    if value not in get_args(choices):
+        raise ConfigError(f"{owner}.{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
+
+
+def check_ratio(owner: str, name: str, value: float, *, zero: bool = False) -> None:
+    """Raise ConfigError unless 0 < value <= 1 (0 <= value < 1 with `zero`)."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ConfigError(f"{owner}.{name} must be a number, got {value!r}")
+    inside = (0 <= value < 1) if zero else (0 < value <= 1)
+    if not inside:
+        hint = f"; {value:g} % is {value / 100:g}" if 1 < value <= 100 else ""
+        raise ConfigError(f"{owner}.{name} must be in {'[0, 1)' if zero else '(0, 1]'}, got {value!r}{hint}")
+
+
+def check_local(name: str, path: str | Path | None) -> None:
+    """Raise ConfigError for an address: it would become a folder of that name below the working directory."""
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+(?=:/)", str(path or ""))
+    if scheme is not None:
+        advice = (
+            "leave file: and the slashes behind it out" if scheme[0] == "file" else "mount it, and pass that folder"
+        )
+        raise ConfigError(
+            f"{name}={str(path)!r} is an address, and only folders of this machine can be written: {advice}"
+        )
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    fields = getattr(kind, "__dataclass_fields__", {})
+    return {name: hint for name, hint in get_type_hints(kind).items() if name in fields}
+
+
+class JsonFields:
+    """JSON in both directions for nested frozen dataclasses; unknown fields are errors."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        """Numbers become what their fields say: settings that are equal are the same settings (1 and 1.0, NumPy's)."""
+        for name, hint in _hints(type(self)).items():
+            value = getattr(self, name)
+            kinds = get_args(hint) or (hint,)
+            if isinstance(value, bool):
+                continue
+            if float in kinds and isinstance(value, Real):
+                object.__setattr__(self, name, float(value))
+            elif int in kinds and isinstance(value, Integral):
+                object.__setattr__(self, name, int(value))
+            elif isinstance(value, list | tuple):
+                number: Any = int if tuple[int, ...] in kinds else float
+                object.__setattr__(self, name, tuple(number(v) if isinstance(v, Real) else v for v in value))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dicts, lists and scalars."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    def to_json(self) -> str:
+        """Indented JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: a field is unknown or its value invalid.
+        """
+        if not isinstance(values, dict):
+            raise ConfigError(f"{cls.__name__} is made from a dict of its fields, got {values!r:.80}")
+        hints = _hints(cls)
+        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
+        if unknown:
+            known = ", ".join(cls.__dataclass_fields__)
+            raise ConfigError(f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {known}")
+        made = {}
+        for name, value in values.items():
+            hint = hints[name]
+            if isinstance(hint, type) and issubclass(hint, JsonFields) and isinstance(value, dict):
+                value = hint.from_dict(value)
+            elif isinstance(hint, type) and issubclass(hint, JsonFields) and not isinstance(value, hint):
+                raise ConfigError(f"{cls.__name__}.{name} must be a mapping of its fields, got {value!r}")
+            elif isinstance(value, list):
+                value = tuple(value)
+            made[name] = value
+        return cls(**made)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `to_json`."""
+        return cls.from_dict(json.loads(text))

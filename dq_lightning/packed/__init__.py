@@ -1,0 +1,1 @@
+"""The packed format: its writer and its reader."""

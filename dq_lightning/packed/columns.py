@@ -1,0 +1,273 @@
+"""Which parts of a sample become fixed-width columns, and how they come back. PURE.
+
+A sample is a tree of tuples, lists and dicts. A leaf that has one type, shape and dtype over the samples looked at first is a
+column; a later sample that differs puts its own value beside the columns, so that any sequence can be written in one pass.
+"""
+
+import math
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dq_lightning.core.arrays import TENSOR_DTYPES, plain_shape
+from dq_lightning.core.errors import StoreError
+from dq_lightning.core.records import PatchedImage
+from dq_lightning.packed.images import MODE_BITS, image_from_raw, is_plain, raw_bytes_of
+from dq_lightning.packed.patch_stream import MAX_PROPERTIES_BYTES, check_facts, shared_heads
+from dq_lightning.packed.trees import Tree, container, same_container
+from dq_lightning.packed.values import (
+    MAX_DEPTH,
+    array_bytes,
+    array_from,
+    encode_properties,
+    is_plain_array,
+    is_plain_tensor,
+    numpy_dtype,
+    properties_setter,
+    tensor_bytes,
+    tensor_from,
+)
+
+# a larger image is smaller as PNG or as its owner's bytes
+MAX_RAW_IMAGE_BYTES = 64 * 64 * 4
+MAX_ROW_BYTES = 1 << 40
+# each is a file; a sample of more parts, such as a long list of numbers, is one value
+MAX_PLANNED_COLUMNS = 512
+VALUE_KIND = "value"
+STREAM_KIND = "stream"
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What one place of the tree holds in every sample.
+
+    Attributes:
+        kind: "none", "bool", "int", "float", "scalar", "array", "tensor", "image", "patches" (the raw pixels of as many kept
+            patches in every sample), "stream" (patched images of any length, in values.bin), or "value" (no column).
+        dtype: numpy's description, torch's name, or the image's mode; of patched images `mode/layout/codec`.
+        shape: of an array or tensor; (width, height) of an image; of patches (height, width, P, bytes of
+            pixels); of a stream (P,).
+        shared: what the heads and properties of a stream's images are squeezed with.
+        properties: format and info of every image of the column, see `values.encode_properties`.
+    """
+
+    kind: str
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    shared: bytes = field(default=b"", compare=False)
+    properties: bytes = b""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one sample in the column."""
+        return _ROW_BYTES[self.kind](self)
+
+    def column_type(self) -> tuple[str, tuple[int, ...]]:
+        """Type and row shape of the npy file that holds the column."""
+        if self.kind in ("scalar", "array"):
+            return self.dtype, self.shape
+        if self.kind == "image":
+            width, height = self.shape
+            bands = max(1, MODE_BITS[self.dtype] // 8)
+            fits = self.row_bytes == width * height * bands
+            return "|u1", ((height, width, bands) if bands > 1 else (height, width)) if fits else (self.row_bytes,)
+        if self.kind == "patches":
+            return "|u1", (self.row_bytes,)
+        if self.kind == "tensor":
+            known = _NUMPY_OF_TENSOR.get(self.dtype)
+            return (known, self.shape) if known else ("|u1", (self.row_bytes,))
+        return {"bool": "|b1", "int": "<i8", "float": "<f8"}[self.kind], ()
+
+
+_NUMPY_OF_TENSOR = {
+    name: f"<{c}{n}" for name, c, n in (("int16", "i", 2), ("int32", "i", 4), ("int64", "i", 8), ("float16", "f", 2))
+}
+_NUMPY_OF_TENSOR |= {"float32": "<f4", "float64": "<f8", "uint8": "|u1", "int8": "|i1", "bool": "|b1"}
+_ROW_BYTES: dict[str, Callable[[Leaf], int]] = {
+    "none": lambda leaf: 0,
+    VALUE_KIND: lambda leaf: 0,
+    STREAM_KIND: lambda leaf: 0,
+    "patches": lambda leaf: _mask_bytes(leaf) + leaf.shape[3],
+    "bool": lambda leaf: 1,
+    "int": lambda leaf: 8,
+    "float": lambda leaf: 8,
+    "scalar": lambda leaf: numpy_dtype(leaf.dtype).itemsize,
+    "array": lambda leaf: math.prod(leaf.shape) * numpy_dtype(leaf.dtype).itemsize,
+    "tensor": lambda leaf: math.prod(leaf.shape) * TENSOR_DTYPES[leaf.dtype].itemsize,
+    "image": lambda leaf: raw_bytes_of(leaf.dtype, (leaf.shape[0], leaf.shape[1])),
+}
+
+
+def describe_leaf(value: Any, raw_images: bool = False) -> Leaf:
+    """The narrowest description of a value; "value" when it has no fixed width, or is a large image and not wanted raw."""
+    kind = type(value)
+    if value is None:
+        return Leaf("none")
+    if kind in (bool, float) or (kind is int and -(1 << 63) <= value < 1 << 63):
+        return Leaf(kind.__name__)
+    if isinstance(value, np.generic) and value.dtype.kind in "biufcMm":
+        return Leaf("scalar", value.dtype.str)
+    if is_plain_array(value) and value.dtype.kind in "biufcMm":
+        return Leaf("array", value.dtype.str, value.shape)
+    if is_plain_tensor(value):
+        return Leaf("tensor", str(value.dtype).removeprefix("torch."), tuple(value.shape))
+    if isinstance(value, PatchedImage) and value.codec == "raw":
+        facts = (value.height, value.width, value.patch_size, len(value.data))
+        return Leaf("patches", stream_leaf(value).dtype, facts, properties=value.properties)
+    if isinstance(value, PatchedImage):
+        return stream_leaf(value)
+    if isinstance(value, Image.Image) and _is_raw(value, raw_images):
+        try:
+            return Leaf("image", value.mode, value.size, properties=encode_properties(value))
+        except StoreError:
+            return Leaf(VALUE_KIND)  # which tells where it stands
+    return Leaf(VALUE_KIND)
+
+
+def _is_raw(image: Image.Image, raw_images: bool) -> bool:
+    """Whether the pixels and the info of an image say what it shows, and its pixels go into a column."""
+    if image.mode not in MODE_BITS or image.mode in ("P", "PA") or 0 in image.size or not is_plain(image):
+        return False
+    return raw_images or raw_bytes_of(image.mode, image.size) <= MAX_RAW_IMAGE_BYTES
+
+
+def stream_leaf(image: PatchedImage) -> Leaf:
+    """What patched images that may stand in one stream have in common."""
+    return Leaf(STREAM_KIND, f"{image.mode}/{image.layout}/{image.codec}", (image.patch_size,))
+
+
+def fits(value: Any, leaf: Leaf, raw_images: bool = False) -> bool:
+    """Whether a value can be stored as this leaf."""
+    if leaf.kind == STREAM_KIND:
+        alike = isinstance(value, PatchedImage) and stream_leaf(value) == leaf
+        return alike and len(value.properties) <= MAX_PROPERTIES_BYTES
+    return leaf.kind != VALUE_KIND and describe_leaf(value, raw_images) == leaf
+
+
+def _mask_bytes(leaf: Leaf) -> int:
+    height, width, patch_size, _ = leaf.shape
+    return -(-(-(-height // patch_size) * -(-width // patch_size)) // 8)
+
+
+def leaf_bytes(value: Any, leaf: Leaf) -> bytes:
+    """The bytes of one sample in the column."""
+    if leaf.kind == "patches":
+        return bytes(value.mask + value.data)
+    if leaf.kind in ("bool", "int", "float"):
+        return struct.pack({"bool": "<?", "int": "<q", "float": "<d"}[leaf.kind], value)
+    if leaf.kind == "tensor":
+        return tensor_bytes(value)
+    if leaf.kind == "image":
+        pixels: bytes = value.tobytes()
+        return pixels
+    return array_bytes(value) if leaf.kind in ("scalar", "array") else b""
+
+
+def leaf_reader(leaf: Leaf) -> Callable[[Any], Any]:
+    """A function from a sample's bytes in the column to the value."""
+    if leaf.kind == "int":
+        return lambda data: int.from_bytes(data, "little", signed=True)
+    if leaf.kind == "bool":
+        return lambda data: data[0] != 0
+    if leaf.kind == "float":
+        return lambda data: struct.unpack("<d", data)[0]
+    if leaf.kind == "patches":
+        height, width, patch_size, _ = leaf.shape
+        (kind, layout, codec), cut = leaf.dtype.split("/"), _mask_bytes(leaf)
+        properties = leaf.properties
+        return lambda data: PatchedImage(
+            height, width, kind, layout, patch_size, bytes(data[:cut]), codec, bytes(data[cut:]), properties
+        )
+    if leaf.kind == "image":
+        return _image_reader(leaf.dtype, (leaf.shape[0], leaf.shape[1]), leaf.properties)
+    if leaf.kind == "tensor":
+        torch_dtype, shape = TENSOR_DTYPES[leaf.dtype], leaf.shape
+        return lambda data: tensor_from(data, torch_dtype, shape)
+    if leaf.kind in ("scalar", "array"):
+        dtype, shape, whole = numpy_dtype(leaf.dtype), leaf.shape, leaf.kind == "array"
+        return lambda data: array_from(data, dtype, shape) if whole else array_from(data, dtype, shape)[()]
+    return lambda data: None
+
+
+def _image_reader(mode: str, size: tuple[int, int], properties: bytes) -> Callable[[Any], Image.Image]:
+    """A function from raw pixels to an image, with the format and info that all images of a column have."""
+    if not properties:
+        return lambda data: image_from_raw(mode, size, data)
+    give = properties_setter(properties)
+
+    def read(data: Any) -> Image.Image:
+        image = image_from_raw(mode, size, data)
+        give(image)
+        return image
+
+    return read
+
+
+def plan(samples: Sequence[Any], raw_images: bool = False) -> tuple[Tree, list[Leaf]]:
+    """The tree and leaves that fit the given samples: a place where they differ is a "value" leaf."""
+    leaves: list[Leaf] = []
+
+    def grow(values: Sequence[Any], depth: int) -> Tree:
+        kind = container(values[0])
+        keys = tuple(values[0]) if kind == "dict" else ()
+        alike = (
+            kind
+            and depth < MAX_DEPTH // 2
+            and all(same_container(value, kind, keys, len(values[0])) for value in values)
+        )
+        if alike:
+            inner = keys if kind == "dict" else range(len(values[0]))
+            return Tree(str(kind), -1, keys, tuple(grow([value[key] for value in values], depth + 1) for key in inner))
+        described = {describe_leaf(value, raw_images) for value in values}
+        if len(described) > 1 and all(isinstance(value, PatchedImage) for value in values):
+            described = {stream_leaf(value) for value in values}
+        leaf = described.pop() if len(described) == 1 else Leaf(VALUE_KIND)
+        leaves.append(replace(leaf, shared=shared_heads(values)) if leaf.kind == STREAM_KIND else leaf)
+        return Tree("leaf", len(leaves) - 1)
+
+    if not samples:
+        return Tree("leaf", 0), [Leaf(VALUE_KIND)]
+    tree = grow(samples, 0)
+    return (tree, leaves) if len(leaves) <= MAX_PLANNED_COLUMNS else (Tree("leaf", 0), [Leaf(VALUE_KIND)])
+
+
+def leaf_from_json(value: Any) -> Leaf:
+    """A leaf from its stored description.
+
+    Raises:
+        StoreError: unknown kind, dtype, mode or size.
+    """
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str) or value["kind"] not in _ROW_BYTES:
+        raise StoreError(f"store.json has an unknown column {value!r:.80}")
+    hexadecimal = {name: _bytes_of(value, name) for name in ("shared", "properties")}
+    leaf = Leaf(value["kind"], str(value.get("dtype", "")), plain_shape(value.get("shape", [])), **hexadecimal)
+    if leaf.kind in ("patches", STREAM_KIND):
+        check_facts(leaf.kind, leaf.dtype, leaf.shape)
+    image_fits = leaf.dtype in MODE_BITS and len(leaf.shape) == 2 and 0 not in leaf.shape
+    proper = {
+        "tensor": leaf.dtype in TENSOR_DTYPES,
+        "image": image_fits,
+        "scalar": leaf.shape == (),
+    }.get(leaf.kind, True)
+    if not proper or leaf.row_bytes > MAX_ROW_BYTES:
+        raise StoreError(f"store.json has an impossible column {value!r:.80}")
+    return leaf
+
+
+def leaf_to_json(leaf: Leaf) -> dict[str, Any]:
+    """Plain JSON for a leaf."""
+    plain = {"kind": leaf.kind, "dtype": leaf.dtype, "shape": list(leaf.shape)}
+    beside = {"shared": leaf.shared, "properties": leaf.properties}
+    return plain | {name: data.hex() for name, data in beside.items() if data}
+
+
+def _bytes_of(value: dict[str, Any], name: str) -> bytes:
+    text = value.get(name, "")
+    try:
+        return bytes.fromhex(text)
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"store.json has {name} bytes that are no hexadecimal digits: {text!r:.40}") from error

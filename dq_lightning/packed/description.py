@@ -1,0 +1,45 @@
+"""What store.json must say before any file that it names is opened."""
+
+from pathlib import Path
+from typing import Any
+
+from dq_lightning.cache.manifest import Damage, check_file, is_plain_name
+from dq_lightning.packed.writer import FORMAT, FORMAT_VERSION, VERSION_WITHOUT_PATCHES
+
+# a hundred times ImageNet; what is held in memory of each takes about 30 bytes and its name
+MAX_SAMPLES = 1 << 27
+MAX_NAME_BYTES = 4096
+MAX_COLUMNS = 1 << 16
+# verified whenever the store is opened
+SMALL_FILES = ("index.npy", "bin.npy", "id_offsets.npy", "ids.bin", "value_offsets.npy", "checksums.npy")
+
+
+def check_description(path: Path, description: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Number of samples and attributes of the store in a folder.
+
+    Raises:
+        Damage: another format, a fact is missing, or a file is not there in its size.
+    """
+    version = description.get("version")
+    if description.get("format") != FORMAT or version not in (VERSION_WITHOUT_PATCHES, FORMAT_VERSION):
+        seen = f"{description.get('format')!r:.40} version {version!r:.40}"
+        raise Damage(f"it is {seen}, this package reads {FORMAT!r} version {FORMAT_VERSION}")
+    count, listed, attributes = (description.get(name) for name in ("num_samples", "files", "attributes"))
+    if (
+        type(count) is not int
+        or not 0 <= count < MAX_SAMPLES
+        or not isinstance(listed, dict)
+        or not isinstance(attributes, dict)
+    ):
+        raise Damage("store.json lacks num_samples, files or attributes")
+    for name, facts in listed.items():
+        whole = isinstance(facts, dict) and type(facts.get("size")) is int and isinstance(facts.get("sha256"), str)
+        if not is_plain_name(name) or not whole:
+            raise Damage(f"store.json names {name!r:.80}, which is not a plain file with size and sha256")
+        check_file(path, name, facts, hashed=False)
+    missing = {*SMALL_FILES, "values.bin"} - set(listed)
+    if missing:
+        raise Damage(f"store.json does not name {', '.join(sorted(missing))}")
+    if listed["ids.bin"]["size"] > MAX_NAME_BYTES * count:
+        raise Damage(f"ids.bin has more than {MAX_NAME_BYTES} bytes for the name of a sample")
+    return count, attributes

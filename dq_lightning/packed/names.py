@@ -1,0 +1,35 @@
+"""The ids of the samples of a packed store. PURE."""
+
+from collections.abc import Sequence
+from typing import overload
+
+from dq_lightning.core.errors import StoreError
+
+
+class Names(Sequence[str]):
+    """The ids of the samples: text without a Python object for each."""
+
+    def __init__(self, data: memoryview, offsets: memoryview) -> None:
+        self._data = data
+        self._offsets = offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @overload
+    def __getitem__(self, position: int) -> str: ...
+
+    @overload
+    def __getitem__(self, position: slice) -> list[str]: ...
+
+    def __getitem__(self, position: int | slice) -> str | list[str]:
+        if isinstance(position, slice):
+            return [self[i] for i in range(*position.indices(len(self)))]
+        at = range(len(self))[position]
+        start, end = self._offsets[at], self._offsets[at + 1]
+        try:
+            if not 0 <= start <= end <= len(self._data):
+                raise ValueError(f"it is said to be at {start} to {end} of {len(self._data)} bytes")
+            return bytes(self._data[start:end]).decode(errors="surrogatepass")
+        except ValueError as error:
+            raise StoreError(f"the id of sample {at} cannot be read ({error}): copy the store again") from error

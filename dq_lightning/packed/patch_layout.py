@@ -1,0 +1,221 @@
+"""Where the kept patches of an image lie while a codec holds them, and the way back into the image. PURE.
+
+Kept patches stand side by side in one long row, in the order of the grid, so that most have their true left neighbour. Cells
+have a side that the codec's blocks divide; what a patch lacks is filled with copies of its last row and column.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dq_lightning.core.errors import StoreError
+from dq_lightning.core.records import MAX_PIXELS
+
+# a longer row is broken: JPEG's own bound is 65,500
+MAX_STRIP_SIDE = 65_500
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of an image's grid and of the strip that holds its kept patches.
+
+    Attributes:
+        height: of the image in pixels.
+        width: likewise.
+        channels: C.
+        patch: side of a patch in pixels.
+        side: of a cell in the strip, at least that of a patch.
+        count: patches kept.
+    """
+
+    height: int
+    width: int
+    channels: int
+    patch: int
+    side: int
+    count: int
+
+    def __post_init__(self) -> None:
+        rows, columns = self.grid
+        padded = max(rows * columns * self.patch**2, self.strip_size[0] * self.strip_size[1])
+        if padded > 4 * MAX_PIXELS or max(self.strip_size) > MAX_STRIP_SIDE:
+            raise StoreError(
+                f"patches of {self.patch} pixels of an image of {self.height} x {self.width} cannot be laid out: "
+                "take smaller patches or a smaller image"
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches from top to bottom and from left to right."""
+        return -(-self.height // self.patch), -(-self.width // self.patch)
+
+    @property
+    def divides(self) -> bool:
+        """Whether no patch is partial."""
+        return self.height % self.patch == 0 == self.width % self.patch
+
+    @property
+    def strip_cells(self) -> tuple[int, int]:
+        """Rows of cells in the strip, and cells in each."""
+        rows = max(1, -(-self.count // max(1, MAX_STRIP_SIDE // self.side)))
+        return rows, -(-self.count // rows)
+
+    @property
+    def strip_size(self) -> tuple[int, int]:
+        """Height and width of the strip in pixels."""
+        rows, columns = self.strip_cells
+        return rows * self.side, columns * self.side
+
+
+def mask_array(mask: bytes, num_patches: int) -> Mask:
+    """Mask bool [L] of its packed bytes."""
+    return np.unpackbits(np.frombuffer(mask, np.uint8), count=num_patches, bitorder="little").view(np.bool_)
+
+
+def cut(pixels: Pixels, mask: Mask, layout: Layout) -> Pixels:
+    """Kept patches [k, side, side, C] of pixels [H, W, C], padded with copies of their last row and column."""
+    rows, columns = layout.grid
+    patch, spare = layout.patch, layout.side - layout.patch
+    padding = ((0, rows * patch - layout.height), (0, columns * patch - layout.width), (0, 0))
+    whole = pixels if layout.divides else np.pad(pixels, padding, "edge")
+    cells = whole.reshape(rows, patch, columns, patch, layout.channels).swapaxes(1, 2)
+    kept = cells[mask.reshape(rows, columns)]
+    return np.pad(kept, ((0, 0), (0, spare), (0, spare), (0, 0)), "edge") if spare else kept
+
+
+def strip_of(cells: Pixels, layout: Layout) -> Pixels:
+    """Lay cells [k, side, side, C] into the strip; places left over repeat the last cell."""
+    rows, columns = layout.strip_cells
+    spare = np.repeat(cells[-1:], rows * columns - len(cells), 0)
+    laid = np.concatenate([cells, spare]).reshape(rows, columns, *cells.shape[1:]).swapaxes(1, 2)
+    return np.ascontiguousarray(laid).reshape(*layout.strip_size, layout.channels)
+
+
+def patches_in(strip: Pixels, layout: Layout) -> Pixels:
+    """The inverse of `strip_of`, without the padding: [k, P, P * C]."""
+    rows, columns = layout.strip_cells
+    wide = strip.reshape(rows, layout.side, columns, layout.side * layout.channels).swapaxes(1, 2)
+    cells = wide.reshape(rows * columns, layout.side, layout.side * layout.channels)
+    return cells[: layout.count, : layout.patch, : layout.patch * layout.channels]
+
+
+def place(patches: Pixels, mask: Mask, layout: Layout) -> Pixels:
+    """Put patches [k, P, P * C] where the mask keeps them; the rest gets the mean colour. Returns [H, W, C]."""
+    rows, columns = layout.grid
+    shape = (rows * layout.patch, columns * layout.patch, layout.channels)
+    # with whole patches every pixel is written below
+    padded = np.empty(shape, np.uint8) if layout.divides else np.zeros(shape, np.uint8)
+    run = np.dtype((np.void, layout.patch * layout.channels))
+    _cells(padded, layout)[mask.reshape(rows, columns)] = patches.view(run)[..., 0]
+    if not layout.divides:
+        return _fill_zeros(np.ascontiguousarray(padded[: layout.height, : layout.width]), mask, layout)
+    if layout.count < len(mask):
+        _paint(padded, _mean_of(patches, layout), mask, layout)
+    return padded
+
+
+def _mean_of(patches: Pixels, layout: Layout) -> Pixels:
+    """Mean colour [C] of whole patches [k, P, P * C], rounded half up."""
+    # the strip's own order, so that numpy adds long rows
+    total = _sum_of_rows(patches.swapaxes(0, 1), layout.channels)
+    count = layout.count * layout.patch**2
+    return ((2 * total + count) // (2 * count)).astype(np.uint8)
+
+
+def _sum_of_rows(rows: Pixels, channels: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Sum [C] over pixels [n, m, w * C]."""
+    # sums of 257 bytes fit into 16 bits; one axis after the other, because short rows are slow
+    narrow = np.add.reduce(rows, 0, np.uint16 if len(rows) <= 257 else np.uint32)
+    wide = np.add.reduce(narrow, 0, np.int64)
+    total: np.ndarray[Any, np.dtype[np.int64]] = np.add.reduce(wide.reshape(-1, channels), 0)
+    return total
+
+
+def _cells(whole: Pixels, layout: Layout) -> np.ndarray[Any, np.dtype[np.void]]:
+    """Rows of patches [rows, columns, P] of contiguous pixels; each is one element, which numpy copies at once."""
+    rows, columns = layout.grid
+    run = np.dtype((np.void, layout.patch * layout.channels))
+    return whole.reshape(rows, layout.patch, columns, -1).view(run)[..., 0].swapaxes(1, 2)
+
+
+def refill(pixels: Pixels, mask: Mask, layout: Layout) -> Pixels:
+    """A copy of pixels [H, W, C] with the mean colour of the kept patches in the others."""
+    whole = pixels.copy()
+    if layout.count < len(mask):
+        _paint(whole, np.zeros(layout.channels, np.uint8), mask, layout)
+    return _fill_zeros(whole, mask, layout)
+
+
+def _fill_zeros(whole: Pixels, mask: Mask, layout: Layout) -> Pixels:
+    """Paint the dropped patches, 0 so far, in the mean colour [C] of the kept pixels, rounded half up."""
+    if layout.count == len(mask):
+        return whole
+    total = _sum_of_rows(whole.reshape(layout.height, 1, -1), layout.channels)
+    num_kept = max(1, _num_pixels(mask, layout))
+    _paint(whole, ((2 * total + num_kept) // (2 * num_kept)).astype(np.uint8), mask, layout)
+    return whole
+
+
+def _paint(whole: Pixels, colour: Pixels, mask: Mask, layout: Layout) -> None:
+    """Give the dropped patches of pixels [H, W, C] a colour [C]."""
+    if not layout.divides:
+        whole[~pixel_mask(mask, layout)] = colour
+        return
+    run = np.dtype((np.void, layout.patch * layout.channels))
+    _cells(whole, layout)[~mask.reshape(layout.grid)] = np.frombuffer(colour.tobytes() * layout.patch, run)[0]
+
+
+def _num_pixels(mask: Mask, layout: Layout) -> int:
+    """Pixels in the kept patches."""
+    if layout.divides:
+        return layout.count * layout.patch**2
+    rows, columns = layout.grid
+    heights = np.full(rows, layout.patch)
+    heights[-1] -= rows * layout.patch - layout.height
+    widths = np.full(columns, layout.patch)
+    widths[-1] -= columns * layout.patch - layout.width
+    return int(heights @ mask.reshape(rows, columns).astype(np.int64) @ widths)
+
+
+def pixel_mask(mask: Mask, layout: Layout) -> Mask:
+    """Mask bool [H, W] of the kept pixels."""
+    wide = mask.reshape(layout.grid).repeat(layout.patch, 0).repeat(layout.patch, 1)
+    return wide[: layout.height, : layout.width]
+
+
+def raw_bytes(pixels: Pixels, mask: Mask, layout: Layout) -> bytes:
+    """Kept pixels, patch after patch and row by row; partial patches have only the pixels they show."""
+    if layout.divides:
+        return bytes(cut(pixels, mask, layout).tobytes())
+    return bytes(pixels.reshape(-1, layout.channels)[_kept_places(mask, layout)].tobytes())
+
+
+def place_raw(data: bytes, mask: Mask, layout: Layout) -> Pixels:
+    """The inverse of `raw_bytes`, with the mean colour elsewhere: [H, W, C].
+
+    Raises:
+        StoreError: the bytes are not as many as the mask keeps.
+    """
+    expected = _num_pixels(mask, layout) * layout.channels
+    if len(data) != expected:
+        raise StoreError(f"a patched image has {len(data)} bytes of pixels, its mask keeps {expected}")
+    flat = np.frombuffer(data, np.uint8)
+    if layout.divides:
+        return place(flat.reshape(layout.count, layout.patch, -1), mask, layout)
+    whole = np.zeros((layout.height, layout.width, layout.channels), np.uint8)
+    whole.reshape(-1, layout.channels)[_kept_places(mask, layout)] = flat.reshape(-1, layout.channels)
+    return _fill_zeros(whole, mask, layout)
+
+
+def _kept_places(mask: Mask, layout: Layout) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Places of the kept pixels in the image, int64 [n], in the order in which they are stored."""
+    rows, columns = layout.grid
+    patch = layout.patch
+    places = np.full((rows * patch, columns * patch), -1)
+    places[: layout.height, : layout.width] = np.arange(layout.height * layout.width).reshape(layout.height, -1)
+    kept = places.reshape(rows, patch, columns, patch).swapaxes(1, 2)[mask.reshape(rows, columns)].ravel()
+    return kept[kept >= 0]

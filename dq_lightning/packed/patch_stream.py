@@ -1,0 +1,209 @@
+"""Patched images of one kind, one after the other, with what they share written once. PURE.
+
+    uvarint height | uvarint width | mask | uvarint length | properties | [uvarint length | head] | rest of the data
+
+The head of an encoded file (tables, sizes) is deflated with the heads of the first samples as dictionary: of the 350
+bytes at the head of a JPEG with Huffman tables of its own, about 100 are left. Raw pixels have no head. The properties (format
+and info of the image, such as EXIF tags and a colour profile) are deflated likewise; most images have none.
+"""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+from dq_lightning.core.errors import StoreError
+from dq_lightning.core.records import MAX_PIXELS, PatchedImage
+
+# mode, layout, codec and patch size of all images of a stream
+Facts = tuple[str, str, str, int]
+Stream = tuple[int, Facts, bytes]
+MAX_HEAD_BYTES = 1 << 14
+SHARED_HEADS = 8
+MAX_SHARED_BYTES = 1 << 15
+# larger ones are written as they are, beside the stream
+MAX_PROPERTIES_BYTES = 1 << 20
+# signature, size and format; a JPEG's head ends where its scan begins
+_HEAD_BYTES = {"raw": 0, "png": 41, "webp": 30}
+_START_OF_SCAN = 0xDA
+_PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)
+# the others of C0 to CF are tables
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+def head_bytes(codec: str, data: bytes) -> int:
+    """Length of the head of an encoded file; 0 when there is none that we know."""
+    if codec != "jpeg":
+        return min(_HEAD_BYTES[codec], len(data))
+    return jpeg_head(data)[0]
+
+
+def jpeg_head(data: bytes) -> tuple[int, tuple[int, int, int]]:
+    """Length of a JPEG's head, and height, width and components of its one 8-bit frame.
+
+    Only what every writer writes is understood: segments without a gap, one baseline or progressive frame before the scan. Else
+    all is 0.
+    """
+    at, frame = 2, (0, 0, 0)
+    end = min(len(data), MAX_HEAD_BYTES)
+    while at + 4 <= end and data[at] == 0xFF:
+        marker, start = data[at + 1], at + 4
+        at = start - 2 + (data[at + 2] << 8) + data[at + 3]
+        if marker in _FRAMES:
+            if frame != (0, 0, 0) or at > end or at < start + 6 or marker not in _PLAIN_FRAMES or data[start] != 8:
+                break
+            frame = (
+                (data[start + 1] << 8) + data[start + 2],
+                (data[start + 3] << 8) + data[start + 4],
+                data[start + 5],
+            )
+        if marker == _START_OF_SCAN:
+            return (at, frame) if at <= end else (0, (0, 0, 0))
+    return 0, (0, 0, 0)
+
+
+def shared_heads(images: Sequence[PatchedImage]) -> bytes:
+    """The dictionary for images like these: their different properties, and the heads of the first few."""
+    first = images[:SHARED_HEADS]
+    heads = b"".join(image.data[: head_bytes(image.codec, image.data)] for image in first)[:MAX_SHARED_BYTES]
+    properties = b"".join(dict.fromkeys(image.properties for image in images[:SHARED_HEADS]))
+    return properties[: MAX_SHARED_BYTES - len(heads)] + heads
+
+
+def check_facts(kind: str, dtype: str, shape: tuple[int, ...]) -> None:
+    """Refuse a stored description that no patched image fits.
+
+    Raises:
+        StoreError: it names an unknown mode, layout or codec, or impossible sizes.
+    """
+    facts = dtype.split("/")
+    sizes = (1, 1, *shape) if kind == "stream" else shape
+    fit = len(facts) == 3 and len(sizes) == (3 if kind == "stream" else 4) and 0 not in sizes[:3]
+    if not fit or (kind == "patches" and (facts[2] != "raw" or sizes[3] > 3 * sizes[0] * sizes[1])):
+        raise StoreError(f"store.json has an impossible column of patches: {dtype!r:.40} {shape!r:.80}")
+    height, width, patch_size = sizes[:3]
+    num_patches = -(-height // patch_size) * -(-width // patch_size)
+    if num_patches > MAX_PIXELS:
+        raise StoreError(f"store.json has an image of {num_patches} patches")
+    PatchedImage(height, width, facts[0], facts[1], patch_size, bytes(-(-num_patches // 8)), facts[2], b"")
+
+
+def write_stream(image: PatchedImage, shared: bytes) -> bytes:
+    """Size, mask and data of a patched image; the rest of its facts are the store's."""
+    properties = _squeeze(image.properties, shared)
+    parts = [uvarint(image.height), uvarint(image.width), image.mask, uvarint(len(properties)), properties]
+    if image.codec != "raw":
+        length = head_bytes(image.codec, image.data)
+        head = _squeeze(image.data[:length], shared)
+        parts += [uvarint(len(head)), head, image.data[length:]]
+    else:
+        parts.append(image.data)
+    return b"".join(parts)
+
+
+def read_stream(data: bytes, facts: Facts, shared: bytes) -> PatchedImage:
+    """The inverse of `write_stream`; `facts` are mode, layout, codec and patch size.
+
+    Raises:
+        StoreError: no such image.
+    """
+    mode, layout, codec, patch_size = facts
+    height, at = read_uvarint(data, 0)
+    width, at = read_uvarint(data, at)
+    num_patches = -(-height // patch_size) * -(-width // patch_size)
+    mask_end = at + -(-num_patches // 8)
+    if mask_end > len(data):
+        raise StoreError(f"a patched image claims {height} x {width} pixels, its mask is not there")
+    mask, at = data[at:mask_end], mask_end
+    properties, at = _take(data, at, shared, MAX_PROPERTIES_BYTES, "properties")
+    head = b""
+    if codec != "raw":
+        head, at = _take(data, at, shared, MAX_HEAD_BYTES, "head")
+    return PatchedImage(height, width, mode, layout, patch_size, mask, codec, head + data[at:], properties)
+
+
+def _take(data: bytes, at: int, shared: bytes, most: int, what: str) -> tuple[bytes, int]:
+    """What was squeezed at a place, and the place after it."""
+    length, at = read_uvarint(data, at)
+    if length > len(data) - at:
+        raise StoreError(f"a patched image claims {what} of {length} bytes, {len(data) - at} are there")
+    return _expand(data[at : at + length], shared, most, what) if length else b"", at + length
+
+
+def facts_of(dtype: str, patch_size: int) -> Facts:
+    """Facts of a stream from its stored description."""
+    mode, layout, codec = dtype.split("/")
+    return mode, layout, codec, patch_size
+
+
+def take_streams(
+    streams: Sequence[Stream], leaves: list[Any], value: bytes | memoryview
+) -> tuple[bytes | memoryview, set[int]]:
+    """Put the patched images at the start of a sample's value into their places.
+
+    Args:
+        streams: for each such leaf its number, facts and dictionary.
+        leaves: of the sample; filled.
+        value: of the sample.
+
+    Returns:
+        The rest of the value, and the leaves that are to be found there.
+
+    Raises:
+        StoreError: no such images.
+    """
+    missing, start = set(), 0
+    for number, facts, shared in streams:
+        length, start = read_uvarint(value, start)
+        if length > len(value) - start:
+            raise StoreError(f"a patched image claims {length} bytes, {len(value) - start} are there")
+        if length:
+            leaves[number] = read_stream(bytes(value[start : start + length]), facts, shared)
+        else:
+            missing.add(number)
+        start += length
+    return value[start:] if start else value, missing
+
+
+def _squeeze(data: bytes, shared: bytes) -> bytes:
+    """Deflated bytes; none of none."""
+    squeezer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_DEFAULT_STRATEGY, shared)
+    return squeezer.compress(data) + squeezer.flush() if data else b""
+
+
+def _expand(data: bytes, shared: bytes, most: int, what: str) -> bytes:
+    expander = zlib.decompressobj(-zlib.MAX_WBITS, zdict=shared)
+    try:
+        whole = expander.decompress(data, most)
+    except zlib.error as error:
+        raise StoreError(f"the {what} of a patched image is damaged ({error})") from error
+    if not expander.eof or expander.unused_data:
+        raise StoreError(f"the {what} of a patched image is damaged (it has another end)")
+    return whole
+
+
+def uvarint(number: int) -> bytes:
+    """A count in as few bytes as it needs, seven bits each, the lowest first."""
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+def read_uvarint(data: Any, at: int) -> tuple[int, int]:
+    """A count and the place after it.
+
+    Raises:
+        StoreError: it does not end within the data, or is longer than nine bytes.
+    """
+    number = 0
+    for shift in range(0, 63, 7):
+        if at >= len(data):
+            break
+        byte = data[at]
+        at += 1
+        number |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return number, at
+    raise StoreError("a stored count has no end")

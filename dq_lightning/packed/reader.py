@@ -1,0 +1,310 @@
+"""Read a packed store: a map-style dataset that verifies each sample. Touches the disk, read-only.
+
+A reader belongs to one store, not to a path. Checksums, offsets and positions are held in memory; columns and values are read
+by position from open files (see `packed/open_files.py`) and compared with those checksums. So when files of another store are
+copied over those of an open one, or cut, the next sample that differs is an error. A pickle holds the path and the digest of
+the store: the process that unpickles it opens the path anew and refuses another store. Forked processes share the open files
+safely, since reading by position moves nothing.
+"""
+
+import operator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dq_lightning.cache import files
+from dq_lightning.cache.manifest import Damage, cast_doubt, check_file
+from dq_lightning.cache.tensors import TENSORS_FILE
+from dq_lightning.core.config import VerifyPolicy
+from dq_lightning.core.errors import DQError, StoreError
+from dq_lightning.core.fields import check_choice
+from dq_lightning.core.records import PatchedImage
+from dq_lightning.packed.columns import STREAM_KIND, VALUE_KIND, leaf_from_json, leaf_reader
+from dq_lightning.packed.description import MAX_COLUMNS, SMALL_FILES, check_description
+from dq_lightning.packed.names import Names
+from dq_lightning.packed.npy import npy_header
+from dq_lightning.packed.open_files import OpenFiles, Row, read_piece
+from dq_lightning.packed.patch_batches import BatchDecoder
+from dq_lightning.packed.patch_stream import facts_of, take_streams
+from dq_lightning.packed.patches import map_patched, mean_filled, patched_images
+from dq_lightning.packed.trees import tree_builder, tree_from_json
+from dq_lightning.packed.values import check_decoded_size, decode_value
+from dq_lightning.packed.writer import FORMAT_VERSION, STORE_FILE
+
+Patches = Literal["mean", "packed"]
+# what damaged or hostile bytes may raise where values are made of them
+DECODING_ERRORS = (StoreError, ValueError, TypeError, LookupError, RuntimeError, OverflowError, MemoryError)
+
+
+class PackedDataset(Dataset[Any]):
+    """The samples of a packed store, as they were written.
+
+    Attributes:
+        path: folder of the store; it may be moved before it is opened.
+        digest: of the content: hexadecimal sha256 of store.json, which holds the digests of all other files.
+        index: int64 [M], positions in the source.
+        bin: int16 [M], the bin of each sample.
+        ids: names of the samples.
+        attributes: what the writer kept.
+        has_patches: whether images may have lost patches.
+    """
+
+    digest: str
+    index: Tensor
+    bin: Tensor
+    ids: Sequence[str]
+    attributes: dict[str, Any]
+    has_patches: bool
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        finisher: Callable[[int, Any], Any] | None = None,
+        verify: VerifyPolicy = "size",
+        patches: Patches = "mean",
+    ) -> None:
+        """Open a store.
+
+        Args:
+            path: folder.
+            finisher: called with (position, sample); its answer is delivered.
+            verify: "size": sizes and small files when opened, each sample's checksum when read; "hash": whole files when
+                opened, too; "off": nothing but what keeps memory bounded.
+            patches: where patches were dropped, deliver the image as its owner had it, with the mean colour there ("mean"), or
+                the `PatchedImage` itself ("packed").
+
+        Raises:
+            StoreError: no store, damaged, or of another format.
+        """
+        check_choice("PackedDataset", "verify", verify, VerifyPolicy)
+        check_choice("PackedDataset", "patches", patches, Patches)
+        self.path = Path(path).absolute()
+        self.finisher = finisher
+        self.verify: VerifyPolicy = verify
+        self.patches: Patches = patches
+        self._open()
+
+    def _open(self) -> None:
+        self._files = OpenFiles(self.path)
+        if (self.path / TENSORS_FILE).exists() and not (self.path / STORE_FILE).exists():
+            raise StoreError(
+                f"{self.path} holds indices, not samples: load_selection(path).index are their positions in the original "
+                "dataset. Quantize with store='packed' to get a set that stands alone"
+            )
+        try:
+            description = files.read_sealed(self.path / STORE_FILE)
+            self.digest = files.sealed_digest(description)
+            self._num_samples, self.attributes = check_description(self.path, description)
+            self.has_patches = description["version"] == FORMAT_VERSION
+            if self.verify == "hash":
+                for name, facts in description["files"].items():
+                    check_file(self.path, name, facts, hashed=True)
+            self._set_small({name: self._read_small(name, description["files"][name]) for name in SMALL_FILES})
+            self._set_columns(description)
+        except StoreError:
+            raise
+        except (OSError, DQError, MemoryError) as error:
+            raise self._unusable(str(error) or type(error).__name__) from error
+
+    def _unusable(self, reason: str) -> StoreError:
+        cast_doubt(self.path)
+        remedy = "A store in the cache is made again by the next run; copy any other one anew"
+        return StoreError(f"the packed store {self.path} cannot be used: {reason}. {remedy}")
+
+    def _read_small(self, name: str, facts: dict[str, Any]) -> NDArray[np.uint8]:
+        """A file that is held in memory; its digest is compared with what was read."""
+        sha256 = None if self.verify == "off" else facts["sha256"]
+        if name == "ids.bin":
+            return self._files.read(name, facts["size"], sha256=sha256)
+        dtype, rows = {
+            "index.npy": ("<i8", self._num_samples),
+            "bin.npy": ("<i2", self._num_samples),
+            "id_offsets.npy": ("<i8", self._num_samples + 1),
+            "value_offsets.npy": ("<i8", self._num_samples + 1),
+            "checksums.npy": ("<u4", self._num_samples),
+        }[name]
+        return self._files.read(name, rows * int(dtype[2:]), npy_header(dtype, (rows,)), sha256)
+
+    def _set_small(self, small: dict[str, NDArray[np.uint8]]) -> None:
+        self.index = torch.from_numpy(small["index.npy"].view("<i8"))
+        self.bin = torch.from_numpy(small["bin.npy"].view("<i2"))
+        self.ids = Names(small["ids.bin"].data, _numbers(small["id_offsets.npy"], "q"))
+        self._offsets = _numbers(small["value_offsets.npy"], "q")
+        self._checksums = _numbers(small["checksums.npy"], "I")
+
+    def _set_columns(self, description: dict[str, Any]) -> None:
+        described = description.get("columns")
+        if not isinstance(described, list) or len(described) > MAX_COLUMNS:
+            raise Damage(f"store.json has no columns, or more than {MAX_COLUMNS:,}")
+        leaves = [leaf_from_json(value) for value in described]
+        self._build = tree_builder(tree_from_json(description.get("tree"), len(leaves)))
+        self._readers = [leaf_reader(leaf) for leaf in leaves]
+        self._value_leaves = [number for number, leaf in enumerate(leaves) if leaf.kind == VALUE_KIND]
+        # number of the leaf, what all images of the stream have in common
+        self._streams = [
+            (number, facts_of(leaf.dtype, leaf.shape[0]), leaf.shared)
+            for number, leaf in enumerate(leaves)
+            if leaf.kind == STREAM_KIND
+        ]
+        # number of the leaf, row at a position, reader of a row
+        self._columns: list[tuple[int, Callable[[int], Row], Callable[[Any], Any]]] = []
+        # place among the columns, number of the leaf, and its values of a batch as far as they can be decoded together
+        self._batched: list[tuple[int, int, BatchDecoder]] = []
+        together = all(BatchDecoder.fits(leaf) for leaf in leaves if leaf.kind == "patches")
+        for number, leaf in enumerate(leaves):
+            if leaf.kind in (VALUE_KIND, STREAM_KIND, "none"):
+                continue
+            name = f"column-{number}.npy"
+            dtype, shape = leaf.column_type()
+            header = npy_header(dtype, (self._num_samples, *shape))
+            if name not in description["files"]:
+                raise Damage(f"store.json does not name {name}")
+            if together and BatchDecoder.fits(leaf):
+                self._batched.append((len(self._columns), number, BatchDecoder(leaf)))
+            rows = self._files.rows(name, self._num_samples, leaf.row_bytes, header)
+            self._columns.append((number, rows, self._readers[number]))
+        self._num_leaves = len(leaves)
+        self._values_size = description["files"]["values.bin"]["size"]
+        self._values = self._files.open("values.bin", self._values_size)
+        files.share(self._values)
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def _position(self, position: int) -> int:
+        at = operator.index(position)
+        if at < 0:
+            at += self._num_samples
+        if not 0 <= at < self._num_samples:
+            raise IndexError(f"position {position} of {self._num_samples} samples")
+        return at
+
+    def __getitem__(self, position: int) -> Any:
+        at = self._position(position)
+        return self._finished(at, *self._verified(at), {})
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Any]:
+        """The samples of a batch, in order; DataLoader calls this."""
+        if not self._batched or self.patches != "mean":
+            return [self[position] for position in positions]
+        taken = [self._position(position) for position in positions]
+        stored = [self._verified(at) for at in taken]
+        decoded = {number: decode([rows[place] for rows, _ in stored]) for place, number, decode in self._batched}
+        return [
+            self._finished(at, *stored[i], {n: values[i] for n, values in decoded.items() if values[i] is not None})
+            for i, at in enumerate(taken)
+        ]
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.__getitem__, range(self._num_samples))
+
+    def patched(self, position: int) -> PatchedImage:
+        """The kept patches of a sample's first image that lost some, without the finisher.
+
+        Raises:
+            StoreError: no image of this sample was stored by patches.
+        """
+        at = self._position(position)
+        found = patched_images(self._decoded(at, *self._verified(at), {}))
+        if not found:
+            raise StoreError(f"sample {at} ({self.ids[at]}) of {self.path} has no image that was stored by patches")
+        return found[0]
+
+    def _finished(self, at: int, rows: list[Row], value: Row, ready: dict[int, Any]) -> Any:
+        """A sample as it is delivered, from its verified bytes and those leaves that are decoded already."""
+        sample = self._decoded(at, rows, value, ready)
+        # a sample without a value of its own has no other patched image than those that are ready
+        alone = 0 < len(self._batched) == len(ready) and not len(value)
+        if self.has_patches and self.patches == "mean" and not alone:
+            try:
+                check_decoded_size(patched_images(sample), sum(map(len, rows)) + len(value))
+                sample = map_patched(sample, mean_filled)
+            except DECODING_ERRORS as error:
+                raise self._unusable(f"the patches of sample {at} ({self.ids[at]}): {error}") from error
+        return sample if self.finisher is None else self.finisher(at, sample)
+
+    def _verified(self, at: int) -> tuple[list[Row], Row]:
+        """A sample's row in each column, and its value: what is decoded was compared with its checksum first."""
+        try:
+            rows = [row(at) for _, row, _ in self._columns]
+            value = self._value(self._offsets[at], self._offsets[at + 1])
+        except (Damage, OSError, OverflowError, MemoryError) as error:
+            raise self._unusable(f"sample {at} ({self.ids[at]}): {error}") from error
+        if self.verify != "off":
+            checksum, crc32 = at & 0xFFFFFFFF, zlib.crc32
+            for row in rows:
+                checksum = crc32(row, checksum)
+            if crc32(value, checksum) != self._checksums[at]:
+                raise self._unusable(f"sample {at} ({self.ids[at]}) does not match its checksum{self._suspects(value)}")
+        return rows, value
+
+    def _value(self, start: int, end: int) -> Row:
+        if start == end:
+            return b""
+        if not 0 <= start < end <= self._values_size:
+            raise Damage(f"its value is said to be at {start} to {end} of {self._values_size} bytes")
+        return read_piece(self._values, end - start, start, "values.bin")
+
+    def _decoded(self, at: int, rows: list[Row], value: Row, ready: dict[int, Any]) -> Any:
+        leaves: list[Any] = [None] * self._num_leaves
+        try:
+            for (number, _, reader), row in zip(self._columns, rows, strict=True):
+                leaves[number] = ready[number] if number in ready else reader(row)
+            rest, missing = take_streams(self._streams, leaves, bytes(value) if self._streams else value)
+            if not rest and not self._value_leaves and not missing:
+                return self._build(leaves)
+            return self._with_values(leaves, rest, missing)
+        except DECODING_ERRORS as error:
+            raise self._unusable(f"the value of sample {at} ({self.ids[at]}): {error}") from error
+
+    def _with_values(self, leaves: list[Any], data: Row, missing: set[int]) -> Any:
+        """Put the values that stand beside the columns into their places."""
+        beside = decode_value(data)
+        if not isinstance(beside, dict):
+            raise StoreError("it is no dict")
+        if "whole" in beside:
+            return beside["whole"]
+        for number, value in beside.items():
+            leaves[number] = value
+        if not beside.keys() >= missing.union(self._value_leaves):
+            raise StoreError("a leaf is missing")
+        return self._build(leaves)
+
+    def _suspects(self, value: Row) -> str:
+        return f" ({', '.join([f'column-{n}.npy' for n, *_ in self._columns] + ['values.bin'] * bool(value))})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("path", "digest", "finisher", "verify", "patches")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+        self.require(state["digest"])
+
+    def require(self, digest: str) -> None:
+        """Refuse to read another store than the one of this digest.
+
+        Raises:
+            StoreError: the folder holds another one by now.
+        """
+        if self.digest != digest:
+            raise StoreError(
+                f"{self.path} holds another store than when it was opened first ({digest[:8]} -> {self.digest[:8]}): its files "
+                "were replaced in between. Start again to train on what is there now, or put the first store back"
+            )
+
+    def __repr__(self) -> str:
+        return f"PackedDataset({str(self.path)!r}, {self._num_samples} samples)"
+
+
+def _numbers(data: NDArray[np.uint8], code: str) -> memoryview:
+    """Bytes as the numbers of a format of `struct`."""
+    return memoryview(data.data if len(data) else b"").cast(code)  # type: ignore[call-overload, no-any-return]

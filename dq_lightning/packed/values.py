@@ -1,0 +1,405 @@
+"""A safe encoding for any value a dataset may deliver: JSON for the structure, raw bytes for the rest. PURE.
+
+Decoding builds only None, bool, int, float, complex, str, bytes, tuple, list, dict, numpy arrays and scalars, torch tensors,
+Pillow images and patched images, and two kinds of values that Pillow puts into an image's `info`. All sizes are checked
+against the bytes at hand before anything is made.
+
+    uint32 length of the JSON | JSON | buffers, one after the other
+
+What a value takes in memory is bounded by what is stored of it, see `most_decoded_bytes`; the writer refuses what the reader
+would refuse.
+"""
+
+import copy
+import json
+import math
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dq_lightning.core.arrays import TENSOR_DTYPES, plain_shape
+from dq_lightning.core.errors import StoreError
+from dq_lightning.core.records import CHANNELS, EncodedImage, PatchedImage
+from dq_lightning.packed.images import MAX_PIXELS, decode_node, encode_image, exif_beside, is_plain, raw_image
+
+MAX_DEPTH = 64
+# the JSON of one value: two million numbers of a list, which would be better off in an array
+MAX_STRUCTURE_BYTES = 16 << 20
+# an image as Pillow holds it
+BYTES_PER_PIXEL = 4
+# any one image of the size that Pillow opens without being told to, and the compression of pictures that show something
+ALWAYS_DECODED_BYTES, DECODED_PER_STORED = 1 << 30, 64
+NUMPY_KINDS = "biufcSUMm"
+
+
+def is_plain_array(value: Any) -> bool:
+    """Whether a value is a numpy array that its bytes, dtype and shape describe in full."""
+    return type(value) in (np.ndarray, np.memmap) and value.dtype.kind in NUMPY_KINDS
+
+
+def is_plain_tensor(value: Any) -> bool:
+    """Whether a value is a torch tensor that its bytes, dtype and shape describe in full."""
+    plain = type(value) is torch.Tensor and value.layout == torch.strided and value.device.type == "cpu"
+    return plain and str(value.dtype).removeprefix("torch.") in TENSOR_DTYPES
+
+
+def array_bytes(value: Any) -> bytes:
+    """Bytes of a numpy array or scalar in C order."""
+    return np.asarray(value).tobytes()
+
+
+def tensor_bytes(value: torch.Tensor) -> bytes:
+    """Bytes of a tensor in C order."""
+    flat = value.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def array_from(data: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
+    """A writable array of its own memory."""
+    return np.frombuffer(data, dtype).reshape(shape).copy()
+
+
+def tensor_from(data: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of its own memory: that of `data`, where it may be written to, else a copy."""
+    if not len(data):
+        return torch.empty(shape, dtype=dtype)
+    own = bytearray(data) if memoryview(data).readonly else data
+    return torch.frombuffer(own, dtype=dtype).reshape(shape)
+
+
+def most_decoded_bytes(stored_bytes: int) -> int:
+    """How much memory the images of one sample may take, given the bytes that are stored of it."""
+    return ALWAYS_DECODED_BYTES + DECODED_PER_STORED * stored_bytes
+
+
+def check_decoded_size(images: Sequence[PatchedImage], stored_bytes: int) -> None:
+    """Refuse patched images of one sample that take far more memory than what is stored of them can explain.
+
+    Raises:
+        StoreError: they do.
+    """
+    size = sum(image.height * image.width * CHANNELS[image.mode] for image in images)
+    if size > most_decoded_bytes(stored_bytes):
+        raise _too_large(size, stored_bytes)
+
+
+def _too_large(size: int, stored_bytes: int) -> StoreError:
+    return StoreError(
+        f"the images of one sample take {size:,} bytes in memory and {stored_bytes:,} in the store; a sample may take "
+        f"{most_decoded_bytes(stored_bytes):,}: divide it into several samples, or resize its images"
+    )
+
+
+def encode_value(
+    value: Any, encoded: EncodedImage | None = None, raw_images: bool = False, place: str = "item"
+) -> bytes:
+    """Encode a value; the first image uses the `encoded` bytes when they decode to just this image.
+
+    With `raw_images` all images that are no open files are written as their pixels. `place` names the value in messages.
+
+    Raises:
+        StoreError: a value that cannot be stored; the message names its place and type.
+    """
+    encoder = _Encoder(encoded, raw_images)
+    text = json.dumps(encoder.node(value, place, 0), separators=(",", ":")).encode()
+    if len(text) > MAX_STRUCTURE_BYTES:
+        raise StoreError(
+            f"its lists, dicts and texts take {len(text):,} bytes, the most is {MAX_STRUCTURE_BYTES:,}: deliver numbers as "
+            "arrays or tensors"
+        )
+    whole = b"".join([struct.pack("<I", len(text)), text, *encoder.buffers])
+    if encoder.image_bytes > most_decoded_bytes(len(whole)):
+        raise _too_large(encoder.image_bytes, len(whole))
+    return whole
+
+
+def decode_value(data: Any, images: bool = True) -> Any:
+    """The inverse of `encode_value`; without `images` a value that holds any is refused.
+
+    Raises:
+        StoreError: the bytes are not an encoding of ours.
+    """
+    view = memoryview(data)
+    try:
+        (length,) = struct.unpack_from("<I", view)
+        if length > len(view) - 4:
+            raise StoreError(f"{length} bytes of structure are claimed, {len(view) - 4} are there")
+        if length > MAX_STRUCTURE_BYTES:
+            raise StoreError(f"{length:,} bytes of structure are more than {MAX_STRUCTURE_BYTES:,}")
+        decoder = _Decoder(view[4 + length :], most_decoded_bytes(len(view)) if images else 0)
+        value = decoder.value(json.loads(bytes(view[4 : 4 + length])), 0)
+    except StoreError:
+        raise
+    except (
+        ValueError,
+        TypeError,
+        IndexError,
+        KeyError,
+        struct.error,
+        RecursionError,
+        OverflowError,
+        MemoryError,
+        ArithmeticError,
+    ) as error:
+        raise StoreError(f"a stored value cannot be decoded ({type(error).__name__}: {error})") from error
+    if decoder.at != len(decoder.view):
+        raise StoreError(f"{len(decoder.view) - decoder.at} bytes are left over after a stored value")
+    return value
+
+
+def encode_properties(image: Image.Image, place: str = "the image") -> bytes:
+    """What an image is beside its pixels: `format`, `info` and EXIF tags that are not in the info; nothing when it has none.
+
+    Raises:
+        StoreError: the info holds a value that cannot be stored; the message names its key.
+    """
+    exif = exif_beside(image)
+    if image.format is None and not image.info and exif is None:
+        return b""
+    return encode_value((image.format, dict(image.info), exif), place=f"(format, info, EXIF) of {place}")
+
+
+def properties_setter(data: bytes) -> Callable[[Image.Image], None]:
+    """What gives images the properties that were encoded; each image gets an info of its own.
+
+    Raises:
+        StoreError: the bytes are not an encoding of ours.
+    """
+    if not data:
+        return lambda image: None
+    value = decode_value(data, images=False)
+    kinds = tuple(map(type, value)) if type(value) is tuple else ()
+    if len(kinds) != 3 or kinds[0] not in (str, _NONE) or kinds[1] is not dict or kinds[2] not in (bytes, _NONE):
+        raise StoreError(f"the properties of a stored image are {value!r:.80}")
+    image_format, info, exif = value
+
+    def give(image: Image.Image) -> None:
+        if image_format is not None:
+            image.format = image_format
+        image.info = copy.deepcopy(info)
+        if exif is None:
+            return
+        try:
+            image.getexif().load(exif)
+        except Exception as error:
+            # Pillow raises all sorts of errors on damaged tags, SyntaxError among them
+            raise StoreError(f"stored EXIF tags cannot be read ({type(error).__name__}: {error})") from error
+
+    return give
+
+
+_NONE = type(None)
+
+
+class _Encoder:
+    """Collects the raw buffers while it turns values into JSON nodes."""
+
+    def __init__(self, encoded: EncodedImage | None, raw_images: bool) -> None:
+        self.encoded = encoded
+        self.raw_images = raw_images
+        self.buffers: list[bytes] = []
+        # what the images take once they are decoded
+        self.image_bytes = 0
+
+    def _keep(self, data: bytes) -> int:
+        self.buffers.append(data)
+        return len(data)
+
+    def node(self, value: Any, place: str, depth: int) -> Any:
+        if depth > MAX_DEPTH:
+            raise StoreError(f"{place}: more than {MAX_DEPTH} levels of nesting cannot be stored")
+        if value is None or type(value) in (bool, str):
+            return value
+        if type(value) is int:
+            return ["i", hex(value)]
+        if type(value) is float:
+            return ["f", self._keep(struct.pack("<d", value))]
+        if type(value) is complex:
+            return ["c", self._keep(struct.pack("<dd", value.real, value.imag))]
+        if type(value) is bytes:
+            return ["y", self._keep(value)]
+        if type(value) is tuple:
+            return ["t", *(self.node(inner, f"{place}[{i}]", depth + 1) for i, inner in enumerate(value))]
+        if type(value) is list:
+            return ["l", *(self.node(inner, f"{place}[{i}]", depth + 1) for i, inner in enumerate(value))]
+        if isinstance(value, dict):
+            nodes = ["d"]
+            for key, inner in value.items():
+                nodes.append(self.node(key, f"key of {place}", depth + 1))
+                nodes.append(self.node(inner, f"{place}[{key!r:.40}]", depth + 1))
+            return nodes
+        return self._leaf(value, place)
+
+    def _leaf(self, value: Any, place: str) -> Any:
+        if isinstance(value, np.generic) and value.dtype.kind in NUMPY_KINDS:
+            return ["g", value.dtype.str, self._keep(array_bytes(value))]
+        if is_plain_array(value):
+            return ["a", value.dtype.str, list(value.shape), self._keep(array_bytes(value))]
+        if is_plain_tensor(value):
+            name = str(value.dtype).removeprefix("torch.")
+            return ["T", name, list(value.shape), self._keep(tensor_bytes(value))]
+        if isinstance(value, Image.Image):
+            raw = self.raw_images and is_plain(value)
+            facts, data = raw_image(value) if raw else encode_image(value, self.encoded)
+            self.encoded = None
+            self.image_bytes += value.size[0] * value.size[1] * BYTES_PER_PIXEL
+            # a whole file holds its own
+            properties = b"" if facts[0] == "e" else encode_properties(value, place)
+            return ["p", facts, self._keep(data), self._keep(properties)]
+        if isinstance(value, PatchedImage):
+            facts = [value.height, value.width, value.mode, value.layout, value.patch_size, value.codec]
+            self.image_bytes += value.height * value.width * BYTES_PER_PIXEL
+            return ["q", facts, self._keep(value.mask), self._keep(value.data), self._keep(value.properties)]
+        if type(value).__module__.startswith("PIL."):
+            return self._of_info(value, place)
+        raise _cannot_hold(value, place)
+
+    def _of_info(self, value: Any, place: str) -> Any:
+        """What only Pillow makes: a fraction of two numbers, and a text with its language."""
+        from PIL.PngImagePlugin import iTXt
+        from PIL.TiffImagePlugin import IFDRational
+
+        parts: tuple[Any, ...]
+        if type(value) is IFDRational:
+            tag, parts = "R", (value.numerator, value.denominator)
+        elif type(value) is iTXt:
+            tag, parts = "x", (str(value), value.lang, value.tkey)
+        else:
+            raise _cannot_hold(value, place)
+        return [tag, *(self.node(part, place, MAX_DEPTH) for part in parts)]
+
+
+def _cannot_hold(value: Any, place: str) -> StoreError:
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    return StoreError(
+        f"{place} is a {kind}, which a packed store cannot hold unchanged: deliver plain numbers, text, arrays, tensors "
+        'or Pillow images, or use store="indices", which keeps the dataset itself'
+    )
+
+
+class _Decoder:
+    """Takes the raw buffers one after the other while it turns JSON nodes into values."""
+
+    def __init__(self, view: memoryview, image_bytes: int) -> None:
+        self.view = view
+        self.at = 0
+        # what further images may take
+        self.image_bytes = image_bytes
+
+    def _take(self, length: Any) -> memoryview:
+        if type(length) is not int or not 0 <= length <= len(self.view) - self.at:
+            raise StoreError(f"a stored value claims {length!r} bytes, {len(self.view) - self.at} are there")
+        self.at += length
+        return self.view[self.at - length : self.at]
+
+    def value(self, node: Any, depth: int) -> Any:
+        if depth > MAX_DEPTH:
+            raise StoreError(f"a stored value is nested deeper than {MAX_DEPTH} levels")
+        if node is None or type(node) in (bool, str):
+            return node
+        if type(node) is not list or not node or type(node[0]) is not str:
+            raise StoreError(f"a stored value has an unknown node {node!r:.80}")
+        return self._BY_TAG.get(node[0], _Decoder._unknown)(self, node, depth)
+
+    def _unknown(self, node: list[Any], _: int) -> Any:
+        raise StoreError(f"a stored value has an unknown tag {node[0]!r:.40}")
+
+    def _integer(self, node: list[Any], _: int) -> int:
+        return int(node[1], 16)
+
+    def _float(self, node: list[Any], _: int) -> float:
+        return float(struct.unpack("<d", self._take(node[1]))[0])
+
+    def _complex(self, node: list[Any], _: int) -> complex:
+        return complex(*struct.unpack("<dd", self._take(node[1])))
+
+    def _bytes(self, node: list[Any], _: int) -> bytes:
+        return bytes(self._take(node[1]))
+
+    def _tuple(self, node: list[Any], depth: int) -> tuple[Any, ...]:
+        return tuple(self.value(inner, depth + 1) for inner in node[1:])
+
+    def _list(self, node: list[Any], depth: int) -> list[Any]:
+        return [self.value(inner, depth + 1) for inner in node[1:]]
+
+    def _dict(self, node: list[Any], depth: int) -> dict[Any, Any]:
+        pairs = zip(node[1::2], node[2::2], strict=True)
+        return {self.value(key, depth + 1): self.value(inner, depth + 1) for key, inner in pairs}
+
+    def _scalar(self, node: list[Any], _: int) -> Any:
+        return array_from(self._take(node[2]), numpy_dtype(node[1]), ())[()]
+
+    def _array(self, node: list[Any], _: int) -> Any:
+        return array_from(self._take(node[3]), numpy_dtype(node[1]), plain_shape(node[2]))
+
+    def _tensor(self, node: list[Any], _: int) -> torch.Tensor:
+        dtype, shape = TENSOR_DTYPES[node[1]], plain_shape(node[2])
+        data = self._take(node[3])
+        if math.prod(shape) * dtype.itemsize != len(data):
+            raise StoreError(f"a stored tensor {node[1]} {shape} claims {len(data)} bytes")
+        return tensor_from(data, dtype, shape)
+
+    def _image(self, node: list[Any], _: int) -> Image.Image:
+        most = min(MAX_PIXELS, self.image_bytes // BYTES_PER_PIXEL)
+        image = decode_node(node[1], self._take(node[2]), most)
+        self._count(image.size[0] * image.size[1])
+        properties_setter(bytes(self._take(node[3])))(image)
+        return image
+
+    def _count(self, pixels: int) -> None:
+        self.image_bytes -= pixels * BYTES_PER_PIXEL
+        if self.image_bytes < 0:
+            raise StoreError("the images of one sample take far more memory than what is stored of them can explain")
+
+    def _patched(self, node: list[Any], _: int) -> PatchedImage:
+        height, width, mode, layout, patch_size, codec = node[1]
+        mask, data, properties = (bytes(self._take(length)) for length in node[2:5])
+        image = PatchedImage(height, width, mode, layout, patch_size, mask, codec, data, properties)
+        self._count(height * width)
+        return image
+
+    def _fraction(self, node: list[Any], depth: int) -> Any:
+        from PIL.TiffImagePlugin import IFDRational
+
+        return IFDRational(self.value(node[1], depth + 1), self.value(node[2], depth + 1))
+
+    def _png_text(self, node: list[Any], depth: int) -> Any:
+        from PIL.PngImagePlugin import iTXt
+
+        return iTXt(*(self.value(part, depth + 1) for part in node[1:4]))
+
+    _BY_TAG: dict[str, Callable[["_Decoder", list[Any], int], Any]] = {  # noqa: RUF012 (a constant)
+        "i": _integer,
+        "f": _float,
+        "c": _complex,
+        "y": _bytes,
+        "t": _tuple,
+        "l": _list,
+        "d": _dict,
+        "g": _scalar,
+        "a": _array,
+        "T": _tensor,
+        "p": _image,
+        "q": _patched,
+        "R": _fraction,
+        "x": _png_text,
+    }
+
+
+def numpy_dtype(text: Any) -> np.dtype[Any]:
+    """The dtype of a stored description; only plain kinds of at most a megabyte an element.
+
+    Raises:
+        StoreError: anything else.
+    """
+    try:
+        dtype: np.dtype[Any] = np.dtype(text) if isinstance(text, str) and len(text) < 32 else np.dtype("V")
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise StoreError(f"{text!r} is no dtype") from error
+    if dtype.kind not in NUMPY_KINDS or not 0 <= dtype.itemsize <= 1 << 20:
+        raise StoreError(f"dtype {text!r:.40} is not one that a store may hold")
+    return dtype

@@ -1,0 +1,295 @@
+"""Write a packed store: the compact set alone, enough to train from. Touches the disk.
+
+Files of a store of M samples (all integers little-endian):
+
+    index.npy int64 [M]   bin.npy int16 [M]   the selection
+    ids.bin, id_offsets.npy int64 [M + 1]     names of the samples, UTF-8
+    column-J.npy [M, ...]                     leaf J of every sample, for leaves of fixed width
+    values.bin, value_offsets.npy int64 [M + 1]   for each sample its patched images of varying length, each after its length
+                                              as uvarint (0: it is among the rest), see `packed/patch_stream.py`; then the
+                                              rest, see `packed/values.py`
+    checksums.npy uint32 [M]                  crc32 over a sample's columns and values, started with its position
+    store.json                                tree, columns, attributes, and size and sha256 of every file; it seals itself
+"""
+
+import itertools
+import json
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dq_lightning.cache import files
+from dq_lightning.core.errors import StoreError
+from dq_lightning.core.records import EncodedImage, PatchedImage
+from dq_lightning.core.resuming import Array, Shards
+from dq_lightning.packed.columns import (
+    STREAM_KIND,
+    VALUE_KIND,
+    Leaf,
+    fits,
+    leaf_bytes,
+    leaf_from_json,
+    leaf_to_json,
+    plan,
+)
+from dq_lightning.packed.npy import npy_header
+from dq_lightning.packed.packing_shards import Unkept, facts_of, samples_of
+from dq_lightning.packed.patch_stream import uvarint, write_stream
+from dq_lightning.packed.patches import patched_images
+from dq_lightning.packed.trees import Tree, leaves_of, tree_from_json, tree_to_json
+from dq_lightning.packed.values import check_decoded_size, encode_value
+
+STORE_FILE = "store.json"
+FORMAT = "dq_lightning packed"
+# 4 has patched images; a store without any is written as 3. 1 and 2 forgot what an image is beside its pixels
+FORMAT_VERSION = 4
+VERSION_WITHOUT_PATCHES = 3
+# the samples that decide what is a column: enough to see the rule, bounded in memory
+LOOK_AHEAD_SAMPLES = 64
+LOOK_AHEAD_BYTES = 64 << 20
+
+Item = tuple[Any, EncodedImage | None]
+Buffer = bytes | memoryview
+
+
+def write_packed(
+    folder: Path,
+    items: Iterable[Item] | Callable[[int], Iterator[Item]],
+    *,
+    ids: Sequence[str],
+    index: Tensor,
+    bins: Tensor,
+    attributes: dict[str, Any],
+    raw_images: bool = False,
+    shards: Shards | None = None,
+    grain: int = 1,
+) -> None:
+    """Write samples, one after the other, in memory independent of their number.
+
+    Args:
+        folder: empty or not there yet.
+        items: M pairs (sample, its image's original bytes or None). A sample is any tree of tuples, lists and dicts
+            over None, bool, int, float, complex, str, bytes, numpy and torch values, Pillow images and `PatchedImage`.
+            Or a function that gives those from a number on.
+        ids: M names.
+        index: int64 [M], positions in the source.
+        bins: int16 [M].
+        attributes: plain JSON, kept as it is.
+        raw_images: write Pillow images of any size as raw pixels, which are the fastest to read and the largest.
+        shards: where finished samples are kept, so that a killed run goes on with the rest; None keeps nothing.
+        grain: what is kept is a multiple of so many samples.
+
+    Raises:
+        StoreError: counts that differ, or a value that cannot be stored unchanged.
+        OSError: the disk refuses.
+    """
+    num_samples = len(ids)
+    if len(index) != num_samples or len(bins) != num_samples:
+        raise StoreError(f"{num_samples} ids, {len(index)} positions and {len(bins)} bins: they must be as many")
+    try:
+        if json.loads(json.dumps(attributes, allow_nan=False)) != attributes:
+            raise ValueError("it changes on the way through JSON")
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"attributes must be plain JSON: {error}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = _StoreWriter(folder, num_samples, raw_images)
+    writer.samples(items if callable(items) else _from(items), shards, grain)
+    writer.small_array("index", index.to(torch.int64).numpy().astype("<i8"))
+    writer.small_array("bin", bins.to(torch.int16).numpy().astype("<i2"))
+    writer.names(ids)
+    writer.finish(attributes)
+
+
+def estimate_bytes(items: Iterable[Item], num_samples: int) -> int:
+    """About how many bytes a store of `num_samples` takes, from a few of its items."""
+    sizes = [
+        len(encoded.data) if encoded is not None and not patched_images(sample) else _rough_bytes(sample)
+        for sample, encoded in items
+    ]
+    return sum(sizes) * num_samples // max(1, len(sizes))
+
+
+class _StoreWriter:
+    """Files and facts of the store being written."""
+
+    def __init__(self, folder: Path, num_samples: int, raw_images: bool) -> None:
+        self.folder = folder
+        self.num_samples = num_samples
+        self.raw_images = raw_images
+        self.files: dict[str, dict[str, Any]] = {}
+        self.tree = Tree("leaf", 0)
+        self.leaves: list[Leaf] = []
+        self.version = VERSION_WITHOUT_PATCHES
+        self.columns: list[files.Writer | None] = []
+        self.values: files.Writer | None = None
+        self.offsets = np.zeros(num_samples + 1, "<i8")
+        self.checksums = np.zeros(num_samples, "<u4")
+        self.count = 0
+
+    def samples(self, items: Callable[[int], Iterator[Item]], shards: Shards | None, grain: int) -> None:
+        unkept = Unkept(shards, grain)
+        with ExitStack() as stack:
+            for piece in shards.restore(self.num_samples) if shards is not None else ():
+                if not self._take(piece, stack):
+                    break
+            stream = items(self.count)
+            if self.values is None:
+                first = list(_look_ahead(stream))
+                self._open(*plan([sample for sample, _ in first], self.raw_images), stack)
+                stream = itertools.chain(first, stream)
+            for sample, encoded in stream:
+                if self.count >= self.num_samples:
+                    raise StoreError(f"there are more samples than the {self.num_samples} ids")
+                try:
+                    rows, value = self._encode(sample, encoded)
+                except StoreError as error:
+                    raise StoreError(f"sample {self.count}: {error}") from error
+                self._put(rows, value)
+                unkept.add(rows, value, self._layout)
+        if self.count != self.num_samples:
+            raise StoreError(f"there are {self.count} samples but {self.num_samples} ids")
+        for written in (*self.columns, self.values):
+            if written is not None:
+                self.files[written.path.name] = {"size": written.size, "sha256": written.sha256()}
+        self.small_array("value_offsets", self.offsets)
+        self.small_array("checksums", self.checksums)
+
+    def _take(self, piece: dict[str, Array], stack: ExitStack) -> bool:
+        """Write what a shard holds; False when it was laid out in another way than those before."""
+        layout = facts_of(piece)
+        if self.values is None:
+            leaves = [leaf_from_json(leaf) for leaf in layout["columns"]]
+            self._open(tree_from_json(layout["tree"], len(leaves)), leaves, stack)
+        self.version = max(self.version, layout["version"])
+        if layout != self._layout():
+            return False
+        for rows, value in samples_of(piece, [leaf.row_bytes for leaf in self.leaves]):
+            self._put(rows, value)
+        return True
+
+    def _put(self, rows: Sequence[Buffer], value: Buffer) -> None:
+        """Write a sample as `_encode` gives it."""
+        assert self.values is not None
+        checksum = self.count & 0xFFFFFFFF
+        for column, row in zip(self.columns, rows, strict=True):
+            if column is not None:
+                column.write(row)
+                checksum = zlib.crc32(row, checksum)
+        self.values.write(value)
+        self.checksums[self.count] = zlib.crc32(value, checksum)
+        self.count += 1
+        self.offsets[self.count] = self.values.size
+
+    def _layout(self) -> dict[str, Any]:
+        """How the samples so far are laid out, as it is described in store.json."""
+        return {
+            "version": self.version,
+            "tree": tree_to_json(self.tree),
+            "columns": [leaf_to_json(leaf) for leaf in self.leaves],
+        }
+
+    def _open(self, tree: Tree, leaves: list[Leaf], stack: ExitStack) -> None:
+        self.tree, self.leaves = tree, leaves
+        self.columns = [self._open_column(stack, number, leaf) for number, leaf in enumerate(leaves)]
+        self.values = stack.enter_context(files.Writer(self.folder / "values.bin"))
+
+    def _open_column(self, stack: ExitStack, number: int, leaf: Leaf) -> files.Writer | None:
+        if leaf.kind in (VALUE_KIND, STREAM_KIND, "none"):
+            return None
+        column = stack.enter_context(files.Writer(self.folder / f"column-{number}.npy"))
+        dtype, shape = leaf.column_type()
+        column.write(npy_header(dtype, (self.num_samples, *shape)))
+        return column
+
+    def _encode(self, sample: Any, encoded: EncodedImage | None) -> tuple[list[bytes], bytes]:
+        """A sample's row in each column, and everything the columns do not hold."""
+        found = leaves_of(sample, self.tree)
+        patched = patched_images(sample)
+        if patched:
+            self.version = FORMAT_VERSION
+        if found is None:
+            no_streams = bytes(sum(leaf.kind == STREAM_KIND for leaf in self.leaves))
+            value = no_streams + encode_value({"whole": sample}, encoded, self.raw_images)
+            return [bytes(leaf.row_bytes) for leaf in self.leaves], value
+        rows, streams, beside, first_image = [], b"", {}, True
+        for number, (value, leaf) in enumerate(zip(found, self.leaves, strict=True)):
+            image = isinstance(value, Image.Image | PatchedImage)
+            fitting = fits(value, leaf, self.raw_images)
+            if leaf.kind == STREAM_KIND:
+                stream = write_stream(value, leaf.shared) if fitting else b""
+                streams += uvarint(len(stream)) + stream
+            if fitting:
+                rows.append(leaf_bytes(value, leaf))
+                # the bytes belong to the first image, which needs none
+                encoded = None if image and first_image else encoded
+            else:
+                rows.append(bytes(leaf.row_bytes))
+                beside[number] = value
+            first_image = first_image and not image
+        value = streams + (encode_value(beside, encoded, self.raw_images) if beside else b"")
+        check_decoded_size(patched, sum(map(len, rows)) + len(value))
+        return rows, value
+
+    def small_array(self, name: str, values: Any) -> None:
+        """An array that is verified by its digest whenever the store is opened."""
+        with files.Writer(self.folder / f"{name}.npy") as file:
+            file.write(npy_header(values.dtype.str, values.shape))
+            file.write(values.tobytes())
+        self.files[file.path.name] = {"size": file.size, "sha256": file.sha256()}
+
+    def names(self, ids: Sequence[str]) -> None:
+        offsets = np.zeros(self.num_samples + 1, "<i8")
+        with files.Writer(self.folder / "ids.bin") as file:
+            for number, name in enumerate(ids, start=1):
+                # file names may hold bytes that are no UTF-8
+                file.write(str(name).encode(errors="surrogatepass"))
+                offsets[number] = file.size
+        self.files["ids.bin"] = {"size": file.size, "sha256": file.sha256()}
+        self.small_array("id_offsets", offsets)
+
+    def finish(self, attributes: dict[str, Any]) -> None:
+        description = {
+            "format": FORMAT,
+            "num_samples": self.num_samples,
+            "files": self.files,
+            "attributes": attributes,
+        } | self._layout()
+        files.write_bytes(self.folder / STORE_FILE, files.seal(description))
+
+
+def _from(items: Iterable[Item]) -> Callable[[int], Iterator[Item]]:
+    return lambda start: itertools.islice(items, start, None)
+
+
+def _look_ahead(stream: Iterator[Item]) -> Iterator[Item]:
+    taken = 0
+    for item in itertools.islice(stream, LOOK_AHEAD_SAMPLES):
+        yield item
+        taken += _rough_bytes(item)
+        if taken > LOOK_AHEAD_BYTES:
+            return
+
+
+def _rough_bytes(value: Any) -> int:
+    """About how much memory a sample takes; containers are looked through."""
+    if isinstance(value, tuple | list):
+        return sum(map(_rough_bytes, value))
+    if isinstance(value, dict):
+        return sum(map(_rough_bytes, value.values()))
+    if isinstance(value, Image.Image):
+        return 4 * value.size[0] * value.size[1]
+    if isinstance(value, EncodedImage):
+        return len(value.data)
+    if isinstance(value, PatchedImage):
+        return len(value.mask) + len(value.data)
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return value.nbytes if isinstance(value, np.ndarray) else sys.getsizeof(value)

@@ -1,0 +1,1 @@
+"""The flow from a dataset to its compact set."""

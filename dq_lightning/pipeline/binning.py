@@ -1,0 +1,73 @@
+"""Station 2 over a plan: features refined as the settings ask, near-duplicates left out, bins of the rest."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dq_lightning.bins.duplicates import find_duplicates, spread_bins
+from dq_lightning.bins.make import make_bins
+from dq_lightning.core.console import get_logger
+from dq_lightning.core.records import Bins, Features, Selection
+from dq_lightning.features.whitening import whiten
+from dq_lightning.pipeline.plan import Plan
+
+
+def bins_of(plan: Plan, features: Features, *, device: str, progress: bool) -> Bins:
+    """Bins of all N samples of a plan from their features."""
+    settings = plan.config.bins
+    grouping = plan.labels if settings.by_label else None
+    labels = grouping.values if grouping is not None else None
+    kept, total, skipped = None, len(features), len(features.unreadable)
+    if skipped:
+        readable = torch.ones(total, dtype=torch.bool)
+        readable[features.unreadable] = False
+        kept = readable.nonzero().flatten()
+    if settings.deduplicate is not None:
+        candidates = torch.arange(total) if kept is None else kept
+        originals = find_duplicates(
+            features.embedding if kept is None else features.embedding[kept], settings.deduplicate
+        )
+        kept = candidates[originals == torch.arange(len(candidates))]
+        get_logger().info(f"{len(candidates) - len(kept):,} of {total:,} samples are near-duplicates of others")
+    labels = labels[kept] if labels is not None and kept is not None else labels
+    bins = make_bins(
+        _refined(features, kept, whitened=plan.config.features.whiten),
+        num_bins=settings.num_bins,
+        labels=labels,
+        objective=settings.objective,
+        maximizer=settings.maximizer,
+        similarity=settings.similarity,
+        lam=settings.lam,
+        clusters=settings.clusters,
+        gamma=settings.gamma,
+        epsilon=settings.epsilon,
+        beta=settings.beta,
+        search_seed=settings.search_seed,
+        device=device,
+        progress=None if progress else False,
+    )
+    return bins if kept is None else replace(spread_bins(bins, kept, total), num_unreadable=skipped)
+
+
+def tell_lost_classes(plan: Plan, bins: Bins, selection: Selection) -> None:
+    """Warn of classes of which no sample is kept."""
+    labels = plan.labels
+    if labels is None:
+        return
+    lost = sorted(set(labels.values[bins.assignment >= 0].tolist()) - set(labels.values[selection.index].tolist()))
+    if lost:
+        names = labels.names or ()
+        first = ", ".join(names[group] if group < len(names) else str(group) for group in lost[:5])
+        get_logger().warning(
+            f"no sample is kept of {len(lost)} of {labels.num_classes} classes ({first}{', ...' if len(lost) > 5 else ''}): "
+            "they are too small for this keep_ratio; raise it"
+        )
+
+
+def _refined(features: Features, kept: Tensor | None, *, whitened: bool) -> Features:
+    """Features of the samples that go into bins, whitened where that is wanted."""
+    embedding, gradient = features.embedding, features.head_gradient
+    if kept is not None:
+        embedding, gradient = embedding[kept], None if gradient is None else gradient[kept]
+    return Features(whiten(embedding), gradient) if whitened else Features(embedding, gradient)

@@ -1,0 +1,343 @@
+"""The flow on one page: source -> features -> bins -> selection -> patches -> store.
+
+Each station asks the cache first and computes, through the one before, only what is missing. No Lightning here.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dq_lightning.cache.entries import Cache, Read, require_space
+from dq_lightning.cache.paid import PAID_FOLDER, PaidFolder
+from dq_lightning.cache.shards import KeptShards, remove_shards
+from dq_lightning.cache.tensors import (
+    read_bins,
+    read_features,
+    read_scores,
+    read_selection,
+    write_bins,
+    write_features,
+    write_scores,
+    write_selection,
+)
+from dq_lightning.core.console import get_logger
+from dq_lightning.core.errors import CacheError, ChangedError, ConfigError, StoreError
+from dq_lightning.core.records import Bins, Selection
+from dq_lightning.features.extract import extract_features
+from dq_lightning.features.loading import telling_of_lost_loaders
+from dq_lightning.features.readable import find_unreadable, without_labels
+from dq_lightning.features.selection_training import with_selection_epochs
+from dq_lightning.pipeline.binning import bins_of, tell_lost_classes
+from dq_lightning.pipeline.compact import Compact, open_compact, store_digest, write_description
+from dq_lightning.pipeline.filling import write_filled
+from dq_lightning.pipeline.packing import reading_again, write_patches, write_whole
+from dq_lightning.pipeline.patch_bytes import describe_costs
+from dq_lightning.pipeline.patching import check_saliency, score_selection
+from dq_lightning.pipeline.plan import (
+    BINS,
+    FEATURES,
+    FILLED,
+    PATCHES,
+    SELECTION,
+    STORE,
+    Plan,
+    filled_parts,
+    keeps_all,
+    scored_parts,
+    source_identity,
+    usable_parts,
+)
+from dq_lightning.selection.select import select
+
+
+class Build:
+    """One run of the stations.
+
+    Args:
+        plan: what is to be made.
+        source: identity of the data.
+        cache: where it is kept.
+        device: of the networks.
+        force: make again what is there.
+        progress: show bars.
+        seconds: that were spent before, by what they were spent on.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: str,
+        cache: Cache,
+        device: str,
+        *,
+        force: bool,
+        progress: bool,
+        seconds: dict[str, float],
+    ) -> None:
+        self.cache, self.device, self.force, self.progress = cache, device, force, progress
+        self.seconds = seconds
+        self.plan = plan.resolve(cache.memory)
+        identities = self.plan.identities(cache.memory)
+        if identities is None:
+            raise CacheError(
+                f"the identity of a network could not be recorded in {cache.root}; pass a cache_dir= that can be written"
+            )
+        self.source = source
+        self.marks = _marks(self.plan.source, fresh=False)
+        self.usable = usable_parts(self.plan, source, identities)
+        self.parts = self.usable[0]
+        self.has_made = False
+
+    def bins(self) -> Bins:
+        """The bins alone."""
+        return self._load(BINS, partial(self._telling, BINS, self._write_bins), read_bins)
+
+    def _telling(self, station: str, write: Callable[[Path], None], folder: Path) -> None:
+        """Say why something is made, once it is: another process may have made it while this one waited."""
+        if not self.has_made:
+            self.has_made = True
+            get_logger().info(self._reason(station))
+        write(folder)
+
+    def compact(self) -> Compact:
+        """The whole way to a compact set."""
+        # the identity of the data was found before
+        started, before = time.perf_counter(), sum(self.seconds.values())
+        log = get_logger()
+        read = partial(open_compact, parts=self.parts, reused=False)
+        write = partial(self._telling, STORE, self._write_store)
+        compact = self._load(STORE, write, read)
+        if FILLED in self.parts:
+            try:
+                compact = self._filled(compact)
+            except StoreError:
+                # who read it has left a doubt, or it was removed meanwhile: this look compares all files
+                again = self.cache.load(STORE, self.parts[STORE], write, read)
+                compact = self._filled(again)
+        if not self.has_made:
+            log.info(
+                f"reusing the compact set of {len(compact.selection):,} of {len(self.plan.source):,} samples, which another "
+                f"process made while this one waited {time.perf_counter() - started:.1f} s: {compact.info.path}"
+            )
+            return replace(compact, info=replace(compact.info, reused=True))
+        whole = before + time.perf_counter() - started
+        # rounded down, or the parts could be more than the whole
+        spent = ", ".join(f"{name} {math.floor(10 * seconds) / 10:.1f} s" for name, seconds in self.seconds.items())
+        log.info(
+            f"kept {len(compact.selection):,} of {len(self.plan.source):,} samples in {whole:.1f} s "
+            f"({spent}): {compact.info.path}"
+        )
+        if self.plan.patches is not None:
+            log.info(describe_costs(compact.info))
+        return replace(compact, info=replace(compact.info, seconds=self.seconds))
+
+    def _reason(self, station: str) -> str:
+        """Why something is computed, and what is not."""
+        encoder = "" if self.plan.encoder is None else f"; encoder: {self.plan.encoder.description}"
+        if self.force:
+            return f"computing everything because force_recompute=True{encoder}"
+        why = self.cache.explain_miss(station, self.parts[station])
+        reusable = {
+            STORE: "the packed patches",
+            PATCHES: "features, bins, selection and saliency" if self.plan.chosen is None else "selection and saliency",
+            SELECTION: "features, bins and selection" if self.plan.chosen is None else "selection",
+            BINS: "features and bins",
+            FEATURES: "features",
+        }
+        for earlier, reused in reusable.items():
+            if earlier in self.parts and self._is_made(earlier):
+                return f"{why}; reusing {reused}"
+        return why + encoder
+
+    def _is_made(self, station: str) -> bool:
+        if station != PATCHES:
+            return self.cache.find(station, self.parts[station]) is not None
+        selected = self.cache.find(SELECTION, self.parts[SELECTION])
+        try:
+            selection = None if selected is None else read_selection(selected)
+        except StoreError:
+            return False
+        return selection is not None and self.cache.find(PATCHES, scored_parts(self.parts, selection)) is not None
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started, others = time.perf_counter(), sum(self.seconds.values())
+        with telling_of_lost_loaders():
+            yield
+        # what was timed under another name meanwhile is no part of this one
+        spent = time.perf_counter() - started - (sum(self.seconds.values()) - others)
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 3)
+
+    def _load(self, station: str, write: Callable[[Path], None], read: Callable[[Path], Read]) -> Read:
+        return self.cache.load(station, self.parts[station], write, read, force=self.force)
+
+    def _shards(self, station: str, noun: str, *, parts: dict[str, Any] | None = None, **options: Any) -> KeptShards:
+        """What a killed run has left of an entry; its parts are those of the station, if none are given."""
+        place = self.cache.place(station, self.parts[station] if parts is None else parts)
+        return KeptShards(place, noun, fresh=self.force, **options)
+
+    def _check_unchanged(self, station: str) -> None:
+        """What was read just now must be what the key says, or the entry would be found when the data are as before.
+
+        Data that are known by their items alone are not read once more: each item is compared as it is read.
+        """
+        if self.plan.fingerprint is not None:
+            return
+        by_items = getattr(self.plan.source, "by_items", True)
+        changed = _marks(self.plan.source, fresh=True) != self.marks
+        if changed or (not by_items and source_identity(self.plan, self.cache.memory, full=True) != self.source):
+            remove_shards(self.cache.place(station, self.parts[station]))
+            raise ChangedError(
+                f"{self.plan.source.describe()} changed while it was read: start again when nothing writes to it any more. "
+                "What was made of it was not kept"
+            )
+
+    def _write_store(self, folder: Path) -> None:
+        if self.plan.patches is not None and (self.force or not self._is_made(PATCHES)):
+            with self._timed("saliency"):
+                check_saliency(self.plan, device=self.device)
+        plan, selection = self.plan, self._load(SELECTION, self._write_selection, read_selection)
+        if plan.patches is not None:
+            parts, write = scored_parts(self.parts, selection), partial(self._write_scores, selection)
+            scored = self.cache.load(PATCHES, parts, write, read_scores, force=self.force)
+            with self._timed("store"), reading_again(plan):
+                write_patches(folder, plan, selection, *scored, self._shards(STORE, "packing"))
+                self._check_unchanged(STORE)
+            return
+        with self._timed("store"), reading_again(plan):
+            if plan.store_kind == "packed":
+                write_whole(folder, plan, selection, self._shards(STORE, "packing"))
+                self._check_unchanged(STORE)
+            else:
+                write_selection(folder, selection)
+                write_description(folder, plan)
+
+    def _write_scores(self, selection: Selection, folder: Path) -> None:
+        with self._timed("saliency"), reading_again(self.plan):
+            shards = self._shards(PATCHES, "saliency", parts=scored_parts(self.parts, selection))
+            scored = score_selection(self.plan, selection, device=self.device, progress=self.progress, shards=shards)
+        write_scores(folder, *scored)
+
+    def _filled(self, compact: Compact) -> Compact:
+        """A compact set with its filled images, found or made.
+
+        Raises:
+            StoreError: the store is damaged, which is seen before the first image is filled.
+        """
+        store = Path(compact.info.path)
+        digest = store_digest(store)
+        parts = filled_parts(digest, self.parts[FILLED]["reconstructor"])
+
+        def write(folder: Path) -> None:
+            assert self.plan.patches is not None
+            shards = self._shards(FILLED, "filling", parts=parts)
+            options: dict[str, Any] = {"device": self.device, "progress": self.progress, "shards": shards}
+            with self._timed("filling"):
+                write_filled(folder, store, digest, self.plan.patches, **options)
+
+        telling = partial(self._telling, STORE, write)
+        return replace(compact, filled=self.cache.build(FILLED, parts, telling, force=self.force))
+
+    def _write_selection(self, folder: Path) -> None:
+        if self.plan.chosen is not None:
+            with self._timed("selection"):
+                write_selection(folder, self._given(self.plan.chosen))
+            return
+        bins = self._load(BINS, self._write_bins, read_bins)
+        settings = self.plan.config.selection
+        with self._timed("selection"):
+            selection = select(
+                bins,
+                keep_ratio=settings.keep_ratio,
+                seed=settings.seed,
+                draw=settings.draw,
+                bin_weights=settings.bin_weights,
+            )
+        tell_lost_classes(self.plan, bins, selection)
+        write_selection(folder, selection)
+
+    def _given(self, chosen: Tensor) -> Selection:
+        """The samples that need no features to be chosen, without those that cannot be read where these are skipped."""
+        source, config = self.plan.source, self.plan.config
+        source.check_repeatable()
+        total, unreadable = len(chosen), 0
+        if config.on_error == "skip":
+            left_out = find_unreadable(
+                source,
+                positions=chosen,
+                num_workers=config.features.num_workers,
+                progress=self.progress,
+                shards=self._shards(SELECTION, "reading", part="reading"),
+            )
+            chosen, unreadable = chosen[~torch.isin(chosen, left_out)], len(left_out)
+        if unreadable and keeps_all(config):
+            raise ConfigError(
+                f"keep_ratio=1.0 of {total} samples wants all, but {unreadable} can't be read; lower keep_ratio, or pass the "
+                "others as indices="
+            )
+        return Selection(chosen, torch.full((len(chosen),), -1, dtype=torch.int16), unreadable)
+
+    def _write_bins(self, folder: Path) -> None:
+        features = self._load(FEATURES, self._write_features, read_features)
+        with self._timed("bins"):
+            bins = bins_of(self.plan, features, device=self.device, progress=self.progress)
+        write_bins(folder, bins)
+
+    def _write_features(self, folder: Path) -> None:
+        settings = self.plan.config.features
+        # a run that stopped at a sample that cannot be read has done the ones before it
+        stricter = [self.cache.place(FEATURES, parts[FEATURES]) for parts in self.usable[1:]]
+        shards = self._shards(FEATURES, "features", also=next(iter(stricter), None))
+
+        def allocate(name: str, shape: tuple[int, int]) -> Tensor:
+            # known after the first batch: a full disk is told before the hours of work
+            require_space(folder, 4 * math.prod(shape))
+            shards.reserve_bytes += 4 * math.prod(shape)
+            return torch.empty(shape, dtype=torch.float32)
+
+        with self._timed("features"):
+            self.plan.source.check_repeatable()
+            labels = self.plan.labels if settings.kind == "gradient" or settings.selection_epochs else None
+            left_out = None
+            if self.plan.config.on_error == "skip":
+                left_out = find_unreadable(
+                    self.plan.source,
+                    num_workers=settings.num_workers,
+                    progress=self.progress,
+                    shards=self._shards(FEATURES, "reading", part="reading"),
+                )
+            learned = labels if labels is None or left_out is None else without_labels(labels, left_out)
+            assert self.plan.encoder is not None
+            encoder = with_selection_epochs(self.plan.encoder, self.plan.source, learned, settings, self.progress)
+            features = extract_features(
+                self.plan.source,
+                encoder,
+                kind=settings.kind,
+                labels=labels.values if labels is not None else None,
+                num_classes=labels.num_classes if labels is not None else None,
+                device=self.device,
+                precision=settings.precision,
+                batch_size=settings.batch_size,
+                num_workers=settings.num_workers,
+                progress=self.progress,
+                out=allocate,
+                paid=PaidFolder(self.cache.root / PAID_FOLDER),
+                shards=shards,
+                left_out=left_out,
+            )
+            self._check_unchanged(FEATURES)
+        write_features(folder, features)
+
+
+def _marks(source: Any, *, fresh: bool) -> str:
+    """See `ItemSource.marks`; a source of the user's own has none."""
+    marks = getattr(source, "marks", None)
+    return "" if marks is None else str(marks(fresh=fresh))

@@ -1,0 +1,336 @@
+"""A compact set on the disk: found in the cache, or opened in any folder that holds a whole entry."""
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dq_lightning.cache.entries import Cache
+from dq_lightning.cache.files import read_sealed, seal, sealed_digest, write_bytes
+from dq_lightning.cache.manifest import MANIFEST, cast_doubt, check_copied_entry
+from dq_lightning.cache.tensors import read_bins, read_selection
+from dq_lightning.core.config import PatchConfig, Reconstruct, VerifyPolicy
+from dq_lightning.core.errors import CacheError, DQError, StoreError
+from dq_lightning.core.records import Bins, Selection, StoreInfo
+from dq_lightning.packed.reader import PackedDataset
+from dq_lightning.packed.writer import STORE_FILE
+from dq_lightning.pipeline.patch_bytes import PatchFacts
+from dq_lightning.pipeline.patch_plan import PatchPlan, make_patch_plan
+from dq_lightning.pipeline.plan import (
+    BINS,
+    FILLED,
+    STORE,
+    Parts,
+    Plan,
+    filled_parts,
+    keeps_all,
+    source_identity,
+    usable_parts,
+)
+
+# of a set among the results of a command
+SET_FOLDER = "compact"
+COMPACT_FILE = "compact.json"
+# what a store may name without a word: the table of `choose_reconstructor` and the network in the package
+OWN_RECONSTRUCTORS = ("auto", "bundled")
+
+
+@dataclass(frozen=True)
+class Compact:
+    """A compact set: where it is, which samples it holds, the identity of every station, and the settings.
+
+    Attributes:
+        info: where it is and what it costs.
+        selection: which samples it holds.
+        parts: identity of every station; empty for an entry that was opened outside of the cache.
+        config: the settings it was made with.
+        patches: of a store of patches, else None.
+        filled: folder of the same samples with their dropped patches filled, where they were filled ahead.
+    """
+
+    info: StoreInfo
+    selection: Selection
+    parts: Parts = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    patches: PatchFacts | None = None
+    filled: Path | None = None
+
+
+def write_description(folder: Path, plan: Plan, patches: PatchFacts | None = None) -> None:
+    """Write down, in one sealed file, what a compact set was made of."""
+    labels = plan.labels
+    # a source that was passed in may have been made with columns that the config does not name
+    columns = {name: getattr(plan.source, name, None) for name in ("image_column", "label_column")}
+    config = plan.config.to_dict()
+    if plan.chosen is not None:
+        # these had no say
+        config = {name: value for name, value in config.items() if name not in ("features", "bins")}
+        config["selection"] = {"keep_ratio": 1.0} if keeps_all(plan.config) else {"indices": plan.chosen_id}
+    described = {
+        "kind": plan.store_kind,
+        "source": plan.source.describe(),
+        "encoder": None if plan.encoder is None else plan.encoder.description,
+        "num_source_samples": len(plan.source),
+        "num_classes": labels.num_classes if labels is not None else None,
+        "class_names": list(labels.names) if labels is not None and labels.names is not None else None,
+        "config": config | columns,
+        "patches": None if patches is None else asdict(patches),
+    }
+    write_bytes(folder / COMPACT_FILE, seal(described))
+
+
+def find_compact(plan: Plan, cache: Cache, source: str | None = None) -> Compact | None:
+    """The compact set in the cache, or None. Reads no dataset, loads no model and touches no GPU.
+
+    Args:
+        plan: what is looked for.
+        cache: where.
+        source: identity of the data, if it is known; else it is looked up.
+    """
+    source = source or source_identity(plan, cache.memory, full=False)
+    identities = plan.identities(cache.memory)
+    if source is None or identities is None:
+        return None
+    return find_made(plan, source, identities, cache)
+
+
+def find_made(plan: Plan, source: str, identities: dict[str, str], cache: Cache) -> Compact | None:
+    """The compact set of a plan; one that skips samples also takes what was made without having to skip any."""
+    for parts in usable_parts(plan, source, identities):
+        found = find_by_parts(parts, cache)
+        if found is not None:
+            return found
+    return None
+
+
+def find_by_parts(parts: Parts, cache: Cache) -> Compact | None:
+    """The compact set in the cache, with its filled images where those are wanted, or None when something is missing."""
+    path = cache.find(STORE, parts[STORE])
+    if path is None:
+        return None
+    try:
+        compact = open_compact(path, parts)
+    except StoreError:
+        # the reader has left a doubt, or it was removed meanwhile: this look compares all files
+        path = cache.find(STORE, parts[STORE])
+        if path is None:
+            return None
+        compact = open_compact(path, parts)
+    if FILLED not in parts:
+        return compact
+    filled = cache.find(FILLED, filled_parts(store_digest(path), parts[FILLED]["reconstructor"]))
+    return replace(compact, filled=filled) if filled is not None else None
+
+
+def store_digest(folder: Path) -> str:
+    """`PackedDataset.digest` of a packed store, which is not opened.
+
+    Raises:
+        StoreError: there is none, or a damaged one.
+    """
+    try:
+        return sealed_digest(read_sealed(folder / STORE_FILE))
+    except (OSError, DQError) as error:
+        cast_doubt(folder)
+        raise StoreError(f"{folder} holds no packed store that can be used ({error}): copy it again") from error
+
+
+def set_folder(path: str | Path) -> Path:
+    """The folder of a compact set, given it or the folder of results that it was copied into (`quantize --output`)."""
+    place = Path(path).expanduser()
+    inside = place / SET_FOLDER
+    return inside if not (place / MANIFEST).exists() and (inside / MANIFEST).exists() else place
+
+
+def open_compact(
+    path: Path, parts: Parts | None = None, *, reused: bool = True, verify: VerifyPolicy = "size"
+) -> Compact:
+    """Read the selection and the description of an entry of the store station.
+
+    Args:
+        path: its folder, in the cache or copied from one.
+        parts: identity of every station. None: the cache has not verified the entry, so it is verified here.
+        reused: what `StoreInfo.reused` says.
+        verify: how.
+
+    Raises:
+        StoreError: the folder holds no compact set, or a damaged one.
+    """
+    if parts is None:
+        check_copied_entry(path, verify, station=STORE)
+    try:
+        described = read_sealed(path / COMPACT_FILE)
+        selection = read_selection(path)
+        _check_described(described, selection)
+        patches = described["patches"] and PatchFacts(**described["patches"])
+        info = StoreInfo(
+            path=str(path),
+            kind=described["kind"],
+            num_samples=len(selection),
+            num_source_samples=described["num_source_samples"],
+            bytes=sum(file.stat().st_size for file in path.iterdir()),
+            content_hash=selection.content_hash(),
+            num_classes=described["num_classes"],
+            num_unreadable=selection.num_unreadable,
+            reused=reused,
+            **(_costs(patches) if patches else {}),
+        )
+        config = described["config"]
+    except (OSError, DQError, KeyError, TypeError, ValueError) as error:
+        cast_doubt(path)
+        raise StoreError(
+            f"{path} holds no compact set that can be used ({error}): in a cache the next run makes it again, a copy must be "
+            "copied again"
+        ) from error
+    return Compact(info, selection, parts or {}, config, patches)
+
+
+def _check_described(described: dict[str, Any], selection: Selection) -> None:
+    """Refuse a description whose numbers and texts are of other types or sizes than `write_description` writes.
+
+    Raises:
+        StoreError: it names the field.
+        KeyError: one is missing.
+    """
+
+    def is_count(value: Any, least: int = 0) -> bool:
+        return type(value) is int and value >= least
+
+    total, names, patches = described["num_source_samples"], described["class_names"], described["patches"]
+    index = selection.index
+    fit = {
+        "kind": described["kind"] in ("indices", "packed"),
+        "num_source_samples": is_count(total) and (not len(index) or 0 <= int(index.min()) <= int(index.max()) < total),
+        "num_classes": described["num_classes"] is None or is_count(described["num_classes"]),
+        "class_names": names is None or isinstance(names, list),
+        "config": isinstance(described["config"], dict),
+        "patches": patches is None
+        or (
+            is_count(patches["patch_size"], 1)
+            and len(patches["image_size"]) == 2
+            and all(is_count(side, 1) for side in patches["image_size"])
+            and type(patches["keep_ratio"]) in (int, float)
+            and all(
+                patches[n] is None or is_count(patches[n])
+                for n in ("original_bytes", "source_bytes", "unpatched_bytes")
+            )
+        ),
+    }
+    if wrong := [name for name, fits in fit.items() if not fits]:
+        raise StoreError(f"{COMPACT_FILE} has an impossible {wrong[0]}: {described[wrong[0]]!r:.80}")
+
+
+def _costs(patches: PatchFacts) -> dict[str, Any]:
+    return {
+        "patch_keep_ratio": patches.keep_ratio,
+        "original_bytes": patches.original_bytes,
+        "source_bytes": patches.source_bytes,
+        "unpatched_bytes": patches.unpatched_bytes,
+    }
+
+
+def stored_patch_plan(
+    compact: Compact, *, reconstructor: Any = None, reconstruct: Reconstruct | None = None
+) -> PatchPlan:
+    """How the dropped patches of a store are filled.
+
+    Args:
+        compact: a store of patches.
+        reconstructor: name, path or network; None for what the store was made with, if that is a choice of this package.
+        reconstruct: when they are filled; None for what it was made with.
+
+    Raises:
+        StoreError: the store names a network of somebody's: whoever made it does not decide what is downloaded here.
+    """
+    assert compact.patches is not None
+    config = PatchConfig.from_dict(compact.config.get("patches", {}))
+    when = reconstruct or config.reconstruct
+    if reconstructor is None and when != "off" and config.reconstructor not in OWN_RECONSTRUCTORS:
+        raise StoreError(
+            f"the dropped patches of {compact.info.path} were filled by reconstructor={config.reconstructor!r} where it was "
+            f"made. A store does not choose what is loaded here: pass reconstructor={config.reconstructor!r} if you trust it, "
+            'another name, folder or network, "bundled" for the small one of this package, or reconstruct="off" for the mean '
+            "colour"
+        )
+    # a classifier is no longer needed
+    config = replace(config, saliency="random", reconstruct=when, patch_size=compact.patches.patch_size)
+    height, width = compact.patches.image_size
+    chosen = config.reconstructor if reconstructor is None else reconstructor
+    return make_patch_plan(config, (height, width), reconstructor=chosen)
+
+
+def load_selection(path: str | Path) -> Selection:
+    """Which samples a compact set holds: positions in the dataset that it was made from, and their bins.
+
+    Args:
+        path: folder of the entry (`StoreInfo.path`), of either kind.
+
+    Raises:
+        StoreError: the folder holds no compact set, or a damaged one.
+    """
+    return open_compact(Path(path)).selection
+
+
+def read_bins_of(compact: Compact, cache: Cache) -> Bins:
+    """The bins behind a compact set.
+
+    Raises:
+        CacheError: they are not in this cache.
+    """
+    if compact.parts and BINS not in compact.parts:
+        raise CacheError(
+            f"there are no bins behind the compact set {compact.info.path}: its samples were given as indices=, or all were "
+            "kept. make_bins makes bins of any features"
+        )
+    path = cache.find(BINS, compact.parts[BINS]) if BINS in compact.parts else None
+    if path is None:
+        raise CacheError(
+            f"the bins behind the compact set {compact.info.path} are not in {cache.root}: they stay in the cache where it was "
+            "made, and a run with force_recompute=True over the original dataset makes them again"
+        )
+    bins, selection = read_bins(path), compact.selection
+    fit = len(bins) == compact.info.num_source_samples
+    if not fit or not torch.equal(bins.assignment[selection.index], selection.bin):
+        raise CacheError(
+            f"the bins in {path} were made again after the compact set {compact.info.path}, and came out different (the "
+            "features of another device differ in their last bits): a run with force_recompute=True makes both anew"
+        )
+    return bins
+
+
+def open_packed(
+    path: str | Path,
+    *,
+    finisher: Any = None,
+    verify: VerifyPolicy = "size",
+    patches: Literal["mean", "packed"] = "mean",
+) -> PackedDataset:
+    """The packed samples of a compact set; `patches` as in `PackedDataset`.
+
+    Raises:
+        StoreError: there is no packed set, or a damaged one.
+    """
+    compact = open_compact(Path(path), verify=verify)
+    if compact.info.kind != "packed":
+        raise StoreError(
+            f"{path} holds indices, not samples: it needs the original dataset. Quantize with store='packed' to get a set "
+            "that stands alone"
+        )
+    samples = PackedDataset(path, finisher=finisher, verify=verify, patches=patches)
+    check_same_samples(samples, compact.selection)
+    return samples
+
+
+def check_same_samples(samples: PackedDataset, selection: Selection) -> None:
+    """Compare the positions that a packed store says its samples have with those of a compact set.
+
+    Raises:
+        StoreError: they belong to different sets.
+    """
+    if not torch.equal(samples.index, selection.index) or not torch.equal(samples.bin, selection.bin):
+        cast_doubt(samples.path)
+        raise StoreError(
+            f"{samples.path} holds samples of another selection than its compact set: in a cache the next run makes it again, "
+            "a copy must be copied again"
+        )

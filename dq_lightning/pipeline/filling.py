@@ -1,0 +1,193 @@
+"""From packed patches to whole images: the reconstructor over the samples of a store."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dq_lightning.cache.entries import require_space
+from dq_lightning.cache.shards import KeptShards
+from dq_lightning.core.console import progress_bar
+from dq_lightning.core.errors import PatchError, StoreError
+from dq_lightning.core.isolation import isolated, release_memory
+from dq_lightning.core.records import PatchedImage
+from dq_lightning.features.encoders import resolve_device
+from dq_lightning.packed.patches import image_leaf, unpack_image
+from dq_lightning.packed.reader import PackedDataset
+from dq_lightning.packed.writer import Item, write_packed
+from dq_lightning.patches.fill import fill_pixels
+from dq_lightning.pipeline.patch_plan import PatchPlan
+from dq_lightning.sources.items import at, with_value
+
+# images of different sizes and numbers of patches that wait for their batch, in batches
+WINDOW = 8
+MEASURED_SAMPLES = 64
+
+
+def write_filled(
+    folder: Path, store: Path, digest: str, patches: PatchPlan, *, device: str, progress: bool, shards: KeptShards
+) -> None:
+    """Write the samples of a store of patches as a plain packed store, with the dropped patches filled.
+
+    The images are written as raw pixels: what they cost on the disk buys the speed of the loader, and this folder can be
+    removed and made again.
+
+    Args:
+        folder: empty.
+        store: folder of the store.
+        digest: of the store (`PackedDataset.digest`), by which this entry is found again. All files are compared with it: a
+            store that only claims to be another one fills nothing in its name.
+        patches: names the reconstructor.
+        device: where it runs.
+        progress: show a bar.
+        shards: finished samples.
+
+    Raises:
+        StoreError: the store is damaged, or another one.
+    """
+    samples = PackedDataset(store, patches="packed", verify="hash")
+    samples.require(digest)
+    place = stored_place(samples)
+    require_space(folder, sum(_filled_bytes(stored_image(sample, place)) for sample in samples))
+    shards.made_from = digest
+    write_packed(
+        folder,
+        lambda start: filled_items(samples, place, patches, device=device, progress=progress, start=start),
+        ids=samples.ids,
+        index=samples.index,
+        bins=samples.bin,
+        attributes=samples.attributes,
+        raw_images=True,
+        shards=shards,
+        grain=WINDOW * patches.config.batch_size,
+    )
+
+
+def filled_items(
+    samples: PackedDataset,
+    place: tuple[str | int, ...],
+    patches: PatchPlan,
+    *,
+    device: str,
+    progress: bool,
+    start: int = 0,
+) -> Iterator[Item]:
+    """The samples of a packed store, in order, with the dropped patches filled.
+
+    Args:
+        samples: delivers packed images.
+        place: of the image in a sample.
+        patches: names the reconstructor.
+        device: where it runs.
+        progress: show a bar.
+        start: number of the first sample to be filled; a multiple of a window changes no batch.
+    """
+    target = resolve_device(device)
+    try:
+        with isolated():
+            filler = Filler(patches, str(target))
+            window: list[Any] = []
+            with progress_bar(progress, total=len(samples), unit="img", description="filling") as bar:
+                bar.update(start)
+                for sample in samples if start == 0 else map(samples.__getitem__, range(start, len(samples))):
+                    window.append(sample)
+                    if len(window) == WINDOW * patches.config.batch_size:
+                        yield from filler.samples(window, place)
+                        bar.update(len(window))
+                        window = []
+                yield from filler.samples(window, place)
+                bar.update(len(window))
+            del filler
+    finally:
+        release_memory()
+
+
+def stored_place(samples: PackedDataset) -> tuple[str | int, ...]:
+    """Where the image is in the samples of a store of patches.
+
+    Raises:
+        StoreError: the store does not say.
+    """
+    place = samples.attributes.get("image_place")
+    if not isinstance(place, list) or not all(type(part) in (str, int) for part in place):
+        raise StoreError(f"{samples.path} does not say where its images are ({place!r:.80}): copy it again")
+    return tuple(place)
+
+
+def stored_image(
+    sample: Any, place: tuple[str | int, ...]
+) -> PatchedImage | Image.Image | Tensor | np.ndarray[Any, Any]:
+    """The image of a sample: its patches, or the whole image where no patches could be kept.
+
+    Raises:
+        StoreError: there is no image.
+    """
+    try:
+        image = at(sample, place)
+    except (LookupError, TypeError) as error:
+        raise StoreError(f"a sample has no image at {place!r:.80}, where its store says it is") from error
+    if not isinstance(image, PatchedImage | Image.Image | Tensor | np.ndarray):
+        raise StoreError(f"a sample holds a {type(image).__name__} at {place!r:.80}, where its store says the image is")
+    return image
+
+
+class Filler:
+    """A reconstructor on its device, over images as they are stored.
+
+    Args:
+        patches: names the reconstructor.
+        device: where it runs.
+    """
+
+    def __init__(self, patches: PatchPlan, device: str) -> None:
+        if patches.reconstructor is None:
+            raise PatchError('reconstruct="off" fills nothing')
+        self._plan = patches
+        self._model = patches.reconstructor.load(device)
+
+    def fill(self, images: Tensor, mask: Tensor, patch_size: int | None = None) -> Tensor:
+        """Images uint8 [B, C, H, W] with patches `mask` bool [B, L] kept, filled; on the reconstructor's device.
+
+        Args:
+            images: with anything in the dropped patches.
+            mask: of the patches.
+            patch_size: of the images; the plan's when None.
+        """
+        model = self._model
+        moved, kept = images.to(model.device), mask.to(model.device)
+        return fill_pixels(model, moved, kept, patch_size or self._plan.patch_size, model.mean, model.std)
+
+    def samples(self, window: list[Any], place: tuple[str | int, ...]) -> Iterator[Item]:
+        """The same samples with their images filled; images of one shape and number of patches share a batch.
+
+        An image that was stored whole stays as it is.
+        """
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for number, sample in enumerate(window):
+            image = stored_image(sample, place)
+            if isinstance(image, PatchedImage):
+                facts = (image.height, image.width, len(image.mode), image.num_kept, image.patch_size)
+                groups.setdefault(facts, []).append(number)
+        filled: dict[int, np.ndarray[Any, Any]] = {}
+        for (*_, patch_size), members in groups.items():
+            size = self._plan.config.batch_size
+            for start in range(0, len(members), size):
+                chosen = members[start : start + size]
+                pixels, masks = zip(*(unpack_image(at(window[number], place)) for number in chosen), strict=True)
+                images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+                whole = self.fill(images, torch.from_numpy(np.stack(masks)), patch_size)
+                filled.update(zip(chosen, whole.permute(0, 2, 3, 1).cpu().numpy(), strict=True))
+        for number, sample in enumerate(window):
+            if number in filled:
+                sample = with_value(sample, place, image_leaf(at(sample, place), filled[number]))
+            yield sample, None
+
+
+def _filled_bytes(image: Any) -> int:
+    if isinstance(image, PatchedImage):
+        return image.height * image.width * len(image.mode)
+    return int(np.asarray(image).nbytes)

@@ -1,0 +1,133 @@
+"""What a store of patches is compared with: bytes of the same samples elsewhere."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from dq_lightning.core.errors import SourceError
+from dq_lightning.core.records import PatchChoice, Selection, StoreInfo
+from dq_lightning.packed.patches import can_keep_patches
+from dq_lightning.packed.values import encode_properties
+from dq_lightning.pipeline.patching import image_place, patches_of, whole_bytes
+from dq_lightning.pipeline.plan import Plan
+from dq_lightning.sources.items import at, evenly_spaced
+from dq_lightning.sources.skipping import readable_items
+
+MEASURED_SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class PatchFacts:
+    """What a store of patches is compared with; see `StoreInfo`.
+
+    Attributes:
+        patch_size: P in pixels.
+        image_size: (height, width) of a typical image.
+        keep_ratio: share of the patches that is stored.
+        original_bytes: of the same samples as their owner stores them.
+        source_bytes: of the whole dataset.
+        unpatched_bytes: of the same samples, whole, in the same codec.
+    """
+
+    patch_size: int
+    image_size: tuple[int, int]
+    keep_ratio: float
+    original_bytes: int
+    source_bytes: int
+    unpatched_bytes: int
+
+
+def measure_bytes(plan: Plan, selection: Selection, choice: PatchChoice) -> PatchFacts:
+    """What the same samples and the whole dataset take elsewhere.
+
+    Complexity: one look at every file of a folder; else, and for the whole images, at most 1,000 samples are read.
+    """
+    patches, place = patches_of(plan), image_place(plan)
+    kept, whole = selection.index.tolist(), len(plan.source)
+    tried = [kept[place] for place in evenly_spaced(len(kept), MEASURED_SAMPLES)]
+    unpatched = 0
+    for position in tried:
+        leaf = at(plan.source.plain(position), place)
+        if can_keep_patches(leaf):
+            unpatched += plain_bytes(leaf, patches.codec, patches.config.quality)
+        else:
+            unpatched += whole_bytes(plan, position, leaf)
+    return PatchFacts(
+        patch_size=patches.patch_size,
+        image_size=patches.image_size,
+        keep_ratio=choice.keep_ratio,
+        original_bytes=_owner_bytes(plan, kept),
+        source_bytes=_owner_bytes(plan, range(whole)),
+        unpatched_bytes=round(unpatched * len(kept) / max(1, len(tried))),
+    )
+
+
+def plain_bytes(leaf: Any, codec: str, quality: int) -> int:
+    """Bytes of a whole image as a plain file of a codec, as Pillow writes it by default, and of its info."""
+    beside = len(encode_properties(leaf)) if isinstance(leaf, Image.Image) else 0
+    if codec == "raw":
+        return int(np.asarray(leaf).nbytes) + beside
+    image = leaf if isinstance(leaf, Image.Image) else _as_pil(leaf)
+    buffer = io.BytesIO()
+    image.save(buffer, codec.upper(), **({} if codec == "png" else {"quality": quality}))
+    return len(buffer.getvalue()) + beside
+
+
+def _as_pil(leaf: Any) -> Image.Image:
+    pixels = leaf.numpy() if isinstance(leaf, Tensor) else leaf
+    if isinstance(leaf, Tensor) and pixels.ndim == 3:
+        pixels = pixels.transpose(1, 2, 0)
+    return Image.fromarray(
+        pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else np.ascontiguousarray(pixels)
+    )
+
+
+def _owner_bytes(plan: Plan, positions: Sequence[int]) -> int:
+    """Bytes of samples as their owner stores them: files, encoded bytes, or raw pixels. What can't be read has none."""
+    source: Any = plan.source
+    if not len(positions):
+        return 0
+    if hasattr(source, "path") and source.path(positions[0]) is not None:
+        paths = [source.path(position) for position in positions]
+        others = [position for position, path in zip(positions, paths, strict=True) if path is None]
+        return sum(_file_bytes(path) for path in paths if path is not None) + _read_bytes(plan, others)
+    return _read_bytes(plan, positions)
+
+
+def _file_bytes(path: str) -> int:
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return 0  # left out, or never read
+
+
+def _read_bytes(plan: Plan, positions: Sequence[int]) -> int:
+    """The same from at most 1,000 samples."""
+    place, sizes = image_place(plan), []
+    tried = [positions[number] for number in evenly_spaced(len(positions), MEASURED_SAMPLES)]
+    for position, sample in readable_items(plan.source, tried):
+        with contextlib.suppress(SourceError):
+            sizes.append(whole_bytes(plan, position, at(sample, place)))
+    return round(sum(sizes) * len(positions) / max(1, len(sizes)))
+
+
+def describe_costs(info: StoreInfo) -> str:
+    """One line: the bytes of a store of patches beside those of the same samples elsewhere."""
+    compared = {
+        "of the same samples as they were": info.original_bytes,
+        "of the whole dataset": info.source_bytes,
+        "of the same samples in this codec without dropping": info.unpatched_bytes,
+    }
+    if info.unpatched_bytes == info.original_bytes:
+        compared.popitem()
+    shares = ", ".join(f"{info.bytes / size:.1%} {of} ({size:,})" for of, size in compared.items() if size)
+    return (
+        f"{info.patch_keep_ratio:.1%} of the patches, {info.bytes:,} bytes on the disk, everything included: {shares}"
+    )

@@ -1,0 +1,266 @@
+"""Station 4 over a plan: scores of the kept samples' patches, the choice among them, packed samples."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dq_lightning.core.console import get_logger
+from dq_lightning.core.errors import PatchError, StoreError
+from dq_lightning.core.handles import FORK, loader_processes
+from dq_lightning.core.isolation import isolated, release_memory
+from dq_lightning.core.records import Grid, PatchChoice, PatchedImage, Selection
+from dq_lightning.core.resuming import Shards
+from dq_lightning.core.workers import automatic_workers, torch_threads
+from dq_lightning.features.encoders import resolve_device
+from dq_lightning.packed.patches import can_keep_patches, check_patches, image_size, pack_image
+from dq_lightning.packed.writer import Item
+from dq_lightning.patches.choose import choose_patches, kept_count, make_choice, spread_budget
+from dq_lightning.patches.saliency import ClassifierScorer
+from dq_lightning.patches.score import score_images, split_scores
+from dq_lightning.pipeline.patch_plan import PatchPlan
+from dq_lightning.pipeline.plan import Plan
+from dq_lightning.sources.items import at, evenly_spaced, plain_parts, with_value
+from dq_lightning.sources.skipping import readable_items
+
+# fewer images are read faster than processes start
+WORKERS_PAY_FROM = 512
+BUDGET_ROUNDS = 8
+# looked at before the hours of work
+TRIED_SAMPLES = 8
+NAMED_SAMPLES = 5
+
+
+def score_selection(
+    plan: Plan, selection: Selection, *, device: str, progress: bool, shards: Shards | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scores float32 [sum of L_i] and sizes int32 [M, 2] of the kept samples; see `score_images`."""
+    patches = patches_of(plan)
+    target = resolve_device(device)
+    labels = plan.labels if patches.classifier is not None else None
+    source, workers = loader_processes(plan.source, _num_workers(plan, len(selection)), asked=False, context=FORK)
+    try:
+        with isolated():
+            scorer = patches.load_scorer(str(target), labels.num_classes if labels is not None else None)
+            scored = score_images(
+                source,
+                selection.index,
+                scorer,
+                patches.patch_size,
+                labels=labels.values[selection.index] if labels is not None else None,
+                device=target,
+                batch_size=patches.config.batch_size,
+                num_workers=workers,
+                progress=progress,
+                shards=shards,
+            )
+            del scorer
+    finally:
+        release_memory()
+    return scored
+
+
+def check_saliency(plan: Plan, *, device: str) -> None:
+    """Tell before the hours of work that the classifier cannot score patches: two images of noise are tried.
+
+    Raises:
+        PatchError: its target layer cannot be found, or it fails.
+        FeatureError: its weights cannot be found.
+    """
+    patches = patches_of(plan)
+    if patches.classifier is None:
+        return
+    target, labels = resolve_device(device), plan.labels
+    try:
+        with isolated():
+            scorer = patches.load_scorer(str(target), labels.num_classes if labels is not None else None)
+            if isinstance(scorer, ClassifierScorer):
+                noise = torch.randint(0, 256, (2, 3, *patches.image_size), generator=torch.Generator().manual_seed(0))
+                classes = None if labels is None else torch.zeros(2, dtype=torch.int64, device=target)
+                scorer.check(noise.to(target, torch.uint8), classes)
+            del scorer
+    finally:
+        release_memory()
+
+
+def choose(plan: Plan, selection: Selection, scores: Tensor, sizes: Tensor) -> PatchChoice:
+    """Which patches are kept: the share that the settings ask for, or as many as the bytes allow.
+
+    Raises:
+        PatchError: not even the share that every image keeps fits into `max_bytes`.
+    """
+    patches = patches_of(plan)
+    config, size = patches.config, patches.patch_size
+    rows = split_scores(scores, sizes, size)
+    pairs = [(height, width) for height, width in sizes.tolist()]
+    if config.max_bytes is None:
+        return choose_patches(
+            rows, pairs, size, config.drop_ratio, spread=config.spread, least_ratio=config.least_ratio
+        )
+    counts = [kept_count(len(row), config.drop_ratio) for row in rows]
+    least = [min(count, kept_count(len(row), 1 - config.least_ratio)) for row, count in zip(rows, counts, strict=True)]
+    total = sum(counts)
+    for _ in range(BUDGET_ROUNDS):
+        choice = make_choice(spread_budget(rows, total, least), pairs, size)
+        seen = sum(packed.num_bytes(plan) for packed in _packed_images(plan, selection, choice))
+        if seen <= config.max_bytes:
+            return choice
+        # a little less than in proportion, because the patches that stay are the dearer ones
+        total = max(sum(least), min(total - 1, int(total * config.max_bytes / seen * 0.99)))
+        if total == sum(least) == int(choice.counts.sum()):
+            break
+    raise PatchError(
+        f"max_bytes={config.max_bytes:,} is too little: with {int(choice.counts.sum()):,} patches the {len(rows):,} images "
+        f"take {seen:,} bytes. Raise it, or lower least_ratio, quality or keep_ratio"
+    )
+
+
+def packed_items(plan: Plan, selection: Selection, choice: PatchChoice, start: int = 0) -> Iterator[Item]:
+    """The kept samples from number `start` on, each with its image's kept patches in the place of the image.
+
+    An image of which no patches can be kept (another mode than RGB or L) stays whole and is told of in a warning.
+    """
+    place, whole = image_place(plan), []
+    for packed in _packed_images(plan, selection, choice, start):
+        if packed.image is None:
+            whole.append(packed.position)
+            yield packed.sample, plan.source.encoded(packed.position)
+        else:
+            yield with_value(packed.sample, place, packed.image), None
+    if whole:
+        named = ", ".join(map(str, whole[:NAMED_SAMPLES])) + (", ..." if len(whole) > NAMED_SAMPLES else "")
+        get_logger().warning(
+            f"{len(whole):,} images have a mode or type of which no patches can be kept and stay whole (samples {named}). "
+            'Where the dataset gives all images as RGB (image.convert("RGB")), they lose patches too'
+        )
+
+
+def image_place(plan: Plan) -> tuple[str | int, ...]:
+    """Where in a sample the image is."""
+    source: Any = plan.source
+    if not hasattr(source, "image_leaf"):
+        raise PatchError(f"{source.describe()} does not tell where in its samples the image is (image_leaf)")
+    place: tuple[str | int, ...] = source.image_leaf()
+    return place
+
+
+def check_packable(plan: Plan) -> None:
+    """Tell before the hours of work that the images of a dataset cannot be stored by patches.
+
+    A few images of other modes among them may stay whole, but not where each image is to be filled on the device.
+
+    Raises:
+        StoreError: with what to deliver instead.
+    """
+    place, problems, fitting = image_place(plan), [], 0
+    tried = [int(plan.candidates[number]) for number in evenly_spaced(len(plan.candidates), TRIED_SAMPLES)]
+    for _, sample in readable_items(plan.source, tried):
+        try:
+            with_all_patches(plan, plain_parts(sample), place)
+            fitting += 1
+        except StoreError as error:
+            problems.append(error)
+    if problems and (not fitting or patches_of(plan).config.reconstruct == "batch"):
+        raise problems[0]
+
+
+def with_all_patches(plan: Plan, sample: Any, place: tuple[str | int, ...]) -> Any:
+    """A sample with all patches of its image kept, without loss: what packing does to it beside dropping patches.
+
+    Raises:
+        StoreError: its image is of a kind of which no patches can be kept.
+    """
+    leaf, size = at(sample, place), patches_of(plan).patch_size
+    height, width = image_size(leaf)
+    count = Grid(height, width, size).num_patches
+    return with_value(sample, place, pack_image(leaf, torch.ones(count, dtype=torch.bool), size, "raw"))
+
+
+def _packed_images(plan: Plan, selection: Selection, choice: PatchChoice, start: int = 0) -> Iterator["_Packed"]:
+    """Samples and their packed images, in order; read here, because datasets are seldom safe to share, packed in threads."""
+    patches, place = patches_of(plan), image_place(plan)
+
+    def read() -> Iterator[Callable[[], _Packed]]:
+        for number, position in enumerate(selection.index[start:].tolist(), start):
+            sample = plain_parts(plan.source.plain(position))
+            yield _Packing(position, sample, at(sample, place), choice.mask(number), patches)
+
+    yield from _in_threads(read())
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A sample and the kept patches of its image; None where the image stays whole."""
+
+    position: int
+    sample: Any
+    image: PatchedImage | None
+
+    def num_bytes(self, plan: Plan) -> int:
+        """About what the image takes in the store."""
+        if self.image is not None:
+            return len(self.image.data) + len(self.image.mask)
+        return whole_bytes(plan, self.position, at(self.sample, image_place(plan)))
+
+
+@dataclass(frozen=True)
+class _Packing:
+    position: int
+    sample: Any
+    leaf: Any
+    mask: Tensor
+    patches: PatchPlan
+
+    def __call__(self) -> _Packed:
+        plan = self.patches
+        if can_keep_patches(self.leaf):
+            image = pack_image(self.leaf, self.mask, plan.patch_size, plan.codec, plan.config.quality)
+            return _Packed(self.position, self.sample, image)
+        if plan.config.reconstruct == "batch":
+            try:
+                check_patches(self.leaf)
+            except StoreError as error:
+                raise PatchError(f'sample {self.position}, for reconstruct="batch": {error}') from error
+        return _Packed(self.position, self.sample, None)
+
+
+def whole_bytes(plan: Plan, position: int, leaf: Any) -> int:
+    """Bytes of a whole image as its owner stores it, or of its pixels."""
+    encoded = plan.source.encoded(position)
+    return int(np.asarray(leaf).nbytes) if encoded is None else len(encoded.data)
+
+
+def _in_threads(calls: Iterator[Callable[[], Any]]) -> Iterator[Any]:
+    """The results of calls in their order, a few of them made ahead."""
+    threads = max(1, min(16, (os.cpu_count() or 1)))
+    waiting: deque[Future[Any]] = deque()
+    with torch_threads(threads) as pool:
+        try:
+            for call in calls:
+                waiting.append(pool.submit(call))
+                if len(waiting) >= 4 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _num_workers(plan: Plan, count: int) -> int:
+    asked = plan.config.features.num_workers
+    if asked != "auto":
+        return asked
+    return automatic_workers() if count >= WORKERS_PAY_FROM else 0
+
+
+def patches_of(plan: Plan) -> PatchPlan:
+    """The step on patches of a plan that has one."""
+    assert plan.patches is not None
+    return plan.patches

@@ -1,0 +1,131 @@
+"""From a dataset to its compact set, or to its bins, found in the cache or made. No Lightning."""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dq_lightning.cache.entries import Cache, default_cache_dir
+from dq_lightning.cache.tensors import read_bins
+from dq_lightning.core.config import AnyConfig, OnError, VerifyPolicy, with_short_forms
+from dq_lightning.core.console import get_logger
+from dq_lightning.core.errors import StoreError
+from dq_lightning.core.isolation import isolated_random_state
+from dq_lightning.core.records import Bins, StoreInfo
+from dq_lightning.pipeline.build import Build
+from dq_lightning.pipeline.compact import Compact, find_made
+from dq_lightning.pipeline.packing import check_storable
+from dq_lightning.pipeline.plan import BINS, Plan, make_plan, source_identity, usable_parts
+from dq_lightning.selection.given import Indices, check_alone
+
+
+def quantize(
+    source: Any,
+    config: AnyConfig | None = None,
+    *,
+    encoder: Any = None,
+    classifier: Any = None,
+    reconstructor: Any = None,
+    labels: Any = None,
+    indices: Indices = None,
+    cache_dir: str | Path | None = None,
+    device: str = "auto",
+    fingerprint: str | None = None,
+    force_recompute: bool = False,
+    verify: VerifyPolicy = "size",
+    on_error: OnError | None = None,
+    progress: bool = True,
+) -> StoreInfo:
+    """Make the compact set of a dataset, or find it in the cache.
+
+    Args:
+        source: any torchvision or Hugging Face dataset, map-style dataset, or `Source`.
+        config: settings, a dict of them, or a YAML or JSON file; the defaults keep 12.5 % of the samples from 10 bins.
+        encoder: an `nn.Module`, or `(module, preprocessing)`; None uses `config.features.encoder`.
+        classifier: network, or `(network, preprocessing)`, whose saliency scores the patches; None uses
+            `config.patches.classifier`.
+        reconstructor: a `ViTMAEForPreTraining` that fills dropped patches; None uses `config.patches.reconstructor`.
+        labels: class of every sample [N], a column name, or False for none; None takes the dataset's own.
+        indices: a choice that exists already, in place of features, bins and a draw: positions in the dataset as an integer
+            array, tensor or list [M], or the `.npy` file of such (the published `select_indices_*.npy`).
+        cache_dir: folder of the cache; None uses `DQ_LIGHTNING_CACHE` or the platform's cache folder.
+        device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, ...
+        fingerprint: identity of the dataset, in place of the digest of its content.
+        force_recompute: build again what is in the cache already.
+        verify: how an entry is checked before use.
+        on_error: short form of `config.on_error`; None takes that.
+        progress: show progress bars.
+
+    Returns:
+        Where the compact set is and what it costs.
+
+    Raises:
+        DQError: with what was seen and what to do.
+    """
+    check_alone(indices, encoder=encoder)
+    settings = with_short_forms(config, {"on_error": on_error})
+    check_alone(indices, settings)
+    with isolated_random_state():
+        plan = make_plan(
+            source,
+            settings,
+            encoder=encoder,
+            classifier=classifier,
+            reconstructor=reconstructor,
+            labels=labels,
+            indices=indices,
+            fingerprint=fingerprint,
+        )
+    cache = Cache(cache_dir or default_cache_dir(), verify=verify)
+    return find_or_build(plan, cache, device=device, force=force_recompute, progress=progress).info
+
+
+def find_or_build(
+    plan: Plan,
+    cache: Cache,
+    *,
+    device: str = "auto",
+    force: bool = False,
+    progress: bool = True,
+    before: Callable[[], object] | None = None,
+) -> Compact:
+    """The compact set, from the cache when it is there. Says in one line which of the two, and why.
+
+    The global random state is the same before and after, whatever had to be done. `before` is called where something has to be
+    made: what it raises is told before the work.
+    """
+    with isolated_random_state():
+        started = time.perf_counter()
+        source, identities = _identities(plan, cache)
+        if identities is not None and not force:
+            found = find_made(plan, source, identities, cache)
+            if found is not None:
+                kept, whole = len(found.selection), len(plan.source)
+                get_logger().info(f"reusing the compact set of {kept:,} of {whole:,} samples: {found.info.path}")
+                return found
+        check_storable(plan)
+        seconds = {"identity": round(time.perf_counter() - started, 3)}
+        if before is not None:
+            before()
+        return Build(plan, source, cache, device, force=force, progress=progress, seconds=seconds).compact()
+
+
+def find_or_build_bins(plan: Plan, cache: Cache, *, device: str = "auto", progress: bool = True) -> Bins:
+    """The bins of the plan's dataset alone, likewise."""
+    with isolated_random_state():
+        source, identities = _identities(plan, cache)
+        for parts in [] if identities is None else usable_parts(plan, source, identities):
+            with suppress(StoreError):
+                if (path := cache.find(BINS, parts[BINS])) is not None:
+                    bins = read_bins(path)
+                    get_logger().info(f"reusing the bins of {len(plan.source):,} samples: {path}")
+                    return bins
+        return Build(plan, source, cache, device, force=False, progress=progress, seconds={}).bins()
+
+
+def _identities(plan: Plan, cache: Cache) -> tuple[str, dict[str, str] | None]:
+    """Of the data, and of the networks where all are known."""
+    source = source_identity(plan, cache.memory, full=True)
+    assert source is not None
+    return source, plan.identities(cache.memory)

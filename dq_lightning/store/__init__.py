@@ -1,1 +1,0 @@
-"""Station 5: cache entries and packed stores on disk."""
