@@ -378,8 +378,9 @@ def test_an_error_names_its_cause_at_once(tmp_path):
                 raise OSError("truncated")
             return super().__getitem__(i)
 
+    module = QuantizedDataModule(Broken([0] * 60), collate_fn=list, cache_dir=tmp_path)
     with pytest.raises(Exception, match=r"Item 7 of Broken.*truncated"):
-        trainer().fit(Recorder(), QuantizedDataModule(Broken([0] * 60), cache_dir=tmp_path))
+        trainer().fit(Recorder(), module)
 
 
 def test_from_datasets_quantizes(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
-SAMPLE_FILE = Path(__file__).resolve().parent / "assets" / "cifar10_sample.npz"
+SAMPLE_FILE = Path(__file__).resolve().parent.parent / "assets" / "cifar10_sample.npz"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE, COLUMNS = 32, 50
 

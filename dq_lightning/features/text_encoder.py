@@ -177,7 +177,6 @@ def _load(
     known = settings.pooling != "auto" and None not in (settings.max_length, settings.prompt)
     card = Card() if known else read_card(read, place, whole=settings.pooling == "auto")
     pinned: dict[str, Any] = {"revision": commit} if commit is not None else {"local_files_only": True}
-    pinned["trust_remote_code"] = False
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **pinned)
         module, report = AutoModel.from_pretrained(

@@ -117,6 +117,9 @@ class Describer:
             try:
                 return self._array(np.asarray(value) if isinstance(value, np.generic) else value)
             except (DQError, RuntimeError, OSError, ValueError) as error:
+                if type(self) is Describer:
+                    # of an item: whoever reads it names the item
+                    raise
                 return self.unseen(value, f"has no values that can be read ({error})")
         if isinstance(value, Image.Image):
             return self._image(value)
@@ -170,7 +173,8 @@ class Describer:
     def _image(self, value: Image.Image) -> str:
         try:
             pixels = digest_bytes(np.frombuffer(value.tobytes(), np.uint8))
-        except OSError as error:
+        except Exception as error:
+            # Pillow's decoders raise whatever they meet, and a closed image raises ValueError
             if type(self) is Describer:
                 raise
             return self.unseen(value, f"cannot be decoded ({error})")
