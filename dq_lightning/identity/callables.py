@@ -83,7 +83,7 @@ _STARTS = ("__init__", "__new__", "__post_init__")
 _NOTES = _words(
     "__module__ __dict__ __weakref__ __doc__ __annotations__ __firstlineno__ __static_attributes__ __parameters__ "
     "__orig_bases__ __abstractmethods__ __dataclass_params__ __dataclass_fields__ __match_args__ __annotate__ "
-    "__annotate_func__ __annotations_cache__ __slots__ _abc_impl"
+    "__annotate_func__ __annotations_cache__ __slots__ __slotnames__ _abc_impl"
 )
 # methods that dataclasses and named tuples write for a class, from what is seen of it
 _WRITTEN_BY_CODE = _words(

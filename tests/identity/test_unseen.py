@@ -765,6 +765,15 @@ def test_comments_and_lines_change_nothing(world):
     assert texts[0] == texts[1] == texts[2] != texts[3]
 
 
+def test_pickling_an_object_changes_nothing(world):
+    dataset = world("users_code", "class Held:\n    def __init__(self):\n        self.values = [1, 2]").Held()
+    before = describe_callable(type(dataset))
+    # copyreg notes the slots of a class on the class itself
+    dataset.__reduce_ex__(2)
+    assert "__slotnames__" in vars(type(dataset))
+    assert describe_callable(type(dataset)) == before
+
+
 def test_a_source_that_was_edited_meanwhile_is_not_believed(world, tmp_path):
     module = world("users_code", "def prepare(x):\n    return x + 1")
     before = describe_callable(module.prepare)
