@@ -254,8 +254,8 @@ def test_damage_inside_the_cache_is_repaired(tmp_path, caplog):
 
 def test_a_full_disk_is_told_before_the_work(tmp_path, monkeypatch):
     asked = []
-    for module in ("building", "packing"):
-        monkeypatch.setattr(f"dq_lightning.{module}.require_space", lambda path, needed: asked.append(needed))
+    for module in ("build", "packing"):
+        monkeypatch.setattr(f"dq_lightning.pipeline.{module}.require_space", lambda path, needed: asked.append(needed))
     info = ready(photos(COUNT, None), tmp_path, store="packed").info
     features, packed = asked
     assert features > 0

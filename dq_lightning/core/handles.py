@@ -124,6 +124,9 @@ def _held_by(value: Any) -> Iterable[Any]:
         return [*cells, *_used_globals(value)]
     if isinstance(value, type):
         return [] if _is_library(value.__module__) else [*vars(value).values(), *value.__bases__]
+    if _root(type(value)) in _FILE_LIBRARIES and not _is_open(value):
+        # what a closed file still refers to cannot be read either
+        return []
     if _root(type(value)) in _NOT_LOOKED_INTO and not hasattr(type(value), "__getitem__"):
         return []
     return [*gc.get_referents(value), type(value)]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from dq_lightning.cache.entries import require_space
 from dq_lightning.cache.shards import KeptShards
 from dq_lightning.cache.tensors import write_selection
-from dq_lightning.core.errors import SourceError, StoreError
+from dq_lightning.core.errors import CacheError, SourceError, StoreError
 from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.core.records import Selection
 from dq_lightning.identity.values import digest_of
@@ -93,7 +93,8 @@ def check_storable(plan: Plan, finisher: Any = None) -> None:
     for position, sample in readable_items(plan.source, places):
         positions.append(position)
         items.append(_tried_item(plan, position, plain_parts(sample)))
-    with TemporaryDirectory(prefix="dq_lightning-") as folder:
+    # in the system's folder for temporary files: the cache may be full, or not be writable, and that is told in its own words
+    with _trial_folder() as folder:
         try:
             write_packed(
                 Path(folder),
@@ -110,6 +111,23 @@ def check_storable(plan: Plan, finisher: Any = None) -> None:
             ) from error
     for position, sample in zip(positions, stored, strict=True) if finisher is not None else ():
         _check_finished(plan, partial(finisher, places[position]), position, sample)
+
+
+@contextmanager
+def _trial_folder() -> Iterator[str]:
+    """A temporary folder for a few samples.
+
+    Raises:
+        CacheError: it cannot be made or written.
+    """
+    try:
+        with TemporaryDirectory(prefix="dq_lightning-", ignore_cleanup_errors=True) as folder:
+            yield folder
+    except OSError as error:
+        raise CacheError(
+            f"a few samples could not be packed on trial in {gettempdir()} ({error}): make room there, or set TMPDIR to "
+            "another folder"
+        ) from error
 
 
 def _tried_item(plan: Plan, position: int, sample: Any) -> Item:

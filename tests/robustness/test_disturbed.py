@@ -297,7 +297,9 @@ def test_a_full_disk_is_told_before_the_work(place: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("dq_lightning.cache.entries.shutil.disk_usage", lambda path: room)
     with pytest.raises(CacheError, match=r"bytes are needed under .*, 50 are free: make room"):
         image_run(place, store="packed")
-    assert not [path for path in written if path.name in ("embedding.bin", "column-0.npy", "values.bin")]
+    # the trial with a few samples is made elsewhere
+    inside = [path for path in written if place in path.parents]
+    assert not [path for path in inside if path.name in ("embedding.bin", "column-0.npy", "values.bin")]
     assert not list(place.glob("*/.tmp-*"))
     monkeypatch.undo()
     assert image_run(place, store="packed").num_samples == 4

@@ -17,8 +17,9 @@ from dq_lightning.cache import lock
 from dq_lightning.cache.entries import Cache
 from dq_lightning.commands import cache_care
 from dq_lightning.commands.cache_care import prune
+from dq_lightning.features.encoders import NetworkEncoder
 from dq_lightning.pipeline.plan import FEATURES
-from tests.robustness.worlds import RUNS, Colours, content, delivered, ended, entries, forked, image_run, until
+from tests.robustness.worlds import RUNS, content, delivered, ended, entries, forked, image_run, until
 
 PROCESSES = 8
 ROUND_SECONDS = 60.0
@@ -85,11 +86,11 @@ def test_eight_processes_on_one_key_fifty_times(place: Path) -> None:
 
 
 def test_builders_that_differ_agree_on_the_first_result(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Colours.forward
+    real = NetworkEncoder.embed
 
-    def forward(self: Colours, images: torch.Tensor) -> torch.Tensor:
-        # what differs between machines is in no code and no weights
-        found = real(self, images)
+    def embed(self: NetworkEncoder, batch: torch.Tensor) -> torch.Tensor:
+        # the arithmetic of machines differs, while networks and data are the same
+        found = real(self, batch)
         noise = torch.Generator().manual_seed(int(os.environ.get("NOISE", "0")))
         return found + torch.randn(found.shape, generator=noise)
 
@@ -97,7 +98,7 @@ def test_builders_that_differ_agree_on_the_first_result(place: Path, monkeypatch
         liar(number)
         os.environ["NOISE"] = str(number)
 
-    monkeypatch.setattr(Colours, "forward", forward)
+    monkeypatch.setattr(NetworkEncoder, "embed", embed)
     for number in range(3):
         root = place / str(number)
         assert len(set(race(root, RUNS["packed"], noisy, []))) == 1
