@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dq_lightning.bins import levels, plan, proof, referee
+from dq_lightning.bins import levels, plan, referee
 from dq_lightning.bins.make import make_bins
 from dq_lightning.core.records import Features
 from tests.bins.test_make import KINDS, assert_greedy, random_features
@@ -19,7 +19,7 @@ from tests.reference import greedy_twin as twin
 def tiny_leaves(monkeypatch):
     monkeypatch.setattr(levels, "LEAF_ROWS", 4)
     monkeypatch.setattr(levels, "_GROWTH", 3)
-    monkeypatch.setattr(proof, "_PICKS_A_CHECKPOINT", 3)
+    monkeypatch.setattr(levels, "_PICKS_A_CHECKPOINT", 3)
     # and none of them small enough to be done in lockstep with others
     monkeypatch.setattr(plan, "_SMALL_GROUP", {"cpu": 0})
 
@@ -115,7 +115,7 @@ def test_a_wrong_pick_would_be_noticed(monkeypatch):
 
     def believe(engine, level, outside, picked, run, start):
         gains = level.gains - 2.0 * level.table.against(picked.sum())[:, 0]
-        return proof.Fault(len(picked), gains, level.error, np.empty(0, dtype=np.int64))
+        return levels.Fault(len(picked), gains, level.error, np.empty(0, dtype=np.int64))
 
     monkeypatch.setattr(levels, "first_fault", believe)
     assert not torch.equal(make_bins(values, num_bins=3, similarity="dot").rank, right.rank)
