@@ -1,6 +1,6 @@
 """Dataset Quantization for PyTorch Lightning: train on a small, well-chosen part of your data.
 
-Every public name is imported on first use, so `import dq_lightning` alone is light.
+Every public name is imported at its first use, so `import dq_lightning` itself loads no heavy library, not even torch.
 """
 
 from importlib import import_module

@@ -1,4 +1,7 @@
-"""The console script: every command is one call of the public API; what it needs is imported when it runs."""
+"""The console script `dq-lightning`.
+
+Every command is one call of the public API; the modules that a command needs are imported when the command runs.
+"""
 
 import difflib
 import inspect
@@ -31,25 +34,31 @@ COMMANDS: dict[str, Any] = {
     "prune": care.prune,
     "demo": care.demo,
 }
-# switches of the published scripts, which are written without a value
+# These options of the published scripts are switches, which are written without a value.
 SWITCHES = ("--merge", "--random", "--dry_run", "--force_recompute", "--public")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; an error of the package is printed without a traceback and exits with status 1.
+    """Run a command of the console script.
+
+    An error of the package or of the disk is printed to stderr without a traceback and ends the process with status 1.
+    An argument that the parser rejects ends it with status 2, and an interrupt (Ctrl-C) with status 130.
 
     Args:
-        arguments: of the command line; None takes the process's own.
+        arguments: arguments of the command line; None takes those of the process.
+
+    Raises:
+        SystemExit: the command failed or was stopped, or its help was printed.
     """
     given = sys.argv[1:] if arguments is None else arguments
     if given == ["--version"]:
         print(f"dq-lightning {version('dq-lightning')}")
         return
     before: Any = signal.SIG_DFL
-    with suppress(ValueError):  # not in the main thread
-        # as an interrupt: what is half written goes, loader processes end
+    with suppress(ValueError):  # Signal handlers can only be set in the main thread.
+        # SIGTERM is handled like an interrupt, so that half-written files are removed and loader processes end.
         before = signal.signal(signal.SIGTERM, _end)
-    # nested settings are listed in the help, not hidden behind a class path
+    # Nested settings are listed one by one in the help; otherwise jsonargparse would hide them behind a class path.
     set_parsing_settings(subclasses_disabled=[JsonFields])
     try:
         auto_cli(
@@ -84,7 +93,7 @@ def _end(number: int, frame: object) -> NoReturn:
 
 
 def _normal(arguments: list[str]) -> list[str]:
-    """The arguments in the one spelling that the parser knows: underscores in options, a dash in the name of a command."""
+    """Return the arguments as the parser expects them: underscores in options, a dash in the name of the command."""
     command = arguments[0].replace("_", "-")
     first = command if command in COMMANDS else arguments[0]
     return _with_values([_underscored(one) for one in (first, *arguments[1:])])
@@ -98,7 +107,7 @@ def _underscored(argument: str) -> str:
 
 
 def _advised(message: str, arguments: list[str]) -> str:
-    """An error of the parser, with the option that is written nearly like an unknown one, and where all of them stand."""
+    """Return an error message of the parser, with the option most like an unknown one and a hint at `--help`."""
     command = next((one for one in _normal(arguments or ["--help"]) if one in COMMANDS), None)
     if command is not None:
         options = list(inspect.signature(COMMANDS[command]).parameters)
@@ -110,18 +119,18 @@ def _advised(message: str, arguments: list[str]) -> str:
 
 
 def _is_read() -> bool:
-    """Whether somebody still reads what is printed. Where not (`| head`), what is printed from now on goes nowhere."""
-    with suppress(OSError, ValueError, AttributeError):  # no file, or a system without poll
+    """Return whether stdout still has a reader; if not (as in `| head`), redirect it to the null device."""
+    with suppress(OSError, ValueError, AttributeError):  # stdout may be no file, and some systems have no poll.
         place, poll = sys.stdout.fileno(), select.poll()
         poll.register(place, 0)
-        if poll.poll(0):  # errors alone are told when no event is asked for
+        if poll.poll(0):  # No event was asked for, so only errors are reported.
             os.dup2(os.open(os.devnull, os.O_WRONLY), place)
             return False
     return True
 
 
 def _with_values(arguments: list[str]) -> list[str]:
-    """`--merge` as `--merge=true`, unless a value follows."""
+    """Return the arguments with `--merge=true` in place of `--merge`, and so on, unless a value follows the switch."""
     return [
         f"{one}=true" if one in SWITCHES and after not in ("true", "false") else one
         for one, after in zip_longest(arguments, arguments[1:])

@@ -1,8 +1,8 @@
-"""What a quantized data module does: Lightning's hooks around the flow, for both packages that Lightning comes in.
+"""The hooks of the quantized data module, for both packages that Lightning is published as.
 
-`lightning` and `pytorch_lightning` are installed side by side and share no class, and a Trainer takes data modules of its own
-package alone. So the hooks stand here, in a class without a base, and `lightning.py` and `pytorch.py` put one base class each
-under them.
+The packages `lightning` and `pytorch_lightning` can be installed side by side and share no class, and a Trainer accepts
+data modules of its own package only. Therefore this file defines the hooks in a class without a base class, and
+`lightning.py` and `pytorch.py` each combine it with the `LightningDataModule` of one package.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,72 +52,89 @@ if TYPE_CHECKING:
 else:
     Base = object
 
-# Any takes all that `train` may be. The classes before it, Dataset without its type, let LightningCLI change one argument of a
-# dataset of the YAML file on the command line
+# Any covers everything that `train` may be. The classes before it (with Dataset left without its type parameter) are
+# listed so that LightningCLI can change a single argument of a dataset in the YAML file from the command line.
 Data = Dataset | AnyDataModule | Any  # type: ignore[type-arg]
-# of ours, which a model may look for in a wrapped data module
+# Attributes of QuantizedDataModule that hide attributes of the same name of a wrapped data module. A model may expect
+# the wrapped module's values, so a warning names those that are hidden.
 HIDING = ("config", "info", "selection", "bins", "data_keep_ratio", "eval_batch_size")
 
 
 class QuantizedHooks(Base):
-    """Loaders over a compact set of a training set, chosen by Dataset Quantization (Zhou et al. 2023).
+    """Data module that trains on a compact set, chosen by Dataset Quantization (Zhou et al. 2023).
 
-    The work is done once, in `prepare_data`, and kept in a cache; later runs start training at once. What the train loader
-    gives has the type, structure and transform that the wrapped dataset gives. For Trainers of the package
-    `pytorch_lightning` import the class from `dq_lightning.pytorch`.
+    The compact set is a part of the training set. It is made once, in `prepare_data`, and kept in a cache, so later
+    runs start training at once. The train loader delivers items with the type, structure and transform of the wrapped
+    dataset. For Trainers of the package `pytorch_lightning`, import the class from `dq_lightning.pytorch`.
 
     Args:
-        train: torchvision or Hugging Face dataset, any map-style dataset, a LightningDataModule (see `from_datamodule`), the
-            folder of a packed compact set (see `from_store`), a folder of class folders with images, or a file of text rows.
-        val: validation dataset or loader, or a list or dict of these; None: there is no validation loader. Of a Hugging Face
-            `DatasetDict` the splits named validation and test are taken where `val` and `test` are None, unless `transform`
-            is given.
-        test: likewise.
-        predict: likewise.
-        keep_ratio: share of the samples that are kept, in (0, 1]; 0.125 when None.
+        train: training set: a torchvision or Hugging Face dataset, any map-style dataset, a LightningDataModule (see
+            `from_datamodule`), the folder of a packed compact set (see `from_store`), a folder of class folders with
+            images, or a file of text rows.
+        val: validation dataset or loader, or a list or dict of these; None means that there is no validation loader. If
+            `train` is a Hugging Face `DatasetDict`, its splits named validation and test are used where `val` and
+            `test` are None, unless `transform` is given.
+        test: test dataset or loader, or a list or dict of these; None as for `val`.
+        predict: prediction dataset or loader, or a list or dict of these; None means that there is no prediction
+            loader.
+        keep_ratio: share of the samples that is kept, in (0, 1]; 0.125 when None.
         num_bins: K, the number of disjoint bins in each class; 10 when None.
-        drop_ratio: share of the patches of every kept image that is dropped, in [0, 1); the others alone are stored, and a
-            masked autoencoder fills the holes. Everything else about it is in `config.patches`. 0 when None.
-        encoder: `"auto"`, `"bundled"`, a timm name, a folder or file, an `nn.Module`, or `(module, preprocessing)`; `"auto"`
-            when None.
-        classifier: network, or `(network, preprocessing)`, whose saliency scores the patches, in place of the name
-            `config.patches.classifier`.
-        reconstructor: a `ViTMAEForPreTraining` that fills dropped patches, in place of the name `config.patches.reconstructor`.
-        labels: class of every sample [N], a column name, or False for bins over the whole set; None takes the dataset's own.
-        indices: a choice that exists already, in place of keep_ratio and num_bins: positions in the dataset as an integer
-            array, tensor or list [M], or the `.npy` file of such (the published `select_indices_*.npy`). No encoder runs.
-        config: everything else; also a dict of its fields, or a YAML or JSON file. A keyword counts as not given when it is
-            None; one that says something else than a setting changed here is an error.
-        store: `"indices"` copies nothing, `"packed"` makes a self-contained set, `"auto"` is `"indices"` while all patches are
-            kept; `"auto"` when None.
-        transform: `"keep"`, or what replaces the wrapped dataset's transform in the train loader (None: none).
-        target_transform: likewise.
-        batch_transform: with `config.patches.reconstruct="batch"`, and only there: from filled uint8 images [B, C, H, W] on the
-            device to what the training takes, in place of the dataset's own image transform.
-        collate_fn: of all loaders; None is torch's.
-        tokenizer: of transformers, or its name or folder. Loaders of instruction data then give batches of `input_ids`,
-            `labels` (-100 over prompts) and `attention_mask`; `config.text` says how long and whether packed. A `collate_fn`
-            then gets items of `input_ids` and `labels`.
-        batch_size: samples per batch and process; 32 when None. Of a wrapped data module this and the next settings of
-            loaders are those of its own train loader when None.
-        eval_batch_size: of the val, test and predict loaders; None is `batch_size`.
-        num_workers: loader processes; `"auto"`, also when None, leaves one core to each training process, and starts none for
-            a dataset that holds open files. 0 also keeps features and saliency in one process, unless
-            `config.features.num_workers` says more.
-        pin_memory: `"auto"`, also when None, pins when batches go to a GPU.
-        persistent_workers: `"auto"`, also when None, keeps workers unless loaders are reloaded every few epochs.
-        drop_last: leave out the last, smaller batch of an epoch; False when None.
+        drop_ratio: share of the patches of every kept image that is dropped, in [0, 1). Only the other patches are
+            stored, and a masked autoencoder fills the dropped ones. `config.patches` holds all further settings of this
+            step. 0 when None.
+        encoder: network that makes the features: `"auto"`, `"bundled"`, a timm name, a folder or file, an `nn.Module`,
+            or `(module, preprocessing)`; `"auto"` when None.
+        classifier: network, or `(network, preprocessing)`, whose saliency maps score the patches; it replaces the name
+            in `config.patches.classifier`.
+        reconstructor: `ViTMAEForPreTraining` that fills dropped patches; it replaces the name in
+            `config.patches.reconstructor`.
+        labels: class of every sample [N], the name of a column, or False to make bins over the whole set; None uses the
+            dataset's own labels.
+        indices: positions of the samples to keep, in place of keep_ratio and num_bins: an integer array, tensor or list
+            [M], or an `.npy` file of these (such as the published `select_indices_*.npy`). No encoder runs then.
+        config: all further settings: a `QuantizeConfig`, a dict of its fields, or a YAML or JSON file. A keyword of
+            this class that is None counts as not given; a keyword that contradicts a setting that was changed in
+            `config` is an error.
+        store: `"indices"` stores positions only and copies no sample, `"packed"` makes a self-contained set of the kept
+            samples, and `"auto"` means `"indices"` while all patches are kept, else `"packed"`; `"auto"` when None.
+        transform: `"keep"`, or the transform that replaces the wrapped dataset's transform in the train loader; None
+            means no transform.
+        target_transform: `"keep"`, or the transform that replaces the wrapped dataset's target transform in the train
+            loader; None means no target transform.
+        batch_transform: function from filled uint8 images [B, C, H, W] on the device to the input of the training, in
+            place of the dataset's own image transform. It is required with `config.patches.reconstruct="batch"` and
+            refused otherwise.
+        collate_fn: collate function of all loaders; None uses torch's.
+        tokenizer: tokenizer of transformers, or its name or folder. Loaders of instruction data then deliver batches of
+            `input_ids`, `labels` (-100 over prompts) and `attention_mask`; `config.text` sets their length and whether
+            rows are packed. A `collate_fn` then receives items of `input_ids` and `labels`.
+        batch_size: samples per batch and process; 32 when None. For a wrapped data module, this and the other loader
+            settings are taken from its own train loader where they are None.
+        eval_batch_size: samples per batch and process of the val, test and predict loaders; None uses `batch_size`.
+        num_workers: number of loader processes. `"auto"`, also when None, leaves one core to each training process, and
+            starts no loader process for a dataset that holds open files. 0 also makes features and saliency read in one
+            process, unless `config.features.num_workers` is set to a number.
+        pin_memory: whether loaders pin memory; `"auto"`, also when None, pins it when batches go to a GPU.
+        persistent_workers: whether loader processes are kept between epochs; `"auto"`, also when None, keeps them
+            unless loaders are reloaded every few epochs.
+        drop_last: whether the last, smaller batch of an epoch is left out; False when None.
         cache_dir: folder of the cache; None uses `DQ_LIGHTNING_CACHE` or the platform's cache folder.
-        seed: of the draw, of weighted samplers, and of a wrapped data module's own split; 0 when None.
-        fingerprint: identity of the dataset, in place of the digest of its content.
-        force_recompute: build again what is in the cache already.
-        verify: how entries are checked before use: `"size"`, `"hash"` or `"off"`.
-        on_error: `"raise"`, or `"skip"`: samples that can't be read are left out and counted in `info.num_unreadable`;
-            `"raise"` when None.
-        device: of the encoder and the bins; `"auto"` is the Trainer's device, or a GPU if there is one.
+        seed: seed of the draw, of weighted samplers, and of a wrapped data module's own split; 0 when None.
+        fingerprint: identity of the dataset given by the user, in place of the digest of its content.
+        force_recompute: build again what is already in the cache.
+        verify: how cache entries are checked before use: `"size"` compares names and sizes of their files, `"hash"`
+            also compares the digests of all files, and `"off"` checks the manifest only.
+        on_error: what happens when a sample cannot be read: `"raise"` ends the run, `"skip"` leaves the sample out and
+            counts it in `info.num_unreadable`; `"raise"` when None.
+        device: device that the networks and the bins run on; `"auto"` is the Trainer's device, or without a Trainer a
+            GPU if there is one.
 
     Attributes:
-        prepare_data_per_node: as in Lightning; True prepares on every node, which a shared cache turns into one build.
+        prepare_data_per_node: as in Lightning; True runs `prepare_data` on every node. If the nodes share the cache,
+            the compact set is still built only once.
+
+    Raises:
+        ConfigError: an argument is invalid, or arguments contradict each other.
     """
 
     def __init__(
@@ -180,13 +197,14 @@ class QuantizedHooks(Base):
             wanted = in_one_process(wanted)
         self.config = wanted.config
         selected, seed = wanted.config.selection, wanted.seed
-        # what holds, wherever it was set. Plain and small only: a dataset here would be copied into every checkpoint
+        # The hyperparameters are the values in effect, whether a keyword or the config set them. Only small plain
+        # values are saved, because a dataset among them would be copied into every checkpoint.
         keep_ratio, num_bins = selected.keep_ratio, wanted.config.bins.num_bins
         if wanted.indices is not None:
             keep_ratio = num_bins = None
         self.save_hyperparameters("keep_ratio", "num_bins", "seed", logger=False)
         self._inner: Any = train if is_datamodule(train) else None
-        # of a wrapped data module the train loader tells it
+        # The batch size of a wrapped data module is read from its train loader in setup().
         own = None if self._inner is not None else LoaderSettings().batch_size
         self.batch_size: int | None = own if batch_size is None else batch_size
         self.eval_batch_size = eval_batch_size
@@ -223,7 +241,8 @@ class QuantizedHooks(Base):
         self._batch_transform = batch_transform
         self._filler: BatchFiller | None = None
         if train_set.fills_late:
-            # on the instance, and only then: Lightning would else skip the model's own hook
+            # The hook is set on the instance, and only when it is needed: Lightning skips the model's own hook whenever
+            # the data module overrides it.
             self._next_hook = vars(self).get("on_after_batch_transfer")
             self.on_after_batch_transfer = self._fill_batch  # type: ignore[method-assign]
 
@@ -262,13 +281,14 @@ class QuantizedHooks(Base):
     ) -> Self:
         """Quantize the train set of an existing data module of `lightning` or `pytorch_lightning`.
 
-        Its other loaders, batch-transfer hooks, state and attributes pass through. Batch size, collate function, sampler and
-        worker settings are those of its train loader unless given here. Its `setup("fit")` runs in `prepare_data` too, both
-        times from the random state `seed`, so that a split made there is the same on every rank. In `prepare_data` it runs
-        on one process of each node alone: a barrier or other collective call inside it would wait for ever.
+        The wrapped module's other loaders, batch-transfer hooks, state and attributes are passed through. Batch size,
+        collate function, sampler and worker settings are those of its train loader unless they are given here. Its
+        `setup("fit")` also runs in `prepare_data`, both times from the random state `seed`, so that a split made there
+        is the same on every rank. In `prepare_data` it runs in only one process of each node, so a barrier or another
+        collective call inside it would wait forever. All keywords are as in the class.
 
         Raises:
-            ConfigError: this is no data module.
+            ConfigError: `datamodule` is not a data module, or an argument is invalid.
         """
         if not is_datamodule(datamodule):
             raise ConfigError(f"from_datamodule takes a LightningDataModule, got {type(datamodule).__name__}")
@@ -333,13 +353,14 @@ class QuantizedHooks(Base):
     ) -> Self:
         """Train from a packed compact set alone; the original dataset is not needed.
 
-        `path` is the folder of the entry (`StoreInfo.path`), here or copied from another machine. `transform` is of the image
-        and `target_transform` of the target of each sample: transforms are code, so a store never holds them. Of a store of
-        patches, `reconstruct` (`"prepare"`, `"batch"`, `"off"`) and `reconstructor` replace what it was made with. All else is
-        as in the class.
+        `path` is the folder of the entry (`StoreInfo.path`), in the cache or copied from another machine. `transform`
+        is applied to the image of each sample and `target_transform` to its target; a store never holds transforms,
+        because they are code. For a store of patches, `reconstruct` (`"prepare"`, `"batch"`, `"off"`) and
+        `reconstructor` replace the settings that the store was made with. All other arguments are as in the class.
 
         Raises:
             StoreError: the folder holds no packed set, or a damaged one.
+            ConfigError: an argument is invalid.
         """
         return cls(
             StoreFolder(Path(path), reconstruct),
@@ -376,14 +397,27 @@ class QuantizedHooks(Base):
         batch_size: int = 1,
         num_workers: AutoInt = 0,
     ) -> Self:
-        """Lightning's own short way, kept so that it quantizes too; further settings need the class itself."""
+        """Make a data module from datasets, with the signature of Lightning's own method, and quantize the train set.
+
+        The class itself takes all further settings.
+
+        Raises:
+            ConfigError: `train_dataset` is None, or an argument is invalid.
+        """
         if train_dataset is None:
             raise ConfigError("from_datasets needs train_dataset: there is nothing to quantize without it")
         evals = {"val": val_dataset, "test": test_dataset, "predict": predict_dataset}
         return cls(train_dataset, batch_size=batch_size, num_workers=num_workers, **evals)
 
     def prepare_data(self) -> None:
-        """Make the compact set if it is not cached. Runs where Lightning says; leaves nothing of use but files behind."""
+        """Make the compact set if it is not in the cache.
+
+        Lightning decides which processes run this hook, so its only lasting result is files in the cache.
+
+        Raises:
+            DQError: preparation failed in a run of one process. In a run of several processes `setup` raises the error,
+                on every rank.
+        """
         val = self._eval["val"]
         self._preparation.prepare(self.trainer, {"val": val} if is_one_dataset(val) else None)
 
@@ -391,12 +425,12 @@ class QuantizedHooks(Base):
         """Open the compact set on every rank and check that all ranks hold the same one.
 
         Raises:
-            DQError: preparation failed on some rank, the entry cannot be found here, the ranks disagree, or the Trainer's
-                settings cannot work with so few steps.
+            DQError: preparation failed on some rank, this rank cannot find the entry, the ranks hold different compact
+                sets, or the Trainer's settings cannot work with the small number of steps in an epoch.
         """
         if not self._preparation.open(self.trainer, stage):
             return
-        # the batch-size finder and a model look for it here
+        # Lightning's batch-size finder and models read this attribute.
         self.batch_size = self._settings().batch_size
         if self._tokens is not None:
             self._tokens.rows(self._preparation.opened.dataset, self.selection.index.tolist())
@@ -410,38 +444,54 @@ class QuantizedHooks(Base):
             self._reported = True
 
     def teardown(self, stage: str) -> None:
-        """Forwarded to a wrapped data module."""
+        """Call the wrapped data module's `teardown`, if there is a wrapped data module."""
         if self._inner is not None:
             self._inner.teardown(stage)
 
     def on_exception(self, exception: BaseException) -> None:
-        """Say on every rank what ended the run; forwarded to a wrapped data module."""
+        """Log on every rank what ended the run, and call the wrapped data module's `on_exception`."""
         if (cause := self._preparation.explain(exception)) is not None:
             get_logger().error(cause)
         if self._inner is not None:
             self._inner.on_exception(exception)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches of the compact set."""
+        """Return the loader over the compact set; it shuffles, unless the train loader of a wrapped module does not.
+
+        Raises:
+            ConfigError: `setup` has not run.
+        """
         dataset, facts = self._preparation.opened.dataset, TrainerFacts.of(self.trainer)
         if self._tokens is not None:
             return self._tokens.loader(dataset, self._settings(), facts)
         return make_loader(dataset, self._settings(), facts, self._preparation.seed)
 
     def val_dataloader(self) -> Any:
-        """Loaders over `val`, or the wrapped data module's own; without, none while training."""
+        """Return the loaders over `val`, or the wrapped data module's own; an empty list if there are none in training.
+
+        Raises:
+            ConfigError: there are none, and the Trainer only validates.
+        """
         return self._eval_loaders("val")
 
     def test_dataloader(self) -> Any:
-        """Loaders over `test`, or the wrapped data module's own."""
+        """Return the loaders over `test`, or the wrapped data module's own.
+
+        Raises:
+            ConfigError: there are none.
+        """
         return self._eval_loaders("test")
 
     def predict_dataloader(self) -> Any:
-        """Loaders over `predict`, or the wrapped data module's own."""
+        """Return the loaders over `predict`, or the wrapped data module's own.
+
+        Raises:
+            ConfigError: there are none.
+        """
         return self._eval_loaders("predict")
 
     def state_dict(self) -> dict[str, Any]:
-        """The compact set's content hash, and the wrapped data module's state."""
+        """Return the state for a checkpoint: the compact set's content hash and the wrapped data module's state."""
         known = self.info.content_hash if self._preparation.is_open else self._preparation.expected_hash
         state: dict[str, Any] = {"content_hash": known}
         if self._inner is not None:
@@ -449,10 +499,10 @@ class QuantizedHooks(Base):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that training goes on with the compact set it began with.
+        """Load the wrapped data module's state, and check that training continues with the same compact set.
 
         Raises:
-            CacheError: this run made another one.
+            CacheError: this run has a different compact set than the one that the checkpoint was trained on.
         """
         if self._inner is not None:
             self._inner.load_state_dict(state_dict.get("datamodule", {}))
@@ -460,36 +510,57 @@ class QuantizedHooks(Base):
 
     @property
     def info(self) -> StoreInfo:
-        """Where the compact set is and what it costs; after `setup`."""
+        """Folder and size of the compact set, and further facts about it; available after `setup`.
+
+        Raises:
+            ConfigError: `setup` has not run.
+        """
         return self._preparation.info
 
     @property
     def selection(self) -> Selection:
-        """Which samples were kept; after `setup`."""
+        """Positions and bins of the samples that were kept; available after `setup`.
+
+        Raises:
+            ConfigError: `setup` has not run.
+        """
         return self._preparation.compact().selection
 
     @property
     def bins(self) -> Bins:
-        """The bins of the whole set; after `setup`."""
+        """Bins of the whole training set; available after `setup`.
+
+        Raises:
+            CacheError: the bins are not in the cache, or no bins were made because all samples were kept or given.
+            ConfigError: `setup` has not run.
+        """
         return read_bins_of(self._preparation.compact(), self._preparation.cache())
 
     @property
     def data_keep_ratio(self) -> float:
-        """Share of the data that is kept; after `setup`."""
+        """Share of the data that is kept: share of samples times share of their patches; available after `setup`.
+
+        Raises:
+            ConfigError: `setup` has not run.
+        """
         return self.info.data_keep_ratio
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes, or None when the targets are no classes; samples without a label are of none.
+        """Number of classes, or None when the targets are not classes; samples without a label do not count as a class.
 
-        For a dataset it is known before `setup`; one that lists no classes is read through for it.
+        If `train` is a dataset, the number is available before `setup`; a dataset that does not list its classes is
+        then read once in full to count them.
+
+        Raises:
+            ConfigError: `train` is a data module without an attribute `num_classes`, and `setup` has not run.
         """
         own = getattr(self._inner, "num_classes", None)
         return self._preparation.num_classes() if own is None else own
 
     @property
     def name(self) -> str | None:
-        """Of a wrapped data module; else None, or what was set here."""
+        """Name that was set on this object, else the name of the wrapped data module, else None."""
         named: str | None = self.__dict__.get("name", getattr(self.__dict__.get("_inner"), "name", None))
         return named
 
@@ -499,22 +570,26 @@ class QuantizedHooks(Base):
 
     @property
     def hparams(self) -> Any:
-        """The wrapped data module's own when it saved any; else keep ratio, number of bins and seed."""
+        """Hyperparameters of the wrapped data module if it saved any, else `keep_ratio`, `num_bins` and `seed`."""
         return getattr(self.__dict__.get("_inner"), "hparams", None) or super().hparams
 
     @property
     def hparams_initial(self) -> Any:
-        """Likewise, as they were saved."""
+        """The hyperparameters of `hparams` as they were when they were saved."""
         return getattr(self.__dict__.get("_inner"), "hparams_initial", None) or super().hparams_initial
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse a Trainer that this class does not fit, at the moment when it takes the data module."""
+        """Set an attribute; a Trainer of the other Lightning package is refused when it takes the data module.
+
+        Raises:
+            ConfigError: the Trainer and this class come from different Lightning packages.
+        """
         if name == "trainer":
             check_package(self, value)
         super().__setattr__(name, value)
 
     def __iter__(self) -> Iterator[Any]:
-        """A Trainer of the other package takes the data module for a loader.
+        """Refuse iteration: a Trainer of the other Lightning package takes the data module for a loader.
 
         Raises:
             ConfigError: always.
@@ -522,7 +597,12 @@ class QuantizedHooks(Base):
         raise not_iterable(self)
 
     def __getattr__(self, name: str) -> Any:
-        """Attributes of a wrapped data module that a model reads through `trainer.datamodule`."""
+        """Return an attribute of the wrapped data module, so that a model can read it through `trainer.datamodule`.
+
+        Raises:
+            AttributeError: there is no wrapped data module, it has no such attribute, or the name begins with an
+                underscore.
+        """
         inner = self.__dict__.get("_inner")
         if inner is not None and not name.startswith("_"):
             return getattr(inner, name)
@@ -543,11 +623,12 @@ class QuantizedHooks(Base):
                 "trainer.datamodule gives: read yours from the data module that you passed"
             )
         for name, hook in overridden_transfer_hooks(datamodule).items():
-            # on the instance, and only these: Lightning asks whether they are overridden and would else skip the model's own
+            # Only overridden hooks are set, and on the instance: Lightning checks whether the data module overrides a
+            # hook, and if it does, skips the model's own hook.
             setattr(self, name, hook)
 
     def _fill_batch(self, batch: Any, dataloader_idx: int) -> Any:
-        """Fill the images of a train batch on its device, then let the hook run that would have run without this one."""
+        """Fill the images of a train batch on its device, then call the hook that would have run without this one."""
         if is_unfilled(batch):
             opened = self._preparation.opened
             if self._filler is None:
@@ -561,7 +642,7 @@ class QuantizedHooks(Base):
         return batch if following is None else following(batch, dataloader_idx)
 
     def _check_rows(self, dataset: Any) -> None:
-        """Tell before the work what a tokenizer could not be given: of the whole training set, and of what validates it."""
+        """Raise an error before the long work if a row of the training or validation set cannot be tokenized."""
         tokens, val = self._tokens, self._eval["val"]
         assert tokens is not None
         tokens.check(dataset)
@@ -573,7 +654,10 @@ class QuantizedHooks(Base):
             make_eval_loaders(val, LoaderSettings(), TrainerFacts.of(None), check)
 
     def _settings(self) -> LoaderSettings:
-        """Settings of the train loader; the batch size is read at each call, because the batch-size finder changes it."""
+        """Return the settings of the train loader.
+
+        `batch_size` is read at each call, because the batch-size finder changes it.
+        """
         return self._preparation.settings(self.batch_size, self._given)
 
     def _eval_loaders(self, name: str) -> Any:

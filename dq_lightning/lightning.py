@@ -1,4 +1,4 @@
-"""`QuantizedDataModule` for Trainers of the package `lightning`; only this file of the library imports it."""
+"""`QuantizedDataModule` for Trainers of the package `lightning`; no other file of the library imports that package."""
 
 import lightning as L
 

@@ -1,4 +1,6 @@
-"""`QuantizedDataModule` for Trainers of the package `pytorch_lightning`; only this file of the library imports it.
+"""`QuantizedDataModule` for Trainers of the package `pytorch_lightning`.
+
+No other file of the library imports that package.
 
 ```python
 import pytorch_lightning as pl

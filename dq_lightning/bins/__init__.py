@@ -1,1 +1,1 @@
-"""Station 2: features to bins. Pure."""
+"""Second step of the method: make bins of features. The code takes tensors and returns tensors."""

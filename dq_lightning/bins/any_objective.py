@@ -1,4 +1,4 @@
-"""Greedy bins of one group for any objective and maximiser. PURE."""
+"""Make the bins of one group for any objective and maximizer."""
 
 from collections.abc import Callable, Sequence
 
@@ -27,15 +27,15 @@ def pick_group(
     Args:
         prepared: features of all samples.
         members: int64 [n], the samples of the group, ascending.
-        sizes: of the bins.
+        sizes: number of samples in each bin.
         config: objective, maximizer, similarity and their parameters.
-        tick: told of every pick.
+        tick: progress callback, called with 1 after every pick.
 
     Returns:
-        The n members' numbers in the order of picking, and their gains.
+        Indices of the members (0 to n - 1) in the order of picking, int64 [n], and their gains, float64 [n].
 
     Raises:
-        ConfigError: a lazy maximizer with gains that can grow, or features that the objective can't take.
+        ConfigError: the maximizer is lazy and gains can grow, or the objective does not support the features.
     """
     whole = prepared.rows.only(torch.from_numpy(members))
     gamma = config.gamma if config.gamma is not None else default_gamma(whole) if config.similarity == "rbf" else 1.0

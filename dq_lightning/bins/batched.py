@@ -1,4 +1,4 @@
-"""Exact greedy graph cut of many small groups in lockstep, with the inner products of each as one matrix. PURE."""
+"""Exact greedy graph cut of many small groups at the same time, with one matrix of inner products for each group."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -30,19 +30,19 @@ def pick_groups(
 
     Args:
         prepared: features of all samples.
-        groups: members of each, int64, ascending.
-        num_bins: K.
+        groups: members of each group, int64, ascending.
+        num_bins: number K of bins.
         lam: weight of representativeness against diversity.
         halved: whether S is 1/2 + (a . b)/2.
-        room: for the matrices of one batch of groups.
-        tick: told how many picks were made.
+        room: limits on the matrices of one batch of groups.
+        tick: progress callback, called with the number of picks made.
 
     Yields:
-        A group's members, their numbers in the order of picking, and their gains.
+        For each group its members, their indices within the group in the order of picking, and their gains.
     """
     waiting = sorted(groups, key=len)
     while waiting:
-        # groups of about one size share a batch, so that little of it is padding
+        # Groups of similar size share a batch, so that there is little padding.
         count = 1
         while count < len(waiting) and (count + 1) * len(waiting[-1]) ** 2 <= room.matrix:
             count += 1
@@ -51,7 +51,10 @@ def pick_groups(
 
 
 class _Batch:
-    """B groups of at most n samples: matrices [B, n, n], gains [B, n]; shorter groups are padded with zero rows."""
+    """A batch of B groups of at most n samples, with matrices [B, n, n] and gains [B, n].
+
+    Groups of fewer than n samples are padded with zero rows.
+    """
 
     def __init__(
         self, prepared: Prepared, groups: Sequence[NDArray[np.int64]], num_bins: int, *, lam: float, halved: bool
@@ -76,7 +79,7 @@ class _Batch:
         self._referees: dict[int, Referee] = {}
 
     def run(self, tick: Callable[[int], object]) -> Iterator[Picked]:
-        """Make all bins of all groups."""
+        """Make all bins of all groups and yield the result of each group."""
         alive = self._valid.clone()
         for number in range(self._sizes.shape[1]):
             wanted = self._sizes[:, number]
@@ -91,11 +94,11 @@ class _Batch:
             yield members, np.concatenate(order), np.concatenate(values)
 
     def _reach(self, picks: int) -> float:
-        """Bound on the absolute value of a gain."""
+        """Return a bound on the absolute value of a gain after `picks` picks of a bin."""
         return self._square * (self._lam * self._valid.shape[1] + 2.0 * picks)
 
     def _one_bin(self, gains: Tensor, wanted: Tensor) -> tuple[Tensor, float]:
-        """Pick the same bin of every group; return the gains left and the bound on their error."""
+        """Pick one bin in every group; return the gains afterwards, [B, n], and a bound on their rounding error."""
         steps, device = int(wanted.max()), gains.device
         group = torch.arange(len(gains), device=device)
         picks = torch.zeros(steps, len(gains), dtype=torch.int64, device=device)
@@ -129,7 +132,7 @@ class _Batch:
             kept.append(gains)
 
     def _settle(self, number: int, near: NDArray[np.int64], picks: Tensor) -> int:
-        """Ask the referee of a group, brought up to date with the bins and picks made so far."""
+        """Decide between near ties of a group by exact arithmetic, given the bins and picks made so far."""
         rows = self._prepared.rows.only(torch.from_numpy(self._groups[number]))
         if number not in self._referees:
             self._referees[number] = Referee(rows, lam=self._lam, halved=self._halved, largest=self._prepared.largest)

@@ -1,4 +1,4 @@
-"""k-means clusters of the features, as groups that are small enough where one group would be too large. PURE."""
+"""k-means clusters of the features, which split a group that would be too large into smaller groups."""
 
 import numpy as np
 import torch
@@ -9,26 +9,27 @@ from dq_lightning.bins.rows import StoredRows
 from dq_lightning.core.errors import ConfigError
 
 _ROUNDS = 20
-# rows that the centres are found on; more change them little
+# The centres are computed from this many rows for each cluster; more rows change them little.
 _SAMPLE = 256
 
 
 def cluster_members(prepared: Prepared, members: NDArray[np.int64], count: int, seed: int) -> list[NDArray[np.int64]]:
-    """Split the members of a group into at most `count` clusters by Lloyd's k-means, spherical where rows have length one.
+    """Split the members of a group into at most `count` clusters by Lloyd's k-means algorithm.
+
+    The centres are computed from 256 rows for each cluster, and the assignment of all rows takes O(n count W) time.
+    Memory is O(count W).
 
     Args:
-        prepared: features.
-        members: int64 [n], ascending.
-        count: clusters wanted; no more than there are members.
-        seed: of the first centres.
+        prepared: features of all samples; for the cosine their rows have length one.
+        members: int64 [n], samples of the group, ascending.
+        count: number of clusters wanted; it is reduced to the number of members if it is larger.
+        seed: seed of the draw of the first centres.
 
     Returns:
-        The members of every cluster that has some, ascending.
+        The members of every cluster that is not empty, ascending.
 
     Raises:
-        ConfigError: the features have a head gradient, whose rows are never written out.
-
-    Complexity: O(n count W) for the assignment, on 256 rows a cluster for the centres; memory O(count W).
+        ConfigError: the features have a head gradient, whose rows are not multiplied out.
     """
     rows = prepared.rows.only(torch.from_numpy(members))
     if len(rows.raw) > 1:
@@ -49,7 +50,7 @@ def cluster_members(prepared: Prepared, members: NDArray[np.int64], count: int, 
             sums.index_add_(0, part, block.factors[0])
             sizes.index_add_(0, part, torch.ones(len(block), dtype=torch.float64, device=centres.device))
             start += len(block)
-        # a centre without rows stays where it is
+        # A centre without rows does not move.
         moved = torch.where(sizes[:, None] > 0, sums / sizes.clamp(min=1.0)[:, None], centres)
         if torch.equal(moved, centres):
             break
@@ -60,6 +61,6 @@ def cluster_members(prepared: Prepared, members: NDArray[np.int64], count: int, 
 
 
 def _nearest(rows: StoredRows, centres: torch.Tensor) -> torch.Tensor:
-    """The nearest centre of each row, int64 [n]; the lowest number of equals."""
+    """Return the number of the nearest centre of each row, int64 [n]; the lowest number if several are nearest."""
     half = 0.5 * (centres * centres).sum(dim=1)
     return torch.cat([(block.against(centres) - half).argmax(dim=1) for block in rows.blocks()])

@@ -1,4 +1,4 @@
-"""How the gain falls from pick to pick, in numbers and as a picture. PURE."""
+"""The curve of the gain from pick to pick in each bin, as numbers and as an SVG picture."""
 
 import torch
 from torch import Tensor
@@ -9,13 +9,13 @@ _WIDTH, _HEIGHT, _MARGIN = 640, 400, 48
 
 
 def gain_curve(bins: Bins) -> Tensor:
-    """Mean gain over the groups at every rank of every bin.
+    """Compute the mean gain over the groups at every rank of every bin.
 
     Args:
-        bins: of N samples.
+        bins: bins of N samples.
 
     Returns:
-        float64 [num_bins, largest bin]; NaN where no group has a sample of that rank.
+        float64 [num_bins, size of the largest bin]; NaN where no group has a sample of that rank.
     """
     length = int(bins.rank.max()) + 1 if len(bins) else 0
     cell = bins.assignment.long() * length + bins.rank.long()
@@ -25,7 +25,7 @@ def gain_curve(bins: Bins) -> Tensor:
 
 
 def draw_gain_curve(bins: Bins, title: str = "gain by rank") -> str:
-    """Draw `gain_curve` as an SVG picture, one line a bin, blue for the first to red for the last.
+    """Draw `gain_curve` as an SVG picture with one line for each bin, from blue for the first to red for the last.
 
     >>> bins = Bins(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]), torch.tensor([3.0, 2.0, 1.0]), torch.zeros(3))
     >>> draw_gain_curve(bins).count("<polyline")
@@ -38,7 +38,7 @@ def draw_gain_curve(bins: Bins, title: str = "gain by rank") -> str:
     lines = []
     for number, row in enumerate(curve):
         known = torch.nonzero(torch.isfinite(row)).flatten().tolist()
-        # a picture is 640 points wide: more would only make the file larger
+        # The picture is 640 units wide, so more points would only make the file larger.
         step = max(1, len(known) // _WIDTH)
         points = " ".join(
             f"{_MARGIN + (_WIDTH - 2 * _MARGIN) * x / length:.1f},"

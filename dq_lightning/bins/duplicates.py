@@ -1,4 +1,4 @@
-"""Near-duplicates among embeddings: rows that an earlier row stands for. PURE."""
+"""Find near-duplicates among embeddings: rows that are close to an earlier row, which is kept in their place."""
 
 import numpy as np
 import torch
@@ -8,36 +8,39 @@ from torch import Tensor
 from dq_lightning.core.errors import ConfigError, FeatureError
 from dq_lightning.core.records import Bins
 
-# rows compared at a time: 4 MiB of similarities
+# This many rows are compared at a time, which makes 4 MiB of similarities.
 _BLOCK = 1024
-# similar pairs whose similarity is computed again at a time: 25 MiB for 768 numbers a row
+# The similarity of this many pairs is recomputed in float64 at a time, which takes 25 MiB for rows of 768 numbers.
 _PAIRS = 4096
-# a row and its copy may differ from 1 by the rounding of their lengths
+# The cosine of a row with its copy may differ from 1 by the rounding of their lengths.
 _ROUNDING = 1e-12
 
 
 def find_duplicates(features: NDArray[np.floating] | Tensor, threshold: float) -> Tensor:
-    """The earliest row that each row is a near-duplicate of.
+    """Find for each row the earliest kept row that it is a near-duplicate of.
 
-    Rows are looked at in order; one is a near-duplicate when its cosine with an earlier row that was kept is at least the
-    threshold (to within 1e-12). So every row left out is close to one that stays, and no two that stay are close. The cosine
-    with a zero row is 0.
+    Rows are visited in order. A row is a near-duplicate if its cosine with an earlier kept row is at least the
+    threshold (to within 1e-12), and it is kept otherwise. So every row that is left out is close to a kept row, and no
+    two kept rows are close to each other. The cosine with a zero row is 0.
+
+    Time is O(N M D) if M rows are kept; memory is O(N D), never N x N. Similarities are computed in float32, and again
+    in float64 where the float32 rounding error bound does not decide on which side of the threshold they lie, so the
+    result is that of float64.
 
     Args:
-        features: floating [N, D].
-        threshold: of the cosine, in (0, 1].
+        features: floating matrix [N, D].
+        threshold: smallest cosine of a near-duplicate, in (0, 1].
 
     Returns:
-        int64 [N]: the lowest kept row that is close enough, the row's own number where it is kept. The rows that stay are
-        `find_duplicates(x, t) == torch.arange(N)`.
+        int64 [N]: number of the lowest kept row that is close enough, or the row's own number if it is kept. The kept
+        rows are those with `find_duplicates(x, t) == torch.arange(N)`.
 
     Raises:
         ConfigError: the threshold is out of range.
-        FeatureError: the features are no finite floating matrix.
+        FeatureError: the features are not a floating matrix or hold values that are not finite.
 
-    Complexity: O(N M D), M rows being kept; memory O(N D), never N x N. Similarities are computed in single precision, and
-    in double precision where they are closer to the threshold than rounding errors reach, so the answer is that of double
-    precision.
+    >>> find_duplicates(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]]), 0.9).tolist()
+    [0, 1, 0]
     """
     if not 0 < threshold <= 1:
         raise ConfigError(
@@ -55,15 +58,15 @@ def find_duplicates(features: NDArray[np.floating] | Tensor, threshold: float) -
 
 
 def spread_bins(bins: Bins, kept: Tensor, total: int) -> Bins:
-    """Bins of some samples among all.
+    """Turn bins of M kept samples into bins of all N samples.
 
     Args:
-        bins: of M samples.
-        kept: int64 [M], their positions, ascending.
-        total: N.
+        bins: bins of the M kept samples.
+        kept: int64 [M], positions of the kept samples among all N, ascending.
+        total: number N of all samples.
 
     Returns:
-        Bins of N samples: the others have assignment and rank -1 and gain 0, and no selection takes them.
+        Bins of N samples. The samples that are not kept have assignment -1, rank -1 and gain 0, and are never selected.
     """
     assignment, rank = torch.full((total,), -1, dtype=torch.int16), torch.full((total,), -1, dtype=torch.int32)
     gain, group = torch.zeros(total), torch.zeros(total, dtype=torch.int32)
@@ -72,15 +75,20 @@ def spread_bins(bins: Bins, kept: Tensor, total: int) -> Bins:
 
 
 class _Search:
-    """One pass over the rows, block by block, against what was kept before.
+    """One pass over the rows, block by block, that compares each block with the rows kept before and with itself.
+
+    Args:
+        values: floating [N, D], the features.
+        single: float32 [N, D], the features scaled to length one.
+        threshold: smallest cosine of a near-duplicate.
 
     Attributes:
-        kept: int64, the rows kept so far.
+        of: int64 [N], result of `find_duplicates` for the rows visited so far.
     """
 
     def __init__(self, values: Tensor, single: Tensor, threshold: float) -> None:
         self.values, self.single, self.limit = values, single.numpy(), threshold - _ROUNDING
-        # of an inner product of two rounded unit vectors in single precision, whatever the order of its sum
+        # This bounds the error of a float32 inner product of two rounded unit vectors, summed in any order.
         self.error = (values.shape[1] + 4) * 2.0**-23
         self.of = torch.arange(len(values))
 
@@ -93,7 +101,7 @@ class _Search:
                 left = block[self.of[block] == block]
                 close = self._close(left, some)
                 found = close.any(dim=1)
-                # the first that is close: argmax gives the lowest of equals
+                # Among equal values argmax returns the lowest index, which is the first close row.
                 self.of[left[found]] = some[close[found].int().argmax(dim=1)]
             left = block[self.of[block] == block]
             self._inside(left)
@@ -101,7 +109,7 @@ class _Search:
         return self.of
 
     def _inside(self, rows: Tensor) -> None:
-        """Rows of one block among themselves, in order."""
+        """Compare the rows of one block with each other, in order."""
         close = self._close(rows, rows).tril(diagonal=-1).numpy()
         stays = np.ones(len(rows), dtype=bool)
         for place in np.flatnonzero(close.any(axis=1)):
@@ -111,11 +119,12 @@ class _Search:
                 self.of[rows[place]] = rows[nearby[0]]
 
     def _close(self, rows: Tensor, others: Tensor) -> Tensor:
-        """Whether the cosine reaches the threshold, bool [len(rows), len(others)]."""
-        # NumPy's product: torch's may be set to fewer bits by the user (set_float32_matmul_precision), also on the CPU
+        """Return whether the cosine is at least the threshold, bool [len(rows), len(others)]."""
+        # NumPy computes the product, because the user may have reduced the precision of torch's
+        # (set_float32_matmul_precision), which also applies to the CPU.
         product = self.single[rows.numpy()] @ self.single[others.numpy()].T
         close = torch.zeros(product.shape, dtype=torch.bool)
-        # one look at each number for the many rows that are close to nothing
+        # Most rows are close to no other row, so only rows whose greatest cosine is large enough are examined further.
         places = torch.from_numpy(np.flatnonzero(product.max(axis=1, initial=-1.0) >= self.limit - self.error))
         if len(places) == 0:
             return close
@@ -134,9 +143,9 @@ class _Search:
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """Rows of length one in double precision; zero rows stay zero."""
+    """Return the rows scaled to length one, in float64 on the CPU; zero rows stay zero."""
     wide = rows.double().cpu()
-    # scaled first, so that squares of tiny or huge numbers neither vanish nor overflow
+    # Dividing by the largest entry first keeps squares of tiny or huge numbers from vanishing or overflowing.
     wide = wide / wide.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
     return wide / torch.where(length > 0, length, torch.ones_like(length))

@@ -1,4 +1,4 @@
-"""Sums and inner products free of rounding order, to settle near ties the same way everywhere. PURE."""
+"""Sums and inner products that do not depend on the order of operations, so that near ties are decided reproducibly."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 Array = NDArray[np.float64]
 
-# every partial sum of up to 2**25 parts stays exact in 53 bits when a part has at most 28
+# If a part has at most 28 bits, every partial sum of up to 2**25 parts is exact in 53 bits.
 _PART_BITS = 28
 _SPLITTER = 2.0**27 + 1.0
 
@@ -17,12 +17,12 @@ _SPLITTER = 2.0**27 + 1.0
 class ExactSum:
     """A sum of float64 vectors that depends neither on the order of the additions nor on the device.
 
-    Each entry is split on two fixed grids, 2**-28 and 2**-57 of the scale, on which floating-point addition makes no error
-    for up to 2**25 summands (Demmel and Nguyen 2013, "Fast reproducible floating-point summation"). What lies below the
-    second grid is dropped: at most 2**-58 of the scale per summand.
+    Each entry is split on two fixed grids, 2**-28 and 2**-57 of the scale, on which floating-point addition makes no
+    error for up to 2**25 summands (Demmel and Nguyen 2013, "Fast reproducible floating-point summation"). The part of
+    an entry below the second grid is dropped, which is at most 2**-58 of the scale for each summand.
 
     Args:
-        width: length W of the vectors.
+        width: number W of entries of each vector.
         scale: bound on the absolute value of every entry.
     """
 
@@ -40,7 +40,7 @@ class ExactSum:
         self.low += sign * low.sum(dim=0).cpu().numpy()
 
     def rounded(self) -> Tensor:
-        """The sum as one float64 vector [W]."""
+        """Return the sum rounded to one float64 vector [W]."""
         return torch.from_numpy(self.high + self.low)
 
 
@@ -61,9 +61,9 @@ def exact_dot(rows: Array, vector: tuple[Array, ...], constant: float = 0.0) -> 
     """Return `constant + row . sum(vector)` for every row, each rounded once.
 
     Args:
-        rows: [n, W].
-        vector: parts [W] that add up to the vector, the largest first.
-        constant: added before the rounding.
+        rows: float64 [n, W].
+        vector: float64 parts [W] that add up to the vector, the largest part first.
+        constant: number that is added to each inner product before it is rounded.
     """
     products: list[Array] = []
     for part in vector:

@@ -1,4 +1,4 @@
-"""Exact greedy graph cut over a linear kernel, bin after bin, in one group. PURE."""
+"""Exact greedy graph cut of one large group, bin after bin, for similarities that are linear in the inner product."""
 
 from collections.abc import Callable, Sequence
 
@@ -26,27 +26,27 @@ def pick_group(
 ) -> tuple[NDArray[np.int64], Array]:
     """Pick all samples of a group, bin after bin.
 
-    The gain of x is `lam * sum_j S[j, x] - 2 * sum_{s picked} S[s, x]` (Zhou et al. 2023, eq. 3): j runs over what remained
-    when the bin was begun, s over the bin's picks so far, and S is a . b, or 1/2 + (a . b)/2 when `halved`. For such a kernel
-    `sum_j S[j, x]` is x times one vector.
+    The gain of x is `lam * sum_j S[j, x] - 2 * sum_{s picked} S[s, x]` (Zhou et al. 2023, eq. 3). Here j runs over the
+    samples that remained when the bin was begun, s runs over the picks of the bin so far, and S is a . b, or
+    1/2 + (a . b)/2 if `halved`. For such a similarity `sum_j S[j, x]` is the inner product of x with one vector.
 
     Args:
         prepared: features of all samples.
         members: int64 [n], the samples of the group, ascending.
-        sizes: of the bins.
+        sizes: number of samples in each bin.
         lam: weight of representativeness against diversity.
         halved: whether S is 1/2 + (a . b)/2.
-        room: for working arrays.
-        tick: told how many picks were made, or taken back (negative).
+        room: limits on the working arrays.
+        tick: progress callback, called with the number of picks made, or a negative number of picks undone.
 
     Returns:
-        The n members' numbers in the order of picking, and their gains.
+        Indices of the members (0 to n - 1) in the order of picking, int64 [n], and their gains, float64 [n].
     """
     rows = prepared.rows.only(torch.from_numpy(members))
     twins = next_twins(prepared, members)
     referee = Referee(rows, lam=lam, halved=halved, largest=prepared.largest)
     levels = Levels(referee, prepared.longest, twins, tick, room)
-    # equal samples are one row, which stands for the lowest of them that is left
+    # Equal samples share one row, which represents the lowest of them that is left.
     distinct = np.ones(len(members), dtype=bool)
     if twins is not None:
         distinct[twins[twins >= 0]] = False
@@ -72,7 +72,7 @@ def pick_group(
         order.append(referee.close_bin())
         values.append(0.5 * (lam * left - 2.0 * np.arange(size)) + 0.5 * gains if halved else gains)
         alive = level.gains > -torch.inf
-        # what the picks took from each gain is twice its inner product with their sum
+        # The picks reduced each gain by twice the inner product of the row with the sum of the picks.
         base = (base - 0.5 * (lam * base - level.gains.to(base.device)))[alive.to(base.device)]
         base_error += 0.5 * (level.error - start_error) + 2.0 * ROUNDING * levels.reach
         keep = alive.cpu().numpy()
@@ -81,10 +81,10 @@ def pick_group(
 
 
 def _sum_of_rows(referee: Referee, longest: float) -> tuple[Tensor, float]:
-    """The sum of a group's rows, [1, D] or [1, C, D + 1], and a bound on the length of its error.
+    """Return the sum of the rows of a group, [1, D] or [1, C, D + 1], and a bound on the length of its error.
 
-    Vectors of one factor are added exactly, as near ties need them. The others are never written out as long as there are no
-    near ties, so their sum is a product of matrices.
+    Rows with one factor are added exactly, because near ties need the exact sum. Rows with two factors are not
+    multiplied out unless there are near ties, so their sum is computed as a product of matrices.
     """
     rows = referee.rows
     if len(rows.shape) == 1:

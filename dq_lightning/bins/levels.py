@@ -1,9 +1,11 @@
-"""Exact greedy graph cut of any size without a matrix: pick among candidates, then prove the others were no better. PURE.
+"""Exact greedy graph cut for groups of any size without a similarity matrix.
 
-One pick hardly changes the order of gains, so the rows of greatest gain are taken as candidates, and candidates of these in
-turn, until a few hundred are left, whose inner products fit a small matrix. There the greedy runs as it is. Its picks are
-then proved against all other rows of the level above, in one pass for hundreds of picks, and taken back from the first one
-that some other row should have preceded.
+One pick hardly changes the order of the gains. The rows of greatest gain are therefore taken as candidates, then
+candidates among these, and so on, until a few hundred rows are left whose inner products fit a small matrix. A set of
+rows that picks are made from is called a level, and the smallest one, which has the matrix, is called the leaf. The
+leaf runs the plain greedy algorithm. Its picks are then checked against all other rows of the level above, hundreds of
+picks in one pass. If another row should have been picked first, that pick and all later ones are undone, so the result
+is that of the greedy algorithm on all rows.
 """
 
 from collections.abc import Callable
@@ -20,21 +22,21 @@ from dq_lightning.bins.plan import Room
 from dq_lightning.bins.referee import ROUNDING, Referee
 from dq_lightning.bins.rows import Rows, StoredRows
 
-# rows whose inner products are kept as a matrix
+# A leaf has at least this many rows, unless its level has fewer.
 LEAF_ROWS = 256
-# rows of such a matrix that are computed at a time, at least
+# At least this many rows of the leaf's matrix are computed at a time.
 _MATRIX_BLOCK = 128
-# a level has this many times the rows of the candidates drawn from it
+# Sizes of nested candidate sets grow by this factor.
 _GROWTH = 8
-# what reading a row in a pass costs, in multiplications with a row
+# Reading a row in a pass over a level costs about as much as this many multiplications with a row.
 _READING = 4.0
-# candidates may cost so many passes over their level before what was picked among them is proved: where the order of
-# gains turns quickly, most of it will be taken back
+# Give up on a candidate set after it has cost as much as 8 passes over its level, and check what was picked so far:
+# where the order of the gains changes quickly, most of the later picks would be rejected.
 _PATIENCE = 8.0
 
 
 def _leaf_rows(rows: int) -> int:
-    """Candidates of a level whose matrix costs about as much as a pass over it."""
+    """Return the size of the leaf whose matrix costs about as much as one pass over a level of `rows` rows."""
     small = LEAF_ROWS
     while 4 * small * small <= 8 * rows:
         small *= 2
@@ -43,13 +45,15 @@ def _leaf_rows(rows: int) -> int:
 
 @dataclass(eq=False)
 class Level:
-    """Rows that picks are made from.
+    """Set of rows that picks are made from.
+
+    Samples with equal features share one row.
 
     Attributes:
-        table: n rows; those that hold no sample any more stay in it.
-        samples: int64 [n], the lowest sample that each row stands for; equal rows are one row.
-        gains: float64 [n]; minus infinity where no sample is left.
-        error: bound on the error of a gain.
+        table: the n rows; a row stays in the table when all of its samples have been picked.
+        samples: int64 [n], lowest remaining sample of each row.
+        gains: float64 [n], gain of each row; minus infinity where no sample is left.
+        error: bound on the absolute rounding error of each gain.
     """
 
     table: Rows | StoredRows
@@ -60,7 +64,13 @@ class Level:
 
 @dataclass(eq=False)
 class Run:
-    """Picks in order: their rows in the level, and their gains when picked, with a bound on these gains' error."""
+    """Picks from a level, in order.
+
+    Attributes:
+        rows: int64 [T], index in the level of each picked row.
+        gains: float64 [T], gain of each row at the time it was picked.
+        error: bound on the absolute rounding error of these gains.
+    """
 
     rows: NDArray[np.int64]
     gains: Array
@@ -68,17 +78,17 @@ class Run:
 
 
 class Levels:
-    """Greedy picks of one group.
+    """Makes the greedy picks of one group.
 
     Args:
-        referee: of the group.
-        longest: bound on the length of a row.
-        twins: int64 [n], the next sample with an equal row, or -1; or None.
-        tick: told how many picks were made, or taken back (negative).
-        room: for matrices of inner products and copies of rows.
+        referee: exact state of the group, which decides between gains that float64 cannot distinguish.
+        longest: bound on the Euclidean length of a row.
+        twins: int64 [n], next sample with an equal row, or -1 if there is none; None if no two rows are equal.
+        tick: progress callback, called with the number of picks made, or a negative number of picks undone.
+        room: limits on the size of matrices of inner products and of copies of rows.
 
     Attributes:
-        reach: bound on the absolute value of a gain in this bin.
+        reach: bound on the absolute value of a gain in the current bin.
     """
 
     def __init__(
@@ -102,9 +112,13 @@ class Levels:
         self._shares: dict[tuple[bool, int], float] = {}
 
     def pick(self, level: Level, count: int, *, leaf: bool = False, patience: float = float("inf")) -> Run:
-        """Make `count` picks from a level; the level's gains and samples are brought up to date.
+        """Make `count` picks from a level and update the level's gains and samples.
 
-        Fewer, but at least one, when they cost more than `patience`, in multiplications with a row.
+        Args:
+            level: level to pick from; it is changed in place.
+            count: number of picks wanted.
+            leaf: whether to compute the matrix of inner products of all rows of the level and pick directly.
+            patience: cost, in multiplications with a row, after which to stop with fewer picks, but at least one.
         """
         if leaf or len(level.samples) <= LEAF_ROWS:
             return self._pick_in_leaf(level, count)
@@ -121,7 +135,12 @@ class Levels:
         return Run(np.concatenate(rows), np.concatenate(gains), error)
 
     def _round(self, level: Level, count: int, wanted: NDArray[np.int64]) -> tuple[Run, NDArray[np.int64], float]:
-        """Pick among the rows of greatest gain, keep what is proved; name the rows that spoilt the rest, and the cost."""
+        """Pick among the rows of greatest gain and keep the picks that are proved to be greedy on the whole level.
+
+        Returns:
+            The proved picks, the rows that should have been picked instead of the first rejected pick, and the cost in
+            multiplications with a row.
+        """
         leaf, size = self._plan(len(level.samples), count)
         start = self.referee.length
         top = self._candidates(level, size, wanted)
@@ -136,7 +155,7 @@ class Levels:
         picked = child.table.take(torch.from_numpy(run.rows))
         fault = first_fault(self, level, outside, picked, run, start)
         kept = fault.step
-        # with duplicates a row can be picked more than once, so this is a share of picks, not of rows
+        # A row with duplicates can be picked more than once, so the share counts picks, not rows.
         if kept < made:
             self._shares[leaf, size] = max(4 / size, 0.9 * kept / len(top))
             self.referee.rewind(start + kept)
@@ -151,13 +170,14 @@ class Levels:
         return Run(chosen, run.gains[:kept], run.error), fault.rows, cost
 
     def _plan(self, rows: int, count: int) -> tuple[bool, int]:
-        """Choose how many candidates to draw from a level, and whether they are few enough for a matrix."""
+        """Return whether the candidates of the next round form a leaf, and how many candidates to take."""
         small = _leaf_rows(rows)
         large = LEAF_ROWS
         while 2 * large * _GROWTH < rows and large < 4 * count and large * _GROWTH <= self._largest_copy:
             large *= _GROWTH
 
-        # cost of a pick, in multiplications with a row: passes over the level and matrices, shared by the picks of a round
+        # The cost of one pick, in multiplications with a row, is that of the passes and matrices of a round divided by
+        # the number of picks that the round is expected to make.
         inner = _leaf_rows(large)
         more_picks = self._share(False, large) * large
         direct = (_READING * rows + small * small) / (self._share(True, small) * small)
@@ -167,22 +187,22 @@ class Levels:
         return (False, large) if large > LEAF_ROWS and nested < direct else (True, small)
 
     def _share(self, leaf: bool, size: int) -> float:
-        """Share of so many candidates that is picked in one go; learnt from round to round."""
+        """Return the number of picks to try in one round as a share of `size` candidates; `_round` adapts it."""
         return self._shares.setdefault((leaf, size), 0.4)
 
     def forget(self) -> None:
-        """Begin a bin with fresh hopes."""
+        """Reset the shares that `_share` returns, because a new bin begins."""
         self._shares.clear()
 
     def _candidates(self, level: Level, size: int, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
         top = torch.topk(level.gains, min(size, len(level.gains)), sorted=False).indices.cpu().numpy()
-        # where more rows than that were better, the best of them are among the top already
+        # If more than `size` rows were better than the rejected pick, the best of them are among the top rows already.
         top = np.union1d(top, wanted[:0] if len(wanted) > size else wanted)
         held: NDArray[np.bool_] = (level.gains[torch.from_numpy(top)] > -torch.inf).cpu().numpy()
         return np.asarray(top[held])
 
     def _remove(self, level: Level, chosen: NDArray[np.int64]) -> None:
-        """Take picked rows out of a level, unless an equal sample is left to stand in for them."""
+        """Remove picked rows from a level; a row that has another equal sample left stays and represents it."""
         if self.twins is None:
             level.gains[torch.from_numpy(chosen).to(level.gains.device)] = -torch.inf
             return
@@ -225,7 +245,7 @@ class Levels:
         return Run(picks, values, level.error)
 
     def _doubled(self, rows: Rows) -> Array:
-        """Twice the inner products of all rows, [n, n]; blocks above the diagonal are copied from below."""
+        """Return twice the inner products of all rows, float64 [n, n]; the upper triangle is copied from the lower."""
         total = len(rows)
         step = max(_MATRIX_BLOCK, -(-total // 8))
         whole = torch.empty(total, total, dtype=torch.float64, device=rows.factors[0].device)
@@ -236,7 +256,7 @@ class Levels:
             whole[first:last, :last] = part
             whole[:first, first:last] = part[:, :first].T
 
-        # the largest blocks first, so that no thread is left alone with one
+        # The largest blocks are computed first, so that the threads finish at about the same time.
         self.workers.run(fill, range(0, total, step)[::-1])
         doubled: Array = whole.cpu().numpy()
         return doubled
@@ -247,23 +267,24 @@ class Levels:
         return int(near[np.flatnonzero(level.samples[near] == winner)[0]])
 
 
+# Picks are checked in at most this many chunks, each of at least this many picks.
 _MAX_CHECKPOINTS = 12
 _PICKS_A_CHECKPOINT = 48
-# numbers in a table of outside rows times steps
+# A table of gains with one row for each outside row and one column for each pick has about this many entries.
 _TABLE_ENTRIES = 1 << 20
-# so few picks are checked at every step
+# Up to this many picks, the gains of all rows are computed after every pick instead of after every chunk.
 _FEW_PICKS = 64
 
 
 @dataclass(eq=False)
 class Fault:
-    """How far the picks are right.
+    """Result of checking picks: how many of them are proved to be greedy.
 
     Attributes:
         step: number of picks that are proved.
-        gains: float64 [n], of all rows after these picks.
-        error: bound on the error of these gains.
-        rows: int64, the rows that should have been picked instead of pick number `step`.
+        gains: float64 [n], gains of all rows of the level after these picks.
+        error: bound on the absolute rounding error of these gains.
+        rows: int64, rows that should have been picked instead of pick number `step`; empty if all picks are proved.
     """
 
     step: int
@@ -274,7 +295,14 @@ class Fault:
 
 @dataclass(eq=False)
 class _Chunk:
-    """Picks `first` to `last` (exclusive), and what an outside row's gains must stay below at its two ends."""
+    """Consecutive picks, and bounds that prove them without computing gains between the two ends.
+
+    Attributes:
+        first: number of the first pick.
+        last: number of the pick after the last one.
+        deviation: greatest distance of the sum of the chunk's first t rows from the straight line to the sum of all.
+        limits: values that the gain of an outside row must stay below at the start and at the end of the chunk.
+    """
 
     first: int
     last: int
@@ -283,15 +311,18 @@ class _Chunk:
 
 
 def first_fault(levels: "Levels", level: "Level", outside: Tensor, picked: Rows, run: "Run", start: int) -> Fault:
-    """Check T picks of a child level against the rows outside it.
+    """Check T picks, made among the candidates of a level, against the rows that were not candidates.
 
     Args:
-        levels: the engine, for its bounds and its referee.
-        level: n rows, with the gains before the first of the picks.
-        outside: bool [n], rows that were no candidates and still hold a sample.
-        picked: the T rows picked, in order.
-        run: the picks.
-        start: number of picks of the bin before these.
+        levels: greedy engine of the group, which holds the bounds and the referee.
+        level: the n rows, with their gains before the first of the picks.
+        outside: bool [n], True for rows that were not candidates and still have a sample.
+        picked: the T picked rows, in order.
+        run: the picks and their gains.
+        start: number of picks made in the bin before these.
+
+    Returns:
+        The number of picks that are proved, and the gains after them.
     """
     total = len(picked)
     error = level.error + _drift_error(levels, total)
@@ -328,19 +359,24 @@ def _every_step(
     error: float,
     start: int,
 ) -> Fault:
-    """Compute the gains of all rows at every step, block by block, and keep what comes near a pick."""
+    """Check the picks as `first_fault` does, by computing the gains of all rows after every pick, block by block."""
     total, device = len(picked), level.gains.device
     limits = torch.from_numpy(run.gains).to(device)
 
     def look(ends: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Greatest lead over the pick at each step, [T]; steps, rows and leads of those that come near it."""
+        """Compare the gains of a block of rows with the gain of the pick at each step.
+
+        Returns:
+            The greatest lead of a row over the pick at each step, [T]; the step and row, [2, k], and the lead, [k], of
+            each place where a row is better than the pick or equal up to rounding.
+        """
         part = slice(*ends)
         drift = picked.inner(level.table.span(*ends)).mul_(2.0).cumsum(dim=0)
         leads = level.gains[part] - limits[:, None]
         leads[1:] -= drift[:-1]
         leads.masked_fill_(~outside[part], -torch.inf)
         greatest = leads.amax(dim=1)
-        # nothing after the first sure fault is of interest
+        # Picks after the first one that is certainly wrong are rejected anyway, so they are not compared.
         sure = torch.nonzero(greatest > slack).flatten()
         near = torch.nonzero(leads[: int(sure[0]) + 1 if len(sure) else total] >= -slack)
         found = torch.stack([near[:, 0], near[:, 1] + ends[0]])
@@ -370,7 +406,7 @@ def _every_step(
 
 
 def _drift_error(levels: "Levels", picks: int) -> float:
-    """Bound on the error of 2 x . P for a sum P of so many picks, and of subtracting it."""
+    """Bound the error of computing 2 x . P, where P is the sum of `picks` rows, and of subtracting it from a gain."""
     return 2.0 * ROUNDING * (levels.depth + 6 + picks) * picks * levels.longest**2 + ROUNDING * levels.reach
 
 
@@ -383,7 +419,7 @@ def _chunk(part: Rows, gains: Array, first: int, last: int, slack: float) -> _Ch
 
 
 def _deviation(part: Rows) -> float:
-    """Greatest length of (sum of the first t rows) - t/n (sum of all), t = 0 ... n - 1."""
+    """Return the greatest Euclidean length of (sum of the first t rows) - t/n (sum of all rows), t = 0 ... n - 1."""
     total = len(part)
     fractions = torch.arange(total, dtype=torch.float64) / total
     fractions = fractions.to(part.factors[0].device)
@@ -402,7 +438,12 @@ def _deviation(part: Rows) -> float:
 def _pass(
     levels: "Levels", level: "Level", outside: Tensor, sums: Tensor, chunks: list[_Chunk]
 ) -> tuple[Tensor, Tensor]:
-    """Return all gains after the last pick, and bool [n, chunks]: the outside rows that a chunk's two ends don't clear."""
+    """Compute the gains of all rows at the ends of all chunks in one pass over the level.
+
+    Returns:
+        The gains after the last pick, float64 [n], and a bool tensor [n, chunks] that is True where an outside row
+        might have been better than some pick of a chunk, judging by its gains at the two ends of the chunk.
+    """
     device = level.gains.device
     limits = torch.tensor([chunk.limits for chunk in chunks], dtype=torch.float64, device=device)
     margins = torch.tensor([2.0 * chunk.deviation for chunk in chunks], dtype=torch.float64, device=device)
@@ -434,13 +475,18 @@ def _walk(
     slack: float,
     start: int,
 ) -> tuple[int, NDArray[np.int64]]:
-    """Compute the gains of some outside rows at every step of a chunk; return the first fault, or the chunk's end."""
+    """Compute the gains of the given outside rows at every step of a chunk.
+
+    Returns:
+        The number of the first pick that is wrong, or the end of the chunk if all are right, and the rows that should
+        have been picked instead.
+    """
     step = chunk.last
     spoilers: NDArray[np.int64] = np.empty(0, dtype=np.int64)
     close: dict[int, list[int]] = {}
     begin = 0
     while begin < len(rows) and step > chunk.first:
-        # only what comes before the first fault found so far is of interest
+        # Only steps before the first wrong pick found so far can change the result.
         span = step - chunk.first
         some = rows[begin : begin + max(1, _TABLE_ENTRIES // span)]
         begin += len(some)
@@ -456,7 +502,8 @@ def _walk(
             over = over[:, : sure[0]]
         for row, at in zip(*np.nonzero(over >= -slack), strict=True):
             close.setdefault(chunk.first + int(at), []).append(int(some[row]))
-    # the gain of a pick and that of an outside row are too close to call: ask the referee, step by step
+    # At these steps the gains of the pick and of an outside row differ by less than the rounding bound, so the exact
+    # arithmetic of the referee decides, step by step.
     picks = levels.referee.trail[start : start + len(run.rows)]
     for at in sorted(close):
         if at >= step:

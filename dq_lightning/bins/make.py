@@ -1,4 +1,4 @@
-"""Features -> Bins: split every group into bins of falling representativeness and rising diversity. PURE."""
+"""Make bins of features: split every group of samples into bins that go from representative to diverse samples."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -18,7 +18,7 @@ from dq_lightning.core.config import BinConfig, Maximizer, Objective, Similarity
 from dq_lightning.core.console import get_logger, progress_bar
 from dq_lightning.core.records import Bins, Features
 
-# fewer samples than this are done before a bar is read
+# Fewer samples than this are finished before anybody could read a progress bar.
 _BAR_FROM = 20_000
 
 
@@ -39,39 +39,46 @@ def make_bins(
     device: str | torch.device = "auto",
     progress: bool | None = None,
 ) -> Bins:
-    """Split N samples into K disjoint bins by repeated greedy selection from what remains (Zhou et al. 2023, section 3.1).
+    """Split N samples into K disjoint bins by repeated greedy selection (Zhou et al. 2023, section 3.1).
 
-    With `labels` the split is made inside each class. Of n samples of a group the first `n mod K` bins get `n // K + 1`,
-    the others `n // K`. For the graph cut the picks are those of float64 arithmetic on a full similarity matrix, without the
-    matrix, in memory of the order of the features: gains closer than a proved rounding bound are computed again, rounded
-    once, and count as tied when equal; the lowest position wins. The answer is the same on every device.
+    Each bin is selected from the samples that the bins before it left over.
+
+    With `labels`, every class is a group of its own and is split separately. A group of n samples gives `n // K + 1`
+    samples to each of its first `n mod K` bins and `n // K` samples to each of the others.
+
+    The graph cut picks exactly the samples that greedy selection on a full float64 similarity matrix would pick, but it
+    never forms the matrix: its memory is of the order of the features. Gains that are closer to each other than a
+    proved rounding bound are computed again with a single rounding. Gains that are then equal count as tied, and the
+    sample at the lowest position wins, so the result is the same on every device.
 
     Args:
-        features: floating [N, D] of any width, in memory, on a device, or mapped from a file; or `Features`; with
-            `head_gradient` samples are compared by the last layer's gradient.
-        num_bins: K, 1 to 32767.
-        labels: class of every sample: N integers or strings, or None. `Bins.group` numbers strings in their sorted order.
-        objective: `"graph_cut"`, `"facility_location"`, `"log_determinant"`, `"sum_redundancy"` or `"feature_based"`.
-        maximizer: `"naive"`, `"lazy"`, `"stochastic"` or `"approximate_lazy"`.
-        similarity: `"cosine"` is 1/2 + cos/2 (the cosine with a zero vector is 0), `"dot"` the inner product, `"rbf"`
-            exp(-gamma |a - b|^2).
+        features: floating matrix [N, D] in memory, on a device or memory-mapped from a file, or a `Features` record.
+            Samples of a `Features` record with `head_gradient` are compared by the gradient of the last layer.
+        num_bins: number K of bins, from 1 to 32767.
+        labels: class of every sample as N integers or strings, or None to treat all samples as one group. `Bins.group`
+            numbers strings in their sorted order.
+        objective: set function that is maximized: `"graph_cut"`, `"facility_location"`, `"log_determinant"`,
+            `"sum_redundancy"` or `"feature_based"`.
+        maximizer: greedy algorithm: `"naive"`, `"lazy"`, `"stochastic"` or `"approximate_lazy"`.
+        similarity: `"cosine"` is 1/2 + cos/2 (the cosine with a zero vector is 0), `"dot"` is the inner product and
+            `"rbf"` is exp(-gamma |a - b|^2).
         lam: weight of representativeness against diversity in the graph cut.
-        clusters: split every group into so many k-means clusters first, and make the bins inside each: `Bins.group` then
-            numbers the clusters, 0, 1, ... through all labels.
-        gamma: of `"rbf"`; one over the mean squared distance of a group when None.
-        epsilon: accuracy of `"stochastic"`.
-        beta: accuracy of `"approximate_lazy"`.
-        search_seed: of `"stochastic"` and of the clusters.
-        device: `"auto"`, `"cpu"`, `"cuda"`, ...
-        progress: show a bar; None shows one on a terminal from 20,000 samples on.
+        clusters: number of k-means clusters that every group is split into before bins are made inside each cluster;
+            `Bins.group` then numbers the clusters 0, 1, ... across all labels. None makes no clusters.
+        gamma: factor in the exponent of `"rbf"`; None takes one over the mean squared distance of a group.
+        epsilon: accuracy of the `"stochastic"` maximizer.
+        beta: accuracy of the `"approximate_lazy"` maximizer.
+        search_seed: seed of the `"stochastic"` maximizer and of the k-means clusters.
+        device: device that the similarities are computed on, such as `"cpu"` or `"cuda"`; `"auto"` chooses one.
+        progress: whether to show a progress bar; None shows one on a terminal if there are at least 20,000 samples.
 
     Returns:
-        Bins: `assignment` int16 [N], `rank` int32 [N], `gain` float32 [N], `group` int32 [N], on the CPU.
+        Bins with `assignment` int16 [N], `rank` int32 [N], `gain` float32 [N] and `group` int32 [N], all on the CPU.
 
     Raises:
-        ConfigError: a setting is unknown or out of range, needs more memory than there is, or does not fit the features.
-        FeatureError: features are not a finite floating matrix.
-        DQError: labels are not N integers or strings.
+        ConfigError: a setting is unknown or out of range, needs more memory than is free, or does not fit the features.
+        FeatureError: `features` is not a floating matrix or holds values that are not finite.
+        DQError: `labels` are not N integers or strings.
     """
     config = BinConfig(
         num_bins, objective, maximizer, similarity, lam, True, clusters, gamma, epsilon, beta, search_seed
@@ -81,7 +88,7 @@ def make_bins(
     group = group_of_each(labels, total)
     target = choose_device(device, factors)
     groups = list(group_members(group))
-    # clusters are about even; the plan is told the size that they have then
+    # The clusters do not exist yet; the plan assumes that those of one group have about the same size.
     sizes = [len(members) for members in groups for _ in range(clusters or 1)]
     plan = make_plan(config, factors, [-(-size // (clusters or 1)) for size in sizes], target)
     assignment = np.zeros(total, dtype=np.int16)
@@ -106,7 +113,7 @@ def make_bins(
 
 
 def _tell_unfilled(num_bins: int, sizes: list[int]) -> None:
-    """Say in one line that groups have fewer samples than bins."""
+    """Log one warning if some groups have fewer samples than there are bins."""
     small = [size for size in sizes if size < num_bins]
     if small:
         empty = num_bins - max(sizes)
@@ -120,7 +127,7 @@ def _tell_unfilled(num_bins: int, sizes: list[int]) -> None:
 def _pick(
     prepared: Prepared, groups: list[NDArray[np.int64]], config: BinConfig, plan: Plan, tick: Callable[[int], object]
 ) -> Iterator[Picked]:
-    """Yield the members of every group, their order, and their gains."""
+    """Yield for every group its members, their indices within the group in the order of picking, and their gains."""
     if not plan.exact:
         for members in groups:
             sizes = bin_sizes(len(members), config.num_bins)

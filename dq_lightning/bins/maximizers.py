@@ -1,6 +1,6 @@
-"""How an objective is maximised greedily: each a function of an objective, the samples and their number. PURE.
+"""Greedy algorithms that pick the samples of one bin so that an objective is large.
 
-A new maximiser is one function and one line in `MAXIMIZERS`.
+To add a maximizer, write one function of a `Search` and add one line to `MAXIMIZERS`.
 """
 
 import heapq
@@ -21,16 +21,16 @@ Picks = tuple[NDArray[np.int64], Array]
 
 @dataclass(frozen=True)
 class Search:
-    """What a maximiser works with.
+    """Inputs of a maximizer.
 
     Attributes:
-        objective: of one bin.
-        total: n, samples left when the bin is begun.
-        count: samples to pick.
-        generator: for those that draw at random.
+        objective: objective of one bin.
+        total: number n of samples that are left when the bin is begun.
+        count: number of samples to pick.
+        generator: random generator of maximizers that draw samples at random.
         epsilon: accuracy of `stochastic`.
         beta: accuracy of `approximate_lazy`.
-        tick: told of every pick.
+        tick: progress callback, called with 1 after every pick.
     """
 
     objective: Objective
@@ -42,7 +42,8 @@ class Search:
     tick: Callable[[int], object]
 
 
-# running sums are off by about this share of the largest gain: closer ones are ties, and the lowest position wins
+# The rounding error of running sums is about this share of the largest gain. Gains that are closer than that count as
+# tied, and the lowest position wins.
 _NOISE = 2.0**-42
 
 
@@ -55,7 +56,7 @@ def _noise(gains: Array) -> float:
 
 
 def naive(search: Search) -> Picks:
-    """Ask for all gains at every step."""
+    """Compute all gains at every step and pick the greatest."""
     rows = torch.arange(search.total)
     free = np.ones(search.total, dtype=bool)
     picks, values = np.empty(search.count, dtype=np.int64), np.empty(search.count)
@@ -70,9 +71,10 @@ def naive(search: Search) -> Picks:
 
 
 def lazy(search: Search, beta: float = 1.0) -> Picks:
-    """Ask again only for gains that may still be the greatest: right where gains never grow (Minoux 1978).
+    """Recompute only gains that may still be the greatest, which is correct if gains never grow (Minoux 1978).
 
-    With beta < 1 a gain of at least beta times the bound on all others is good enough (Badanidiyuru and Vondrak 2014).
+    With beta < 1, a sample is picked as soon as its gain is at least beta times the upper bound on all other gains
+    (Badanidiyuru and Vondrak 2014).
     """
     gains = search.objective.gains(torch.arange(search.total)).cpu().numpy()
     bounds = [(-gain, row) for row, gain in enumerate(gains.tolist())]
@@ -99,7 +101,7 @@ def lazy(search: Search, beta: float = 1.0) -> Picks:
 def _lowest_of_ties(
     search: Search, bounds: list[tuple[float, int]], row: int, gain: float, noise: float
 ) -> tuple[int, float]:
-    """Compare a sample with those whose bounds are as good; the others go back with their new gains."""
+    """Return the lowest of the samples that tie with the given one; the others return to the heap with new gains."""
     pool = [(row, gain)]
     while bounds and -bounds[0][0] >= gain - noise:
         other = heapq.heappop(bounds)[1]
@@ -113,7 +115,7 @@ def _lowest_of_ties(
 
 
 def approximate_lazy(search: Search) -> Picks:
-    """`lazy`, content with a gain of beta times the bound on the others."""
+    """Run `lazy` with the `beta` of the search."""
     return lazy(search, beta=search.beta)
 
 
@@ -140,5 +142,5 @@ MAXIMIZERS: dict[Maximizer, Callable[[Search], Picks]] = {
     "stochastic": stochastic,
     "approximate_lazy": approximate_lazy,
 }
-# maximisers that reuse old gains as bounds
+# These maximizers use old gains as upper bounds, so they need gains that never grow.
 LAZY: frozenset[Maximizer] = frozenset({"lazy", "approximate_lazy"})

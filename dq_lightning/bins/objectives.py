@@ -1,6 +1,6 @@
-"""What a bin is picked for: functions of a set, each as the gains it gives to the samples not yet in it. PURE.
+"""Objectives: the set functions that a bin maximizes, each computed as the gain of adding one more sample.
 
-A new objective is one class with the two methods of `Objective` and one line in `OBJECTIVES`.
+To add an objective, write one class with the two methods of `Objective` and add one line to `OBJECTIVES`.
 """
 
 from collections.abc import Callable
@@ -16,25 +16,26 @@ from dq_lightning.core.errors import ConfigError
 
 
 class Objective(Protocol):
-    """A set function f over the n samples left when a bin is begun; the set is empty at first."""
+    """A set function f over the n samples that are left when a bin is begun, with a current set that starts empty."""
 
     def gains(self, rows: Tensor) -> Tensor:
-        """f(set + x) - f(set) for some samples x, int64 [k] -> float64 [k]."""
+        """Return f(set + x) - f(set) for the samples x given as int64 [k]; the result is float64 [k]."""
         ...
 
     def add(self, row: int) -> None:
-        """Put a sample into the set."""
+        """Add a sample to the current set."""
         ...
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What an objective is made with.
+    """Settings that an objective is constructed with.
 
     Attributes:
-        lam: weight of representativeness in the graph cut.
-        count: size of the bin.
-        every_step: whether all gains are asked for at every step (naive), or those of a few samples (lazy).
+        lam: weight of representativeness against diversity in the graph cut.
+        count: number of samples in the bin.
+        every_step: True if the maximizer asks for all gains at every step (naive), False if it asks only for those of
+            a few samples (lazy and stochastic).
     """
 
     lam: float
@@ -44,12 +45,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Choice:
-    """A row of the table of objectives.
+    """An entry of the table of objectives.
 
     Attributes:
-        make: builds it for one bin.
-        needs_positive: its gains never grow only when no similarity is negative.
-        memory: bytes it takes for a bin of `count` among n samples, (n, count, every_step) -> bytes.
+        make: function that constructs the objective for one bin.
+        needs_positive: True if the gains are guaranteed never to grow only when no similarity is negative.
+        memory: function (n, count, every_step) -> bytes of memory that a bin of `count` among n samples takes.
     """
 
     make: Callable[[Similarities, Setting], Objective]
@@ -58,11 +59,11 @@ class Choice:
 
 
 class GraphCut:
-    """gain(x) = lam * sum_j S[j, x] - 2 * sum_{s in set} S[s, x] (Zhou et al. 2023, eq. 3)."""
+    """Graph cut: gain(x) = lam * sum_j S[j, x] - 2 * sum_{s in set} S[s, x] (Zhou et al. 2023, eq. 3)."""
 
     def __init__(self, similarities: Similarities, setting: Setting) -> None:
         self._similarities = similarities
-        # lam = 0 asks for no sums, which are costly for the radial basis function
+        # With lam = 0 the sums are not needed, and they are costly for the radial basis function.
         self._gains = setting.lam * (similarities.sums() if setting.lam else torch.zeros_like(similarities.diagonal()))
 
     def gains(self, rows: Tensor) -> Tensor:
@@ -73,7 +74,10 @@ class GraphCut:
 
 
 class SumRedundancy:
-    """f(A) = - sum_{a, b in A} S[a, b], so gain(x) = - S[x, x] - 2 * sum_{s in set} S[s, x]: the least alike first."""
+    """Negated redundancy: f(A) = - sum_{a, b in A} S[a, b], which prefers samples that are unlike those in the set.
+
+    The gain is gain(x) = - S[x, x] - 2 * sum_{s in set} S[s, x].
+    """
 
     def __init__(self, similarities: Similarities, setting: Setting) -> None:
         self._similarities = similarities
@@ -87,10 +91,11 @@ class SumRedundancy:
 
 
 class FacilityLocation:
-    """f(A) = sum_i max(0, max_{a in A} S[i, a]): every sample is served by the one of A that is most like it.
+    """Facility location: f(A) = sum_i max(0, max_{a in A} S[i, a]).
 
-    With `every_step` the similarities are held as a matrix [n, n] and the gains are kept running, since one pick changes
-    the best server of few samples; else a gain is computed from its column when it is asked for.
+    Every sample i counts its similarity with the most similar sample of A. With `every_step` the similarities are held
+    as a matrix [n, n] and all gains are updated after each pick, since one pick changes the most similar member of few
+    samples. Otherwise a gain is computed from its column of S when it is asked for.
     """
 
     def __init__(self, similarities: Similarities, setting: Setting) -> None:
@@ -117,7 +122,7 @@ class FacilityLocation:
         column = self._matrix[:, row]
         changed = torch.nonzero(column > self._best).flatten()
         for part in torch.split(changed, 1024):
-            # S is symmetric, so the rows of the changed samples are what their columns would be
+            # S is symmetric, so the rows of the changed samples equal their columns.
             served = self._matrix[part]
             lost = (served - self._best[part, None]).clamp_(min=0.0) - (served - column[part, None]).clamp_(min=0.0)
             self._gains -= lost.sum(dim=0)
@@ -125,9 +130,10 @@ class FacilityLocation:
 
 
 class LogDeterminant:
-    """f(A) = log det(I + S_A) (Kulesza and Taskar 2012), by one more column of the Cholesky factor at each pick.
+    """Log-determinant: f(A) = log det(I + S_A) (Kulesza and Taskar 2012).
 
-    Chen, Zhang and Zhou 2018, "Fast greedy MAP inference for determinantal point process", algorithm 1.
+    Each pick adds one column to the Cholesky factor (Chen, Zhang and Zhou 2018, "Fast greedy MAP inference for
+    determinantal point process", algorithm 1).
     """
 
     def __init__(self, similarities: Similarities, setting: Setting) -> None:
@@ -150,7 +156,11 @@ class LogDeterminant:
 
 
 class FeatureBased:
-    """f(A) = sum_d sqrt(sum_{a in A} x[a, d]) for features that are not negative (Wei et al. 2014)."""
+    """Feature-based function: f(A) = sum_d sqrt(sum_{a in A} x[a, d]) (Wei et al. 2014).
+
+    Raises:
+        ConfigError: the features have negative entries or a head gradient.
+    """
 
     def __init__(self, similarities: Similarities, setting: Setting) -> None:
         self._rows = similarities.rows

@@ -1,4 +1,4 @@
-"""Which way the bins are made, and what it costs, said before it starts. PURE but for asking how much memory there is."""
+"""Choose how the bins are made, estimate the memory this takes, and log both before the work starts."""
 
 import logging
 import os
@@ -14,17 +14,17 @@ from dq_lightning.core.devices import named_device
 from dq_lightning.core.errors import ConfigError
 
 log = logging.getLogger("dq_lightning")
-# groups up to this size share their steps; a GPU needs larger ones to be kept busy
+# Groups up to this size are processed together in batches; on a GPU larger groups are batched to use it fully.
 _SMALL_GROUP = {"cpu": 256, "cuda": 2048}
 
 
 @dataclass(frozen=True)
 class Room:
-    """How many float64 numbers the matrix-free graph cut may hold.
+    """Limits on the working memory of the matrix-free graph cut, in float64 numbers.
 
     Attributes:
-        matrix: in matrices of inner products.
-        rows: in copies of rows.
+        matrix: largest number of entries of matrices of inner products.
+        rows: largest number of entries of copies of rows.
     """
 
     matrix: int = 1 << 25
@@ -32,11 +32,16 @@ class Room:
 
     @classmethod
     def beside(cls, stored: int, device: torch.device) -> "Room":
-        """In proportion to the bytes of the features, and a share of the memory on a GPU, where speed depends on it."""
+        """Choose the limits for features of `stored` bytes on a device.
+
+        On a CPU the limits are proportional to the size of the features. On a GPU they are a share of the free memory,
+        because the speed depends on them.
+        """
         if device.type != "cpu":
             most = max(1 << 25, free_memory(device) // 32)
             return cls(most, most)
-        # of very many rows the last bins fit in memory as float64, where a pass over them is several times faster
+        # For very large features, this lets the rows of the last bins be held as float64, which makes a pass over them
+        # several times faster.
         rows = min(1 << 28, stored // 8) if stored > 1 << 30 else min(1 << 25, max(1 << 22, stored // 16))
         return cls(min(1 << 25, max(1 << 22, stored // 4)), rows)
 
@@ -46,10 +51,10 @@ class Plan:
     """How the bins are made.
 
     Attributes:
-        exact: whether the matrix-free graph cut applies: no similarity matrix, float64's own answer.
-        room: sizes of the graph cut's working arrays.
-        small_group: groups up to this size are done together, each as one matrix.
-        bytes: memory beyond the features, about.
+        exact: whether the graph cut that needs no similarity matrix is used; its picks are exactly those of float64.
+        room: limits on the working arrays of the graph cut.
+        small_group: groups up to this size are processed together, each with its own similarity matrix.
+        bytes: estimated memory in bytes beyond the features.
     """
 
     exact: bool
@@ -59,16 +64,16 @@ class Plan:
 
 
 def make_plan(config: BinConfig, factors: dict[str, Tensor], sizes: list[int], device: torch.device) -> Plan:
-    """Choose the way, tell it, and refuse what can't fit before anything is allocated.
+    """Choose how the bins are made, log it, and raise an error before anything is allocated that would not fit.
 
     Args:
-        config: settings.
-        factors: of `as_factors`.
-        sizes: samples of every group.
-        device: where the work is done.
+        config: settings of the bins.
+        factors: matrices that `as_factors` returns.
+        sizes: number of samples in each group.
+        device: device that the bins are made on.
 
     Raises:
-        ConfigError: the objective needs more memory than there is.
+        ConfigError: the objective needs more memory than is free.
     """
     total, largest = sum(sizes), max(sizes, default=0)
     width = sum(values.shape[1] + number for number, values in enumerate(factors.values()))
@@ -101,10 +106,14 @@ def make_plan(config: BinConfig, factors: dict[str, Tensor], sizes: list[int], d
 
 
 def refuse_growing_gains(config: BinConfig, negative: bool) -> None:
-    """Lazy maximisers take old gains as bounds: refuse them where a gain can grow.
+    """Check that a lazy maximizer, which uses old gains as upper bounds, is not used where gains can grow.
+
+    Args:
+        config: settings of the bins.
+        negative: whether some similarity may be negative.
 
     Raises:
-        ConfigError: the maximizer is lazy and, with some similarity negative, picks can raise the gains of others.
+        ConfigError: the maximizer is lazy, and negative similarities let a pick increase the gains of other samples.
     """
     if config.maximizer in LAZY and negative and OBJECTIVES[config.objective].needs_positive:
         raise ConfigError(
@@ -115,7 +124,11 @@ def refuse_growing_gains(config: BinConfig, negative: bool) -> None:
 
 
 def choose_device(device: str | torch.device, factors: dict[str, Tensor]) -> torch.device:
-    """`"auto"`: where the features are, or the GPU when there is one and the features would fill a quarter of it at most."""
+    """Return the named device.
+
+    `"auto"` is the GPU that holds the features, else the current GPU if the features are larger than 4 MiB, else the
+    CPU.
+    """
     if str(device) != "auto":
         return named_device(device)
     values = next(iter(factors.values()))
@@ -127,14 +140,14 @@ def choose_device(device: str | torch.device, factors: dict[str, Tensor]) -> tor
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device."""
+    """Return the number of bytes that can still be allocated on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:  # noqa: PTH123
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        # no Linux: all of the physical memory is an upper bound, where even that is known
+        # Systems other than Linux report only the physical memory, which is an upper bound, or nothing at all.
         pages = os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}) else 1 << 40
         return int(pages) * 4096
 

@@ -1,4 +1,4 @@
-"""Look at every row once before the bins are made: is it finite, how long is it, which rows are equal. PURE."""
+"""Examine every row of the features once before bins are made: check that it is finite, measure it, and hash it."""
 
 from dataclasses import dataclass
 
@@ -13,19 +13,19 @@ from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.records import Features
 
 _ROWS = 4096
-# beyond this power of two squares may leave the range of float64
+# The squares of numbers beyond this power of two may leave the range of float64.
 _SAFE_EXPONENT = 450
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """Features with what one pass over them tells.
+    """Features together with what one pass over them has found.
 
     Attributes:
-        rows: all samples.
-        longest: bound on the length of a row.
-        largest: bound on the absolute value of an entry of a row, written out.
-        marks: int64 [N]; equal rows have equal marks, and others nearly never have.
+        rows: rows of all samples.
+        longest: bound on the Euclidean length of a row.
+        largest: bound on the absolute value of an entry of a row, after factors are multiplied out.
+        marks: int64 [N], hash of each row; equal rows have equal hashes, and other rows almost never do.
     """
 
     rows: StoredRows
@@ -35,7 +35,13 @@ class Prepared:
 
 
 def as_factors(features: Features | Tensor | NDArray[np.floating]) -> dict[str, Tensor]:
-    """Return the matrices that samples are compared by, named: the embedding, behind the head gradient if there is one."""
+    """Return the matrices that samples are compared by, under their names.
+
+    These are the embedding alone, or the head gradient followed by the embedding.
+
+    Raises:
+        FeatureError: the features are not a floating matrix.
+    """
     if isinstance(features, Features):
         named = {"head_gradient": features.head_gradient, "embedding": features.embedding}
     elif isinstance(features, Tensor):
@@ -44,7 +50,7 @@ def as_factors(features: Features | Tensor | NDArray[np.floating]) -> dict[str, 
         array = np.asarray(features)
         if not np.issubdtype(array.dtype, np.floating):
             raise FeatureError(f"features must be a floating matrix [N, D], got {array.dtype} {array.shape}")
-        # torch warns that it can't guard arrays that are mapped read-only; nothing here writes to them
+        # torch warns that it cannot protect read-only arrays; nothing here writes to them.
         named = {"features": torch.as_tensor(array) if array.flags.writeable else _read_only(array)}
     factors = {name: values.detach() for name, values in named.items() if values is not None}
     for name, values in factors.items():
@@ -62,18 +68,19 @@ def _read_only(array: NDArray[np.floating]) -> Tensor:
 
 
 def prepare(factors: dict[str, Tensor], *, unit: bool, device: torch.device, workers: Workers) -> Prepared:
-    """Look at every row once.
+    """Examine every row once.
+
+    This takes O(N W) time for factors of W columns altogether, and 24 bytes of memory for each row.
 
     Args:
-        factors: of `as_factors`.
-        unit: compare by the cosine, so divide rows by their lengths.
-        device: where blocks are computed.
-        workers: what computes them.
+        factors: matrices that `as_factors` returns.
+        unit: whether samples are compared by the cosine, so that rows are divided by their lengths.
+        device: device that blocks are computed on.
+        workers: threads that compute the blocks.
 
     Raises:
-        FeatureError: some rows are not finite; the message counts them and names the first ones.
-
-    Complexity: O(N W) time for factors of W columns in all, 24 bytes a row.
+        FeatureError: some rows are not finite (the message counts them and names the first ones), or too long to be
+            squared.
     """
     raw = tuple(_within_range(values) if unit else values for values in factors.values())
     total = len(raw[0])
@@ -126,7 +133,7 @@ def _mark(values: Tensor) -> Tensor:
     """Return a 64-bit hash [n] of float64 rows; 0.0 and -0.0 are the same."""
     bits = np.random.PCG64(0).random_raw(values.shape[1]).view(np.int64) | 1
     words = (values + 0.0).view(torch.int64)
-    # the low bits of short fractions are zero: fold the high ones in
+    # The low bits of numbers with short fractions are zero, so the high bits are mixed in.
     return ((words ^ (words >> 29)) * torch.from_numpy(bits).to(values.device)).sum(dim=1)
 
 
@@ -150,11 +157,12 @@ def next_twins(prepared: Prepared, members: NDArray[np.int64]) -> NDArray[np.int
     """Find equal rows among the members of a group.
 
     Args:
-        prepared: all samples.
-        members: int64 [n] samples, ascending.
+        prepared: features of all samples.
+        members: int64 [n], samples of the group, ascending.
 
     Returns:
-        int64 [n], the next member (0 <= number < n) with an equal row, or -1; None when no two rows are equal.
+        int64 [n], for each member the index (0 to n - 1) of the next member with an equal row, or -1 if there is none;
+        None if no two rows are equal.
     """
     marks = prepared.marks[members]
     order = np.argsort(marks, kind="stable")

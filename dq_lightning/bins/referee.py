@@ -1,4 +1,4 @@
-"""Decide between gains that float64 arithmetic can't tell apart. PURE."""
+"""Exact comparison of gains that differ by less than the rounding errors of float64 arithmetic."""
 
 import numpy as np
 import torch
@@ -7,22 +7,24 @@ from numpy.typing import NDArray
 from dq_lightning.bins.exact import ExactSum, exact_dot, two_product
 from dq_lightning.bins.rows import StoredRows
 
-# twice the unit roundoff of float64, so that products of (1 + u) need no second-order terms
+# This is twice the unit roundoff u of float64, so that bounds on products of (1 + u) need no second-order terms.
 ROUNDING = 2.0**-52
 
 
 class Referee:
-    """The exact state of one group: the sum of what a bin started from, and the picks made in it so far.
+    """Exact state of the greedy selection in one group; it decides between gains that are nearly equal.
 
-    The gain of x is `x . v`, with `v = lam * sum(left) - 2 * sum(picked)` in exact sums. Products are split without error and
-    added with one rounding (Shewchuk 1997), so a gain does not depend on the order of samples or picks, the number of
-    threads, or the device. Gains that are equal then are ties, and the lowest sample wins.
+    The state consists of the sum of the samples that were left when the current bin was begun and of the picks made in
+    the bin so far. The gain of x is `x . v` with `v = lam * sum(left) - 2 * sum(picked)` in exact sums. Products are
+    split without error and added with one rounding (Shewchuk 1997), so a gain does not depend on the order of samples
+    or picks, the number of threads, or the device. Gains that are then equal are ties, and the lowest sample wins.
 
     Args:
-        rows: the n samples of the group.
-        lam: weight of representativeness.
-        halved: S = 1/2 + (a . b)/2, so the number of samples left and picked enters the gain before it is rounded.
-        largest: bound on the absolute value of an entry of a row, written out.
+        rows: rows of the n samples of the group.
+        lam: weight of representativeness against diversity.
+        halved: whether S is 1/2 + (a . b)/2, so that the numbers of samples left and picked are added to the gain
+            before it is rounded.
+        largest: bound on the absolute value of an entry of a row, after factors are multiplied out.
     """
 
     def __init__(self, rows: StoredRows, *, lam: float, halved: bool, largest: float) -> None:
@@ -39,16 +41,16 @@ class Referee:
 
     @property
     def num_left(self) -> int:
-        """Samples left when the bin was begun."""
+        """Number of samples that were left when the current bin was begun."""
         return len(self.rows) - sum(map(len, self._closed))
 
     @property
     def bins_closed(self) -> int:
-        """Bins that are done."""
+        """Number of finished bins."""
         return len(self._closed)
 
     def left(self) -> ExactSum:
-        """The sum of what was left when the bin was begun, found when it is first asked for."""
+        """Return the sum of the samples left when the current bin was begun; the first call computes it."""
         if self._left is None:
             alive = np.ones(len(self.rows), dtype=bool)
             alive[np.concatenate([np.empty(0, dtype=np.int64), *self._closed])] = False
@@ -61,31 +63,31 @@ class Referee:
                     total.add(vectors)
                 return total
 
-            # sums on a grid are exact, so it does not matter which thread adds which block
+            # Sums on a grid are exact, so it does not matter which thread adds which block.
             for part in rows.workers.map(sum_of, rows.ranges()):
                 self._left.high += part.high
                 self._left.low += part.low
         return self._left
 
     def push(self, sample: int) -> None:
-        """Note a pick."""
+        """Record a pick of the current bin."""
         self.trail[self.length] = sample
         self.length += 1
 
     def extend(self, samples: NDArray[np.int64]) -> None:
-        """Note the picks of the bin beyond those noted before."""
+        """Record all picks of the current bin, given as int64; those recorded before must come first."""
         self.trail[self.length : len(samples)] = samples[self.length :]
         self.length = len(samples)
 
     def rewind(self, length: int) -> None:
-        """Take back all picks but the first `length` of this bin."""
+        """Undo all picks of the current bin but the first `length`."""
         if self._added > length:
             self._add(self._picked, self.trail[length : self._added], -1.0)
             self._added = length
         self.length = length
 
     def close_bin(self) -> NDArray[np.int64]:
-        """Return the picks of the bin, and begin the next one with what is left."""
+        """Return the picks of the current bin and begin the next bin with the samples that are left."""
         picks = self.trail[: self.length].copy()
         self._closed.append(picks)
         if self._left is not None:
@@ -95,7 +97,12 @@ class Referee:
         return picks
 
     def settle(self, near: NDArray[np.int64], length: int | None = None) -> int:
-        """Return which of the samples has the greatest gain after `length` picks (all by default); the lowest of equals."""
+        """Return the sample with the greatest exact gain, and the lowest such sample if there are ties.
+
+        Args:
+            near: int64, samples to compare.
+            length: number of picks of the current bin that the gains are computed after; None takes all picks.
+        """
         near = np.sort(near)
         length = self.length if length is None else length
         self._add(self._picked, self.trail[self._added : length], 1.0)

@@ -1,4 +1,4 @@
-"""What samples are compared by: rows of one or two factors, whose inner products multiply. PURE."""
+"""Feature vectors of samples, stored as one or two factors whose inner products are multiplied."""
 
 import math
 from collections.abc import Iterator
@@ -9,16 +9,20 @@ from torch import Tensor
 
 from dq_lightning.bins.workers import Workers
 
-# numbers in a block of rows that is widened to float64 at a time: 2 MiB
+# A block of rows that is converted to float64 at a time has this many entries, which take 2 MiB.
 _BLOCK_ENTRIES = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """n float64 vectors, each the outer product of its rows in the factors, never written out.
+    """n float64 vectors, each of which is the outer product of its rows in the factors.
 
-    An embedding has one factor [n, D]. A last-layer gradient `g (x) [1, h]` has two, [n, C] and [n, D + 1], and the inner
-    product of two such gradients is `(g_i . g_j)(1 + h_i . h_j)`. A vector of that space is [D], or [C, D + 1].
+    An embedding has one factor [n, D]. A last-layer gradient, the outer product of g and [1, h], has two factors [n, C]
+    and [n, D + 1], and the inner product of two such gradients is `(g_i . g_j)(1 + h_i . h_j)`, so the outer product
+    itself need not be computed. A vector of the space of the rows has the shape [D], or [C, D + 1] with two factors.
+
+    Attributes:
+        factors: float64 matrices with n rows each.
     """
 
     factors: tuple[Tensor, ...]
@@ -27,49 +31,49 @@ class Rows:
         return len(self.factors[0])
 
     def take(self, chosen: Tensor) -> "Rows":
-        """Return the chosen rows, copied."""
+        """Return a copy of the rows with the indices `chosen`, int64 [k]."""
         return Rows(tuple(factor.index_select(0, chosen.to(factor.device)) for factor in self.factors))
 
     def ranges(self) -> list[tuple[int, int]]:
-        """First and last row (exclusive) of blocks of about 2 MiB."""
+        """Return the first and last row (exclusive) of blocks of about 2 MiB."""
         return block_ranges(len(self), sum(factor.shape[1] for factor in self.factors))
 
     def span(self, first: int, last: int) -> "Rows":
-        """Return a range of rows, not copied."""
+        """Return the rows from `first` to `last` (exclusive) without copying them."""
         return Rows(tuple(factor[first:last] for factor in self.factors))
 
     def lengths(self) -> Tensor:
-        """Euclidean lengths [n]."""
+        """Return the Euclidean lengths of the vectors, float64 [n]."""
         result: Tensor = torch.linalg.vector_norm(self.factors[0], dim=1)
         for factor in self.factors[1:]:
             result = result * torch.linalg.vector_norm(factor, dim=1)
         return result
 
     def inner(self, others: "Rows") -> Tensor:
-        """Inner products [n, m] with the rows of another."""
+        """Return the inner products with m other rows, float64 [n, m]."""
         result = self.factors[0] @ others.factors[0].T
         for mine, theirs in zip(self.factors[1:], others.factors[1:], strict=True):
             result *= mine @ theirs.T
         return result
 
     def against(self, vectors: Tensor) -> Tensor:
-        """Inner products [n, c] with vectors [c, D] or [c, C, D + 1]."""
+        """Return the inner products with c vectors [c, D] or [c, C, D + 1], float64 [n, c]."""
         if len(self.factors) == 1:
             return self.factors[0] @ vectors.T
         left, right = self.factors
-        # one product with all vectors side by side reads the wide factor once
+        # A single product with all vectors side by side reads the wide factor only once.
         halfway = (right @ vectors.flatten(0, 1).T).view(len(left), len(vectors), left.shape[1])
         return (halfway @ left[:, :, None])[:, :, 0]
 
     def sum(self) -> Tensor:
-        """The sum of all rows, [1, D] or [1, C, D + 1]."""
+        """Return the sum of all rows, float64 [1, D] or [1, C, D + 1]."""
         if len(self.factors) == 1:
             return self.factors[0].sum(dim=0, keepdim=True)
         left, right = self.factors
         return (left.T @ right)[None]
 
     def written_out(self) -> Iterator[Tensor]:
-        """Yield the vectors themselves, [few, W], a few rows at a time: for near ties only."""
+        """Yield the vectors themselves as float64 [k, W], a few rows at a time; only near ties need them."""
         if len(self.factors) == 1:
             yield self.factors[0]
             return
@@ -82,16 +86,17 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class StoredRows:
-    """Some of the samples as they were given: any floating type, in memory, on a device or mapped from a file.
+    """Features of some of the N samples, kept as the caller passed them.
 
-    Rows are widened to float64, and scaled to length one for the cosine, a block at a time, so no copy of all is made.
+    They have any floating dtype and are in memory, on a device or memory-mapped from a file. Rows are converted to
+    float64, and scaled to length one for the cosine, one block at a time, so no copy of all rows is made.
 
     Attributes:
-        raw: [embedding] or [head gradient, embedding], N rows each.
-        scales: float64 [N] for each factor, what its rows are divided by; None to leave them as they are.
-        members: int64 [n], which of the N samples, ascending.
-        device: where blocks are computed.
-        workers: what computes them.
+        raw: (embedding,) or (head gradient, embedding), with N rows each.
+        scales: float64 [N] for each factor, divisors of its rows; None leaves the rows as they are.
+        members: int64 [n], positions of the samples among all N, ascending.
+        device: device that blocks are computed on.
+        workers: threads that compute the blocks.
     """
 
     raw: tuple[Tensor, ...]
@@ -105,30 +110,30 @@ class StoredRows:
 
     @property
     def widths(self) -> list[int]:
-        """Length of a row in each factor; the inputs of the last layer have a constant 1 in front."""
+        """Number of columns of each factor; an embedding behind a head gradient has a constant 1 in front."""
         return [self.raw[0].shape[1], *(part.shape[1] + 1 for part in self.raw[1:])]
 
     @property
     def width(self) -> int:
-        """Length of a vector when written out."""
+        """Number of entries W of a vector, which is the product of `widths`."""
         return math.prod(self.widths)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of a vector of the rows' space."""
+        """Shape of a vector of the space of the rows: (D,) or (C, D + 1)."""
         return tuple(self.widths)
 
     @property
     def depth(self) -> int:
-        """Number of terms that the rounding errors of an inner product grow with."""
+        """Number of terms that the rounding error bound of an inner product is proportional to."""
         return sum(width + 2 for width in self.widths)
 
     def only(self, chosen: Tensor) -> "StoredRows":
-        """Return the same store for some of its members."""
+        """Return the store restricted to the members with the indices `chosen`, int64 [k]; no row is copied."""
         return StoredRows(self.raw, self.scales, self.members[chosen], self.device, self.workers)
 
     def take(self, chosen: Tensor) -> Rows:
-        """Return the chosen rows in float64."""
+        """Return the rows of the members with the indices `chosen`, int64 [k], in float64."""
         samples = self.members[chosen]
         parts = [samples[first:last] for first, last in block_ranges(len(samples), sum(self.widths))]
         if len(parts) < 2:
@@ -137,11 +142,11 @@ class StoredRows:
         return Rows(tuple(torch.cat([part.factors[i] for part in loaded]) for i in range(len(self.raw))))
 
     def ranges(self) -> list[tuple[int, int]]:
-        """First and last row (exclusive) of blocks of about 2 MiB."""
+        """Return the first and last row (exclusive) of blocks of about 2 MiB."""
         return block_ranges(len(self), sum(self.widths))
 
     def span(self, first: int, last: int) -> Rows:
-        """Return a range of rows in float64."""
+        """Return the rows of the members from `first` to `last` (exclusive) in float64."""
         return self.load(self.members[first:last])
 
     def blocks(self) -> Iterator[Rows]:
@@ -150,7 +155,7 @@ class StoredRows:
             yield self.span(first, last)
 
     def load(self, samples: Tensor) -> Rows:
-        """Return the rows of samples, int64 [few], in float64."""
+        """Return the rows of samples, given by their positions among all N, int64 [k], in float64."""
         factors = []
         for number in range(len(self.raw)):
             values = wide_factor(self.raw, number, samples, self.device)
@@ -160,27 +165,30 @@ class StoredRows:
         return Rows(tuple(factors))
 
     def against(self, vectors: Tensor) -> Tensor:
-        """Inner products [n, c] with vectors [c, D] or [c, C, D + 1]."""
+        """Return the inner products with c vectors [c, D] or [c, C, D + 1], float64 [n, c], block by block."""
         parts = list(self.workers.map(lambda ends: self.span(*ends).against(vectors), self.ranges()))
         empty = torch.empty(0, len(vectors), dtype=torch.float64, device=self.device)
         return torch.cat(parts) if parts else empty
 
 
 def block_ranges(total: int, width: int) -> list[tuple[int, int]]:
-    """Split rows into blocks of about 2 MiB of float64."""
+    """Split `total` rows of `width` float64 numbers into (first, last) ranges of about 2 MiB, `last` exclusive."""
     step = max(1, _BLOCK_ENTRIES // max(1, width))
     return [(first, min(first + step, total)) for first in range(0, total, step)]
 
 
 def wide_factor(raw: tuple[Tensor, ...], number: int, samples: Tensor, device: torch.device) -> Tensor:
-    """Return rows of one factor in float64, with the constant input 1 in front of an embedding that follows a gradient."""
+    """Return rows of factor `number` in float64, [k, width].
+
+    An embedding behind a head gradient (`number` 1) gets the constant input 1 of the layer's bias in front.
+    """
     part = raw[number]
     values = part.index_select(0, samples.to(part.device)).to(device).to(torch.float64)
     return torch.cat([torch.ones_like(values[:, :1]), values], dim=1) if number else values
 
 
 def row_lengths(values: Tensor) -> Tensor:
-    """Euclidean lengths [n] of float64 rows, summed in one order on every device."""
+    """Return the Euclidean lengths of float64 rows, float64 [n], summed in the same order on every device."""
     squares = values * values
     width = squares.shape[1]
     if width == 0:

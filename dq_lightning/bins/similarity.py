@@ -1,4 +1,4 @@
-"""Similarities between the samples of one bin, by blocks: cosine, inner product, radial basis function. PURE."""
+"""Similarities between samples, computed block by block: cosine, inner product and radial basis function."""
 
 import torch
 from torch import Tensor
@@ -8,12 +8,12 @@ from dq_lightning.core.config import Similarity
 
 
 class Similarities:
-    """S [n, n] of some rows, never held as a whole.
+    """Similarity matrix S [n, n] of n rows, of which only the requested columns are computed.
 
     Args:
-        rows: n rows, of length one (or zero) for the cosine.
-        kind: `"cosine"` is 1/2 + cos/2, `"dot"` the inner product, `"rbf"` exp(-gamma |a - b|^2).
-        gamma: of the radial basis function.
+        rows: the n rows, which must have length one (or zero) for the cosine.
+        kind: `"cosine"` is 1/2 + cos/2, `"dot"` is the inner product and `"rbf"` is exp(-gamma |a - b|^2).
+        gamma: factor in the exponent of the radial basis function.
     """
 
     def __init__(self, rows: StoredRows, kind: Similarity, gamma: float = 1.0) -> None:
@@ -27,23 +27,23 @@ class Similarities:
 
     @property
     def device(self) -> torch.device:
-        """Where the numbers are computed."""
+        """Device that the similarities are computed on."""
         return self.rows.device
 
     def columns(self, chosen: Tensor) -> Tensor:
-        """S[:, chosen], float64 [n, k]."""
+        """Return the columns S[:, chosen], float64 [n, k], for indices `chosen`, int64 [k]."""
         others = self.rows.take(chosen)
         return torch.cat([self._between(block, others) for block in self.rows.blocks()])
 
     def diagonal(self) -> Tensor:
-        """S[i, i], float64 [n]."""
+        """Return the diagonal entries S[i, i], float64 [n]."""
         if self.kind == "rbf":
             return torch.ones(len(self), dtype=torch.float64, device=self.device)
         squares = torch.cat([block.lengths() ** 2 for block in self.rows.blocks()])
         return 0.5 + 0.5 * squares if self.kind == "cosine" else squares
 
     def sums(self) -> Tensor:
-        """Sum of every column, float64 [n]; O(n W), or O(n^2 W) for the radial basis function."""
+        """Return the sum of every column, float64 [n], in O(n W), or O(n^2 W) for the radial basis function."""
         if self.kind == "rbf":
             total = torch.zeros(len(self), dtype=torch.float64, device=self.device)
             for start in range(0, len(self), 512):
@@ -55,7 +55,7 @@ class Similarities:
         return 0.5 * len(self) + 0.5 * linear if self.kind == "cosine" else linear
 
     def can_be_negative(self) -> bool:
-        """Whether some similarity may be below zero: the inner product of vectors that have negative entries."""
+        """Return whether some similarity may be negative, as only inner products of negative entries can be."""
         if self.kind != "dot":
             return False
         return any(bool((factor < 0).any()) for block in self.rows.blocks() for factor in block.factors)
@@ -66,13 +66,13 @@ class Similarities:
             return product.mul_(0.5).add_(0.5)
         if self.kind == "dot":
             return product
-        # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b, which rounding may take below zero for equal rows
+        # Rounding may make |a - b|^2 = |a|^2 + |b|^2 - 2 a.b negative for equal rows, so it is clamped.
         squares = left.lengths()[:, None] ** 2 + right.lengths()[None, :] ** 2
         return torch.exp(-self.gamma * (squares - 2.0 * product).clamp_(min=0.0))
 
 
 def default_gamma(rows: StoredRows) -> float:
-    """One over the mean squared distance of two rows."""
+    """Return one over the mean squared distance of two rows, or 1 if all rows are equal."""
     total = max(1, len(rows))
     squares = sum(float((block.lengths() ** 2).sum()) for block in rows.blocks()) / total
     vector = torch.stack([block.sum() for block in rows.blocks()]).sum(dim=0) / total if len(rows) else torch.zeros(1)

@@ -1,4 +1,4 @@
-"""Sizes of bins, and the groups they are made in. PURE."""
+"""Compute the sizes of bins and the groups of samples that bins are made in."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +11,7 @@ from dq_lightning.core.errors import DQError
 
 
 def bin_sizes(total: int, num_bins: int) -> list[int]:
-    """Split `total` samples as evenly as possible: the first `total mod num_bins` bins get one more.
+    """Return the sizes of bins that split `total` samples as evenly as possible, the larger bins first.
 
     >>> bin_sizes(11, 4)
     [3, 3, 3, 2]
@@ -20,10 +20,16 @@ def bin_sizes(total: int, num_bins: int) -> list[int]:
 
 
 def group_of_each(labels: NDArray[np.generic] | Tensor | Sequence[int | str] | None, total: int) -> NDArray[np.int32]:
-    """Return the group of each sample, int32 [N]: its label, or zeros without labels; names are numbered in sorted order.
+    """Return the group of each sample, int32 [N], which is its label.
+
+    Without labels all samples are in group 0. Labels that are strings are numbered in sorted order.
+
+    Args:
+        labels: class of each of the N samples as integers, booleans or strings, or None.
+        total: number N of samples.
 
     Raises:
-        DQError: labels are not N strings or whole numbers that fit 32 bits.
+        DQError: labels are not N strings or integers that fit 32 bits.
     """
     if labels is None:
         return np.zeros(total, dtype=np.int32)
@@ -42,7 +48,7 @@ def group_of_each(labels: NDArray[np.generic] | Tensor | Sequence[int | str] | N
 
 
 def group_members(group: NDArray[np.int32]) -> Iterator[NDArray[np.int64]]:
-    """Yield the ascending positions of each group, groups in ascending order."""
+    """Yield the positions of the samples of each group, ascending; the groups come in ascending order."""
     order = np.argsort(group, kind="stable")
     if len(order):
         yield from np.split(order, np.flatnonzero(np.diff(group[order])) + 1)

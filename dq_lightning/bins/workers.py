@@ -1,4 +1,4 @@
-"""Threads of our own: blocks of rows side by side, one torch thread each. PURE."""
+"""Threads that process blocks of rows in parallel, each of which runs torch with one thread."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +15,11 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """Runs a function over some items, in order of the items.
+    """Calls a function with each of some items in parallel and returns the results in the order of the items.
 
     Args:
-        pool: None to do everything in the calling thread.
-        count: threads in the pool.
+        pool: threads to use; None makes all calls in the calling thread.
+        count: number of threads in the pool.
     """
 
     def __init__(self, pool: ThreadPoolExecutor | None = None, count: int = 1) -> None:
@@ -27,19 +27,22 @@ class Workers:
         self.count = count
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-        """Like the built-in `map`; results come in order."""
+        """Return the results of the function for all items, in order, as the built-in `map` does."""
         if self._pool is None or len(items) < 2:
             return map(function, items)
         return self._pool.map(function, items)
 
     def run(self, function: Callable[[Item], None], items: Sequence[Item]) -> None:
-        """Call the function with every item and wait for all; an error of one is raised."""
+        """Call the function with every item and wait for all calls; an error in a call is raised here."""
         deque(self.map(function, items), maxlen=0)
 
 
 @contextmanager
 def block_workers(device: torch.device) -> Iterator[Workers]:
-    """Use as many threads as torch would, but for whole blocks, because most operations here are small (see `one_thread`)."""
+    """Provide `Workers` with as many threads as torch would use on the CPU.
+
+    Each thread processes whole blocks, because most operations here are too small to be split (see `one_thread`).
+    """
     if device.type != "cpu" or torch.get_num_threads() == 1:
         yield Workers()
         return

@@ -1,1 +1,1 @@
-"""Entries on disk: keys, manifests, locks, digests, shards."""
+"""The cache on disk: entries with keys, manifests and locks, remembered digests, and shards of unfinished work."""

@@ -1,8 +1,9 @@
-"""Remembered content digests: an unchanged file is read once. Touches the disk.
+"""Remembered content digests, so that an unchanged file is read only once.
 
-A digest is trusted while path, size, modification time, change time and inode are the same. The change time cannot be set by
-`touch` or kept by `cp -p`, so other content under an old date is noticed. A file modified less than two seconds before it was
-hashed is hashed again next time, because it could change once more within the clock's step (git calls this "racy").
+A digest is trusted while path, size, modification time, change time and inode of the file are the same. The change time
+cannot be set by `touch` or kept by `cp -p`, so other content under an old date is noticed. A file that was modified
+less than two seconds before it was hashed is hashed again next time, because it could change once more within the
+resolution of the clock (git calls this "racy").
 """
 
 import hashlib
@@ -27,20 +28,20 @@ PIECE_BYTES = 1 << 20
 CHUNK_FILES = 512
 ATTEMPTS = 3
 
-# size, mtime_ns, ctime_ns and inode of each file
+# A stamp is the size, mtime_ns, ctime_ns and inode of a file.
 Stamps = npt.NDArray[np.int64]
 STAMP_SIZE = 4
 
 
 def _stamp(path: str) -> tuple[int, ...]:
     seen = os.stat(path)  # noqa: PTH116 (a million of them: no Path objects)
-    # the inode tells apart two files of equal size and times, one of which a link names. Its device does not count: network
-    # file systems number it anew at each mount, and everything would be read again
+    # The inode distinguishes two files of equal size and times to which a link may point in turn. The device is left
+    # out, because network file systems number it anew at each mount, and everything would be read again.
     return seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino & (2**63 - 1)
 
 
 def _hash_file(path: str) -> tuple[bytes, tuple[int, ...]]:
-    """Digest of a file, and its stamp; a stamp of -1 when it is too young to be trusted."""
+    """Return a file's digest and its stamp; all numbers of the stamp are -1 if the file is too young to be trusted."""
     for _ in range(ATTEMPTS):
         started = time.time_ns()
         before = _stamp(path)
@@ -55,17 +56,23 @@ def _hash_file(path: str) -> tuple[bytes, tuple[int, ...]]:
 
 
 class FileDigestMemory:
-    """Digests by file and by key in one folder; see `records.DigestMemory`. A lost or damaged memory costs only time."""
+    """Digests by file and by key in one folder; implements `records.DigestMemory`.
+
+    A lost or damaged memory only costs time.
+
+    Args:
+        folder: folder of the memory, created at the first write.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     def file(self, path: str | Path) -> str:
-        """Hexadecimal sha256 of a file's content, remembered.
+        """Return the hexadecimal sha256 of a file's content, from the memory if the file is unchanged.
 
         Raises:
             OSError: the file cannot be read.
-            CacheError: it changes while it is read.
+            CacheError: the file changes while it is read.
         """
         place = os.path.abspath(path)  # noqa: PTH100 (str in, str out)
         stamp = list(_stamp(place))
@@ -78,9 +85,13 @@ class FileDigestMemory:
         return digest.hex()
 
     def files(self, paths: list[str]) -> list[str]:
-        """The same for many files, in order; hashing runs in threads.
+        """Return the hexadecimal sha256 of many files, in order; files are hashed in threads.
 
-        One table a common folder; looking up N unchanged files costs N stats and one read of the table.
+        The files of one common folder share one table, so looking up N unchanged files costs N stats and one read.
+
+        Raises:
+            OSError: a file cannot be read.
+            CacheError: a file changes while it is read.
         """
         if not paths:
             return []
@@ -106,13 +117,13 @@ class FileDigestMemory:
         return [text[start : start + 64] for start in range(0, len(text), 64)]
 
     def recall(self, key: str) -> str | None:
-        """The digest remembered under a key, or None."""
+        """Return the digest remembered under a key, or None."""
         known = self._read("key", key)
         value = known.get("value") if known else None
         return value if isinstance(value, str) else None
 
     def remember(self, key: str, digest: str) -> None:
-        """Keep a digest under a key; a memory that cannot be written is passed over."""
+        """Remember a digest under a key; does nothing if the memory cannot be written."""
         self._write("key", key, digest)
 
     def _read(self, kind: str, key: str) -> dict[str, object] | None:
@@ -132,7 +143,8 @@ def _name(text: str) -> str:
 
 
 def _common_folder(places: list[str]) -> str:
-    # commonpath splits every path; the common prefix of the extremes is that of all
+    # commonpath splits every path, which is slow for many; the first and last path in order have the same common
+    # prefix.
     first, last = min(places), max(places)
     return os.path.commonpath([os.path.dirname(first), os.path.dirname(last)])  # noqa: PTH120
 
@@ -146,7 +158,7 @@ def _try_replace(path: Path, data: bytes) -> None:
 
 
 class _Table:
-    """Paths, stamps and digests of many files in one npz (whose zip checksums notice damage)."""
+    """Paths, stamps and digests of many files in one npz file, whose zip checksums detect damage."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -157,11 +169,11 @@ class _Table:
             with files.open_plain(path) as file:
                 content = io.BytesIO(file.read())
             if any(member.compress_type != zipfile.ZIP_STORED for member in zipfile.ZipFile(content).infolist()):
-                return  # ours are not compressed: whatever this is, it may be far larger than its file
+                return  # Our tables are not compressed; a compressed file may unpack to far more than its size.
             with np.load(content, allow_pickle=False) as stored:
                 names, stamps, digests = stored["names"].tobytes(), stored["stamps"], stored["digests"]
         except Exception as error:
-            # zipfile and numpy raise all sorts of errors on damaged bytes; what cannot be read is made again
+            # zipfile and numpy raise many kinds of errors on damaged bytes; a table that cannot be read is made again.
             logger.debug("digests in %s are made again: %s: %s", path, type(error).__name__, error)
             return
         rows = names.count(b"\0") + 1 if names else 0
@@ -170,7 +182,7 @@ class _Table:
             self.names, self.stamps, self.digests = names, stamps, digests
 
     def look_up(self, places: list[str]) -> tuple[Stamps, npt.NDArray[np.uint8]]:
-        """Stamps [N, 4] and digests [N, 32] of the given paths; a stamp of -1 where unknown."""
+        """Return stamps int64 [N, 4] and digests uint8 [N, 32] of the given paths; a stamp is -1 where unknown."""
         names = _join(places)
         if self.names == names or self.names.startswith(names + b"\0"):
             return self.stamps[: len(places)], self.digests[: len(places)]

@@ -1,4 +1,4 @@
-"""What the disk says, in our words, with what to do about it."""
+"""Translation of errors of the disk into messages that say what to do."""
 
 import contextlib
 import errno
@@ -13,11 +13,15 @@ FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 
 @contextlib.contextmanager
 def explained(target: Path, only_under: Path | None = None) -> Iterator[None]:
-    """Turn an OSError into a CacheError.
+    """Turn an OSError in the block into a CacheError.
 
     Args:
-        target: what is being written.
-        only_under: errors about paths elsewhere pass as they are, unless a disk is full.
+        target: file or folder that is being written, for the message.
+        only_under: errors about paths outside of this folder are raised unchanged, unless a disk is full; None
+            translates all.
+
+    Raises:
+        CacheError: the block raised an OSError that is translated.
     """
     try:
         yield

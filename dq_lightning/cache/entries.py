@@ -1,7 +1,7 @@
-"""The cache: every entry is either complete and right, or absent. Touches the disk.
+"""The cache on disk, in which every entry is either complete and correct, or absent.
 
-An entry is made in a temp folder beside its place, synced, sealed with a manifest and renamed. Readers open manifested
-entries only; a damaged one is moved aside, reported with the reason, and made again.
+An entry is made in a temporary folder beside its place, synced, sealed with a manifest and renamed. Readers open only
+entries that have a manifest; a damaged entry is moved aside, reported with the reason, and made again.
 """
 
 import contextlib
@@ -43,12 +43,12 @@ class EntryInfo:
     """One entry of the cache.
 
     Attributes:
-        station: its folder, such as "2-bins".
-        key: 32 hexadecimal digits.
+        station: name of the station's folder, such as "2-bins".
+        key: key of the entry, 32 hexadecimal digits.
         path: folder of the entry.
-        bytes: of all its files.
-        created: ISO 8601, UTC.
-        parts: what the key was made from.
+        bytes: total size of its files in bytes.
+        created: time when it was made, ISO 8601 in UTC.
+        parts: parts that the key was made from.
     """
 
     station: str
@@ -60,13 +60,21 @@ class EntryInfo:
 
 
 def default_cache_dir() -> Path:
-    """The folder in `DQ_LIGHTNING_CACHE`, or else the platform's cache folder."""
+    """Return the folder named by `DQ_LIGHTNING_CACHE`, or else the platform's cache folder."""
     chosen = os.environ.get("DQ_LIGHTNING_CACHE")
     return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("dq_lightning"))
 
 
 def require_space(path: str | Path, needed: int) -> None:
-    """Raise CacheError unless the file system of `path` has `needed` free bytes (`path` may not exist yet)."""
+    """Check that a file system has enough free space.
+
+    Args:
+        path: file or folder to be written, which may not exist yet.
+        needed: number of bytes needed.
+
+    Raises:
+        CacheError: fewer bytes are free.
+    """
     place = Path(path).absolute()
     while not place.exists():
         place = place.parent
@@ -78,12 +86,20 @@ def require_space(path: str | Path, needed: int) -> None:
 
 
 class Cache:
-    """Entries by station and key under one root folder, which is made at the first write.
+    """Entries, found by station and key, under one root folder that is created at the first write.
+
+    Args:
+        root: root folder of the cache.
+        verify: how an entry is checked before use: "size" compares names and sizes of the files (and the content of
+            small ones), "hash" the content of all files, "off" only reads the manifest.
 
     Attributes:
-        root: the folder.
-        verify: "size" (names, sizes), "hash" (whole files too) or "off" (the manifest alone).
+        root: absolute path of the root folder.
+        verify: the policy that was passed.
         memory: remembered digests of files and tables.
+
+    Raises:
+        ConfigError: `verify` is none of the above, or `root` is the address of a remote place.
     """
 
     def __init__(self, root: str | Path, *, verify: VerifyPolicy = "size") -> None:
@@ -95,32 +111,40 @@ class Cache:
         self._reported: set[Path] = set()
 
     def key(self, station: str, parts: dict[str, Any]) -> str:
-        """32 hexadecimal digits of sha256 over the station and the canonical JSON of `parts`."""
+        """Return the key: 32 hexadecimal digits of the SHA-256 of the station and the canonical JSON of `parts`.
+
+        Raises:
+            CacheError: `parts` is not plain JSON.
+        """
         return hashlib.sha256(f"{station}\n{canonical_parts(station, parts)}".encode()).hexdigest()[:32]
 
     def place(self, station: str, parts: dict[str, Any]) -> Path:
-        """Where the entry is, or would be."""
+        """Return the folder where the entry is or would be.
+
+        Raises:
+            CacheError: the station is unknown, or `parts` is not plain JSON.
+        """
         if station not in STATIONS:
             raise CacheError(f"{station!r} is no station; they are {', '.join(STATIONS)}")
         return self.root / station / self.key(station, parts)
 
     def find(self, station: str, parts: dict[str, Any]) -> Path | None:
-        """The complete and verified entry, or None. A damaged one is moved aside and reported.
+        """Return the folder of a complete and verified entry, or None. A damaged entry is moved aside and reported.
 
         Raises:
-            CacheError: the entry exists and may not be read.
+            CacheError: the entry exists, but this process has no permission to read it.
         """
         return self._find(self.place(station, parts))
 
     def _find(self, target: Path) -> Path | None:
         try:
-            # a plain exists() would take "permission denied" for "absent"
+            # exists() would report "absent" where permission is denied, so the entry is looked at with lstat().
             target.lstat()
             check_entry(target, self.verify, station=target.parent.name, key=target.name)
         except FileNotFoundError:
             return None
         except NotADirectoryError:
-            # the station's own folder is no folder, or the entry's is not
+            # The folder of the station or that of the entry is not a folder.
             if os.path.lexists(target):
                 self._move_aside(target, "it is no folder")
             return None
@@ -137,9 +161,10 @@ class Cache:
             self._move_aside(target, f"it cannot be read ({error})")
             return None
         with contextlib.suppress(OSError):
-            # a builder that was killed right after its entry was in place left the shards; newer ones belong to another
+            # A builder that was killed after it had put its entry in place left the shards; newer ones belong to
+            # another.
             remove_shards(target, before=target.stat().st_mtime)
-            # prune goes by this date; that of reading is noted by few file systems
+            # prune goes by this modification time, because few file systems record when a file was read.
             os.utime(target / MANIFEST)
         return target
 
@@ -160,20 +185,24 @@ class Cache:
         except (Damage, OSError):
             logger.warning("%s is damaged: %s. It was moved to %s and will be made again.", target, reason, aside.name)
             return
-        # between our look and our rename somebody repaired it: put it back, or drop it when there is another already
+        # Another process repaired the entry between our check and our rename: put it back, or drop it if there is
+        # another.
         try:
             files.rename(aside, target)
         except OSError:
             files.remove_folder(aside)
 
     def build(self, station: str, parts: dict[str, Any], write: Callable[[Path], None], *, force: bool = False) -> Path:
-        """Find the entry, or make it.
+        """Find an entry, or make it.
 
         Args:
             station: one of STATIONS.
-            parts: what the key is made from; plain JSON.
-            write: fills the empty folder it is given with plain files.
-            force: make it even if it is there; the old one leaves once the new one is in place.
+            parts: plain JSON that the key is made from.
+            write: function that fills the empty folder it is given with plain files.
+            force: make the entry even if it exists; the old one is removed once the new one is complete.
+
+        Returns:
+            Folder of the entry.
 
         Raises:
             CacheError: the cache cannot be written, or the disk is full.
@@ -204,20 +233,28 @@ class Cache:
         *,
         force: bool = False,
     ) -> Read:
-        """What `read` makes of the entry, which is found or made; one that proves damaged in reading is made again, once.
+        """Find an entry or make it, and read it. An entry that proves damaged while it is read is made again, once.
 
         Args:
-            station: as in `build`.
-            parts: as in `build`.
-            write: as in `build`.
-            force: as in `build`.
-            read: given the entry's folder; a StoreError says that it cannot be used.
+            station: one of STATIONS, as in `build`.
+            parts: plain JSON that the key is made from, as in `build`.
+            write: function that fills the entry's folder, as in `build`.
+            read: function that reads the entry from its folder; it raises StoreError if the entry cannot be used.
+            force: make the entry even if it exists, as in `build`.
+
+        Returns:
+            The value that `read` returns.
+
+        Raises:
+            CacheError: the cache cannot be written, or the disk is full.
+            StoreError: the entry cannot be used even after it was made again.
         """
         path = self.build(station, parts, write, force=force)
         try:
             return read(path)
         except StoreError:
-            # who read it has left a doubt, or it was removed meanwhile: this look compares all files
+            # The reader marked the entry as doubtful, or it was removed meanwhile, so this call compares all of its
+            # files.
             return read(self.build(station, parts, write))
 
     def _make(self, target: Path, parts: dict[str, Any], write: Callable[[Path], None], force: bool) -> Path:
@@ -225,7 +262,8 @@ class Cache:
         try:
             with explained(target, temp):
                 files.make_folder(temp, new=True)
-                # by the clock that stamped the others: that of this process may have jumped, or a server's differ
+                # The age of leftovers is measured by the clock that stamped them, which may differ from this process's
+                # clock.
                 remove_stale(target.parent, temp.stat().st_mtime)
                 write(temp)
             with explained(target):
@@ -239,7 +277,7 @@ class Cache:
         return target
 
     def _commit(self, temp: Path, target: Path, force: bool) -> None:
-        """Rename our folder into place; the first good one wins, except that `force` replaces it."""
+        """Rename our folder to the entry's place. The first good entry wins, except that `force` replaces it."""
         for _ in range(COMMIT_ATTEMPTS):
             try:
                 files.rename(temp, target)
@@ -258,19 +296,19 @@ class Cache:
         raise CacheError(f"{target} could not be put in place: other processes keep replacing it")
 
     def retire(self, target: Path) -> None:
-        """Take an entry away. Open files of it stay readable: nothing is ever rewritten in place."""
+        """Remove an entry. Open files of it stay readable, because files are never rewritten in place."""
         old = target.with_name(f".old-{host_name()}-{os.getpid()}-{target.name}-{os.urandom(4).hex()}")
         with contextlib.suppress(FileNotFoundError):
             files.rename(target, old)
         files.remove_folder(old)
 
     def explain_miss(self, station: str, parts: dict[str, Any]) -> str:
-        """One line: what differs from the nearest entry of this station, or that there is none."""
+        """Return one line that says how the nearest entry of the station differs from `parts`, or that none exists."""
         wanted = json.loads(canonical_parts(station, parts))
         return describe_change(station, wanted, [entry.parts for entry in self._entries(station)])
 
     def entries(self) -> list[EntryInfo]:
-        """All entries with a readable manifest, by station and key."""
+        """Return all entries with a readable manifest, sorted by station and key."""
         return [entry for station in STATIONS for entry in self._entries(station)]
 
     def _entries(self, station: str) -> Iterator[EntryInfo]:

@@ -1,6 +1,6 @@
-"""The only place of this station that changes the disk: write, fsync, rename, remove. Touches the disk.
+"""All operations of the cache that change the disk: write, fsync, rename and remove.
 
-Every call reports to `observer` before it acts, so that a test can count the calls, kill the process or raise an error at
+Operations report to `observer` before they act, so that a test can count them, kill the process, or raise an error at
 any one of them.
 """
 
@@ -20,12 +20,12 @@ from typing import Any, Self
 
 from dq_lightning.core.errors import DQError
 
-# set by tests alone: called with the operation's name and the path before each operation
+# Only tests set this function; it is called with the operation's name and the path before each operation.
 observer: Callable[[str, Path], None] | None = None
 
 BUFFER_BYTES = 1 << 20
 MAX_JSON_BYTES = 64 << 20
-# half a million names of classes, or the files of 30,000 columns
+# This bound is large enough for half a million class names, or for the files of 30,000 columns.
 MAX_JSON_VALUES = 1 << 20
 
 
@@ -36,7 +36,7 @@ def _observe(operation: str, path: Path) -> None:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Give an OSError the path it is about: `write` and `fsync` do not know it."""
+    """Add the path to an OSError that lacks it, because `write` and `fsync` only know a file descriptor."""
     try:
         yield
     except OSError as error:
@@ -46,10 +46,17 @@ def _named(path: Path) -> Iterator[None]:
 
 
 class Writer:
-    """A new file, written from start to end, with its size and sha256 at hand.
+    """Writer of a new file, from start to end, that keeps track of its size and sha256.
+
+    Args:
+        path: path of the file, which must not exist.
 
     Attributes:
-        size: bytes so far.
+        path: path of the file.
+        size: number of bytes written so far.
+
+    Raises:
+        OSError: the file exists or cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,7 +68,7 @@ class Writer:
         self._file = path.open("xb", buffering=0)
 
     def write(self, data: Any) -> None:
-        """Append bytes, a memoryview or anything else with a buffer."""
+        """Append bytes, a memoryview, or any other object with a buffer."""
         self._digest.update(data)
         before = len(self._pending)
         self._pending += data
@@ -78,11 +85,11 @@ class Writer:
         self._pending = bytearray()
 
     def sha256(self) -> str:
-        """Hexadecimal digest of all bytes so far."""
+        """Return the hexadecimal digest of all bytes written so far."""
         return self._digest.hexdigest()
 
     def close(self) -> None:
-        """Hand everything to the operating system; durable only after `fsync_file`."""
+        """Pass all bytes to the operating system; they are durable only after `fsync_file`."""
         try:
             self._flush()
         finally:
@@ -101,15 +108,15 @@ class Writer:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a new file; it must not exist."""
+    """Write a new file; OSError if it exists."""
     with Writer(path) as file:
         file.write(data)
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
-    """Write a file beside and rename it over `path`, so that readers see the old or the new content.
+    """Write a file beside `path` and rename it, so that readers see either the old or the new content.
 
-    Not made durable: for memories whose loss costs only time.
+    The file is not made durable, so use this function only for data whose loss costs nothing but time.
     """
     beside = path.with_name(f".tmp-{os.getpid()}-{os.urandom(8).hex()}")
     try:
@@ -121,18 +128,18 @@ def replace_bytes(path: Path, data: bytes) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Make a file's content durable. A failure is final: the kernel may have dropped the pages, so never retry."""
+    """Make a file's content durable. Never retry after a failure, because the kernel may have dropped the pages."""
     _observe("fsync", path)
     _fsync(path)
 
 
 def fsync_folder(path: Path) -> None:
-    """Make a folder's names durable, where the file system knows that."""
+    """Make the names in a folder durable, where the file system supports this."""
     _observe("fsync", path)
     try:
         _fsync(path)
     except OSError as error:
-        # some network file systems refuse to sync a folder: they have no better way
+        # Some network file systems refuse to sync a folder, and they offer no better way.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
             raise
 
@@ -147,31 +154,31 @@ def _fsync(path: Path) -> None:
 
 
 def rename(old: Path, new: Path) -> None:
-    """Rename a folder. A folder with content at `new` is an OSError."""
+    """Rename a folder; OSError if a folder with content exists at `new`."""
     _observe("rename", new)
     old.rename(new)
 
 
 def replace(old: Path, new: Path) -> None:
-    """Rename a file, in place of one that is there."""
+    """Rename a file, and replace the file at `new` if there is one."""
     _observe("replace", new)
     old.replace(new)
 
 
 def make_folder(path: Path, *, new: bool = False) -> None:
-    """Make a folder and its parents; with `new` it must not exist."""
+    """Create a folder and its parents; with `new`, OSError if it exists."""
     _observe("mkdir", path)
     path.mkdir(parents=True, exist_ok=not new)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder as far as possible; what stays is only disk space."""
+    """Remove a folder as far as possible; whatever cannot be removed only costs disk space."""
     shutil.rmtree(path, ignore_errors=True)
 
 
 def remove(path: Path) -> None:
-    """The same for a folder, a file or anything else."""
-    # rmtree opens what it is given, and opening a pipe may wait for ever
+    """Remove a folder, a file or anything else as far as possible."""
+    # rmtree opens its argument, and opening a pipe may wait forever, so only folders are given to it.
     if path.is_dir() and not path.is_symlink():
         remove_folder(path)
         return
@@ -180,7 +187,7 @@ def remove(path: Path) -> None:
 
 
 def share(descriptor: int) -> None:
-    """Mark an open file as in use until it is closed, where the platform and the file system can; see `is_shared`."""
+    """Mark an open file as in use until it is closed, where platform and file system support it; see `is_shared`."""
     with contextlib.suppress(ImportError, OSError):
         import fcntl
 
@@ -189,14 +196,14 @@ def share(descriptor: int) -> None:
 
 def _descriptor_to_lock(path: Path) -> int:
     try:
-        # network file systems take an exclusive lock only of those who may write
+        # Network file systems grant an exclusive lock only to processes that may write.
         return os.open(path, os.O_RDWR)
     except PermissionError:
         return os.open(path, os.O_RDONLY)
 
 
 def is_shared(path: Path) -> bool:
-    """Whether a process of this host (of any host, where the file system passes locks on) marked a file as in use."""
+    """Return whether a process of this host (any host, if locks are shared) marked a file as in use; see `share`."""
     try:
         import fcntl
 
@@ -204,7 +211,7 @@ def is_shared(path: Path) -> bool:
     except (ImportError, FileNotFoundError, NotADirectoryError):
         return False
     except OSError:
-        # who may not even look must not remove it either
+        # A process that may not open the file must not remove it either.
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -218,7 +225,7 @@ def is_shared(path: Path) -> bool:
 
 
 def clock_of(folder: Path) -> float:
-    """Seconds since 1970 by the clock that stamps the files of a folder, which need not be this process's."""
+    """Return the seconds since 1970 by the clock that stamps a folder's files, which may be of another machine."""
     probe = folder / f".tmp-{os.getpid()}-{os.urandom(8).hex()}"
     write_bytes(probe, b"")
     try:
@@ -228,7 +235,7 @@ def clock_of(folder: Path) -> float:
 
 
 def last_change(path: Path) -> float:
-    """When a file, or anything directly in a folder, was last written; 0 when it is gone."""
+    """Return when a file, or anything directly in a folder, was last written: seconds since 1970, or 0 if gone."""
     times = [0.0]
     with contextlib.suppress(OSError):
         times.append(path.lstat().st_mtime)
@@ -237,7 +244,7 @@ def last_change(path: Path) -> float:
 
 
 def open_plain(path: Path) -> io.BufferedReader:
-    """Open a file to read it. What is no plain file, whose reading might never end, is an OSError."""
+    """Open a plain file for reading; OSError for anything else (such as a pipe), which might block forever."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -246,51 +253,57 @@ def open_plain(path: Path) -> io.BufferedReader:
 
 
 def file_digest(path: Path) -> str:
-    """Hexadecimal sha256 of a file's content, read in pieces."""
+    """Return the hexadecimal sha256 of a file's content, which is read in pieces."""
     with open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_checksums(path: Path, chunk_bytes: int) -> list[int]:
-    """crc32 of each chunk of a file."""
+    """Return the crc32 of each chunk of `chunk_bytes` bytes of a file; the last chunk may be shorter."""
     with open_plain(path) as file:
         return [zlib.crc32(chunk) for chunk in iter(lambda: file.read(chunk_bytes), b"")]
 
 
 def canonical_json(value: Any) -> str:
-    """JSON text that is the same for equal values on every machine; NaN is refused."""
+    """Return JSON text that is the same for equal values on every machine; ValueError for NaN and infinity.
+
+    Example:
+        >>> canonical_json({"b": 1, "a": [True, None]})
+        '{"a":[true,null],"b":1}'
+    """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def sealed_digest(values: dict[str, Any]) -> str:
-    """The digest that `seal` writes beside values."""
+    """Return the digest that `seal` writes beside the values, as hexadecimal text."""
     return hashlib.sha256(canonical_json(values).encode()).hexdigest()
 
 
 def seal(values: dict[str, Any]) -> bytes:
-    """JSON that carries the digest of itself, so that any changed byte is noticed."""
+    """Return JSON that contains a digest of itself, so that any changed byte is detected."""
     return (
         json.dumps({**values, "digest": sealed_digest(values)}, sort_keys=True, indent=1, allow_nan=False) + "\n"
     ).encode()
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Read what `seal` made.
+    """Read a file that was made by `seal`.
 
     Raises:
-        DQError: the text is not exactly what `seal` writes for its values.
+        DQError: the content differs from what `seal` writes for its values, or the file is too large.
         OSError: the file cannot be read.
     """
     with open_plain(path) as file:
         text = file.read(MAX_JSON_BYTES + 1)
     if len(text) > MAX_JSON_BYTES:
         raise DQError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
-    # counted before they are made: millions of empty lists take thirty times the memory of their text
+    # The values are counted before they are parsed, because millions of empty lists take thirty times the memory of
+    # their text.
     if sum(map(text.count, (b",", b":", b"[", b"{"))) > MAX_JSON_VALUES:
         raise DQError(f"{path.name} holds more than {MAX_JSON_VALUES:,} values")
     try:
         values = json.loads(text)
-        # a foreign JSON file may hold anything at all, also nesting that exhausts the stack
+        # A foreign JSON file may hold anything, including nesting that exhausts the stack.
         whole = isinstance(values, dict) and values.pop("digest", None) is not None and seal(values) == text
     except (ValueError, RecursionError) as error:
         raise DQError(f"{path.name} is not JSON of ours ({type(error).__name__})") from error

@@ -1,4 +1,4 @@
-"""What a key is made from: plain JSON with one spelling. PURE."""
+"""The text that a key is made from: plain JSON in one canonical spelling. These functions are pure."""
 
 import json
 from typing import Any
@@ -8,17 +8,17 @@ from dq_lightning.core.errors import CacheError
 
 
 def canonical_parts(station: str, parts: dict[str, Any]) -> str:
-    """Canonical JSON of a key's parts.
+    """Return the canonical JSON of a key's parts.
 
     Raises:
-        CacheError: a part is not plain JSON.
+        CacheError: a part is not plain JSON, or a dict has keys other than text.
     """
     try:
         text = files.canonical_json(parts)
         same = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
         raise CacheError(f"the key of {station} needs plain JSON values, got {parts!r:.200}: {error}") from error
-    # json turns other dict keys into text: two different parts could share a key
+    # json converts other dict keys to text, so two different parts could have the same key.
     if files.canonical_json(same) != text or _has_other_keys(parts):
         raise CacheError(f"the key of {station} needs text as dict keys: {parts!r:.200}")
     return text

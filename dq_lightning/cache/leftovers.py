@@ -1,4 +1,4 @@
-"""What killed processes left in the cache, and when it may go. Touches the disk."""
+"""Removal of what killed processes left in the cache, once it is old enough."""
 
 import contextlib
 import math
@@ -9,20 +9,20 @@ from dq_lightning.cache import files
 from dq_lightning.cache.lock import UNKNOWN, host_name, process_alive
 from dq_lightning.cache.shards import remove_abandoned
 
-# its process is gone; whoever it started may still be about to end
+# The process is gone, but processes that it started may still be about to end.
 STALE_SECONDS = 60.0
-# perhaps of another machine of that name
+# The leftover may come from another machine with the same name, because boot and container are unknown.
 UNSURE_STALE_SECONDS = 24 * 3600.0
-# of another host, container or boot, whose processes cannot be asked about
+# The leftover comes from another host, container or boot, whose processes cannot be checked.
 FOREIGN_STALE_SECONDS = 7 * 24 * 3600.0
 
 
 def remove_stale(folder: Path, now: float) -> None:
-    """Remove temp folders and files that nobody works on any more, and the shards of entries that nobody goes on with.
+    """Remove temporary folders and files that no process works on any more, and the shards of abandoned entries.
 
     Args:
-        folder: of a station.
-        now: seconds since 1970 by the clock that stamps the folder's files.
+        folder: folder of a station.
+        now: current time in seconds since 1970, by the clock that stamps the folder's files.
     """
     for leftover in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]:
         _, host, pid, *_ = [*leftover.name.split("-"), "", ""]
@@ -37,7 +37,11 @@ def remove_stale(folder: Path, now: float) -> None:
 
 
 def clean(folders: Iterable[Path]) -> None:
-    """Remove what killed processes and damage left in some folders: stale temp folders, and entries that were moved aside."""
+    """Remove stale temporary folders, and damaged entries that were moved aside, from some folders.
+
+    Args:
+        folders: folders of stations or of paid rows; missing ones are skipped.
+    """
     for folder in folders:
         if folder.is_dir():
             with contextlib.suppress(OSError):

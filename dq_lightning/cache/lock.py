@@ -1,9 +1,10 @@
-"""A lock that only saves work: correctness never depends on it. Touches the disk.
+"""A lock between builders of the same entry that only saves work; correctness never depends on it.
 
-One builder works while the others wait. The owner beats: it rewrites a small file every few seconds. Who waits never trusts
-clocks of other machines: it watches, by its own monotonic clock, whether the beat changes, and goes ahead without the lock
-once the owner is known dead (same host, no such process) or has been silent for too long. Where locks are not supported, or
-succeed for everybody, the builders just work side by side.
+One builder works while the others wait. The owner of the lock rewrites a small file every few seconds, as a heartbeat.
+A waiting builder does not trust the clocks of other machines: it measures with its own monotonic clock whether the
+heartbeat changes. It continues without the lock once the owner is known to be dead (same host, no such process) or has
+been silent for too long. Where locks are not supported, or are granted to everybody, the builders simply work side by
+side.
 """
 
 import contextlib
@@ -33,10 +34,11 @@ BOOT, PROCESS_NUMBERS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/sel
 
 @cache
 def host_name() -> str:
-    """Where process numbers mean what they mean here: this machine's name, and a digest of its boot and of the container.
+    """Return a name for the place whose process ids are comparable: this machine, its boot, and the container.
 
-    Machines and containers may share a name; where they can't be told apart (not Linux), it ends with `UNKNOWN`. No characters
-    that file names or our own separators dislike.
+    Machines and containers may share a host name, so a digest of boot and container is appended; where these are
+    unknown (not on Linux), the name ends with `UNKNOWN`. It only has characters that are safe in file names, and not
+    the separators used here.
     """
     name = "".join(c if c.isalnum() else "_" for c in socket.gethostname())[:64] or "host"
     try:
@@ -47,7 +49,7 @@ def host_name() -> str:
 
 
 def process_alive(pid: int) -> bool:
-    """Whether a process of this host exists; a number that was given to another process counts as alive."""
+    """Return whether a process of this host exists; an id that was given to another process counts as alive."""
     if pid <= 0:
         return False
     try:
@@ -61,11 +63,11 @@ def process_alive(pid: int) -> bool:
 
 @contextlib.contextmanager
 def economy_lock(path: Path, finished: Callable[[], bool]) -> Iterator[bool]:
-    """Hold the lock at `path`, or go on without it when it cannot be had.
+    """Hold the lock at `path`, or continue without it when it cannot be acquired.
 
     Args:
-        path: the lock file; its folder exists. `path` + ".owner" holds the owner's beat.
-        finished: asked while waiting; True ends the wait, because the work has been done by the owner.
+        path: path of the lock file, whose folder exists; `path` + ".owner" holds the owner's heartbeat.
+        finished: function called while waiting; True ends the wait, because the owner has done the work.
 
     Yields:
         Whether the lock is held.
@@ -88,7 +90,7 @@ def economy_lock(path: Path, finished: Callable[[], bool]) -> Iterator[bool]:
 
 
 def _wait(lock: FileLock, owner: Path, finished: Callable[[], bool]) -> bool:
-    """Wait for the lock until it is held (True), the work is finished, or the owner is given up (False)."""
+    """Wait until the lock is held (True), or until the work is finished or the owner counts as dead (False)."""
     beat, since = None, time.monotonic()
     told = False
     while True:
@@ -97,7 +99,7 @@ def _wait(lock: FileLock, owner: Path, finished: Callable[[], bool]) -> bool:
                 lock.acquire(timeout=0)
                 return True
         except (OSError, NotImplementedError):
-            # this file system has no locks, or the folder is read-only: work without
+            # This file system has no locks, or the folder is read-only, so the work is done without a lock.
             return False
         if finished():
             return False
@@ -109,7 +111,7 @@ def _wait(lock: FileLock, owner: Path, finished: Callable[[], bool]) -> bool:
             logger.info("waiting for process %d on %s, which makes the same entry (%s)", seen[1], seen[0], owner.name)
         silent = time.monotonic() - since
         dead_here = bool(seen and seen[0] == host_name() and not process_alive(seen[1]))
-        # one beat of patience, for a new owner that has not written its name yet
+        # A new owner may not have written its name yet, so even a dead owner is given one heartbeat of time.
         if silent > (BEAT_SECONDS if dead_here else SILENCE_SECONDS):
             return False
         time.sleep(POLL_SECONDS)
@@ -125,7 +127,7 @@ def _read_beat(owner: Path) -> tuple[str, int, int] | None:
 
 
 def _beat(owner: Path, stop: threading.Event) -> None:
-    """Rewrite the owner's file until told to stop; a full disk only makes the owner look silent."""
+    """Rewrite the owner's file until `stop` is set; on a full disk the owner only appears to be silent."""
     count = 0
     while True:
         beside = owner.with_name(f"{owner.name}-{os.getpid()}-{threading.get_ident()}")

@@ -1,7 +1,8 @@
-"""The manifest that makes a folder an entry: names, sizes and digests of its files, written last. Touches the disk.
+"""The manifest that makes a folder an entry: names, sizes and digests of its files, written last.
 
-Large files are not compared whole each time an entry is found, but whoever reads them compares what he reads. A reader that
-meets other bytes than were written leaves a doubt in the entry; whoever finds it next compares all files, under any policy.
+Large files are not compared completely each time an entry is found; instead, their readers compare what they read. A
+reader that meets other bytes than were written puts a doubt mark, the file `.doubt`, into the entry. The next process
+that finds the entry then compares all files, under any verification policy.
 """
 
 import contextlib
@@ -17,20 +18,20 @@ from dq_lightning.core.config import VerifyPolicy
 from dq_lightning.core.errors import CacheError, DQError, StoreError
 
 MANIFEST = "manifest.json"
-# an empty file beside the manifest; the leading dot keeps it out of what an entry is compared with
+# This empty file beside the manifest is the doubt mark; by its leading dot it is not taken for a file of the entry.
 DOUBT = ".doubt"
 FORMAT = "dq_lightning entry"
 FORMAT_VERSION = 1
-# files that cost nothing to hash are always hashed
+# Files up to this size are always hashed, because that costs almost nothing.
 SMALL_BYTES = 1 << 20
 
 
 class Damage(DQError):  # noqa: N818 (a finding, caught inside the station)
-    """An entry is not what its manifest says: the message is the reason."""
+    """An entry does not match its manifest; the message gives the reason."""
 
 
 def package_version() -> str:
-    """Version of dq_lightning as installed, or "unknown" when run from a bare checkout."""
+    """Return the version of the installed dq_lightning, or "unknown" for a checkout that was not installed."""
     try:
         return importlib.metadata.version("dq-lightning")
     except importlib.metadata.PackageNotFoundError:
@@ -38,7 +39,12 @@ def package_version() -> str:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether a name can only mean a file directly inside its folder."""
+    """Return whether a name can only mean a file directly inside its folder.
+
+    Example:
+        >>> is_plain_name("index.bin"), is_plain_name("../index.bin")
+        (True, False)
+    """
     return (
         isinstance(name, str)
         and 0 < len(name.encode(errors="surrogatepass")) < 256
@@ -49,11 +55,17 @@ def is_plain_name(name: object) -> bool:
 
 
 def write_manifest(folder: Path, *, station: str, key: str, parts: dict[str, Any]) -> None:
-    """Make every file of `folder` durable, then write and sync the manifest that names them all.
+    """Make every file of a folder durable, then write and sync the manifest that lists them all.
+
+    Args:
+        folder: folder of the entry, which holds plain files only.
+        station: name of the station's folder.
+        key: key of the entry.
+        parts: plain JSON that the key was made from.
 
     Raises:
         CacheError: the folder holds something that is not a plain file.
-        OSError: the disk refuses.
+        OSError: a file cannot be read, synced or written.
     """
     listed = {}
     for path in sorted(folder.iterdir()):
@@ -79,18 +91,18 @@ def write_manifest(folder: Path, *, station: str, key: str, parts: dict[str, Any
 
 
 def cast_doubt(folder: Path) -> None:
-    """Ask whoever finds this entry next to compare all its files; where that cannot be written down, nobody is asked."""
+    """Put a doubt mark into an entry, so that its next finder compares all files; a failure to write it is ignored."""
     if (folder / MANIFEST).exists():
         with contextlib.suppress(OSError):
             files.write_bytes(folder / DOUBT, b"")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an entry.
+    """Return the content of an entry's manifest.
 
     Raises:
-        Damage: it is missing, changed, of another format, or names something outside its folder.
-        OSError: it cannot be read.
+        Damage: the manifest is missing, changed, of another format, or lists something outside its folder.
+        OSError: the manifest cannot be read.
     """
     try:
         values = files.read_sealed(folder / MANIFEST)
@@ -112,10 +124,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_entry(folder: Path, verify: VerifyPolicy, *, station: str, key: str) -> dict[str, Any]:
-    """Verify an entry: the manifest always, names, sizes and small files unless "off", all under "hash" or after a doubt.
+    """Verify an entry and return its manifest.
+
+    The manifest is always checked. Names, sizes and the content of small files are compared unless `verify` is "off";
+    the content of all files is compared if it is "hash", or if the entry has a doubt mark.
 
     Raises:
-        Damage: with the reason.
+        Damage: the entry does not match its manifest, or belongs to another station or key.
         OSError: a file cannot be read.
     """
     values = read_manifest(folder)
@@ -125,7 +140,7 @@ def check_entry(folder: Path, verify: VerifyPolicy, *, station: str, key: str) -
     if verify == "off" and not doubted:
         return values
     listed = values["files"]
-    # names with a leading dot are left by network file systems and desktops; no reader opens them
+    # Network file systems and desktops leave files whose names begin with a dot; no reader opens them.
     foreign = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - set(listed) - {MANIFEST}
     if foreign:
         raise Damage(f"it holds files that its manifest does not name: {', '.join(sorted(foreign)[:3])}")
@@ -138,10 +153,10 @@ def check_entry(folder: Path, verify: VerifyPolicy, *, station: str, key: str) -
 
 
 def check_copied_entry(folder: Path, verify: VerifyPolicy, *, station: str) -> None:
-    """Verify an entry outside the cache, such as a copied one, under whatever name its folder has.
+    """Verify an entry outside the cache, such as a copy, whatever the name of its folder is.
 
     Raises:
-        StoreError: it is none of this station, incomplete or damaged.
+        StoreError: the folder is missing, is no entry of this station, or is incomplete or damaged.
     """
     if not folder.exists():
         raise StoreError(f"{folder} does not exist: pass the folder that StoreInfo.path names, or a whole copy of it")
@@ -156,10 +171,16 @@ def check_copied_entry(folder: Path, verify: VerifyPolicy, *, station: str) -> N
 
 
 def check_file(folder: Path, name: str, facts: dict[str, Any], *, hashed: bool) -> None:
-    """Compare one file with what was written down about it.
+    """Compare one file with what the manifest records about it.
+
+    Args:
+        folder: folder of the file.
+        name: name of the file.
+        facts: dict of `size` in bytes and `sha256` as hexadecimal text.
+        hashed: compare the content, too.
 
     Raises:
-        Damage: missing, no plain file, of another size or (with `hashed`) another content.
+        Damage: the file is missing, not a plain file, of another size or (with `hashed`) of another content.
         OSError: the file cannot be read.
     """
     try:

@@ -1,11 +1,11 @@
-"""Why an entry is made anew, in one line."""
+"""The one-line explanation of why an entry has to be made."""
 
 from typing import Any
 
 MAX_CHANGES = 4
 MAX_VALUE = 40
 MIN_DIGEST, SHOWN_DIGEST = 32, 8
-# what a user calls a part whose name in a key is shorter
+# Messages call these parts by the names that users know; in a key their names are shorter.
 NOUNS = {"5-store": "the compact set"}
 DATA, DROP_RATIO = "source", "stored_patches.drop_ratio"
 NAMES = {
@@ -13,12 +13,17 @@ NAMES = {
     "num_source_samples": "number of samples",
     DROP_RATIO: "drop_ratio",
 }
-# all of it comes and goes with the drop ratio
+# These parts appear and disappear together with the drop ratio, so they are not reported separately.
 OF_PATCHES = ("patches", "stored_patches", "reconstructor")
 
 
 def flatten(parts: Any, path: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with dotted paths; everything else stays a value."""
+    """Flatten nested dicts into one dict with dotted paths; other values, and empty dicts, stay as they are.
+
+    Example:
+        >>> flatten({"a": {"b": 1}, "c": 2})
+        {'a.b': 1, 'c': 2}
+    """
     if not isinstance(parts, dict) or not parts:
         return {path: parts}
     flat: dict[str, Any] = {}
@@ -28,7 +33,15 @@ def flatten(parts: Any, path: str = "") -> dict[str, Any]:
 
 
 def describe_change(station: str, wanted: dict[str, Any], existing: list[dict[str, Any]]) -> str:
-    """Compare the wanted parts with the nearest existing ones: those with the most equal values."""
+    """Return one line that compares the wanted parts with the nearest existing ones.
+
+    The nearest parts are those of the same data, if there are any, with the fewest different values.
+
+    Args:
+        station: name of the station's folder.
+        wanted: parts of the entry that has to be made.
+        existing: parts of all entries of this station.
+    """
     noun = NOUNS.get(station) or station.partition("-")[2] or station
     if not existing:
         return f"computing {noun}: nothing cached yet"
@@ -45,7 +58,7 @@ def describe_change(station: str, wanted: dict[str, Any], existing: list[dict[st
         path, a, b = change
         return not (missing in (a, b) and path != DROP_RATIO and path.startswith(OF_PATCHES))
 
-    # an entry of the same data tells more than one of others
+    # A comparison with an entry of the same data is more useful than one with other data.
     nearest = min(
         (changes(parts) for parts in existing), key=lambda found: (any(c[0] == DATA for c in found), len(found))
     )

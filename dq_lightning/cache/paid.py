@@ -1,8 +1,8 @@
-"""Rows of an embeddings API, which cost money: one file a finished request, found again by the digest of their text.
+"""Storage for rows of a paid embeddings API: one file for each finished request, found by the digests of the texts.
 
     ROOT/0-paid/MODEL/KEYS-COUNT.rows    see `cache/sealed_arrays.py`; KEYS is the beginning of a digest of the texts
 
-Touches the disk.
+The files stay when the cache is pruned.
 """
 
 import hashlib
@@ -26,25 +26,27 @@ Rows = NDArray[np.float32]
 
 
 class PaidFolder:
-    """The rows of all models; implements `resuming.Paid`.
+    """The paid rows of all models; implements `resuming.Paid`.
 
     Args:
-        root: folder; it is made when there is something to keep.
+        root: folder of the rows, created when the first rows are stored.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     def of(self, model: str) -> "PaidRows":
-        """See `resuming.Paid`."""
+        """Return the rows of one model, by a name that can be part of a path; see `resuming.Paid`."""
         return PaidRows(self._root / model)
 
 
 class PaidRows:
-    """Rows of one model; implements `resuming.PaidRows`. A file that is damaged is passed over: its rows are paid for again.
+    """The paid rows of one model; implements `resuming.PaidRows`.
+
+    Rows of a damaged file are ignored, and paid for again.
 
     Args:
-        folder: of the model.
+        folder: folder of the model.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,10 +62,14 @@ class PaidRows:
         return self._rows[key]
 
     def record(self, keys: Sequence[bytes], rows: Rows) -> None:
-        """See `resuming.PaidRows`.
+        """Store the rows of a finished request, as in `resuming.PaidRows`.
+
+        Args:
+            keys: sha256 of each text, B digests.
+            rows: float32 [B, D].
 
         Raises:
-            CacheError: the disk is full, say. What is paid for next could not be kept either.
+            CacheError: the rows cannot be written, for example on a full disk; later ones could not be stored either.
         """
         path = self._folder / f"{hashlib.sha256(b''.join(keys)).hexdigest()[:16]}-{len(keys)}.rows"
         places = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)

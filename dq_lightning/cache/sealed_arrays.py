@@ -1,9 +1,10 @@
-"""Named arrays in one file, sealed by a digest and tied to what they belong to. Touches the disk.
+"""Named arrays in one file, which is sealed by a digest and tied to an identity.
 
     uint64 length of the header | header (JSON) | arrays, each padded to 8 bytes | sha256 of all that
 
-The header holds the identity of the file, which a reader has to know, and names, dtypes and shapes; numbers are little-endian.
-A file is written beside its place, synced and renamed, so one that is there was written to its end.
+The header holds the identity of the file, which a reader has to know, and the names, dtypes and shapes of the arrays.
+All numbers are little-endian. A file is written beside its place, synced and renamed, so a file that exists was written
+to its end.
 """
 
 import hashlib
@@ -28,15 +29,16 @@ DIGEST_BYTES, ALIGNMENT, CHUNK_BYTES, MAX_HEADER_BYTES = 32, 8, 16 << 20, 1 << 2
 
 
 def write_arrays(path: Path, identity: Any, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write a file, in place of one that is there; its folder has to exist.
+    """Write a file, replacing an existing one; its folder has to exist.
 
     Args:
-        path: of the file.
-        identity: JSON value.
-        arrays: of any shapes; other dtypes than `DTYPES` are a programming error.
+        path: path of the file.
+        identity: JSON value that a reader has to know.
+        arrays: arrays of any shape, by name, whose dtypes are in `DTYPES`.
 
     Raises:
-        OSError: as the disk raised it; nothing is left behind.
+        StoreError: an array has another dtype, which is a programming error.
+        OSError: the file cannot be written; nothing is left behind.
     """
     header = _header(identity, arrays)
     beside = path.with_name(f".tmp-{host_name()}-{os.getpid()}-{os.urandom(4).hex()}")
@@ -57,11 +59,15 @@ def write_arrays(path: Path, identity: Any, arrays: Mapping[str, NDArray[Any]]) 
 
 
 def read_arrays(path: Path, identity: Any) -> dict[str, Array]:
-    """The arrays of a file; all of it is read and compared with its digest first.
+    """Return the arrays of a file. All of it is read and compared with its digest first.
+
+    Args:
+        path: path of the file.
+        identity: JSON value that the file has to carry.
 
     Raises:
-        StoreError: it is damaged, or of another identity.
-        OSError: it cannot be read.
+        StoreError: the file is damaged, or has another identity.
+        OSError: the file cannot be read.
     """
     try:
         with files.open_plain(path) as file:
@@ -74,7 +80,7 @@ def read_arrays(path: Path, identity: Any) -> dict[str, Array]:
             values = json.loads(header)
             if values["identity"] != identity:
                 raise StoreError("it belongs to something else, or was made from something else")
-            # nothing is read before the size is known to fit: a damaged file may claim to be of any
+            # The arrays are read only after the file size was checked, because a damaged header may claim any size.
             content = _content_bytes(values["arrays"])
             if size != ALIGNMENT + length + content + DIGEST_BYTES:
                 raise StoreError("it is cut, or longer than what was written")

@@ -1,17 +1,19 @@
-"""Finished work of an entry that is not finished: a killed run goes on where its last shard ends. Touches the disk.
+"""Shards of an unfinished entry, with which a killed run continues where its last shard ends.
 
-A shard is one file under ROOT/0-partial/STATION/KEY/ (work that comes before: KEY/PART/). It holds the arrays that the work on
-some consecutive samples gave, in the order of the work: samples START to STOP.
+A shard is one file under ROOT/0-partial/STATION/KEY/ (for preparatory work under KEY/PART/). It holds the arrays that
+the work on some consecutive samples gave, in the order of the work: samples START to STOP.
 
     START-STOP-RANDOM.shard    see `cache/sealed_arrays.py`
 
-Shards are cut by time, not by count: nothing is written by work that is soon done, and a killed run loses `LEAST_SECONDS` of
-work, or up to `MOST_SECONDS` where the disk is so slow that shorter shards would cost over 2 %. Where a shard ends depends on
-the clock, what is in it does not: loops cut between their batches, and go on with the batches of an undisturbed run.
+Shards are cut by time, not by count. Work that is soon done writes none, and a killed run loses `LEAST_SECONDS` of
+work, or up to `MOST_SECONDS` where the disk is so slow that shorter shards would cost over 2 %. Where a shard ends
+depends on the clock, but its content does not: loops cut between their batches, and continue with the batches of an
+undisturbed run.
 
-Shards only save work. Builders of one key side by side write files of their own names and may read each other's. One that is
-damaged, of another key or made from something else is dropped; its samples are done again, and so is what follows, unless
-another builder's shards lead there. When none can be written (on a full disk, say), a warning says so and the stage goes on.
+Shards only save work. Builders of the same key that work side by side write files with different names, and may read
+each other's. A shard that is damaged, of another key, or made from something else is dropped. Its samples are processed
+again, and so are those after it, unless shards of another builder cover them. When no shard can be written (for
+example, on a full disk), a warning says so and the stage continues.
 """
 
 import errno
@@ -37,22 +39,22 @@ logger = logging.getLogger("dq_lightning")
 PARTIAL_FOLDER = "0-partial"
 FORMAT = "dq_lightning shard 2"
 LEAST_SECONDS, MOST_SECONDS = 20.0, 60.0
-# the work between two shards takes at least so many times as long as writing one
+# The work between two shards takes at least this many times as long as writing one.
 WORK_PER_COST = 50.0
 ABANDONED_SECONDS = 14 * 24 * 3600.0
 
 
 def partial_folder(entry: Path) -> Path:
-    """Where the shards of an entry are, which itself is or will be at ROOT/STATION/KEY."""
+    """Return the folder of the shards of an entry, which is or will be at ROOT/STATION/KEY."""
     return entry.parent.parent / PARTIAL_FOLDER / entry.parent.name / entry.name
 
 
 def remove_shards(entry: Path, before: float = math.inf) -> None:
-    """Take the shards of an entry away, as far as possible.
+    """Remove the shards of an entry as far as possible.
 
     Args:
-        entry: its folder.
-        before: seconds since 1970; shards stay if one was written since then.
+        entry: folder of the entry.
+        before: time in seconds since 1970; if any shard was written after it, all of them stay.
     """
     folder = partial_folder(entry)
     if folder.exists() and files.last_change(folder) <= before:
@@ -60,11 +62,11 @@ def remove_shards(entry: Path, before: float = math.inf) -> None:
 
 
 def remove_abandoned(station: Path, now: float) -> None:
-    """Remove shards of a station's entries to which nothing was added for two weeks.
+    """Remove the shards of a station's entries to which nothing was added for two weeks.
 
     Args:
-        station: its folder, ROOT/STATION.
-        now: seconds since 1970 by the clock that stamps its files.
+        station: folder of the station, ROOT/STATION.
+        now: current time in seconds since 1970, by the clock that stamps the station's files.
     """
     for folder in (station.parent / PARTIAL_FOLDER / station.name).glob("*"):
         if now - files.last_change(folder) > ABANDONED_SECONDS:
@@ -75,15 +77,15 @@ class KeptShards:
     """The shards of one entry that is being made; implements `resuming.Shards`.
 
     Args:
-        entry: where the entry will be.
-        noun: what the work is called in messages.
-        part: name of a piece of work that comes before that on the entry itself and has shards of its own.
-        also: another entry, whose unfinished work is as good as that of this one.
-        fresh: remove what is there.
+        entry: folder where the entry will be.
+        noun: name of the work in messages.
+        part: name of preparatory work that has shards of its own; empty for the work on the entry itself.
+        also: folder of another entry whose unfinished work can be used for this one as well.
+        fresh: remove existing shards and use none.
 
     Attributes:
-        reserve_bytes: what the entry itself needs on the disk: no shard is written that would leave less room.
-        made_from: what the work depends on in its last bits and the key does not tell, such as the entries it reads.
+        reserve_bytes: free space in bytes that the entry itself needs; no shard is written that would leave less.
+        made_from: text for what the last bits of the work depend on beside the key, such as the entries that it reads.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class KeptShards:
         self._given_up = False
 
     def restore(self, total: int, made_from: str = "") -> Iterator[dict[str, Array]]:
-        """See `resuming.Shards`. Each shard is read when its turn comes; memory holds one at a time."""
+        """Yield the arrays of earlier runs, as in `resuming.Shards`. Only one shard at a time is in memory."""
         self._loop_made_from, self._done = made_from, 0
         listed = sorted((path for folder in self._keys for path in folder.glob("*.shard")), key=_stop, reverse=True)
         while found := next((path for path in listed if path.name.startswith(f"{self._done:012}-")), None):
@@ -112,7 +114,7 @@ class KeptShards:
             try:
                 arrays = read_arrays(found, self._identity(found.parent, self._done, stop))
             except FileNotFoundError:
-                # another builder has finished the entry
+                # Another builder has finished the entry and removed its shards.
                 continue
             except (OSError, StoreError) as error:
                 logger.warning("%s: dropping a shard of finished work (%s: %s)", self._noun, found, error)
@@ -124,13 +126,17 @@ class KeptShards:
             logger.info("resuming %s: %s of %s samples are there", self._noun, f"{self._done:,}", f"{total:,}")
 
     def is_due(self) -> bool:
-        """See `resuming.Shards`."""
+        """Return whether enough time has passed to write a shard; see `resuming.Shards`."""
         if self._since is None:
             self._since = time.monotonic()
         return not self._given_up and time.monotonic() - self._since >= self._interval
 
     def keep(self, count: int, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """See `resuming.Shards`. Arrays of other dtypes than `DTYPES` are a programming error."""
+        """Write a shard of the next `count` samples, as in `resuming.Shards`; a failure of the disk is only a warning.
+
+        Raises:
+            StoreError: an array has another dtype than `sealed_arrays.DTYPES`, which is a programming error.
+        """
         started = time.monotonic()
         if count and not self._given_up:
             try:

@@ -1,7 +1,8 @@
-"""Tensors in a folder, without pickle, memory-mapped when read. Touches the disk.
+"""Storing tensors in a folder without pickle; they are memory-mapped when read.
 
-`NAME.bin` holds each tensor's bytes in C order; `tensors.json`, which seals itself, holds dtype, shape, attributes, and a crc32
-of every 16 MiB, verified when the tensors are loaded: bit rot in features would change the bins without a word.
+`NAME.bin` holds each tensor's bytes in C order. `tensors.json`, which contains a digest of itself, holds dtype, shape,
+attributes, and a crc32 of every 16 MiB. These checksums are verified when the tensors are loaded, because bit rot in
+features would silently change the bins.
 """
 
 import json
@@ -29,21 +30,39 @@ CHUNK_BYTES = 16 << 20
 
 
 def save_tensors(folder: str | Path, **tensors: Tensor) -> None:
-    """Write tensors on the CPU or a GPU under their names; None is left out."""
+    """Write tensors on the CPU or a GPU into a folder, under their names.
+
+    Args:
+        folder: folder that holds no tensors yet; created when it is missing.
+        **tensors: tensors of any shape, of a dtype in `TENSOR_DTYPES`, by name.
+
+    Raises:
+        StoreError: a dtype or a name cannot be stored.
+        OSError: a file exists or cannot be written.
+    """
     write_tensor_folder(Path(folder), tensors, {})
 
 
 def load_tensors(folder: str | Path, *, verify: VerifyPolicy = "size") -> dict[str, Tensor]:
-    """Memory-mapped tensors by name; writing to them does not reach the disk.
+    """Load the tensors of a folder by name. They are memory-mapped, and writing to them does not change the disk.
+
+    Args:
+        folder: folder that `save_tensors` wrote.
+        verify: "off" skips the checksums; "size" and "hash" verify them.
 
     Raises:
-        StoreError: not such a folder, or damaged.
+        StoreError: the folder holds no tensors, or damaged ones.
     """
     return read_tensor_folder(Path(folder), verify)[0]
 
 
 def write_tensor_folder(folder: Path, tensors: dict[str, Tensor], attributes: dict[str, Any]) -> None:
-    """Write tensors and plain JSON attributes into a folder that holds none yet."""
+    """Write tensors and plain JSON attributes into a folder that holds no tensors yet.
+
+    Raises:
+        StoreError: a dtype or a name cannot be stored.
+        OSError: a file exists or cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     listed = {}
     for name, tensor in tensors.items():
@@ -67,10 +86,10 @@ def write_tensor_folder(folder: Path, tensors: dict[str, Tensor], attributes: di
 
 
 def read_tensor_folder(folder: Path, verify: VerifyPolicy = "size") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and attributes of a folder.
+    """Return the tensors and the attributes of a folder.
 
     Raises:
-        StoreError: not such a folder, or damaged.
+        StoreError: the folder holds no tensors, or damaged ones.
     """
     try:
         values = files.read_sealed(folder / TENSORS_FILE)
@@ -115,7 +134,7 @@ def _expect(folder: Path, verify: VerifyPolicy, *names: str) -> tuple[dict[str, 
 
 
 def _check_columns(folder: Path, tensors: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> None:
-    """Refuse tensors that are no columns [N] of these dtypes, all of one length."""
+    """Raise StoreError unless the tensors are columns [N] of these dtypes, all of the same length."""
     first = next(iter(dtypes))
     for name, dtype in dtypes.items():
         seen = tensors[name]
@@ -138,7 +157,7 @@ def _unfit(folder: Path, seen: str) -> StoreError:
 
 
 def write_features(folder: Path, features: Features) -> None:
-    """Features as `embedding` and, when there is one, `head_gradient`."""
+    """Write features as the tensors `embedding` and, where they exist, `head_gradient` and `unreadable`."""
     tensors = {"embedding": features.embedding}
     if features.head_gradient is not None:
         tensors["head_gradient"] = features.head_gradient
@@ -148,20 +167,20 @@ def write_features(folder: Path, features: Features) -> None:
 
 
 def read_features(folder: Path, *, verify: VerifyPolicy = "size") -> Features:
-    """The inverse of `write_features`; StoreError when damaged."""
+    """Read what `write_features` wrote; StoreError when it is damaged."""
     tensors, _ = _expect(folder, verify, "embedding")
     unreadable = tensors.get("unreadable", torch.empty(0, dtype=torch.int64))
     return Features(tensors["embedding"], tensors.get("head_gradient"), unreadable)
 
 
 def write_bins(folder: Path, bins: Bins) -> None:
-    """Bins as four tensors and their number."""
+    """Write bins as four tensors and the number of bins."""
     tensors = {"assignment": bins.assignment, "rank": bins.rank, "gain": bins.gain, "group": bins.group}
     write_tensor_folder(folder, tensors, {"num_bins": bins.num_bins} | _skipped(bins.num_unreadable))
 
 
 def read_bins(folder: Path, *, verify: VerifyPolicy = "size") -> Bins:
-    """The inverse of `write_bins`; StoreError when damaged."""
+    """Read what `write_bins` wrote; StoreError when it is damaged."""
     tensors, attributes = _expect(folder, verify, "assignment", "rank", "gain", "group")
     facts = {"assignment": torch.int16, "rank": torch.int32, "gain": torch.float32, "group": torch.int32}
     _check_columns(folder, tensors, facts)
@@ -170,30 +189,30 @@ def read_bins(folder: Path, *, verify: VerifyPolicy = "size") -> Bins:
 
 
 def write_selection(folder: Path, selection: Selection) -> None:
-    """A selection as `index` and `bin`."""
+    """Write a selection as the tensors `index` and `bin`."""
     tensors = {"index": selection.index, "bin": selection.bin}
     write_tensor_folder(folder, tensors, _skipped(selection.num_unreadable))
 
 
 def read_selection(folder: Path, *, verify: VerifyPolicy = "size") -> Selection:
-    """The inverse of `write_selection`; StoreError when damaged."""
+    """Read what `write_selection` wrote; StoreError when it is damaged."""
     tensors, attributes = _expect(folder, verify, "index", "bin")
     _check_columns(folder, tensors, {"index": torch.int64, "bin": torch.int16})
     return Selection(tensors["index"], tensors["bin"], _count(folder, attributes, "num_unreadable"))
 
 
 def _skipped(count: int) -> dict[str, Any]:
-    # only where there are some: entries without keep the bytes that they always had
+    # The attribute is left out when it is zero, so that such entries keep the bytes that earlier versions wrote.
     return {"num_unreadable": count} if count else {}
 
 
 def write_scores(folder: Path, scores: Tensor, sizes: Tensor) -> None:
-    """Scores of patches as `scores` and `sizes`."""
+    """Write the scores of patches as the tensors `scores` and `sizes`."""
     write_tensor_folder(folder, {"scores": scores, "sizes": sizes}, {})
 
 
 def read_scores(folder: Path, *, verify: VerifyPolicy = "size") -> tuple[Tensor, Tensor]:
-    """The inverse of `write_scores`; StoreError when damaged."""
+    """Read what `write_scores` wrote: scores of one dimension, and sizes [M, 2]; StoreError when it is damaged."""
     tensors, _ = _expect(folder, verify, "scores", "sizes")
     if tensors["scores"].ndim != 1 or tensors["sizes"].shape[1:] != (2,):
         raise _unfit(folder, "scores or sizes of another shape")

@@ -1,1 +1,1 @@
-"""The commands of the console script, one function each; heavy modules are imported when a command runs."""
+"""The commands of the console script, one function for each; heavy modules are imported when a command runs."""

@@ -1,4 +1,4 @@
-"""Looking after what was made: whole-file checks of compact sets and caches, and removal of what is old or too much."""
+"""Maintenance of compact sets and caches: checking whole files, and removing entries by age or size."""
 
 import re
 import time
@@ -17,20 +17,20 @@ from dq_lightning.cache.manifest import MANIFEST, Damage, check_entry, read_mani
 from dq_lightning.cache.paid import PAID_FOLDER
 from dq_lightning.core.errors import CacheError, ConfigError, StoreError
 
-# what was made or opened within this time may be about to be opened by the run that asked for it
+# An entry that was made or opened within this time may be about to be opened by the run that asked for it.
 YOUNG_SECONDS = 60.0
-# what readers keep open
+# Readers keep this file of an entry open.
 VALUES_FILE = "values.bin"
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was seen of one entry.
+    """The result of checking one entry.
 
     Attributes:
-        path: its folder.
-        problem: why it cannot be used; empty when it is whole.
+        path: folder of the entry.
+        problem: reason why the entry cannot be used; empty when it is intact.
     """
 
     path: Path
@@ -38,13 +38,13 @@ class Finding:
 
 
 def verify_folder(path: str | Path) -> list[Finding]:
-    """Compare every file with the size and the SHA-256 that were written down. Changes nothing.
+    """Compare every file of one or many entries with the recorded size and SHA-256. Nothing is changed.
 
     Args:
-        path: a compact set, any other entry, or a whole cache.
+        path: folder of a compact set, of any other entry, or of a whole cache.
 
     Returns:
-        One finding an entry.
+        One finding for each entry.
 
     Raises:
         StoreError: the folder holds no entry.
@@ -76,12 +76,12 @@ def _finding(folder: Path) -> Finding:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What `prune` did.
+    """The result of `prune`.
 
     Attributes:
-        removed: entries that are gone (or would be, in a dry run).
-        busy: entries that should have gone, but are being made, or were made or used a moment ago.
-        left_bytes: of the entries that stay.
+        removed: entries that were removed, or would be in a dry run.
+        busy: entries that were due for removal but stay, because they are in use or were made or used a moment ago.
+        left_bytes: total size in bytes of the entries that stay.
     """
 
     removed: list[EntryInfo]
@@ -92,24 +92,29 @@ class Pruned:
 def prune(
     root: str | Path, *, older_than_days: float | None = None, max_bytes: int | None = None, dry_run: bool = False
 ) -> Pruned:
-    """Remove entries from a cache: first those not used for so long, then the longest unused until the rest is small enough.
+    """Remove entries from a cache by age, then the longest unused ones until the rest is small enough.
 
-    An entry was last used when a run last found it, and at least when it was made; where the file system notes reading (many
-    do once a day), also when one of its files was last read. It is left alone while it is being made, while a process of this
-    host has its samples open, and for a minute after it was made or used. Files that a training on another host has open stay
-    readable on POSIX systems: an entry leaves by a rename, its space when the last reader closes. A training that opens its
-    entry anew (a later epoch's workers) after that stops with an error that says so, and its next start makes the entry
-    again. What killed processes left over, and damaged entries that were moved aside, go as well.
+    An entry was last used when a run last found it, and at the earliest when it was made. On file systems that record
+    reading (many do so once a day), it also counts as used when one of its files was last read.
+
+    An entry stays while it is being made, while a process of this host has its samples open, and for one minute after
+    it was made or used. On POSIX systems, files that a training on another host has open stay readable: an entry is
+    removed by a rename, and its space is freed when the last reader closes it. A training that opens its entry again
+    after that (such as the workers of a later epoch) stops with an error that says so, and makes the entry again at its
+    next start. What killed processes left behind, and damaged entries that were moved aside, are removed as well.
 
     Args:
-        root: of the cache.
-        older_than_days: entries that were not used for longer go; None removes none by age.
-        max_bytes: of all entries that stay; None removes none by size.
-        dry_run: only tell.
+        root: folder of the cache.
+        older_than_days: remove entries that were not used for more than this many days; None removes none by age.
+        max_bytes: upper bound on the total size in bytes of the entries that stay; None removes none by size.
+        dry_run: only report what would be removed.
+
+    Returns:
+        The entries that were removed, those in use, and the remaining size.
 
     Raises:
         ConfigError: neither bound is given, or one is negative.
-        CacheError: there is no cache, or an entry cannot be removed.
+        CacheError: there is no cache at `root`, or an entry cannot be removed.
     """
     if older_than_days is None and max_bytes is None:
         raise ConfigError("prune needs a bound: older_than_days=, max_bytes= (--max_size), or both")
@@ -128,7 +133,7 @@ def prune(
         old = older_than_days is not None and now - used[entry.path] > 86400 * older_than_days
         if not old and (max_bytes is None or total <= max_bytes):
             continue
-        # looked at again: it may have been found by a run since all were looked at
+        # The time of last use is read again, because a run may have found the entry in the meantime.
         if now - last_used(entry) > YOUNG_SECONDS and _remove(cache, entry, dry_run):
             removed.append(entry)
             total -= entry.bytes
@@ -141,27 +146,28 @@ def prune(
 
 
 def _now(cache: Cache) -> float:
-    """By the clock that stamps the cache's files: that of this process may differ, and make everything look old."""
+    """Return the time by the clock that stamps the cache's files; by another clock everything could look old."""
     with suppress(OSError):
         return files.clock_of(cache.root)
     return time.time()
 
 
 def last_used(entry: EntryInfo) -> float:
-    """Seconds since 1970 when an entry was last found by a run, or one of its files read or written; 0 when it is gone."""
+    """Return when a run last found an entry, or one of its files was read or written, in seconds since 1970; or 0."""
     times = []
     with suppress(ValueError):
         times.append(datetime.fromisoformat(entry.created).timestamp())
     with suppress(OSError):
         for path in entry.path.iterdir():
-            # looking at the cache reads the manifest; a run that finds the entry renews its date
+            # Listing the cache reads the manifest, so its access time says nothing; a run that finds the entry renews
+            # the manifest's modification time.
             seen = path.stat()
             times.append(seen.st_mtime if path.name == MANIFEST else max(seen.st_atime, seen.st_mtime))
     return max(times, default=0.0)
 
 
 def _remove(cache: Cache, entry: EntryInfo, dry_run: bool) -> bool:
-    """Whether an entry is gone; False while somebody makes it or has its samples open."""
+    """Remove an entry, and return whether it is gone; False while a process makes it or has its samples open."""
     if files.is_shared(entry.path / VALUES_FILE):
         return False
     lock = FileLock(cache.root / ".locks" / f"{entry.station}-{entry.key}", thread_local=False)
@@ -172,7 +178,7 @@ def _remove(cache: Cache, entry: EntryInfo, dry_run: bool) -> bool:
     except Timeout:
         return False
     except (OSError, NotImplementedError):
-        # locks only save work: without them the age alone decides
+        # Locks only save work, so without them the age alone decides.
         held = False
     try:
         if not dry_run:
@@ -188,10 +194,14 @@ def _remove(cache: Cache, entry: EntryInfo, dry_run: bool) -> bool:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of `"20GB"`, `"1.5 TB"` or `"1000000"`; powers of 1,000.
+    """Convert a size such as `"20GB"`, `"1.5 TB"` or `"1000000"` to bytes; units are powers of 1,000.
+
+    Example:
+        >>> parse_bytes("20GB")
+        20000000000
 
     Raises:
-        ConfigError: it is no such text.
+        ConfigError: the text is not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?)\s*", text.upper())
     if match is None or match[2] not in UNITS:

@@ -1,4 +1,4 @@
-"""`info`, `verify`, `export`, `prune`, `demo`."""
+"""The commands `info`, `verify`, `export`, `prune` and `demo`."""
 
 from typing import Any, Literal
 
@@ -9,25 +9,25 @@ def info(path: str) -> None:
     """Print what a compact set holds, what it costs, and the settings that it was made with, as JSON.
 
     Args:
-        path: folder of the set, or the one that quantize wrote its results into.
+        path: folder of the compact set, or the folder that quantize wrote its results into.
     """
     import json
 
     from dq_lightning.pipeline.compact import open_compact, set_folder
 
     compact = open_compact(set_folder(path))
-    # how long it took is known to the run that made it alone
+    # Only the run that made the set knows how long that took.
     facts = {name: value for name, value in compact.info.to_dict().items() if name not in ("reused", "seconds")}
     print(json.dumps(facts | {"config": compact.config}, indent=2))
 
 
 def verify(path: str) -> None:
-    """Compare every file of a compact set, or of a whole cache, with the SHA-256 that was written down; changes nothing.
+    """Compare every file of a compact set, or of a whole cache, with the SHA-256 that was recorded; changes nothing.
 
-    Exits with status 1 and the reasons when something is damaged.
+    Prints the reasons and exits with status 1 when an entry is damaged.
 
     Args:
-        path: folder of the set, of the results of quantize, or of a cache.
+        path: folder of the compact set, of the results of quantize, or of a cache.
     """
     from dq_lightning.commands.cache_care import verify_folder
     from dq_lightning.core.errors import StoreError
@@ -66,18 +66,19 @@ def export(
     Example: dq-lightning export results/cifar/compact imagefolder exported --dataset CIFAR10 --data_path ~/data_cifar
 
     Args:
-        path: folder of the set, or the one that quantize wrote its results into, or an .npy of positions; a packed set
-            needs no dataset.
-        format: imagefolder (with metadata.csv), indices (.npy and ids.txt), huggingface (load_from_disk), parquet, webdataset
-            (tar), litdata, json (rows of text as Alpaca was published), hub (upload; output is OWNER/NAME).
-        output: folder or file.
-        dataset: as in quantize.
-        data_path: as in quantize.
-        split: of datasets that have several.
-        fill: let the reconstructor fill dropped patches; false leaves the mean colour.
-        reconstructor: in place of the set's own.
+        path: folder of the compact set, or the folder that quantize wrote its results into, or a .npy of positions; a
+            packed set needs no dataset.
+        format: imagefolder (with metadata.csv), indices (.npy and ids.txt), huggingface (load_from_disk), parquet,
+            webdataset (tar), litdata, json (rows of text in the layout of the published Alpaca), hub (upload; output is
+            OWNER/NAME).
+        output: folder or file that is written.
+        dataset: the dataset that the set was made from, as in quantize.
+        data_path: folder or file of the dataset, as in quantize.
+        split: split to read, for datasets that have several.
+        fill: let the reconstructor fill dropped patches; false paints them in the mean colour.
+        reconstructor: reconstructor to use in place of the one that the set was made with.
         public: make a new hub repository public.
-        device: of the reconstructor.
+        device: device that the reconstructor runs on.
         progress: show progress bars.
     """
     from dq_lightning.commands.opening import open_dataset
@@ -106,18 +107,18 @@ def prune(
     max_size: str | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Remove entries from the cache: those unused for so long, then the longest unused until the rest is small enough.
+    """Remove entries from the cache by age, then the longest unused ones until the rest is small enough.
 
-    What is being made, has its samples open in a process of this host, or was made or read within the last minute, stays. Do
-    not prune under a training on another host: its open files stay readable, but a process that it starts later does not find
-    the set.
+    An entry stays while it is being made, while a process of this host has its samples open, and for one minute after
+    it was made or read. Do not prune while a training on another host uses the cache: its open files stay readable, but
+    a process that it starts later does not find the set.
     Example: dq-lightning prune --older_than_days 30 --max_size 20GB
 
     Args:
-        cache_dir: folder of the cache; else DQ_LIGHTNING_CACHE, else the platform's.
-        older_than_days: remove what was not used for longer.
-        max_size: how much may stay, such as 20GB.
-        dry_run: only tell.
+        cache_dir: folder of the cache; when left out, DQ_LIGHTNING_CACHE or else the platform's cache folder.
+        older_than_days: remove entries that were not used for more than this many days.
+        max_size: upper bound on the size of the remaining entries, such as 20GB.
+        dry_run: only print what would be removed.
     """
     from dq_lightning.cache.entries import default_cache_dir
     from dq_lightning.commands.cache_care import parse_bytes, prune
@@ -132,7 +133,7 @@ def prune(
 
 
 def demo(progress: bool = True) -> None:
-    """Quantize bundled images, train on the result and on random samples, and print what came out (no network needed).
+    """Quantize bundled images, train on the result and on random samples, and print the accuracies (no network needed).
 
     Args:
         progress: show progress bars.

@@ -1,4 +1,4 @@
-"""The first two stations alone: a dataset to its bins, through the cache."""
+"""The first two stations alone: this module makes the bins of a dataset, or finds them in the cache."""
 
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,18 @@ def bins_of_dataset(
     """Make the bins of a dataset, or find them in the cache.
 
     Args:
-        dataset: as in `quantize`, and so are the others.
-        config: `features`, `bins`, `text` and `on_error` count.
-        labels: as in `quantize`.
-        cache_dir: likewise.
-        device: likewise.
-        progress: likewise.
+        dataset: the dataset, as in `quantize`.
+        config: settings; only `features`, `bins`, `text` and `on_error` are used.
+        labels: class of every sample [N], a column name, or False for no groups; None takes the dataset's own classes.
+        cache_dir: folder of the cache; None uses `DQ_LIGHTNING_CACHE` or the platform's cache folder.
+        device: device that the encoder runs on: `"auto"`, `"cpu"`, `"cuda"`, ...
+        progress: show progress bars.
 
     Returns:
         Bins of the N samples.
 
     Raises:
-        DQError: as `quantize`.
+        DQError: the dataset, the encoder or the cache cannot be used, or a setting is wrong, as in `quantize`.
     """
     with isolated_random_state():
         plan = make_plan(dataset, config, labels=labels)

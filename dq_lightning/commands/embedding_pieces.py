@@ -1,4 +1,4 @@
-"""Embeddings of a file of rows in pieces; see `features/pieces.py`. Pieces of the published script can be merged too."""
+"""Embedding a file of rows in pieces (see `features/pieces.py`), and joining pieces, also published ones."""
 
 import re
 from pathlib import Path
@@ -33,7 +33,26 @@ def embed_rows(
     device: str = "auto",
     progress: bool = True,
 ) -> Path:
-    """Embed one piece of the rows of a dataset; see `embed_piece`. Returns its `.npy`."""
+    """Embed one piece of the rows of a dataset and return the path of its `.npy`.
+
+    Args:
+        data: file or folder of the rows, as for `open_dataset`.
+        output: folder of the pieces; paid rows of an embeddings API are kept in its folder `paid`.
+        index: number of the piece, from 0.
+        nums: number of rows in a piece; None puts all rows into one.
+        name: beginning of the files' names.
+        encoder: encoder of texts, as in `choose_encoder`.
+        text: how the rows are read.
+        features: settings; only `precision`, `batch_size` and `num_workers` are used.
+        cache_dir: folder of the cache, for remembered digests; None uses the default.
+        device: device that the encoder runs on.
+        progress: show progress bars.
+
+    Raises:
+        FeatureError: the data are images, `selection_epochs` is set, the piece lies outside of the data, or the encoder
+            fails.
+        SourceError: the data cannot be read.
+    """
     if features.selection_epochs:
         raise FeatureError("selection_epochs trains a network of images: leave it out of embed")
     source: Any = as_source(open_dataset(None, data), text=text)
@@ -62,17 +81,21 @@ def embed_rows(
 
 
 def merge_rows(data: str, folder: str | Path, *, name: str, text: TextConfig, cache_dir: str | None = None) -> Path:
-    """Put the pieces of a folder together as `NAME.npy`, float32 [N, D].
+    """Join the pieces of a folder as `NAME.npy`, float32 [N, D].
 
     Args:
-        data: what they were made of; the number of rows is compared, and for our own pieces the content.
-        folder: of the pieces.
-        name: beginning of their names.
+        data: dataset that the pieces were made from; the number of rows is compared, and for pieces with descriptions
+            also the content.
+        folder: folder of the pieces; the result is written there, too.
+        name: beginning of the names of the pieces.
         text: how the rows are read.
-        cache_dir: of remembered digests.
+        cache_dir: folder of the cache, for remembered digests; None uses the default.
+
+    Returns:
+        Path of the file.
 
     Raises:
-        FeatureError: a piece is missing, damaged or foreign.
+        FeatureError: a piece is missing, damaged, or belongs to other data.
     """
     folder = Path(folder).expanduser()
     source: Any = as_source(open_dataset(None, data), text=text)
@@ -95,7 +118,7 @@ def merge_rows(data: str, folder: str | Path, *, name: str, text: TextConfig, ca
 
 
 def _published(folder: Path, name: str) -> NDArray[np.float32]:
-    """Pieces without descriptions, in the order of their numbers; nothing but that none is missing in between is known."""
+    """Join pieces without descriptions in the order of their numbers; only a gap between the numbers can be noticed."""
     found = {
         int(m[1]): path
         for path in folder.glob(f"{name}_*.npy")

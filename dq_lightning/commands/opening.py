@@ -1,4 +1,4 @@
-"""Which dataset a name, a folder or a file on the command line stands for."""
+"""Opening the dataset that a name, a folder or a file on the command line stands for."""
 
 import difflib
 import inspect
@@ -16,11 +16,11 @@ from dq_lightning.sources.jsonl import is_rows_file
 from dq_lightning.sources.prompts import LAYOUTS
 
 TORCHVISION = "torchvision.datasets"
-# what the published scripts call a folder of class folders below train/ and val/
+# The published scripts use these names for a folder of class folders below train/ and val/.
 FOLDERS = ("ImageNet", "ImageFolder")
-# pandas would take NA, N/A, None, null and more words for missing cells
+# By default pandas would take NA, N/A, None, null and more words for missing cells.
 _CSV_CELLS: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
-# whole numbers of 64 bits, written in the one usual way
+# This pattern matches whole numbers that fit 64 bits and are written in the one usual way.
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 TABLES = (".parquet", ".arrow", ".csv")
 KINDS = (
@@ -36,13 +36,13 @@ def open_dataset(
     """Open a dataset without transforms.
 
     Args:
-        dataset: what kind it is (see `KINDS`), or `{"class_path": ..., "init_args": {...}}` as in LightningCLI. None: told by
-            `data_path`.
-        data_path: folder or file.
-        split: of datasets that have several.
+        dataset: kind of the dataset (see `KINDS`), or `{"class_path": ..., "init_args": {...}}` as in LightningCLI;
+            None derives the kind from `data_path`.
+        data_path: folder or file of the dataset.
+        split: split to read, for datasets that have several.
 
     Returns:
-        What `as_source` accepts; the path itself for a file of rows.
+        A dataset that `as_source` accepts; for a file of rows, its path.
 
     Raises:
         SourceError: there is no such dataset, or it cannot be opened.
@@ -81,7 +81,7 @@ def _by_path(place: Path, split: str) -> Any:
         found = _opened(lambda: load_from_disk(str(place)), str(place))
         return _split_of(found, split) if isinstance(found, DatasetDict) else found
     tables = sorted(path for path in place.rglob("*") if path.suffix.lower() in TABLES) if place.is_dir() else []
-    # such folders may have tables beside that describe the images, as our own exports do
+    # A folder of class folders may also hold tables that describe the images, as the exports of this package do.
     if tables and not _has_class_folders(place, split):
         chosen = [path for path in tables if path.name.startswith(split)] or tables
         return _table([path for path in chosen if path.suffix == chosen[0].suffix])
@@ -110,9 +110,10 @@ def _table(paths: list[Path]) -> Any:
 
 
 def _csv(names: list[Any]) -> Any:
-    """Rows of CSV files, their cells as they are written; an empty cell is missing, and no word stands for a missing one.
+    """Read CSV files as text cells, unchanged; only an empty cell is missing, and no word stands for a missing cell.
 
-    A column becomes numbers only where every cell is written as a number would be, and never where it may be text by its name.
+    A column becomes numbers only where every cell is written exactly as such a number would be written, and never where
+    its name says that it may hold text.
     """
     import pandas as pd  # type: ignore[import-untyped]  # comes with `datasets`, which reads CSV by it
     from datasets import Dataset, Value
@@ -132,7 +133,7 @@ def _features(columns: dict[str, Any]) -> Any:
 
 
 def _kind_of(cells: Any) -> str:
-    """`"int64"` or `"float64"` where writing the numbers again gives the very cells, else `"string"`."""
+    """Return `"int64"` or `"float64"` where writing the numbers again gives exactly the same cells, else `"string"`."""
     seen = {cell for cell in cells if cell is not None}
     if seen and all(_INTEGER.fullmatch(cell) for cell in seen):
         return "int64"
@@ -146,7 +147,7 @@ def _hub(name: str, split: str) -> Any:
     from datasets import load_dataset, load_dataset_builder
 
     def load() -> Any:
-        # a repository of CSV files is read by pandas, too
+        # A hub repository of CSV files is read by pandas, too, so it needs the same options.
         of_csv = hasattr(load_dataset_builder(name).config, "keep_default_na")
         return load_dataset(name, split=split, **(_CSV_CELLS if of_csv else {}))
 
@@ -173,7 +174,7 @@ def _of_class(name: str, place: Path | None, split: str) -> Any:
 
 
 def _made(described: Any) -> Any:
-    """The object of a class path; its arguments may be such objects again."""
+    """Build the object of a class path; its arguments may be described by class paths again."""
     if isinstance(described, list):
         return [_made(one) for one in described]
     if not isinstance(described, dict) or "class_path" not in described:
@@ -183,7 +184,7 @@ def _made(described: Any) -> Any:
 
 
 def _similar(name: str) -> str | None:
-    """The name of a dataset that is written nearly like this one."""
+    """Return the name of the known dataset that is written most like this one, or None."""
     known = {one.casefold(): one for one in (*import_module(TORCHVISION).__all__, *FOLDERS)}
     near = difflib.get_close_matches(name.casefold(), known, 1)
     return known[near[0]] if near else None

@@ -1,6 +1,7 @@
-"""`quantize`: all stations at once.
+"""The command `quantize`, which runs all stations of the method in order.
 
-No function here may bear a public name: jsonargparse looks it up in the package, which would import what stands behind it.
+No function here may have the name of a public function of the package: jsonargparse looks such a name up in the
+package, which would import the heavy module that defines it.
 """
 
 from pathlib import Path
@@ -54,34 +55,37 @@ def quantize_dataset(
 
     Args:
         dataset: a torchvision class (CIFAR10), ImageNet, ImageFolder, hub:OWNER/NAME, package.module.Class, or in YAML
-            class_path and init_args; told by data_path when left out.
-        data_path: folder or file of the dataset: class folders, Parquet, Arrow, CSV, JSON rows, or what datasets saved.
-        split: of datasets that have several.
-        output: folder for config.yaml (every setting, resolved; pass it as --config to repeat), info.json, the positions as
-            select_indices_NAME_RATIO.npy, and the compact set as a copy in compact/; else it stays in the cache alone.
-        keep_ratio: share of samples kept; short for selection.keep_ratio, and so are the next for others.
-        num_bins: disjoint bins in each class; bins.num_bins.
-        drop_ratio: share of the patches of every image that is dropped; patches.drop_ratio.
-        encoder: auto, bundled, a name of timm or transformers, a folder, a .npy of ready-made features, openai:MODEL;
-            features.encoder.
-        seed: of the draw; selection.seed.
-        indices: a choice that exists already, in place of keep_ratio and num_bins: .npy of positions (a published
-            select_indices file), or a list of them. No encoder runs.
-        features: station 1.
-        bins: station 2.
-        selection: station 3.
-        patches: station 4, for images.
-        text: how text is read.
-        store: indices copies nothing, packed is self-contained, auto is indices while all patches are kept.
-        image_column: of a Hugging Face dataset; found by its feature type when left out.
-        label_column: column of the classes; likewise.
+            class_path and init_args; when left out, data_path decides what kind of dataset it is.
+        data_path: folder or file of the dataset: class folders, Parquet, Arrow, CSV, JSON rows, or a folder that the
+            datasets library saved.
+        split: split to read, for datasets that have several.
+        output: folder for config.yaml (every setting with its final value; pass it as --config to repeat the run),
+            info.json, the positions as select_indices_NAME_RATIO.npy, and a copy of the compact set in compact/; when
+            left out, the compact set is in the cache only.
+        keep_ratio: share of samples kept; short for selection.keep_ratio.
+        num_bins: number of disjoint bins in each class; short for bins.num_bins.
+        drop_ratio: share of the patches of every image that is dropped; short for patches.drop_ratio.
+        encoder: auto, bundled, a model name of timm or transformers, a folder, a .npy of ready-made features, or
+            openai:MODEL; short for features.encoder.
+        seed: seed of the random draw; short for selection.seed.
+        indices: an existing selection, in place of keep_ratio and num_bins: .npy of positions (a published
+            select_indices file), or a list of positions. No encoder runs.
+        features: settings of station 1, which turns samples into feature vectors.
+        bins: settings of station 2, which splits every class into bins.
+        selection: settings of station 3, which draws samples from the bins.
+        patches: settings of station 4, which drops patches of images.
+        text: how rows of text are read.
+        store: indices stores row numbers only, packed copies the samples, auto is indices as long as no patches are
+            dropped.
+        image_column: image column of a Hugging Face dataset; found by its feature type when left out.
+        label_column: class column of a Hugging Face dataset; found by its feature type when left out.
         labels: a column to group by in place of the classes, or false for no groups.
-        cache_dir: folder of the cache; else DQ_LIGHTNING_CACHE, else the platform's.
-        device: auto, cpu, cuda, cuda:1, ...
+        cache_dir: folder of the cache; when left out, DQ_LIGHTNING_CACHE or else the platform's cache folder.
+        device: device that the networks run on: auto, cpu, cuda, cuda:1, ...
         fingerprint: identity of the dataset, in place of the digest of its content.
         force_recompute: build again what is in the cache already.
-        verify: how an entry is checked before use.
-        on_error: raise, or skip: samples that can't be read are left out and counted.
+        verify: how a cache entry is checked before use: size, hash or off.
+        on_error: raise stops at a sample that cannot be read; skip leaves such samples out and counts them.
         progress: show progress bars.
     """
     config = QuantizeConfig(features, bins, selection, patches, text, store, image_column, label_column, on_error)

@@ -1,4 +1,4 @@
-"""Station 4 for its own sake: the chosen images with their least informative patches dropped and filled again."""
+"""Station 4 without a draw: images with their least informative patches dropped and filled again."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,25 +29,29 @@ def reconstruct_images(
     device: str = "auto",
     progress: bool = True,
 ) -> KeptImages:
-    """Images as a network sees them that was given the kept patches alone (Zhou et al. 2023, section 3.3).
+    """Return images as a reconstructor rebuilds them from their kept patches (Zhou et al. 2023, section 3.3).
 
-    The packed set and its filled images are made in the cache, as `quantize` makes them, or found there: a run that was
-    killed goes on where it stopped.
+    The packed set and its filled images are made in the cache as `quantize` makes them, or found there, so a run that
+    was killed goes on where it stopped.
 
     Args:
-        dataset: of images; see `as_source`.
-        config: `drop_ratio` and the rest; with `reconstruct="off"` dropped patches have the mean colour, else they are filled.
+        dataset: dataset of images, as for `as_source`.
+        config: settings of patches, such as `drop_ratio`; with `reconstruct="off"` dropped patches have the mean
+            colour, otherwise they are filled.
         indices: positions in the dataset, as in `quantize`; None takes all images.
-        classifier: network in place of the config's name.
-        reconstructor: likewise.
-        name: of the set, for files.
-        cache_dir: as in `quantize`.
-        device: where the networks run.
-        progress: show bars.
+        classifier: network that scores the patches, in place of the one that the config names.
+        reconstructor: network that fills dropped patches, in place of the one that the config names.
+        name: name of the set, for files.
+        cache_dir: folder of the cache; None uses `DQ_LIGHTNING_CACHE` or the platform's cache folder.
+        device: device that the networks run on.
+        progress: show progress bars.
+
+    Returns:
+        The reconstructed images, ascending by their position in the dataset.
 
     Raises:
-        ConfigError: nothing would be dropped.
-        PatchError: classifier or reconstructor cannot be found or do not fit.
+        ConfigError: no patch would be dropped.
+        PatchError: the classifier or the reconstructor cannot be found or does not fit.
     """
     if not config.drops:
         raise ConfigError("drop_ratio=0 drops no patch: pass a share between 0 and 1, as published 0.2")

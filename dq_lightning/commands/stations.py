@@ -1,4 +1,4 @@
-"""`bins`, `sample`, `reconstruct`: the stations for images one by one, over the files of the published scripts."""
+"""The commands `bins`, `sample` and `reconstruct`: one station each, with the files of the published scripts."""
 
 from pathlib import Path
 from typing import Any
@@ -32,24 +32,26 @@ def bins(
     on_error: OnError = "raise",
     progress: bool = True,
 ) -> None:
-    """Split a dataset into bins (was quantize_sample.py); writes select_indices_NAME_exp{0..K-1}.npy, bins.npz, config.yaml.
+    """Split a dataset into bins (was quantize_sample.py).
+
+    Writes select_indices_NAME_exp{0..K-1}.npy, bins.npz and config.yaml.
 
     Example: dq-lightning bins results/bin_cifar_010 --dataset CIFAR10 --data_path ~/data_cifar
 
     Args:
-        output: folder for the files.
-        dataset: as in quantize.
-        data_path: as in quantize.
-        split: of datasets that have several.
-        num_bins: disjoint bins in each class; short for bins.num_bins.
-        encoder: as in quantize; short for features.encoder.
-        features: how samples become vectors.
-        bins: how vectors become bins.
-        text: how text is read.
+        output: folder that the files are written into.
+        dataset: the dataset, as in quantize.
+        data_path: folder or file of the dataset, as in quantize.
+        split: split to read, for datasets that have several.
+        num_bins: number of disjoint bins in each class; short for bins.num_bins.
+        encoder: the encoder, as in quantize; short for features.encoder.
+        features: how samples become feature vectors.
+        bins: how feature vectors become bins.
+        text: how rows of text are read.
         labels: a column to group by in place of the classes, or false for no groups.
         cache_dir: folder of the cache.
-        device: auto, cpu, cuda, ...
-        on_error: raise, or skip: samples that can't be read are in no bin.
+        device: device that the encoder runs on: auto, cpu, cuda, ...
+        on_error: raise stops at a sample that cannot be read; skip leaves such samples out of all bins.
         progress: show progress bars.
     """
     config = QuantizeConfig(features=features, bins=bins, text=text, store="indices", on_error=on_error)
@@ -86,15 +88,16 @@ def sample(
     Example: dq-lightning sample results/bin_cifar_010 --keep_ratio 0.125 --output results/sample_quantized_cifar_010
 
     Args:
-        bins_path: folder that bins wrote, or of published files select_indices_NAME_exp{k}.npy.
-        keep_ratio: share of samples kept; floor(N * keep_ratio + 1/2) samples, exactly.
-        output: folder of the file; bins_path when left out.
-        seed: of the draw.
-        draw: seeded draws uniformly inside a bin, rank takes the first picked.
-        bin_weights: one weight a bin in place of the even share.
-        dataset: gives the classes, for published files without bins.npz, whose shares are then kept even by class too.
-        data_path: of that dataset.
-        split: of that dataset.
+        bins_path: folder that the command bins wrote, or a folder of published files select_indices_NAME_exp{k}.npy.
+        keep_ratio: share of samples kept; exactly floor(N * keep_ratio + 1/2) of N samples are kept.
+        output: folder that the file is written into; bins_path when left out.
+        seed: seed of the random draw.
+        draw: seeded draws uniformly inside a bin; rank takes the samples that were picked first.
+        bin_weights: one weight for each bin, in place of equal shares.
+        dataset: dataset that gives the classes, for published files without bins.npz; the shares are then also equal by
+            class.
+        data_path: folder or file of that dataset.
+        split: split of that dataset.
     """
     SelectionConfig(keep_ratio, seed, draw, bin_weights)
     from dq_lightning.commands.opening import open_dataset
@@ -136,17 +139,20 @@ def reconstruct(
     --indices results/sample/select_indices_CIFAR10_0.125.npy --drop_ratio 0.2
 
     Args:
-        output: folder; not there yet, or of an earlier run.
-        dataset: as in quantize.
-        data_path: as in quantize.
-        split: of datasets that have several.
-        indices: .npy of the positions of the images to reconstruct, or a list of them; all when left out, as published.
-        drop_ratio: share of patches dropped (published: mask_ratio); short for patches.drop_ratio.
-        reconstructor: auto, bundled, a hub name, a folder, or an original checkpoint file (published: resume); short for
-            patches.reconstructor.
-        patches: saliency, classifier, patch size and the rest; saliency random is published as leaving out cam_mask.
-        cache_dir: folder of the cache. It keeps what is made (as raw pixels, until prune), so that a stopped run goes on.
-        device: auto, cpu, cuda, ...
+        output: folder that the images are written into; it does not exist yet, or an earlier run wrote it.
+        dataset: the dataset, as in quantize.
+        data_path: folder or file of the dataset, as in quantize.
+        split: split to read, for datasets that have several.
+        indices: .npy of the positions of the images to reconstruct, or a list of positions; all images when left out,
+            as in the published script.
+        drop_ratio: share of patches dropped (published as mask_ratio); short for patches.drop_ratio.
+        reconstructor: auto, bundled, a hub name, a folder, or an original checkpoint file (published as resume); short
+            for patches.reconstructor.
+        patches: saliency, classifier, patch size and the other settings of patches; saliency random corresponds to
+            leaving out cam_mask in the published script.
+        cache_dir: folder of the cache. The cache keeps the results (as raw pixels, until prune removes them), so that a
+            stopped run can go on.
+        device: device that the networks run on: auto, cpu, cuda, ...
         progress: show progress bars.
     """
     config = QuantizeConfig(patches=patches)

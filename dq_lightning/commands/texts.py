@@ -1,4 +1,4 @@
-"""`embed` and `sample-text`: instruction data, over the files of the published scripts."""
+"""The commands `embed` and `sample-text` for instruction data, with the files of the published scripts."""
 
 from dq_lightning.core.config import (
     BinConfig,
@@ -26,23 +26,24 @@ def embed(
     device: str = "auto",
     progress: bool = True,
 ) -> None:
-    """Embed instruction data in pieces (was embed.py), or put the pieces together (was alpaca_embed.py --merge).
+    """Embed instruction data in pieces (was embed.py), or join the pieces (was alpaca_embed.py --merge).
 
-    Writes alpaca_embeds_{index}.npy with a .json beside it, and with --merge alpaca_embeds.npy. A piece that is there is kept.
+    Writes alpaca_embeds_{index}.npy with a .json beside it, and with --merge alpaca_embeds.npy. A piece that exists is
+    kept.
     Example: dq-lightning embed alpaca_data.json --encoder openai:text-embedding-ada-002 --index 0 --nums 10000
 
     Args:
-        data: the rows, .json or .jsonl (also .xz, .gz, .bz2), or anything that quantize takes as data_path.
+        data: file of rows, .json or .jsonl (also .xz, .gz, .bz2), or anything that quantize takes as data_path.
         output: folder of the pieces.
-        index: number of the piece.
-        nums: rows of a piece; all rows in one when left out.
-        merge: put all pieces together.
-        encoder: auto, a name or folder of transformers, or openai:MODEL (the key is taken from OPENAI_API_KEY); short for
+        index: number of the piece, from 0.
+        nums: number of rows in a piece; when left out, one piece holds all rows.
+        merge: join all pieces into one file.
+        encoder: auto, a model name or folder of transformers, or openai:MODEL (OPENAI_API_KEY holds the key); short for
             features.encoder.
-        text: which part of a row is embedded, pooling, and the rest.
-        features: batch_size, num_workers, precision.
-        cache_dir: folder of the cache; requests that are paid for are recorded beside the pieces.
-        device: auto, cpu, cuda, ...
+        text: which part of a row is embedded, the pooling, and the other settings of text.
+        features: settings of the encoder; batch_size, num_workers and precision are used.
+        cache_dir: folder of the cache; the results of paid API requests are kept beside the pieces instead.
+        device: device that the encoder runs on: auto, cpu, cuda, ...
         progress: show progress bars.
     """
     from dq_lightning.commands.embedding_pieces import embed_rows, merge_rows
@@ -74,24 +75,26 @@ def sample_text(
     device: str = "auto",
     progress: bool = True,
 ) -> None:
-    """Choose rows of instruction data (was alpaca_sample.py); writes the rows as JSON and their numbers as .npy beside it.
+    """Choose rows of instruction data (was alpaca_sample.py).
 
-    Example: dq-lightning sample-text alpaca_data.json alpaca_data_dq_k10.json --embeds alpaca_embeds.npy --ratio 0.1 --k 10
+    Writes the rows as JSON and their numbers as .npy beside it.
+
+    Example: dq-lightning sample-text alpaca_data.json alpaca_dq.json --embeds alpaca_embeds.npy --ratio 0.1 --k 10
 
     Args:
-        data: the rows, .json or .jsonl (also .xz, .gz, .bz2), or anything that quantize takes as data_path.
-        output: .json (as Alpaca was published) or .jsonl.
-        embeds: .npy of embeddings [N, D], as embed --merge writes; made with the encoder when left out.
+        data: file of rows, .json or .jsonl (also .xz, .gz, .bz2), or anything that quantize takes as data_path.
+        output: file that the rows are written into, .json (the layout of the published Alpaca) or .jsonl.
+        embeds: .npy of embeddings [N, D], as embed --merge writes it; when left out, the encoder makes the embeddings.
         ratio: share of rows kept.
         k: number of bins, 10 when left out; short for bins.num_bins.
-        random: draw uniformly instead, to compare with.
-        seed: of the draw.
-        encoder: as in embed.
-        text: which part of a row is embedded, and the rest.
-        features: batch_size, num_workers, precision.
-        bins: objective, maximizer and the rest.
+        random: draw uniformly from all rows instead, as a baseline for comparison.
+        seed: seed of the random draw.
+        encoder: the encoder, as in embed; short for features.encoder.
+        text: which part of a row is embedded, and the other settings of text.
+        features: settings of the encoder; batch_size, num_workers and precision are used.
+        bins: objective, maximizer and the other settings of bins.
         cache_dir: folder of the cache.
-        device: auto, cpu, cuda, ...
+        device: device that the encoder runs on: auto, cpu, cuda, ...
         progress: show progress bars.
     """
     if not output.endswith((".json", ".jsonl")):

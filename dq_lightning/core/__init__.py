@@ -1,1 +1,1 @@
-"""What every other folder uses: errors, records, settings, console, devices, isolation of the random state."""
+"""Code that all other folders use: errors, records, settings, console, devices, isolation of the random state."""

@@ -1,4 +1,4 @@
-"""Dtypes and shapes of arrays and tensors as the files of the cache and of packed sets describe them."""
+"""Dtypes and shapes of arrays and tensors, as the files of the cache and of packed sets describe them."""
 
 import math
 from typing import Any
@@ -19,16 +19,19 @@ TENSOR_DTYPES: dict[str, torch.dtype] = {
 
 
 def plain_shape(value: Any) -> tuple[int, ...]:
-    """The shape of a stored description.
+    """Return the shape that a stored description holds, as a tuple.
+
+    Args:
+        value: list of integers, read from JSON.
 
     Raises:
-        StoreError: not a short list of sensible sizes.
+        StoreError: `value` is not a list of at most 32 sizes whose product is below 2**48.
     """
     sizes_fit = (
         isinstance(value, list)
         and len(value) <= MAX_DIMENSIONS
         and all(type(n) is int and 0 <= n < MAX_ELEMENTS for n in value)
-        # also of what has no elements: the sizes of the others are multiplied to find a place
+        # A size of 0 counts as 1 here, because the other sizes are still multiplied to compute byte offsets.
         and math.prod(max(n, 1) for n in value) < MAX_ELEMENTS
     )
     if not sizes_fit:

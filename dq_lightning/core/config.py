@@ -1,4 +1,4 @@
-"""Every setting of the flow: frozen dataclasses, validated when made, JSON both ways."""
+"""All settings of the library: frozen dataclasses, validated when they are made, that convert to and from JSON."""
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -19,28 +19,36 @@ PatchCodec = Literal["auto", "raw", "png", "jpeg", "webp"]
 
 @dataclass(frozen=True)
 class PatchConfig(JsonFields):
-    """Which patches of an image are kept, and how the others are filled (Zhou et al. 2023, section 3.3).
+    """Which patches of an image are kept, and how the dropped ones are filled (Zhou et al. 2023, section 3.3).
 
     Attributes:
-        drop_ratio: share of patches dropped; floor(L * (1 - drop_ratio) + 0.5) of L are kept, exactly.
-        patch_size: side of a patch in pixels; 4 for images up to 64 px and 16 for larger ones when None.
-        spread: spread the same total over all images by how much saliency each patch holds.
-        max_bytes: upper bound on the stored patches of all images, in bytes; more patches are dropped, of the least salient
-            images first, until it holds. None: no bound.
-        least_ratio: share of its patches that every image keeps when the total is spread.
-        saliency: how patches are scored; `"variance"` and `"random"` need no classifier.
-        classifier: as `FeatureConfig.encoder`, with a linear head.
+        drop_ratio: share of the patches that is dropped, 0 <= drop_ratio < 1; exactly floor(L * (1 - drop_ratio) + 0.5)
+            of the L patches of an image are kept.
+        patch_size: side of a patch in pixels; None means 4 for images up to 64 px and 16 for larger ones.
+        spread: keep the same total number of patches, but give more of them to the images whose patches hold more
+            saliency.
+        max_bytes: upper bound on the stored patches of all images, in bytes; more patches are dropped, those of the
+            least salient images first, until the bound holds. None sets no bound.
+        least_ratio: share of its patches that every image keeps when the total is spread, 0 to 1.
+        saliency: method that scores the patches; `"variance"` and `"random"` need no classifier.
+        classifier: network with a linear head whose decisions the saliency explains; takes the same values as
+            `FeatureConfig.encoder`.
         weights: local weight file (.safetensors or .pth) of the classifier.
-        target: class explained: the `"label"`, the classifier's `"argmax"`, or the label where the classifier knows it.
-        class_map: for every label the classifier's output that stands for it, or None.
-        target_layer: name of the layer the map is read from; found by itself when None.
-        seed: of `"random"`.
-        reconstructor: `"auto"`, `"bundled"`, a hub name, a folder, or an original checkpoint file.
-        num_heads: of the encoder in such a file when its size is not an official one; `decoder_num_heads` likewise.
-        reconstruct: `"prepare"` once, `"batch"` on the device of the training, `"off"` fills with the mean colour.
-        codec: of the kept patches; `"auto"` is raw for small images and PNG for others.
-        quality: of JPEG and WebP, 1 to 100.
-        batch_size: images per step. Not part of the identity.
+        target: class whose evidence is measured: the sample's `"label"`, the classifier's `"argmax"`, or `"auto"`,
+            which is the label where the classifier knows it.
+        class_map: for every label, the index of the classifier's output that stands for it; None if the two agree.
+        target_layer: name of the layer that the saliency map is read from; None finds it automatically.
+        seed: seed of `saliency="random"`, 0 <= seed < 2**64.
+        reconstructor: model that fills the dropped patches: `"auto"`, `"bundled"`, a hub name, a folder, or an original
+            checkpoint file.
+        num_heads: number of attention heads of the encoder in such a checkpoint file; needed when the encoder has none
+            of the official sizes.
+        decoder_num_heads: number of attention heads of the decoder in such a checkpoint file, under the same condition.
+        reconstruct: when the dropped patches are filled: once by `"prepare"`, for every `"batch"` on the training
+            device, or `"off"`, which fills them with the mean colour.
+        codec: format of the stored patches; `"auto"` is raw for small images and PNG for others.
+        quality: quality of JPEG and WebP, 1 to 100.
+        batch_size: number of images that are scored in one step. It does not enter the cache key.
     """
 
     drop_ratio: float = 0.0
@@ -104,25 +112,27 @@ OnError = Literal["raise", "skip"]
 
 @dataclass(frozen=True)
 class FeatureConfig(JsonFields):
-    """How samples become vectors.
+    """How samples become feature vectors.
 
     Attributes:
-        encoder: `"auto"`, `"bundled"`, a timm name, `"hf-hub:OWNER/NAME"`, or a folder or file that timm can load; for text a
-            model of transformers; for both an .npy of ready-made features, for text `"openai:MODEL"`.
-        weights: local weight file (.safetensors or .pth) for a timm name; nothing is then asked of a hub.
-        kind: `"embedding"` (pooled features) or `"gradient"` (last-layer gradient; needs an encoder with a head for these
-            classes, or `selection_epochs`, which give any network one).
-        precision: of the encoder; `"auto"` is bfloat16 or float16 on a GPU and float32 on a CPU. Not part of the identity.
-        batch_size: images per step; halved by itself when the GPU's memory is short. Not part of the identity.
-        num_workers: loader processes. Not part of the identity.
-        whiten: decorrelate the embeddings (principal components scaled to unit variance) before the bins.
-        selection_epochs: train the encoder on the dataset's classes for so many epochs before it makes features; its weights
-            as you gave them are not touched. The paper takes 10, the published commands 0.
-        selection_train: what is trained: `"all"` of it, as published, or `"head"`, a linear layer on frozen features, which
-            matters to `kind="gradient"` alone.
-        selection_lr: first learning rate of that training, falling to zero along a cosine.
-        selection_batch_size: images per step of that training.
-        selection_seed: of the order of its batches and of a new head.
+        encoder: for images `"auto"`, `"bundled"`, a timm name, `"hf-hub:OWNER/NAME"`, or a folder or file that timm can
+            load; for text a model of transformers or `"openai:MODEL"`; for both an .npy file of ready-made features.
+        weights: local weight file (.safetensors or .pth) for a timm name; no hub is then asked for weights.
+        kind: `"embedding"` (pooled features) or `"gradient"` (last-layer gradient; needs an encoder with a head for the
+            classes of this dataset, or `selection_epochs`, which train such a head for any network).
+        precision: floating point type that the encoder runs in; `"auto"` is bfloat16 or float16 on a GPU and float32 on
+            a CPU. It does not enter the cache key.
+        batch_size: number of samples in one step; halved automatically when the GPU runs out of memory. It does not
+            enter the cache key.
+        num_workers: number of loader processes. It does not enter the cache key.
+        whiten: decorrelate the embeddings (principal components scaled to unit variance) before the bins are made.
+        selection_epochs: number of epochs that a copy of the encoder is trained on the dataset's classes before it
+            makes features; the given weights are not changed. The paper uses 10, the published commands 0.
+        selection_train: what is trained in these epochs: `"all"` of the encoder, as published, or only the `"head"`, a
+            linear layer on frozen features, which makes a difference for `kind="gradient"` alone.
+        selection_lr: initial learning rate of that training, which falls to zero along a cosine.
+        selection_batch_size: number of images in one step of that training, at least 2.
+        selection_seed: seed of the order of the batches and of the initial weights of a new head.
     """
 
     encoder: str = "auto"
@@ -160,7 +170,7 @@ class FeatureConfig(JsonFields):
             )
 
     def selection_training(self) -> dict[str, Any]:
-        """What identifies the training before features are made; empty without one."""
+        """The settings that identify the training before features are made, by name; empty without such a training."""
         if self.selection_epochs == 0:
             return {}
         names = ("selection_epochs", "selection_train", "selection_lr", "selection_batch_size", "selection_seed")
@@ -172,19 +182,22 @@ class BinConfig(JsonFields):
     """How features become bins (Dataset Quantization, Zhou et al. 2023, section 3.2).
 
     Attributes:
-        num_bins: K, the number of disjoint bins in each class.
-        objective: submodular function.
-        maximizer: how it is maximised.
-        similarity: between two samples.
-        lam: weight of representativeness against diversity in the graph cut.
-        by_label: make the bins inside each class when there are classes; else over the whole set.
-        clusters: split every group further into so many k-means clusters, or None. The bins are then made inside each.
-        gamma: of the radial basis function exp(-gamma |a - b|^2); one over the mean squared distance when None.
-        epsilon: accuracy of the maximizer `"stochastic"`: its samples miss the best gain this often.
-        beta: accuracy of the maximizer `"approximate_lazy"`: share of the best gain that is good enough.
-        search_seed: of the maximizer `"stochastic"` and of the clusters.
-        deduplicate: cosine similarity from which on a sample counts as a near-duplicate of an earlier one and is left out of
-            the bins, or None.
+        num_bins: K, the number of disjoint bins in each class, 1 to 32767.
+        objective: submodular function that is maximised.
+        maximizer: algorithm that maximises it.
+        similarity: measure of similarity between two samples.
+        lam: weight of representativeness against diversity in the graph cut, not negative.
+        by_label: make the bins inside each class if the dataset has classes; otherwise make them over the whole
+            dataset.
+        clusters: number of k-means clusters that every group is split into before bins are made inside each cluster;
+            None does not split the groups.
+        gamma: factor in the radial basis function exp(-gamma |a - b|^2); None means one over the mean squared distance.
+        epsilon: accuracy of the maximizer `"stochastic"`: probability that its sample misses the best gain, between 0
+            and 1.
+        beta: accuracy of the maximizer `"approximate_lazy"`: share of the best gain that is good enough, 0 < beta <= 1.
+        search_seed: seed of the maximizer `"stochastic"` and of the clusters.
+        deduplicate: cosine similarity from which on a sample counts as a near-duplicate of an earlier one and is left
+            out of the bins; None keeps near-duplicates.
     """
 
     num_bins: int = 10
@@ -226,10 +239,11 @@ class SelectionConfig(JsonFields):
     """How bins become a selection.
 
     Attributes:
-        keep_ratio: share of samples kept; floor(N * keep_ratio + 0.5) samples are kept, exactly.
-        seed: of the draw.
-        draw: `"seeded"` draws uniformly inside a bin, `"rank"` takes the first by rank.
-        bin_weights: one non-negative weight a bin in place of the even share, or None.
+        keep_ratio: share of the samples that is kept, 0 < keep_ratio <= 1; exactly floor(N * keep_ratio + 0.5) are
+            kept.
+        seed: seed of the random draw.
+        draw: `"seeded"` draws uniformly inside a bin, `"rank"` takes the samples that were picked first.
+        bin_weights: one non-negative weight for each bin, which replaces the even share; None keeps the even share.
     """
 
     keep_ratio: float = 0.125
@@ -250,19 +264,24 @@ class TextConfig(JsonFields):
     """How the rows of a text dataset are read.
 
     Attributes:
-        template: which columns hold what: `"alpaca"` (instruction, input, output), `"prompt"` (prompt, completion),
-            `"chat"` (messages), `"plain"` (text), or `"auto"`, by the columns.
-        columns: the columns that hold the text, where they have other names: those of `template` in that order, or of plain
-            text any number, joined line by line. None takes the usual names (`prompts.LAYOUTS`).
-        embed: the part of a row that is embedded: `"instruction"` with its input, `"response"`, or `"both"`, as published.
-        pooling: of the encoder's tokens; `"auto"` is what the model's own files say.
+        template: layout of the columns: `"alpaca"` (instruction, input, output), `"prompt"` (prompt, completion),
+            `"chat"` (messages), `"plain"` (text), or `"auto"`, which decides by the names of the columns.
+        columns: names of the columns that hold the text, if they differ from the usual ones: those of `template` in the
+            order above, or for plain text any number of columns, which are joined line by line. None takes the usual
+            names (`prompts.LAYOUTS`).
+        embed: part of a row that is embedded: the `"instruction"` with its input, the `"response"`, or `"both"`, as
+            published.
+        pooling: how the encoder's token vectors become one vector; `"auto"` follows the model's own files.
         normalize: scale every embedding to length 1.
-        max_length: tokens of a row that the encoder reads; its own limit when None.
-        prompt: put before every row that the encoder reads; the default one of the model's own files when None, `""` for none.
-        train_length: tokens of a row in training, with `tokenizer=`. Not part of the identity, nor are the next two.
-        pack_rows: put several rows into one sequence of `train_length` tokens, none of which sees another row's.
-        use_chat_template: write rows for training by the tokenizer's chat template: when None only conversations, and
-            where there is one; when True all rows; when False none, which uses the published wording.
+        max_length: number of tokens of a row that the encoder reads at most; None means the encoder's own limit.
+        prompt: text put before every row that the encoder reads; None means the default prompt of the model's own
+            files, `""` means no prompt.
+        train_length: number of tokens of a row in training at most, used with `tokenizer=`. It does not enter the cache
+            key; neither do `pack_rows` and `use_chat_template`.
+        pack_rows: put several rows into one sequence of `train_length` tokens; no token attends to another row.
+        use_chat_template: write rows for training with the tokenizer's chat template: None does so for conversations,
+            if the tokenizer has a template; True does so for all rows; False for none, and the published wording is
+            used.
     """
 
     template: Template = "auto"
@@ -292,19 +311,21 @@ class TextConfig(JsonFields):
 
 @dataclass(frozen=True)
 class QuantizeConfig(JsonFields):
-    """The whole flow.
+    """All settings of Dataset Quantization, from features to the stored compact set.
 
     Attributes:
-        features: station 1.
-        bins: station 2.
-        selection: station 3.
-        patches: station 4, for images; nothing happens while `drop_ratio` is 0.
-        text: how text is read.
-        store: `"indices"` copies nothing, `"packed"` is self-contained, `"auto"` is `"indices"` while all patches are kept.
-        image_column: column of a Hugging Face dataset; found by its feature type when None.
-        label_column: column of the classes; likewise.
-        on_error: what a sample that can't be read does: `"raise"` an error that names it, or `"skip"`: it is in no bin, so it
-            is never kept, and it is counted in `StoreInfo.num_unreadable`.
+        features: how samples become feature vectors (station 1).
+        bins: how features become bins (station 2).
+        selection: how bins become a selection (station 3).
+        patches: which patches of the kept images are stored (station 4); nothing is dropped while `drop_ratio` is 0 and
+            `max_bytes` is None.
+        text: how the rows of a text dataset are read.
+        store: `"indices"` copies no samples, `"packed"` writes a self-contained copy, `"auto"` is `"indices"` while all
+            patches are kept and `"packed"` otherwise.
+        image_column: name of the image column of a Hugging Face dataset; None finds it by its feature type.
+        label_column: name of the column of classes of a Hugging Face dataset; None finds it by its feature type.
+        on_error: what happens when a sample cannot be read: `"raise"` raises an error that names the sample; `"skip"`
+            leaves the sample out of all bins, so that it is never kept, and counts it in `StoreInfo.num_unreadable`.
     """
 
     features: FeatureConfig = field(default_factory=FeatureConfig)
@@ -323,21 +344,22 @@ class QuantizeConfig(JsonFields):
         check_choice("QuantizeConfig", "on_error", self.on_error, OnError)
 
 
-# whatever a user may pass as `config=`
+# what a user may pass as `config=`
 AnyConfig = QuantizeConfig | dict[str, Any] | str | Path
-# of the file that `dq-lightning quantize --output` leaves: they say which dataset it was
+# Names in the file written by `dq-lightning quantize --output` that say which dataset was used. They are no settings.
 PLACES = ("dataset", "data_path", "split")
 
 
 def as_config(config: AnyConfig | None) -> QuantizeConfig:
-    """Settings from what a user passed as `config=`.
+    """Convert what a user passed as `config=` to settings.
 
     Args:
-        config: settings, a dict of them as `to_dict` gives, a YAML or JSON file of them, such as the `config.yaml` that
-            `dq-lightning quantize --output` writes (the dataset that it names is not opened), or None for the defaults.
+        config: the settings themselves, a dict of them as `to_dict` gives, or the path of a YAML or JSON file, such as
+            the `config.yaml` that `dq-lightning quantize --output` writes (the dataset that it names is not opened).
+            None gives the defaults.
 
     Raises:
-        ConfigError: it is none of these, the file can't be read, or a field is unknown or out of range.
+        ConfigError: `config` is none of these, the file cannot be read, or a field is unknown or out of range.
     """
     if config is None:
         return QuantizeConfig()
@@ -354,7 +376,7 @@ def as_config(config: AnyConfig | None) -> QuantizeConfig:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; JSON is YAML too."""
+    """Read the mapping in a YAML file. A JSON file is accepted too, since JSON is a subset of YAML."""
     import yaml
 
     tools: Any = yaml
@@ -368,14 +390,15 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def with_short_forms(config: AnyConfig | None, values: dict[str, Any]) -> QuantizeConfig:
-    """Put keyword short forms into a config.
+    """Set fields of a config from keyword arguments, such as `keep_ratio=` for `selection.keep_ratio`.
 
     Args:
-        config: see `as_config`.
-        values: dotted field names (`"selection.keep_ratio"`) and the keywords' values; None is a keyword that was not given.
+        config: settings as `as_config` accepts them.
+        values: maps dotted field names (`"selection.keep_ratio"`) to the values of the keywords; None stands for a
+            keyword that was not passed.
 
     Raises:
-        ConfigError: a keyword was given, and the config, which differs from the default there, says something else.
+        ConfigError: a keyword was passed, and the config has another value there which is not the default.
     """
     default, made = QuantizeConfig(), as_config(config)
     for path, value in values.items():
@@ -394,11 +417,11 @@ def with_short_forms(config: AnyConfig | None, values: dict[str, Any]) -> Quanti
 
 
 def replace_fields(config: QuantizeConfig, values: dict[str, Any]) -> QuantizeConfig:
-    """Put values in place of a config's own.
+    """Return a config in which the given values replace its own.
 
     Args:
-        config: to begin with.
-        values: dotted field names (`"selection.keep_ratio"`) and values; None leaves the config's own.
+        config: config to start from; it is not changed.
+        values: maps dotted field names (`"selection.keep_ratio"`) to new values; None leaves the config's own value.
     """
     for path, value in values.items():
         if value is not None:
@@ -413,5 +436,5 @@ def _replaced(config: Any, name: str, value: Any) -> Any:
 
 
 def config_fields(config: Any) -> list[str]:
-    """Names of a config dataclass's fields, in order."""
+    """Return the field names of a config dataclass in order; an empty list for anything else."""
     return [f.name for f in fields(config)] if is_dataclass(config) else []

@@ -1,4 +1,4 @@
-"""The one logger of the package, set up so that its lines are seen in a plain script and obey a configured one."""
+"""The logger of the package, visible in a plain script and obedient to configured logging, and its progress bars."""
 
 import logging
 import os
@@ -11,7 +11,10 @@ LOGGER_NAME = "dq_lightning"
 
 
 def get_logger() -> logging.Logger:
-    """The package's logger. In a program that configured no logging it writes INFO lines to stderr, as Lightning does."""
+    """Return the package's logger.
+
+    If the program has configured no logging, the logger writes INFO lines to stderr, as Lightning does.
+    """
     logger = logging.getLogger(LOGGER_NAME)
     if not logger.handlers and not logging.getLogger().handlers:
         handler = logging.StreamHandler(sys.stderr)
@@ -24,17 +27,18 @@ def get_logger() -> logging.Logger:
 
 
 def progress_bar(show: bool, *, total: int, unit: str, description: str) -> Any:
-    """A tqdm bar to be used as a context manager.
+    """Return a tqdm progress bar, to be used as a context manager.
 
     Args:
-        show: False draws nothing.
-        total: steps.
-        unit: of a step, for the rate.
-        description: what goes on.
+        show: whether to draw the bar; it is not drawn either if the environment variable `TQDM_DISABLE` is set.
+        total: number of steps.
+        unit: name of one step, shown in the rate.
+        description: text in front of the bar.
     """
     bar: Any = auto.tqdm
     show = show and os.environ.get("TQDM_DISABLE", "") in ("", "0")
-    # None lets tqdm look whether it writes to a terminal; its notebook widget must not look
+    # None makes tqdm draw only on a terminal. Its notebook widget must not make this check, since a notebook is no
+    # terminal.
     in_notebook = bar.__name__ == "tqdm_notebook"
     disable = False if in_notebook else None
     return bar(total=total, unit=unit, desc=description, disable=disable if show else True, mininterval=0.5)

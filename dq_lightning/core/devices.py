@@ -1,4 +1,4 @@
-"""Which device a name stands for."""
+"""Checks the name of a device and returns the device."""
 
 import torch
 
@@ -6,10 +6,13 @@ from dq_lightning.core.errors import ConfigError
 
 
 def named_device(name: str | torch.device) -> torch.device:
-    """The device of a name other than `"auto"`.
+    """Return the torch device with a given name.
+
+    Args:
+        name: device or its name, such as `"cpu"`, `"cuda"` or `"cuda:0"`, but not `"auto"`.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: torch knows no such device, or it is a CUDA device and torch finds none.
     """
     try:
         device = torch.device(name)

@@ -1,8 +1,8 @@
-"""What can go wrong: every message says what was seen and what to do next."""
+"""The exceptions of the library. Every message says what was found and what the user can do about it."""
 
 import errno
 
-# of a disk or network that may do better in a moment, and of a machine that is short of something
+# Names of the errors of a disk, a network or a machine short of resources after which a second try may succeed.
 _PASSING_NAMES = (
     *("EAGAIN", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "EINTR"),
     *("EMFILE", "ENETDOWN", "ENETUNREACH", "ENFILE", "ENOMEM", "ESTALE", "ETIMEDOUT"),
@@ -47,7 +47,11 @@ class DistributedError(DQError):
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether what an error was raised from says nothing of the sample: it may well be read in a moment."""
+    """Whether an error has a temporary cause (disk, network, memory), so that the same sample may be readable later.
+
+    Args:
+        error: exception to look at; if it has a `__cause__`, the cause is looked at instead.
+    """
     cause = error.__cause__ or error
     return isinstance(cause, ChangedError | MemoryError | TimeoutError | ConnectionError) or (
         isinstance(cause, OSError) and cause.errno in _PASSING

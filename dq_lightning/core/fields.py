@@ -1,4 +1,4 @@
-"""What the settings share: checks of their values, and JSON in both directions."""
+"""What all dataclasses of settings share: checks of their values, and conversion to and from JSON."""
 
 import json
 import re
@@ -27,7 +27,10 @@ def check_ratio(owner: str, name: str, value: float, *, zero: bool = False) -> N
 
 
 def check_local(name: str, path: str | Path | None) -> None:
-    """Raise ConfigError for an address: it would become a folder of that name below the working directory."""
+    """Raise ConfigError if a path is an address such as `s3://...`.
+
+    Without this check it would be written to a local folder of that name below the working directory.
+    """
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+(?=:/)", str(path or ""))
     if scheme is not None:
         advice = (
@@ -44,12 +47,12 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 class JsonFields:
-    """JSON in both directions for nested frozen dataclasses; unknown fields are errors."""
+    """Base of nested frozen dataclasses that convert to and from JSON; unknown fields are errors."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def __post_init__(self) -> None:
-        """Numbers become what their fields say: settings that are equal are the same settings (1 and 1.0, NumPy's)."""
+        """Convert numbers to the types of their fields, so that 1, 1.0 and NumPy's 1 are the same setting."""
         for name, hint in _hints(type(self)).items():
             value = getattr(self, name)
             kinds = get_args(hint) or (hint,)
@@ -64,20 +67,23 @@ class JsonFields:
                 object.__setattr__(self, name, tuple(number(v) if isinstance(v, Real) else v for v in value))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dicts, lists and scalars."""
+        """Return the fields as nested dicts, lists and scalars, which JSON can hold."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
 
     def to_json(self) -> str:
-        """Indented JSON text."""
+        """Return the fields as indented JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`.
+        """Make the settings from a dict; this inverts `to_dict`.
+
+        Args:
+            values: values by field name; fields that are missing get their defaults.
 
         Raises:
-            ConfigError: a field is unknown or its value invalid.
+            ConfigError: `values` is not a dict, a field is unknown, or a value is invalid.
         """
         if not isinstance(values, dict):
             raise ConfigError(f"{cls.__name__} is made from a dict of its fields, got {values!r:.80}")
@@ -100,5 +106,10 @@ class JsonFields:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The inverse of `to_json`."""
+        """Make the settings from JSON text; this inverts `to_json`.
+
+        Raises:
+            ConfigError: a field is unknown, or a value is invalid.
+            json.JSONDecodeError: the text is not JSON.
+        """
         return cls.from_dict(json.loads(text))

@@ -1,9 +1,10 @@
-"""The grid of patches over an image of any size, and the way between images and patches. PURE.
+"""Cuts images of any size into patches on a grid and puts patches together again. All functions are pure.
 
-The grid starts in the upper left corner and has ceil(H / P) x ceil(W / P) patches, numbered row by row. Where P does not
-divide the size, the patches at the right and lower edge hold fewer pixels (partial patches): no image is cropped or enlarged,
-and every pixel belongs to exactly one patch. Only where tensors of one shape are needed are partial patches padded, with copies
-of their last row and column, so that a codec sees no artificial edge; the way back cuts the padding off.
+The grid starts in the upper left corner and has ceil(H / P) x ceil(W / P) patches, numbered row by row. If P does not
+divide the size, the patches at the right and lower edge hold fewer pixels (partial patches): no image is cropped or
+enlarged, and every pixel belongs to exactly one patch. Partial patches are padded only where tensors of one shape are
+needed. The padding repeats their last row and column, so that a codec sees no artificial edge, and it is cut off when
+images are restored.
 """
 
 import torch
@@ -15,12 +16,12 @@ from dq_lightning.core.records import Grid
 
 
 def grid_of(images: Tensor, patch_size: int) -> Grid:
-    """Grid of images [..., H, W]."""
+    """Return the grid over images [..., H, W] with patches of `patch_size` pixels a side."""
     return Grid(images.shape[-2], images.shape[-1], patch_size)
 
 
 def pad_to_grid(images: Tensor, grid: Grid) -> Tensor:
-    """Images [B, C, H, W] of any dtype with their last row and column repeated until P divides the size."""
+    """Pad images [B, C, H, W] of any dtype by repeating their last row and column until P divides height and width."""
     rows = torch.arange(grid.rows * grid.patch_size, device=images.device).clamp(max=grid.height - 1)
     columns = torch.arange(grid.columns * grid.patch_size, device=images.device).clamp(max=grid.width - 1)
     if len(rows) > grid.height:
@@ -29,7 +30,7 @@ def pad_to_grid(images: Tensor, grid: Grid) -> Tensor:
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cut images [B, C, H, W] of any dtype into patches [B, L, C, P, P]; partial ones are padded as the module says."""
+    """Cut images [B, C, H, W] of any dtype into patches [B, L, C, P, P]; partial patches are padded as above."""
     grid = grid_of(images, patch_size)
     padded = pad_to_grid(images, grid)
     batch, channels = images.shape[:2]
@@ -38,10 +39,14 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, grid: Grid) -> Tensor:
-    """The inverse of `patchify`: patches [B, L, C, P, P] to images [B, C, H, W].
+    """Put patches [B, L, C, P, P] together to images [B, C, H, W]; this inverts `patchify`.
+
+    Args:
+        patches: patches of any dtype, in the order of the grid.
+        grid: grid of the images.
 
     Raises:
-        PatchError: the patches are not those of this grid.
+        PatchError: the shape of the patches does not fit the grid.
     """
     size = grid.patch_size
     if patches.ndim != 5 or patches.shape[1] != grid.num_patches or patches.shape[3:] != (size, size):
@@ -52,7 +57,11 @@ def unpatchify(patches: Tensor, grid: Grid) -> Tensor:
 
 
 def pixel_mask(mask: Tensor, grid: Grid) -> Tensor:
-    """Spread a mask of patches, bool [B, L], over their pixels: bool [B, 1, H, W]."""
+    """Spread a mask of patches, bool [B, L], over their pixels: bool [B, 1, H, W].
+
+    Raises:
+        PatchError: L is not the number of patches of the grid.
+    """
     if mask.shape[-1] != grid.num_patches:
         raise PatchError(f"a mask of {mask.shape[-1]} patches does not fit {grid}, which has {grid.num_patches}")
     wide = mask.view(-1, 1, grid.rows, grid.columns).repeat_interleave(grid.patch_size, 2)
@@ -60,6 +69,6 @@ def pixel_mask(mask: Tensor, grid: Grid) -> Tensor:
 
 
 def pool_to_patches(maps: Tensor, patch_size: int) -> Tensor:
-    """Mean of a pixel map [B, H, W] over every patch, [B, L]; a partial patch is averaged over the pixels it has."""
+    """Average a pixel map [B, H, W] over every patch, [B, L]; a partial patch is averaged over its own pixels."""
     pooled = F.avg_pool2d(maps[:, None], patch_size, ceil_mode=True, count_include_pad=False)
     return pooled.flatten(1)

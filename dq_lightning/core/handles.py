@@ -1,8 +1,8 @@
-"""What a dataset holds open that forked processes would share, and how many loader processes are safe with it.
+"""Finds open files in a dataset that forked processes would share, and decides how many loader processes are safe.
 
-A forked process gets its parent's open files as they are: both move one and the same position. A dataset that seeks in such a
-file reads another process's rows, or nothing at all. What has its position in memory (a memory map, a `BytesIO`) is copied and
-safe, and so is what is opened by each process for itself.
+A forked process inherits the open files of its parent, and both share one file position. A dataset that seeks in such a
+file would read the rows of another process, or nothing at all. An object whose position is in memory (a memory map, a
+`BytesIO`) is copied by the fork and is safe, and so is a file that each process opens for itself.
 """
 
 import copy
@@ -24,39 +24,44 @@ from torch import Tensor
 logger = logging.getLogger("dq_lightning")
 
 _LEAVES = (type(None), bool, int, float, complex, str, bytes, bytearray, range, slice, type(Ellipsis), np.dtype)
-# their objects are open files which Python does not show
+# Libraries whose objects are open files although they have no Python file descriptor.
 _FILE_LIBRARIES = ("h5py", "tables", "netCDF4", "decord", "torchcodec", "lmdb", "apsw", "_sqlite3", "sqlite3")
-# loggers and streams of messages are only written to; what these other libraries hold is made for several processes
+# Modules whose objects are not searched: loggers and message streams are only written to, and the other libraries make
+# their objects so that several processes can hold them.
 _NOT_LOOKED_INTO = ("logging", "multiprocessing", "torch", "numpy", "pyarrow")
 _STANDARD_STREAMS = 2
 _told: set[str] = set()
 
 FORK = "fork" if sys.platform.startswith("linux") else None
-"""How our own passes start processes: where they are forked, datasets with local classes and lambdas need not be pickled."""
+"""Start method of the processes of this library's own passes over a dataset.
+
+Forked processes accept datasets with local classes and lambdas, which could not be pickled.
+"""
 
 
 def loader_processes(
     dataset: Any, num_workers: int, *, asked: bool, context: Any = None, also: Any = None
 ) -> tuple[Any, int]:
-    """How many processes may read a dataset, and the dataset as it is given to them.
+    """Decide how many processes may read a dataset, and in which form it is given to them.
 
-    Where the dataset holds something open, its fresh copies are tried: as it was before anything was read (`unread()`), and
-    pickled and made again. If these hold nothing, processes open what they need by themselves.
+    If the dataset holds something open, fresh copies of it are tried: the dataset as it was before anything was read
+    (`unread()`), then a pickled and restored copy. A copy that holds nothing open is safe, since each process opens
+    what it needs by itself.
 
     Args:
-        dataset: a dataset or source.
-        num_workers: processes wanted.
-        asked: the user named this number: it is kept, and a danger is only told.
-        context: start method of the processes or its name; None is torch's default.
-        also: what is sent to the processes beside it.
+        dataset: dataset or source to read.
+        num_workers: number of processes that is wanted.
+        asked: whether the user named this number: then the number is kept, and a danger is only reported by a warning.
+        context: start method of the processes, as a multiprocessing context or its name; None is torch's default.
+        also: object that is sent to the processes beside the dataset, such as a collate function.
 
     Returns:
-        The dataset or a copy, and the number: 0 where only one process is safe.
+        The dataset or a copy of it, and the number of processes: 0 if only the calling process may read it safely.
     """
     if num_workers == 0:
         return dataset, 0
     name = context if isinstance(context, str) else getattr(context, "_name", None)
-    # asked so that nothing is settled by asking
+    # `allow_none` only looks: the plain call would fix the start method of the whole process.
     name = name or multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     if name != "fork":
         if not asked and (problem := _pickling_problem((dataset, also))) is not None:
@@ -83,9 +88,16 @@ def loader_processes(
 
 
 def find_open_handle(value: Any) -> str | None:
-    """Something open that forked processes would share, in words; None if a value holds nothing of the kind.
+    """Describe an open object that forked processes would share.
 
-    Attributes, containers, closures, defaults, and the classes and global names that the user's code uses are looked through.
+    The search follows attributes, containers, closures, default arguments, classes, and the global names that the
+    user's code uses.
+
+    Args:
+        value: object to search.
+
+    Returns:
+        The first open object that is found, in words, or None.
     """
     seen: dict[int, Any] = {}
     level: list[Any] = [value]
@@ -96,12 +108,13 @@ def find_open_handle(value: Any) -> str | None:
             if kind in _LEAVES:
                 continue
             if kind is tuple:
-                # millions of (path, class): not remembered, since no circle goes through tuples alone
+                # A dataset may hold millions of (path, class). They need not be remembered, since no cycle consists of
+                # tuples alone.
                 following.append(one)
                 continue
             if id(one) in seen:
                 continue
-            # held, so that no other object can get its number
+            # The object is kept, so that no other object can get the same id.
             seen[id(one)] = one
             if (found := _described(one)) is not None:
                 return found
@@ -111,7 +124,7 @@ def find_open_handle(value: Any) -> str | None:
 
 
 def _held_by(value: Any) -> Iterable[Any]:
-    """Objects that a value refers to and may use."""
+    """The objects that a value refers to and may use."""
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
     if isinstance(value, np.ndarray):
@@ -133,7 +146,7 @@ def _held_by(value: Any) -> Iterable[Any]:
 
 
 def _used_globals(function: types.FunctionType) -> Iterator[Any]:
-    """What the user's code names outside of itself: globals, and attributes of the user's modules."""
+    """Global objects that the user's code names, and the attributes that it uses of the user's own modules."""
     if _is_library(function.__module__):
         return
     names = set(_names(function.__code__))
@@ -154,7 +167,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 @functools.lru_cache(4096)
 def _is_library(module: str | None) -> bool:
-    """Whether a module is installed or comes with Python; what users type or keep beside their scripts is not."""
+    """Whether a module is installed or part of Python, and not a script or notebook of the user or a file beside it."""
     root = (module or "builtins").partition(".")[0]
     place = getattr(sys.modules.get(root), "__file__", None) or ""
     installed = any(f"{os.sep}{name}{os.sep}" in place for name in ("site-packages", "dist-packages"))
@@ -166,7 +179,7 @@ def _root(kind: type) -> str:
 
 
 def _described(value: Any) -> str | None:
-    """What a value is, if it is itself something open that processes share."""
+    """Describe a value in words if it is itself an open object that forked processes would share; otherwise None."""
     kind: Any = type(value)
     why = _suspicion(kind)
     if why is None:
@@ -183,7 +196,7 @@ def _described(value: Any) -> str | None:
         descriptor = value.fileno()
         read_from = not hasattr(value, "readable") or value.readable()
     except Exception:
-        # closed, or in memory
+        # The file is closed, or it is in memory and has no descriptor.
         return None
     if not isinstance(descriptor, int) or descriptor <= _STANDARD_STREAMS or not read_from:
         return None
@@ -193,7 +206,10 @@ def _described(value: Any) -> str | None:
 
 @functools.lru_cache(4096)
 def _suspicion(kind: type[Any]) -> str | None:
-    """Why an object of a class may be something open, or None."""
+    """The kind of check that tells whether an object of a class is open: "thread", "library", "descriptor" or "closes".
+
+    None means that objects of this class are never open files.
+    """
     root = _root(kind)
     if issubclass(kind, type | types.FunctionType | types.ModuleType):
         return None
@@ -203,14 +219,14 @@ def _suspicion(kind: type[Any]) -> str | None:
         return "library"
     if callable(getattr(kind, "fileno", None)):
         return None if root == "multiprocessing" else "descriptor"
-    # below Python, a library's object that is to be closed and can't be pickled is most likely a file
+    # An object of a library that can be closed and cannot be pickled is most likely a file opened by compiled code.
     closes = any(callable(getattr(kind, name, None)) for name in ("close", "release"))
     own = root in sys.stdlib_module_names or root in _NOT_LOOKED_INTO
     return "closes" if closes and not own and _is_library(kind.__module__) else None
 
 
 def _is_open(value: Any) -> bool:
-    # h5py's objects are false once they are closed
+    # Objects of h5py are falsy once they are closed.
     try:
         return bool(value) if type(value).__module__.startswith("h5py") else True
     except Exception:
@@ -223,7 +239,7 @@ def _fresh_copies(dataset: Any) -> Iterator[Any]:
     try:
         yield pickle.loads(pickle.dumps(dataset))
     except Exception:
-        # it is read in one process then
+        # The dataset cannot be copied, so it will be read in one process.
         return
 
 
@@ -236,14 +252,20 @@ def _pickling_problem(value: Any) -> str | None:
 
 
 def _tell(text: str) -> None:
-    """Say a thing once in the life of the process: several passes read the same dataset."""
+    """Log a warning once in the life of the process, since several passes read the same dataset."""
     if text not in _told:
         _told.add(text)
         logger.warning("%s", text)
 
 
 def with_dataset(batches: Any, name: str, dataset: Any) -> Any:
-    """A shallow copy that reads another dataset; the object itself where it is the same."""
+    """Return a shallow copy of an object with another dataset, or the object itself if it holds that dataset already.
+
+    Args:
+        batches: object that holds the dataset.
+        name: name of the attribute that holds the dataset.
+        dataset: dataset that the copy holds.
+    """
     if getattr(batches, name) is dataset:
         return batches
     changed = copy.copy(batches)

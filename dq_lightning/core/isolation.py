@@ -1,4 +1,4 @@
-"""Run a block so that it neither sees nor leaves traces in the process: random state, flags, grad mode, GPU blocks."""
+"""Context managers that isolate a block of code from the process: random state, global flags, grad mode, GPU memory."""
 
 import gc
 import random
@@ -12,13 +12,13 @@ import torch
 
 @contextmanager
 def isolated_random_state(seed: int | None = None) -> Iterator[None]:
-    """Restore the states of `random`, NumPy and torch (CPU and, where in use, every CUDA device) on leaving.
+    """Restore the random states of `random`, NumPy and torch (CPU, and every CUDA device in use) after the block.
 
     Args:
-        seed: if given, all of them start from it inside.
+        seed: if given, all generators are seeded with it at the start of the block.
     """
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # asking an uninitialised CUDA for its state would create a context: a cache hit must not touch the GPU
+    # Asking for the state of an uninitialised CUDA would create a context, and a cache hit must not touch the GPU.
     cuda_before: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     cuda_states = torch.cuda.get_rng_state_all() if cuda_before else []
     try:
@@ -34,14 +34,14 @@ def isolated_random_state(seed: int | None = None) -> Iterator[None]:
         if cuda_before:
             torch.cuda.set_rng_state_all(cuda_states)
         else:
-            # a seed set inside would wait in torch's queue until CUDA comes up, or is in its generators if it came up: in
-            # both cases put there what the restored state says (queued again, which creates no context)
+            # A seed set inside the block is either queued by torch until CUDA starts, or, if CUDA has started, in its
+            # generators. In both cases it is replaced by the seed of the restored state; this call creates no context.
             torch.cuda.manual_seed_all(torch.initial_seed())
 
 
 def _precision_owners() -> tuple[Any, ...]:
-    """Objects whose `fp32_precision` decides whether float32 products are rounded to TF32 or bfloat16."""
-    # torch's annotations do not know these attributes of its own modules
+    """Return the objects whose `fp32_precision` decides whether float32 products are rounded to TF32 or bfloat16."""
+    # The type annotations of torch do not list these attributes.
     backends: Any = torch.backends
     return (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
 
@@ -53,23 +53,24 @@ def _gpu_in_use() -> bool:
 
 @contextmanager
 def _own_gpu_seed() -> Iterator[None]:
-    """Leave GPUs that were not in use before as the process's own seed would have them."""
+    """Give GPUs that were not in use before the block the seed that the process had before it."""
     before = _gpu_in_use()
     try:
         yield
     finally:
-        # a seed set before there is a context waits for it; this replaces the one that was set inside
+        # torch queues a seed until there is a CUDA context; this call replaces the one that was queued inside the
+        # block.
         if not before:
             torch.cuda.manual_seed_all(torch.initial_seed())
 
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Fix the flags that change results, seed every generator alike, and restore all of it afterwards.
+    """Fix the flags that change results, seed every generator with 0, and restore all of it after the block.
 
-    Covered: the generators of Python, NumPy, torch on the CPU and on every GPU in use; cuDNN's `benchmark` and
-    `deterministic`; the float32 product precision; the default dtype; grad mode. Numbers drawn inside change nothing
-    outside, so a run that computes features trains exactly like one that finds them in a cache.
+    This covers the generators of Python, NumPy, and torch on the CPU and on every GPU in use; cuDNN's `benchmark` and
+    `deterministic`; the float32 product precision; the default dtype; and grad mode. Numbers drawn inside change
+    nothing outside, so a run that computes features trains exactly like one that finds them in a cache.
     """
     owners = _precision_owners()
     precisions = [owner.fp32_precision for owner in owners]
@@ -77,7 +78,7 @@ def isolated() -> Iterator[None]:
     flags = (cudnn.benchmark, cudnn.deterministic)
     default_dtype = torch.get_default_dtype()
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    # an uninitialised GPU has no state worth keeping, and asking for it would create a context
+    # An uninitialised GPU has no state worth keeping, and asking for it would create a context.
     devices = list(range(torch.cuda.device_count())) if _gpu_in_use() else []
     with _own_gpu_seed(), torch.random.fork_rng(devices), torch.no_grad():
         try:
@@ -99,7 +100,7 @@ def isolated() -> Iterator[None]:
 
 
 def release_memory() -> None:
-    """Collect unreachable objects and hand cached GPU blocks back to the driver."""
+    """Collect unreachable objects, and return cached GPU memory to the driver."""
     gc.collect()
     if _gpu_in_use():
         torch.cuda.empty_cache()

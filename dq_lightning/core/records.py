@@ -1,4 +1,4 @@
-"""Frozen values that travel between the stations. Stations meet here and nowhere else."""
+"""Frozen records that the stations pass to each other. Stations share nothing else."""
 
 import hashlib
 from dataclasses import asdict, dataclass, field
@@ -14,14 +14,18 @@ from dq_lightning.core.errors import DQError, PatchError, StoreError
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What an encoder says of N samples.
+    """Feature vectors of N samples, made by an encoder.
 
     Attributes:
         embedding: floating tensor [N, D].
-        head_gradient: floating tensor [N, C], the gradient of the loss with respect to the logits, or None. With it the
-            samples are compared by the last layer's gradient `g (x) [1, h]`, whose inner product is
+        head_gradient: floating tensor [N, C], the gradient of the loss with respect to the logits, or None. If it is
+            given, samples are compared by the last layer's gradient `g (x) [1, h]`, whose inner product is
             `(g_i . g_j)(1 + h_i . h_j)`.
-        unreadable: int64 [U], ascending, the samples that could not be read and were skipped: their rows are zero.
+        unreadable: int64 [U], ascending positions of the samples that could not be read and were skipped; their rows
+            are zero.
+
+    Raises:
+        DQError: a tensor is not a floating matrix, or the two tensors differ in their number of rows.
     """
 
     embedding: Tensor
@@ -50,9 +54,9 @@ class Labels:
     """The class of every sample.
 
     Attributes:
-        values: int64 [N], 0 <= value < num_classes; with `unlabeled` the value `num_classes` stands for no label.
-        names: the name of each class, when the dataset knows them.
-        unlabeled: whether some samples have no label. They are a group of their own, which is no class.
+        values: int64 [N], 0 <= value < num_classes; if `unlabeled` is True, the value `num_classes` means "no label".
+        names: name of each class, if the dataset knows the names.
+        unlabeled: whether some samples have no label. These samples form a group of their own, which is not a class.
     """
 
     values: Tensor
@@ -61,7 +65,7 @@ class Labels:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes: the names that the dataset lists, or else the largest label seen plus one."""
+        """Number of classes: the number of names if the dataset lists them, otherwise the largest label plus one."""
         if self.names is not None:
             return len(self.names)
         groups = int(self.values.max()) + 1 if len(self.values) else 0
@@ -70,16 +74,17 @@ class Labels:
 
 @dataclass(frozen=True, eq=False)
 class Bins:
-    """Which bin each of N samples fell into, and in which order.
+    """The bin of each of N samples, and the order in which the samples were picked.
 
     Attributes:
-        assignment: int16 [N], the bin of each sample, 0 <= bin < num_bins; -1 where it was left out, as a near-duplicate or
-            because it could not be read.
-        rank: int32 [N], the order in which a sample was picked inside its group and bin, from 0; -1 likewise.
-        gain: float32 [N], the objective's gain when it was picked.
-        group: int32 [N], class or stratum; zeros without labels.
-        num_bins: K; the largest assignment plus one when not given.
-        num_unreadable: samples that could not be read and were skipped.
+        assignment: int16 [N], bin of each sample, 0 <= bin < num_bins; -1 for a sample that was left out because it is
+            a near-duplicate or could not be read.
+        rank: int32 [N], order in which a sample was picked inside its group and bin, from 0; -1 for a sample that was
+            left out.
+        gain: float32 [N], gain of the objective when the sample was picked.
+        group: int32 [N], class or stratum of each sample; all zero without labels.
+        num_bins: K, the number of bins; 0 stands for the largest assignment plus one.
+        num_unreadable: number of samples that could not be read and were skipped.
     """
 
     assignment: Tensor
@@ -99,12 +104,12 @@ class Bins:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The samples that were kept.
+    """The samples that are kept.
 
     Attributes:
-        index: int64 [M], positions in the source, ascending.
-        bin: int16 [M], the bin that each of them came from.
-        num_unreadable: samples of the source that could not be read and were skipped.
+        index: int64 [M], ascending positions in the source.
+        bin: int16 [M], bin that each kept sample came from.
+        num_unreadable: number of samples of the source that could not be read and were skipped.
     """
 
     index: Tensor
@@ -115,7 +120,7 @@ class Selection:
         return len(self.index)
 
     def content_hash(self) -> str:
-        """Hexadecimal digest of index and bin: equal on two machines exactly when they selected the same samples."""
+        """Hexadecimal SHA-256 of index and bin, equal for two selections exactly if they hold the same samples."""
         digest = hashlib.sha256()
         digest.update(self.index.to(torch.int64).numpy().tobytes())
         digest.update(self.bin.to(torch.int16).numpy().tobytes())
@@ -124,15 +129,19 @@ class Selection:
 
 @dataclass(frozen=True, eq=False)
 class PatchChoice:
-    """Which patches of M images are kept. Images may differ in size.
+    """The kept patches of M images, which may differ in size.
 
-    The patches of an image are numbered row by row over its grid of ceil(H / P) x ceil(W / P); those at the right and lower
-    edge are smaller when P does not divide the size.
+    The patches of an image are numbered row by row over its grid of ceil(H / P) x ceil(W / P); those at the right and
+    lower edge are smaller if P does not divide the size.
 
     Attributes:
         patch_size: P, side of a patch in pixels.
         sizes: int32 [M, 2], height and width of every image in pixels.
-        packed: uint8 [sum of ceil(L_i / 8)], the masks of all images one after the other, each as `pack_mask` gives it.
+        packed: uint8 [sum of ceil(L_i / 8)], concatenated masks of all images, each in the format of `pack_mask`.
+
+    Raises:
+        DQError: `sizes` has another shape, the patch size is below 1, or `packed` does not have the length that the
+            sizes need.
     """
 
     patch_size: int
@@ -152,37 +161,45 @@ class PatchChoice:
 
     @cached_property
     def num_patches(self) -> Tensor:
-        """int64 [M], patches L of every image."""
+        """Number of patches L of every image, int64 [M]."""
         return (-(-self.sizes.long() // self.patch_size)).prod(1)
 
     @cached_property
     def offsets(self) -> Tensor:
-        """int64 [M + 1], where the mask of every image begins in `packed`."""
+        """Position in `packed` where the mask of every image begins, int64 [M + 1]; the last one is its length."""
         return torch.cat([torch.zeros(1, dtype=torch.int64), (-(-self.num_patches // 8)).cumsum(0)])
 
     def mask(self, position: int) -> Tensor:
-        """Mask bool [L], True where a patch of this image is kept."""
+        """Mask of one image, bool [L]: True for a patch that is kept.
+
+        Args:
+            position: number of the image, 0 to M - 1.
+        """
         first, last = int(self.offsets[position]), int(self.offsets[position + 1])
         return unpack_mask(self.packed[first:last], int(self.num_patches[position]))
 
     def kept(self, position: int) -> Tensor:
-        """int64 [k], the kept patches of this image, ascending."""
+        """Numbers of the kept patches of one image, int64 [k], ascending.
+
+        Args:
+            position: number of the image, 0 to M - 1.
+        """
         return self.mask(position).nonzero().flatten()
 
     @cached_property
     def counts(self) -> Tensor:
-        """int64 [M], kept patches of every image."""
+        """Number of kept patches of every image, int64 [M]."""
         bits = torch.tensor([byte.bit_count() for byte in range(256)])
         running = torch.cat([torch.zeros(1, dtype=torch.int64), bits[self.packed.long()].cumsum(0)])
         return running[self.offsets].diff()
 
     @property
     def keep_ratio(self) -> float:
-        """Share of all patches that is kept."""
+        """Share of the patches of all images that is kept, 0 to 1."""
         return int(self.counts.sum()) / max(1, int(self.num_patches.sum()))
 
     def content_hash(self) -> str:
-        """Hexadecimal digest: equal exactly when the same patches of images of the same sizes are kept."""
+        """Hexadecimal SHA-256, equal exactly if the same patches of images of the same sizes are kept."""
         digest = hashlib.sha256(str(self.patch_size).encode())
         digest.update(self.sizes.to(torch.int32).numpy().tobytes())
         digest.update(self.packed.numpy().tobytes())
@@ -190,26 +207,30 @@ class PatchChoice:
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """Bits of a mask, bool [..., L], as uint8 [..., ceil(L / 8)]: patch j is bit j % 8 of byte j // 8, unused bits are 0."""
+    """Pack a mask, bool [..., L], into bits, uint8 [..., ceil(L / 8)].
+
+    Patch j becomes bit j % 8 of byte j // 8, where bit 0 is the least significant one. Unused bits are 0.
+    """
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8))
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
     return (padded.view(*mask.shape[:-1], padded.shape[-1] // 8, 8) * weights).sum(-1, dtype=torch.uint8)
 
 
 def unpack_mask(packed: Tensor, num_patches: int) -> Tensor:
-    """The inverse of `pack_mask`: uint8 [..., ceil(L / 8)] to bool [..., L]."""
+    """Invert `pack_mask`: uint8 [..., ceil(L / 8)] becomes bool [..., L], where L is `num_patches`."""
     bits = packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)
     return (bits & 1).flatten(-2)[..., :num_patches].bool()
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """The bytes of an image as its owner stored them, and how the dataset turns them into pixels.
+    """An image file as bytes, and how the dataset decodes it to pixels.
 
     Attributes:
-        data: the encoded file (JPEG, PNG, WebP, ...).
-        decoder: `"pil_rgb"` (Pillow, converted to RGB: torchvision's default loader), `"hf"` / `"hf:MODE"` (Pillow in the
-            file's own or the given mode, with the EXIF rotation applied: Hugging Face `Image`), or `"pil"` (Pillow alone).
+        data: content of the encoded file (JPEG, PNG, WebP, ...).
+        decoder: `"pil_rgb"` (Pillow, converted to RGB: torchvision's default loader), `"hf"` / `"hf:MODE"` (Pillow in
+            the file's own mode or the given one, with the EXIF rotation applied: Hugging Face `Image`), or `"pil"`
+            (Pillow alone).
     """
 
     data: bytes
@@ -217,44 +238,51 @@ class EncodedImage:
 
 
 class DigestMemory(Protocol):
-    """Remembers content digests, so that an unchanged file or table is read once. See `cache/digests.py`."""
+    """Protocol of a memory for content digests, which lets an unchanged file or table be read only once.
+
+    The implementation is in `cache/digests.py`.
+    """
 
     def file(self, path: str | Path) -> str:
         """Hexadecimal digest of a file's content, remembered under its path, size and modification time."""
         ...
 
     def files(self, paths: list[str]) -> list[str]:
-        """The same for many files, in order."""
+        """Hexadecimal digests of the contents of several files, in order."""
         ...
 
     def recall(self, key: str) -> str | None:
-        """The digest remembered under a key, or None."""
+        """Return the digest that is remembered under a key, or None."""
         ...
 
     def remember(self, key: str, digest: str) -> None:
-        """Keep a digest under a key for later runs and other processes."""
+        """Store a digest under a key for later runs and for other processes."""
         ...
 
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """What a compact set is and what it costs.
+    """What a compact set contains and how much space and time it took.
 
     Attributes:
-        path: folder of the entry.
-        kind: `"indices"` (nothing copied) or `"packed"` (self-contained).
-        num_samples: M, samples kept.
-        num_source_samples: N, samples of the whole dataset.
-        bytes: bytes on the disk of the entry, everything included.
+        path: folder of the cache entry.
+        kind: `"indices"` (no samples are copied) or `"packed"` (self-contained).
+        num_samples: M, number of samples kept.
+        num_source_samples: N, number of samples of the whole dataset.
+        bytes: size of the entry on the disk in bytes, all files included.
         content_hash: digest of the selection; equal on all ranks and across runs.
-        num_classes: number of classes, or None when the targets are no classes.
+        num_classes: number of classes; None if the targets are not classes.
         reused: whether the entry was found in the cache.
-        seconds: wall time of every station that ran, by name.
-        patch_keep_ratio: share of the patches of the kept samples that is stored.
-        original_bytes: of the same samples as their owner stores them (files, or raw pixels); known for packed patches.
-        source_bytes: likewise of the whole dataset; from evenly spaced samples when it is no folder of files.
-        unpatched_bytes: of the same samples, whole, in the same codec and quality; from at most 1,000 of them.
-        num_unreadable: samples of the whole dataset that could not be read and were skipped, with `on_error="skip"`.
+        seconds: wall time in seconds of every station that ran, by the name of the station.
+        patch_keep_ratio: share of the patches of the kept samples that is stored, 0 to 1.
+        original_bytes: size of the kept samples in the original dataset (its files, or raw pixels) in bytes; known for
+            packed patches, otherwise None.
+        source_bytes: size of the whole dataset in bytes, measured in the same way, or None; estimated from evenly
+            spaced samples if the dataset is not a folder of files.
+        unpatched_bytes: size in bytes that the kept samples would have if all their patches were stored in the same
+            codec and quality, or None; estimated from at most 1,000 of them.
+        num_unreadable: number of samples of the whole dataset that could not be read and were skipped, with
+            `on_error="skip"`.
     """
 
     path: str
@@ -274,30 +302,39 @@ class StoreInfo:
 
     @property
     def data_keep_ratio(self) -> float:
-        """Share of the data that is kept: samples kept over samples there were, times the share of their patches."""
+        """Share of the data that is kept: kept samples over all samples, times the share of their patches."""
         return self.num_samples / self.num_source_samples * self.patch_keep_ratio
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Return the attributes as a dict of plain values, which JSON can hold."""
         return asdict(self)
 
 
 ImageCodec = Literal["raw", "png", "jpeg", "webp"]
-# what the dataset delivered: Pillow, numpy [H, W] or [H, W, C], torch [H, W] or [C, H, W]; with one explicit channel
+# Type and layout of the dataset's own image: Pillow, numpy [H, W] or [H, W, C], torch [H, W] or [C, H, W]. The last two
+# have one explicit channel.
 ImageLayout = Literal["pil", "array", "tensor", "array_hw1", "tensor_1hw"]
 CHANNELS = {"L": 1, "RGB": 3}
-# of a whole image: one may claim any size while it keeps few patches, and this bounds the memory it takes
+# Upper bound on the pixels of a whole image. A stored image may claim any size while it keeps few patches, and the
+# bound limits the memory that decoding takes.
 MAX_PIXELS = 1 << 27
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The patches of an image.
+    """The grid of patches over an image.
 
     Attributes:
-        height: of the image, in pixels.
-        width: of the image, in pixels.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
         patch_size: P, side of a patch in pixels.
+
+    Raises:
+        PatchError: one of the three is below 1.
+
+    >>> grid = Grid(height=32, width=30, patch_size=4)
+    >>> grid.rows, grid.columns, grid.num_patches
+    (8, 8, 64)
     """
 
     height: int
@@ -310,34 +347,37 @@ class Grid:
 
     @property
     def rows(self) -> int:
-        """Patches from top to bottom, ceil(H / P)."""
+        """Number of rows of patches, ceil(H / P)."""
         return -(-self.height // self.patch_size)
 
     @property
     def columns(self) -> int:
-        """Patches from left to right, ceil(W / P)."""
+        """Number of columns of patches, ceil(W / P)."""
         return -(-self.width // self.patch_size)
 
     @property
     def num_patches(self) -> int:
-        """L."""
+        """L, the number of patches of the image."""
         return self.rows * self.columns
 
 
 @dataclass(frozen=True)
 class PatchedImage:
-    """An 8-bit image of which some patches are kept. The grid is that of `records.PatchChoice`.
+    """An 8-bit image of which only some patches are stored. Its patches are numbered as in `records.PatchChoice`.
 
     Attributes:
-        height: of the whole image in pixels.
-        width: likewise.
+        height: height of the whole image in pixels.
+        width: width of the whole image in pixels.
         mode: `"RGB"` or `"L"`.
-        layout: what the dataset's own image was, so that decoding gives the same type, shape and dtype.
+        layout: type and layout of the dataset's own image, so that decoding gives the same type, shape and dtype.
         patch_size: P, side of a patch in pixels.
-        mask: ceil(L / 8) bytes as `records.pack_mask` gives them: patch j is bit j % 8 of byte j // 8.
-        codec: how `data` is encoded.
-        data: the kept patches; empty when none is kept.
-        properties: format and info of a Pillow image, see `store.values.encode_properties`.
+        mask: ceil(L / 8) bytes in the format of `records.pack_mask`: patch j is bit j % 8 of byte j // 8.
+        codec: format in which `data` is encoded.
+        data: the encoded kept patches; empty if no patch is kept.
+        properties: encoded format and info of a Pillow image, see `packed.values.encode_properties`.
+
+    Raises:
+        StoreError: sizes, mode, layout, codec or mask are not valid, or do not fit together.
     """
 
     height: int
@@ -372,20 +412,20 @@ class PatchedImage:
 
     @property
     def grid(self) -> Grid:
-        """The patches of the whole image."""
+        """The grid of patches over the whole image."""
         return Grid(self.height, self.width, self.patch_size)
 
     @property
     def num_patches(self) -> int:
-        """L."""
+        """L, the number of patches of the whole image."""
         return self.grid.num_patches
 
     @cached_property
     def num_kept(self) -> int:
-        """Patches that are kept, k."""
+        """k, the number of kept patches."""
         return int.from_bytes(self.mask, "little").bit_count()
 
     def mask_tensor(self) -> Tensor:
-        """Mask bool [L], True where a patch is kept."""
+        """Mask, bool [L]: True for a patch that is kept."""
         packed = torch.tensor(list(self.mask), dtype=torch.uint8)
         return unpack_mask(packed, self.num_patches)

@@ -1,4 +1,4 @@
-"""What the loops of the long stages know of finished work that outlives a killed run."""
+"""Protocols through which long-running loops save finished work, so that a killed run can continue."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -10,76 +10,81 @@ Array = NDArray[np.generic]
 
 
 class Shards(Protocol):
-    """Finished pieces of one stage's work, kept while it goes on. See `cache/shards.py`.
+    """Protocol of the saved pieces of one stage's work while the stage is not finished. See `cache/shards.py`.
 
-    A loop first takes what is there, does what is missing, and keeps what it has done whenever that is due.
+    A loop first restores the pieces that are there, then does the missing work, and saves what it has done whenever
+    `is_due` says so.
     """
 
     def restore(self, total: int, made_from: str = "") -> Iterator[dict[str, Array]]:
-        """What earlier runs have kept, as it was given to `keep`, in the order of the work.
+        """Yield the pieces that earlier runs passed to `keep`, in the order of the work.
 
         Args:
-            total: samples of the whole stage.
-            made_from: what the work depends on beside the key, such as weights that were trained for it.
+            total: number of samples of the whole stage.
+            made_from: what the work depends on beside the cache key, such as a digest of weights that were trained for
+                it.
         """
         ...
 
     def is_due(self) -> bool:
-        """Whether enough was done since the last time to be worth keeping. Costs nothing, so ask often."""
+        """Whether enough work was done since the last call of `keep` to be worth saving. This call is cheap."""
         ...
 
     def keep(self, count: int, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Keep the work on the next `count` samples; never an error, because nothing depends on it."""
+        """Save the arrays of the next `count` samples. This never raises, because the result does not depend on it."""
         ...
 
 
 class NothingKept:
-    """Keeps nothing: a killed run begins again."""
+    """Implementation of `Shards` that saves nothing: a killed run starts again from the beginning."""
 
     def restore(self, total: int, made_from: str = "") -> Iterator[dict[str, Array]]:
-        """See `Shards`."""
+        """Yield nothing."""
         return iter(())
 
     def is_due(self) -> bool:
-        """See `Shards`."""
+        """Return False."""
         return False
 
     def keep(self, count: int, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """See `Shards`."""
+        """Do nothing."""
 
 
 class PaidRows(Protocol):
-    """Rows of one model that were paid for. Safe to use from several threads and processes. See `cache/paid.py`."""
+    """Protocol of the embeddings of one model that a paid API has returned. See `cache/paid.py`.
+
+    An implementation is safe to use from several threads and processes.
+    """
 
     def __contains__(self, key: bytes, /) -> bool: ...
 
     def __getitem__(self, key: bytes, /) -> NDArray[np.float32]:
-        """Row [D]."""
+        """Return the embedding with this key, float32 [D]."""
         ...
 
     def record(self, keys: Sequence[bytes], rows: NDArray[np.float32]) -> None:
-        """Keep the rows of a finished request before anything else is done with them.
+        """Save the embeddings of a finished request, before anything else is done with them.
 
         Args:
-            keys: sha256 of each text.
-            rows: float32 [B, D].
+            keys: SHA-256 digest of each text.
+            rows: float32 [B, D], the embeddings in the order of the keys.
         """
         ...
 
 
 class Paid(Protocol):
-    """Rows that were paid for, of every model."""
+    """Protocol of the embeddings of all models that a paid API has returned."""
 
     def of(self, model: str, /) -> PaidRows:
-        """Those of one model, by a name that can stand in a path."""
+        """Return the embeddings of one model, whose name must be usable in a path."""
         ...
 
 
 class NothingPaid:
-    """No model's rows, and none are recorded."""
+    """Implementation of `Paid` and `PaidRows` that holds no embeddings and saves none."""
 
     def of(self, model: str) -> "NothingPaid":
-        """See `Paid`."""
+        """Return the same object, which holds nothing for any model."""
         return self
 
     def __contains__(self, key: bytes) -> bool:
@@ -89,4 +94,4 @@ class NothingPaid:
         raise KeyError(key)
 
     def record(self, keys: Sequence[bytes], rows: NDArray[np.float32]) -> None:
-        """See `PaidRows`."""
+        """Do nothing."""

@@ -1,4 +1,4 @@
-"""One thread for work of many short steps, and threads of our own that may use torch."""
+"""Threads and processes: one thread for many short steps, threads that may use torch, number of loader processes."""
 
 import os
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[int]:
-    """Let torch's operations run in one thread, and put its setting back at the end.
+    """Run torch's operations in one thread inside the block, and restore the number of threads afterwards.
 
-    OpenMP's threads meet after each operation and spin while they wait: where operations are short and another program wants
-    the same core, that takes far longer than the work.
+    OpenMP's threads synchronise after each operation and spin while they wait. If the operations are short and another
+    program wants the same core, the waiting takes far longer than the work.
 
     Yields:
-        The number of threads that torch had.
+        The number of threads that torch used before.
     """
     count = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -27,20 +27,25 @@ def one_thread() -> Iterator[int]:
 
 
 def torch_threads(count: int, name: str = "") -> ThreadPoolExecutor:
-    """Threads that may use torch, also in a forked process (a notebook on several devices, a loader).
+    """Create a pool of threads that may use torch, also in a forked process (a notebook on several devices, a loader).
 
-    Each thread's first operation there replaces the thread pool that torch inherited, which torch guards against one thread
-    alone: two at once fail with "Invalid thread pool!" (torch 2.14). So the calling thread does it before there are others.
+    In a forked process each thread's first operation replaces the thread pool that torch inherited, and torch guards
+    this step against one thread alone: two threads at once fail with "Invalid thread pool!" (torch 2.14). So the
+    calling thread takes this step before other threads exist.
 
     Args:
-        count: of threads.
-        name: that theirs begin with.
+        count: number of threads.
+        name: prefix of the names of the threads.
     """
     torch.set_num_threads(torch.get_num_threads())
     return ThreadPoolExecutor(count, thread_name_prefix=name)
 
 
 def automatic_workers(processes_on_node: int = 1) -> int:
-    """Loader processes that leave one core to each training process, at most 8."""
+    """Return the number of loader processes that leaves one core to each training process, at most 8.
+
+    Args:
+        processes_on_node: number of training processes on this machine.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     return max(0, min(8, cores // max(1, processes_on_node) - 1))

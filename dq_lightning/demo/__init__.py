@@ -1,1 +1,1 @@
-"""The demo of the console script, with its bundled images."""
+"""The demo of the console script, and the images that it uses."""

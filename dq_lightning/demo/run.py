@@ -1,4 +1,4 @@
-"""`dq-lightning demo`: quantize the bundled images, with and without patches, train on each and on random ones, print it."""
+"""`dq-lightning demo`: quantize bundled images with and without patches, train on each result and on random samples."""
 
 import logging
 import statistics
@@ -30,7 +30,7 @@ AUGMENT = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), *
 
 
 class SmallClassifier(L.LightningModule):
-    """A residual network of 0.3 million parameters; SGD with a one-cycle learning rate."""
+    """A residual network of 0.3 million parameters, trained by SGD with a one-cycle learning rate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,19 +44,19 @@ class SmallClassifier(L.LightningModule):
         )
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        """Cross-entropy of a batch."""
+        """Return the cross-entropy of a batch of images [B, 3, 32, 32] and labels [B]."""
         images, labels = batch
         loss = F.cross_entropy(self.network(images), labels)
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def test_step(self, batch: list[Tensor], batch_index: int) -> None:
-        """Accuracy of a batch."""
+        """Log the accuracy on a batch of images [B, 3, 32, 32] and labels [B]."""
         images, labels = batch
         self.log("accuracy", (self.network(images).argmax(1) == labels).float().mean())
 
     def configure_optimizers(self) -> Any:
-        """The same schedule for the same number of steps."""
+        """Return SGD and a one-cycle schedule over all steps, which is the same for equal numbers of steps."""
         optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
@@ -64,7 +64,13 @@ class SmallClassifier(L.LightningModule):
 
 
 def train_and_test(data: QuantizedDataModule | DataLoader[Any], seed: int, progress: bool) -> float:
-    """Train a `SmallClassifier` and return its accuracy in percent on the bundled test images, after the last epoch."""
+    """Train a `SmallClassifier` and return its accuracy in percent on the bundled test images after the last epoch.
+
+    Args:
+        data: training data.
+        seed: seed of the initial weights, the order of the batches and the augmentation.
+        progress: show a progress bar.
+    """
     L.seed_everything(seed, verbose=False)
     trainer = L.Trainer(
         max_epochs=EPOCHS,
@@ -83,14 +89,14 @@ def train_and_test(data: QuantizedDataModule | DataLoader[Any], seed: int, progr
 
 
 def run_demo(progress: bool = True) -> dict[str, list[float]]:
-    """Run the whole flow on 2,000 bundled CIFAR-10 images, without network and in a cache of its own.
+    """Run the whole flow on 2,000 bundled CIFAR-10 images, without a network connection and in a temporary cache.
 
     Args:
         progress: show progress bars.
 
     Returns:
-        Test accuracies in percent, one a seed, of `"dq"`, of `"patches"` (the same samples, a fifth of whose patches was
-        dropped and filled) and of `"random"`.
+        Test accuracies in percent, one for each seed, under `"dq"`, `"patches"` (the same samples, a fifth of whose
+        patches was dropped and filled) and `"random"`.
     """
     _quiet_lightning()
     accuracies: dict[str, list[float]] = {name: [] for name in NAMES}
@@ -161,7 +167,7 @@ def _random_part(count: int, seed: int) -> Subset[tuple[torch.Tensor, int]]:
 
 
 def _quiet_lightning() -> None:
-    """The demo trains nine times: what Lightning says at each start would bury the result."""
+    """Silence Lightning, because its messages at the start of each of nine trainings would hide the result."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")

@@ -1,4 +1,4 @@
-"""The real CIFAR-10 images that the package bundles: 200 training and 50 test images of each class, lossless, in one file."""
+"""The bundled CIFAR-10 images: 200 training and 50 test images of each class, lossless, in one file."""
 
 import io
 from collections.abc import Callable
@@ -17,11 +17,16 @@ SIDE, COLUMNS = 32, 50
 
 
 class SampleCIFAR10(Dataset[tuple[Any, int]]):
-    """A balanced part of CIFAR-10 (Krizhevsky 2009) with torchvision's attributes.
+    """A balanced part of CIFAR-10 (Krizhevsky 2009) with the attributes of torchvision's dataset.
 
     Args:
-        train: 2,000 images of the training split, or 500 of the test split.
-        transform: of the image (RGB, 32 x 32), as in torchvision.
+        train: whether to take 2,000 images of the training split, or 500 of the test split.
+        transform: transform of the image (RGB, 32 x 32), as in torchvision.
+
+    Attributes:
+        data: uint8 [N, 32, 32, 3], the images.
+        targets: the class of each image, 0 to 9.
+        classes: the names of the ten classes.
     """
 
     def __init__(self, train: bool = True, transform: Callable[[Image.Image], Any] | None = None) -> None:
@@ -42,7 +47,7 @@ class SampleCIFAR10(Dataset[tuple[Any, int]]):
 
 
 def make_sheet(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Images [N, 32, 32, 3] in rows of 50 on one sheet; the last row is filled up with black."""
+    """Arrange images uint8 [N, 32, 32, 3] in rows of 50 on one sheet; the last row is filled up with black."""
     rows = -(-len(images) // COLUMNS)
     padded = np.zeros((rows * COLUMNS, SIDE, SIDE, 3), np.uint8)
     padded[: len(images)] = images
@@ -50,26 +55,32 @@ def make_sheet(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def cut_sheet(sheet: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
-    """The inverse of `make_sheet`: the first `count` images [count, 32, 32, 3]."""
+    """Return the first `count` images of a sheet, uint8 [count, 32, 32, 3]; the inverse of `make_sheet`."""
     rows = sheet.shape[0] // SIDE
     images = sheet.reshape(rows, SIDE, COLUMNS, SIDE, 3).transpose(0, 2, 1, 3, 4).reshape(-1, SIDE, SIDE, 3)
     return np.ascontiguousarray(images[:count])
 
 
 def encode_sheet(sheet: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Lossless WebP bytes of a sheet, as uint8."""
+    """Return the bytes of a sheet as lossless WebP, in a uint8 array."""
     buffer = io.BytesIO()
     Image.fromarray(sheet).save(buffer, "WEBP", lossless=True, quality=100, method=6)
     return np.frombuffer(buffer.getvalue(), np.uint8)
 
 
 def decode_sheet(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The inverse of `encode_sheet`."""
+    """Return the sheet that `encode_sheet` encoded, uint8 [H, W, 3]."""
     return np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB"))
 
 
 def balanced_choice(labels: NDArray[np.int64], per_class: int, seed: int) -> NDArray[np.int64]:
-    """Positions, ascending, of `per_class` samples of each class drawn by a seed."""
+    """Return the positions, ascending, of `per_class` randomly drawn samples of each class.
+
+    Args:
+        labels: class of every sample, int64 [N].
+        per_class: number of samples drawn from each class.
+        seed: seed of the draw.
+    """
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for value in np.unique(labels):

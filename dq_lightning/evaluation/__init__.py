@@ -1,1 +1,1 @@
-"""What a selection is measured against, and how."""
+"""Baselines that a selection is compared with, and measures of how diverse a selection is."""

@@ -1,4 +1,4 @@
-"""Other ways to choose a subset, to compare with: random, the longest responses, the rows nearest to k-means centres."""
+"""Baseline selections: random rows, the rows with the longest responses, the rows nearest to k-means centres."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -24,25 +24,25 @@ def baseline_selection(
     keep_ratio: float,
     seed: int = 0,
 ) -> Selection:
-    """Choose floor(N * keep_ratio + 1/2) of N rows without Dataset Quantization, to compare with it.
+    """Choose floor(N * keep_ratio + 1/2) of N rows with a baseline method that Dataset Quantization is compared with.
 
     Args:
-        name: `"random"` draws uniformly, and with one seed a smaller ratio gives a subset of a larger one; `"longest"` takes
-            the rows whose responses have the most characters, ties by position; `"kmeans"` makes as many clusters as rows
-            are kept (see `kmeans`) and takes the row nearest to each centre; where a cluster is empty (equal rows), the row
-            farthest from its own centre instead.
-        data: what it is chosen by. Random: anything with a length. Longest: rows (dicts), or the N lengths as a tensor or
-            array. k-means: features floating [N, D], or `Features`.
-        keep_ratio: share of rows kept, in (0, 1].
-        seed: of random and k-means.
+        name: `"random"` draws uniformly, and with the same seed a smaller ratio gives a subset of a larger one;
+            `"longest"` takes the rows whose responses have the most characters, ties by position; `"kmeans"` makes as
+            many clusters as rows are kept (see `kmeans`) and takes the row nearest to each centre; for each empty
+            cluster (which occurs with equal rows) it takes the row farthest from its own centre instead.
+        data: what the choice is based on. For `"random"` anything with a length; for `"longest"` rows (dicts), or the N
+            lengths as a tensor or array; for `"kmeans"` a floating matrix [N, D], or `Features`.
+        keep_ratio: share of the rows that is kept, in (0, 1].
+        seed: seed of `"random"` and `"kmeans"`.
 
     Returns:
-        `index` int64 [M] ascending; `bin` int16 [M], all 0.
+        Selection with `index` int64 [M], ascending, and `bin` int16 [M], all 0.
 
     Raises:
-        ConfigError: the name is unknown, the ratio out of range, or nothing would be kept.
-        FeatureError: k-means got no finite floating matrix.
-        SourceError: the columns of the rows fit no template, or a response is no text.
+        ConfigError: the name is unknown, the ratio is out of range, or nothing would be kept.
+        FeatureError: `"kmeans"` was given something other than a finite floating matrix.
+        SourceError: the columns of the rows fit no template, or a response is not text.
     """
     if name not in get_args(Baseline):
         raise ConfigError(f"the baseline must be one of {', '.join(map(repr, get_args(Baseline)))}, got {name!r}")
@@ -64,7 +64,14 @@ def baseline_selection(
 
 
 def response_lengths(rows: Sequence[Any]) -> NDArray[np.int64]:
-    """Characters of every row's response, int64 [N]."""
+    """Return the number of characters of every row's response, int64 [N].
+
+    Args:
+        rows: N rows (dicts).
+
+    Raises:
+        SourceError: the columns of the rows fit no template, or a response is not text.
+    """
     template = choose_template(columns_of(rows))
     return np.array([len(template.prompt_and_response(rows[i], i)[1]) for i in range(len(rows))], dtype=np.int64)
 
@@ -77,12 +84,12 @@ def _nearest_to_centres(rows: NDArray[np.float32], wanted: int, seed: int) -> ND
             for start in range(0, len(rows), 4096)
         ]
     )
-    # by cluster, then by distance, then by position
+    # The order is by cluster, then by distance, then by position.
     order = np.lexsort((distance, label))
     first = np.flatnonzero(np.diff(label[order], prepend=-1))
     chosen = order[first]
     rest = np.setdiff1d(np.argsort(-distance, kind="stable"), chosen, assume_unique=True)
-    # setdiff1d keeps the order of what it is given when told that it is unique
+    # With `assume_unique=True`, setdiff1d keeps the order of its first argument, here the farthest rows first.
     return np.concatenate([chosen, rest[: wanted - len(chosen)]])
 
 

@@ -1,4 +1,4 @@
-"""How varied the rows of a subset are: distances, clusters, verbs, response lengths. Pure."""
+"""Measures how diverse the rows of a subset are: distances, clusters, verbs, response lengths. Pure functions."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from dq_lightning.evaluation.kmeans import Rows
 from dq_lightning.sources.prompts import choose_template, columns_of
 
 _BLOCK = 1024
-# what a polite or asking instruction begins with before it comes to the point, and words that begin one without a verb
+# A polite beginning of an instruction, which is skipped, and first words that are not the verb of an instruction.
 _COURTESY = re.compile(
     r"^(please|kindly|(can|could|would|will) you( please)?|i (want|need|would like) you to|you (must|should))[\s,]+"
 )
@@ -31,14 +31,15 @@ _NO_VERBS = frozenset((
 
 @dataclass(frozen=True)
 class Diversity:
-    """How varied the kept rows are.
+    """Measures of how diverse the kept rows are.
 
     Attributes:
-        rows: kept.
-        neighbour_distance: mean Euclidean distance of a kept row's unit embedding to the nearest other kept one.
-        clusters: of the whole set that hold a kept row.
-        verbs: distinct verbs that instructions begin with, see `instruction_verb`.
-        response_length: mean characters of the responses.
+        rows: number of kept rows.
+        neighbour_distance: mean Euclidean distance of a kept row's unit embedding to that of the nearest other kept
+            row.
+        clusters: number of clusters of the whole dataset that hold a kept row.
+        verbs: number of distinct verbs that instructions begin with, see `instruction_verb`.
+        response_length: mean number of characters of the responses.
     """
 
     rows: int
@@ -51,13 +52,16 @@ class Diversity:
 def measure_diversity(
     rows: Sequence[Any], features: Rows, clusters: NDArray[np.int64], index: NDArray[np.int64]
 ) -> Diversity:
-    """Describe a subset.
+    """Measure the diversity of a subset.
 
     Args:
         rows: all N rows.
-        features: float32 [N, D], of length one.
-        clusters: int64 [N], the cluster of every row, as `kmeans` gives them.
-        index: int64 [M], the kept rows, at least two.
+        features: float32 [N, D], embeddings of length one.
+        clusters: int64 [N], cluster of every row, as `kmeans` returns them.
+        index: int64 [M], positions of the kept rows, at least two.
+
+    Raises:
+        SourceError: the columns of the rows fit no template, or a cell is not text.
 
     Complexity: O(M M D), memory O(M D).
     """
@@ -75,24 +79,29 @@ def measure_diversity(
 
 
 def neighbour_distances(rows: Rows) -> NDArray[np.float64]:
-    """Euclidean distance of every unit row to the nearest other one, float64 [M]."""
+    """Return the Euclidean distance of every row to the nearest other row, float64 [M].
+
+    Args:
+        rows: float32 [M, D], rows of length one, at least two.
+    """
     nearest = np.empty(len(rows))
     for start in range(0, len(rows), _BLOCK):
         cosine = rows[start : start + _BLOCK] @ rows.T
         places = np.arange(len(cosine))
         cosine[places, start + places] = -np.inf
         best = cosine.argmax(axis=1)
-        # from the difference itself: 2 - 2 cos has no digits left for near-duplicates
+        # The distance is computed from the difference, because 2 - 2 cos has no digits left for near-duplicates.
         gap = rows[start : start + _BLOCK].astype(np.float64) - rows[best]
         nearest[start : start + len(cosine)] = np.linalg.norm(gap, axis=1)
     return nearest
 
 
 def instruction_verb(text: str) -> str | None:
-    """The verb that an instruction begins with, by a rule of thumb, or None.
+    """Return the verb that an instruction begins with, found by a rule of thumb, or None.
 
-    It is the first word in lower case, after "please", "can you" and the like, unless it is an article, pronoun, question
-    word, auxiliary or preposition. No dictionary is asked, so a noun that begins an instruction counts.
+    The verb is the first word, in lower case, after "please", "can you" and the like, unless that word is an article,
+    pronoun, question word, auxiliary or preposition. No dictionary is used, so a noun at the beginning counts as a
+    verb.
 
     >>> instruction_verb("Could you please Rewrite this?"), instruction_verb("What is an atom?"), instruction_verb("")
     ('rewrite', None, None)

@@ -1,4 +1,4 @@
-"""k-means with as many clusters as a tenth of the rows, on two cores in seconds. Pure."""
+"""k-means that is fast for many clusters: for a tenth of the rows it takes seconds on two cores. Pure functions."""
 
 import math
 
@@ -10,24 +10,25 @@ from dq_lightning.selection.allocate import Shares, apportion
 Rows = NDArray[np.float32]
 
 _ROUNDS = 10
-# more clusters than this are found in two steps: coarse clusters first, then each one's share inside it
+# If more clusters than this are wanted, coarse clusters are found first, and then each one is split.
 _FLAT = 256
 _BLOCK_ENTRIES = 1 << 22
 
 
 def kmeans(rows: Rows, count: int, seed: int = 0) -> tuple[Rows, NDArray[np.int64]]:
-    """Split rows into clusters by Lloyd's algorithm, ten rounds, squared Euclidean distance.
+    """Split rows into clusters by ten rounds of Lloyd's algorithm with squared Euclidean distance.
 
-    Up to 256 clusters are found at once. More are found in two steps: about sqrt(count) coarse clusters, then inside each
-    a number of clusters in proportion to its rows, which turns O(N count D) into O(N sqrt(count) D) a round.
+    Up to 256 clusters are found directly. More are found in two steps: about sqrt(count) coarse clusters, then inside
+    each of them a number of clusters in proportion to its rows. This reduces a round from O(N count D) to O(N
+    sqrt(count) D).
 
     Args:
         rows: float32 [N, D].
-        count: clusters, 1 to N.
-        seed: of the first centres, which are rows.
+        count: number of clusters, 1 to N.
+        seed: seed of the choice of rows that are the first centres.
 
     Returns:
-        Centres float32 [count, D], and the cluster of every row, int64 [N]. A cluster may be empty where rows are equal.
+        Centres float32 [count, D], and the cluster of every row, int64 [N]. A cluster may be empty if rows are equal.
     """
     if count <= _FLAT:
         return _lloyd(rows, count, np.random.SeedSequence([seed, 0]))
@@ -37,7 +38,7 @@ def kmeans(rows: Rows, count: int, seed: int = 0) -> tuple[Rows, NDArray[np.int6
     centres, label, given = [], np.zeros(len(rows), np.int64), 0
     for number, wanted in enumerate(shares):
         members = np.flatnonzero(coarse == number)
-        # a coarse cluster too small for a share of its own joins the nearest centre below
+        # A coarse cluster that is too small for a cluster of its own joins the nearest centre below.
         if wanted == 0:
             label[members] = -1
             continue
@@ -52,7 +53,12 @@ def kmeans(rows: Rows, count: int, seed: int = 0) -> tuple[Rows, NDArray[np.int6
 
 
 def nearest(rows: Rows, centres: Rows) -> NDArray[np.int64]:
-    """The nearest centre of every row, int64 [N]; the lowest number of equals."""
+    """Return the nearest centre of every row, int64 [N]; among equally near centres the one with the lowest number.
+
+    Args:
+        rows: float32 [N, D].
+        centres: float32 [C, D], at least one.
+    """
     half = 0.5 * np.einsum("ij,ij->i", centres, centres)
     step = max(1, _BLOCK_ENTRIES // len(centres))
     found = [np.argmax(rows[start : start + step] @ centres.T - half, axis=1) for start in range(0, len(rows), step)]
@@ -68,7 +74,7 @@ def _lloyd(rows: Rows, count: int, entropy: np.random.SeedSequence) -> tuple[Row
         sizes = np.bincount(label, minlength=count)
         filled = np.flatnonzero(sizes)
         sums = np.add.reduceat(rows[order], np.cumsum(sizes)[filled] - sizes[filled], axis=0)
-        # a centre without rows stays where it is
+        # A centre without rows stays where it is.
         centres = centres.copy()
         centres[filled] = sums / sizes[filled, None].astype(np.float32)
         again = nearest(rows, centres)

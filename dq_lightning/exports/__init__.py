@@ -1,1 +1,1 @@
-"""A compact set in the formats of others."""
+"""Writing a compact set in the file formats of other libraries."""

@@ -1,4 +1,4 @@
-"""One function for every export format: which samples a path stands for, and which writer a format has."""
+"""One function for every export format: it finds the samples that a path stands for, and the writer of the format."""
 
 from pathlib import Path
 from typing import Any
@@ -47,22 +47,22 @@ def export_set(
     """Write a compact set in another format.
 
     Args:
-        path: folder of the set, or an `.npy` of positions.
-        format: a key of `WRITERS`, or `"indices"`, `"json"`, `"hub"`.
-        output: folder or file; `OWNER/NAME` for the hub.
-        dataset: that the positions belong to; not needed for a packed set.
-        name: of the dataset, for files.
-        fill: see `kept_of_store`.
-        reconstructor: likewise.
-        private: of a hub repository that is made now.
-        device: likewise.
-        progress: likewise.
+        path: folder of the set, or a `.npy` file of positions in the dataset.
+        format: a key of `WRITERS`, or `"indices"`, `"json"` or `"hub"`.
+        output: folder or file that is written; `OWNER/NAME` for the hub.
+        dataset: dataset that the positions belong to; not needed for a packed set.
+        name: name of the dataset, for files.
+        fill: whether the reconstructor fills dropped patches, as in `kept_of_store`.
+        reconstructor: reconstructor in place of the set's own, as in `kept_of_store`.
+        private: whether a new hub repository is private.
+        device: device that the reconstructor runs on.
+        progress: show progress bars.
 
     Returns:
-        What was written.
+        What was written, for a message: path or repository.
 
     Raises:
-        StoreError: the set and the dataset do not belong together, or have not what the format needs.
+        StoreError: the set and the dataset do not belong together, or lack what the format needs.
     """
     path = set_folder(path)
     selection, packed, source = _opened(path, dataset)
@@ -84,7 +84,7 @@ def export_set(
 
 
 def _opened(path: Path, dataset: Any) -> tuple[Selection, PackedDataset | None, Any]:
-    """Selection, packed samples if there are any, and the source if it was given."""
+    """Return the selection, the packed samples or None, and the source (None if no dataset was given)."""
     if path.suffix in (".npy", ".npz"):
         index = torch.from_numpy(read_index(path))
         selection, packed, total, text = Selection(index, torch.full((len(index),), -1).short()), None, None, None
@@ -96,7 +96,7 @@ def _opened(path: Path, dataset: Any) -> tuple[Selection, PackedDataset | None, 
         text = TextConfig.from_dict(compact.config["text"]) if "text" in compact.config else None
     if dataset is None:
         return selection, packed, None
-    # as it was seen when the set was made
+    # The dataset is read with the same options as when the set was made.
     columns = {name: config.get(name) for name in ("image_column", "label_column")}
     source: Any = as_source(dataset, text=text, on_error=config.get("on_error", "raise"), **columns)
     if (total is not None and len(source) != total) or (len(selection) and int(selection.index[-1]) >= len(source)):
@@ -110,7 +110,7 @@ def _opened(path: Path, dataset: Any) -> tuple[Selection, PackedDataset | None, 
 
 
 def _check_content(path: Path, source: Any) -> None:
-    """Positions mean other samples in another dataset, and in the same one after files were added or renamed."""
+    """Raise StoreError if the data differ: positions mean other samples there, as after files were added or renamed."""
     made_of = str(read_manifest(path)["parts"]["source"])
     if made_of.startswith(GIVEN):
         return
@@ -131,7 +131,7 @@ def _holds_text(packed: PackedDataset | None, source: Any) -> bool:
 
 
 class _PlainRows:
-    """The rows of a source by position."""
+    """The rows of a source, by position."""
 
     def __init__(self, source: Any) -> None:
         self._source = source
@@ -163,7 +163,7 @@ def _write_rows(format: str, output: str, selection: Selection, packed: PackedDa
     if packed is not None:
         rows: Any = packed
     else:
-        # a table stays one, with its features
+        # A Hugging Face table is kept as one, so that its features are kept, too.
         rows = source.plain_dataset if hub_kind(getattr(source, "plain_dataset", None)) else _PlainRows(source)
     index = torch.arange(len(packed)) if packed is not None else selection.index
     if len(rows) and not hasattr(rows[int(index[0])], "keys"):

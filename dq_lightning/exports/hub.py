@@ -1,4 +1,4 @@
-"""Kept images as a Hugging Face dataset: on the disk, or on the hub."""
+"""Writing kept images as a Hugging Face dataset, to the disk or to the hub."""
 
 import tempfile
 from pathlib import Path
@@ -11,14 +11,17 @@ from dq_lightning.exports.samples import KeptImages
 
 
 def write_image_dataset(images: KeptImages, folder: str | Path) -> Path:
-    """Write a folder that `datasets.load_from_disk` opens; the images' bytes are inside.
+    """Write a folder that `datasets.load_from_disk` opens; the bytes of the image files are inside.
 
     Args:
-        images: to write.
-        folder: not there yet, or such a folder, which is replaced.
+        images: images to write.
+        folder: folder that does not exist yet, or one that holds such a dataset, which is replaced.
+
+    Returns:
+        The folder.
 
     Raises:
-        StoreError: the folder holds something else.
+        StoreError: the folder holds something else, or cannot be written.
     """
     target = Path(folder)
     if target.exists() and not (target / "dataset_info.json").is_file():
@@ -32,16 +35,16 @@ def write_image_dataset(images: KeptImages, folder: str | Path) -> Path:
 
 
 def push_images(images: KeptImages, repository: str, *, private: bool = True, split: str = "train") -> None:
-    """Upload to a repository of datasets on the Hugging Face hub; the token is the hub library's own.
+    """Upload images to a dataset repository on the Hugging Face hub, with the token that the hub library has stored.
 
     Args:
-        images: to upload.
-        repository: `OWNER/NAME`.
-        private: of a repository that is made now.
-        split: that they become.
+        images: images to upload.
+        repository: name of the repository, `OWNER/NAME`.
+        private: whether the repository is private, if it is created by this call.
+        split: name of the uploaded split.
 
     Raises:
-        StoreError: the hub refuses or cannot be reached.
+        StoreError: the hub refuses the upload or cannot be reached.
     """
     with tempfile.TemporaryDirectory() as scratch:
         made = _as_dataset(images, Path(scratch))
@@ -58,5 +61,5 @@ def _as_dataset(images: KeptImages, scratch: Path) -> Any:
     from datasets import Dataset
 
     file = write_parquet(images, scratch / "train.parquet")
-    # its own cache, which leaves with the scratch folder
+    # The dataset gets a cache of its own, which is removed together with the scratch folder.
     return Dataset.from_parquet(str(file), cache_dir=str(scratch / "cache"))

@@ -1,4 +1,4 @@
-"""Kept images as files: a folder of class folders, tar shards, Parquet, the hub, litdata."""
+"""Writing kept images as files: a folder of class folders, tar shards, Parquet, or litdata chunks."""
 
 import csv
 import io
@@ -26,17 +26,20 @@ UNLABELED = "unlabeled"
 def write_image_folder(images: KeptImages, folder: str | Path) -> Path:
     """Write a folder that torchvision's `ImageFolder` and Hugging Face's `imagefolder` read.
 
-    Files lie in one folder a class and are named by their position in the source, with leading zeros, so that every reader
-    that sorts names sees the order of the source inside a class; the class folders sort in the order of the labels. Beside
-    them `metadata.csv` names position, bin and id of every file, and `index.npy` (int64 [M]) has the position of item i of
-    `ImageFolder`.
+    There is one folder for each class. Files are named by their position in the source, with leading zeros, so that a
+    reader that sorts names sees the order of the source inside a class; the class folders sort in the order of the
+    labels. Beside them, `metadata.csv` lists position, bin and id of every file, and `index.npy` (int64 [M]) holds the
+    position of item i of `ImageFolder`.
 
     Args:
-        images: to write.
-        folder: not there yet, empty, or one that this function wrote, which is replaced.
+        images: images to write.
+        folder: folder that does not exist yet, is empty, or was written by this function and is then replaced.
+
+    Returns:
+        The folder.
 
     Raises:
-        StoreError: the folder holds something else.
+        StoreError: the folder holds something else, an image has no class, or the disk cannot be written.
     """
     target = Path(folder)
     check_free(target, METADATA)
@@ -63,7 +66,14 @@ def write_image_folder(images: KeptImages, folder: str | Path) -> Path:
 
 
 def folder_names(class_names: tuple[str, ...] | None) -> list[str]:
-    """Names of the class folders: the classes' own where they sort in the order of the labels, else numbers of one width."""
+    """Return the names of the class folders: the class names where they sort in label order, else zero-padded numbers.
+
+    Example:
+        >>> folder_names(("cat", "dog"))
+        ['cat', 'dog']
+        >>> folder_names(("dog", "cat"))
+        ['0', '1']
+    """
     names = list(class_names or (UNLABELED,))
     plain = all(name and not name.startswith(".") and not set(name) & set('/\\:\0<>|?*"') for name in names)
     if plain and sorted(set(names)) == names:
@@ -73,7 +83,7 @@ def folder_names(class_names: tuple[str, ...] | None) -> list[str]:
 
 
 def _put(image: KeptImage, names: list[str], place: Path) -> tuple[tuple[str, str], str, tuple[Any, ...]]:
-    """Write one file; gives its place in the order of `ImageFolder`, its name, and its facts."""
+    """Write one image file; return its sort key in the order of `ImageFolder`, its name, and its row of metadata."""
     label = image.label if image.label is not None else 0
     if not 0 <= label < len(names):
         raise StoreError(
@@ -90,14 +100,20 @@ def _class_name(images: KeptImages, label: Any) -> str:
 
 
 def write_webdataset(images: KeptImages, folder: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
-    """Write tar shards `NAME-000000.tar` as WebDataset reads them: image, `.cls` and `.json` of each sample.
+    """Write tar shards `NAME-000000.tar` in the WebDataset layout: image, `.cls` and `.json` of each sample.
 
-    Equal sets give equal bytes: times and owners are left out.
+    Equal sets give equal bytes, because the times and owners in the tar headers are left empty.
 
     Args:
-        images: to write.
-        folder: as in `write_image_folder`; replaced when it holds `shards.json`.
-        shard_bytes: a shard ends after the sample that exceeds this.
+        images: images to write.
+        folder: as in `write_image_folder`; a folder that holds `shards.json` is replaced.
+        shard_bytes: size in bytes after which a new shard begins; the sample that exceeds it is the last of its shard.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StoreError: the folder holds something else, or cannot be written.
     """
     target = Path(folder)
     check_free(target, "shards.json")
@@ -133,13 +149,19 @@ def _members(image: KeptImage) -> Iterator[tuple[str, bytes]]:
 
 
 def write_parquet(images: KeptImages, path: str | Path) -> Path:
-    """Write one Parquet file with the images' bytes inside, as Hugging Face datasets reads them (`Dataset.from_parquet`).
+    """Write one Parquet file that contains the image files, for `Dataset.from_parquet` of Hugging Face datasets.
 
-    Columns: `image`, `label` (a `ClassLabel`; missing without classes), `index`, `bin`, `id`.
+    The columns are `image`, `label` (a `ClassLabel`; missing without classes), `index`, `bin` and `id`.
 
     Args:
-        images: to write, in groups of 256 rows, in memory independent of their number.
-        path: of the file.
+        images: images to write, in groups of 256 rows, so that memory does not grow with their number.
+        path: path of the file.
+
+    Returns:
+        The path.
+
+    Raises:
+        StoreError: the file cannot be written.
     """
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -172,14 +194,17 @@ def _row(image: KeptImage) -> dict[str, Any]:
 
 
 def write_litdata(images: KeptImages, folder: str | Path) -> Path:
-    """Write chunks that litdata's `StreamingDataset` reads: dicts of `image` (file bytes), `label`, `index`, `bin`, `id`.
+    """Write chunks for litdata's `StreamingDataset`: dicts of `image` (file bytes), `label`, `index`, `bin` and `id`.
 
     Args:
-        images: to write.
-        folder: as in `write_image_folder`; replaced when it holds litdata's `index.json`.
+        images: images to write.
+        folder: as in `write_image_folder`; a folder that holds litdata's `index.json` is replaced.
+
+    Returns:
+        The folder.
 
     Raises:
-        StoreError: litdata is not installed.
+        StoreError: litdata is not installed, or the folder holds something else or cannot be written.
     """
     try:
         from litdata.streaming.writer import BinaryWriter
@@ -201,7 +226,7 @@ def write_litdata(images: KeptImages, folder: str | Path) -> Path:
 
 
 def write_ids(names: Sequence[str], path: str | Path) -> Path:
-    """Write the names of the kept samples, one a line, in the order of the selection."""
+    """Write the names of the kept samples, one on each line, in the order of the selection, and return the path."""
 
     def write(place: Path) -> None:
         with place.open("w", encoding="utf-8", errors="surrogateescape") as file:
@@ -213,8 +238,12 @@ def write_ids(names: Sequence[str], path: str | Path) -> Path:
 def check_free(folder: Path, marker: str) -> None:
     """Refuse to replace a folder that holds something else than an earlier export.
 
+    Args:
+        folder: folder that is to be written.
+        marker: name of a file that every export of this kind has.
+
     Raises:
-        StoreError: it does.
+        StoreError: the folder is not empty and lacks the marker.
     """
     if folder.exists() and not (folder / marker).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise StoreError(f"{folder} exists and holds something else (no {marker}): pass another folder")

@@ -1,8 +1,10 @@
-"""The files of the published scripts: bins and selections as `.npy` files of row numbers. Touches the disk.
+"""The files of the published scripts: bins and selections as `.npy` files of row numbers.
 
-select_indices_NAME_exp{0..K-1}.npy   int64, the samples of one bin, group by group in the order in which they were picked
-select_indices_NAME_RATIO.npy         int64, the selected samples, ascending
-bins.npz                              all of `Bins`, which the published files cannot tell apart (groups, gains)
+This module reads and writes these files:
+
+select_indices_NAME_exp{0..K-1}.npy   int64, the samples of one bin, group by group in the order in which they were
+picked select_indices_NAME_RATIO.npy         int64, the selected samples, ascending
+bins.npz                              all fields of `Bins`, because the published files lack groups and gains
 """
 
 import re
@@ -26,15 +28,18 @@ FIELDS = {"assignment": np.int16, "rank": np.int32, "gain": np.float32, "group":
 
 
 def write_bin_files(folder: str | Path, name: str, bins: Bins) -> list[Path]:
-    """Write bins as published, and whole beside them.
+    """Write bins as the published files, and completely in `bins.npz` beside them.
 
     Args:
-        folder: made when it is missing; files of the same names are replaced.
-        name: of the dataset.
-        bins: of N samples.
+        folder: folder of the files, created when it is missing; files of the same names are replaced.
+        name: name of the dataset.
+        bins: bins of N samples.
 
     Returns:
-        The files, `bins.npz` last.
+        Paths of the files, `bins.npz` last.
+
+    Raises:
+        StoreError: the folder cannot be written.
     """
     folder = Path(folder)
     order = torch.from_numpy(np.lexsort((bins.rank.numpy(), bins.group.numpy())))
@@ -42,7 +47,7 @@ def write_bin_files(folder: str | Path, name: str, bins: Bins) -> list[Path]:
         write_index(order[bins.assignment[order] == number], folder / f"select_indices_{name}_exp{number}.npy")
         for number in range(bins.num_bins)
     ]
-    # numbers of bins that an earlier run made here are no bins of this one
+    # An earlier run may have written more bins into this folder, which do not belong to these.
     for path in folder.glob(f"select_indices_{name}_exp*.npy"):
         if path not in written:
             path.unlink()
@@ -56,18 +61,18 @@ def write_bin_files(folder: str | Path, name: str, bins: Bins) -> list[Path]:
 
 
 def read_bin_files(folder: str | Path, labels: Tensor | None = None) -> tuple[Bins, NDArray[np.int64], str]:
-    """Read the bins of a folder, ours or published.
+    """Read the bins of a folder, written by this package or published.
 
     Args:
-        folder: of `select_indices_NAME_exp{k}.npy`.
-        labels: class of every sample [N], for published files, which do not tell it.
+        folder: folder of `select_indices_NAME_exp{k}.npy`.
+        labels: class of every sample [N], for published files, which do not contain the classes.
 
     Returns:
-        bins of the samples that are in any; their positions int64 [M], ascending, `0 .. M - 1` unless the files leave samples
-        out; and NAME.
+        The bins of the samples that are in any bin; the positions of these samples, int64 [M], ascending, which are `0
+        .. M - 1` unless the files leave samples out; and NAME.
 
     Raises:
-        StoreError: a file is missing, damaged, or shares samples with another.
+        StoreError: a file is missing or damaged, two bins share a sample, or the labels are of a smaller dataset.
     """
     folder = Path(folder).expanduser()
     name, parts = _parts(folder)
@@ -112,30 +117,50 @@ def read_bin_files(folder: str | Path, labels: Tensor | None = None) -> tuple[Bi
 def select_from_files(
     folder: str | Path, *, keep_ratio: float, seed: int = 0, labels: Tensor | None = None, **options: object
 ) -> tuple[Selection, str]:
-    """Draw from the bins of a folder; see `read_bin_files` and `select`. Returns the selection and the dataset's name."""
+    """Draw samples from the bins of a folder.
+
+    Args:
+        folder: folder of the bins, as in `read_bin_files`.
+        keep_ratio: share of samples kept, 0 < keep_ratio <= 1.
+        seed: seed of the draw.
+        labels: class of every sample [N], as in `read_bin_files`.
+        **options: further arguments of `select`.
+
+    Returns:
+        The selection, with positions in the dataset, and the dataset's name.
+
+    Raises:
+        StoreError: the files cannot be used.
+        ConfigError: a setting is out of range, or the bins are too small.
+    """
     bins, positions, name = read_bin_files(folder, labels)
     drawn = select(bins, keep_ratio=keep_ratio, seed=seed, **options)  # type: ignore[arg-type]
     return Selection(torch.from_numpy(positions[drawn.index.numpy()]), drawn.bin), name
 
 
 def selection_file(name: str, keep_ratio: float) -> str:
-    """`select_indices_NAME_RATIO.npy`."""
+    """Return the name of the published file of a selection.
+
+    Example:
+        >>> selection_file("CIFAR10", 0.125)
+        'select_indices_CIFAR10_0.125.npy'
+    """
     return f"select_indices_{name}_{keep_ratio:g}.npy"
 
 
 def open_image_folder(folder: str | Path, transform: Any = None) -> tuple[Any, NDArray[np.int64]]:
-    """Open a folder of reconstructed images, ours or published (`LABEL/POSITION.png`).
+    """Open a folder of reconstructed images, written by this package or published (`LABEL/POSITION.png`).
 
     Args:
-        folder: of class folders. Where all are named by whole numbers, these are the labels.
-        transform: of the images.
+        folder: folder of class folders; where all their names are whole numbers, these are the labels.
+        transform: transform of the images, as in torchvision.
 
     Returns:
-        torchvision's `ImageFolder`, and int64 [its length]: the position in the original dataset of each of its items, from
-        `index.npy` if that is there, else from the names of the files.
+        torchvision's `ImageFolder`, and the position of each of its items in the original dataset, int64 [length], read
+        from `index.npy` if that file exists, else from the file names.
 
     Raises:
-        StoreError: there are no images, or nothing tells their positions.
+        StoreError: there are no images, or their positions are unknown or not unique.
     """
     from torchvision.datasets import ImageFolder
 
@@ -146,7 +171,7 @@ def open_image_folder(folder: str | Path, transform: Any = None) -> tuple[Any, N
     except FileNotFoundError as error:
         raise StoreError(f"{root} holds no folder of class folders with images: {error}") from error
     if all(name.isdecimal() for name in images.classes):
-        # sorted as words they are: "10" comes before "9"
+        # ImageFolder sorts the names as text, which puts "10" before "9", so the labels are taken from the names.
         labels = [int(name) for name in images.classes]
         images.samples = images.imgs = [(path, labels[place]) for path, place in images.samples]
         images.targets = [label for _, label in images.samples]
@@ -172,7 +197,7 @@ def open_image_folder(folder: str | Path, transform: Any = None) -> tuple[Any, N
 
 
 def _parts(folder: Path) -> tuple[str, list[NDArray[np.int64]]]:
-    """The dataset's name and the samples of every bin, in the file's order."""
+    """Return the dataset's name and the samples of every bin, in the order of its file."""
     found: dict[str, dict[int, Path]] = {}
     for path in folder.glob("select_indices_*_exp*.npy"):
         if match := re.fullmatch(r"select_indices_(.+)_exp(\d+)\.npy", path.name):

@@ -1,4 +1,4 @@
-"""The folder of results that `dq-lightning quantize --output` leaves: settings, positions, and a copy of the compact set."""
+"""The folder that `dq-lightning quantize --output` writes: settings, positions, and a copy of the compact set."""
 
 import json
 import shutil
@@ -20,19 +20,19 @@ def write_results(folder: Path, info: StoreInfo, config: QuantizeConfig, place: 
     """Write `config.yaml`, `info.json`, `select_indices_NAME_RATIO.npy` and `compact/`.
 
     Args:
-        folder: made when it is missing; an earlier result is replaced, file by file.
-        info: of the compact set.
-        config: all settings.
+        folder: folder of the results, created when it is missing; files of an earlier result are replaced one by one.
+        info: description of the compact set.
+        config: all settings of the run.
         place: where the dataset is: `dataset`, `data_path` and further arguments of the command.
 
     Raises:
-        StoreError: `compact/` holds something else.
+        StoreError: `compact/` holds something else, a copied file is damaged, or the folder cannot be written.
     """
     target = folder / SET_FOLDER
     check_free(target, "manifest.json")
     name = dataset_name(place["dataset"], place["data_path"])
     whole(target, lambda copy: shutil.copytree(info.path, copy))
-    # the copy is checked as a stranger's would be
+    # Our own copy is checked with all its digests, as one from somebody else would be.
     copied = open_compact(target, verify="hash").info
     given = place.get("indices") is not None
     ratio = round(info.num_samples / info.num_source_samples, 6) if given else config.selection.keep_ratio
@@ -43,7 +43,7 @@ def write_results(folder: Path, info: StoreInfo, config: QuantizeConfig, place: 
 
 
 def write_config(path: Path, values: dict[str, Any]) -> None:
-    """Write settings as the YAML that the command takes back with `--config`; what is None is left out."""
+    """Write settings as YAML that the command reads back with `--config`; settings that are None are left out."""
     import yaml
 
     plain = {key: value for key, value in values.items() if value is not None}
@@ -52,5 +52,5 @@ def write_config(path: Path, values: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file (UTF-8), completely or not at all."""
     whole(path, lambda place: place.write_text(text, encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A compact set of rows as files: JSON as Alpaca was published, a Hugging Face dataset on disk, row numbers."""
+"""Writing the rows of a compact set as files: JSON, a Hugging Face dataset on disk, or row numbers."""
 
 import glob
 import json
@@ -18,22 +18,26 @@ from dq_lightning.core.errors import StoreError
 from dq_lightning.core.fields import check_local
 from dq_lightning.sources.hub import hub_kind
 
-# halves of characters (lone surrogates)
+# This pattern matches lone surrogates, which are halves of characters and cannot be encoded as UTF-8.
 _HALVES = re.compile("[\ud800-\udfff]")
 
 
 def write_json(rows: Any, index: Tensor, path: str | Path) -> Path:
-    """Write the kept rows as a JSON list, indented by four as Alpaca is; one row a line when the name ends in .jsonl.
+    """Write the kept rows as a JSON list, indented by four as Alpaca is, or as one row per line for a `.jsonl` file.
 
-    All fields are written, in the order of the original, and text as it is (UTF-8). The file appears whole or not at all.
+    All fields are written, in the order of the original, and text is written as it is (UTF-8). The file appears
+    completely or not at all.
 
     Args:
         rows: all N rows, dicts by position: a list or a Hugging Face dataset.
         index: int64 [M], `Selection.index`.
-        path: of the file; its folder is made.
+        path: path of the file; its folder is created.
+
+    Returns:
+        The path.
 
     Raises:
-        StoreError: a row does not exist, or holds what JSON has no words for.
+        StoreError: a row does not exist or holds a value that JSON cannot express, or the file cannot be written.
     """
 
     def write(place: Path) -> None:
@@ -48,22 +52,26 @@ def write_json(rows: Any, index: Tensor, path: str | Path) -> Path:
 
 
 def write_dataset(rows: Any, index: Tensor, path: str | Path) -> Path:
-    """Write the kept rows as a Hugging Face dataset that `datasets.load_from_disk` opens; features and formats stay.
+    """Write the kept rows as a Hugging Face dataset for `datasets.load_from_disk`; features and formats are kept.
 
     Args:
         rows: all N rows, dicts by position: a list or a Hugging Face dataset.
         index: int64 [M], `Selection.index`.
-        path: a folder that does not exist, or holds such a dataset, which is replaced.
+        path: folder that does not exist yet, or one that holds such a dataset, which is replaced.
+
+    Returns:
+        The folder.
 
     Raises:
-        StoreError: a row does not exist, a column holds what a dataset can't, or the folder holds something else.
+        StoreError: a row does not exist, a column holds what a dataset cannot store, or the folder holds something
+            else.
     """
     target = Path(path)
     if target.exists() and not (target / "dataset_info.json").is_file():
         raise StoreError(f"{target} exists and is no dataset of ours; pass another folder")
     if hub_kind(rows) == "Dataset":
         _check(rows, index)
-        # without this the whole table would be written, and a list of positions
+        # Without flatten_indices the whole table would be written, together with a list of positions.
         kept = rows.select(index.tolist()).flatten_indices()
     else:
         kept = _as_table([dict(row) for _, row in _kept(rows, index)])
@@ -71,7 +79,7 @@ def write_dataset(rows: Any, index: Tensor, path: str | Path) -> Path:
 
 
 def _as_table(rows: list[dict[str, Any]]) -> Any:
-    """A Hugging Face dataset of rows: None where a row lacks a field, and JSON where a column has no one type."""
+    """Make a Hugging Face dataset of rows: None fills missing fields, and columns of mixed types are stored as JSON."""
     columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
     try:
         return _table(columns)
@@ -93,14 +101,14 @@ def _table(columns: dict[str, list[Any]]) -> Any:
 
     made = Dataset.from_dict(columns, on_mixed_types="use_json")
     for name, feature in made.features.items():
-        # what JSON has no words for would be written as some text
+        # A value that JSON cannot express would be written as some text, so what is read back is compared.
         if "Json(" in repr(feature) and json.loads(json.dumps(columns[name])) != columns[name]:
             raise ValueError("it has no one type, and holds what JSON has no words for")
     return made
 
 
 def write_index(index: Tensor, path: str | Path) -> Path:
-    """Write row numbers, int64 [M], as .npy; `numpy.load` reads them."""
+    """Write row numbers, int64 [M], as a `.npy` file that `numpy.load` reads, and return its path."""
 
     def write(place: Path) -> None:
         with place.open("wb") as file:
@@ -125,9 +133,9 @@ def _check(rows: Any, index: Tensor) -> None:
 
 def _as_json(row: Any, number: int, indent: int | None = None) -> str:
     try:
-        # NaN is no JSON: other readers stop at it
+        # NaN is not valid JSON, and other readers stop at it.
         text = json.dumps(dict(row), ensure_ascii=False, indent=indent, allow_nan=False)
-        # half a character has no bytes, but an escape
+        # A lone surrogate has no UTF-8 bytes, but JSON can escape it.
         return _HALVES.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
     except (TypeError, ValueError) as error:
         raise StoreError(
@@ -136,14 +144,17 @@ def _as_json(row: Any, number: int, indent: int | None = None) -> str:
 
 
 def whole(target: Path, write: Callable[[Path], Any]) -> Path:
-    """Write beside the target and rename, so that nobody sees a half.
+    """Write beside the target and rename, so that no reader sees a half-written file or folder.
 
     Args:
-        target: file or folder; what is there is replaced, a file by a file and a folder by a folder.
-        write: makes a file or folder at the path it is given.
+        target: file or folder to write; an existing one is replaced if it is of the same kind.
+        write: function that creates a file or folder at the path it is given.
+
+    Returns:
+        The target.
 
     Raises:
-        StoreError: there is no place for it.
+        StoreError: the target cannot be written, or a folder stands where a file is to be written, or the reverse.
     """
     check_writable(target.parent)
     try:
@@ -169,10 +180,11 @@ def whole(target: Path, write: Callable[[Path], Any]) -> Path:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Tell before the work that results cannot be written into a folder, which need not exist. Leaves nothing behind.
+    """Check before any work that results can be written into a folder, which need not exist. Nothing is left behind.
 
     Raises:
-        StoreError: it is a file, or cannot be made or written.
+        ConfigError: the folder is the address of a remote place.
+        StoreError: the path is a file, or the folder cannot be created or written.
     """
     check_local("output", folder)
     wanted = Path(folder).absolute()
@@ -192,7 +204,7 @@ def _unwritable(target: Path, error: OSError) -> StoreError:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove what killed processes of this host left of the same output."""
+    """Remove what killed processes of this host left behind for the same output."""
     for left in target.parent.glob(f".{glob.escape(target.name)}.{host_name()}-*"):
         pid = left.name.removeprefix(f".{target.name}.{host_name()}-").partition("-")[0]
         if pid.isdecimal() and not process_alive(int(pid)):
@@ -200,7 +212,7 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def features_of(class_names: tuple[str, ...] | None) -> Any:
-    """The Arrow schema of the columns, with what Hugging Face datasets needs to read images and classes."""
+    """Return the Arrow schema of the columns, with what Hugging Face datasets needs for images and classes."""
     from datasets import ClassLabel, Features, Image, Value
 
     columns = {"image": Image(), "index": Value("int64"), "bin": Value("int16"), "id": Value("string")}

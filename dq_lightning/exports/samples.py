@@ -1,4 +1,4 @@
-"""The kept images of a compact set, one by one, in the form that every export writes."""
+"""The kept images of a compact set, one by one, as encoded image files with their facts; every export writes these."""
 
 import io
 import math
@@ -21,7 +21,7 @@ from dq_lightning.pipeline.compact import COMPACT_FILE, Compact, open_compact, o
 from dq_lightning.pipeline.filling import filled_items, stored_place
 from dq_lightning.sources.items import Leaf, at, find_image, find_target
 
-# encodings that every reader of images knows; what is in another one is written anew, as PNG
+# Every image reader knows these encodings; an image in another encoding is written anew, as PNG.
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 PNG_MODES = ("RGB", "L", "RGBA", "LA", "1")
 
@@ -31,12 +31,12 @@ class KeptImage:
     """One kept image.
 
     Attributes:
-        position: in the source.
-        bin: that it came from; -1 when that is not known.
-        name: its id in the source: a relative path, or the position; see `text_of`.
-        label: its class, or None.
+        position: position in the source.
+        bin: bin that the image came from; -1 when it is not known.
+        name: id in the source, which is a relative path or the position; see `text_of`.
+        label: class of the image, or None.
         data: bytes of the image file.
-        suffix: of such a file, `.png`, `.jpg` or `.webp`.
+        suffix: suffix of such a file: `.png`, `.jpg` or `.webp`.
     """
 
     position: int
@@ -48,12 +48,12 @@ class KeptImage:
 
 
 class KeptImages:
-    """The kept images of a compact set, ascending by their position in the source.
+    """The kept images of a compact set, ascending by their position in the source. Iterating yields `KeptImage`.
 
     Attributes:
-        selection: positions and bins.
-        class_names: of the labels; None without labels.
-        name: of the set, for files.
+        selection: positions and bins of the images.
+        class_names: name of each class; None without labels.
+        name: name of the set, for files.
     """
 
     def __init__(
@@ -71,17 +71,17 @@ class KeptImages:
 
 
 def text_of(name: str) -> str:
-    """A name as text that any format holds: what is no UTF-8 in a file's name is written with a backslash, as Python does."""
+    """Return a name as text that any format can hold: bytes that are not UTF-8 are written as backslash escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def kept_of_source(source: Any, selection: Selection, name: str = "dataset") -> KeptImages:
-    """The kept images of a dataset; files keep their bytes.
+    """Return the kept images of a dataset; image files keep their bytes.
 
     Args:
-        source: from `as_source`, of images.
-        selection: positions in it.
-        name: of the set, for files.
+        source: source of images, from `as_source`.
+        selection: positions in the source.
+        name: name of the set, for files.
     """
     labels: Labels | None = source.labels()
 
@@ -98,13 +98,13 @@ def kept_of_source(source: Any, selection: Selection, name: str = "dataset") -> 
 
 
 def kept_of_items(source: Any, selection: Selection, samples: Any, name: str = "dataset") -> KeptImages:
-    """Kept images whose samples come from elsewhere, such as filled ones.
+    """Return kept images whose samples come from elsewhere, such as filled ones; they are encoded as PNG.
 
     Args:
-        source: from `as_source`; gives labels and names.
-        selection: positions in it.
-        samples: makes an iterator over the M samples, in order.
-        name: of the set, for files.
+        source: source from `as_source` that gives labels and names.
+        selection: positions in the source.
+        samples: function that returns an iterator over the M samples, in order.
+        name: name of the set, for files.
     """
     labels: Labels | None = source.labels()
 
@@ -121,17 +121,18 @@ def kept_of_items(source: Any, selection: Selection, samples: Any, name: str = "
 def kept_of_store(
     path: str | Path, *, fill: bool = True, reconstructor: Any = None, device: str = "auto", progress: bool = True
 ) -> KeptImages:
-    """The kept images of a packed set, without its dataset.
+    """Return the kept images of a packed set, without its dataset.
 
     Args:
         path: folder of the set.
-        fill: give dropped patches to the reconstructor, if the set was made to be filled; else they have the mean colour.
-        reconstructor: in place of the set's own, a name, folder or network.
-        device: of the reconstructor.
-        progress: show a bar while filling.
+        fill: let the reconstructor fill dropped patches, if the set was made to be filled; otherwise they have the mean
+            colour.
+        reconstructor: name, folder or network in place of the set's own reconstructor.
+        device: device that the reconstructor runs on.
+        progress: show a progress bar while filling.
 
     Raises:
-        StoreError: there is no packed set of images.
+        StoreError: there is no packed set of images, or its reconstructor has to be named (see `stored_patch_plan`).
     """
     compact = open_compact(Path(path))
     store = open_packed(path, patches="packed")
@@ -159,7 +160,7 @@ def kept_of_store(
 def _samples(
     compact: Compact, store: PackedDataset, image: Leaf, fill: bool, reconstructor: Any, device: str, progress: bool
 ) -> Iterator[Any]:
-    """Samples with whole images: as they are, filled, or in the mean colour."""
+    """Return the samples with whole images: unchanged, filled, or with the mean colour in dropped patches."""
     if compact.patches is None:
         return iter(store)
     plan = stored_patch_plan(compact, reconstructor=reconstructor, reconstruct=None if fill else "off")
@@ -170,10 +171,18 @@ def _samples(
 
 
 def as_png(leaf: Any) -> bytes:
-    """An image as PNG bytes, without loss, with its EXIF tags (a photo may be turned by them), resolution and colour profile.
+    """Encode an image as PNG without loss.
+
+    The EXIF tags (by which a photo may be rotated), the resolution and the colour profile are kept, too.
+
+    Args:
+        leaf: Pillow image, uint8 array [H, W] or [H, W, C], or uint8 tensor [H, W] or [C, H, W].
+
+    Returns:
+        Bytes of the PNG file.
 
     Raises:
-        StoreError: it is none that PNG holds exactly.
+        StoreError: the image is of another type or mode, which PNG cannot hold exactly.
     """
     image = leaf if isinstance(leaf, Image.Image) else _from_array(leaf)
     if image.mode == "P":
@@ -185,7 +194,7 @@ def as_png(leaf: Any) -> bytes:
     if isinstance(dpi, tuple) and len(dpi) == 2 and all(0 < float(side) < math.inf for side in dpi):
         known["dpi"] = dpi
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", **known)  # the colour profile goes along by itself
+    image.save(buffer, "PNG", **known)  # Pillow writes the colour profile by itself.
     return buffer.getvalue()
 
 
@@ -204,7 +213,7 @@ def _from_array(leaf: Any) -> Image.Image:
 
 
 def _file_of(encoded: EncodedImage | None, decode: Any) -> tuple[bytes, str]:
-    """The bytes of an image file: the owner's own, if any reader takes them, else PNG."""
+    """Return the bytes and suffix of an image file: the original bytes if every reader can decode them, else PNG."""
     if encoded is not None:
         with Image.open(io.BytesIO(encoded.data)) as image:
             if image.format in SUFFIXES:
@@ -219,7 +228,7 @@ def _names(labels: Labels | None) -> tuple[str, ...] | None:
 
 
 def _label(value: Any, names: list[str]) -> int:
-    """The class of a stored target, which is a number or a name."""
+    """Return the class number of a stored target, which is a number or a name."""
     number = names.index(value) if value in names else value
     if type(number) is str or not 0 <= int(number) < len(names):
         raise StoreError(f"the target {value!r:.40} is none of the {len(names)} classes that the set lists")

@@ -1,1 +1,1 @@
-"""Station 1, images to features: encoders, how one is chosen, and the loop that runs it."""
+"""First step of the method: make features of images or texts with an encoder, which is also chosen here."""

@@ -1,4 +1,4 @@
-"""The small residual network that is shipped in `assets/`, and how its weights are read from there."""
+"""The small residual network whose weights are shipped in `assets/`, and functions to read and prepare its weights."""
 
 import json
 from pathlib import Path
@@ -34,12 +34,12 @@ class ResidualBlock(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """A residual network for images of about 32 pixels, in timm's vocabulary.
+    """A residual network for images of about 32 pixels, with the methods of timm's networks.
 
     Args:
-        widths: channels of each stage; every stage after the first halves height and width.
-        depths: residual blocks of each stage.
-        num_classes: outputs of the linear head.
+        widths: number of channels of each stage; every stage after the first halves height and width.
+        depths: number of residual blocks of each stage.
+        num_classes: number of outputs of the linear head.
     """
 
     def __init__(
@@ -61,24 +61,29 @@ class SmallResNet(nn.Module):
         self.head = nn.Linear(channels, num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Feature map [B, num_features, H/4, W/4] of normalised images [B, 3, H, W]."""
+        """Return feature maps [B, num_features, H/4, W/4] (for three stages) of normalised images [B, 3, H, W]."""
         out: Tensor = self.blocks(self.stem(x))
         return out
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits [B, num_classes] of a feature map; with `pre_logits` the pooled features [B, num_features]."""
+        """Return the logits [B, num_classes] of feature maps; with `pre_logits` return the pooled maps.
+
+        The pooled maps, averaged over height and width, have the shape [B, num_features].
+        """
         pooled = x.mean(dim=(2, 3))
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, num_classes] of normalised images [B, 3, H, W]."""
+        """Return the logits [B, num_classes] of normalised images [B, 3, H, W]."""
         return self.forward_head(self.forward_features(x))
 
 
 def load_small_resnet(path: str | Path = BUNDLED_ENCODER_FILE) -> tuple[SmallResNet, dict[str, str]]:
-    """Read a `SmallResNet` from safetensors (float16 on disk, float32 in memory) with its metadata.
+    """Read a `SmallResNet` from a safetensors file (float16 on disk, float32 in memory) with its metadata.
 
-    Metadata keys: `widths`, `depths`, `num_classes` (JSON), `test_accuracy`, and what the training script adds.
+    Returns:
+        The network in eval mode, and the metadata with the keys `widths`, `depths`, `num_classes` (all JSON),
+        `test_accuracy` and those that the training script adds.
     """
     with safe_open(str(path), framework="pt") as file:
         metadata: dict[str, str] = file.metadata()
@@ -91,5 +96,5 @@ def load_small_resnet(path: str | Path = BUNDLED_ENCODER_FILE) -> tuple[SmallRes
 
 
 def to_half(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with floating tensors in float16, contiguous, ready for safetensors."""
+    """Return a state dict with contiguous tensors and floating tensors in float16, ready for safetensors."""
     return {k: (v.to(torch.float16) if v.is_floating_point() else v).contiguous() for k, v in state.items()}

@@ -1,4 +1,4 @@
-"""The one place that decides which encoder a name or an object stands for."""
+"""Choose an encoder: this is the only place that decides which encoder a name or an object stands for."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,20 +22,20 @@ from dq_lightning.features.text_encoder import INSTEAD as TEXT_INSTEAD
 from dq_lightning.features.text_encoder import text_origin
 
 AUTO_SMALL_SIDE = 64
-# ImageNet-1k weights under Apache-2.0 with a linear head, and moderate on a CPU; timm's most used network
+# timm's most used network has ImageNet-1k weights under Apache-2.0 and a linear head, and is not too slow on a CPU.
 AUTO_PHOTO_ENCODER = "resnet50.a1_in1k"
-# small, trained on a billion sentence pairs, under Apache-2.0; the most used encoder of sentences
+# The most used sentence encoder is small, is trained on a billion sentence pairs, and is under Apache-2.0.
 AUTO_TEXT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """A resolved choice that is not loaded.
+    """A chosen encoder that is not loaded yet.
 
     Attributes:
-        name: what was chosen, in short.
-        description: the line to print.
-        origin: where it comes from.
+        name: short name of the encoder.
+        description: one line about the encoder, for messages.
+        origin: source of the encoder's weights, which knows its identity and how to load it.
     """
 
     name: str
@@ -44,33 +44,45 @@ class EncoderSpec:
 
     @property
     def reads_samples(self) -> bool:
-        """False for ready-made embeddings, which take the samples' place."""
+        """Whether the encoder reads the samples; False for ready-made embeddings."""
         return not isinstance(self.origin, ReadyOrigin)
 
     def identity(self, memory: DigestMemory) -> str | None:
-        """Hexadecimal digest of weights, preprocessing and architecture, without loading the network.
+        """Compute a digest of weights, preprocessing and architecture without loading the network.
 
-        Files are digested through `memory`; a network in memory by its parameters and buffers; a hub name by its commit,
-        which `resolve` has recorded. Device and precision do not enter.
+        The digest covers the content of weight files, the parameters and buffers of a network in memory, or the commit
+        of a hub name that `resolve` has recorded. It does not depend on device and precision.
+
+        Args:
+            memory: remembered digests of files and commits of hub names.
 
         Returns:
-            The digest, or None if the hub name was never resolved with this memory: then `resolve` first.
+            The digest, or None if the hub name was never resolved with this memory; call `resolve` first then.
         """
         return self.origin.identity(memory)
 
     def resolve(self, memory: DigestMemory) -> "EncoderSpec":
-        """The same choice with its hub commit fixed and recorded in `memory`; the only method that may ask a hub.
+        """Return the same choice with its hub commit fixed, and record the commit in `memory`.
+
+        Apart from `load`, no other method contacts a hub.
 
         Raises:
-            FeatureError: the weights are neither in the local cache nor reachable; the message says what to pass.
+            FeatureError: the weights are neither in the local cache nor can they be downloaded; the message says what
+                to pass instead.
         """
         return replace(self, origin=self.origin.resolve(memory))
 
     def load(self, device: str = "auto", precision: Precision = "auto") -> Encoder | TextEncoder | RowEncoder:
-        """The encoder on its device, frozen, in eval mode; random state and flags of the process stay as they are.
+        """Load the encoder onto its device, frozen and in eval mode.
+
+        The random state and the global flags of the process do not change.
+
+        Args:
+            device: device that the encoder runs on; `"auto"` takes the GPU if there is one.
+            precision: precision of the network, see `resolve_precision`.
 
         Raises:
-            FeatureError: the weights cannot be found or do not fit. Random weights are never used in their place.
+            FeatureError: the weights cannot be found or do not fit the network. Random weights are never used instead.
         """
         with isolated():
             return self.origin.load(device, precision)
@@ -84,17 +96,19 @@ def choose_encoder(
     modality: str = "image",
     text: TextConfig | None = None,
 ) -> EncoderSpec:
-    """Decide on an encoder; nothing is loaded and no hub is asked.
+    """Decide which encoder an argument stands for, without loading it or contacting a hub.
+
+    For images:
 
     | `encoder` | choice |
     |---|---|
-    | `"auto"` | images up to 64 px (longer side): bundled; larger: `resnet50.a1_in1k` of timm. Nothing else changes it. |
+    | `"auto"` | bundled for images up to 64 px (longer side), else `resnet50.a1_in1k` of timm; only the size counts |
     | `"bundled"` | the CIFAR-10 network in `assets/` (with `weights`: another file of the same format) |
     | timm name | weights from the hub, or from the local file `weights` (.safetensors or .pth) |
     | `"hf-hub:OWNER/NAME"` | a timm network on the Hugging Face hub |
     | `"local-dir:FOLDER"` or a folder | a folder with timm's `config.json` and weights |
-    | `nn.Module` | its own `pretrained_cfg` (timm) or `preprocess` says how images are prepared |
-    | `(nn.Module, callable)` | the callable makes a tensor of one RGB image |
+    | `nn.Module` | the network, with the preprocessing of its own `pretrained_cfg` (timm) or `preprocess` attribute |
+    | `(nn.Module, callable)` | the network, with a callable that turns one RGB image into a tensor |
     | array or tensor [N, D], `"FILE.npy"` | ready-made embeddings, of images or text |
 
     For text:
@@ -103,15 +117,15 @@ def choose_encoder(
     |---|---|
     | `"auto"` | `sentence-transformers/all-MiniLM-L6-v2` |
     | `"OWNER/NAME[@REVISION]"` | a transformers model on the Hugging Face hub |
-    | a folder | one with `config.json`, tokenizer and weights |
-    | `"openai:MODEL"` | OpenAI's embeddings API; the key is taken from `OPENAI_API_KEY` alone |
+    | a folder | a transformers model with `config.json`, tokenizer and weights |
+    | `"openai:MODEL"` | OpenAI's embeddings API; the key is read only from the variable `OPENAI_API_KEY` |
 
     Args:
-        encoder: see the table.
-        weights: local weight file for a timm name.
+        encoder: name, path, network or array as in the tables above.
+        weights: local weight file for a timm name or for the bundled encoder.
         image_size: (height, width) of a typical image, in pixels.
         modality: `"image"` or `"text"`.
-        text: pooling, normalisation and length of a text encoder.
+        text: pooling, normalisation and length of a text encoder; None takes the defaults of `TextConfig`.
 
     Raises:
         FeatureError: the choice is unknown or incomplete, or a local file is missing.
@@ -178,7 +192,7 @@ def _timm_spec(name: str, weights: Path | None, reason: str) -> EncoderSpec:
 
     folder = Path(name.removeprefix("local-dir:")).expanduser()
     path_like = name.startswith("local-dir:") or len(folder.parts) > 1 or folder.suffix in (".safetensors", ".pth")
-    # a folder that happens to be called like a timm model is not meant, unless it holds a model
+    # A folder that happens to have the name of a timm model is only taken if it holds a model.
     if name.startswith("local-dir:") or (folder.exists() and (path_like or (folder / "config.json").is_file())):
         if folder.is_file():
             raise FeatureError(f'{name} is a file: pass encoder="NAME OF ITS timm MODEL", weights={name!r}')
@@ -224,17 +238,21 @@ def _module_spec(module: Any, preprocess: Callable[..., Any] | None) -> EncoderS
 
 
 def _check_channels(spec: EncoderSpec, module: nn.Module, preprocess: Callable[..., Any]) -> None:
-    """Tell at once that the preprocessing gives images of another number of channels than the network takes."""
+    """Check early that the preprocessing returns the number of channels that the network takes.
+
+    Raises:
+        FeatureError: the network fails on a prepared image because of its number of channels.
+    """
     first = next((child for child in module.modules() if isinstance(child, nn.Conv2d)), None)
     try:
         prepared = preprocess(Image.new("RGB", (64, 64)))
         if first is None or prepared.ndim != 3 or prepared.shape[0] == first.in_channels:
             return
-        # the layer that is listed first need not be the one that sees the image
+        # The convolution that is listed first need not be the one that receives the image, so a trial run decides.
         encoder: Any = spec.load("cpu", "float32")
         encoder.embed(prepared[None])
     except Exception as error:
-        # all else is told where images are read
+        # All other errors are reported later, when real images are read.
         if "channels" not in str(error):
             return
         count = first.in_channels if first is not None else 0

@@ -1,4 +1,4 @@
-"""Rows of features from wherever they come, each to its place, checked to be finite."""
+"""Collect rows of features from any encoder, put each row at its position, and check that it is finite."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from dq_lightning.core.records import Features
 from dq_lightning.core.resuming import Shards
 
 Allocate = Callable[[str, tuple[int, int]], Tensor]
-# rows stay on the device until so many batches are done, because every copy to the host waits for the device
+# Rows stay on the device until this many batches are done, because every copy to the host waits for the device.
 BATCHES_PER_COPY = 16
 NAMED_SAMPLES = 5
 
@@ -21,9 +21,9 @@ class Rows(NamedTuple):
     """Features of some samples, on any device.
 
     Attributes:
-        positions: int64 [B] on the CPU, the samples.
-        embedding: floating [B, D].
-        head_gradient: floating [B, C], or None.
+        positions: int64 [B] on the CPU, positions of the samples in the source.
+        embedding: floating [B, D], embeddings of the samples.
+        head_gradient: floating [B, C], loss gradients with respect to the logits, or None.
     """
 
     positions: Tensor
@@ -32,7 +32,7 @@ class Rows(NamedTuple):
 
 
 def allocate_in_memory(name: str, shape: tuple[int, int]) -> Tensor:
-    """An empty float32 tensor."""
+    """Return an uninitialized float32 tensor of the given shape in main memory."""
     return torch.empty(shape, dtype=torch.float32)
 
 
@@ -49,17 +49,19 @@ def collect(
     """Copy the rows to the host, a block of batches at a time, and check that they are finite.
 
     Args:
-        stream_of: given the positions int64 of the samples that are missing, ascending, their rows, each once, in any order.
-        num_samples: N.
-        progress: show a bar.
-        allocate: makes the float32 CPU tensor to fill.
-        advice: what to do about values that are not finite.
-        shards: rows that an earlier run has made, and where to keep these.
-        made_from: see `Shards.restore`.
-        left_out: int64 [U], ascending, samples that need no rows, or whose rows do not count; None: there are none.
+        stream_of: function that is called with the positions of the missing samples, int64, ascending, and yields their
+            rows, each once, in any order.
+        num_samples: number N of samples.
+        progress: whether to show a progress bar.
+        allocate: function that makes the float32 CPU tensor to fill, given its name and shape.
+        advice: advice to the user about values that are not finite, for the error message.
+        shards: store with the rows of an earlier run, to which the new rows are added.
+        made_from: digest of what the rows are made from, see `Shards.restore`.
+        left_out: int64 [U], ascending, samples that need no rows or whose rows are ignored; None if there are none.
+            Their rows are zero in the result.
 
     Raises:
-        FeatureError: a row is not finite, or missing.
+        FeatureError: a row is missing or not finite.
     """
     table = _Table(num_samples, allocate, shards)
     table.restore(made_from)
@@ -82,12 +84,13 @@ def collect(
 
 
 class _Table:
-    """The rows that are there.
+    """The rows that have been collected so far.
 
     Attributes:
-        filled: tensors [N, ...] by name.
-        seen: bool [N], whose rows are there.
-        not_finite: positions whose rows are not finite. They are kept in no shard, because the next run may do better.
+        filled: tensors float32 [N, width] by name.
+        seen: bool [N], True for samples whose rows have been collected.
+        not_finite: positions whose rows are not finite. They are stored in no shard, because another run may make
+            finite rows.
     """
 
     def __init__(self, num_samples: int, allocate: Allocate, shards: Shards) -> None:
@@ -99,7 +102,7 @@ class _Table:
         self._to_keep: list[Tensor] = []
 
     def restore(self, made_from: str) -> None:
-        """Take over what an earlier run has kept."""
+        """Fill in the rows that an earlier run has stored."""
         for piece in self._shards.restore(len(self.seen), made_from):
             positions = torch.from_numpy(piece.pop("positions"))
             for name, rows in piece.items():
@@ -107,7 +110,7 @@ class _Table:
             self.seen[positions] = True
 
     def add(self, rows: Rows) -> None:
-        """Take the rows of a batch; they are copied when a block of them is full, or a shard is due."""
+        """Add the rows of a batch; they are copied to the host after 16 batches or when a shard is due."""
         self._waiting.append(rows)
         due = self._shards.is_due()
         if due or len(self._waiting) == BATCHES_PER_COPY:
@@ -119,7 +122,7 @@ class _Table:
             self._to_keep.clear()
 
     def copy(self) -> None:
-        """Take over the rows of the batches that wait."""
+        """Copy the rows of the waiting batches to the host and fill them in."""
         if not self._waiting:
             return
         positions = torch.cat([rows.positions for rows in self._waiting])

@@ -1,4 +1,4 @@
-"""Encoders that are ready to run, and the one implementation of them around a network."""
+"""Protocols of loaded encoders, and `NetworkEncoder`, which makes an image encoder of a network."""
 
 import copy
 from collections.abc import Iterator
@@ -20,57 +20,71 @@ HEAD_NAMES = ("head", "fc", "classifier", "linear")
 
 
 class Encoder(Protocol):
-    """A frozen network in eval mode on its device."""
+    """A frozen network of images in eval mode on its device."""
 
     @property
     def num_classes(self) -> int | None:
-        """Width C of the linear head, or None if there is none."""
+        """Number C of outputs of the linear head, or None if the encoder has no linear head."""
         ...
 
     def preprocess(self, image: Image.Image, /) -> Tensor:
-        """Tensor of one RGB image; runs in loader processes, so it must be picklable without the weights."""
+        """Turn one RGB image into a tensor.
+
+        The method runs in loader processes, so it must be picklable without the weights of the network.
+        """
         ...
 
     def embed(self, batch: Tensor, /) -> Tensor:
-        """Pooled features float32 [B, D] of a stacked batch [B, ...], on the encoder's device."""
+        """Return pooled features, float32 [B, D] on the encoder's device, of a stacked batch [B, ...]."""
         ...
 
     def logits(self, embedding: Tensor, /) -> Tensor:
-        """Output float32 [B, C] of the linear head for features [B, D]."""
+        """Return the output of the linear head, float32 [B, C], for features [B, D]."""
         ...
 
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """A frozen network on its device that reads tokens."""
+    """A frozen network of token ids on its device."""
 
     num_classes: None
     max_length: int
 
     def tokenize(self, texts: list[str], /) -> list[list[int]]:
-        """Token ids of texts, special tokens included, at least one and at most `max_length` each."""
+        """Return the token ids of each text, special tokens included: at least one and at most `max_length`."""
         ...
 
     def embed(self, tokens: Tensor, /) -> Tensor:
-        """Pooled features float32 [B, D] of token ids int64 [B, T], -1 behind the end, on the encoder's device."""
+        """Return pooled features, float32 [B, D] on the encoder's device.
+
+        Args:
+            tokens: token ids, int64 [B, T], padded with -1 after the end of each text.
+        """
         ...
 
 
 @runtime_checkable
 class RowEncoder(Protocol):
-    """Gives rows by itself: nothing is batched for it."""
+    """An encoder that reads the source itself and returns finished rows, so no batches are made for it."""
 
     num_classes: None
     advice: str
-    """What to do about rows that are not finite."""
+    """Advice to the user about rows that are not finite, for messages."""
 
     def rows(self, source: Any, batch_size: int, num_workers: int | Literal["auto"], paid: Paid, /) -> Iterator[Rows]:
-        """Features of every sample, each once, in any order; `paid` has and keeps what costs money."""
+        """Yield the features of every sample once, in any order.
+
+        Args:
+            source: dataset of N samples.
+            batch_size: largest number of samples in one request.
+            num_workers: number of concurrent requests.
+            paid: store of rows that cost money; rows found in it are not requested again, and new ones are added.
+        """
         ...
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device itself; `"auto"` is the current GPU when there is one, and else the CPU."""
+    """Return the named device; `"auto"` is the current GPU if there is one, else the CPU."""
     if str(device) != "auto":
         return named_device(device)
     if torch.cuda.is_available():
@@ -79,7 +93,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
-    """The dtype of the convolutions: `"auto"` is float32 off the GPU; bfloat16 on one that computes in it, else float16."""
+    """Return the dtype that the body of a network computes in.
+
+    `"auto"` is bfloat16 on a GPU that supports it natively, float16 on any other GPU, and float32 on all other devices.
+    """
     if precision != "auto":
         dtype: torch.dtype = getattr(torch, precision)
         return dtype
@@ -89,7 +106,11 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
 
 
 def find_head(module: nn.Module) -> nn.Linear | None:
-    """The linear classification head: timm's `get_classifier()`, a usual attribute, or the last linear layer."""
+    """Find the linear classification head of a network, or return None.
+
+    The head is what timm's `get_classifier()` returns, else the linear layer in an attribute of `HEAD_NAMES`, else the
+    last linear layer.
+    """
     network: Any = module
     if hasattr(network, "get_classifier"):
         head = network.get_classifier()
@@ -103,13 +124,13 @@ def find_head(module: nn.Module) -> nn.Linear | None:
 
 
 def pool(output: Any) -> Tensor:
-    """Features [B, D] of a network's output: maps [B, D, H, W] are averaged over their places.
+    """Return the features [B, D] of a network's output.
 
-    Of an output with named parts, as transformers gives it, `pooler_output` is taken, or else the mean over the tokens
-    of `last_hidden_state` [B, T, D].
+    Feature maps [B, D, H, W] are averaged over height and width. If the output is a record as transformers returns it,
+    its `pooler_output` is taken, or else the mean of `last_hidden_state` [B, T, D] over the tokens.
 
     Raises:
-        FeatureError: none of these.
+        FeatureError: the output is neither a tensor of one of these shapes nor such a record.
     """
     features = output
     if not isinstance(output, Tensor):
@@ -134,16 +155,17 @@ def pool(output: Any) -> Tensor:
 class NetworkEncoder:
     """An encoder made of a network and its preprocessing.
 
-    A network with timm's vocabulary gives `forward_head(forward_features(x), pre_logits=True)`. Of any other network the
-    features are what enters its head, when the head's output is the network's output, and else the output itself.
+    The features of a network with timm's methods are `forward_head(forward_features(x), pre_logits=True)`. The features
+    of any other network are the input of its head if the head's output is the network's output, else the output itself.
 
     Args:
-        module: the network; it is copied, so the caller's stays as it is.
-        preprocess: from an RGB image to a tensor.
-        device: where to run.
-        precision: of the network's body; head and features are float32.
-        mean: of the channels, in [0, 1]; used on uint8 batches, together with `std`.
-        std: likewise.
+        module: the network; it is copied, so the caller's network does not change.
+        preprocess: function from an RGB image to a tensor.
+        device: device that the network runs on.
+        precision: precision of the network's body; the head and the features are float32.
+        mean: mean of each channel on the scale [0, 1], which uint8 batches are normalised with; None if `preprocess`
+            normalises.
+        std: standard deviation of each channel on the scale [0, 1], used together with `mean`.
     """
 
     def __init__(
@@ -160,10 +182,10 @@ class NetworkEncoder:
         self._device = device
         self._dtype = resolve_precision(precision, device)
         own: Any = copy.deepcopy(module).to(device).float().eval()
-        # one by one: a network of TorchScript has no `requires_grad_` of its own
+        # A TorchScript network has no method `requires_grad_`, so its parameters are frozen one by one.
         for parameter in own.parameters():
             parameter.requires_grad_(False)
-        # convolutions are fastest with the channels last, on both kinds of device
+        # Convolutions are fastest in the channels-last layout, both on CPUs and on GPUs.
         self._module: Any = own.to(memory_format=torch.channels_last)
         self._head = find_head(self._module)
         self._has_timm_vocabulary = hasattr(module, "forward_features") and hasattr(module, "forward_head")
@@ -180,22 +202,29 @@ class NetworkEncoder:
 
     @property
     def head(self) -> nn.Linear | None:
-        """The linear head, a part of `network`; None when there is none that its output comes from."""
+        """Linear head inside `network` that produces its output, or None if there is no such layer."""
         return self._head
 
     @property
     def num_classes(self) -> int | None:
-        """Width of the linear head, or None."""
+        """Number of outputs of the linear head, or None if there is no head."""
         return None if self._head is None else self._head.out_features
 
     def embed(self, batch: Tensor) -> Tensor:
-        """Features float32 [B, D] of a batch [B, 3, H, W], uint8 or normalised floating, from any device."""
+        """Return the features of a batch, float32 [B, D].
+
+        Args:
+            batch: images [B, 3, H, W] on any device, uint8 or already normalised floating point.
+
+        Raises:
+            FeatureError: the network fails on the batch, or the batch is uint8 and there are no mean and std.
+        """
         with torch.no_grad(), self._autocast():
             features = self.features(batch)
         return features.float()
 
     def features(self, batch: Tensor) -> Tensor:
-        """Features [B, D] of a batch as `embed` takes it, in the caller's grad mode and precision."""
+        """Return the features [B, D] of a batch as `embed` does, but in the caller's grad mode and precision."""
         batch = batch.to(self._device, non_blocking=True)
         if batch.dtype == torch.uint8:
             if self._mean is None or self._std is None:
@@ -211,7 +240,7 @@ class NetworkEncoder:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            # torch tells of a lost loader process wherever this one happens to be
+            # torch raises the error about a lost loader process at whatever code runs at that moment.
             if "DataLoader worker" in str(error):
                 raise
             raise FeatureError(
@@ -220,7 +249,11 @@ class NetworkEncoder:
             ) from error
 
     def logits(self, embedding: Tensor) -> Tensor:
-        """Logits float32 [B, C] of features [B, D]."""
+        """Return the logits, float32 [B, C], of features [B, D].
+
+        Raises:
+            FeatureError: the encoder has no linear head.
+        """
         if self._head is None:
             raise FeatureError("this encoder has no linear head")
         with torch.no_grad():
@@ -245,9 +278,9 @@ class NetworkEncoder:
             output = self._module(batch)
         finally:
             handle.remove()
-        # transformers' classifiers name the head's output
+        # Classifiers of transformers return a record with the output of the head in `logits`.
         if seen and (seen[-1][1] is output or seen[-1][1] is getattr(output, "logits", None)):
             return pool(seen[-1][0])
-        # the linear layer found is an inner one: what the network gives are the features
+        # The linear layer that was found is an inner layer, so the output of the network is taken as the features.
         self._head = None
         return pool(output)

@@ -1,4 +1,4 @@
-"""The batch loop: a source through an encoder to one row of features a sample."""
+"""The loop that runs an encoder over all samples of a source and collects one row of features for each sample."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -47,36 +47,41 @@ def extract_features(
 ) -> Features:
     """Run every sample of a source through an encoder.
 
-    Deterministic on one device. Nothing in the process changes: random state, flags and GPU memory are as before. When the
-    GPU's memory is short, the batch is halved and the run goes on; the features do not depend on the batch size, up to
-    rounding.
+    The result is deterministic on one device. The global state of the process does not change: random state, flags and
+    GPU memory are afterwards as they were before. When GPU memory runs out, the batch is halved and the run continues;
+    up to rounding, the features do not depend on the batch size.
 
     Args:
-        source: N samples: `image(i)` (RGB) and `decode_warning(i)` for an encoder of images, `texts(positions)` for one of
-            text; ready-made embeddings need neither.
-        spec: from `choose_encoder`.
-        kind: `"embedding"`, or `"gradient"` to add the gradient with respect to the logits.
-        labels: int64 [N], for `"gradient"`.
-        num_classes: of the labels; the largest label plus one when None.
-        device: `"auto"` is the GPU when there is one.
-        precision: see `resolve_precision`. Features are float32 in any case.
-        batch_size: samples a step.
-        num_workers: loader processes, or requests at a time; `"auto"` decides by the time a few samples take.
-        progress: show a bar (never when `TQDM_DISABLE` is set).
-        out: makes the float32 CPU tensor to fill, of a name (`"embedding"`, `"head_gradient"`) and a shape; a
-            memory-mapped one keeps large features off the heap.
-        loss: see `head_gradient`.
-        paid: where an encoder that is paid for each row records what it has; None keeps nothing.
-        shards: where finished rows are kept, so that a killed run goes on with what is missing; not used with ready-made or
-            paid rows. None keeps nothing.
-        left_out: int64 [U], samples that cannot be read: their rows are zero.
+        source: dataset of N samples. An image encoder calls `image(i)` (RGB) and `decode_warning(i)`, a text encoder
+            calls `texts(positions)`; ready-made embeddings call neither.
+        spec: encoder chosen by `choose_encoder`.
+        kind: `"embedding"` for the embedding alone, or `"gradient"` to add the loss gradient with respect to the
+            logits.
+        labels: class of each sample, int64 [N]; required for `"gradient"`.
+        num_classes: number of classes; None takes the largest label plus one.
+        device: device that the encoder runs on; `"auto"` takes the GPU if there is one.
+        precision: precision of the network, see `resolve_precision`. The features are always float32.
+        batch_size: number of samples in one batch.
+        num_workers: number of loader processes, or of concurrent requests to an API; `"auto"` measures how long a few
+            samples take to read and chooses the number of loader processes by that.
+        progress: whether to show a progress bar; the environment variable `TQDM_DISABLE` switches it off in any case.
+        out: function that makes the float32 CPU tensor to fill, given its name (`"embedding"` or `"head_gradient"`) and
+            its shape; a memory-mapped tensor keeps large features out of main memory.
+        loss: loss that the gradient is taken of, see `head_gradient`.
+        paid: store in which an encoder that costs money for each row records the rows it has received; None records
+            nothing.
+        shards: store for finished rows, from which a killed run can be resumed; it is not used for ready-made or paid
+            rows. None stores nothing.
+        left_out: positions of unreadable samples, int64 [U]; their rows are zero.
 
     Returns:
-        embedding float32 [N, D], and for `"gradient"` head_gradient float32 [N, C], both on the CPU, in the source's order.
+        Features with `embedding` float32 [N, D] and, for `"gradient"`, `head_gradient` float32 [N, C], both on the CPU
+        and in the order of the source.
 
     Raises:
-        FeatureError: the encoder cannot be loaded, gives other values than finite ones, or has no head for these classes.
-        SourceError: a sample cannot be read; as the source raised it.
+        FeatureError: the dataset is empty, labels are missing, the encoder cannot be loaded or has no linear head for
+            these classes, or a feature is not finite.
+        SourceError: a sample cannot be read; the error is passed on as the source raised it.
     """
     if len(source) == 0:
         raise FeatureError("the dataset is empty: there is nothing to make features of")
@@ -130,9 +135,10 @@ def _check_head(
 
 
 class _HalvedBatch:
-    """The largest batch that the device's memory has held so far; embeds in pieces of that size.
+    """Embeds batches in pieces that fit the device's memory, halving the piece each time that memory runs out.
 
-    The size counts elements: short texts still go many at a time after long ones did not fit.
+    The limit counts tensor elements, not samples, so short texts are still embedded many at a time after a batch of
+    long texts did not fit.
     """
 
     def __init__(self, encoder: Encoder | TextEncoder) -> None:
@@ -158,7 +164,7 @@ class _HalvedBatch:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _try(self, piece: Tensor) -> Tensor | None:
-        # the error's traceback holds the activations, so it must be gone before memory is released
+        # The traceback of the error refers to the activations, so this function must end before memory is released.
         try:
             return self._encoder.embed(piece)
         except torch.OutOfMemoryError:
@@ -192,7 +198,7 @@ def _images_to_rows(
     num_workers: int | Literal["auto"],
     missing: Tensor,
 ) -> Iterator[Rows]:
-    """Rows of every batch of the samples `missing`, in order, still on the device."""
+    """Yield the rows of the samples `missing`, batch by batch in order; the tensors stay on the device."""
     batches = ImageBatches(source, encoder.preprocess, batch_size, missing)
     warnings: list[tuple[int, str]] = []
     embedder = _HalvedBatch(encoder)

@@ -1,4 +1,7 @@
-"""Images to batches in loader processes: order kept, warnings collected, errors brought home as they were."""
+"""Read images and make batches of them in loader processes.
+
+The order of the samples is kept, warnings are collected, and errors reach the main process unchanged.
+"""
 
 import logging
 import multiprocessing
@@ -19,32 +22,32 @@ from dq_lightning.core.handles import FORK, loader_processes, with_dataset
 from dq_lightning.features.preprocessing import Preprocessing
 
 logger = logging.getLogger("dq_lightning")
-# starting and stopping loader processes costs about this much, so less work is not worth it
+# Starting and stopping loader processes takes about this long, so they do not pay off for less work.
 WORKER_START_SECONDS = 2.0
 MAX_WORKERS = 8
 
 
 class ImageSource(Protocol):
-    """What the loader needs of a dataset."""
+    """The part of a dataset of images that the loader uses."""
 
     def __len__(self) -> int: ...
 
     def image(self, index: int, /) -> Image.Image:
-        """RGB image of a sample."""
+        """Return the RGB image of a sample."""
         ...
 
     def decode_warning(self, index: int, /) -> str | None:
-        """What is doubtful about the sample's pixels, or None."""
+        """Return a warning if the sample's pixels may have been decoded wrongly, or None."""
         ...
 
 
 class ImageBatch(NamedTuple):
-    """Consecutive samples.
+    """Preprocessed images of a batch of samples.
 
     Attributes:
-        images: [B, ...] as the preprocessing gave them, or None if there was an error.
-        warnings: (index, text) of samples that were decoded doubtfully.
-        error: what went wrong.
+        images: output of the preprocessing, [B, ...], or None if there was an error.
+        warnings: (index, text) of each sample that may have been decoded wrongly.
+        error: error that reading or preprocessing raised, or None.
     """
 
     images: Tensor | None
@@ -53,15 +56,16 @@ class ImageBatch(NamedTuple):
 
 
 class ImageBatches(Dataset[ImageBatch]):
-    """Batches of a source as a map-style dataset: item b holds the samples `batches[b]`.
+    """Batches of a source as a map-style dataset: item b is the batch of the samples `batches[b]`.
 
-    Each batch lies within one stretch of `batch_size` samples of the source, so what is left out changes no other batch.
+    The source is divided into sections of `batch_size` consecutive samples, and each batch lies within one section. So
+    samples that are left out change no other batch.
 
     Args:
-        source: N images.
-        preprocess: from an image to a tensor.
-        batch_size: samples a batch at most.
-        positions: int64 [n], ascending, of the samples wanted; None takes all.
+        source: dataset of N images.
+        preprocess: function from an RGB image to a tensor.
+        batch_size: largest number of samples in a batch.
+        positions: int64 [n], positions of the samples to read, ascending; None reads all.
     """
 
     def __init__(
@@ -87,15 +91,16 @@ class ImageBatches(Dataset[ImageBatch]):
                     warnings.append((index, text))
             return ImageBatch(stack(images, indices), warnings, None)
         except Exception as error:
-            # returned, not raised: the loader would bury it under its own traceback
+            # The error is returned, because the DataLoader would wrap a raised error in another one.
             return ImageBatch(None, warnings, error)
 
     def prepare(self, index: int) -> Tensor:
-        """Tensor of one sample.
+        """Read and preprocess one sample.
 
         Raises:
-            DQError: as the source raised it.
-            FeatureError: the preprocessing failed or gave no tensor; names the sample.
+            DQError: the source raised it.
+            FeatureError: the preprocessing failed or returned something else than a tensor; the message names the
+                sample.
         """
         image = self.source.image(index)
         try:
@@ -114,13 +119,21 @@ class ImageBatches(Dataset[ImageBatch]):
 
 
 def stretches(positions: Tensor, size: int) -> list[Tensor]:
-    """Ascending positions, cut where a multiple of `size` lies between two of them."""
+    """Split ascending positions into runs, so that no run crosses a multiple of `size`.
+
+    >>> [part.tolist() for part in stretches(torch.tensor([0, 3, 4, 9]), 4)]
+    [[0, 3], [4], [9]]
+    """
     _, counts = torch.unique_consecutive(positions // size, return_counts=True)
     return list(torch.split(positions, counts.tolist()))
 
 
 def stack(images: list[Tensor], indices: list[int]) -> Tensor:
-    """Stack equally shaped tensors, which belong to the samples `indices`."""
+    """Stack the tensors of the samples `indices` along a new first dimension.
+
+    Raises:
+        FeatureError: the tensors have different shapes.
+    """
     for index, image in zip(indices, images, strict=True):
         if image.shape != images[0].shape:
             raise FeatureError(
@@ -131,7 +144,10 @@ def stack(images: list[Tensor], indices: list[int]) -> Tensor:
 
 
 def choose_num_workers(batches: ImageBatches, device: torch.device) -> int:
-    """How many loader processes pay off, from the time that a few samples take; 0 if all take under two seconds."""
+    """Choose the number of loader processes by the time that up to eight samples take to prepare.
+
+    The number is 0 if all samples together would take less than two seconds.
+    """
     total = sum(map(len, batches.batches))
     tried = [index for batch in batches.batches[:1] for index in batch[:8].tolist()]
     started = time.perf_counter()
@@ -139,26 +155,26 @@ def choose_num_workers(batches: ImageBatches, device: torch.device) -> int:
         for index in tried:
             batches.prepare(index)
     except Exception:
-        # it is raised again, in its turn, where it belongs
+        # The same error occurs again, and is reported, when the sample is read in its turn.
         return 0
     seconds = (time.perf_counter() - started) / max(len(tried), 1) * total
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if seconds < WORKER_START_SECONDS:
         return 0
-    # on a CPU the network needs the cores itself, and the loaders only fill its gaps
+    # If the network runs on the CPU, it needs the cores itself, so the loader processes get only half of them.
     return min(MAX_WORKERS, cores if device.type != "cpu" else max(1, cores // 2))
 
 
 def iterate_batches(
     batches: ImageBatches, num_workers: int | Literal["auto"], device: torch.device
 ) -> Iterator[ImageBatch]:
-    """All batches in order; pinned for a GPU, and prepared ahead in processes where that pays off.
+    """Yield all batches in order, from loader processes if these pay off, and in pinned memory for a GPU.
 
-    A dataset that processes cannot share, or that cannot be sent to them (systems without fork), is read in this process,
-    and a message says so.
+    A dataset that processes cannot share, or that cannot be sent to them (on systems without fork), is read in this
+    process, and a warning says so.
     """
     workers = choose_num_workers(batches, device) if num_workers == "auto" else num_workers
-    # what is read here is kept in the cache, so a number that the user named gives no leave to read wrongly
+    # The result is stored in the cache, so unsafe sharing is not allowed even if the user set the number of processes.
     source, workers = loader_processes(batches.source, workers, asked=False, context=FORK, also=batches.preprocess)
     batches = with_dataset(batches, "source", source)
     options: dict[str, Any] = {}
@@ -170,7 +186,7 @@ def iterate_batches(
         batch_size=None,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        # a generator of its own: without one the loader draws its seed from the global one
+        # Without a generator of its own, the loader would draw its seed from the global random state.
         generator=torch.Generator().manual_seed(0),
         **options,
     )
@@ -184,7 +200,7 @@ def iterate_batches(
 
 @contextmanager
 def telling_of_lost_loaders() -> Iterator[None]:
-    """Say what it means that a loader process ended; torch raises wherever this process happens to be then.
+    """Explain torch's error about a loader process that ended, which torch raises at whatever code runs then.
 
     Raises:
         FeatureError: a loader process ended.

@@ -1,7 +1,7 @@
-"""OpenAI's embeddings API: parallel requests, what is paid for is recorded at once. Opens disk and network.
+"""Text embeddings from OpenAI's API, requested in parallel; every paid row is recorded as soon as it arrives.
 
-The official client waits and repeats after 408, 409, 429, 5xx, timeouts and cut connections: as long as the server's
-`Retry-After` says, else exponentially longer with jitter.
+The official client repeats a request after the status codes 408, 409, 429 and 5xx, timeouts and broken connections. It
+waits as long as the server's `Retry-After` says, else with exponential backoff and jitter.
 """
 
 import hashlib
@@ -35,11 +35,12 @@ SERVER = "OPENAI_BASE_URL"
 MAX_RETRIES = 10
 TIMEOUT_SECONDS = 60.0
 REQUESTS_AT_ONCE = 8
-# bounds of the API: inputs a request, and tokens of an input and of a request; a token is at least one byte
+# The API limits the inputs of a request, the tokens of an input and the tokens of a request. A token is at least one
+# byte, so bytes are counted instead.
 MOST_INPUTS, TOKENS_PER_INPUT, BYTES_PER_REQUEST = 2048, 8191, 280_000
-# of requests under way when the run is stopped
+# When the run is stopped, requests that were already sent have this long to finish.
 GRACE_SECONDS = 5.0
-# what servers say of a request that is too large or not to their liking, and of trouble that passes
+# Servers answer with these status codes if a request is too large or invalid, and if a failure is temporary.
 _REFUSED, _PASSING = (400, 413, 422), (408, 409, 425, 429)
 _SPEAKS_OF_LENGTH = re.compile(r"token|context|length|too (?:long|large)|exceed|maximum", re.IGNORECASE)
 _SPEAKS_OF_ENCODING = re.compile(r"base64|encoding.?format", re.IGNORECASE)
@@ -47,12 +48,12 @@ _SPEAKS_OF_ENCODING = re.compile(r"base64|encoding.?format", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class OpenAIOrigin:
-    """A model behind the API; its name is its identity, with the server's address where that is another one.
+    """A model behind the API, identified by its name and, if `OPENAI_BASE_URL` is set, the address of the server.
 
     Attributes:
-        model: such as `text-embedding-3-small`.
-        retries: attempts beyond the first.
-        timeout: of one request, in seconds.
+        model: name of the model, such as `text-embedding-3-small`.
+        retries: number of attempts after the first one fails.
+        timeout: time limit of one request, in seconds.
     """
 
     model: str
@@ -69,10 +70,10 @@ class OpenAIOrigin:
         return OpenAIRows(self)
 
     def client(self) -> Any:
-        """The official client; it reads key and address from the environment.
+        """Return the official client, which reads the key and the server's address from the environment.
 
         Raises:
-            FeatureError: the package or the key is missing.
+            FeatureError: the package `openai` is not installed, or `OPENAI_API_KEY` is not set.
         """
         try:
             import openai
@@ -89,10 +90,14 @@ class OpenAIOrigin:
 
 
 def openai_origin(name: str, settings: TextConfig) -> OpenAIOrigin:
-    """The origin of `"openai:MODEL"`.
+    """Return the origin that the encoder name `"openai:MODEL"` stands for.
+
+    Args:
+        name: encoder name, which begins with `openai:`.
+        settings: text settings; the API supports none of `pooling`, `max_length` and `prompt`.
 
     Raises:
-        FeatureError: the model's name is missing, or a setting is given that the API does not have.
+        FeatureError: the name of the model is missing, or one of the unsupported settings is set.
     """
     model = name.removeprefix(PREFIX)
     if not model:
@@ -106,7 +111,7 @@ def openai_origin(name: str, settings: TextConfig) -> OpenAIOrigin:
 
 
 class OpenAIRows:
-    """Embeddings of all texts of a source; see `encoders.RowEncoder`."""
+    """An encoder that requests the embeddings of all texts of a source; see `encoders.RowEncoder`."""
 
     num_classes: None = None
     advice = "The server gave them: try again, or pass another model"
@@ -120,14 +125,20 @@ class OpenAIRows:
         self._stopped = threading.Event()
 
     def rows(self, source: Any, batch_size: int, num_workers: int | Literal["auto"], paid: Paid) -> Iterator[Rows]:
-        """Embeddings of every sample, batches as they arrive; equal texts are sent once.
+        """Yield the embeddings of every sample, batch by batch as they arrive; equal texts are sent only once.
 
-        Every batch is recorded in `paid` before it is used, so an interrupted run goes on where it was.
+        Every batch is recorded in `paid` before it is used, so an interrupted run continues where it stopped.
+
+        Args:
+            source: dataset of N texts.
+            batch_size: largest number of texts in one request.
+            num_workers: number of concurrent requests; `"auto"` or 0 makes 8.
+            paid: store of embeddings that were paid for.
 
         Raises:
-            FeatureError: the server refuses, or goes on failing.
+            FeatureError: the server rejects a request or still fails after all retries.
         """
-        # the API refuses an empty input
+        # The API rejects an empty input, so an empty text is sent as one space.
         texts = [text if text.strip() else " " for text in read_texts(source, range(len(source)))]
         places: dict[bytes, list[int]] = {}
         for position, text in enumerate(texts):
@@ -143,7 +154,7 @@ class OpenAIRows:
         self._check_one(widths)
         sizes = [len(texts[places[key][0]].encode()) for key in waiting]
         batches = [[waiting[i] for i in batch] for batch in split(sizes, min(batch_size, MOST_INPUTS))]
-        # 0 says that the dataset is read in this process, which it is
+        # 0 asks for the dataset to be read in this process, which is always the case here, so 0 sets no limit.
         threads = REQUESTS_AT_ONCE if num_workers == "auto" or num_workers < 1 else num_workers
 
         lock = threading.Lock()
@@ -160,9 +171,9 @@ class OpenAIRows:
             yield _spread([places[key] for key in keys], rows)
 
     def _request(self, texts: list[str]) -> Array:
-        """Embeddings float32 [B, D], each as if its text had been sent alone.
+        """Return embeddings float32 [B, D], each of which is as if its text had been sent alone.
 
-        A request that is refused goes again in smaller ones; only a text that is refused alone is cut.
+        A rejected request is split into smaller ones. A text is only cut if it is rejected when sent alone.
         """
         if len(texts) > self._most:
             parts = [texts[start : start + self._most] for start in range(0, len(texts), self._most)]
@@ -190,12 +201,19 @@ class OpenAIRows:
             return rows
         half, options = (len(texts) + 1) // 2, self._options
         rows = np.concatenate([self._request(texts[:half]), self._request(texts[half:])])
-        if not any(long) and options is self._options:  # so it was the number of texts: later requests keep to it
+        if not any(long) and options is self._options:  # so the number of texts was too large
             self._most = min(self._most, half)
         return rows
 
     def _cut(self, text: str, refusal: Exception) -> Array:
-        """The embedding of a text that is refused alone: of its longest beginning that is not."""
+        """Return the embedding of the longest accepted beginning of a text that is rejected when sent alone.
+
+        A length of 8191 bytes is tried first, then 4096, 2048, 1024 and 512 as long as the server's message is about
+        the length of the text.
+
+        Raises:
+            FeatureError: the server rejects the text at every length that is tried.
+        """
         size = len(text.encode())
         for most in (TOKENS_PER_INPUT, 4096, 2048, 1024, 512):
             if most < size and (most == TOKENS_PER_INPUT or _SPEAKS_OF_LENGTH.search(_message(refusal))):
@@ -210,10 +228,10 @@ class OpenAIRows:
         ) from None
 
     def _try(self, texts: list[str]) -> "Array | Exception":
-        """Embeddings of one request, or why it was refused.
+        """Send one request and return its embeddings, or the error with which the server rejected it.
 
         Raises:
-            FeatureError: the server fails, or refuses whatever is sent.
+            FeatureError: the run was stopped, the server fails, or it rejects requests whatever their content.
         """
         import openai
 
@@ -224,11 +242,11 @@ class OpenAIRows:
             try:
                 rows = self._embed(texts, options)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                # not every server has the client's usual encoding; one that has answered has
+                # Some servers do not support the client's default encoding; one that has answered before does.
                 told = len(texts) == 1 or _SPEAKS_OF_ENCODING.search(_message(error))
                 if options is self._options and (options or self._answered or not told):
                     raise
-                # or another thread has found that out meanwhile
+                # Another thread may have set the options in the meantime.
                 options = self._options or {"encoding_format": "float"}
                 rows = self._embed(texts, options)
                 self._options = options
@@ -237,7 +255,7 @@ class OpenAIRows:
         except _UnorderedError as error:
             return error
         except openai.AuthenticationError as error:
-            # the server's message repeats a part of the key
+            # The server's message repeats a part of the key, so it is not shown.
             raise FeatureError(f"{model}: the key in {KEY} is refused ({error.status_code})") from None
         except openai.APIStatusError as error:
             if error.status_code in _REFUSED:
@@ -277,7 +295,7 @@ class OpenAIRows:
             raise FeatureError(
                 f"{model} answered {len(texts)} texts with {len(data)} embeddings of the widths {sorted(widths)}"
             )
-        # recorded, they would be found again by every later run
+        # If such numbers were recorded, every later run would find them again.
         if not np.isfinite(rows).all():
             raise FeatureError(f"{model} answered with numbers that are NaN or infinite: {self.advice}")
         if len(texts) == 1:
@@ -287,7 +305,11 @@ class OpenAIRows:
         return rows[np.argsort(order)]
 
     def _check_one(self, widths: set[int]) -> None:
-        """The server may have changed the model behind a name."""
+        """Check that all embeddings have one width, since the server may have changed the model behind a name.
+
+        Raises:
+            FeatureError: there are embeddings of several widths.
+        """
         if len(widths) > 1:
             raise FeatureError(
                 f"{self._origin.model} now gives embeddings of another width than before ({sorted(widths)}): name a version of "
@@ -296,10 +318,16 @@ class OpenAIRows:
 
 
 def in_threads(request: Any, batches: Sequence[Any], threads: int, stopped: threading.Event) -> Iterator[Any]:
-    """Results of `request(batch)` as they arrive.
+    """Call `request(batch)` for every batch in several threads and yield the results as they arrive.
 
-    After a failure or an interruption no further request is sent, and those under way have `GRACE_SECONDS` to arrive and be
-    recorded; `stopped` tells the requests. The threads end with the process, however long a server lets them wait.
+    After a failure or an interruption no further request is sent, and requests that were already sent have
+    `GRACE_SECONDS` to finish and be recorded. The threads end with the process, however long a server makes them wait.
+
+    Args:
+        request: function that is called with one batch; its errors are raised here.
+        batches: arguments of the calls.
+        threads: largest number of concurrent calls.
+        stopped: event that is cleared at the start and set at the end, so that requests can see that the run is over.
     """
     todo, taking = iter(batches), threading.Lock()
     stopped.clear()
@@ -317,7 +345,7 @@ def in_threads(request: Any, batches: Sequence[Any], threads: int, stopped: thre
                 arrived.put((None, error))
                 return
 
-    # an executor's threads would be awaited when the process ends
+    # Daemon threads are used because the process would wait for the threads of an executor before it ends.
     workers = [threading.Thread(target=work, name=f"embed-{n}", daemon=True) for n in range(min(threads, len(batches)))]
     for worker in workers:
         worker.start()
@@ -335,7 +363,16 @@ def in_threads(request: Any, batches: Sequence[Any], threads: int, stopped: thre
 
 
 def split(sizes: Sequence[int], most: int) -> list[list[int]]:
-    """Positions in batches of at most `most`, and of at most `BYTES_PER_REQUEST` unless one alone is larger."""
+    """Split texts into consecutive batches, returned as lists of positions.
+
+    Args:
+        sizes: size of each text in bytes.
+        most: largest number of texts in a batch. A batch also has at most `BYTES_PER_REQUEST` bytes, unless it consists
+            of one text that is larger.
+
+    >>> split([200_000, 90_000, 10], 2)
+    [[0], [1, 2]]
+    """
     batches: list[list[int]] = []
     total = 0
     for position, size in enumerate(sizes):
@@ -348,25 +385,25 @@ def split(sizes: Sequence[int], most: int) -> list[list[int]]:
 
 
 def cut_bytes(text: str, most: int) -> str:
-    """The text's beginning, at most so many bytes of UTF-8, no character cut in two; the text itself if it fits."""
+    """Return the longest beginning of a text that has at most `most` bytes of UTF-8, without splitting a character."""
     data = text.encode()
     return text if len(data) <= most else data[:most].decode(errors="ignore")
 
 
 def _key(text: str) -> bytes:
-    """What the embedding of a text is recorded under."""
+    """Return the key, 32 bytes, that the embedding of a text is recorded under."""
     data = text.encode()
-    # earlier releases could cut a long text because of its neighbours, so what they recorded of those is not taken
+    # Earlier releases could cut a long text because of other texts in its request, so long texts have other keys now.
     return hashlib.sha256(data if len(data) <= TOKENS_PER_INPUT else b"alone\0" + data).digest()
 
 
 def _message(error: Exception) -> str:
-    # servers may repeat the key
+    # Servers may repeat the key in their message, so it is removed.
     return str(getattr(error, "message", None) or error).replace(os.environ.get(KEY) or KEY, "...")
 
 
 class _UnorderedError(Exception):
-    """An answer does not say which embedding belongs to which text."""
+    """The server's answer does not say which embedding belongs to which text."""
 
 
 def _spread(places: list[list[int]], rows: Array) -> Rows:

@@ -1,4 +1,4 @@
-"""Where an encoder comes from: the bundled file, or a network in memory; timm's are in `timm_encoder.py`."""
+"""Origins of encoders: the bundled weight file, or a network in memory; those of timm are in `timm_encoder.py`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,18 +16,18 @@ from dq_lightning.identity.values import digest_text
 
 
 class Origin(Protocol):
-    """Knows the identity of an encoder without loading it, and how to load it."""
+    """Source of an encoder, which knows the encoder's identity without loading it, and how to load it."""
 
     def identity(self, memory: DigestMemory) -> str | None:
-        """Digest of weights, preprocessing and architecture; None when only a hub knows the weights' revision."""
+        """Return a digest of weights, preprocessing and architecture, or None if the hub's commit is not known yet."""
         ...
 
     def resolve(self, memory: DigestMemory) -> Self:
-        """This origin with its revision fixed and remembered; may ask a hub."""
+        """Return this origin with its commit fixed, and record the commit in `memory`; this may contact a hub."""
         ...
 
     def load(self, device: str, precision: Precision) -> Encoder | TextEncoder | RowEncoder:
-        """The encoder, ready to run."""
+        """Load the encoder, so that it is ready to run."""
         ...
 
 
@@ -58,11 +58,11 @@ class ModuleOrigin:
     """A network that the caller made, and how its images are preprocessed.
 
     Attributes:
-        module: the network; copied when loaded.
-        preprocess: from an RGB image to a tensor.
-        mean: of the channels in [0, 1], when `preprocess` leaves the normalisation to the device.
-        std: likewise.
-        preprocess_text: description of `preprocess` when its owner knows a better one than its source.
+        module: the network, which is copied when the encoder is loaded.
+        preprocess: function from an RGB image to a tensor.
+        mean: mean of each channel on the scale [0, 1], if the device is to normalise the output of `preprocess`.
+        std: standard deviation of each channel on the scale [0, 1], used together with `mean`.
+        preprocess_text: description of `preprocess` that identifies it better than its source code, or None.
     """
 
     module: nn.Module = field(repr=False, compare=False)

@@ -1,7 +1,8 @@
-"""Embeddings made in pieces, by processes or machines that know nothing of each other, and put together. Touches the disk.
+"""Compute embeddings in pieces, by independent processes or on separate computers, and merge them.
 
-Piece `index` of `nums` rows holds the rows from `index * nums` on, as `NAME_{index}.npy` (float32 [B, D]), with a
-`NAME_{index}.json` beside it, written last, that says which rows of which data these are, made by which encoder.
+Piece `index` of `nums` rows holds the rows from `index * nums` on in the file `NAME_{index}.npy` (float32 [B, D]).
+The file `NAME_{index}.json` beside it, which is written last, says which rows of which data these are and which encoder
+made them.
 """
 
 import hashlib
@@ -26,7 +27,12 @@ AGAIN = "make the piece again, or remove its .npy and .json when it is none of t
 
 
 class Part:
-    """Consecutive samples of a source, as a source of its own for `extract_features`."""
+    """A source for `extract_features` that consists of consecutive samples of another source.
+
+    Args:
+        source: dataset that the samples are read from.
+        rows: positions of the samples in `source`.
+    """
 
     def __init__(self, source: Any, rows: range) -> None:
         self._source, self._rows = source, rows
@@ -35,8 +41,8 @@ class Part:
         return len(self._rows)
 
     def texts(self, positions: Sequence[int]) -> list[str]:
-        """See `text_loading.TextSource`."""
-        # a range of positions stays a range, so that the source can read them at once
+        """Return the texts of some samples, as `text_loading.TextSource` does."""
+        # A range of positions stays a range, so that the source can read the samples at once.
         if isinstance(positions, range) and positions.step == 1 and len(positions):
             chosen: Sequence[int] = self._rows[positions[0] : positions[-1] + 1]
         else:
@@ -45,11 +51,11 @@ class Part:
         return made
 
     def image(self, index: int) -> Any:
-        """See `loading.ImageSource`."""
+        """Return the RGB image of a sample, as `loading.ImageSource` does."""
         return self._source.image(self._rows[index])
 
     def decode_warning(self, index: int) -> str | None:
-        """Likewise."""
+        """Return the warning about a sample's pixels, or None, as `loading.ImageSource` does."""
         warning: str | None = self._source.decode_warning(self._rows[index])
         return warning
 
@@ -70,28 +76,31 @@ def embed_piece(
     progress: bool = True,
     paid: Paid | None = None,
 ) -> Path:
-    """Embed the rows from `index * nums` on, at most `nums`, and write them; a piece that is there and whole is kept.
+    """Embed at most `nums` rows from row `index * nums` on and write them; a complete existing piece is kept.
 
     Args:
-        source: as for `extract_features`.
-        spec: likewise, resolved.
-        index: number of the piece, from 0.
-        nums: rows of a piece; the last one may have fewer.
-        out_dir: folder of the pieces; made when it is missing.
-        identity: what must be equal in all pieces: the source's digest, the encoder's, what text is embedded. JSON values.
-        name: beginning of the files' names.
-        device: as for `extract_features`, and so are the others.
-        precision: likewise.
-        batch_size: likewise.
-        num_workers: likewise.
-        progress: likewise.
-        paid: likewise.
+        source: dataset of N samples, as for `extract_features`.
+        spec: resolved choice of the encoder.
+        index: number of the piece, counted from 0.
+        nums: number of rows in a piece; the last piece may have fewer.
+        out_dir: folder of the pieces, which is created if it does not exist.
+        identity: JSON values that must be equal in all pieces: the digest of the source, the digest of the encoder, and
+            which text is embedded.
+        name: beginning of the file names.
+        device: device that the encoder runs on, see `extract_features`.
+        precision: precision of the network, see `extract_features`.
+        batch_size: number of samples in one batch.
+        num_workers: number of loader processes or of concurrent requests, see `extract_features`.
+        progress: whether to show a progress bar.
+        paid: store of rows that cost money, see `extract_features`.
 
     Returns:
-        The `.npy` file.
+        Path of the `.npy` file.
 
     Raises:
-        FeatureError: there are no such rows, or as `extract_features`.
+        FeatureError: the piece lies outside of the source, the folder has pieces of another size, or `extract_features`
+            raises the error.
+        SourceError: a sample cannot be read.
     """
     total = len(source)
     if nums < 1 or not 0 <= index * nums < total:
@@ -118,7 +127,8 @@ def embed_piece(
         progress=progress,
         paid=paid,
     ).embedding.numpy()
-    # without its description a piece counts as missing, so the old one goes first and the new one comes last
+    # A piece without a description counts as missing, so the old description is removed first and the new one is
+    # written last.
     target.with_suffix(".json").unlink(missing_ok=True)
     _write(target, lambda file: np.save(file, made, allow_pickle=False))
     facts["sha256"] = _digest(target)
@@ -127,7 +137,11 @@ def embed_piece(
 
 
 def _check_neighbours(folder: Path, name: str, nums: int) -> None:
-    """Pieces of another size would neither be replaced one by one nor fit."""
+    """Check that the pieces in the folder have `nums` rows; pieces of another size would not fit this one.
+
+    Raises:
+        FeatureError: the folder has a piece of another size.
+    """
     for path in sorted(folder.glob(f"{name}_*.json")):
         other = _read_facts(path)
         if other is not None and other["nums"] != nums:
@@ -140,18 +154,18 @@ def _check_neighbours(folder: Path, name: str, nums: int) -> None:
 def merge_pieces(
     folder: str | Path, *, name: str = NAME, identity: Mapping[str, Any] | None = None
 ) -> NDArray[np.float32]:
-    """Put the pieces of a folder together.
+    """Merge the pieces of a folder into one array.
 
     Args:
-        folder: of the pieces.
-        name: beginning of the files' names.
-        identity: what they must have been made of, or a part of it; None asks only that all agree.
+        folder: folder of the pieces.
+        name: beginning of the file names.
+        identity: all or some of the identity values that the pieces must have; None only requires that they agree.
 
     Returns:
-        float32 [N, D], row i that of sample i.
+        Embeddings float32 [N, D]; row i belongs to sample i.
 
     Raises:
-        FeatureError: a piece is missing, damaged or foreign; names it.
+        FeatureError: a piece is missing, damaged, or made of other data or by another encoder; the message names it.
     """
     folder = Path(folder)
     found = {path: _read_facts(path) for path in sorted(folder.glob(f"{name}_*.json"))}
@@ -234,7 +248,7 @@ def _without_digest(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_facts(path: Path) -> dict[str, Any] | None:
-    """The description of a piece; None when there is none that can be understood."""
+    """Read the description of a piece; return None if it does not exist or is invalid."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -255,7 +269,7 @@ def _digest(path: Path) -> str:
 
 
 def _write(path: Path, put: Callable[[Any], Any]) -> None:
-    """Write under another name and rename: a file that is there is whole."""
+    """Write a file under another name and rename it, so that a file with the final name is always complete."""
     handle, partial = tempfile.mkstemp(suffix=".partial", dir=path.parent)
     with os.fdopen(handle, "wb") as file:
         put(file)

@@ -1,4 +1,4 @@
-"""From one RGB image to the tensor an encoder wants."""
+"""Preprocessing that turns one RGB image into the tensor that an encoder takes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,15 +12,18 @@ Preprocessing = Callable[[Image.Image], Tensor]
 
 
 def image_to_uint8(image: Image.Image) -> Tensor:
-    """An RGB image as uint8 [3, H, W]."""
+    """Return an RGB image as a tensor uint8 [3, H, W]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
 class ResizeToSquare:
-    """Scale the whole image to `side` x `side` pixels (Pillow's bicubic filter, which averages when it shrinks).
+    """Scale the whole image to `side` x `side` pixels with Pillow's bicubic filter, which averages when it shrinks.
 
-    Returns uint8 [3, side, side]; the encoder normalises whole batches on its device.
+    The result is uint8 [3, side, side]; the encoder normalises whole batches on its device.
+
+    Attributes:
+        side: height and width of the result in pixels.
     """
 
     side: int

@@ -1,4 +1,4 @@
-"""Which samples can be read at all: one pass before the features, for `on_error="skip"`."""
+"""Find samples that cannot be read, in one pass over the source before features are made, for `on_error="skip"`."""
 
 import json
 import logging
@@ -30,21 +30,21 @@ def find_unreadable(
     progress: bool = True,
     shards: Shards | None = None,
 ) -> Tensor:
-    """Read every sample once; what cannot be read is counted and the first few are named in one warning.
+    """Read every sample once, and log one warning with the number of unreadable samples and the first few of them.
 
     Args:
-        source: N samples: `check(i)` or `image(i)`, or for text `text(i)`.
-        positions: int64 [n], ascending, of the samples that are read; None reads all.
-        num_workers: loader processes for images; `"auto"` decides by the time a few samples take.
-        progress: show a bar.
-        shards: what an earlier run has found, and where this one keeps what it finds; None keeps nothing.
+        source: dataset of N samples, which is read with `check(i)` or `image(i)`, or for text with `text(i)`.
+        positions: int64 [n], positions of the samples to read, ascending; None reads all.
+        num_workers: number of loader processes for images; `"auto"` chooses it by the time that a few samples take.
+        progress: whether to show a progress bar.
+        shards: store with the findings of an earlier run, to which new findings are added; None stores nothing.
 
     Returns:
-        int64 [U], ascending: the samples whose reading raised SourceError.
+        int64 [U], positions of the samples whose reading raised a SourceError, ascending.
 
     Raises:
         FeatureError: no sample can be read.
-        SourceError: a failure that may pass (a stale network file, no memory) and says nothing of the sample.
+        SourceError: the failure may be temporary (a stale network file, no memory) and so is not due to the sample.
     """
     samples = torch.arange(len(source)) if positions is None else positions
     found = _found_in_all(source, samples, num_workers, progress, shards or NothingKept())
@@ -61,14 +61,19 @@ def find_unreadable(
 
 
 def without_labels(labels: Labels, samples: Tensor) -> Labels:
-    """The same classes, some samples having none."""
+    """Return a copy of the labels in which the given samples, int64 positions, have no class."""
     values = labels.values.clone()
     values[samples] = labels.num_classes
     return Labels(values, labels.names, unlabeled=True)
 
 
 class Blanked:
-    """A source of text in which some samples are empty, for encoders that ask for all."""
+    """A source of text in which some samples are empty strings, for encoders that read all samples.
+
+    Args:
+        source: dataset of N texts.
+        samples: int64, positions of the samples that are replaced by empty strings.
+    """
 
     def __init__(self, source: Any, samples: Tensor) -> None:
         self._source, self._blank = source, set(samples.tolist())
@@ -77,7 +82,7 @@ class Blanked:
         return len(self._source)
 
     def texts(self, positions: Sequence[int]) -> list[str]:
-        """See `text_loading.TextSource`."""
+        """Return the texts of some samples, as `text_loading.TextSource` does."""
         wanted = [position for position in positions if position not in self._blank]
         read = iter(self._source.texts(wanted) if wanted else [])
         return ["" if position in self._blank else next(read) for position in positions]
@@ -86,7 +91,7 @@ class Blanked:
 def _found_in_all(
     source: Any, samples: Tensor, num_workers: int | Literal["auto"], progress: bool, shards: Shards
 ) -> list[tuple[int, str]]:
-    """Samples that cannot be read, and why, found by an earlier run or by this one."""
+    """Return (position, error text) of each unreadable sample that an earlier run or this one has found."""
     found: list[tuple[int, str]] = []
     done = 0
     for piece in shards.restore(len(samples)):
@@ -109,7 +114,7 @@ def _found_in_all(
 def _problems(
     source: Any, samples: Tensor, num_workers: int | Literal["auto"]
 ) -> Iterator[tuple[int, list[tuple[int, str]]]]:
-    """Number of samples of each batch, and what is wrong with some of them."""
+    """Yield for each batch the number of its samples and (position, error text) of its unreadable samples."""
     if source.modality == "text":
         for start in range(0, len(samples), SAMPLES_AT_ONCE):
             rows = samples[start : start + SAMPLES_AT_ONCE]
@@ -131,7 +136,7 @@ def _problems_of_texts(source: Any, rows: list[int]) -> list[tuple[int, str]]:
 
 
 def _problem(read: Any, index: int) -> str | None:
-    """Why a sample cannot be read; an error that says nothing of the sample is raised."""
+    """Return why a sample cannot be read, or None if it can; an error that may be temporary is raised."""
     try:
         read(index)
     except SourceError as error:
@@ -146,11 +151,11 @@ def _nothing(image: Image.Image) -> Tensor:
 
 
 class _TriedImages(ImageBatches):
-    """Batches in which each image is read and let go; the warnings of a batch say what could not be read."""
+    """Batches whose images are read and discarded; the warnings of a batch are its unreadable samples."""
 
     def __getitem__(self, batch: int) -> ImageBatch:
         try:
-            # what is packed holds more than the image, and must be readable as a whole
+            # A sample may hold more than its image. All of it is packed later, so `check` reads the whole sample.
             read = getattr(self.source, "check", self.source.image)
             texts = [(index, _problem(read, index)) for index in self.batches[batch].tolist()]
         except SourceError as error:
@@ -158,7 +163,7 @@ class _TriedImages(ImageBatches):
         return ImageBatch(None, [(index, text) for index, text in texts if text is not None], None)
 
     def prepare(self, index: int) -> Tensor:
-        """Read one sample, whether or not that works: it is timed."""
+        """Read one sample and ignore failures; `choose_num_workers` calls this to measure the time."""
         with suppress(SourceError):
             self.source.image(index)
         return torch.empty(0)

@@ -1,4 +1,4 @@
-"""Embeddings that exist already, as an array or a `.npy` file, in place of an encoder."""
+"""Ready-made embeddings, given as an array or a `.npy` file instead of an encoder."""
 
 import hashlib
 from collections.abc import Iterator
@@ -21,18 +21,18 @@ ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class ReadyOrigin:
-    """An array in memory, or the file that holds it.
+    """Ready-made embeddings as an array in memory or as a file.
 
     Attributes:
-        path: `.npy` file, or None.
-        array: floating [N, D], or None.
+        path: `.npy` file with the embeddings, or None if they are in memory.
+        array: embeddings, floating [N, D], or None if they are in a file.
     """
 
     path: Path | None = None
     array: Any = field(default=None, repr=False, compare=False)
 
     def identity(self, memory: DigestMemory) -> str | None:
-        """Digest of the content: an array has that of the file which `numpy.save` makes of it."""
+        """Return a digest of the content; an array has the digest of the file that `numpy.save` would write of it."""
         return f"ready-made:{memory.file(self.path) if self.path is not None else digest_of_npy(self._open())}"
 
     def resolve(self, memory: DigestMemory) -> Self:
@@ -42,14 +42,14 @@ class ReadyOrigin:
         return ReadyRows(self._open(), self.describe())
 
     def describe(self) -> str:
-        """One line for messages."""
+        """Return a short description of the embeddings for messages."""
         return f"ready-made embeddings in {self.path}" if self.path is not None else "the given embeddings"
 
     def _open(self) -> np.ndarray[Any, Any]:
-        """The array, a file memory-mapped.
+        """Return the embeddings as a NumPy array; a file is memory-mapped.
 
         Raises:
-            FeatureError: it is no floating array [N, D], or the file can't be read.
+            FeatureError: the embeddings are not a floating array [N, D], or the file cannot be read.
         """
         if self.path is None:
             array = _as_numpy(self.array)
@@ -69,7 +69,7 @@ class ReadyOrigin:
 
 
 class ReadyRows:
-    """Rows of ready-made embeddings; see `encoders.RowEncoder`."""
+    """An encoder that returns the rows of ready-made embeddings; see `encoders.RowEncoder`."""
 
     num_classes: None = None
 
@@ -78,10 +78,10 @@ class ReadyRows:
         self.advice = f"Repair these rows of {name}, or leave the samples out"
 
     def rows(self, source: Any, batch_size: int, num_workers: int | Literal["auto"], paid: Paid) -> Iterator[Rows]:
-        """The rows, a block at a time, in order.
+        """Yield the rows in order, 4096 at a time.
 
         Raises:
-            FeatureError: there is not one row a sample.
+            FeatureError: the number of rows is not the number of samples.
         """
         if len(self._array) != len(source):
             raise FeatureError(
@@ -89,24 +89,24 @@ class ReadyRows:
                 "of exactly these samples, in their order"
             )
         for start in range(0, len(self._array), ROWS_AT_ONCE):
-            # float64 beyond the range of float32 becomes infinite, which is told
+            # float64 numbers beyond the range of float32 become infinite, which `collect` reports.
             with np.errstate(over="ignore"):
                 block = torch.from_numpy(np.array(self._array[start : start + ROWS_AT_ONCE], dtype=np.float32))
             yield Rows(torch.arange(start, start + len(block)), block)
 
 
 def is_ready_made(encoder: Any) -> bool:
-    """Whether `encoder=` is an array, a tensor, or named like a `.npy` file."""
+    """Return whether `encoder` is an array, a tensor, or the name of a `.npy` file."""
     if isinstance(encoder, str | Path):
         return str(encoder).lower().endswith(".npy")
     return isinstance(encoder, np.ndarray | Tensor)
 
 
 def ready_origin(encoder: Any) -> ReadyOrigin:
-    """The origin of what `is_ready_made` accepts.
+    """Return the origin of an `encoder` argument that `is_ready_made` accepts.
 
     Raises:
-        FeatureError: a file is missing, or the array is no floating [N, D].
+        FeatureError: the file does not exist or cannot be read, or the array is not floating [N, D].
     """
     if not isinstance(encoder, str | Path):
         origin = ReadyOrigin(array=encoder)
@@ -123,12 +123,12 @@ def _as_numpy(array: Any) -> np.ndarray[Any, Any]:
     if not isinstance(array, Tensor):
         return np.asarray(array)
     plain = array.detach().cpu()
-    # numpy has no bfloat16
+    # NumPy has no bfloat16, so such tensors are converted to float32.
     return plain.float().numpy() if plain.dtype == torch.bfloat16 else plain.numpy()
 
 
 class _Hashing:
-    """Where `numpy.lib.format` writes to."""
+    """A file-like object that hashes what `numpy.lib.format` writes to it."""
 
     def __init__(self) -> None:
         self.hash = hashlib.sha256()
@@ -139,7 +139,7 @@ class _Hashing:
 
 
 def digest_of_npy(array: np.ndarray[Any, Any]) -> str:
-    """Hexadecimal sha256 of the bytes that `numpy.save` writes."""
+    """Return the hexadecimal SHA-256 of the bytes that `numpy.save` would write of the array."""
     sink: Any = _Hashing()
     np.lib.format.write_array(sink, array, allow_pickle=False)
     return str(sink.hash.hexdigest())

@@ -1,4 +1,4 @@
-"""Training an encoder on the dataset's own classes before it makes features: the selection epochs of the paper."""
+"""Train an encoder on the dataset's own classes before it makes features, as in the selection epochs of the paper."""
 
 import logging
 import math
@@ -23,19 +23,19 @@ from dq_lightning.identity.networks import digest_module
 
 logger = logging.getLogger("dq_lightning")
 
-# of the published code
+# These are the values of the published code.
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 
 
 @dataclass(frozen=True)
 class TrainedSpec(EncoderSpec):
-    """An encoder that is trained each time that it is loaded; its identity is that of the untrained one.
+    """A chosen encoder that is trained each time it is loaded; its identity is that of the untrained encoder.
 
     Attributes:
-        source: N images, without the user's transforms.
-        labels: their classes; samples without one take no part.
-        settings: `selection_epochs` and what goes with it.
-        progress: show a bar.
+        source: dataset of N images, without the user's transforms.
+        labels: class of each image; images without a class are not trained on.
+        settings: `selection_epochs` and the other settings of the training.
+        progress: whether to show a progress bar.
     """
 
     source: ImageSource
@@ -44,10 +44,10 @@ class TrainedSpec(EncoderSpec):
     progress: bool
 
     def load(self, device: str = "auto", precision: Precision = "auto") -> "TrainedEncoder":
-        """The trained encoder on its device; random state and flags of the process stay as they are.
+        """Load the encoder onto its device and train it; random state and flags of the process do not change.
 
         Raises:
-            FeatureError: it cannot be loaded or trained.
+            FeatureError: the encoder cannot be loaded or trained.
         """
         encoder = super().load(device, precision)
         return train_encoder(
@@ -58,10 +58,17 @@ class TrainedSpec(EncoderSpec):
 def with_selection_epochs(
     spec: EncoderSpec, source: Any, labels: Labels | None, settings: FeatureConfig, progress: bool = True
 ) -> EncoderSpec:
-    """The same choice, to be trained first where `settings.selection_epochs` asks for it.
+    """Return the encoder choice unchanged, or, if `settings.selection_epochs` is positive, one that is trained first.
+
+    Args:
+        spec: chosen encoder.
+        source: dataset of N images, without the user's transforms.
+        labels: class of each image, or None.
+        settings: `selection_epochs` and the other settings of the training.
+        progress: whether to show a progress bar.
 
     Raises:
-        FeatureError: there are no labels.
+        FeatureError: the encoder is to be trained, but there are no labels.
     """
     if settings.selection_epochs == 0:
         return spec
@@ -74,11 +81,11 @@ def with_selection_epochs(
 
 
 class TrainedEncoder:
-    """A network whose features or head, or both, were trained.
+    """An encoder whose head, or head and network, were trained on the dataset; see `encoders.Encoder`.
 
     Args:
-        body: gives the features.
-        head: linear layer on them, for the classes it was trained on.
+        body: encoder that makes the features.
+        head: linear layer that maps features to the logits of the trained classes.
     """
 
     def __init__(self, body: NetworkEncoder, head: nn.Linear) -> None:
@@ -88,18 +95,18 @@ class TrainedEncoder:
         self._body, self._head = body, head
 
     def digest(self) -> str:
-        """Digest of the trained weights."""
+        """Return a digest of the trained weights."""
         return f"{digest_module(self._body.network)} {digest_module(self._head)}"
 
     def logits(self, embedding: Tensor) -> Tensor:
-        """Logits float32 [B, C] of features [B, D]."""
+        """Return the logits, float32 [B, C], of features [B, D]."""
         with torch.no_grad():
             output: Tensor = self._head(embedding.to(self._head.weight.device).float())
         return output
 
 
 class _ChosenBatches(ImageBatches):
-    """Given batches in place of stretches of the source."""
+    """Image batches with given sample positions instead of consecutive samples of the source."""
 
     def __init__(self, source: ImageSource, preprocess: Preprocessing, batches: list[Tensor]) -> None:
         super().__init__(source, preprocess, max(len(batch) for batch in batches), batches[0])
@@ -117,25 +124,26 @@ def train_encoder(
 ) -> TrainedEncoder:
     """Train an encoder on plain images and their classes (selection epochs; Zhou et al. 2023, section 4.1).
 
-    Cross-entropy, stochastic gradient descent with Nesterov's momentum 0.9 and weight decay 5e-4, the learning rate falling
-    to zero along a cosine, as the published code. An encoder whose head has the right width goes on from it; any other gets
-    a new one. With `selection_train="head"` the images pass the network once, whatever the number of epochs, and their
-    features are held in memory.
+    As in the published code, the cross-entropy is minimized by stochastic gradient descent with Nesterov momentum 0.9,
+    weight decay 5e-4 and a learning rate that falls to zero along a cosine. A head with the right number of outputs is
+    trained further; any other encoder gets a new head. With `selection_train="head"` the images pass through the
+    network once, whatever the number of epochs, and their features are held in memory.
 
     Args:
-        encoder: as loaded; a network's copy inside it is trained in place.
-        source: N images.
-        labels: their classes.
-        settings: `selection_epochs` and what goes with it; `batch_size` and `num_workers` where they change no result.
-        device: of the encoder.
-        progress: show a bar.
+        encoder: loaded encoder, whose own copy of the network is trained in place.
+        source: dataset of N images.
+        labels: class of each image.
+        settings: `selection_epochs` and the other settings of the training; of the general settings only `batch_size`
+            and `num_workers` are used, where they do not change the result.
+        device: device that the encoder is on.
+        progress: whether to show a progress bar.
 
     Returns:
-        The encoder in eval mode, frozen. The same for the same seed on one device.
+        The trained encoder, frozen and in eval mode. The same seed gives the same encoder on one device.
 
     Raises:
-        FeatureError: the encoder is no network of images, the samples have no classes to learn, the training diverges, or the
-            GPU's memory is short.
+        FeatureError: the encoder is not a network of images, there are fewer than two labelled samples or classes, the
+            training diverges, or GPU memory runs out.
     """
     if not isinstance(encoder, NetworkEncoder):
         raise FeatureError(
@@ -162,7 +170,7 @@ def train_encoder(
 
 
 class _Training:
-    """One training: the batches of all epochs are fixed at the start."""
+    """One training run; the batches of all epochs are fixed at the start."""
 
     def __init__(
         self,
@@ -182,13 +190,13 @@ class _Training:
         self.batches: list[Tensor] = []
         for _ in range(settings.selection_epochs):
             order = labelled[torch.randperm(len(labelled), generator=shuffle)]
-            # a batch of one has no variance to normalise with: it joins the one before
+            # Batch normalisation needs more than one sample, so a last batch of one sample joins the batch before.
             count = max(1, math.ceil((len(order) - 1) / settings.selection_batch_size))
             self.batches += torch.split(order, settings.selection_batch_size)[: count - 1]
             self.batches.append(order[(count - 1) * settings.selection_batch_size :])
 
     def _make_head(self, num_classes: int) -> nn.Linear:
-        # what the network gives tells its width, and whether the linear layer found is its head
+        # A trial run shows the number of features, and whether the linear layer that was found is the network's head.
         (probe,) = self._images([self.labelled[:1]], self.device, 0)
         width = self.encoder.embed(probe).shape[1]
         own = self.encoder.head
@@ -218,7 +226,7 @@ class _Training:
             network.requires_grad_(False).eval()
 
     def train_head(self) -> None:
-        """Train the head on features that are made once."""
+        """Train only the head, on features that are computed once."""
         place = torch.empty(len(self.targets), dtype=torch.int64)
         place[self.labelled] = torch.arange(len(self.labelled))
         pieces = list(torch.split(self.labelled, self.settings.batch_size))

@@ -1,4 +1,4 @@
-"""What the files of a text encoder say about its use: sentence-transformers' `modules.json` and what it names. Pure."""
+"""Read how a text encoder wants to be used from sentence-transformers' `modules.json` and the files that it names."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Literal
 from dq_lightning.core.errors import FeatureError
 
 MODULES, PROMPTS = "modules.json", "config_sentence_transformers.json"
-# what the first module, the network, is told; older releases named the file by the network
+# These files hold the settings of the first module, the network; older releases named the file after the network.
 LENGTHS = (
     "sentence_bert_config.json",
     *(
@@ -15,7 +15,7 @@ LENGTHS = (
         for name in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
     ),
 )
-# the switches of a pooling module's config.json, and what `pool_tokens` calls them
+# This maps the switches in the config.json of a pooling module to the names that `pool_tokens` uses.
 _SWITCHES = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
@@ -23,19 +23,19 @@ _SWITCHES = {
     "pooling_mode_lasttoken": "last",
 }
 _NAMES = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}
-# of a dense layer; the files name a class of torch
+# These activations of a dense layer are supported; the files name them as classes of torch.
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "Sigmoid", "SiLU")
 _ADVICE = 'set config.text.pooling to "mean" or "cls" to use the network without it, or pass another encoder'
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A module behind the pooling.
+    """A module that follows the pooling.
 
     Attributes:
-        kind: `"Normalize"` scales to length one; `"Dense"` is linear, with an activation.
-        path: folder of its files, below the model's.
-        config: of a dense layer.
+        kind: `"Normalize"` scales features to length one; `"Dense"` is a linear layer with an activation.
+        path: folder of the module's files, relative to the folder of the model.
+        config: settings of a dense layer, or None.
     """
 
     kind: Literal["Normalize", "Dense"]
@@ -45,15 +45,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Card:
-    """How an encoder wants to be used.
+    """How a text encoder wants to be used, according to its files.
 
     Attributes:
-        pooling: `"mean"`, `"cls"`, `"max"`, `"last"`, or None when nothing is said.
-        max_length: tokens it is meant to read, or None.
-        prompt: put before every text: the default one of the prompts that the model was trained with.
+        pooling: `"mean"`, `"cls"`, `"max"`, `"last"`, or None if the files do not say.
+        max_length: largest number of tokens that the encoder is meant to read, or None if the files do not say.
+        prompt: text that is put before every text; it is the default prompt of the model.
         pools_prompt: whether the tokens of the prompt are pooled, too.
-        lowers: whether texts are put into lower case.
-        layers: modules behind the pooling, in order.
+        lowers: whether texts are converted to lower case.
+        layers: modules that follow the pooling, in order.
     """
 
     pooling: str | None = None
@@ -65,15 +65,15 @@ class Card:
 
 
 def read_card(read: Callable[[str], Any], place: str, *, whole: bool = True) -> Card:
-    """Understand a model's files.
+    """Interpret the files of a model.
 
     Args:
-        read: the parsed content of a file, None where there is none.
-        place: of the model, for messages.
-        whole: False leaves out the pooling and what is behind it, since another pooling was asked for.
+        read: function that returns the parsed JSON content of a file, given its name, or None if it does not exist.
+        place: folder or repository of the model, for messages.
+        whole: False ignores the pooling and the modules that follow it, because the user has chosen another pooling.
 
     Raises:
-        FeatureError: the files ask for a layer or a pooling that is not known here.
+        FeatureError: the files ask for a layer, a pooling or a setting that is not supported, or are inconsistent.
     """
     modules = read(MODULES)
     if not modules:
@@ -123,7 +123,7 @@ def _check_network(path: str, network: Mapping[str, Any], place: str) -> None:
 
 
 def _prompt(config: Mapping[str, Any], place: str) -> str:
-    """The prompt that sentence-transformers uses where none is asked for."""
+    """Return the prompt that sentence-transformers uses by default, or an empty string if there is none."""
     name, prompts = config.get("default_prompt_name"), config.get("prompts") or {}
     if name is None:
         return ""

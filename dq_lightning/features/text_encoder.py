@@ -1,4 +1,4 @@
-"""Text encoders of transformers, by hub name or from a folder, pooled as their files say. Opens disk and network."""
+"""Text encoders of transformers, loaded from the Hugging Face hub or from a folder and pooled as their files say."""
 
 import json
 import logging
@@ -23,25 +23,25 @@ from dq_lightning.identity.values import digest_text
 
 logger = logging.getLogger("dq_lightning")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-# the tokenizer, the settings and the weights of a folder; not its documentation or other frameworks' weights
+# These files hold the tokenizer, the settings and the weights; documentation and other frameworks' weights are ignored.
 FOLDER_SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".bin")
 INSTEAD = (
     'pass the folder of a transformers model (config.json, tokenizer, weights), "openai:MODEL", or ready-made embeddings '
     "(an array or a .npy file) as encoder"
 )
-# what transformers calls learned embeddings of absolute positions
+# The networks of transformers use these attribute names for learned embeddings of absolute positions.
 POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
-# longest text of a model that names no limit itself
+# Texts are cut to this many tokens if the model itself names no limit.
 DEFAULT_LENGTH = 512
 
 
 @dataclass(frozen=True)
 class TextFolderOrigin:
-    """A folder with a transformers model and its tokenizer.
+    """A local folder with a transformers model and its tokenizer.
 
     Attributes:
         path: the folder.
-        settings: how its tokens are pooled.
+        settings: pooling, normalisation, length and prompt.
     """
 
     path: Path
@@ -49,7 +49,7 @@ class TextFolderOrigin:
 
     def identity(self, memory: DigestMemory) -> str | None:
         files = sorted(file for file in self.path.iterdir() if file.suffix in FOLDER_SUFFIXES)
-        if any(file.suffix == ".safetensors" for file in files):  # then transformers does not read the others
+        if any(file.suffix == ".safetensors" for file in files):  # transformers ignores the others then
             files = [file for file in files if file.suffix != ".bin"]
         files += [file for place in _module_folders(self.path) for file in sorted(place.iterdir()) if file.is_file()]
         names = [file.relative_to(self.path).as_posix() for file in files]
@@ -73,9 +73,9 @@ class TextHubOrigin:
     """A model on the Hugging Face hub, pinned to a commit before it is loaded; see `TimmHubOrigin`.
 
     Attributes:
-        name: `OWNER/NAME[@REVISION]`.
-        settings: how its tokens are pooled.
-        commit: hash of the commit, or None while unknown.
+        name: name of the model, `OWNER/NAME[@REVISION]`.
+        settings: pooling, normalisation, length and prompt.
+        commit: hash of the commit, or None as long as it is unknown.
     """
 
     name: str
@@ -112,13 +112,13 @@ class TextHubOrigin:
         from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-        # the hub has said before that there is no such file
+        # The local cache records that the hub has no such file, so the hub is not contacted again.
         if try_to_load_from_cache(repository, name, revision=commit) is _CACHED_NO_EXIST:
             return None
         try:
             return Path(hf_hub_download(repository, name, revision=commit))
         except EntryNotFoundError as error:
-            # not reachable is not the same as not there
+            # A `LocalEntryNotFoundError` means that the hub cannot be reached, not that the file does not exist.
             if not isinstance(error, LocalEntryNotFoundError):
                 return None
             raise FeatureError(
@@ -128,10 +128,14 @@ class TextHubOrigin:
 
 
 def text_origin(name: str, settings: TextConfig) -> TextFolderOrigin | TextHubOrigin:
-    """What the name of a transformers model stands for; nothing is loaded.
+    """Decide whether a name stands for a local folder or a model on the hub, without loading anything.
+
+    Args:
+        name: path of a folder, optionally after `local-dir:`, or `OWNER/NAME[@REVISION]`, optionally after `hf-hub:`.
+        settings: pooling, normalisation, length and prompt.
 
     Raises:
-        FeatureError: it is a path without a model.
+        FeatureError: `name` is a path of a folder without a model.
     """
     folder = Path(name.removeprefix("local-dir:")).expanduser()
     if folder.is_dir() and (folder / "config.json").is_file():
@@ -148,11 +152,11 @@ def _relevant(settings: TextConfig) -> tuple[Any, ...]:
 
 
 def _module_folders(place: Path) -> list[Path]:
-    """The subfolders that `modules.json` names."""
+    """Return the existing subfolders that `modules.json` names, sorted; none if it cannot be read."""
     try:
         modules = json.loads((place / MODULES).read_text(encoding="utf-8"))
         folders = {place / module["path"] for module in modules if module["path"]}
-    except (OSError, ValueError, KeyError, TypeError):  # told when the model is loaded
+    except (OSError, ValueError, KeyError, TypeError):  # reported when the model is loaded
         return []
     return sorted(folder for folder in folders if folder.is_dir())
 
@@ -184,7 +188,7 @@ def _load(
         )
     except Exception as error:
         raise FeatureError(f"transformers cannot load {place}: {type(error).__name__}: {error}; {INSTEAD}") from error
-    # a pooler that the files lack is not used, nor is a decoder; anything else would be random
+    # Missing weights of a pooler or a decoder do no harm, because neither is used; any other part would be random.
     unused = ("decoder.", "lm_head.") if module.config.is_encoder_decoder else ()
     missing = [name for name in report["missing_keys"] if "pooler" not in name and not name.startswith(unused)]
     if missing:
@@ -202,10 +206,10 @@ def _load(
 
 
 def _head(layer: Layer, locate: Callable[[str], Path | None], place: str) -> nn.Module:
-    """A module behind the pooling, with its weights, float32 [B, D] to [B, E].
+    """Load a module that follows the pooling and maps float32 [B, D] to [B, E].
 
     Raises:
-        FeatureError: its weights are missing or do not fit.
+        FeatureError: the weights of the module are missing or do not fit.
     """
     if layer.kind == "Normalize" or layer.config is None:
         return _Normalize()
@@ -244,14 +248,14 @@ class TokenEncoder:
     """A transformers model with its tokenizer and pooling; see `encoders.TextEncoder`.
 
     Args:
-        module: gives `last_hidden_state` [B, T, D]; of an encoder-decoder only the encoder is used.
-        tokenizer: of the model.
+        module: network that returns `last_hidden_state` [B, T, D]; only the encoder of an encoder-decoder is used.
+        tokenizer: tokenizer of the model.
         pooling: `"mean"`, `"cls"`, `"max"` or `"last"`.
         settings: length, prompt and normalisation.
-        card: what the model's files say.
-        heads: modules behind the pooling, float32.
-        device: where to run.
-        precision: of the network; pooling is float32.
+        card: how the model wants to be used, according to its files.
+        heads: float32 modules that follow the pooling, in order.
+        device: device that the network runs on.
+        precision: precision of the network; the pooling and the heads are float32.
     """
 
     num_classes: None = None
@@ -270,7 +274,7 @@ class TokenEncoder:
         self._tokenizer, self._pooling, self._normalize = tokenizer, pooling, settings.normalize
         self._device, self._card = device, card
         self._prompt = card.prompt if settings.prompt is None else settings.prompt
-        # whether the rows come out with length one is for the settings to say
+        # `settings.normalize` alone decides whether rows have length one, so a last `Normalize` module is dropped.
         heads = heads[:-1] if heads and isinstance(heads[-1], _Normalize) else heads
         self._heads = nn.Sequential(*heads).to(device).eval().requires_grad_(False)
         if module.config.is_encoder_decoder:
@@ -282,7 +286,7 @@ class TokenEncoder:
         self.max_length = min(settings.max_length or card.max_length or most or DEFAULT_LENGTH, most or 2**31)
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of texts, cut at `max_length`; a text without any token is one filler."""
+        """Return the token ids of each text, cut at `max_length`; a text without tokens becomes one padding token."""
         texts = [self._prompt + text for text in texts]
         texts = [text.lower() for text in texts] if self._card.lowers else texts
         made = self._tokenizer(
@@ -291,7 +295,7 @@ class TokenEncoder:
         return [ids or [self._filler] for ids in made["input_ids"]]
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Features float32 [B, D] of token ids int64 [B, T], -1 behind the end."""
+        """Return features float32 [B, D] of token ids int64 [B, T], which are padded with -1 after each text."""
         tokens = tokens.to(self._device, non_blocking=True)
         mask = tokens >= 0
         with torch.no_grad():
@@ -304,18 +308,22 @@ class TokenEncoder:
         return functional.normalize(features, dim=1) if self._normalize else features
 
     def _prompt_tokens(self) -> int:
-        """Tokens of the prompt, with those that begin a text."""
+        """Return the number of tokens of the prompt, including special tokens at its beginning but not at its end."""
         ids = self._tokenizer(self._prompt)["input_ids"] if self._prompt else []
         return len(ids) - (1 if ids and ids[-1] in self._tokenizer.all_special_ids else 0)
 
 
 def pool_tokens(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """Features float32 [B, D] of token states [B, T, D].
+    """Pool the states of tokens to one feature vector for each text.
 
     Args:
-        states: of the last layer.
-        mask: bool [B, T], True for tokens; every row begins with one, but for the mean and the maximum.
-        pooling: `"mean"` over the tokens, their `"max"`, the first (`"cls"`) or the `"last"`.
+        states: output of the last layer, floating [B, T, D].
+        mask: bool [B, T], True for the tokens that are pooled. For `"cls"` and `"last"` the True entries of each row
+            must come first.
+        pooling: `"mean"` or `"max"` over the tokens, or the state of the first (`"cls"`) or the `"last"` token.
+
+    Returns:
+        Features float32 [B, D].
     """
     if pooling == "cls":
         return states[:, 0].float()
@@ -323,7 +331,7 @@ def pool_tokens(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
         return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1].float()
     if pooling == "max":
         return states.float().masked_fill(~mask[..., None], -torch.inf).amax(dim=1)
-    # a product with the mask sums in float32 without a float32 copy of the states
+    # For float32 states, a matrix product with the weights avoids a weighted copy of all states.
     weights = mask / mask.sum(1, keepdim=True)
     if states.dtype == torch.float32:
         return torch.bmm(weights[:, None], states)[:, 0]
@@ -331,11 +339,11 @@ def pool_tokens(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
 
 
 def _longest(tokenizer: Any, module: Any) -> int | None:
-    """Tokens that the model can read; None when it names no limit."""
+    """Return the largest number of tokens that the model can read, or None if neither it nor its tokenizer says."""
     limits = [tokenizer.model_max_length, getattr(module.config, "max_position_embeddings", None)]
     for name, part in module.named_modules():
         if isinstance(part, nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
-            # RoBERTa and its kin count positions from behind the index of the padding: of 514 rows, 512 are used
+            # RoBERTa and its variants number positions from the padding index plus one, so 512 of 514 rows are used.
             limits.append(part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1))
     known = [int(limit) for limit in limits if limit is not None and 0 < limit < 10**9]
     return min(known) if known else None

@@ -1,4 +1,4 @@
-"""Texts to batches of tokens, the longest first, so that little is padded."""
+"""Turn texts into batches of token ids, sorted by length so that little padding is needed."""
 
 import logging
 from collections import deque
@@ -15,7 +15,8 @@ from dq_lightning.features.encoders import TextEncoder
 from dq_lightning.features.loading import stretches
 
 logger = logging.getLogger("dq_lightning")
-# so many batches are sorted by length together: memory stays bounded, and the padding is that of a full sort within 2 %
+# The texts of this many batches (one window) are sorted by length together. This bounds the memory, and the padding is
+# within 2 % of that of sorting all texts.
 BATCHES_PER_WINDOW = 64
 TOKENS_PER_BATCH = 131_072
 """Upper bound on rows times longest row: long rows go fewer at a time."""
@@ -23,21 +24,21 @@ PADDING = -1
 
 
 class TextSource(Protocol):
-    """What the loader needs of a dataset."""
+    """The part of a dataset of texts that the loader uses."""
 
     def __len__(self) -> int: ...
 
     def texts(self, positions: Sequence[int], /) -> list[str]:
-        """Texts of some samples."""
+        """Return the texts of the samples at `positions`, in this order."""
         ...
 
 
 class TextBatch(NamedTuple):
-    """Samples of about the same length.
+    """Token ids of samples of about the same length.
 
     Attributes:
-        positions: int64 [B], where they are in the source.
-        tokens: int64 [B, T], their token ids; -1 behind the end.
+        positions: int64 [B], positions of the samples in the source.
+        tokens: int64 [B, T], token ids of the samples, padded with -1 after the end of each text.
     """
 
     positions: Tensor
@@ -47,15 +48,16 @@ class TextBatch(NamedTuple):
 def iterate_text_batches(
     source: TextSource, encoder: TextEncoder, batch_size: int, positions: Tensor
 ) -> Iterator[TextBatch]:
-    """Batches of some samples, the longest of each window first; the next window is tokenized meanwhile, in a thread.
+    """Yield batches of some samples, the longest texts of each window first.
 
-    Windows are stretches of the whole source, so what has been done before changes no batch of the rest.
+    Meanwhile a thread tokenizes the next window. Windows are sections of consecutive samples of the whole source, so
+    batches that an earlier run has finished do not change the other batches.
 
     Args:
-        source: gives the texts.
-        encoder: splits them into tokens.
-        batch_size: samples a batch at most.
-        positions: int64 [n], ascending.
+        source: dataset of texts.
+        encoder: encoder that splits the texts into tokens.
+        batch_size: largest number of samples in a batch.
+        positions: int64 [n], positions of the samples to read, ascending.
     """
     size = batch_size * BATCHES_PER_WINDOW
     windows = stretches(positions, size)
@@ -63,7 +65,7 @@ def iterate_text_batches(
 
     def tokenized(window: Tensor) -> list[list[int]]:
         first, last = int(window[0]), int(window[-1])
-        # a source may read consecutive texts at once
+        # Consecutive positions are passed as a range, because a source may read consecutive texts at once.
         whole = last - first + 1 == len(window)
         return encoder.tokenize(read_texts(source, range(first, last + 1) if whole else window.tolist()))
 
@@ -85,7 +87,9 @@ def iterate_text_batches(
 
 
 def read_texts(source: TextSource, positions: Sequence[int]) -> list[str]:
-    """Texts of some samples, all of which have bytes; the sources of this package tell of others with row and column.
+    """Read the texts of some samples and check that they can be encoded as UTF-8.
+
+    The sources of this package check this themselves and name the row and the column in their error.
 
     Raises:
         FeatureError: a text holds half of a character (a lone surrogate).
@@ -102,7 +106,15 @@ def read_texts(source: TextSource, positions: Sequence[int]) -> list[str]:
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
-    """Positions in batches, the longest first, equal lengths in their order; `TOKENS_PER_BATCH` bounds each batch."""
+    """Split texts into batches by their number of tokens, the longest first; equal lengths keep their order.
+
+    Args:
+        lengths: number of tokens of each text.
+        batch_size: largest number of texts in a batch; `TOKENS_PER_BATCH` bounds a batch, too.
+
+    Returns:
+        The indices of the texts of each batch, int64.
+    """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     batches, first = [], 0
     while first < len(order):
@@ -113,7 +125,11 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[np.ndarra
 
 
 def pad(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Rows of token ids as int64 [B, T], -1 behind the end of each."""
+    """Return rows of token ids as one tensor int64 [B, T], padded with -1 after the end of each row.
+
+    >>> pad([[5, 6], [7]]).tolist()
+    [[5, 6], [7, -1]]
+    """
     lengths = np.array([len(row) for row in rows])
     padded = np.full((len(rows), lengths.max()), PADDING, dtype=np.int64)
     padded[np.arange(padded.shape[1]) < lengths[:, None]] = np.concatenate([np.asarray(row, np.int64) for row in rows])

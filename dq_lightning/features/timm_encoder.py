@@ -1,4 +1,4 @@
-"""Encoders of timm: by name from a hub, by name with a local weight file, or from a folder. Opens disk and network."""
+"""Encoders of timm: by name from a hub, by name with a local weight file, or from a folder."""
 
 import difflib
 import json
@@ -26,11 +26,11 @@ INSTEAD = 'pass weights="FILE.safetensors" (or .pth) with a timm name, a folder 
 
 @dataclass(frozen=True)
 class TimmFileOrigin:
-    """A timm architecture with a local weight file; nothing is asked of a hub.
+    """A timm architecture with a local weight file; no hub is contacted.
 
     Attributes:
-        name: timm name, with or without tag; the tag decides the preprocessing.
-        path: .safetensors or .pth file, read without executing anything.
+        name: timm name of the architecture, with or without a tag; the tag decides the preprocessing.
+        path: .safetensors or .pth file with the weights, which is read without executing code from it.
     """
 
     name: str
@@ -56,7 +56,7 @@ class TimmFileOrigin:
         arguments: dict[str, Any] = {}
         classifier = config.classifier
         head = state.get(f"{classifier}.weight") if isinstance(classifier, str) else None
-        # a file fine-tuned on other classes brings its own head
+        # Weights that were fine-tuned on other classes have a head with another number of outputs.
         if head is not None and not config.label_offset and len(head) != config.num_classes:
             overlay["num_classes"] = arguments["num_classes"] = len(head)
         module = create(self.name, f"the weights in {self.path}", pretrained_cfg_overlay=overlay, **arguments)
@@ -65,7 +65,7 @@ class TimmFileOrigin:
 
 @dataclass(frozen=True)
 class TimmFolderOrigin:
-    """A folder with timm's `config.json` and a weight file (`local-dir:`).
+    """A local folder with timm's `config.json` and a weight file, which timm calls `local-dir:`.
 
     Attributes:
         path: the folder.
@@ -88,14 +88,15 @@ class TimmFolderOrigin:
 
 @dataclass(frozen=True)
 class TimmHubOrigin:
-    """Weights on a hub, pinned to a commit before they are loaded.
+    """Weights on the Hugging Face hub, pinned to a commit before they are loaded.
 
-    A commit that was used here before is used again, and one in the local Hugging Face cache is preferred to asking the
-    hub, so the same name gives the same features until the cache or the name (`@revision`) changes.
+    A commit that was used before is used again. Otherwise a commit in the local Hugging Face cache is taken, and the
+    hub is contacted only if there is none. So the same name gives the same features until the cache or the name
+    (`@revision`) changes.
 
     Attributes:
         name: timm name, or `hf-hub:OWNER/NAME[@REVISION]`.
-        commit: hash of the commit, or None while unknown.
+        commit: hash of the commit, or None as long as it is unknown.
     """
 
     name: str
@@ -105,7 +106,7 @@ class TimmHubOrigin:
         commit = self.commit or memory.recall(f"hub:{self.name}")
         if commit is None:
             return None
-        # a repository named directly holds its preprocessing at the same commit; a timm name has it in timm
+        # The preprocessing of an `hf-hub:` name is part of its commit; that of a timm name is stored in timm.
         config = "" if self._is_repository else registry_digest(self.name, memory)
         return digest_text("timm_hub", library_version("timm"), self.name, commit, config)
 
@@ -149,10 +150,10 @@ class TimmHubOrigin:
 
 
 def registry_config(name: str) -> Any:
-    """Pretrained configuration that timm holds for a name.
+    """Return the pretrained configuration that timm has for a name.
 
     Raises:
-        FeatureError: timm does not know the name; lists similar ones.
+        FeatureError: timm does not know the name (the message lists similar ones) or has no weights for it.
     """
     import timm
     from timm.models import get_pretrained_cfg
@@ -171,7 +172,10 @@ def registry_config(name: str) -> Any:
 
 
 def registry_digest(name: str, memory: DigestMemory) -> str:
-    """Digest of what timm's registry says of a name, remembered per timm version so that timm need not be imported."""
+    """Return a digest of timm's pretrained configuration of a name.
+
+    The digest is remembered for each version of timm, so that timm need not be imported next time.
+    """
     key = f"timm-config:{version('timm')}:{name}"
     digest = memory.recall(key)
     if digest is None:
@@ -181,7 +185,16 @@ def registry_digest(name: str, memory: DigestMemory) -> str:
 
 
 def create(name: str, what: str, **arguments: Any) -> nn.Module:
-    """`timm.create_model(name, pretrained=True)`; every failure is a FeatureError that says what was wanted."""
+    """Call `timm.create_model(name, pretrained=True, **arguments)`.
+
+    Args:
+        name: timm name of the model.
+        what: description of the weights, for the error message.
+        **arguments: further arguments of `timm.create_model`.
+
+    Raises:
+        FeatureError: the call fails for any reason.
+    """
     import timm
 
     try:
@@ -194,9 +207,12 @@ def create(name: str, what: str, **arguments: Any) -> nn.Module:
 def module_preprocessing(
     module: nn.Module,
 ) -> tuple[Preprocessing, tuple[float, ...], tuple[float, ...], str]:
-    """The preprocessing of a timm network's weights: a transform to uint8 [3, H, W], mean, std, and a description.
+    """Return the preprocessing that belongs to the weights of a timm network.
 
-    The transform is timm's evaluation transform without its last step; the normalisation runs on the device.
+    Returns:
+        A transform from an RGB image to uint8 [3, H, W], the mean and the standard deviation of each channel on the
+        scale [0, 1], and a description in JSON. The transform is timm's evaluation transform without its last step, the
+        normalisation, which runs on the device.
     """
     from timm import data
 
@@ -208,6 +224,6 @@ def module_preprocessing(
 
 
 def timm_network_encoder(module: nn.Module, device: str, precision: Precision) -> NetworkEncoder:
-    """Encoder of a loaded timm network, preprocessed as its weights ask for."""
+    """Make an encoder of a loaded timm network with the preprocessing that belongs to its weights."""
     transform, mean, std, _ = module_preprocessing(module)
     return NetworkEncoder(module, transform, resolve_device(device), precision, mean, std)

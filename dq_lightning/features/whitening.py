@@ -1,4 +1,4 @@
-"""Whitening: embeddings without correlation, every principal component of unit variance. PURE."""
+"""Whitening of embeddings, which makes their components uncorrelated and of unit variance."""
 
 import torch
 from torch import Tensor
@@ -9,23 +9,25 @@ ROWS_AT_ONCE = 8192
 
 
 def whiten(embedding: Tensor) -> Tensor:
-    """Centre the rows, turn them to their principal components and scale each to variance 1.
+    """Centre the rows, rotate them to their principal components and scale each component to variance 1.
 
-    Whitening a whole set by its own mean and covariance is that of Su et al. 2021, "Whitening Sentence Representations",
-    section 3.2; the covariance is summed in float64, a block of rows at a time. Directions in which the rows do not vary
-    (a variance of at most D eps^2 times the largest variance plus the largest squared mean, eps of the embedding's own
-    dtype) are left out, since scaling would only blow up rounding errors. Each component points so that its largest weight
-    is positive, which makes the answer one.
+    The mean and the covariance are those of the whole set, as in Su et al. 2021, "Whitening Sentence Representations",
+    section 3.2; they are summed in float64, a block of rows at a time. Directions in which the rows do not vary are
+    left out, because scaling them would only amplify rounding errors. These are directions whose variance is at most
+    D eps^2 times the sum of the largest variance and the largest squared mean, where eps^2 is that of the embedding's
+    dtype, but at least the eps of float64. The sign of each component is chosen so that its largest weight is positive,
+    which makes the result unique. This takes O(N D^2 + D^3) time and O(D^2) memory besides the result.
 
     Args:
-        embedding: floating [N, D], finite.
+        embedding: floating [N, D] with finite values.
 
     Returns:
-        float32 [N, R], R <= min(N - 1, D) components, the largest variance first; one column of zeros when all rows are
-        equal. Takes O(N D^2 + D^3) time and O(D^2) memory beside the result.
+        float32 [N, R] with R <= min(N - 1, D) components, the one of largest variance first; one column of zeros if all
+        rows are equal.
 
     Raises:
-        FeatureError: no rows, or values that are not finite.
+        FeatureError: the embedding is empty or not a floating matrix, or holds values that are not finite or too large
+            to be squared.
     """
     if embedding.ndim != 2 or not embedding.is_floating_point() or 0 in embedding.shape:
         raise FeatureError(f"whitening needs floating embeddings [N, D], got {embedding.dtype} {list(embedding.shape)}")
@@ -33,7 +35,7 @@ def whiten(embedding: Tensor) -> Tensor:
     if not covariance.isfinite().all():
         raise FeatureError("whitening needs finite embeddings: some are NaN or infinite, or too large to be squared")
     variance, directions = torch.linalg.eigh(covariance)
-    # rounding of the stored values, and of the sums over them
+    # The first term covers the rounding of the stored values, the second that of the float64 sums over them.
     step = max(torch.finfo(embedding.dtype).eps ** 2, torch.finfo(torch.float64).eps)
     floor = step * embedding.shape[1] * (variance[-1].clamp(min=0) + mean.square().max())
     kept = (variance > floor).nonzero().flatten().flip(0)
@@ -50,7 +52,10 @@ def whiten(embedding: Tensor) -> Tensor:
 
 
 def _moments(embedding: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [D] and covariance [D, D] (divided by N), float64; centred first, so that a large mean costs no digits."""
+    """Return the mean [D] and the covariance [D, D] (divided by N) in float64.
+
+    Rows are centred before they are multiplied, so that a large mean does not reduce the precision.
+    """
     blocks = [slice(start, start + ROWS_AT_ONCE) for start in range(0, len(embedding), ROWS_AT_ONCE)]
     mean = torch.stack([embedding[block].double().sum(dim=0) for block in blocks]).sum(dim=0) / len(embedding)
     covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=embedding.device)

@@ -1,1 +1,1 @@
-"""What makes two things the same: values, code, networks, datasets. Every station may import it."""
+"""Texts and digests that differ if values, code, networks or datasets differ. All stations may import this folder."""

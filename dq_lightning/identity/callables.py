@@ -1,9 +1,9 @@
-"""What code does: functions, classes and objects by their code and all that it refers to.
+"""Describes functions, classes and objects by their code and by all that it refers to.
 
-Code of the user's is described by its syntax tree, so that comments, line numbers and the version of Python do not matter; only
-where no source fits the running code, by its bytecode. What an installed library defines is described by its name and the
-library's version. Whether code was understood in full is a matter of a short list of what is trusted; the reasons why not are
-collected in `CodeDescriber.unknown`.
+The user's code is described by its syntax tree, so that comments, line numbers and the version of Python do not matter;
+its bytecode is used only if no source fits the running code. What an installed library defines is described by its name
+and the library's version. A short list of trusted modules and functions decides whether code could be resolved
+completely; the reasons why it could not are collected in `CodeDescriber.unknown`.
 """
 
 import builtins
@@ -31,9 +31,9 @@ from dq_lightning.identity.syntax import Call, Code, cells_of, composed_names
 from dq_lightning.identity.values import Describer, digest_text
 
 _INSTALLED = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-# of another installation that this one builds on, of the user, of a distribution
+# Folders of other installations: one that this one builds on, the user's, or the distribution's.
 _INSTALL_FOLDERS = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
-# these are known wherever they lie
+# Packages that count as libraries wherever their files are.
 _NAMED = ("dq_lightning", "torch", "torchvision", "numpy", "PIL")
 STREAMS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator, torch.Generator)
 _FUNCTIONS_BELOW = (
@@ -47,7 +47,8 @@ def _words(text: str) -> frozenset[str]:
 
 
 _DEFINED = (type, types.FunctionType, types.ModuleType, *_FUNCTIONS_BELOW)
-# What is trusted to depend on its arguments alone: these modules, and in builtins these names.
+# Modules whose functions are trusted to depend on their arguments alone. `_TRUSTED_BUILTINS` holds such builtins, and
+# `_AMBIENT` the exceptions among the modules.
 _TRUSTED = re.compile(
     r"(abc|array|base64|bisect|cmath|_?collections|colorsys|copy|copyreg|dataclasses|datetime|decimal|enum|fractions|_?functools"
     r"|heapq|itertools|logging|math|numbers|_?operator|re|statistics|string|_?struct|types|typing|unicodedata|uuid|warnings|zlib"
@@ -62,10 +63,11 @@ _TRUSTED_BUILTINS = _words(
     "print property range repr reversed round set slice sorted staticmethod str sum super tuple type zip hex "
     "Ellipsis NotImplemented __debug__"
 )
-# by these names functions of trusted modules read files; they may be given what is described as it stands, no composed names
+# Names under which functions of trusted modules read files. They may be given a name that is described as it is, but
+# not a name that the code composes.
 _READERS = frozenset(("open", "load", "fromfile", "memmap", "loadtxt", "genfromtxt"))
 _AMBIENT_NAMES = frozenset(("from_file", "open_memmap", "DataSource", "load_library", "attrgetter", "methodcaller"))
-# any code may ask for these on what it is given
+# Types whose attributes any code may use on the values that it is given.
 _VALUES = (
     *(object, str, bytes, int, float, complex, list, tuple, dict, set, slice, range, type(None), re.Pattern, re.Match),
     *(Tensor, np.ndarray, np.generic, Image.Image, io.BytesIO),
@@ -73,19 +75,19 @@ _VALUES = (
 _ATTRIBUTES = frozenset(name for kind in _VALUES for name in dir(kind)).union(
     ("name", "stem", "suffix", "__name__", "info"), *(dir(kind) for kind in (nn.Module, torch.Size, torch.finfo))
 )
-# by these, anything at all may be asked for
+# Attributes through which code can get at anything, so that its references cannot be resolved.
 _ANYTHING = _words(
     "__getattribute__ __getattr__ __dict__ __globals__ __builtins__ __subclasses__ __closure__ __code__ __module__"
 )
-# run when an object is made; what they did to one that exists is in its attributes
+# Methods that run when an object is made. Their effect on an object that exists already is in its attributes.
 _STARTS = ("__init__", "__new__", "__post_init__")
-# Python's notes on a class, which change nothing that it does
+# Attributes that Python keeps on a class and that do not change what the class does.
 _NOTES = _words(
     "__module__ __dict__ __weakref__ __doc__ __annotations__ __firstlineno__ __static_attributes__ __parameters__ "
     "__orig_bases__ __abstractmethods__ __dataclass_params__ __dataclass_fields__ __match_args__ __annotate__ "
     "__annotate_func__ __annotations_cache__ __slots__ __slotnames__ _abc_impl"
 )
-# methods that dataclasses and named tuples write for a class, from what is seen of it
+# Methods that dataclasses and named tuples generate for a class from its fields, which are described anyway.
 _WRITTEN_BY_CODE = _words(
     "__eq__ __repr__ __hash__ __lt__ __le__ __gt__ __ge__ __setattr__ __delattr__ __replace__ __init__ __new__"
 )
@@ -98,14 +100,17 @@ def _is_installed(place: str) -> bool:
 
 
 def module_of(value: Any) -> str:
-    """Name of the module that defines a function, class or module, by where its code lies: wrappers carry others' names."""
+    """Return the name of the module that defines a function, class or module.
+
+    For a function it is found by where the code is, since wrappers carry the names of the functions that they wrap.
+    """
     if isinstance(value, types.ModuleType):
         return value.__name__
     code = getattr(value, "__code__", None)
     if isinstance(code, types.CodeType) and not code.co_filename.startswith("<"):
         return str(value.__globals__.get("__name__", ""))
     name = getattr(value, "__module__", None)
-    if name is None:  # methods of built-in types
+    if name is None:  # true for methods of built-in types
         owner = getattr(value, "__objclass__", None) or getattr(value, "__self__", None)
         name = getattr(owner, "__module__", None) or getattr(owner, "__name__", None)
     return str(name or "builtins")
@@ -121,19 +126,19 @@ def is_library(value: Any) -> bool:
         return _is_installed(code.co_filename)
     module = value if isinstance(value, types.ModuleType) else sys.modules.get(name)
     place = getattr(module, "__file__", None)
-    # a module without a file is built in, unless it is the session that is being typed
+    # A module without a file is built into Python, or it is the interactive session.
     return _is_installed(place) if place else name.partition(".")[0] in sys.builtin_module_names
 
 
 def patches_of(kind: type) -> list[tuple[str, Any]]:
-    """Functions that were put into an installed class, or a class above it, from outside."""
+    """Return name and value of the functions that other code has put into an installed class or its installed bases."""
     members = [(owner, name) for owner in kind.__mro__ if is_library(owner) for name in vars(owner)]
     found = [(f"{owner.__name__}.{name}", _inside(vars(owner)[name])) for owner, name in members]
     return [(name, one) for name, one in found if not is_library(one if isinstance(one, _DEFINED) else type(one))]
 
 
 def _inside(member: Any) -> Any:
-    """The function in a method, a property or what `functools` makes of one."""
+    """Return the function inside a method, a property or a wrapper of `functools`."""
     while not isinstance(member, _DEFINED):
         inner = [getattr(member, name, None) for name in ("__func__", "fget", "func", "__wrapped__")]
         if not any(inner):
@@ -143,35 +148,39 @@ def _inside(member: Any) -> Any:
 
 
 def is_untouched(kind: type) -> bool:
-    """Whether a class is an installed library's own, as it was installed."""
+    """Whether a class belongs to an installed library and none of its functions was replaced."""
     return is_library(kind) and not patches_of(kind)
 
 
 class CodeDescriber(Describer):
-    """Describes objects by all they hold, classes and functions by their code and what it refers to.
+    """Describer of objects by all that they hold, and of classes and functions by their code and what it refers to.
+
+    Args:
+        known_names: names of attributes that exist although they are not described.
 
     Attributes:
-        unknown: why equal texts do not promise equal behaviour; empty where all was resolved.
-        opaque: objects that cannot be looked into, with why.
+        unknown: reasons why equal texts do not guarantee equal behaviour; empty if everything was resolved.
+        opaque: objects that cannot be described, each with the reason.
     """
 
     order_of_keys = True
     trusts_libraries = True
-    """Whether any class of an installed library is known well enough by name, version and attributes."""
+    """Whether a class of any installed library is sufficiently described by its name, version and attributes."""
 
     def __init__(self, known_names: frozenset[str] | set[str] = frozenset()) -> None:
         super().__init__()
         self.opaque: list[tuple[Any, str]] = []
         self._unknown: dict[str, None] = {}
-        self._offered = set(known_names)  # names of attributes of what was described
-        self._asked: dict[str, str] = {}  # names of attributes that code asks for, and which
+        self._offered = set(known_names)  # names of the attributes of everything that was described
+        self._asked: dict[str, str] = {}  # names of the attributes that code uses, each with the name of that code
         self._calls: list[Call] = []
         self._readers: set[str] = set()
-        self._computed: set[str] = set()  # names of attributes that code sets, or computes when they are asked for
-        self._plain = set(known_names) | _ATTRIBUTES | _TRUSTED_BUILTINS  # names that what is called by them has itself
-        self._aliases: set[str] = set()  # other names of functions
+        self._computed: set[str] = set()  # names of attributes that code sets, or that are computed when they are used
+        # names under which only functions of the same name are called
+        self._plain = set(known_names) | _ATTRIBUTES | _TRUSTED_BUILTINS
+        self._aliases: set[str] = set()  # names under which functions of another name are called
         self._versions: dict[str, str | None] = {}
-        self._looked_at: set[int] = set()  # modules
+        self._looked_at: set[int] = set()  # ids of the modules that were searched for replaced functions
 
     @property
     def unknown(self) -> list[str]:
@@ -180,21 +189,21 @@ class CodeDescriber(Describer):
         return found + asked + composed_names(self._calls, self._readers, self._computed, self._plain - self._aliases)
 
     def unresolved(self, why: str) -> None:
-        """Note why equal texts do not promise equal behaviour."""
+        """Add a reason why equal texts do not guarantee equal behaviour."""
         self._unknown[why] = None
 
-    # policies
+    # methods that subclasses override
 
     def unseen(self, value: Any, why: str) -> str:
         self.opaque.append((value, why))
         return f"unseen:{type(value).__qualname__}"
 
     def stream(self, value: Any) -> str:
-        """Of where a stream of numbers stands."""
+        """Describe a random generator; here by its class alone, without its state."""
         return type(value).__qualname__
 
     def used(self, value: Any) -> str:
-        """Of a value that code refers to."""
+        """Describe a value that code refers to."""
         return self.describe(value)
 
     # kinds of values
@@ -238,7 +247,10 @@ class CodeDescriber(Describer):
         return None
 
     def library(self, value: Any) -> str | None:
-        """Name and version of what an installed library defines; None for what is the user's own."""
+        """Return name and version of what an installed library defines; None for what the user defines.
+
+        None is also returned if the library has no version, since the name alone says too little.
+        """
         if not is_library(value):
             return None
         module = module_of(value)
@@ -246,7 +258,7 @@ class CodeDescriber(Describer):
         if top not in self._versions:
             self._versions[top] = _version(top)
         version = self._versions[top]
-        if version is None:  # its name says too little
+        if version is None:  # the name alone would say too little
             return None
         name = getattr(value, "__qualname__", None) or getattr(value, "__name__", "")
         return f"{module}.{name}" + (f"@{version}" if version else "")
@@ -270,13 +282,16 @@ class CodeDescriber(Describer):
         return digest_text(library, *(text for name, one in replaced for text in (name, self.describe(one))))
 
     def _check_held(self, value: Any) -> None:
-        """Note where a library's function or class may be called that is not known to depend on its arguments alone."""
+        """Add a reason if a library's function or class that may be called may depend on more than its arguments."""
         name = f"{module_of(value)}.{value.__name__}"
         if not self.trusts_libraries and (not _is_trusted(name) or _reads(value)):
             self.unresolved(f"{name} is used")
 
     def _replaced_near(self, value: Any) -> list[tuple[str, Any]]:
-        """Functions that were put into the module of a library's function or class, or those beside it, from outside."""
+        """Return name and value of functions that other code has put into a library's modules near a function or class.
+
+        These are the module that defines the function or class, and the modules of the same library that it imports.
+        """
         module = sys.modules.get(module_of(value))
         top = module_of(value).partition(".")[0] + "."
         near = [] if module is None else [module, *(m for m in vars(module).values() if type(m) is types.ModuleType)]
@@ -315,7 +330,7 @@ class CodeDescriber(Describer):
         return digest_text(*parts)
 
     def made(self, kind: type) -> list[str]:
-        """Of what runs when code makes an object of a class."""
+        """Describe the methods of the user's code that run when an object of a class is made."""
         return [
             self.describe(vars(owner)[name])
             for owner in kind.__mro__
@@ -331,13 +346,13 @@ class CodeDescriber(Describer):
             return held
         parts: dict[str, Any] = {name: dict(held.get(name) or {}) for name in ("_parameters", "_buffers", "_modules")}
         self._offered.update(*parts.values())
-        # hooks are filed under numbers that count up through the process
+        # The keys of hooks are numbers that count up through the process, so only the hooks themselves are described.
         hooks = {name: list((held.get(name) or {}).values()) for name in ("_forward_hooks", "_forward_pre_hooks")}
         own = {} if is_library(type(value)) else {"training": value.training}
         return parts | hooks | own | {name: one for name, one in held.items() if name not in _MODULE_NAMES}
 
     def note_name(self, name: str, value: Any) -> None:
-        """Note where a function is called by another name than its own."""
+        """Record whether a function is held under its own name or under another one."""
         if callable(value) or isinstance(value, staticmethod | classmethod):
             (self._plain if getattr(value, "__name__", None) == name else self._aliases).add(name)
 
@@ -366,7 +381,7 @@ class CodeDescriber(Describer):
         return digest_text(code.co_code.hex(), code.co_names, code.co_varnames, *inner)
 
     def _referred(self, code: Code) -> list[str]:
-        """Of all values that a function refers to, each by its name, in order."""
+        """Describe all values that a function refers to: name and text of each, in the order of the names."""
         texts = {}
         for chain in sorted(set(code.chains)):
             value, rest = code.world.get(chain[0], _MISSING), list(chain[1:])
@@ -415,7 +430,8 @@ class CodeDescriber(Describer):
                 self.unresolved(f"{code.name} hands {name} on")
             elif _reads(value):
                 self._readers.add(name.rpartition(".")[2])
-            # what is called here and now is no function that is held, to be called with anything
+            # A function that reads a file is described by its name if it is only called here: it is not held, so
+            # nothing else can call it with a name that is not described.
             return library if _reads(value) or value is io.BytesIO else self.describe(value)
         self._ask(rest, code)
         if not rest:
@@ -426,7 +442,7 @@ class CodeDescriber(Describer):
 
 
 def _version(top: str) -> str | None:
-    """Version of an installed package, without what tells builds of one version apart; "" for Python's own modules."""
+    """Return the version of an installed package without its build tag: "" for modules of Python, None if unknown."""
     if top in sys.stdlib_module_names or top in ("dq_lightning", "builtins"):
         return ""
     version = getattr(sys.modules.get(top), "__version__", None)
@@ -434,7 +450,7 @@ def _version(top: str) -> str | None:
 
 
 def library_version(name: str) -> str:
-    """Version of an installed distribution, which need not be imported; "" where there is none."""
+    """Return the version of an installed distribution, which need not be imported; "" if it is not installed."""
     try:
         return importlib.metadata.version(name).partition("+")[0]
     except importlib.metadata.PackageNotFoundError:
@@ -446,35 +462,44 @@ def _is_trusted(name: str) -> bool:
 
 
 def _reads(value: Any) -> bool:
-    """Whether a function of a trusted library reads the file that it is given."""
+    """Whether a function of a trusted library reads the file whose name it is given."""
     names = {value.__name__, getattr(value, "__qualname__", "").partition(".")[0]}
     return not names.isdisjoint(_READERS | _AMBIENT_NAMES)
 
 
 def _content_of(module: types.ModuleType) -> str:
-    """Digest of a module's source, as it is loaded or lies on the disk."""
+    """Return the hexadecimal digest of a module's source, as it was loaded or is on the disk."""
     linecache.checkcache(getattr(module, "__file__", None) or "")
     return digest_text(*linecache.getlines(getattr(module, "__file__", None) or ""))
 
 
 def describe_callable(function: Any) -> str:
-    """A text that changes when a preprocessing callable does, equal in every process.
+    """Return a text that changes if a preprocessing callable changes, and that is equal in every process.
 
-    An `identity` attribute (string) is believed, of the callable and of whatever it holds. What belongs to an installed
-    library counts by its name and version; objects count by all their attributes; the user's functions and classes by their
-    code, its defaults, its closure and the names that it uses.
+    A string attribute `identity` is used in place of a description, both of the callable and of any object that it
+    holds. What an installed library defines is described by its name and version; objects by all their attributes; the
+    user's functions and classes by their code, default arguments, closure and the names that they use.
+
+    Args:
+        function: the callable, such as a transform.
 
     Raises:
-        FeatureError: something in it cannot be looked into.
+        FeatureError: something that the callable holds cannot be described.
     """
     return described(function)[0]
 
 
 def described(function: Any) -> tuple[str, list[str]]:
-    """The same text, and why equal texts do not promise equal behaviour: empty where all was resolved.
+    """Return the text of `describe_callable`, and the reasons why equal texts do not guarantee equal behaviour.
+
+    Args:
+        function: the callable, such as a transform.
+
+    Returns:
+        The text, and a list of reasons, which is empty if everything was resolved.
 
     Raises:
-        FeatureError: something in it cannot be looked into.
+        FeatureError: something that the callable holds cannot be described.
     """
     describer = CodeDescriber()
     text = describer.describe(function)

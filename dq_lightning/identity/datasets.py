@@ -1,4 +1,4 @@
-"""A cheap key for the present state of a dataset object, and whether equal keys promise equal items."""
+"""Computes a cheap digest of the present state of a dataset object, and whether equal digests guarantee equal items."""
 
 import contextlib
 import os
@@ -15,9 +15,10 @@ import numpy as np
 from dq_lightning.identity.callables import CodeDescriber, is_untouched
 from dq_lightning.identity.values import digest_text, slots_of
 
-# a file that was changed just now may change once more within the clock's step
+# A file that was changed this recently may change again without a new time, because of the clock's resolution.
 _RACY_NANOSECONDS = 2_000_000_000
-# of SQLite, LMDB and their kin: what was written last may stand in another file, or show in no time at all
+# Suffixes of databases (SQLite, LMDB and similar). Their latest changes may be in another file, or may leave the times
+# of the file as they were.
 _DATABASES = (".db", ".db3", ".sqlite", ".sqlite3", ".mdb", ".lmdb", ".gpkg")
 _LONGEST_PATH = 4096
 _FOLDERS = "torchvision.datasets."
@@ -25,11 +26,11 @@ _FOLDERS = "torchvision.datasets."
 
 @dataclass(frozen=True)
 class State:
-    """What was seen of a dataset object without reading all its items.
+    """What is known of a dataset object without reading all its items.
 
     Attributes:
-        digest: differs where something seen differs.
-        unknown: why equal digests do not promise equal items; empty where they do.
+        digest: hexadecimal digest of the parts of the object that were described; it differs if one of them differs.
+        unknown: reasons why equal digests do not guarantee equal items; empty if they do.
     """
 
     digest: str
@@ -37,11 +38,12 @@ class State:
 
 
 class StateDescriber(CodeDescriber):
-    """Describes a dataset object; files that it names are described by size and times.
+    """Describer of a dataset object, which describes files named in the object by their size, times and inode number.
 
     Args:
-        known_names: attributes that were left out.
-        root: folder of files whose content is known otherwise; names below it count from there, and no file is looked at.
+        known_names: names of attributes that are not described.
+        root: folder whose files' contents are identified elsewhere: then names inside it are described relative to it,
+            and the sizes and times of files are not read. None reads them for every file that is named.
     """
 
     trusts_libraries = False
@@ -50,7 +52,7 @@ class StateDescriber(CodeDescriber):
         super().__init__(known_names)
         self._root = root
         self.order_of_keys = root is None
-        self._beside = ""  # a file that is named beside those that are known otherwise
+        self._beside = ""  # the first file that is named besides those whose contents are identified elsewhere
         self.values: list[tuple[Any, str]] = []
 
     def text(self, value: Any) -> str:
@@ -72,7 +74,8 @@ class StateDescriber(CodeDescriber):
             self.unresolved(f"{value!r} is a database")
         if max(seen.st_mtime_ns, seen.st_ctime_ns) > time.time_ns() - _RACY_NANOSECONDS:
             self.unresolved(f"{value!r} was changed just now")
-        # the time of change is not put back by what copies or unpacks files; a link may name another file of equal times
+        # Tools that copy or unpack files restore the modification time but not the status change time (ctime). The
+        # inode number is included because a link may come to name another file with equal times.
         return f" {seen.st_size} {seen.st_mtime_ns} {seen.st_ctime_ns} {seen.st_ino}"
 
     def stream(self, value: Any) -> str:
@@ -80,7 +83,8 @@ class StateDescriber(CodeDescriber):
         return super().stream(value)
 
     def used(self, value: Any) -> str:
-        # no part of the object: it may change by reading, while the object does not
+        # The value is not a part of the object. It is described separately, since reading may change it while the
+        # object stays the same.
         self.values.append((value, self.describe(value)))
         return "used"
 
@@ -88,7 +92,8 @@ class StateDescriber(CodeDescriber):
         if isinstance(value, np.ndarray) and value.dtype.kind in "US" and self._root is None:
             return self.describe(value.tolist())
         if isinstance(getattr(value, "_fingerprint", None), str) and hasattr(value, "_indices"):
-            # a Hugging Face dataset keeps the history of its table in this, but not of files that the table names
+            # The fingerprint of a Hugging Face dataset covers the history of its table, but not files that the table
+            # names.
             self._offered.update(dir(type(value)))
             self._computed.add("[]")
             if "decode=" in repr(getattr(value, "features", "")):
@@ -108,7 +113,7 @@ class StateDescriber(CodeDescriber):
         return super().attributes(value, held)
 
     def check_folders(self, value: Any, held: dict[str, Any]) -> None:
-        """Note where code of torchvision's may read files that are not named one by one."""
+        """Add a reason if a torchvision dataset holds the name of a folder, since its code may read any file there."""
         if self._root is not None or not any(kind.__module__.startswith(_FOLDERS) for kind in type(value).__mro__):
             return
         for one in held.values():
@@ -117,7 +122,7 @@ class StateDescriber(CodeDescriber):
 
 
 def _parts(view: Any, without: Collection[str], prefix: str = "") -> dict[str, Any]:
-    """The attributes of a dataset object, or of every object in a list of such."""
+    """The attributes by name of a dataset object, or of all objects in a `Parts`, without the names in `without`."""
     if isinstance(view, Parts):
         inner = [_parts(part, without, f"{prefix}{place}/") for place, part in enumerate(view)]
         return {name: value for part in inner for name, value in part.items()}
@@ -133,11 +138,20 @@ def _objects(view: Any) -> list[Any]:
 
 
 class Parts(list[Any]):
-    """Several dataset objects that are one together."""
+    """Several dataset objects that form one dataset together."""
 
 
 def _seen(view: Any, root: str | None, names: set[str]) -> tuple[dict[str, tuple[str, Any]], list[str]]:
-    """Digests of a dataset's parts and of what its code uses, by place, each with its value; and what is unknown."""
+    """Describe the parts of a dataset and the values that its code uses.
+
+    Args:
+        view: dataset object, or `Parts`.
+        root: see `StateDescriber`.
+        names: names of attributes that are not described.
+
+    Returns:
+        Digest and value by the name of the part or use, and the reasons why equal digests do not guarantee equal items.
+    """
     parts = _parts(view, names)
     describer = StateDescriber(names | {name.rpartition("/")[2] for name in parts}, root)
     for one in _objects(view):
@@ -154,38 +168,44 @@ def _seen(view: Any, root: str | None, names: set[str]) -> tuple[dict[str, tuple
     return found, describer.unknown
 
 
-# what was once seen to change by reading, by dataset: a memory that is full does not grow any more
+# Names of the parts that were once seen to change by reading, by dataset. A cache that is full stops growing, so a
+# later look alone would not find it.
 _unsteady: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
 
 def find_state(
     view: Any, owner: Any, read: Callable[[bool], str], *, without: Collection[str], root: str | None = None
 ) -> State:
-    """The present state of a dataset object, without its transforms.
+    """Compute the present state of a dataset object, without its transforms.
 
-    Everything among its attributes counts, its class and others of the user's by their code and what it refers to, files that
-    are named there by size and times. Attributes that change by reading items (counters, memories) are left out.
+    The digest covers all attributes; the dataset's class and other classes of the user, by their code and what that
+    refers to; and files named in the attributes, by size and times. Attributes that change by reading items (counters,
+    caches) are left out. To find them, the object is described before and after some items are read.
 
     Args:
-        view: the dataset without the user's transforms, or `Parts`.
-        owner: the user's own object; what was seen to change by reading it is remembered as long as it lives.
-        read: reads a few items and gives their digest, against state that does not show; given True, a few others, so that a
-            memory of what was read is seen to grow.
-        without: names of attributes that are known otherwise, or do not count.
-        root: its folder, where its files are known otherwise; moving it changes nothing then.
+        view: dataset without the user's transforms, or `Parts`.
+        owner: the user's own object; names of attributes that change by reading are remembered for as long as it lives.
+        read: reads a few items and returns their digest, which covers state that the attributes do not show; with the
+            argument True it reads a few other items, so that a cache of read items is seen to grow.
+        without: names of attributes that are identified elsewhere or have no influence on the items.
+        root: folder of the dataset if its files are identified elsewhere; the digest then stays the same if the folder
+            is moved.
+
+    Returns:
+        The digest, and the reasons why equal digests do not guarantee equal items.
     """
     names = set(without)
-    read(False)  # what is opened or filled at the first read is there from now on
+    read(False)  # whatever is opened or filled by the first read is there from now on
     before, _ = _seen(view, root, names)
     read(True)
     spots = read(False)
     after, unknown = _seen(view, root, names)
     changed = {name for name, (digest, _) in after.items() if before.get(name, ("",))[0] != digest}
-    with contextlib.suppress(TypeError):  # of a class that weak references cannot point to
+    with contextlib.suppress(TypeError):  # raised if weak references cannot point to objects of this class
         changed |= _unsteady.setdefault(owner, set())
         _unsteady[owner] = changed
     steady = sorted((name, digest) for name, (digest, _) in after.items() if name not in changed)
-    # a number that changes counts what was read
+    # A number that changes by reading counts what was read, which is no reason for uncertainty.
     kept = [name for name in sorted(changed & after.keys()) if not isinstance(after[name][1], int | float)]
     unknown += [f"{name.rpartition('/')[2]} changes by reading" for name in kept]
     return State(digest_text(*(text for pair in steady for text in pair), spots), tuple(dict.fromkeys(unknown)))

@@ -1,9 +1,10 @@
-"""What a network computes: weights, code, settings; what cannot be resolved, by its outputs. And commits of hub repositories.
+"""Digests of networks by weights, code, settings and trial outputs; commits of repositories on the Hugging Face hub.
 
-A network whose code was not understood in full is also known by what it answers to a few fixed inputs, in double precision, on
-one thread of the CPU, so that devices and numbers of threads do not matter. The answers are rounded to four digits: the same
-machine gives the same always, another kind of processor may differ in the last of sixteen, which the rounding hides but for one
-in billions; then an entry is made again, and never a wrong one used.
+If the code of a network could not be resolved completely, its digest also covers its outputs for a few fixed inputs.
+They are computed in double precision on one thread of the CPU, so that devices and numbers of threads do not matter.
+The outputs are rounded to four digits: one machine always gives the same result, and another kind of processor may
+differ in the last of sixteen digits, which the rounding hides except in one of billions of cases. In such a case an
+entry is made again; a wrong entry is never used.
 """
 
 import contextlib
@@ -27,7 +28,8 @@ from dq_lightning.identity.values import digest_text, tensor_bytes
 
 logger = logging.getLogger("dq_lightning")
 
-# attributes of libraries' networks that say where weights came from or lie, not what they compute
+# Names of attributes of library networks that say where weights came from or where they are, but not what the network
+# computes.
 _ORIGINS = frozenset(
     ("name_or_path", "device", "dtype", "torch_dtype", "transformers_version", "pretrained_cfg", "default_cfg")
 )
@@ -36,11 +38,11 @@ _NUMBERS = 64
 
 
 class _NetworkDescriber(CodeDescriber):
-    """Describes the parts of a network; the tensors of these are left to `described_module`.
+    """Describer of the parts of a network. The tensors of the parts are left to `described_module`.
 
     Args:
         module: the network.
-        without: names of settings that do not count.
+        without: names of settings that have no influence on the result.
     """
 
     def __init__(self, module: nn.Module, without: Collection[str]) -> None:
@@ -51,7 +53,7 @@ class _NetworkDescriber(CodeDescriber):
     def attributes(self, value: Any, held: dict[str, Any]) -> dict[str, Any]:
         every = super().attributes(value, held)
         if isinstance(value, nn.Module) and id(value) not in self._places:
-            return every  # no part of the network, but held by one
+            return every  # not a part of the network, but held by one of its parts
         if isinstance(value, nn.Module):
             kept = _bookkeeping(type(value)) | {"_parameters", "_buffers", "_modules", "training"}
             every = {name: one for name, one in every.items() if name not in kept and not name.startswith("_hparams")}
@@ -68,7 +70,7 @@ class _NetworkDescriber(CodeDescriber):
 
 
 def _bookkeeping(kind: type) -> set[str]:
-    """Names of the attributes that Lightning keeps on its modules, which change by training."""
+    """Return the names of the attributes that Lightning keeps on its modules, which change during training."""
     for owner in kind.__mro__:
         if owner.__name__ == "LightningModule" and owner.__module__.split(".")[0] in ("lightning", "pytorch_lightning"):
             return set(vars(owner()))
@@ -76,13 +78,17 @@ def _bookkeeping(kind: type) -> set[str]:
 
 
 def described_module(module: nn.Module, without: Collection[str] = ()) -> tuple[str, list[str]]:
-    """Digest of a network, and why equal digests do not promise equal outputs: empty where all was resolved.
+    """Return the digest of a network, and the reasons why equal digests do not guarantee equal outputs.
 
-    Reads every byte of the weights once; device, precision of the computation and train mode do not enter.
+    Every byte of the weights is read once. The device, the precision of the computation and train mode have no
+    influence.
 
     Args:
         module: the network.
-        without: names of settings that do not count.
+        without: names of settings that have no influence on the result.
+
+    Returns:
+        Hexadecimal digest, and a list of reasons, which is empty if everything was resolved.
 
     Raises:
         DQError: a parameter has no values (meta or lazy).
@@ -92,7 +98,7 @@ def described_module(module: nn.Module, without: Collection[str] = ()) -> tuple[
     compiled: list[str] = []
     for place, part in module.named_modules():
         if isinstance(part, torch.jit.ScriptModule):
-            # a whole holds its parts
+            # The description of a compiled network covers its parts.
             if not any(place.startswith(f"{whole}." if whole else "") for whole in compiled):
                 compiled.append(place)
                 texts += [place, _compiled(part)]
@@ -104,7 +110,7 @@ def described_module(module: nn.Module, without: Collection[str] = ()) -> tuple[
     for name, tensor in tensors.items():
         content = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
         texts += [name, str(tensor.dtype), str(tuple(tensor.shape)), content]
-    # weights that are neither, as those of quantized networks
+    # Some weights are neither parameters nor buffers, such as those of quantized networks.
     texts += [
         text
         for name, value in module.state_dict().items()
@@ -115,9 +121,9 @@ def described_module(module: nn.Module, without: Collection[str] = ()) -> tuple[
 
 
 def _compiled(part: torch.jit.ScriptModule) -> str:
-    """Code and constants of a network of TorchScript; its parameters and buffers are seen as those of any other."""
+    """Describe the code and constants of a TorchScript network; the caller describes its parameters and buffers."""
     graph: Any = part.inlined_graph
-    # names of types are numbered through the process
+    # TorchScript numbers the names of types in the order of their creation in the process, so the numbers are removed.
     texts = [re.sub(r"___torch_mangle_\d+", "", graph.str(False))]
     for node in graph.findAllNodes("prim::Constant", True):
         if "value" in node.attributeNames() and node.kindOf("value") == "t":
@@ -126,7 +132,13 @@ def _compiled(part: torch.jit.ScriptModule) -> str:
 
 
 def digest_module(module: nn.Module, *, without: Collection[str] = ()) -> str:
-    """Digest of a network: code, settings, every parameter and buffer; its outputs too where its code is not understood.
+    """Return the hexadecimal digest of a network: its code, its settings, and every parameter and buffer.
+
+    If its code could not be resolved completely, the digest also covers its outputs for a few fixed inputs.
+
+    Args:
+        module: the network.
+        without: names of settings that have no influence on the result.
 
     Raises:
         DQError: a parameter has no values (meta or lazy).
@@ -136,15 +148,17 @@ def digest_module(module: nn.Module, *, without: Collection[str] = ()) -> str:
 
 
 def digest_encoder(module: nn.Module, preprocess: Callable[..., Any], text: str | None = None) -> str:
-    """Digest of a network with its preprocessing; of their outputs too where they are not understood.
+    """Return the hexadecimal digest of a network with its preprocessing.
+
+    If their code could not be resolved completely, the digest also covers their outputs for a few fixed inputs.
 
     Args:
         module: the network.
-        preprocess: from an RGB image to a tensor.
-        text: description of `preprocess` when its owner knows a better one than its code.
+        preprocess: function from an RGB image to a tensor.
+        text: description of `preprocess`, if the caller has a better one than its code; None describes the code.
 
     Raises:
-        FeatureError: the preprocessing holds something that cannot be looked into.
+        FeatureError: the preprocessing holds something that cannot be described.
         DQError: a parameter has no values (meta or lazy).
     """
     unknown: list[str] = []
@@ -156,12 +170,13 @@ def digest_encoder(module: nn.Module, preprocess: Callable[..., Any], text: str 
 
 
 def probe(module: nn.Module, preprocess: Callable[..., Any] | None, unknown: list[str]) -> str:
-    """Digest of what a network answers to a few fixed inputs.
+    """Return the hexadecimal digest of the outputs of a network for a few fixed inputs.
 
     Args:
         module: the network.
-        preprocess: from an RGB image to a tensor; None gives the network plain pixels.
-        unknown: why its description does not suffice, for the warning where it accepts no input.
+        preprocess: function from an RGB image to a tensor; None gives the network the pixels.
+        unknown: reasons why the description of the network does not suffice, at least one; the first is named in the
+            warning that is logged if the network accepts no input.
     """
     answers: list[str] = []
     with isolated_random_state(0), _one_thread(), torch.no_grad():
@@ -182,7 +197,7 @@ def probe(module: nn.Module, preprocess: Callable[..., Any] | None, unknown: lis
 
 
 def image_to_pixels(image: Image.Image) -> Tensor:
-    """An RGB image as uint8 [3, H, W]."""
+    """Return an RGB image as uint8 [3, H, W]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -195,7 +210,7 @@ def _answer(network: nn.Module, given: Tensor) -> list[str]:
 
 
 def _rounded(answer: Any) -> list[str]:
-    """Evenly spread numbers of all tensors in an answer, to four digits of the largest."""
+    """Return evenly spaced values of all tensors in an output as texts, rounded to four digits of the largest value."""
     if isinstance(answer, Tensor):
         values = answer.detach().double().flatten()
         spread = (
@@ -214,7 +229,7 @@ def _rounded(answer: Any) -> list[str]:
 
 
 def _images(side: int) -> list[Image.Image]:
-    """A few fixed RGB images of large and small structure."""
+    """Return a few fixed RGB images with large and small structures, `side` x `side` pixels."""
     rows, columns = np.mgrid[0:side, 0:side]
     waves = [np.stack([(rows * a + columns * b * (c + 1)) % 256 for c in range(3)], -1) for a, b in ((1, 3), (7, 2))]
     return [Image.fromarray(wave.astype(np.uint8)) for wave in waves]
@@ -231,15 +246,15 @@ def _one_thread() -> Iterator[None]:
 
 
 def find_commit(repository: str, revision: str | None, files: tuple[str, ...]) -> str:
-    """Commit of a repository's weights: from the local Hugging Face cache, or else downloaded.
+    """Return the commit of a repository's weights, found in the local Hugging Face cache or else by a download.
 
     Args:
-        repository: `OWNER/NAME`.
-        revision: branch, tag or commit; the default branch when None.
+        repository: name of the repository, `OWNER/NAME`.
+        revision: branch, tag or commit; None means the default branch.
         files: names of weight files, the preferred one first.
 
     Raises:
-        DQError: the weights are neither in the cache nor reachable. The caller says what can be passed instead.
+        DQError: the weights are not in the cache and cannot be downloaded. The caller adds what can be passed instead.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -254,7 +269,7 @@ def find_commit(repository: str, revision: str | None, files: tuple[str, ...]) -
             return _commit_of(hf_hub_download(repository, file, revision=revision), file)
         except Exception as error:
             reason = error
-            # only a hub that answered may have the other file; without network every attempt costs half a minute
+            # Another file is tried only if the hub answered: without a network every attempt takes half a minute.
             if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
                 break
     raise DQError(
@@ -264,5 +279,5 @@ def find_commit(repository: str, revision: str | None, files: tuple[str, ...]) -
 
 
 def _commit_of(path: str, file: str) -> str:
-    # .../snapshots/COMMIT/FILE, where FILE may lie in subfolders
+    # The path is .../snapshots/COMMIT/FILE, where FILE may be in subfolders.
     return Path(path).parents[len(Path(file).parts) - 1].name

@@ -1,4 +1,4 @@
-"""The syntax of running code: what it refers to, and which of it may read files whose names it makes up."""
+"""Analyses the syntax of running code: what it refers to, and which calls may read files whose names it composes."""
 
 import ast
 import collections
@@ -9,25 +9,26 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-# functions that read files take them by these names, or first
+# Methods that put something into a container.
 _CHANGES = frozenset(("append", "appendleft", "extend", "insert", "update", "setdefault", "add", "__setitem__"))
+# Names of the arguments in which functions take the file that they read. It may also be their first argument.
 _FILE_ARGUMENTS = ("fp", "file", "f", "fname", "filename", "path")
 
 
 def cells_of(function: Any) -> dict[str, Any]:
-    """Values of the names that a function takes from the functions around it."""
+    """Return the values of the variables that a function takes from the functions around it, by name."""
     held = {}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             held[name] = cell.cell_contents
-        except ValueError:  # not filled yet
+        except ValueError:  # the variable has no value yet
             held[name] = "empty"
     return held
 
 
 @lru_cache(64)
 def _parsed(text: str) -> tuple[list[ast.AST], frozenset[types.CodeType]]:
-    """The functions in a source: their nodes, and their code as this Python compiles it."""
+    """Return the syntax nodes of the functions in a source, and the code objects that Python compiles from them."""
     try:
         tree = ast.parse(text)
         codes, found = [compile(text, "", "exec", dont_inherit=True)], set()
@@ -42,7 +43,7 @@ def _parsed(text: str) -> tuple[list[ast.AST], frozenset[types.CodeType]]:
 
 
 def _node_of(code: types.CodeType) -> Any:
-    """The syntax of running code, or None where the source at hand is not the one that it was made from."""
+    """Return the syntax node of running code, or None if the source at hand is not the one that it was made from."""
     linecache.checkcache(code.co_filename)
     nodes, codes = _parsed("".join(linecache.getlines(code.co_filename)))
     if code not in codes:
@@ -63,31 +64,35 @@ _NO_EFFECT = ("ctx", "annotation", "returns", "type_comment", "kind", "type_para
 
 
 def _dumped(node: Any, *, top: bool = False) -> str:
-    """A syntax tree as text, without what has no effect; the same for every Python that can parse it."""
+    """Return a syntax tree as a text without parts that have no effect; it is equal in all versions of Python."""
     if isinstance(node, list):
         kept = [part for part in node if not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))]
         return f"[{','.join(map(_dumped, kept))}]"
     if not isinstance(node, ast.AST):
         return repr(node)
-    # what decorators made of a function is seen in what they gave
+    # The effect of the decorators is visible in the function that they returned.
     skipped = (*_NO_EFFECT, "decorator_list") if top else _NO_EFFECT
     fields = [(name, value) for name, value in ast.iter_fields(node) if name not in skipped and value not in (None, [])]
     return f"{type(node).__name__}({','.join(f'{name}={_dumped(value)}' for name, value in fields)})"
 
 
 class Code(ast.NodeVisitor):
-    """What the code of a function refers to.
+    """Syntax visitor that collects what the code of a function refers to.
 
     Attributes:
-        node: its syntax; None where no source fits.
-        text: of that.
-        world: values by name: of its module, and of the functions around it.
-        chains: names of the world or of builtins, each with the attributes that are asked of it.
-        attributes: names of attributes that are asked of anything else.
-        stored: names of attributes that it sets.
-        calls: last name of what is called, and an argument.
-        handed: those of the chains that are not only called.
-        unresolved: why it is not understood.
+        name: qualified name of the function, for messages.
+        short: name of the function.
+        node: syntax of the function; None if no source fits its code.
+        text: the syntax as text; empty without a node.
+        world: values by name, of the function's module and of the functions around it.
+        chains: names of the world or of builtins that the code uses, each with the attributes that are taken from it.
+        attributes: names of the attributes that are taken from anything else.
+        stored: names of the attributes that the code sets.
+        calls: every call with each of its arguments.
+        handed: those of the chains that are used for more than being called.
+        unresolved: reasons why the code could not be resolved completely.
+        arguments: names of all arguments, also those of inner functions.
+        assigned: expressions that are assigned to each local name.
     """
 
     def __init__(self, function: types.FunctionType) -> None:
@@ -193,7 +198,7 @@ class Code(ast.NodeVisitor):
         self.generic_visit(node)
 
     def _change(self, held: ast.expr, how: ast.expr) -> None:
-        """Something is put into a container."""
+        """Record that the expression `how` puts something into the container `held`."""
         while isinstance(held, ast.Subscript):
             held = held.value
         if isinstance(held, ast.Attribute):
@@ -218,7 +223,17 @@ class Code(ast.NodeVisitor):
             self.visit(part)
 
     def origin(self, value: ast.expr, computed: set[str], seen: tuple[str, ...] = ()) -> str:
-        """Where a value comes from: "held" (as it is described), "given" (an argument) or "made" here."""
+        """Return where a value comes from.
+
+        Args:
+            value: expression of the value.
+            computed: names of attributes that code sets or computes; "[]" stands for item access that code computes.
+            seen: local names that are being resolved.
+
+        Returns:
+            "held" for a value that is described as it is, "given" for an argument, "made" for a value that code
+            composes.
+        """
         while isinstance(value, ast.Subscript | ast.Attribute | ast.Starred):
             if (value.attr if isinstance(value, ast.Attribute) else "[]") in computed:
                 return "made"
@@ -257,10 +272,10 @@ class Call(NamedTuple):
     """A call in code, with one of its arguments.
 
     Attributes:
-        code: where it is.
-        name: the last name of what is called.
-        first: whether a function that reads files would take this argument for the file.
-        argument: its syntax.
+        code: code that the call is in.
+        name: last part of the name of what is called.
+        first: whether a function that reads files would take this argument as the file.
+        argument: expression of the argument.
     """
 
     code: Code
@@ -270,13 +285,17 @@ class Call(NamedTuple):
 
 
 def composed_names(calls: list[Call], library: set[str], computed: set[str], plain: set[str]) -> list[str]:
-    """Calls that may read files whose names are not described as they stand.
+    """Find calls that may read files whose names are composed by code, so that the files are not described.
 
     Args:
-        calls: in all code.
-        library: names of functions of libraries that read files.
+        calls: calls in all code.
+        library: names of library functions that read files.
         computed: names of attributes that code sets or computes.
-        plain: names that what is called by them has itself; anything may be called by other names.
+        plain: names under which only functions of the same name are called; under another name any function may be
+            called.
+
+    Returns:
+        A reason for each such call, in words.
     """
 
     def reads(call: Call, origin: str) -> bool:
@@ -287,7 +306,7 @@ def composed_names(calls: list[Call], library: set[str], computed: set[str], pla
 
     users: set[str] = set()
     while more := {call.code.short for call in calls if reads(call, "given")} - users:
-        users |= more  # a function that reads the file it is given reads files too
+        users |= more  # a function that passes its argument to a function that reads files also reads files
     return list(
         dict.fromkeys(
             f"{call.code.name} gives {call.name} a name that it makes" for call in calls if reads(call, "made")
@@ -296,7 +315,7 @@ def composed_names(calls: list[Call], library: set[str], computed: set[str], pla
 
 
 def _global_names(code: types.CodeType) -> Iterator[str]:
-    # co_names alone has attributes too: `self.model` is not the script's own `model`
+    # `co_names` is not enough, since it also holds attributes: `self.model` is not the global name `model`.
     for step in dis.get_instructions(code):
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             yield step.argval

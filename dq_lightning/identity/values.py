@@ -1,4 +1,4 @@
-"""The content of values as digests: numbers, text, arrays, images, containers, and objects by their attributes."""
+"""Digests of the content of values: numbers, text, arrays, images, containers, and objects by their attributes."""
 
 import copyreg
 import hashlib
@@ -28,47 +28,54 @@ _NUMBERS = (type(None), type(Ellipsis), bool, int, float, complex)
 
 
 def digest_text(*parts: object) -> str:
-    """Hexadecimal SHA-256 of the parts' texts, kept apart by a separator."""
+    """Return the hexadecimal SHA-256 of the texts of some parts, joined with a separator.
+
+    >>> digest_text("a", "b") == digest_text("ab")
+    False
+    """
     return hashlib.sha256("\x1f".join(map(str, parts)).encode(errors="surrogatepass")).hexdigest()
 
 
 def digest_of(*values: Any) -> str:
-    """Hexadecimal SHA-256 of the content of values, as of a dataset's items; types and the order of sequences count.
+    """Return the hexadecimal SHA-256 of the content of values, such as the items of a dataset.
+
+    The types of values and the order of sequences count; the order of the keys of a mapping does not.
 
     Raises:
-        SourceError: a value can be neither looked into nor pickled.
+        SourceError: a value cannot be described: it is an open file, is nested too deeply, or cannot be pickled.
+        DQError: a tensor has no values (meta, lazy), or has a layout that is not supported.
     """
     describer = Describer()
     return digest_text(*[describer.describe(value) for value in values])
 
 
 class Describer:
-    """A short text for any value that differs where the value does, and is equal in every process.
+    """Describes any value by a short text that differs if the value differs and is equal in every process.
 
-    This class describes the items of a dataset: objects count by the name of their class and what they hold. Its children add
-    code, files and networks.
+    This class describes the items of a dataset: objects are described by the name of their class and by what they hold.
+    Subclasses also describe code, files and networks.
     """
 
     order_of_keys = False
-    """Whether the order of a mapping's keys counts."""
+    """Whether the order of the keys of a mapping counts."""
 
     def __init__(self) -> None:
         self._open: list[int] = []
-        # with the value, so that its id stays taken
+        # Texts by id. The value is kept too, so that no other object can get its id.
         self._known: dict[int, tuple[Any, str]] = {}
 
     def describe(self, value: Any) -> str:
-        """The text.
+        """Return the text that describes a value.
 
         Raises:
-            SourceError: the value cannot be looked into.
+            SourceError: the value, or something in it, cannot be described.
         """
         kind = type(value)
         if kind in _NUMBERS:
             return f"{kind.__name__}:{value!r}"
         if isinstance(value, str | bytes | PurePath):
             return self.text(value)
-        if id(value) in self._open:  # a cycle: how far up it closes
+        if id(value) in self._open:  # a cycle is described by the number of levels up to where it closes
             return f"above:{len(self._open) - self._open.index(id(value))}"
         if id(value) not in self._known:
             if len(self._open) > _DEEPEST:
@@ -81,27 +88,27 @@ class Describer:
         return self._known[id(value)][1]
 
     def all(self, values: Any) -> list[str]:
-        """The texts of several values."""
+        """Return the texts that describe several values."""
         return [self.describe(value) for value in values]
 
-    # what children change
+    # methods that subclasses override
 
     def text(self, value: Any) -> str:
-        """Of a string, bytes or a path."""
+        """Describe a string, bytes or a path."""
         if isinstance(value, bytes):
             return f"bytes:{value!r}" if len(value) <= _SHORT else f"bytes:{hashlib.sha256(value).hexdigest()}"
         return f"path:{value.as_posix()!r}" if isinstance(value, PurePath) else f"{type(value).__name__}:{str(value)!r}"
 
     def kind(self, kind: type) -> str:
-        """Of a class."""
+        """Describe a class."""
         return f"class:{kind.__qualname__}"
 
     def special(self, value: Any) -> str | None:
-        """Of what needs more than its content; None for other values."""
+        """Describe a value that needs more than its content; return None for other values."""
         return self.kind(value) if isinstance(value, type) else None
 
     def unseen(self, value: Any, why: str) -> str:
-        """Of what cannot be looked into."""
+        """Handle a value that cannot be described; here by raising SourceError. `why` completes "which ..."."""
         raise SourceError(
             f"The items hold a {type(value).__module__}.{type(value).__qualname__}, which {why}, so it gives the dataset no "
             "identity. Pass fingerprint= with a name of your own for this version of the data."
@@ -118,7 +125,7 @@ class Describer:
                 return self._array(np.asarray(value) if isinstance(value, np.generic) else value)
             except (DQError, RuntimeError, OSError, ValueError) as error:
                 if type(self) is Describer:
-                    # of an item: whoever reads it names the item
+                    # The value belongs to an item: the caller adds the number of the item to the message.
                     raise
                 return self.unseen(value, f"has no values that can be read ({error})")
         if isinstance(value, Image.Image):
@@ -134,7 +141,7 @@ class Describer:
         return self._object(value)
 
     def _container(self, value: Any) -> list[str]:
-        """The kind of a container, and what a class derived from it holds beside."""
+        """Describe the class of a container, and the attributes that a subclass of a container adds."""
         kind = type(value)
         attributes = getattr(value, "__dict__", None)
         return [self.kind(kind), *([self.describe(attributes)] if attributes and attributes is not value else [])]
@@ -145,16 +152,16 @@ class Describer:
         return [text for pair in (pairs if in_order else sorted(pairs)) for text in pair]
 
     def _sequence(self, value: Any) -> list[str]:
-        # a million numbers need not be visited one by one
+        # A million integers need not be described one by one.
         held = list(value)
         if len(held) > _SHORT and set(map(type, held)) <= {int}:
             return [repr(held)]
-        # the texts of a million others need not be held all at once
+        # The texts of a million other values need not be in memory all at once.
         starts = range(0, len(held), _AT_ONCE) if len(held) > _AT_ONCE else ()
         return [digest_text(*self.all(held[at : at + _AT_ONCE])) for at in starts] or self.all(held)
 
     def _array(self, value: Any) -> str:
-        """Kind, type, shape and bytes in row order, whatever the layout in memory."""
+        """Describe an array or tensor by kind, dtype, shape and bytes in row order, whatever its layout in memory."""
         if isinstance(value, Tensor):
             shape = "nested" if value.is_nested else tuple(value.shape)
             beside = (
@@ -174,12 +181,12 @@ class Describer:
         try:
             pixels = digest_bytes(np.frombuffer(value.tobytes(), np.uint8))
         except Exception as error:
-            # Pillow's decoders raise whatever they meet, and a closed image raises ValueError
+            # Pillow's decoders may raise any exception, and a closed image raises ValueError.
             if type(self) is Describer:
                 raise
             return self.unseen(value, f"cannot be decoded ({error})")
         palette = value.getpalette("RGBA") if value.mode in ("P", "PA") else None
-        # what a header says beside the pixels may decide what a transform does: orientation, transparency
+        # Information beside the pixels, such as orientation or transparency, may decide what a transform does.
         plain = (str, bytes, bool, int, float, tuple)
         said = {str(name): held for name, held in value.info.items() if isinstance(held, plain)}
         return digest_text("image", value.mode, value.size, pixels, palette, self._info(said))
@@ -188,7 +195,10 @@ class Describer:
         return digest_text(*(f"{name}={held!r}" for name, held in sorted(said.items())))
 
     def _table(self, value: Any) -> str:
-        """A table or column of pandas, polars or pyarrow, column by column: all at once, numbers would become floats."""
+        """Describe a table or column of pandas, polars or pyarrow column by column.
+
+        A conversion of the whole table would turn integers into floats.
+        """
         texts = [type(value).__qualname__]
         try:
             if hasattr(value, "iloc"):
@@ -198,7 +208,7 @@ class Describer:
                 columns = value.get_columns() if hasattr(value, "get_columns") else getattr(value, "columns", [value])
             for column in columns:
                 texts += [str(getattr(column, "name", "")), str(getattr(column, "dtype", getattr(column, "type", "")))]
-                # pyarrow gives what it would have to copy on request alone
+                # pyarrow converts columns that it has to copy only with `zero_copy_only=False`.
                 single = type(column).__module__.startswith("pyarrow") and not hasattr(column, "chunks")
                 texts.append(self.describe(column.to_numpy(zero_copy_only=False) if single else column.to_numpy()))
             texts += [str(name) for name in getattr(value, "column_names", ())]
@@ -209,7 +219,7 @@ class Describer:
         return digest_text(*texts)
 
     def _object(self, value: Any) -> str:
-        """By class, attributes and slots, and what its own way of being pickled keeps."""
+        """Describe an object by its class, attributes and slots, and by the state that its own pickling keeps."""
         kind: Any = type(value)
         parts = [self.kind(kind)]
         held = {name: getattr(value, name) for name in slots_of(kind) if hasattr(value, name)}
@@ -232,31 +242,32 @@ class Describer:
 
     def _reduced(self, kept: tuple[Any, ...], held: dict[str, Any]) -> list[str]:
         lists = [list(part) for part in kept[3:5] if part is not None]
-        # most give their attributes once more
+        # Most pickling methods return the attributes, which are described already.
         state = [part for part in kept[2:3] if not (isinstance(part, dict) and part.keys() == held.keys())]
         return self.all([kept[0], kept[1], *state, *lists])
 
     def attributes(self, value: Any, held: dict[str, Any]) -> dict[str, Any]:
-        """Those of an object that count."""
+        """Return those attributes of an object that count; `held` maps the names of all attributes to their values."""
         return held
 
 
 def slots_of(kind: type) -> list[str]:
-    """Names of the slots of a class and its bases."""
+    """Return the names of the slots of a class and its bases."""
     names = []
     for owner in kind.__mro__:
         slots = vars(owner).get("__slots__", ())
         own = [slots] if isinstance(slots, str) else list(slots)
-        # private names are stored with the name of their class
+        # Private names are stored with the name of their class in front.
         private = f"_{owner.__name__.lstrip('_')}"
         names += [f"{private}{n}" if n.startswith("__") and not n.endswith("__") else n for n in own]
     return [name for name in names if name not in ("__dict__", "__weakref__")]
 
 
 def digest_bytes(value: Any) -> str:
-    """Digest of an array's bytes in row order."""
+    """Return the hexadecimal SHA-256 of the bytes of a NumPy array in row order."""
     digest = hashlib.sha256()
-    # torchvision's CIFAR is a transposed view: copied in pieces that fit the processor's cache
+    # An array that is not contiguous, such as torchvision's CIFAR, which is a transposed view, is copied in pieces that
+    # fit the processor's cache.
     rows = value.shape[0] if value.ndim and value.flags.c_contiguous else _ROWS_AT_ONCE
     for start in range(0, value.shape[0], max(1, rows)) if value.ndim else (0,):
         part = np.ascontiguousarray(value[start : start + rows] if value.ndim else value)
@@ -266,17 +277,19 @@ def digest_bytes(value: Any) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> Any:
-    """All values, in row order for dense tensors, as a contiguous uint8 array [bytes]; device and gradients do not count.
+    """Return all values of a tensor as a contiguous uint8 array [bytes], for dense tensors in row order.
+
+    The device and gradients have no influence.
 
     Raises:
-        DQError: the tensor has no values (meta, lazy), or is of a layout that is not known here.
+        DQError: the tensor has no values (meta, lazy), or has a layout that is not supported.
     """
     parts = [part.contiguous().reshape(-1).view(torch.uint8) for part in _dense_parts(tensor.detach())]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).numpy()
 
 
 def _dense_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """Dense tensors on the CPU that hold all there is."""
+    """Yield dense tensors on the CPU that together hold all the information of a tensor."""
     if tensor.is_meta or isinstance(tensor, torch.nn.UninitializedParameter | torch.nn.UninitializedBuffer):
         raise DQError("a tensor has no values (meta or lazy): load or initialise it first")
     if tensor.is_nested:

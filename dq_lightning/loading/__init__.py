@@ -1,1 +1,1 @@
-"""What stands behind a data module: the training set, its preparation on all ranks, loaders."""
+"""The parts of a data module that need no Lightning: the training set, its preparation on all ranks, and loaders."""

@@ -1,4 +1,7 @@
-"""Filling on the device of the training: loaders deliver images with holes and their masks, the transfer hook fills them."""
+"""Fill dropped patches during training, batch by batch, on the device of the training (`reconstruct="batch"`).
+
+Loaders deliver images with dropped patches together with their masks, and the batch-transfer hook fills the images.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,21 +18,23 @@ from dq_lightning.pipeline.filling import Filler, stored_image
 from dq_lightning.pipeline.patch_plan import PatchPlan
 from dq_lightning.sources.items import at, with_value
 
-# of the dict that travels from a worker to the hook
+# Keys of the dict that a loader process sends to the hook.
 BATCH, MASKS = "dq_lightning_batch", "dq_lightning_masks"
 
 Place = tuple[str | int, ...]
 
 
 class UnfilledDataset(Dataset[Any]):
-    """The samples of a store of patches with their image as uint8 tensor [C, H, W], dropped patches in the mean colour.
+    """The samples of a store of patches with unfilled images: uint8 tensors [C, H, W], dropped patches in the mean colour.
 
-    Each comes as a dict with the sample under `BATCH` and the mask of its patches, bool [L], under `MASKS`.
+    Each item is a dict with the sample under `BATCH` and the mask of its patches under `MASKS`: bool [L], True where a
+    patch is kept.
 
     Args:
-        samples: delivers packed images, all of one size.
-        place: of the image in a sample.
-        finisher: called with (position, sample); leaves the image as it is.
+        samples: packed store that delivers `PatchedImage` objects, all of one size.
+        place: place of the image in a sample: the keys and positions that lead to it.
+        finisher: function that is called with (position, sample) and applies the user's target transform; it must not
+            change the image.
 
     Raises:
         PatchError: the images differ in size.
@@ -63,7 +68,13 @@ class UnfilledDataset(Dataset[Any]):
 
 
 class UnfilledCollate:
-    """A collate function over the samples inside; masks are stacked. Other items, as of a validation set, pass as they are."""
+    """Collate function for items of `UnfilledDataset`: it collates the samples inside the items and stacks their masks.
+
+    Other items, such as those of a validation set, are collated as usual.
+
+    Args:
+        collate_fn: collate function for the samples; None uses torch's.
+    """
 
     def __init__(self, collate_fn: Callable[[list[Any]], Any] | None = None) -> None:
         self.collate_fn = collate_fn or default_collate
@@ -75,14 +86,14 @@ class UnfilledCollate:
 
 
 class BatchFiller:
-    """Fills the images of a batch on their device, and transforms them.
+    """Fills the images of a batch on their device, and then applies the user's batch transform to them.
 
-    The reconstructor is loaded at the first batch, once in each process, and never travels with a pickle.
+    The reconstructor is loaded at the first batch, once in each process, and is left out when this object is pickled.
 
     Args:
-        patches: names the reconstructor.
-        place: of the image in a sample.
-        batch_transform: from uint8 images [B, C, H, W] to what the training takes, on the device.
+        patches: patch plan that names the reconstructor.
+        place: place of the image in a sample.
+        batch_transform: function from filled uint8 images [B, C, H, W] on the device to the input of the training.
     """
 
     def __init__(self, patches: PatchPlan, place: Place, batch_transform: Callable[[Tensor], Any]) -> None:
@@ -90,7 +101,15 @@ class BatchFiller:
         self._filler: tuple[str, Filler] | None = None
 
     def __call__(self, batch: dict[str, Any]) -> Any:
-        """The user's batch with its images filled and transformed."""
+        """Return the user's batch with its images filled and transformed.
+
+        Args:
+            batch: batch made by `UnfilledCollate`, on the device: `BATCH` holds the collated samples, `MASKS` bool [B,
+                L].
+
+        Raises:
+            PatchError: the images are not found in the batch.
+        """
         inside = batch[BATCH]
         place = find_images(inside, self.place)
         images = at(inside, place)
@@ -105,7 +124,15 @@ class BatchFiller:
 
 
 def check_batch_transform(batch_transform: Any, fills_late: bool) -> None:
-    """Raise ConfigError unless a batch transform is given just where it is needed."""
+    """Check that a batch transform is given if and only if images are filled by the batch.
+
+    Args:
+        batch_transform: the user's batch transform, or None.
+        fills_late: whether images are filled by the batch.
+
+    Raises:
+        ConfigError: it is missing, or it is given where it is not used.
+    """
     if fills_late and batch_transform is None:
         raise ConfigError(
             'reconstruct="batch" fills the images on the device, after the loader, so the dataset\'s own transform cannot run '
@@ -125,16 +152,23 @@ def is_unfilled(batch: Any) -> bool:
 
 
 def find_images(batch: Any, place: Place) -> Place:
-    """Where in a collated batch the images uint8 [B, C, H, W] are: at the place of a sample's image, or anywhere else.
+    """Return the place of the images, uint8 [B, C, H, W], in a collated batch.
+
+    The place of the image in a sample is tried first. If the collate function changed the structure, the whole batch is
+    searched.
+
+    Args:
+        batch: collated samples.
+        place: place of the image in a sample.
 
     Raises:
-        PatchError: there are none, or several.
+        PatchError: the batch holds no such tensor, or several.
     """
     try:
         if _is_images(at(batch, place)):
             return place
     except (KeyError, IndexError, TypeError):
-        pass  # the collate function changed the structure
+        pass  # The collate function changed the structure, so the images are searched below.
     found = _image_places(batch)
     if len(found) != 1:
         raise PatchError(

@@ -1,8 +1,9 @@
-"""Why a run of several processes ended, for the ranks that only see a closed connection.
+"""Report why a run of several processes ended on the ranks that only see a closed connection.
 
-While a compact set is prepared, ranks tell each other by collectives. In training nobody can, nor where a user's own hook fails
-before ours is called: a rank that fails is gone, and the others learn of a closed connection. So it leaves a note in the cache
-folder, which they look for before they end too.
+While a compact set is prepared, ranks exchange their errors with collective calls. During training they cannot, and
+neither can they where a user's own hook fails before a hook of this package is called: the rank that fails is gone, and
+the others only see a closed connection. Therefore the rank that fails leaves a note in the cache folder, and the other
+ranks look for it before they end too.
 """
 
 import contextlib
@@ -16,26 +17,27 @@ from dq_lightning.loading.ranks import global_rank, world_size
 
 FOLDER = ".failures"
 KEPT_SECONDS = 24 * 3600.0
-# a note is written before its writer's connections are closed; shared folders may be slow to show it
+# A note is written before its writer's connections are closed, but a shared folder may show it late, so ranks wait this
+# long.
 PATIENCE_SECONDS = 2.0
 NO_NOTE = (
     "another process of this run is gone and left no error: it was killed, ran out of memory, or its machine is gone; its own "
     "output or its system's log tells more"
 )
-# what all ranks of a run have in common, and know without asking each other
+# Environment variables that have equal values on all ranks of a run; they identify the run without communication.
 RUN_VARIABLES = ("MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID")
-# how the backends of torch.distributed speak of a peer that is gone
+# Words in the error messages of torch.distributed's backends when another process is gone.
 LOST_CONNECTION = ("connection", "gloo", "nccl", "broken pipe", "peer", "timed out", "heartbeat", "socket")
-# packages whose calls may wait for another rank; an error without frames has no package
+# Packages whose calls may wait for another rank. The empty name stands for an error without stack frames.
 COLLECTIVES = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "dq_lightning", "")
 
 
 class FailureNotes:
-    """Notes of one run.
+    """The notes about failures that the ranks of one run leave for each other.
 
     Args:
-        cache_root: folder of the cache; notes of ranks that cannot see it are not found.
-        since: seconds since 1970 when this run began: older notes are of an earlier one.
+        cache_root: folder of the cache. Notes of a rank that uses another folder are not found.
+        since: time when this run began, in seconds since 1970; older notes belong to an earlier run.
     """
 
     def __init__(self, cache_root: Path, since: float) -> None:
@@ -44,10 +46,12 @@ class FailureNotes:
         self._run = hashlib.sha256("\n".join([*known, str(world_size())]).encode()).hexdigest()[:16]
 
     def explain(self, error: BaseException) -> str | None:
-        """Leave a note of this rank's error, or, if it is a lost connection, say what ended the other side.
+        """Leave a note about this rank's error, or, if the error is a lost connection, return the notes of other ranks.
+
+        If the connection was lost, it waits up to 2 seconds for a note.
 
         Returns:
-            A sentence, or None when there is nothing to add to the error.
+            A sentence that says what ended the other process, or None when there is nothing to add to the error.
         """
         if world_size() == 1 or isinstance(error, KeyboardInterrupt):
             return None
@@ -60,7 +64,7 @@ class FailureNotes:
         return "; ".join(notes) or NO_NOTE
 
     def _write(self, note: str) -> None:
-        # nothing depends on a note
+        # A note that cannot be written is not an error, because nothing depends on it.
         with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
             for old in self._folder.iterdir():
@@ -79,10 +83,10 @@ class FailureNotes:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether an error says that another process is gone, and not why.
+    """Whether an error says only that another process is gone, and not why.
 
-    It is raised where ranks talk to each other: a connection that the user's own code has lost is that rank's failure, also
-    when a loader process has lost it, whose errors torch raises again.
+    Such an error is raised by a package through which ranks communicate. A connection that the user's own code lost is
+    this rank's own failure, also if a loader process lost it, whose error torch raises again in this process.
     """
     message = str(error).lower()
     return (
@@ -94,6 +98,6 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 def _raised_in(error: BaseException) -> str:
-    """Package of the innermost frame of an error; empty when it has none."""
+    """Return the package of the innermost stack frame of an error; empty when the error has no frames."""
     frames = list(traceback.walk_tb(error.__traceback__))
     return str(frames[-1][0].f_globals.get("__name__", "")).partition(".")[0] if frames else ""

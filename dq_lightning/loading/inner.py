@@ -1,4 +1,4 @@
-"""What is read from a user's own LightningDataModule, of `lightning` or `pytorch_lightning`, by its behaviour alone."""
+"""Recognize and read a user's own data module of `lightning` or `pytorch_lightning`, without importing either."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -10,7 +10,7 @@ from dq_lightning.core.errors import ConfigError
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 BASE_PACKAGES = ("lightning.", "pytorch_lightning.")
 OF_A_DATAMODULE = ("train_dataloader", "prepare_data", "setup")
-# how the class is imported that Trainers of a package take
+# For each Lightning package, the import of the class that its Trainers accept.
 IMPORTS = {
     "lightning": "from dq_lightning import QuantizedDataModule",
     "pytorch_lightning": "from dq_lightning.pytorch import QuantizedDataModule",
@@ -18,7 +18,10 @@ IMPORTS = {
 
 
 class AnyDataModule(ABC):
-    """Type of the data modules of both Lightning packages, which share no class: told by their hooks."""
+    """Abstract type of the data modules of both Lightning packages.
+
+    The packages share no class, so a class counts as a data module if it has the hooks of one.
+    """
 
     @abstractmethod
     def train_dataloader(self) -> Any:
@@ -30,12 +33,16 @@ class AnyDataModule(ABC):
 
 
 def is_datamodule(value: Any) -> bool:
-    """Whether a value is a data module of either Lightning package (they share no class)."""
+    """Whether a value is a data module of either Lightning package; it is recognized by its hooks."""
     return all(callable(getattr(value, name, None)) for name in OF_A_DATAMODULE)
 
 
 def check_package(datamodule: Any, trainer: Any) -> None:
-    """Raise ConfigError when a data module and a Trainer come from different Lightning packages."""
+    """Check that a data module and a Trainer come from the same Lightning package.
+
+    Raises:
+        ConfigError: they come from different packages.
+    """
     ours, its = _package(datamodule), _package(trainer)
     if its is not None and its != ours:
         raise ConfigError(
@@ -45,7 +52,7 @@ def check_package(datamodule: Any, trainer: Any) -> None:
 
 
 def not_iterable(datamodule: Any) -> ConfigError:
-    """The error for a data module that was taken for a loader."""
+    """Return the error for a data module that is iterated over as if it were a loader."""
     ours = _package(datamodule) or "lightning"
     other = next(name for name in IMPORTS if name != ours)
     return ConfigError(
@@ -55,15 +62,22 @@ def not_iterable(datamodule: Any) -> ConfigError:
 
 
 def _package(value: Any) -> str | None:
-    """The Lightning package that an object's class comes from."""
+    """Return the name of the Lightning package that an object's class comes from, or None."""
     roots = (cls.__module__.partition(".")[0] for cls in type(value).__mro__)
     return next((root for root in roots if root in IMPORTS), None)
 
 
 def check_given(**given: Any) -> None:
-    """Raise ConfigError for what LightningCLI makes of a dataset whose arguments it cannot change one by one.
+    """Refuse what LightningCLI passes instead of a dataset when it cannot change a single argument of that dataset.
 
-    It is a data module of the base class itself, which has no loaders, or the argument alone.
+    In this case it passes either an instance of the base class of data modules, which has no loaders, or an object that
+    holds the changed argument only.
+
+    Args:
+        **given: datasets by the name of the keyword.
+
+    Raises:
+        ConfigError: a value is such an object.
     """
     for name, value in given.items():
         made = type(value)
@@ -77,19 +91,22 @@ def check_given(**given: Any) -> None:
 
 
 def overridden_transfer_hooks(datamodule: Any) -> dict[str, Callable[..., Any]]:
-    """The batch-transfer hooks that the user's class defines itself, bound, by name."""
+    """Return the batch-transfer hooks that the user's class overrides, as bound methods by name."""
     return {name: getattr(datamodule, name) for name in TRANSFER_HOOKS if defined_by_user(datamodule, name)}
 
 
 def probe_train_loader(datamodule: Any) -> Any:
-    """The train loader after `setup("fit")`, run on a shallow copy: attributes set there do not reach the user's object."""
+    """Return the train loader of a data module after `setup("fit")`.
+
+    Both run on a shallow copy, so that attributes that are set there do not appear on the user's object.
+    """
     probe = copy.copy(datamodule)
     probe.setup("fit")
     return probe.train_dataloader()
 
 
 def defined_by_user(datamodule: Any, name: str) -> bool:
-    """Whether a hook is the user's own and not that of the Lightning base class."""
+    """Whether a hook is defined by the user's class or object, and not by the Lightning base class."""
     if name in vars(datamodule):
         return True
     owner = next(cls for cls in type(datamodule).__mro__ if name in vars(cls))

@@ -1,4 +1,4 @@
-"""Settings of a DataLoader: chosen, read from an existing loader, and turned into a loader again."""
+"""Settings of a DataLoader: resolve them, read them from an existing loader, and make a loader with them."""
 
 import multiprocessing
 import sys
@@ -38,14 +38,16 @@ AutoBool = bool | Literal["auto"]
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """What a DataLoader is made with, apart from its dataset.
+    """The arguments of a DataLoader, apart from its dataset.
+
+    All attributes that are not listed here are as in `torch.utils.data.DataLoader`; `"auto"` is resolved when the
+    loader is made.
 
     Attributes:
-        weights: float [number of samples], draw probabilities of a weighted sampler, or None.
-        replacement: draw with replacement.
-        num_draws: samples per epoch of a sampler that draws; None means all.
-        generator: of the user's own loader or sampler.
-        Others: as in `torch.utils.data.DataLoader`; `"auto"` is resolved when the loader is made.
+        weights: float [number of samples], weights of a `WeightedRandomSampler`, or None.
+        replacement: whether the sampler draws with replacement.
+        num_draws: samples per epoch of a sampler that draws; None means as many as the dataset has.
+        generator: random generator of the user's own loader or sampler, or None.
     """
 
     batch_size: int = 32
@@ -66,7 +68,11 @@ class LoaderSettings:
 
 
 def check_loader_numbers(*, batch_size: Any, eval_batch_size: Any, num_workers: Any) -> None:
-    """Raise ConfigError for numbers that no DataLoader takes; None is one that was not given."""
+    """Check numbers that the user passed for loaders; None is a number that was not given.
+
+    Raises:
+        ConfigError: a number is one that no DataLoader accepts.
+    """
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("eval_batch_size", eval_batch_size, 1),
@@ -79,18 +85,23 @@ def check_loader_numbers(*, batch_size: Any, eval_batch_size: Any, num_workers: 
 
 
 def check_collatable(dataset: Any, name: str) -> None:
-    """Tell before the work that torch's own collate function makes no batches of what a dataset delivers.
+    """Check before the long work that torch's own collate function can make batches of a dataset's samples.
 
-    A few samples are read. One that cannot be read is not judged, and one that fits is enough: the others may not be kept.
+    At most three samples are read. The check passes if one of them can be collated, because the others may not be kept,
+    and if one cannot be read, because unreadable samples are reported by the step that reads all of them.
+
+    Args:
+        dataset: map-style dataset.
+        name: name of the dataset in the message.
 
     Raises:
-        ConfigError: it takes none of them.
+        ConfigError: none of the samples can be collated.
     """
     problem = None
     for position in evenly_spaced(len(dataset), COLLATED_SAMPLES):
         try:
             sample = dataset[position]
-        except Exception:  # it is told where everything is read
+        except Exception:  # The step that reads every sample reports the error.
             return
         try:
             default_collate([sample])
@@ -105,10 +116,18 @@ def check_collatable(dataset: Any, name: str) -> None:
 
 
 def worker_context(given: Any, num_workers: int) -> Any:
-    """How workers start.
+    """Return the start method of loader processes.
 
-    On Linux they are forked, as torch always did: Python 3.14's forkserver would have to pickle datasets and transforms, and
-    those defined in a notebook or holding a lambda cannot be.
+    On Linux they are forked, which was torch's default before Python 3.14. The default of Python 3.14, forkserver, has
+    to pickle datasets and transforms, which fails for those that are defined in a notebook or hold a lambda.
+
+    Args:
+        given: start method or context that the user chose, or None.
+        num_workers: number of loader processes.
+
+    Returns:
+        `"fork"` on Linux if `given` is None and the program's own start method is unset or forkserver, else `given`;
+        None without loader processes.
     """
     if num_workers == 0:
         return None
@@ -122,15 +141,16 @@ def worker_context(given: Any, num_workers: int) -> Any:
 
 
 def make_loader(dataset: Any, settings: LoaderSettings, facts: TrainerFacts, seed: int = 0) -> DataLoader[Any]:
-    """A DataLoader.
+    """Make a DataLoader.
+
+    If `num_workers` is `"auto"`, a dataset that several processes cannot share is read in this process.
 
     Args:
-        dataset: map-style.
-        settings: how to load it.
-        facts: of the run, which resolve what is `"auto"`.
-        seed: of a sampler that draws, so that all ranks draw alike; loaders made anew in a later epoch draw anew.
-
-    Where `num_workers` is `"auto"`, a dataset that processes cannot share is read in this one.
+        dataset: map-style dataset.
+        settings: settings of the loader.
+        facts: facts about the run, from which `"auto"` settings are resolved.
+        seed: seed of a sampler that draws, so that all ranks draw the same samples. The epoch is added to it, so a
+            loader that is made again in a later epoch draws other samples.
     """
     workers = automatic_workers(facts.processes_on_node) if settings.num_workers == "auto" else settings.num_workers
     pin = facts.on_cuda if settings.pin_memory == "auto" else settings.pin_memory
@@ -163,16 +183,20 @@ def make_eval_loaders(
     facts: TrainerFacts,
     make: Callable[[Any, LoaderSettings, TrainerFacts], DataLoader[Any]] | None = None,
 ) -> Any:
-    """Loaders in order over what a user passed for validation, test or prediction.
+    """Make loaders without shuffling for what a user passed for validation, test or prediction.
 
     Args:
-        given: a dataset, a loader of any kind (passed through), or a list or dict of these. A list of samples is a dataset.
-        settings: how to load datasets; never shuffled, never cut.
-        facts: of the run.
-        make: makes one loader of a dataset; `make_loader` when None.
+        given: a dataset, a loader of any kind (returned as it is), or a list or dict of these. A list of samples is a
+            dataset.
+        settings: settings of the loaders; shuffling, `drop_last` and weighted drawing are switched off.
+        facts: facts about the run, from which `"auto"` settings are resolved.
+        make: function that makes the loader of one dataset; None uses `make_loader`.
+
+    Returns:
+        One loader, or a list or dict of loaders in the structure of `given`.
 
     Raises:
-        ConfigError: a DatasetDict, whose splits are not all meant.
+        ConfigError: `given` is a DatasetDict, whose splits are not all meant.
     """
     if (kind := hub_kind(given)) in ("DatasetDict", "IterableDatasetDict"):
         splits = ", ".join(map(repr, given))
@@ -188,7 +212,7 @@ def make_eval_loaders(
 
 
 def is_one_dataset(given: Any) -> bool:
-    """Whether what was passed for validation is a dataset of which `make_eval_loaders` makes one loader."""
+    """Whether `given` is a single dataset, for which `make_eval_loaders` makes one loader."""
     return (
         hasattr(given, "__getitem__")
         and hasattr(given, "__len__")
@@ -199,15 +223,21 @@ def is_one_dataset(given: Any) -> bool:
 
 
 def _is_dataset(value: Any) -> bool:
-    """Whether an element of a list is a dataset or loader, and not a sample."""
+    """Whether an element of a list is a dataset or loader, and not a sample of a dataset."""
     if isinstance(value, tuple | Mapping | str | bytes | Tensor | np.ndarray | Image.Image):
         return hub_kind(value) is not None
-    # loaders of other kinds are only iterated
+    # Loaders of other libraries may only support iteration.
     return hasattr(value, "__iter__") or (hasattr(value, "__len__") and hasattr(value, "__getitem__"))
 
 
 def make_sampler(dataset: Any, settings: LoaderSettings, seed: int) -> Sampler[int] | None:
-    """The sampler that the settings ask for; None for a plain shuffle or none."""
+    """Return the sampler that the settings ask for, or None if DataLoader's own shuffling or order is enough.
+
+    Args:
+        dataset: dataset that the sampler draws from.
+        settings: settings of the loader.
+        seed: seed of the sampler's own generator.
+    """
     if settings.weights is None and not settings.replacement:
         return None
     draws = settings.num_draws or len(dataset)
@@ -219,10 +249,11 @@ def make_sampler(dataset: Any, settings: LoaderSettings, seed: int) -> Sampler[i
 
 
 def read_loader(loader: Any) -> tuple[Dataset[Any], LoaderSettings]:
-    """The dataset of a user's train loader and the settings that it was made with.
+    """Return the dataset of a user's train loader and the settings that the loader was made with.
 
     Raises:
-        ConfigError: it is a collection, or has a sampler that means nothing on a part of the dataset.
+        ConfigError: the loader is a collection of loaders or of another class, or has a sampler or batch sampler that
+            has no meaning for a part of the dataset.
     """
     if not isinstance(loader, DataLoader):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What a user passed, where that is a path or holds several splits."""
+"""Open datasets that the user passed as paths, and find validation and test splits in a `DatasetDict`."""
 
 import os
 from pathlib import Path
@@ -10,22 +10,23 @@ from dq_lightning.sources.folders import has_class_folders, open_image_folder
 from dq_lightning.sources.hub import hub_kind
 from dq_lightning.sources.jsonl import NAMES, is_rows_file, read_rows
 
-# how the splits of a DatasetDict are called that are read while training, and after it
+# Names of the splits of a DatasetDict that are used for validation and for testing; the first that exists is taken.
 SPLITS = {"val": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 
 def open_path(path: str | Path, name: str) -> Any:
-    """The dataset that a path stands for: a file of text rows, or a folder of class folders with images.
+    """Open the dataset that a path names: a file of text rows, or a folder of class folders with images.
 
     Args:
-        path: of it.
-        name: of the argument.
+        path: path of the file or folder.
+        name: name of the keyword that the path was passed as: `"train"`, `"val"`, `"test"` or `"predict"`.
 
     Returns:
-        torchvision's `ImageFolder`; for `name="train"` the path itself of a file of rows, else its rows.
+        For a folder, torchvision's `ImageFolder`. For a file of rows, the path itself if `name` is `"train"`, else the
+        rows.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the path is neither.
         SourceError: the file cannot be read.
     """
     place = Path(path).expanduser()
@@ -46,7 +47,10 @@ def open_path(path: str | Path, name: str) -> Any:
 
 
 def open_paths(given: Any, name: str) -> Any:
-    """The same with every path in it opened; see `open_path`."""
+    """Open every path in what the user passed: a single path, or the elements of a list or dict; see `open_path`.
+
+    Everything else is returned as it is.
+    """
     if isinstance(given, str | Path):
         return open_path(given, name)
     if type(given) is list and any(map(_is_path, given)):
@@ -57,17 +61,22 @@ def open_paths(given: Any, name: str) -> Any:
 
 
 def _is_path(value: Any) -> bool:
-    # a list of strings may be a dataset of samples too
+    # A list of strings may also be a dataset of samples, so a string counts as a path only if it is named like a file of
+    # rows or exists on the disk.
     return isinstance(value, Path) or (isinstance(value, str) and (is_rows_file(value) or os.path.exists(value)))  # noqa: PTH110 (long texts)
 
 
 def other_splits(train: Any, given: dict[str, Any], *, same_form: bool) -> dict[str, Any]:
-    """Validation and test sets, from the splits of a Hugging Face `DatasetDict` where none were passed.
+    """Return the datasets for `val`, `test` and `predict`, completed from the splits of a Hugging Face `DatasetDict`.
 
     Args:
-        train: what was passed as train set.
-        given: what was passed as `val`, `test` and `predict`.
-        same_form: those splits would be delivered as the train split is. They are not where `transform=` changes that one.
+        train: what the user passed as train set.
+        given: what the user passed as `val`, `test` and `predict`, by name.
+        same_form: whether the other splits are delivered in the same form as the train split. They are not if
+            `transform=` replaces the transform of the train split; then a split is not used, and a warning says so.
+
+    Returns:
+        `given`, with splits in place of None if `train` is a `DatasetDict`.
     """
     if hub_kind(train) != "DatasetDict":
         return given

@@ -1,4 +1,7 @@
-"""What happens between `prepare_data` and the loaders: build or find on one process, open and compare on all. No Lightning."""
+"""Prepare the compact set of a data module: build or find it in one process, then open and compare it on all ranks.
+
+This file does not import Lightning.
+"""
 
 import time
 from collections.abc import Callable
@@ -22,18 +25,24 @@ from dq_lightning.pipeline.compact import Compact
 
 
 class Preparation:
-    """The compact set of one data module, from nothing to opened on every rank.
+    """Makes the compact set of one data module and opens it on every rank.
 
     Args:
         train: the training set.
-        inner: wrapped data module, whose own hooks run at the same places; or None.
-        cache_dir: as in `QuantizedDataModule`.
-        verify: likewise.
-        device: likewise.
-        force: make once, in this process, what is in the cache already.
-        seed: of the random state in which the wrapped data module makes its split.
-        check: as in `BuildOptions`.
-        default_collate: torch's own collate function makes the batches.
+        inner: wrapped data module, whose hooks `prepare_data` and `setup` are called here too; or None.
+        cache_dir: folder of the cache; None uses `DQ_LIGHTNING_CACHE` or the platform's cache folder.
+        verify: how cache entries are checked before use: `"size"`, `"hash"` or `"off"`.
+        device: device that the networks and the bins run on; `"auto"` uses the Trainer's device.
+        force: make again, once in this process, what is already in the cache.
+        seed: seed of the random state in which the wrapped data module makes its split.
+        check: function that checks the whole dataset before anything is made of it; see `BuildOptions`.
+        default_collate: whether torch's own collate function makes the batches.
+
+    Attributes:
+        expected_hash: content hash of the compact set that a checkpoint was trained on, or None.
+
+    Raises:
+        ConfigError: `cache_dir` is not a local path.
     """
 
     def __init__(
@@ -59,7 +68,7 @@ class Preparation:
         self._started = time.time()
 
     def cache(self) -> Cache:
-        """The cache; the environment is asked at each call."""
+        """Return the cache; the environment variable of its folder is read at each call."""
         return Cache(self.cache_dir or default_cache_dir(), verify=self.verify)
 
     @property
@@ -69,10 +78,10 @@ class Preparation:
 
     @property
     def opened(self) -> Opened:
-        """The compact set, ready to load.
+        """The compact set, opened and ready to load.
 
         Raises:
-            ConfigError: `open` has not run.
+            ConfigError: `open` has not run in this process.
         """
         if self._opened is None:
             raise ConfigError(
@@ -82,18 +91,21 @@ class Preparation:
 
     @property
     def info(self) -> StoreInfo:
-        """Where the compact set is and what it costs."""
+        """Folder and size of the compact set, and further facts about it."""
         return self.opened.compact.info
 
     def prepare(self, trainer: Any, evals: dict[str, Any] | None = None) -> None:
-        """Make the compact set if a train set is needed and it is not cached. Runs on the processes Lightning picks.
+        """Make the compact set if a train set is needed and the cache does not hold it.
+
+        Lightning decides which processes call this method.
 
         Args:
-            trainer: of the run, or None.
-            evals: datasets of validation and the like, by name, of which batches must be possible.
+            trainer: Trainer of the run, or None.
+            evals: validation datasets by name, of which torch's collate function must be able to make batches.
 
         Raises:
-            DQError: in a run of one process; in others `open` raises it, on every rank.
+            DQError: preparation failed in a run of one process. In a run of several processes the error is kept, and
+                `open` raises it on every rank.
         """
         facts = TrainerFacts.of(trainer)
         try:
@@ -101,7 +113,7 @@ class Preparation:
                 self.inner.trainer = trainer
                 self.inner.prepare_data()
             if facts.fits:
-                # without a Trainer the batches may be nobody's concern
+                # Without a Trainer nobody may ever make batches, so the check is left out.
                 collates = self.default_collate and trainer is not None
                 for name, dataset in (evals or {}).items() if collates else ():
                     with isolated_random_state():
@@ -112,7 +124,8 @@ class Preparation:
                     self.train.prepare(self.cache(), options)
                 self.force = False
         except (Exception, SystemExit) as error:
-            # Lightning's barrier lets the other ranks go on: they learn of the failure in setup and end with its cause
+            # Lightning's barrier lets the other ranks continue after this failure, so the error is kept until `open`,
+            # where every rank raises it.
             if facts.num_ranks == 1:
                 raise
             self._failure = error
@@ -120,18 +133,26 @@ class Preparation:
     def open(self, trainer: Any, stage: str | None) -> bool:
         """Open the compact set on every rank and check that all ranks hold the same one.
 
+        Every rank must call this method.
+
+        Args:
+            trainer: Trainer of the run, or None.
+            stage: stage of Lightning's `setup`, such as `"fit"`; None means all stages.
+
         Returns:
             Whether the stage needs a train set.
 
         Raises:
-            DQError: preparation failed on some rank, or the entry cannot be found here, or the ranks disagree.
+            DQError: preparation failed on some rank, this rank cannot find the entry, or the ranks hold different
+                compact sets.
         """
         failure, self._failure = self._failure, None
         raise_on_all(failure, "preparing the compact set")
         wanted = stage in (None, "fit")
 
         def find() -> None:
-            # one random state around both, as in prepare: some modules split in setup, others in train_dataloader
+            # Both calls run in one random state, as in `prepare`, because some data modules make their split in `setup`
+            # and others in `train_dataloader`.
             with isolated_random_state(None if self.inner is None else self.seed):
                 if self.inner is not None:
                     self.inner.trainer = trainer
@@ -158,7 +179,10 @@ class Preparation:
         return wanted
 
     def _known_to_peer(self) -> Known | None:
-        """What the first rank that prepared knows of the data, so that the others need not look at every file once more."""
+        """Return what the first rank that prepared knows of the data, or None.
+
+        With it the other ranks need not look at every file of the dataset again.
+        """
         known: list[Known | None] = [None]
 
         def tell() -> None:
@@ -171,15 +195,26 @@ class Preparation:
         return next((one for one in gather_from_all(known[0]) if one is not None), None)
 
     def explain(self, error: BaseException) -> str | None:
-        """What ended this run on another rank, if this one's error says only that it is gone."""
+        """Return what ended this run on another rank, if this rank's error says only that a connection was lost.
+
+        Returns:
+            A sentence, or None when there is nothing to add to the error.
+        """
         return FailureNotes(self.cache().root, self._started).explain(error)
 
     def compact(self) -> Compact:
-        """The opened set's selection, description and identity."""
+        """Return the opened compact set: its selection, description and key parts."""
         return self.opened.compact
 
     def settings(self, batch_size: int | None, given: dict[str, Any]) -> LoaderSettings:
-        """Settings of the train loader: what was given, then the wrapped data module's own, then the defaults."""
+        """Return the settings of the train loader.
+
+        A setting that the user gave comes first, then the wrapped data module's own, then the default.
+
+        Args:
+            batch_size: samples per batch and process; None uses the wrapped module's own or the default.
+            given: other settings by name; None stands for a setting that was not given.
+        """
         own = self._opened.settings if self._opened is not None else None
         known = {name: value for name, value in given.items() if value is not None}
         settings = replace(own or LoaderSettings(), **known)
@@ -188,10 +223,14 @@ class Preparation:
         return replace(settings, batch_size=settings.batch_size if batch_size is None else batch_size)
 
     def expect(self, content_hash: str | None, trainer: Any) -> None:
-        """Training goes on from a checkpoint: only with the compact set it began with. Evaluation needs none.
+        """Require the compact set that a checkpoint was trained on, if this run trains.
+
+        Args:
+            content_hash: content hash in the checkpoint, or None if it holds none.
+            trainer: Trainer of the run, or None.
 
         Raises:
-            CacheError: this run has another one.
+            CacheError: this run has another compact set.
         """
         if not TrainerFacts.of(trainer).fits:
             return
@@ -200,7 +239,11 @@ class Preparation:
             self._check_resumed()
 
     def _check_resumed(self) -> None:
-        """Compare the opened set with the expected one; each checkpoint is held against one run only."""
+        """Compare the opened set with the expected one, and forget the expected one.
+
+        Raises:
+            CacheError: they differ.
+        """
         expected, self.expected_hash = self.expected_hash, None
         if expected in (None, self.info.content_hash):
             return
@@ -211,7 +254,7 @@ class Preparation:
         )
 
     def num_classes(self) -> int | None:
-        """Of the opened set, or of the dataset before that."""
+        """Return the number of classes of the opened set, or before `open` of the dataset; None without classes."""
         if self._opened is not None:
             return self.info.num_classes
         with isolated_random_state():

@@ -1,4 +1,7 @@
-"""What the processes of one run tell each other. Works in one process without torch.distributed being set up."""
+"""Communication between the processes of one run.
+
+All functions also work in a single process in which torch.distributed is not initialized.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,17 +12,21 @@ from dq_lightning.core.errors import DistributedError
 
 
 def world_size() -> int:
-    """Number of processes in the default group, 1 without one."""
+    """Return the number of processes in the default process group, or 1 if there is no group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def global_rank() -> int:
-    """Rank in the default group, 0 without one."""
+    """Return this process's rank in the default process group, or 0 if there is no group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def gather_from_all(value: Any) -> list[Any]:
-    """The values of all ranks, in rank order. Every rank must call it; picklable plain values only."""
+    """Return the values of all ranks, in the order of the ranks. Every rank must call it.
+
+    Args:
+        value: this rank's value; it must be plain and picklable.
+    """
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -28,10 +35,10 @@ def gather_from_all(value: Any) -> list[Any]:
 
 
 def raise_on_all(error: BaseException | None, doing: str) -> None:
-    """If any rank failed, raise on every rank, each with the cause.
+    """Raise on every rank if any rank failed, each time with the cause. Every rank must call it.
 
     Args:
-        error: what went wrong in this process, or None.
+        error: error of this process, or None.
         doing: what was being done, for the message.
 
     Raises:
@@ -49,11 +56,11 @@ def raise_on_all(error: BaseException | None, doing: str) -> None:
 
 
 def call_on_all(action: Callable[[], None], doing: str) -> None:
-    """Act on every rank; if that fails on any, raise on every rank, each with the cause. Every rank must call it.
+    """Call a function on every rank, and raise on every rank if it fails on any of them. Every rank must call it.
 
     Args:
-        action: may itself call nothing that waits for other ranks.
-        doing: what it does, for the message.
+        action: function to call; it must not contain a call that waits for other ranks.
+        doing: what the function does, for the message.
 
     Raises:
         BaseException: this rank's own error, unchanged.
@@ -68,10 +75,15 @@ def call_on_all(action: Callable[[], None], doing: str) -> None:
 
 
 def check_equal_on_all(value: str, what: str, advice: str) -> None:
-    """Stop every rank unless all hold the same value.
+    """Check that all ranks hold the same value. Every rank must call it.
+
+    Args:
+        value: this rank's value.
+        what: name of the values in the plural, for the message.
+        advice: sentence at the end of the message that says what to do.
 
     Raises:
-        DistributedError: with every distinct value and the ranks that hold it.
+        DistributedError: the values differ; the message lists every distinct value and the ranks that hold it.
     """
     values = gather_from_all(value)
     if len(set(values)) > 1:
@@ -79,7 +91,12 @@ def check_equal_on_all(value: str, what: str, advice: str) -> None:
 
 
 def describe_groups(values: Sequence[str]) -> str:
-    """Which ranks hold which value: "abc on ranks 0, 1; def on rank 2"."""
+    """Return a text that says which ranks hold which value.
+
+    Example:
+        >>> describe_groups(["abc", "abc", "def"])
+        'abc on ranks 0, 1; def on rank 2'
+    """
     groups: dict[str, list[str]] = {}
     for rank, value in enumerate(values):
         groups.setdefault(value, []).append(str(rank))

@@ -1,4 +1,4 @@
-"""How many steps an epoch has, and which Trainer settings no longer fit when a compact set makes it short."""
+"""Count the steps of an epoch, and check the Trainer's settings against the shorter epochs of a compact set."""
 
 import math
 from typing import Any
@@ -11,7 +11,20 @@ from dq_lightning.loading.trainer_facts import TrainerFacts
 
 
 def steps_per_epoch(num_samples: int, batch_size: int, num_ranks: int, drop_last: bool) -> int:
-    """Batches that each rank sees in an epoch; the distributed sampler pads every rank to the same number of samples."""
+    """Return the number of batches that each rank sees in an epoch.
+
+    The distributed sampler pads every rank to the same number of samples.
+
+    Args:
+        num_samples: samples of the training set.
+        batch_size: samples per batch and rank.
+        num_ranks: processes that share an epoch.
+        drop_last: whether the last, smaller batch is left out.
+
+    Example:
+        >>> steps_per_epoch(1000, 32, 2, drop_last=False)
+        16
+    """
     per_rank = math.ceil(num_samples / num_ranks)
     return per_rank // batch_size if drop_last else math.ceil(per_rank / batch_size)
 
@@ -22,15 +35,15 @@ def check_steps(trainer: Any, steps: int, *, num_samples: int, batch_size: int, 
     Args:
         trainer: a Lightning Trainer.
         steps: batches per rank and epoch.
-        num_samples: of the compact set, for the messages.
-        batch_size: per rank.
-        num_ranks: processes that share an epoch.
+        num_samples: samples per epoch of the compact set, for the messages.
+        batch_size: samples per batch and rank, for the messages.
+        num_ranks: processes that share an epoch, for the messages.
 
     Returns:
-        Advice on settings that work but no longer do what they did.
+        Sentences of advice on settings that are valid but have no effect, or another one, in such short epochs.
 
     Raises:
-        ConfigError: the settings cannot work.
+        ConfigError: training would take no steps, or a setting does not fit the number of steps.
     """
     if steps == 0:
         raise ConfigError(
@@ -68,13 +81,13 @@ def check_steps(trainer: Any, steps: int, *, num_samples: int, batch_size: int, 
 
 
 def report_steps(trainer: Any, info: StoreInfo, settings: LoaderSettings, *, quiet: bool) -> None:
-    """Check the Trainer's settings, and say on rank 0 how many steps an epoch had and has.
+    """Check the Trainer's settings, and log on rank 0 how many steps an epoch has with the compact set and without it.
 
     Args:
         trainer: a Lightning Trainer.
-        info: of the compact set.
-        settings: of the train loader.
-        quiet: only check: it has been said.
+        info: facts about the compact set.
+        settings: settings of the train loader.
+        quiet: check only, because the steps were logged before.
 
     Raises:
         ConfigError: see `check_steps`.

@@ -1,4 +1,4 @@
-"""A compact set as training set: nothing but its folder is needed, on this machine or another."""
+"""The training set of a data module that trains from a packed compact set alone, without the original dataset."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,11 +37,12 @@ from dq_lightning.sources.strip import KEEP
 
 @dataclass(frozen=True)
 class StoreFolder:
-    """A compact set by its folder.
+    """A compact set that the user passed as a folder.
 
     Attributes:
-        path: of the entry.
-        reconstruct: when dropped patches are filled; None for what it was made with.
+        path: folder of the entry.
+        reconstruct: when dropped patches are filled: `"prepare"`, `"batch"` or `"off"`; None uses the setting that the
+            set was made with.
     """
 
     path: Path
@@ -49,7 +50,18 @@ class StoreFolder:
 
 
 class StoreTrainSet:
-    """A packed store; with patches that are filled ahead, the filled images are made in the cache."""
+    """A training set that is a packed store.
+
+    If its dropped patches are filled before training, the filled images are kept in the cache.
+
+    Args:
+        folder: folder of the store.
+        wanted: everything that the user asked for.
+        verify: how the store is checked when it is opened: `"size"`, `"hash"` or `"off"`.
+
+    Raises:
+        StoreError: the folder holds no packed set, or a damaged one.
+    """
 
     def __init__(self, folder: StoreFolder, wanted: Wanted, verify: VerifyPolicy) -> None:
         self._path, self._wanted, self._reconstruct = set_folder(folder.path), wanted, folder.reconstruct
@@ -80,14 +92,15 @@ class StoreTrainSet:
         cache.build(FILLED, parts, write, force=options.force)
 
     def find(self, cache: Cache, peer: Known | None = None) -> None:
-        """There is nothing to look for: the folder is given."""
+        """Do nothing, because the folder of the compact set is given."""
 
     def known(self) -> Known | None:
         return None
 
     def open(self, cache: Cache) -> Opened:
         compact = open_compact(self._path, verify=cache.verify)
-        # the store that was opened first, not what may stand in its folder by now
+        # The folder may hold another store by now, so its digest is compared with that of the store that was opened
+        # first.
         PackedDataset(self._path, verify=cache.verify).require(self._samples.digest)
         finisher, patches = self._finisher(compact.config), self._patches
         if patches is None:
@@ -112,7 +125,8 @@ class StoreTrainSet:
         compact, given = open_compact(self._path, verify="off"), self._wanted.config.patches.reconstructor
         if compact.patches is None:
             return None
-        # what filled the dropped patches where the store was made is asked for anew: a path of another machine means nothing
+        # With "auto" the reconstructor that the store names is used, if it is one of this package's. Otherwise
+        # `stored_patch_plan` requires the user to name one, since a path where the store was made may mean nothing here.
         named = None if given == "auto" else given
         network = self._wanted.reconstructor
         return stored_patch_plan(
@@ -129,7 +143,16 @@ class StoreTrainSet:
         return filled_parts(self._samples.digest, identity)
 
     def _finisher(self, config: dict[str, Any]) -> Any:
-        """What applies the transforms that were passed; a store holds none, so there is nothing to keep."""
+        """Return the finisher that applies the transforms that the user passed, or None if there are none.
+
+        `"keep"` means no transform here, because a store holds no transforms.
+
+        Args:
+            config: settings that the store was made with.
+
+        Raises:
+            ConfigError: there is an image transform, but images are filled by the batch.
+        """
         wanted = self._wanted
         given = [
             None if isinstance(one, str) and one == KEEP else one for one in (wanted.transform, wanted.target_transform)
@@ -139,7 +162,7 @@ class StoreTrainSet:
                 'transform= cannot run before the filling of reconstruct="batch": pass it as batch_transform='
             )
         if given == [None, None]:
-            # without any there is no need to tell the image apart
+            # Without a transform there is no need to find the image in a sample.
             return None
         samples = PackedDataset(self._path, verify=self._samples.verify)
         image, label = config.get("image_column"), config.get("label_column")
@@ -150,7 +173,17 @@ class StoreTrainSet:
 
 
 def make_train_set(train: Any, wanted: Wanted, verify: VerifyPolicy) -> TrainSet:
-    """Decide what `train` is: a data module, the folder of a packed set, or a dataset, which may be named by its path."""
+    """Make the training set for what the user passed as `train`.
+
+    Args:
+        train: data module, dataset, `StoreFolder`, or a path: of a packed set or of a dataset, see `open_path`.
+        wanted: everything that the user asked for.
+        verify: how a packed set is checked when it is opened: `"size"`, `"hash"` or `"off"`.
+
+    Raises:
+        ConfigError: a path is none of these.
+        StoreError: a packed set is damaged.
+    """
     if is_datamodule(train):
         return DataModuleTrainSet(train, wanted)
     if isinstance(train, str | Path):

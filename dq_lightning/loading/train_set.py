@@ -1,4 +1,7 @@
-"""The training set behind a data module: a dataset, a wrapped data module, or a packed store. No Lightning here."""
+"""The training set of a data module: a protocol, and its implementations for a dataset and for a wrapped data module.
+
+The implementation for a packed store is in `store_train_set.py`. This file does not import Lightning.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,13 +30,14 @@ from dq_lightning.sources.base import Source
 
 @dataclass
 class Opened:
-    """A compact set ready to load.
+    """A compact set that is ready to load.
 
     Attributes:
-        compact: what was kept.
-        dataset: map-style, gives what the wrapped dataset gives.
-        settings: of the wrapped data module's own train loader, cut down to the compact set; None without one.
-        patches: the step on patches, when its images are to be filled batch by batch; else None.
+        compact: the compact set.
+        dataset: map-style dataset of the kept samples; it delivers items as the wrapped dataset does.
+        settings: settings of the wrapped data module's own train loader, adjusted to the compact set; None without a
+            wrapped data module.
+        patches: patch plan if the images are filled batch by batch during training, else None.
     """
 
     compact: Compact
@@ -44,14 +48,15 @@ class Opened:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How a compact set is made; none of it changes what comes out.
+    """Options of a build that do not change the compact set.
 
     Attributes:
-        device: as in `quantize`.
-        force: make what is in the cache already.
-        progress: show bars.
-        check: called with the whole dataset, as it is delivered, before anything is made of it; raises what is wrong with it.
-        default_collate: batches for a training will be made by torch's own collate function.
+        device: device that the networks and the bins run on, as in `quantize`.
+        force: make again what is already in the cache.
+        progress: show progress bars.
+        check: function that is called with the whole dataset, transforms included, before anything is made of it, and
+            raises an error if the dataset is unsuitable; or None.
+        default_collate: whether torch's own collate function will make the batches of a training.
     """
 
     device: str = "auto"
@@ -63,12 +68,13 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Known:
-    """What one process knows of a dataset.
+    """What one process knows about a dataset and sends to the other ranks.
 
     Attributes:
-        source: identity of its content.
+        source: identity of the dataset's content.
         length: number of samples.
-        spots: digest of a few items, by which another process sees that its dataset is the same.
+        spots: digest of a few items, with which another process checks that its dataset is the same; empty if the
+            source cannot compute it.
     """
 
     source: str
@@ -77,54 +83,64 @@ class Known:
 
 
 class TrainSet(Protocol):
-    """What a data module needs of its training set."""
+    """The methods of a training set that a data module calls, in the order `prepare`, `known`, `find`, `open`."""
 
     def prepare(self, cache: Cache, options: BuildOptions) -> None:
-        """Make the compact set if it is not cached."""
+        """Make the compact set if it is not in the cache."""
         ...
 
     def known(self) -> Known | None:
-        """What `prepare` found the data to be; None in a process that has not prepared, or where nobody need be told."""
+        """Return what `prepare` found out about the data.
+
+        The result is None in a process that has not prepared, and where other processes do not need it because the user
+        gave the identity of the data or its folder.
+        """
         ...
 
     def find(self, cache: Cache, peer: Known | None = None) -> None:
-        """Look for the compact set; builds nothing. What was found is remembered for `open`.
+        """Look for the compact set and remember it for `open`; nothing is built.
 
         Args:
-            cache: where it is.
-            peer: what a process that prepared knows of the data: where a few items are the same, they are not identified anew.
+            cache: cache that is searched.
+            peer: what a process that prepared knows about the data, or None. If length and a few items of this
+                process's dataset agree with it, its identity is used, and this process does not compute it.
         """
         ...
 
     def open(self, cache: Cache) -> Opened:
-        """Open what was found.
+        """Open the compact set that `find` found.
 
         Raises:
-            CacheError: nothing was.
+            CacheError: `find` found none.
         """
         ...
 
     def num_classes(self) -> int | None:
-        """Known before anything is prepared, or an error."""
+        """Return the number of classes before anything is prepared; None if there are no classes.
+
+        Raises:
+            DQError: the number cannot be known yet.
+        """
         ...
 
     @property
     def fills_late(self) -> bool:
-        """Whether images are filled batch by batch."""
+        """Whether dropped patches are filled during training, batch by batch."""
         ...
 
 
 class _FoundTrainSet:
-    """The part that finds and opens the compact set of a plan.
+    """Base class of training sets whose compact set is found through a plan.
 
     Attributes:
-        plan: of the data as they are now; None before `find`.
-        compact: what was found, or None.
+        plan: plan for the data as they are now; None before `find` and after `take`.
+        compact: the compact set that was found, or None.
+        prepared: plan and compact set that `prepare` made in this process, or None.
     """
 
     plan: Plan | None = None
     compact: Compact | None = None
-    # left by prepare for the open that follows in the same process: it saves hashing the data a second time
+    # `prepare` keeps its result for the `find` that follows in the same process, so that the data are not hashed again.
     prepared: tuple[Plan, Compact] | None = None
 
     def known(self) -> Known | None:
@@ -134,10 +150,10 @@ class _FoundTrainSet:
         return None if plan.fingerprint is not None else _known(plan, str(compact.parts[STORE]["source"]))
 
     def take(self, cache: Cache) -> tuple[Plan, Compact]:
-        """The plan and its compact set, which are forgotten here.
+        """Return the plan and its compact set, and forget both.
 
         Raises:
-            CacheError: there is none.
+            CacheError: no compact set was found.
         """
         plan, compact, self.plan, self.compact = self.plan, self.compact, None, None
         if plan is None or compact is None:
@@ -146,7 +162,16 @@ class _FoundTrainSet:
 
 
 def found_with(plan: Plan, cache: Cache, peer: Known | None) -> Compact | None:
-    """The compact set of a plan, under what another process knows of the same data or else under their own identity."""
+    """Return the compact set of a plan from the cache, or None if it is not there.
+
+    If `peer` describes the same data, its identity of the data is tried first, and otherwise the identity that this
+    process can look up.
+
+    Args:
+        plan: plan of the set.
+        cache: cache that is searched.
+        peer: what a process that prepared knows about the data, or None.
+    """
     if peer is not None and peer.spots and len(plan.source) == peer.length and _known(plan, peer.source) == peer:
         compact = find_compact(plan, cache, source=peer.source)
         if compact is not None:
@@ -155,7 +180,12 @@ def found_with(plan: Plan, cache: Cache, peer: Known | None) -> Compact | None:
 
 
 class DatasetTrainSet(_FoundTrainSet):
-    """A dataset of the user's."""
+    """A training set that is a dataset.
+
+    Args:
+        dataset: the user's dataset.
+        wanted: everything that the user asked for.
+    """
 
     def __init__(self, dataset: Any, wanted: Wanted) -> None:
         self._dataset, self._wanted = dataset, without_transform(wanted)
@@ -163,7 +193,7 @@ class DatasetTrainSet(_FoundTrainSet):
         self._num_classes: tuple[int | None] | None = None
 
     def prepare(self, cache: Cache, options: BuildOptions) -> None:
-        # planned anew each time: the user may have changed the dataset since
+        # The plan is made again at each call, because the user may have changed the dataset since the last one.
         plan = self._wanted.plan(self._dataset)
         if options.default_collate and not self.fills_late:
             check_collatable(Delivered(plan.source), "the train set")
@@ -187,7 +217,12 @@ class DatasetTrainSet(_FoundTrainSet):
 
 
 class DataModuleTrainSet(_FoundTrainSet):
-    """The train set of a wrapped data module; it exists only after the module's own `setup("fit")`."""
+    """The training set of a wrapped data module; it exists only after the module's own `setup("fit")`.
+
+    Args:
+        datamodule: the wrapped data module.
+        wanted: everything that the user asked for.
+    """
 
     def __init__(self, datamodule: Any, wanted: Wanted) -> None:
         self._datamodule, self._wanted = datamodule, without_transform(wanted)
@@ -205,13 +240,14 @@ class DataModuleTrainSet(_FoundTrainSet):
         made, self.prepared = self.prepared, None
         dataset, self._settings = read_loader(self._datamodule.train_dataloader())
         self.plan = self._wanted.plan(dataset)
-        # the process that prepared compares the whole split with that of its preparation
+        # The process that prepared ignores `peer`, because it compares this split with the split of its preparation.
         self.compact = found_with(self.plan, cache, None if made is not None else peer)
         if made is None:
             return
         _, prepared = made
         if self.compact is None or self.compact.parts != prepared.parts:
-            # the dataset may only remember what was read while it was prepared: all of it is compared
+            # The state of the dataset may differ only because it remembers what was read during preparation. Therefore
+            # the identity is now computed from the content of all items.
             self.compact = find_compact(self.plan, cache, source=source_identity(self.plan, cache.memory, full=True))
         if self.compact is None or self.compact.parts != prepared.parts:
             raise self._changed_split()
@@ -236,7 +272,7 @@ class DataModuleTrainSet(_FoundTrainSet):
 
 
 class Delivered:
-    """A source as a map-style dataset of what it delivers."""
+    """A map-style dataset of the items that a source delivers, transforms included."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -249,7 +285,7 @@ class Delivered:
 
 
 def build(plan: Plan, cache: Cache, options: BuildOptions) -> Compact:
-    """The compact set, found or made."""
+    """Return the compact set of a plan, found in the cache or made."""
 
     def check() -> None:
         if options.check is not None:
@@ -261,18 +297,23 @@ def build(plan: Plan, cache: Cache, options: BuildOptions) -> Compact:
 
 
 def filled_late(patches: PatchPlan | None) -> PatchPlan | None:
-    """The step on patches if its images are filled batch by batch."""
+    """Return the patch plan if images are filled batch by batch during training, else None."""
     return patches if patches is not None and patches.config.reconstruct == "batch" else None
 
 
 def check_deliverable(plan: Plan) -> None:
-    """Tell before the hours of work that packed samples could not be turned into what the dataset delivers."""
+    """Check before the long work that packed samples can be turned into the items that the dataset delivers.
+
+    Raises:
+        StoreError: a sample cannot be stored.
+        SourceError: the dataset's transforms give another result for a packed sample than for the original one.
+    """
     if plan.store_kind == "packed":
         check_storable(plan, plan.source.finisher(plan.candidates))
 
 
 def compact_dataset(plan: Plan, compact: Compact, verify: VerifyPolicy) -> Any:
-    """The kept samples as the wrapped dataset would deliver them."""
+    """Return the kept samples as a map-style dataset that delivers items as the wrapped dataset does."""
     index = compact.selection.index
     if compact.info.kind != "packed":
         return plan.source.subset(index)
@@ -283,7 +324,21 @@ def compact_dataset(plan: Plan, compact: Compact, verify: VerifyPolicy) -> Any:
 
 
 def patched_dataset(compact: Compact, patches: PatchPlan, finisher: Any, verify: VerifyPolicy) -> Any:
-    """The samples of a store of patches, filled ahead, to be filled by the batch, or with the mean colour."""
+    """Return the samples of a store of patches as a map-style dataset.
+
+    Their dropped patches were filled before training, will be filled by the batch, or are in the mean colour, as the
+    patch plan says.
+
+    Args:
+        compact: compact set of the store.
+        patches: patch plan of the store.
+        finisher: applies the user's transforms to each sample, or None.
+        verify: how the store is checked when it is opened: `"size"`, `"hash"` or `"off"`.
+
+    Raises:
+        StoreError: the store is damaged or belongs to another selection.
+        PatchError: the images differ in size and are to be filled by the batch.
+    """
     if patches.fills_ahead:
         assert compact.filled is not None
         filled = PackedDataset(compact.filled, finisher=finisher, verify=verify)
@@ -296,7 +351,11 @@ def patched_dataset(compact: Compact, patches: PatchPlan, finisher: Any, verify:
 
 
 def cut_down(settings: LoaderSettings, compact: Compact) -> LoaderSettings:
-    """A loader's settings on the compact set: draw weights of the kept samples, draws per epoch in proportion."""
+    """Adjust a loader's settings to the compact set.
+
+    The weights of a sampler are those of the kept samples, and its number of draws per epoch shrinks in proportion to
+    the number of samples.
+    """
     if settings.weights is not None:
         settings = replace(settings, weights=settings.weights[compact.selection.index])
     if settings.num_draws is not None:

@@ -1,4 +1,4 @@
-"""What is read from a Trainer, in one place; a data module used by hand has none."""
+"""Read from a Trainer what loaders and the build need; a data module used without a Trainer gets the defaults."""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -8,18 +8,18 @@ import torch
 
 @dataclass(frozen=True)
 class TrainerFacts:
-    """What the loaders and the build have to know of the run.
+    """Facts about a run that the loaders and the build need.
 
     Attributes:
-        fits: a train set is needed (not for validate, test and predict alone).
-        num_ranks: processes of the run.
-        num_shares: processes that share an epoch: fewer than `num_ranks` when a model is spread over several of them,
-            1 when Lightning is told not to share (`use_distributed_sampler=False`).
-        epoch: the epoch that comes next.
-        processes_on_node: training processes that share this node's cores.
-        device: where this process computes.
-        reloads: loaders are made anew every few epochs.
-        progress: show progress bars.
+        fits: whether a train set is needed; False if the Trainer only validates, tests or predicts.
+        num_ranks: number of processes of the run.
+        num_shares: number of processes that share the samples of an epoch. It is smaller than `num_ranks` when a model
+            is spread over several processes, and 1 with `use_distributed_sampler=False`.
+        epoch: number of the current epoch.
+        processes_on_node: number of training processes that share this node's cores.
+        device: device that this process computes on, or `"auto"` without a Trainer.
+        reloads: whether loaders are made again every few epochs.
+        progress: whether progress bars are shown.
     """
 
     fits: bool = True
@@ -33,7 +33,7 @@ class TrainerFacts:
 
     @classmethod
     def of(cls, trainer: Any) -> Self:
-        """The facts of a Lightning Trainer, or the defaults for None."""
+        """Read the facts from a Lightning Trainer; None gives the defaults."""
         if trainer is None:
             return cls()
         return cls(
@@ -54,7 +54,8 @@ class TrainerFacts:
 
 
 def _num_shares(trainer: Any) -> int:
-    # without its own sampler Lightning leaves every process the whole set; no public attribute tells
+    # With use_distributed_sampler=False every process gets the whole set. No public attribute of the Trainer holds this
+    # setting, so it is read from a private one.
     connector = getattr(trainer, "_accelerator_connector", None)
     if not getattr(connector, "use_distributed_sampler", True):
         return 1
@@ -62,5 +63,5 @@ def _num_shares(trainer: Any) -> int:
 
 
 def _encoder_device(device: Any) -> str:
-    """Where the encoder runs in a run on `device`: there, if torch itself computes on it, and else on the CPU."""
+    """Return the device for the networks and the bins in a run on `device`: the same if it is CUDA or MPS, else the CPU."""
     return str(device) if device.type in ("cuda", "mps") else "cpu"

@@ -1,4 +1,4 @@
-"""What a user asked for, from the keywords of a data module and its config."""
+"""Combine the keywords of a data module and its config into one record of what the user asked for."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,18 +15,19 @@ from dq_lightning.sources.strip import KEEP
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the user asked for, apart from the data.
+    """Everything that the user asked for, apart from the data.
 
     Attributes:
         config: every setting.
-        encoder: a module, or `(module, preprocessing)`; None takes the config's name.
+        encoder: a module, or `(module, preprocessing)`; None uses the name in the config.
         labels: as in `quantize`.
-        transform: `"keep"` or a replacement; so is `target_transform`.
-        fingerprint: identity of the data in place of their digest.
-        seed: of the random state in which a wrapped data module makes its split.
-        classifier: a network in place of the config's name.
-        reconstructor: likewise.
-        indices: int64 [M], the positions that are kept, where the user has chosen them.
+        transform: `"keep"`, or the transform that replaces the dataset's own; None means no transform.
+        target_transform: `"keep"`, or the transform that replaces the dataset's own target transform; None means none.
+        fingerprint: identity of the data given by the user, in place of the digest of their content.
+        seed: seed of the random state in which a wrapped data module makes its split.
+        classifier: a network, or `(network, preprocessing)`; None uses the name in the config.
+        reconstructor: a `ViTMAEForPreTraining`; None uses the name in the config.
+        indices: int64 [M], the positions to keep if the user gave them, else None.
     """
 
     config: QuantizeConfig
@@ -42,12 +43,12 @@ class Wanted:
 
     @property
     def fills_late(self) -> bool:
-        """Whether images are filled batch by batch."""
+        """Whether dropped patches are filled during training, batch by batch (`reconstruct="batch"`)."""
         patches = self.config.patches
         return patches.drops and patches.reconstruct == "batch"
 
     def plan(self, dataset: Any) -> Plan:
-        """The flow over a dataset, nothing computed."""
+        """Make the plan for a dataset; nothing is computed."""
         return make_plan(
             dataset,
             self.config,
@@ -80,10 +81,10 @@ def want(
     reconstructor: Any = None,
     on_error: OnError | None = None,
 ) -> Wanted:
-    """Put the keywords of a data module and its config together.
+    """Combine the keywords of a data module and its config; the arguments are those of `QuantizedDataModule`.
 
     Raises:
-        ConfigError: they contradict each other.
+        ConfigError: a keyword contradicts another keyword or the config, or a value is invalid.
     """
     check_alone(indices, keep_ratio=keep_ratio, num_bins=num_bins, encoder=encoder)
     short_forms: dict[str, Any] = {
@@ -106,7 +107,7 @@ def want(
         config,
         encoder=None if named else encoder,
         labels=labels,
-        # read at once: the file may be gone, or another one, when a second process asks
+        # A file of indices is read now, because it may be removed or replaced before another process reads it.
         indices=None if indices is None else read_indices(indices),
         transform=transform,
         target_transform=target_transform,
@@ -118,17 +119,17 @@ def want(
 
 
 def in_one_process(wanted: Wanted) -> Wanted:
-    """The same wishes with the dataset read in one process for features and saliency, unless a number was set for these."""
+    """Return a copy in which features and saliency read the dataset in one process, unless the config sets a number."""
     if wanted.config.features.num_workers != "auto":
         return wanted
     return replace(wanted, config=replace_fields(wanted.config, {"features.num_workers": 0}))
 
 
 def without_transform(wanted: Wanted) -> Wanted:
-    """The same wishes with no image transform where images are filled batch by batch.
+    """Return a copy without an image transform if images are filled batch by batch, else the given object.
 
     Raises:
-        ConfigError: one was passed.
+        ConfigError: images are filled batch by batch and the user passed an image transform.
     """
     if not wanted.fills_late:
         return wanted

@@ -1,1 +1,1 @@
-"""The packed format: its writer and its reader."""
+"""The packed format, its writer and its reader."""

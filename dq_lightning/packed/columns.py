@@ -1,7 +1,10 @@
-"""Which parts of a sample become fixed-width columns, and how they come back. PURE.
+"""Decides which parts of a sample become columns of fixed width, and converts them to bytes and back.
 
-A sample is a tree of tuples, lists and dicts. A leaf that has one type, shape and dtype over the samples looked at first is a
-column; a later sample that differs puts its own value beside the columns, so that any sequence can be written in one pass.
+A sample is a tree of tuples, lists and dicts. A leaf is a place of this tree that holds any other value. If a leaf has
+the same type, shape and dtype in all samples that are looked at first, it becomes a column. If a later sample differs
+there, its value is stored outside of the columns, so that any sequence of samples can be written in one pass.
+
+The code is pure: it reads and writes no files.
 """
 
 import math
@@ -32,10 +35,10 @@ from dq_lightning.packed.values import (
     tensor_from,
 )
 
-# a larger image is smaller as PNG or as its owner's bytes
+# A larger image takes less space as PNG or as its original file.
 MAX_RAW_IMAGE_BYTES = 64 * 64 * 4
 MAX_ROW_BYTES = 1 << 40
-# each is a file; a sample of more parts, such as a long list of numbers, is one value
+# Each column is a file. A sample of more parts, such as a long list of numbers, is stored as one value.
 MAX_PLANNED_COLUMNS = 512
 VALUE_KIND = "value"
 STREAM_KIND = "stream"
@@ -43,16 +46,17 @@ STREAM_KIND = "stream"
 
 @dataclass(frozen=True)
 class Leaf:
-    """What one place of the tree holds in every sample.
+    """Describes what one leaf of the tree holds in every sample.
 
     Attributes:
-        kind: "none", "bool", "int", "float", "scalar", "array", "tensor", "image", "patches" (the raw pixels of as many kept
-            patches in every sample), "stream" (patched images of any length, in values.bin), or "value" (no column).
-        dtype: numpy's description, torch's name, or the image's mode; of patched images `mode/layout/codec`.
-        shape: of an array or tensor; (width, height) of an image; of patches (height, width, P, bytes of
-            pixels); of a stream (P,).
-        shared: what the heads and properties of a stream's images are squeezed with.
-        properties: format and info of every image of the column, see `values.encode_properties`.
+        kind: "none", "bool", "int", "float", "scalar", "array", "tensor", "image", "patches" (the raw pixels of equally
+            many kept patches in every sample), "stream" (patched images of any length, in values.bin), or "value" (no
+            column).
+        dtype: numpy's dtype string, torch's dtype name, or the image's mode; `mode/layout/codec` for patched images.
+        shape: shape of an array or tensor; (width, height) of an image; (height, width, P, bytes of pixels) of patches;
+            (P,) of a stream.
+        shared: dictionary that the file heads and properties of a stream's images are compressed with.
+        properties: format and info that all images of the column have, see `values.encode_properties`.
     """
 
     kind: str
@@ -63,11 +67,11 @@ class Leaf:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one sample in the column."""
+        """Number of bytes that one sample takes in the column."""
         return _ROW_BYTES[self.kind](self)
 
     def column_type(self) -> tuple[str, tuple[int, ...]]:
-        """Type and row shape of the npy file that holds the column."""
+        """Return the dtype and the shape of one row of the npy file that holds the column."""
         if self.kind in ("scalar", "array"):
             return self.dtype, self.shape
         if self.kind == "image":
@@ -103,7 +107,16 @@ _ROW_BYTES: dict[str, Callable[[Leaf], int]] = {
 
 
 def describe_leaf(value: Any, raw_images: bool = False) -> Leaf:
-    """The narrowest description of a value; "value" when it has no fixed width, or is a large image and not wanted raw."""
+    """Describe a value as a leaf of the most specific kind.
+
+    Args:
+        value: the value that a sample holds at this leaf.
+        raw_images: whether images of any size may be described as raw pixels.
+
+    Returns:
+        The leaf. Its kind is "value" if the value has no fixed width, or if it is a large image and `raw_images` is
+        False.
+    """
     kind = type(value)
     if value is None:
         return Leaf("none")
@@ -124,24 +137,24 @@ def describe_leaf(value: Any, raw_images: bool = False) -> Leaf:
         try:
             return Leaf("image", value.mode, value.size, properties=encode_properties(value))
         except StoreError:
-            return Leaf(VALUE_KIND)  # which tells where it stands
+            return Leaf(VALUE_KIND)  # Encoding it as a value fails too, with a message that names its place.
     return Leaf(VALUE_KIND)
 
 
 def _is_raw(image: Image.Image, raw_images: bool) -> bool:
-    """Whether the pixels and the info of an image say what it shows, and its pixels go into a column."""
+    """Return whether an image consists of its pixels and info only, and its pixels are stored in a column."""
     if image.mode not in MODE_BITS or image.mode in ("P", "PA") or 0 in image.size or not is_plain(image):
         return False
     return raw_images or raw_bytes_of(image.mode, image.size) <= MAX_RAW_IMAGE_BYTES
 
 
 def stream_leaf(image: PatchedImage) -> Leaf:
-    """What patched images that may stand in one stream have in common."""
+    """Return the leaf of kind "stream" that a patched image can be stored as."""
     return Leaf(STREAM_KIND, f"{image.mode}/{image.layout}/{image.codec}", (image.patch_size,))
 
 
 def fits(value: Any, leaf: Leaf, raw_images: bool = False) -> bool:
-    """Whether a value can be stored as this leaf."""
+    """Return whether a value can be stored as this leaf."""
     if leaf.kind == STREAM_KIND:
         alike = isinstance(value, PatchedImage) and stream_leaf(value) == leaf
         return alike and len(value.properties) <= MAX_PROPERTIES_BYTES
@@ -154,7 +167,7 @@ def _mask_bytes(leaf: Leaf) -> int:
 
 
 def leaf_bytes(value: Any, leaf: Leaf) -> bytes:
-    """The bytes of one sample in the column."""
+    """Return the bytes of one sample in the column."""
     if leaf.kind == "patches":
         return bytes(value.mask + value.data)
     if leaf.kind in ("bool", "int", "float"):
@@ -168,7 +181,7 @@ def leaf_bytes(value: Any, leaf: Leaf) -> bytes:
 
 
 def leaf_reader(leaf: Leaf) -> Callable[[Any], Any]:
-    """A function from a sample's bytes in the column to the value."""
+    """Return a function that converts the bytes of one sample in the column to the value."""
     if leaf.kind == "int":
         return lambda data: int.from_bytes(data, "little", signed=True)
     if leaf.kind == "bool":
@@ -194,7 +207,7 @@ def leaf_reader(leaf: Leaf) -> Callable[[Any], Any]:
 
 
 def _image_reader(mode: str, size: tuple[int, int], properties: bytes) -> Callable[[Any], Image.Image]:
-    """A function from raw pixels to an image, with the format and info that all images of a column have."""
+    """Return a function that makes an image of raw pixels, with the format and info that the column's images share."""
     if not properties:
         return lambda data: image_from_raw(mode, size, data)
     give = properties_setter(properties)
@@ -208,7 +221,15 @@ def _image_reader(mode: str, size: tuple[int, int], properties: bytes) -> Callab
 
 
 def plan(samples: Sequence[Any], raw_images: bool = False) -> tuple[Tree, list[Leaf]]:
-    """The tree and leaves that fit the given samples: a place where they differ is a "value" leaf."""
+    """Return the tree and the leaves that describe all given samples.
+
+    Args:
+        samples: the first samples of the store.
+        raw_images: whether images of any size may be stored as raw pixels.
+
+    Returns:
+        The tree, and its leaves in order. A place where the samples differ is a leaf of kind "value".
+    """
     leaves: list[Leaf] = []
 
     def grow(values: Sequence[Any], depth: int) -> Tree:
@@ -236,10 +257,10 @@ def plan(samples: Sequence[Any], raw_images: bool = False) -> tuple[Tree, list[L
 
 
 def leaf_from_json(value: Any) -> Leaf:
-    """A leaf from its stored description.
+    """Return a leaf from its description in store.json.
 
     Raises:
-        StoreError: unknown kind, dtype, mode or size.
+        StoreError: if the kind, dtype, mode or size is unknown or impossible.
     """
     if not isinstance(value, dict) or not isinstance(value.get("kind"), str) or value["kind"] not in _ROW_BYTES:
         raise StoreError(f"store.json has an unknown column {value!r:.80}")
@@ -259,7 +280,7 @@ def leaf_from_json(value: Any) -> Leaf:
 
 
 def leaf_to_json(leaf: Leaf) -> dict[str, Any]:
-    """Plain JSON for a leaf."""
+    """Return the description of a leaf as plain JSON."""
     plain = {"kind": leaf.kind, "dtype": leaf.dtype, "shape": list(leaf.shape)}
     beside = {"shared": leaf.shared, "properties": leaf.properties}
     return plain | {name: data.hex() for name, data in beside.items() if data}

@@ -1,4 +1,4 @@
-"""What store.json must say before any file that it names is opened."""
+"""Checks store.json, the description of a packed store, before any file that it names is opened."""
 
 from pathlib import Path
 from typing import Any
@@ -6,19 +6,26 @@ from typing import Any
 from dq_lightning.cache.manifest import Damage, check_file, is_plain_name
 from dq_lightning.packed.writer import FORMAT, FORMAT_VERSION, VERSION_WITHOUT_PATCHES
 
-# a hundred times ImageNet; what is held in memory of each takes about 30 bytes and its name
+# This is a hundred times ImageNet. Each sample takes about 30 bytes of memory while the store is open, and its name.
 MAX_SAMPLES = 1 << 27
 MAX_NAME_BYTES = 4096
 MAX_COLUMNS = 1 << 16
-# verified whenever the store is opened
+# The content of these files is verified whenever the store is opened, unless verify is "off".
 SMALL_FILES = ("index.npy", "bin.npy", "id_offsets.npy", "ids.bin", "value_offsets.npy", "checksums.npy")
 
 
 def check_description(path: Path, description: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Number of samples and attributes of the store in a folder.
+    """Check the description of a store.
+
+    Args:
+        path: folder of the store.
+        description: content of store.json.
+
+    Returns:
+        The number of samples, and the attributes that the writer was given.
 
     Raises:
-        Damage: another format, a fact is missing, or a file is not there in its size.
+        Damage: if the format is another one, a fact is missing or impossible, or a file is missing or has another size.
     """
     version = description.get("version")
     if description.get("format") != FORMAT or version not in (VERSION_WITHOUT_PATCHES, FORMAT_VERSION):

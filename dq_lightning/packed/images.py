@@ -1,11 +1,12 @@
-"""Pillow images as bytes: the owner's encoded file, PNG, or raw pixels, each checked to give the same image.
+"""Pillow images as bytes: the original encoded file, PNG, or raw pixels, each checked to give the same image again.
 
-"The same image" is all that a user's transform may ask of it: its class, pixels, mode and palette, `format`, and `info` with
-the EXIF orientation, resolution, colour profile and texts. A file that is still open as a Pillow image (a GIF with its
-frames, a PNG with its texts) comes back as that open file; every other image as a plain one with its `info`.
+"The same image" covers everything that a user's transform can ask of it: its class, pixels, mode and palette, `format`,
+and `info` with the EXIF orientation, resolution, colour profile and texts. An image that Pillow has opened from a file
+(a GIF with its frames, a PNG with its texts) comes back as an opened file, and every other image as a plain one with
+its `info`.
 
-Only decoders of plain raster formats are allowed: some others of Pillow's start programs (EPS) or have no fixed cost. The disk
-is touched only to read the file that an image was opened from.
+Only decoders of common raster formats are allowed, because some of Pillow's other decoders start programs (EPS) or take
+unbounded time or memory. The disk is touched only to read the file that an image was opened from.
 """
 
 import io
@@ -21,11 +22,11 @@ from dq_lightning.core.records import EncodedImage
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "JPEG2000", "MPO", "AVIF")
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 MAX_PIXELS = 1 << 30
-# a larger file that an image was opened from holds many frames, and is not copied for one of them
+# A larger file usually holds many frames, and isn't copied for one of them.
 MAX_OWN_FILE_BYTES = 64 << 20
-# of images that are made together: they stay in the processor's cache
+# Most pixels of the images that are made together, so that they stay in the processor's cache.
 TALL_PIXELS = 1 << 17
-# bits of a pixel as `tobytes` gives them
+# Bits per pixel in the bytes that `Image.tobytes` returns.
 MODE_BITS = {
     "1": 1,
     "L": 8,
@@ -41,17 +42,17 @@ MODE_BITS = {
 }
 MODE_BITS |= {"RGBX": 32, "RGBa": 32, "CMYK": 32, "I": 32, "F": 32, "I;16": 16, "I;16L": 16, "I;16B": 16, "I;16N": 16}
 _EXIF_ORIENTATION = 0x0112
-# tags of a TIFF that say where in the file its strips and tiles are
+# TIFF tags that hold the positions of strips and tiles in the file.
 _PLACES_IN_FILE = (273, 279, 324, 325)
 
 
 def raw_bytes_of(mode: str, size: tuple[int, int]) -> int:
-    """Bytes that `tobytes` gives for an image of this mode and size."""
+    """Return how many bytes `Image.tobytes` gives for an image of this mode and size (width, height)."""
     return (size[0] * MODE_BITS[mode] + 7) // 8 * size[1]
 
 
 def same_image(one: Image.Image, other: Image.Image) -> bool:
-    """Whether two images are the same to whoever looks at them: class, format, frame, mode, size, palette, info, pixels."""
+    """Return whether two images agree in class, format, frame, mode, size, palette, info and pixels."""
     return (
         type(one) is type(other)
         and (one.format, _frame_of(one)) == (other.format, _frame_of(other))
@@ -64,7 +65,7 @@ def _frame_of(image: Image.Image) -> int:
     try:
         return image.tell()
     except (AttributeError, ValueError):
-        return 0  # unpickled, or its file is closed
+        return 0  # The image was unpickled, or its file is closed.
 
 
 def _same_pixels(one: Image.Image, other: Image.Image) -> bool:
@@ -74,7 +75,7 @@ def _same_pixels(one: Image.Image, other: Image.Image) -> bool:
 
 
 def same_info(one: Any, other: Any) -> bool:
-    """Whether two values of an image's `info` agree in types, order and content; NaN is the same as NaN."""
+    """Return whether two values of an image's `info` agree in type, order and content; NaN equals NaN here."""
     if type(one) is not type(other):
         return False
     if isinstance(one, dict):
@@ -82,26 +83,28 @@ def same_info(one: Any, other: Any) -> bool:
     if isinstance(one, tuple | list):
         return len(one) == len(other) and all(map(same_info, one, other))
     try:
-        # the texts of a PNG are strings with attributes
+        # The texts of a PNG are strings with additional attributes.
         same = one == other and getattr(one, "__dict__", None) == getattr(other, "__dict__", None)
-        return bool(same or (one != one and other != other))  # NaN
+        return bool(same or (one != one and other != other))  # The second part compares NaN with NaN.
     except Exception:
-        return False  # an array or another value that no single comparison answers
+        return False  # Comparing arrays, for example, gives no single truth value.
 
 
 def is_plain(image: Image.Image) -> bool:
-    """Whether pixels and `info` are all there is to an image: no open file, no format, no EXIF tags changed in memory."""
+    """Return whether an image is only pixels and `info`: no open file, no format, no EXIF tags changed in memory."""
     return type(image) is Image.Image and image.format is None and exif_beside(image) is None
 
 
 def exif_beside(image: Image.Image) -> bytes | None:
-    """The EXIF tags of an image that its info does not tell: those of a TIFF, and those changed in memory; else None.
+    """Return the EXIF tags of an image that its info does not hold, or None if there are none.
+
+    These are the tags of a TIFF file, and tags that were changed in memory.
 
     Raises:
-        StoreError: they cannot be written down.
+        StoreError: if the tags cannot be written as bytes that give the same tags again.
     """
     if getattr(image, "_exif", None) is None:
-        return None  # nobody has asked for them yet: whoever does gets them from the info
+        return None  # The tags were not read yet, so whoever reads them gets them from the info.
     bare = Image.new("1", (1, 1))
     bare.info = image.info
     tags = _tags(image)
@@ -130,7 +133,10 @@ def _exif_error(reason: str) -> StoreError:
 
 
 def file_of(image: Image.Image) -> bytes | None:
-    """Bytes of the file that an image was opened from, if it can still be read and is no huge one; None for later frames."""
+    """Return the bytes of the file that an image was opened from.
+
+    The result is None if the file cannot be read or is large, and for later frames of a file.
+    """
     if not isinstance(image, ImageFile.ImageFile) or _frame_of(image) != 0:
         return None
     try:
@@ -142,7 +148,7 @@ def file_of(image: Image.Image) -> bytes | None:
             stream.seek(at)
             return data if len(data) <= MAX_OWN_FILE_BYTES else None
         name = getattr(image, "filename", None) or getattr(stream, "name", None)
-        # numbers are descriptors of files that may be others by now
+        # A number is a file descriptor, which may belong to another file by now.
         path = Path(os.fsdecode(name)) if isinstance(name, str | bytes) and name else None
         return path.read_bytes() if path is not None and path.stat().st_size <= MAX_OWN_FILE_BYTES else None
     except (OSError, ValueError, AttributeError):
@@ -157,30 +163,35 @@ def _palette(image: Image.Image) -> tuple[str, bytes] | None:
 
 
 def decode_image(data: Any, decoder: str, most_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode as `records.EncodedImage.decoder` says; nothing is decoded of an image that claims more than `most_pixels`.
+    """Decode an image as described in `records.EncodedImage`.
+
+    Args:
+        data: bytes of an encoded image file.
+        decoder: name of the decoder, see `records.EncodedImage.decoder`.
+        most_pixels: an image with more pixels than this is refused before its pixels are decoded.
 
     Raises:
-        StoreError: no image of an allowed format, or too large.
+        StoreError: if the bytes are no image of an allowed format, or the image is too large.
     """
     try:
-        # not closed: a transform may look at other frames, as in the dataset
+        # The stream stays open, because a transform may read other frames, as it may in the dataset.
         stream = io.BytesIO(data)
         image = Image.open(stream, formats=FORMATS)
         if image.size[0] * image.size[1] > most_pixels:
             raise StoreError(f"an image claims {image.size[0]} x {image.size[1]} pixels")
         image.load()
-        # Pillow lets go of it, and with it of the bytes that a second packing of this image would keep
+        # Pillow drops its stream after loading. It is put back, so that packing this image again can reuse its bytes.
         image.fp = image.fp or stream
         if decoder == "pil":
             return image
         if decoder == "pil_rgb":
-            # what convert() gives, without its copy of pixels that nobody else holds
+            # This gives what convert() gives, but without a copy, because nobody else holds these pixels.
             return image._new(image.im) if image.mode == "RGB" else image.convert("RGB")
         return _as_hub(image, decoder)
     except StoreError:
         raise
     except Exception as error:
-        # Pillow's format plugins raise all sorts of errors on damaged files
+        # Pillow's format plugins raise many types of errors for damaged files.
         raise StoreError(f"a stored image cannot be decoded ({type(error).__name__}: {error})") from error
 
 
@@ -194,15 +205,21 @@ def _as_hub(image: Image.Image, decoder: str) -> Image.Image:
 
 
 def encode_image(image: Image.Image, encoded: EncodedImage | None) -> tuple[list[Any], bytes]:
-    """Facts (plain JSON) and bytes of an image: the owner's file if that gives its pixels, else PNG, else raw.
+    """Encode an image as the original file if that gives its pixels, else as PNG, else as raw pixels.
 
-    Facts are `["e", decoder]` where the file gives the whole image. Others give the pixels alone (`["f", decoder]`, and `["r",
-    ...]` for raw ones): format and info have to be kept beside them, see `values.encode_properties`.
+    Args:
+        image: Pillow image.
+        encoded: original file bytes of the image, which are tried first, or None.
+
+    Returns:
+        The description of the encoding (plain JSON), and the bytes. The description is `["e", decoder]` if the file
+        gives the whole image. It is `["f", decoder]` for a file, and `["r", ...]` for raw bytes, that give only the
+        pixels: then format and info have to be stored separately, see `values.encode_properties`.
 
     Raises:
-        StoreError: a mode that Pillow itself cannot give bytes of, or an image that is more than pixels, info and format.
+        StoreError: if Pillow gives no bytes for the image's mode, or if the image is more than pixels, info and format.
     """
-    # before it is loaded, when Pillow lets go of the file; some facts are in the info only afterwards
+    # This comes before load(), after which Pillow drops the file. Some entries of info are there only after load().
     own = file_of(image)
     image.load()
     candidates = [] if encoded is None else [encoded]
@@ -227,7 +244,7 @@ def _decoded(file: EncodedImage) -> Image.Image | None:
 
 
 def _as_png(image: Image.Image) -> EncodedImage | None:
-    """The pixels of an image as PNG, if that holds them exactly."""
+    """Return the pixels of an image as PNG, or None if a PNG does not hold them exactly."""
     if image.mode not in PNG_MODES or 0 in image.size:
         return None
     buffer = io.BytesIO()
@@ -243,7 +260,7 @@ def _as_png(image: Image.Image) -> EncodedImage | None:
 
 
 def _check_kind(image: Image.Image) -> None:
-    """Refuse an image that pixels, info and format do not describe."""
+    """Refuse an image that its pixels, info and format do not describe completely."""
     kind = f"{type(image).__module__}.{type(image).__qualname__}"
     if type(image) is not Image.Image and not isinstance(image, ImageFile.ImageFile):
         raise StoreError(
@@ -253,17 +270,17 @@ def _check_kind(image: Image.Image) -> None:
 
 
 def _without_properties(image: Image.Image) -> Image.Image:
-    """The pixels of a decoded file as a plain image."""
+    """Return the pixels of a decoded file as a plain image without info and format."""
     bare = image._new(image.im)
     bare.info = {}
     return bare
 
 
 def raw_image(image: Image.Image) -> tuple[list[Any], bytes]:
-    """Facts and bytes of an image as its pixels.
+    """Return the description (plain JSON) and the raw pixel bytes of an image.
 
     Raises:
-        StoreError: a mode that Pillow itself cannot give bytes of.
+        StoreError: if Pillow gives no bytes for the image's mode.
     """
     if image.mode not in MODE_BITS:
         raise StoreError(f'a Pillow image of mode {image.mode!r} cannot be stored: convert it, or use store="indices"')
@@ -273,14 +290,20 @@ def raw_image(image: Image.Image) -> tuple[list[Any], bytes]:
 
 
 def image_from_raw(mode: str, size: tuple[int, int], data: Any) -> Image.Image:
-    """An image of its own memory from what `tobytes` gave."""
+    """Return an image of `size` (width, height), with memory of its own, from bytes that `Image.tobytes` returned."""
     return Image.frombytes(mode, size, data) if 0 not in size else Image.new(mode, size)
 
 
 def images_from_raw(mode: str, size: tuple[int, int], rows: Any) -> list[Image.Image]:
-    """Images of one mode and size, each of its own memory, from uint8 [B, bytes of an image].
+    """Return images of one mode and size (width, height), each with memory of its own, from raw pixels.
 
-    Several times faster than one by one: a tall image holds them all, and Pillow cuts it without a decoder for each.
+    This is several times faster than one image after the other: one tall image holds many of them, and cropping it
+    needs no decoder for each.
+
+    Args:
+        mode: Pillow mode of all images.
+        size: (width, height) of all images in pixels.
+        rows: uint8 [B, bytes per image], raw pixels of each image.
     """
     width, height = size
     made: list[Image.Image] = []
@@ -294,10 +317,15 @@ def images_from_raw(mode: str, size: tuple[int, int], rows: Any) -> list[Image.I
 
 
 def decode_node(facts: Any, data: memoryview, most_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The inverse of `encode_image`, without the properties that are kept beside pixels.
+    """Decode what `encode_image` or `raw_image` returned, without the properties that are stored separately.
+
+    Args:
+        facts: description of the encoding (plain JSON).
+        data: bytes of the encoded image.
+        most_pixels: an encoded file with more pixels than this is refused before they are decoded.
 
     Raises:
-        StoreError: facts and bytes do not describe an image.
+        StoreError: if description and bytes do not give an image.
     """
     if not isinstance(facts, list) or not facts:
         raise StoreError("a stored image has no facts")

@@ -1,4 +1,7 @@
-"""The ids of the samples of a packed store. PURE."""
+"""The ids of the samples of a packed store.
+
+The code is pure: it reads and writes no files.
+"""
 
 from collections.abc import Sequence
 from typing import overload
@@ -7,7 +10,12 @@ from dq_lightning.core.errors import StoreError
 
 
 class Names(Sequence[str]):
-    """The ids of the samples: text without a Python object for each."""
+    """Sequence of ids that decodes an id only when it is asked for, so that memory holds no Python object for each.
+
+    Args:
+        data: bytes of all ids in UTF-8, one after the other.
+        offsets: M + 1 positions in `data`; id i starts at offsets[i] and ends before offsets[i + 1].
+    """
 
     def __init__(self, data: memoryview, offsets: memoryview) -> None:
         self._data = data

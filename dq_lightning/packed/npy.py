@@ -1,12 +1,22 @@
-"""The npy header of a file that is written row by row, and compared byte by byte when it is read. PURE."""
+"""The header of an npy file: the writer puts it before the rows, and the reader compares it byte by byte.
+
+The code is pure: it reads and writes no files.
+"""
 
 MAGIC = b"\x93NUMPY\x01\x00"
 
 
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """Header of npy format 1.0, padded to a multiple of 64 bytes.
+    """Return a header of npy format 1.0, padded to a multiple of 64 bytes.
 
-    Its length does not depend on the first dimension, so that it can be written before the rows are counted.
+    Its length does not depend on the first dimension, so it can be written before the rows are counted.
+
+    Args:
+        dtype: numpy's dtype string.
+        shape: shape of the array.
+
+    >>> len(npy_header("<f4", (10, 3)))
+    128
     """
     text = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape!r}, }}"
     spare = 20 - len(str(shape[0])) if shape else 0

@@ -1,6 +1,7 @@
-"""The files of a packed store while it is open: small ones in memory, large ones read by position. Touches the disk, read-only.
+"""The files of an open packed store: small files are held in memory, and large ones are read by position.
 
-Nothing is mapped: who writes over a mapped file changes what its readers see, and who cuts it kills them.
+Nothing is memory-mapped: if somebody writes over a mapped file, its readers see other data, and if somebody truncates
+it, its readers are killed.
 """
 
 import errno
@@ -16,21 +17,21 @@ from numpy.typing import NDArray
 
 from dq_lightning.cache.manifest import Damage
 
-# columns are held in memory as long as they take no more than this together
+# Columns are held in memory as long as all of them together take no more than this.
 HELD_BYTES = 32 << 20
-# rows from this size on are read into memory that a tensor can take over
+# A row of at least this size is read into memory of its own, which a tensor can take over without a copy.
 OWN_MEMORY_BYTES = 4096
-# the kernel gives at most 2 GiB a call
+# Linux reads at most 2 GiB in one call.
 MOST_BYTES_PER_READ = 1 << 30
 
 Row = bytes | memoryview
 
 
 class OpenFiles:
-    """Plain files of one folder.
+    """Plain files of one folder, open for reading.
 
     Args:
-        folder: that they are in.
+        folder: folder that holds the files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,15 +40,15 @@ class OpenFiles:
         self._held = 0
 
     def open(self, name: str, size: int | None = None) -> int:
-        """A descriptor of a file, which stays open as long as this object.
+        """Open a file and return its descriptor, which stays open as long as this object exists.
 
         Args:
-            name: of the file.
-            size: that it must have.
+            name: name of the file.
+            size: size in bytes that the file must have; None accepts every size.
 
         Raises:
-            Damage: it has another size, or is no plain file.
-            OSError: it cannot be read.
+            Damage: if the file has another size, or is no plain file.
+            OSError: if the file cannot be opened.
         """
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
         try:
@@ -65,22 +66,25 @@ class OpenFiles:
         return descriptor
 
     def close(self, descriptor: int) -> None:
-        """Close one file."""
+        """Close the file of a descriptor."""
         self._descriptors.remove(descriptor)
         os.close(descriptor)
 
     def read(self, name: str, size: int, header: bytes = b"", sha256: str | None = None) -> NDArray[np.uint8]:
-        """The bytes of a file after its header, read into memory and closed.
+        """Read the bytes of a file that follow its header into memory, and close the file.
 
         Args:
-            name: of the file.
-            size: of what follows the header.
-            header: that it must begin with.
-            sha256: of the whole file, compared with what was read; None compares nothing.
+            name: name of the file.
+            size: number of bytes after the header.
+            header: bytes that the file must begin with.
+            sha256: hexadecimal digest that the whole file must have; None compares nothing.
+
+        Returns:
+            uint8 [size].
 
         Raises:
-            Damage: it has another size, beginning or content.
-            OSError: it cannot be read.
+            Damage: if the file has another size, beginning or content.
+            OSError: if the file cannot be read.
         """
         descriptor = self.open(name, len(header) + size)
         try:
@@ -94,20 +98,21 @@ class OpenFiles:
         return whole[len(header) :]
 
     def rows(self, name: str, count: int, row_bytes: int, header: bytes) -> Callable[[int], Row]:
-        """A function that gives the row at a position.
+        """Return a function that gives the bytes of a row, from its position.
 
-        Columns that are small enough are read now and held; of others each row is read when it is asked for. What it reads is
-        for the caller to verify, and read-only unless it is the caller's own memory.
+        Columns that are small enough are read now and held in memory. Of other columns each row is read when the
+        function is called. The caller has to verify what the function returns. The bytes are read-only unless they are
+        in memory that belongs to the caller alone.
 
         Args:
-            name: of the file.
-            count: rows in it.
-            row_bytes: bytes of one.
-            header: that it must begin with.
+            name: name of the file.
+            count: number of rows in the file.
+            row_bytes: number of bytes in each row.
+            header: bytes that the file must begin with.
 
         Raises:
-            Damage: it has another size or beginning.
-            OSError: it cannot be read.
+            Damage: if the file has another size or beginning.
+            OSError: if the file cannot be read.
         """
         size = count * row_bytes
         if self._held + size <= HELD_BYTES:
@@ -122,17 +127,23 @@ class OpenFiles:
         return lambda at: _read_exactly(descriptor, row_bytes, first + at * row_bytes, name).data
 
     def __del__(self, _close: Callable[[int], None] = os.close) -> None:
-        # bound above, since modules are emptied before the last objects at the end of the interpreter
+        # os.close is bound as a default argument, since modules are emptied before the last objects when Python exits.
         for descriptor in self.__dict__.pop("_descriptors", ()):
             _close(descriptor)
 
 
 def read_piece(descriptor: int, size: int, at: int, name: str) -> Row:
-    """Some bytes of an open file, all of them.
+    """Read exactly `size` bytes of an open file at a position.
+
+    Args:
+        descriptor: file descriptor.
+        size: number of bytes.
+        at: position of the first byte in the file.
+        name: name of the file for error messages.
 
     Raises:
-        Damage: the file ends before.
-        OSError: it cannot be read.
+        Damage: if the file ends before.
+        OSError: if the file cannot be read.
     """
     data = os.pread(descriptor, size, at) if size <= MOST_BYTES_PER_READ else b""
     if len(data) == size:

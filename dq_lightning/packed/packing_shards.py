@@ -1,4 +1,4 @@
-"""Samples of a packed store in the form that they are written in, kept for a run that goes on."""
+"""Saves packed samples in shards while a store is written, so that a killed run can continue."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -9,16 +9,17 @@ import numpy as np
 from dq_lightning.cache import files
 from dq_lightning.core.resuming import Array, Shards
 
-# a shard is held in memory until it is kept
+# A shard is held in memory until it is saved, so its size is limited.
 MOST_BYTES = 256 << 20
 
 
 class Unkept:
-    """Written samples that no shard holds yet.
+    """Samples that are written to the store but not yet saved in a shard.
 
     Args:
-        shards: where they are kept; None keeps nothing.
-        grain: shards end after multiples of so many samples, so that what is made by the batch is made in the same batches.
+        shards: where shards are saved; None saves nothing.
+        grain: the number of samples in each shard is a multiple of this number. So whatever is computed in batches is
+            computed in the same batches when a run continues.
     """
 
     def __init__(self, shards: Shards | None, grain: int = 1) -> None:
@@ -31,7 +32,13 @@ class Unkept:
         self._lengths: list[int] = []
 
     def add(self, rows: Sequence[bytes], value: bytes, facts: Callable[[], dict[str, Any]]) -> None:
-        """Take a sample: its row in each column and its value; `facts` gives those that hold for all samples so far."""
+        """Add a sample, and save a shard if one is due.
+
+        Args:
+            rows: bytes of the sample in each column.
+            value: bytes of the sample in values.bin.
+            facts: function that returns the layout of all samples so far, as plain JSON.
+        """
         if self._shards is None:
             return
         for number, row in enumerate(rows):
@@ -54,13 +61,18 @@ class Unkept:
 
 
 def facts_of(piece: dict[str, Array]) -> dict[str, Any]:
-    """The facts in a shard."""
+    """Return the layout that was saved in a shard."""
     found: dict[str, Any] = json.loads(piece["facts"].tobytes())
     return found
 
 
 def samples_of(piece: dict[str, Array], row_bytes: Sequence[int]) -> Any:
-    """For each sample in a shard its rows, one a column of the given widths (0: no column), and its value."""
+    """Yield the rows and the value of each sample in a shard.
+
+    Args:
+        piece: arrays of the shard.
+        row_bytes: bytes of a row in each column; 0 where a leaf has no column.
+    """
     columns = [piece[f"column-{number}"].data if width else memoryview(b"") for number, width in enumerate(row_bytes)]
     values, end = piece["values"].data, 0
     for number, length in enumerate(piece["lengths"].tolist()):

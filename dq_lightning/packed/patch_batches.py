@@ -1,4 +1,7 @@
-"""Raw patches of a whole batch at once: for small images the calls, not the pixels, take the time. PURE."""
+"""Decodes raw patches of a whole batch at once, because for small images the number of calls takes most of the time.
+
+The code is pure: it reads and writes no files.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,10 +19,10 @@ from dq_lightning.packed.values import properties_setter
 
 
 class BatchDecoder:
-    """Decodes rows of one column of patches, to the same values as `patched.mean_filled`.
+    """Decodes rows of one column of patches to the same values as `patches.mean_filled`.
 
     Args:
-        leaf: describes the column.
+        leaf: description of the column, which `fits` has accepted.
     """
 
     def __init__(self, leaf: Leaf) -> None:
@@ -32,18 +35,18 @@ class BatchDecoder:
 
     @staticmethod
     def fits(leaf: Leaf) -> bool:
-        """Whether all rows of a column keep as many whole patches."""
+        """Return whether all rows of a column keep equally many patches, and none of them is partial."""
         if leaf.kind != "patches":
             return False
         height, width, patch_size, _ = leaf.shape
         return height % patch_size == 0 == width % patch_size and leaf.shape[3] > 0
 
     def __call__(self, rows: Sequence[bytes | memoryview]) -> list[Any]:
-        """The images of these rows; None for a row whose mask does not fit its pixels."""
+        """Decode rows of the column to images; the result is None for a row whose mask does not fit its pixels."""
         if not rows:
             return []
         taken = np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), -1)
-        # of its own memory, which is laid out anew below
+        # This is a contiguous copy, because its memory is viewed in other shapes below.
         data = np.ascontiguousarray(taken[:, self.mask_bytes :])
         layout, count = self.layout, self.layout.count
         masks = np.unpackbits(taken[:, : self.mask_bytes], axis=1, bitorder="little").view(np.bool_)
@@ -58,7 +61,7 @@ class BatchDecoder:
         return [next(values) if fine else None for fine in good.tolist()]
 
     def _values(self, pixels: Pixels) -> list[Any]:
-        """The owner's values of pixels [B, H, W, C]."""
+        """Convert pixels [B, H, W, C] to the type of image that the dataset delivered."""
         facts = self.whole
         if facts.layout == "pil":
             images = images_from_raw(facts.mode, (facts.width, facts.height), pixels)
@@ -74,13 +77,13 @@ class BatchDecoder:
             flat = flat[..., None] if facts.layout == "array_hw1" else flat[None]
         elif facts.layout == "tensor" and facts.mode == "RGB":
             flat = flat.transpose(2, 0, 1)
-        # of its own memory: a batch is not kept for one of its images
+        # This is a copy, because a view would keep the memory of the whole batch for one of its images.
         own = np.array(flat, order="C")
         return torch.from_numpy(own) if facts.layout.startswith("tensor") else own
 
 
 def _place_all(data: Pixels, masks: np.ndarray[Any, np.dtype[np.bool_]], layout: Layout) -> Pixels:
-    """Rows of pixels [B, k * P * P * C] with masks [B, L] that keep k patches each, as images [B, H, W, C]."""
+    """Arrange pixels [B, k * P * P * C] with masks [B, L], which keep k patches each, as filled images [B, H, W, C]."""
     rows, columns = layout.grid
     patch, channels, batch = layout.patch, layout.channels, len(data)
     run = np.dtype((np.void, patch * channels))
@@ -90,7 +93,7 @@ def _place_all(data: Pixels, masks: np.ndarray[Any, np.dtype[np.bool_]], layout:
     cells[shaped] = data.reshape(-1, patch, patch * channels).view(run)[..., 0]
     holes = masks.shape[1] - layout.count
     if holes:
-        # sums of 257 bytes fit into 16 bits
+        # The sum of 257 bytes fits into 16 bits.
         narrow = np.uint16 if layout.count <= 257 else np.uint32
         sums = np.add.reduce(data.reshape(batch, layout.count, -1), 1, narrow)
         total = np.add.reduce(sums.reshape(batch, patch**2, channels), 1, np.int64)

@@ -1,7 +1,10 @@
-"""Where the kept patches of an image lie while a codec holds them, and the way back into the image. PURE.
+"""Arranges the kept patches of an image into the strip that a codec encodes, and puts them back into the image.
 
-Kept patches stand side by side in one long row, in the order of the grid, so that most have their true left neighbour. Cells
-have a side that the codec's blocks divide; what a patch lacks is filled with copies of its last row and column.
+Kept patches stand side by side in one long row, in the order of the grid, so that most of them have their true left
+neighbour. Each patch stands in a cell whose side is a multiple of the codec's block size. A cell's pixels outside of
+its patch are copies of the patch's last row and column.
+
+The code is pure: it reads and writes no files.
 """
 
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ import numpy as np
 from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import MAX_PIXELS
 
-# a longer row is broken: JPEG's own bound is 65,500
+# A longer strip is divided into several rows, because JPEG allows at most 65,500 pixels per side.
 MAX_STRIP_SIDE = 65_500
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -21,15 +24,18 @@ Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of an image's grid and of the strip that holds its kept patches.
+    """Sizes of an image's grid, and of the strip that holds its kept patches.
 
     Attributes:
-        height: of the image in pixels.
-        width: likewise.
-        channels: C.
-        patch: side of a patch in pixels.
-        side: of a cell in the strip, at least that of a patch.
-        count: patches kept.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        channels: C, number of channels.
+        patch: P, side of a patch in pixels.
+        side: side of a cell of the strip in pixels, at least P.
+        count: k, number of kept patches.
+
+    Raises:
+        StoreError: if the padded image or the strip would be too large.
     """
 
     height: int
@@ -50,17 +56,17 @@ class Layout:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches from top to bottom and from left to right."""
+        """Number of rows and columns of patches."""
         return -(-self.height // self.patch), -(-self.width // self.patch)
 
     @property
     def divides(self) -> bool:
-        """Whether no patch is partial."""
+        """Whether the patch side divides the image's sides, so that no patch is partial."""
         return self.height % self.patch == 0 == self.width % self.patch
 
     @property
     def strip_cells(self) -> tuple[int, int]:
-        """Rows of cells in the strip, and cells in each."""
+        """Number of rows of cells in the strip, and of cells in each row."""
         rows = max(1, -(-self.count // max(1, MAX_STRIP_SIDE // self.side)))
         return rows, -(-self.count // rows)
 
@@ -72,12 +78,12 @@ class Layout:
 
 
 def mask_array(mask: bytes, num_patches: int) -> Mask:
-    """Mask bool [L] of its packed bytes."""
+    """Unpack the bytes of a mask to bool [L]."""
     return np.unpackbits(np.frombuffer(mask, np.uint8), count=num_patches, bitorder="little").view(np.bool_)
 
 
 def cut(pixels: Pixels, mask: Mask, layout: Layout) -> Pixels:
-    """Kept patches [k, side, side, C] of pixels [H, W, C], padded with copies of their last row and column."""
+    """Cut the kept patches [k, side, side, C] out of pixels [H, W, C]; padding copies their last row and column."""
     rows, columns = layout.grid
     patch, spare = layout.patch, layout.side - layout.patch
     padding = ((0, rows * patch - layout.height), (0, columns * patch - layout.width), (0, 0))
@@ -88,7 +94,7 @@ def cut(pixels: Pixels, mask: Mask, layout: Layout) -> Pixels:
 
 
 def strip_of(cells: Pixels, layout: Layout) -> Pixels:
-    """Lay cells [k, side, side, C] into the strip; places left over repeat the last cell."""
+    """Arrange cells [k, side, side, C] in the strip [height, width, C]; places left over repeat the last cell."""
     rows, columns = layout.strip_cells
     spare = np.repeat(cells[-1:], rows * columns - len(cells), 0)
     laid = np.concatenate([cells, spare]).reshape(rows, columns, *cells.shape[1:]).swapaxes(1, 2)
@@ -96,7 +102,7 @@ def strip_of(cells: Pixels, layout: Layout) -> Pixels:
 
 
 def patches_in(strip: Pixels, layout: Layout) -> Pixels:
-    """The inverse of `strip_of`, without the padding: [k, P, P * C]."""
+    """Take the patches [k, P, P * C], without their padding, out of the strip that `strip_of` made."""
     rows, columns = layout.strip_cells
     wide = strip.reshape(rows, layout.side, columns, layout.side * layout.channels).swapaxes(1, 2)
     cells = wide.reshape(rows * columns, layout.side, layout.side * layout.channels)
@@ -104,10 +110,10 @@ def patches_in(strip: Pixels, layout: Layout) -> Pixels:
 
 
 def place(patches: Pixels, mask: Mask, layout: Layout) -> Pixels:
-    """Put patches [k, P, P * C] where the mask keeps them; the rest gets the mean colour. Returns [H, W, C]."""
+    """Put patches [k, P, P * C] where the mask keeps them, fill the rest with the mean colour, and return [H, W, C]."""
     rows, columns = layout.grid
     shape = (rows * layout.patch, columns * layout.patch, layout.channels)
-    # with whole patches every pixel is written below
+    # If all patches are whole, every pixel is written below, so that the memory needs no initial value.
     padded = np.empty(shape, np.uint8) if layout.divides else np.zeros(shape, np.uint8)
     run = np.dtype((np.void, layout.patch * layout.channels))
     _cells(padded, layout)[mask.reshape(rows, columns)] = patches.view(run)[..., 0]
@@ -119,16 +125,17 @@ def place(patches: Pixels, mask: Mask, layout: Layout) -> Pixels:
 
 
 def _mean_of(patches: Pixels, layout: Layout) -> Pixels:
-    """Mean colour [C] of whole patches [k, P, P * C], rounded half up."""
-    # the strip's own order, so that numpy adds long rows
+    """Return the mean colour [C] of whole patches [k, P, P * C], rounded half up."""
+    # The patches lie in memory in the strip's order, and in that order numpy adds long rows.
     total = _sum_of_rows(patches.swapaxes(0, 1), layout.channels)
     count = layout.count * layout.patch**2
     return ((2 * total + count) // (2 * count)).astype(np.uint8)
 
 
 def _sum_of_rows(rows: Pixels, channels: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Sum [C] over pixels [n, m, w * C]."""
-    # sums of 257 bytes fit into 16 bits; one axis after the other, because short rows are slow
+    """Return the sum [C] over pixels [n, m, w * C]."""
+    # The sum of 257 bytes fits into 16 bits. The axes are summed one after the other, because numpy is slow on short
+    # rows.
     narrow = np.add.reduce(rows, 0, np.uint16 if len(rows) <= 257 else np.uint32)
     wide = np.add.reduce(narrow, 0, np.int64)
     total: np.ndarray[Any, np.dtype[np.int64]] = np.add.reduce(wide.reshape(-1, channels), 0)
@@ -136,14 +143,14 @@ def _sum_of_rows(rows: Pixels, channels: int) -> np.ndarray[Any, np.dtype[np.int
 
 
 def _cells(whole: Pixels, layout: Layout) -> np.ndarray[Any, np.dtype[np.void]]:
-    """Rows of patches [rows, columns, P] of contiguous pixels; each is one element, which numpy copies at once."""
+    """View contiguous pixels as rows of patches [rows, columns, P]; numpy copies each row, one element, at once."""
     rows, columns = layout.grid
     run = np.dtype((np.void, layout.patch * layout.channels))
     return whole.reshape(rows, layout.patch, columns, -1).view(run)[..., 0].swapaxes(1, 2)
 
 
 def refill(pixels: Pixels, mask: Mask, layout: Layout) -> Pixels:
-    """A copy of pixels [H, W, C] with the mean colour of the kept patches in the others."""
+    """Return a copy of pixels [H, W, C] whose dropped patches have the mean colour of the kept patches."""
     whole = pixels.copy()
     if layout.count < len(mask):
         _paint(whole, np.zeros(layout.channels, np.uint8), mask, layout)
@@ -151,7 +158,7 @@ def refill(pixels: Pixels, mask: Mask, layout: Layout) -> Pixels:
 
 
 def _fill_zeros(whole: Pixels, mask: Mask, layout: Layout) -> Pixels:
-    """Paint the dropped patches, 0 so far, in the mean colour [C] of the kept pixels, rounded half up."""
+    """Paint the dropped patches, which must be 0, in the mean colour [C] of the kept pixels, rounded half up."""
     if layout.count == len(mask):
         return whole
     total = _sum_of_rows(whole.reshape(layout.height, 1, -1), layout.channels)
@@ -161,7 +168,7 @@ def _fill_zeros(whole: Pixels, mask: Mask, layout: Layout) -> Pixels:
 
 
 def _paint(whole: Pixels, colour: Pixels, mask: Mask, layout: Layout) -> None:
-    """Give the dropped patches of pixels [H, W, C] a colour [C]."""
+    """Paint the dropped patches of pixels [H, W, C] in a colour [C]."""
     if not layout.divides:
         whole[~pixel_mask(mask, layout)] = colour
         return
@@ -170,7 +177,7 @@ def _paint(whole: Pixels, colour: Pixels, mask: Mask, layout: Layout) -> None:
 
 
 def _num_pixels(mask: Mask, layout: Layout) -> int:
-    """Pixels in the kept patches."""
+    """Return the number of pixels in the kept patches."""
     if layout.divides:
         return layout.count * layout.patch**2
     rows, columns = layout.grid
@@ -182,23 +189,23 @@ def _num_pixels(mask: Mask, layout: Layout) -> int:
 
 
 def pixel_mask(mask: Mask, layout: Layout) -> Mask:
-    """Mask bool [H, W] of the kept pixels."""
+    """Return a mask bool [H, W] that is True at the kept pixels."""
     wide = mask.reshape(layout.grid).repeat(layout.patch, 0).repeat(layout.patch, 1)
     return wide[: layout.height, : layout.width]
 
 
 def raw_bytes(pixels: Pixels, mask: Mask, layout: Layout) -> bytes:
-    """Kept pixels, patch after patch and row by row; partial patches have only the pixels they show."""
+    """Return the bytes of the kept pixels, patch by patch and row by row; partial patches have fewer pixels."""
     if layout.divides:
         return bytes(cut(pixels, mask, layout).tobytes())
     return bytes(pixels.reshape(-1, layout.channels)[_kept_places(mask, layout)].tobytes())
 
 
 def place_raw(data: bytes, mask: Mask, layout: Layout) -> Pixels:
-    """The inverse of `raw_bytes`, with the mean colour elsewhere: [H, W, C].
+    """Decode what `raw_bytes` returned to pixels uint8 [H, W, C], with the mean colour in the dropped patches.
 
     Raises:
-        StoreError: the bytes are not as many as the mask keeps.
+        StoreError: if the number of bytes does not fit the mask.
     """
     expected = _num_pixels(mask, layout) * layout.channels
     if len(data) != expected:
@@ -212,7 +219,7 @@ def place_raw(data: bytes, mask: Mask, layout: Layout) -> Pixels:
 
 
 def _kept_places(mask: Mask, layout: Layout) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Places of the kept pixels in the image, int64 [n], in the order in which they are stored."""
+    """Return the indices of the kept pixels in the flat image, int64 [n], in the order in which they are stored."""
     rows, columns = layout.grid
     patch = layout.patch
     places = np.full((rows * patch, columns * patch), -1)

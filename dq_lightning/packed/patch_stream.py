@@ -1,10 +1,13 @@
-"""Patched images of one kind, one after the other, with what they share written once. PURE.
+"""Encoding of patched images of one kind as a stream, in which what they share is stored only once.
 
     uvarint height | uvarint width | mask | uvarint length | properties | [uvarint length | head] | rest of the data
 
-The head of an encoded file (tables, sizes) is deflated with the heads of the first samples as dictionary: of the 350
-bytes at the head of a JPEG with Huffman tables of its own, about 100 are left. Raw pixels have no head. The properties (format
-and info of the image, such as EXIF tags and a colour profile) are deflated likewise; most images have none.
+The head of an encoded file (tables, sizes) is compressed with DEFLATE, with the heads of the first samples as
+dictionary. Of the 350 bytes at the head of a JPEG with Huffman tables of its own, about 100 remain. Raw pixels have no
+head. The properties (format and info of the image, such as EXIF tags and a colour profile) are compressed in the same
+way; most images have none.
+
+The code is pure: it reads and writes no files.
 """
 
 import zlib
@@ -14,34 +17,38 @@ from typing import Any
 from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import MAX_PIXELS, PatchedImage
 
-# mode, layout, codec and patch size of all images of a stream
+# Mode, layout, codec and patch size, which are the same for all images of a stream.
 Facts = tuple[str, str, str, int]
 Stream = tuple[int, Facts, bytes]
 MAX_HEAD_BYTES = 1 << 14
 SHARED_HEADS = 8
 MAX_SHARED_BYTES = 1 << 15
-# larger ones are written as they are, beside the stream
+# An image with larger properties is stored as a value, outside of the stream.
 MAX_PROPERTIES_BYTES = 1 << 20
-# signature, size and format; a JPEG's head ends where its scan begins
+# Bytes of signature, size and format. The head of a JPEG has no fixed length: it ends where the scan begins.
 _HEAD_BYTES = {"raw": 0, "png": 41, "webp": 30}
 _START_OF_SCAN = 0xDA
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)
-# the others of C0 to CF are tables
+# The other markers from C0 to CF stand for tables, not for frames.
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 def head_bytes(codec: str, data: bytes) -> int:
-    """Length of the head of an encoded file; 0 when there is none that we know."""
+    """Return the length of the head of an encoded file in bytes; 0 if there is no known head."""
     if codec != "jpeg":
         return min(_HEAD_BYTES[codec], len(data))
     return jpeg_head(data)[0]
 
 
 def jpeg_head(data: bytes) -> tuple[int, tuple[int, int, int]]:
-    """Length of a JPEG's head, and height, width and components of its one 8-bit frame.
+    """Parse the head of a JPEG.
 
-    Only what every writer writes is understood: segments without a gap, one baseline or progressive frame before the scan. Else
-    all is 0.
+    Only what every encoder writes is supported: segments without gaps, and one baseline or progressive frame before the
+    scan.
+
+    Returns:
+        Length of the head in bytes, and (height, width, components) of its only 8-bit frame; all are 0 for any other
+        file.
     """
     at, frame = 2, (0, 0, 0)
     end = min(len(data), MAX_HEAD_BYTES)
@@ -62,7 +69,7 @@ def jpeg_head(data: bytes) -> tuple[int, tuple[int, int, int]]:
 
 
 def shared_heads(images: Sequence[PatchedImage]) -> bytes:
-    """The dictionary for images like these: their different properties, and the heads of the first few."""
+    """Return the dictionary for images like these: different properties, and heads, of the first few of them."""
     first = images[:SHARED_HEADS]
     heads = b"".join(image.data[: head_bytes(image.codec, image.data)] for image in first)[:MAX_SHARED_BYTES]
     properties = b"".join(dict.fromkeys(image.properties for image in images[:SHARED_HEADS]))
@@ -70,10 +77,15 @@ def shared_heads(images: Sequence[PatchedImage]) -> bytes:
 
 
 def check_facts(kind: str, dtype: str, shape: tuple[int, ...]) -> None:
-    """Refuse a stored description that no patched image fits.
+    """Check that a stored description of patched images is possible.
+
+    Args:
+        kind: kind of the leaf, "patches" or "stream".
+        dtype: `mode/layout/codec` of the images.
+        shape: (height, width, P, bytes of pixels) of patches, or (P,) of a stream.
 
     Raises:
-        StoreError: it names an unknown mode, layout or codec, or impossible sizes.
+        StoreError: if the mode, layout or codec is unknown, or the sizes are impossible.
     """
     facts = dtype.split("/")
     sizes = (1, 1, *shape) if kind == "stream" else shape
@@ -88,7 +100,7 @@ def check_facts(kind: str, dtype: str, shape: tuple[int, ...]) -> None:
 
 
 def write_stream(image: PatchedImage, shared: bytes) -> bytes:
-    """Size, mask and data of a patched image; the rest of its facts are the store's."""
+    """Encode size, mask, properties and data of a patched image; store.json holds everything else about it."""
     properties = _squeeze(image.properties, shared)
     parts = [uvarint(image.height), uvarint(image.width), image.mask, uvarint(len(properties)), properties]
     if image.codec != "raw":
@@ -101,10 +113,15 @@ def write_stream(image: PatchedImage, shared: bytes) -> bytes:
 
 
 def read_stream(data: bytes, facts: Facts, shared: bytes) -> PatchedImage:
-    """The inverse of `write_stream`; `facts` are mode, layout, codec and patch size.
+    """Decode what `write_stream` returned.
+
+    Args:
+        data: bytes of one encoded image.
+        facts: mode, layout, codec and patch size of the stream.
+        shared: dictionary that heads and properties are compressed with.
 
     Raises:
-        StoreError: no such image.
+        StoreError: if the bytes do not give a patched image.
     """
     mode, layout, codec, patch_size = facts
     height, at = read_uvarint(data, 0)
@@ -122,7 +139,7 @@ def read_stream(data: bytes, facts: Facts, shared: bytes) -> PatchedImage:
 
 
 def _take(data: bytes, at: int, shared: bytes, most: int, what: str) -> tuple[bytes, int]:
-    """What was squeezed at a place, and the place after it."""
+    """Decompress what is stored at a position; return it and the position after it."""
     length, at = read_uvarint(data, at)
     if length > len(data) - at:
         raise StoreError(f"a patched image claims {what} of {length} bytes, {len(data) - at} are there")
@@ -130,7 +147,7 @@ def _take(data: bytes, at: int, shared: bytes, most: int, what: str) -> tuple[by
 
 
 def facts_of(dtype: str, patch_size: int) -> Facts:
-    """Facts of a stream from its stored description."""
+    """Return mode, layout, codec and patch size of a stream from its stored description."""
     mode, layout, codec = dtype.split("/")
     return mode, layout, codec, patch_size
 
@@ -138,18 +155,18 @@ def facts_of(dtype: str, patch_size: int) -> Facts:
 def take_streams(
     streams: Sequence[Stream], leaves: list[Any], value: bytes | memoryview
 ) -> tuple[bytes | memoryview, set[int]]:
-    """Put the patched images at the start of a sample's value into their places.
+    """Decode the patched images at the start of a sample's value, and put them into their places among the leaves.
 
     Args:
-        streams: for each such leaf its number, facts and dictionary.
-        leaves: of the sample; filled.
-        value: of the sample.
+        streams: for each leaf of kind "stream" its number, facts and dictionary.
+        leaves: all leaves of the sample; the decoded images are written into this list.
+        value: bytes of the sample in values.bin.
 
     Returns:
-        The rest of the value, and the leaves that are to be found there.
+        The rest of the value, and the numbers of the leaves whose images are stored in that rest.
 
     Raises:
-        StoreError: no such images.
+        StoreError: if the bytes do not give these images.
     """
     missing, start = set(), 0
     for number, facts, shared in streams:
@@ -165,7 +182,7 @@ def take_streams(
 
 
 def _squeeze(data: bytes, shared: bytes) -> bytes:
-    """Deflated bytes; none of none."""
+    """Compress bytes with DEFLATE; empty input gives empty output."""
     squeezer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_DEFAULT_STRATEGY, shared)
     return squeezer.compress(data) + squeezer.flush() if data else b""
 
@@ -182,7 +199,11 @@ def _expand(data: bytes, shared: bytes, most: int, what: str) -> bytes:
 
 
 def uvarint(number: int) -> bytes:
-    """A count in as few bytes as it needs, seven bits each, the lowest first."""
+    """Encode a number in as few bytes as it needs, seven bits in each, the lowest bits first.
+
+    >>> list(uvarint(300))
+    [172, 2]
+    """
     out = bytearray()
     while number > 0x7F:
         out.append(number & 0x7F | 0x80)
@@ -192,10 +213,13 @@ def uvarint(number: int) -> bytes:
 
 
 def read_uvarint(data: Any, at: int) -> tuple[int, int]:
-    """A count and the place after it.
+    """Decode a number that `uvarint` encoded, at a position of the data.
+
+    Returns:
+        The number, and the position after it.
 
     Raises:
-        StoreError: it does not end within the data, or is longer than nine bytes.
+        StoreError: if the number does not end within the data, or is longer than nine bytes.
     """
     number = 0
     for shift in range(0, 63, 7):

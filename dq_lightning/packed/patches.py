@@ -1,23 +1,28 @@
-"""The kept patches of an image as bytes, and back. PURE.
+"""Converts the kept patches of an image to bytes and back; the text below says how each codec arranges them, and why.
 
-How they lie, and why. Figures are for photos of 224 x 224 pixels, P = 16, 20 % of the patches dropped by Grad-CAM, relative to
-the plain file of equal quality; `benchmarks/patch_store.py` measures them again.
+The figures are for photos of 224 x 224 pixels, with P = 16 and 20 % of the patches dropped by Grad-CAM, relative to the
+plain file of equal quality. `benchmarks/patch_store.py` measures them again.
 
-- JPEG: one row of patches, chroma 4:2:0 as in a plain file, Huffman tables of its own: 0.81 of the bytes at quality 75 and
-  0.70 at 90 (4:4:4: 0.91 and 0.84). The coefficients are those of the whole image. Only the decoder's interpolation of the
-  chroma looks one pixel over a patch's border; where another than the true neighbour stands there, the squared error on the
-  kept pixels rises, by 3 % (quality 75) to 5 % (90) in all, on photos that were no JPEG of the same grid before (by
-  0.5 grey levels squared on those that were; one step of quality more makes up for it from 90 on). Reflowed
-  rows, a serpentine, columns, and a compacted grid are no smaller and up to 1.4 times worse in that error. Progressive files
-  save nothing and take 2.5 times as long to decode. Where 16 does not divide the cell (P = 8), 4:4:4 is used: there, and in
-  grey images, kept patches come out bit by bit as from the JPEG of the whole image.
-- WebP predicts from the left and upper neighbours: in a row it has 0.87, in its place in the image 0.80 (quality 75) and
-  0.83 (90). So patches stay in their place, and a dropped one is filled with the mean of the pixels above and left of it,
-  which is what the codec predicts. Its own smoothing across borders raises the squared error by 7 to 11 %.
-- PNG: a row, too; 0.84 in any order.
-- raw: the pixels, for small images.
+- JPEG: The patches form one row, with chroma 4:2:0 as in a plain file and Huffman tables of its own. This takes 0.81 of
+  the bytes at quality 75 and 0.70 at quality 90 (with 4:4:4: 0.91 and 0.84). The coefficients are those of the whole
+  image. Only the decoder's interpolation of the chroma uses one pixel beyond a patch's border. Where another patch than
+  the true neighbour stands there, the squared error on the kept pixels rises. On photos that were no JPEG of the same
+  grid before, the total rise is 3 % (quality 75) to 5 % (quality 90). On photos that were, it is 0.5 grey levels
+  squared; from quality 90 on, one step of quality more makes up for it. Reflowed rows, a serpentine, columns, and a
+  compacted grid are no smaller, and up to 1.4 times worse in that error. Progressive files save nothing and take 2.5
+  times as long to decode. Where 16 does not divide the side of a cell (P = 8), 4:4:4 is used. There, and in grey
+  images, kept patches are bit by bit those that the JPEG of the whole image gives.
+- WebP: The codec predicts a block from its left and upper neighbours. With the patches in a row, the file takes 0.87 of
+  the bytes; with each patch in its place in the image, it takes 0.80 (quality 75) and 0.83 (quality 90). So patches
+  stay in their place, and a dropped patch is filled with the mean of the pixels above and left of it, which is what the
+  codec predicts. The codec's smoothing across block borders raises the squared error by 7 to 11 %.
+- PNG: The patches form one row, too. The file takes 0.84 of the bytes in any order of the patches.
+- raw: The pixels are stored as they are; this is meant for small images.
 
-The tables at the head of a JPEG are alike in a store; `packed/patch_stream.py` keeps them once.
+The tables at the head of a JPEG are almost the same throughout a store; `packed/patch_stream.py` stores what they share
+once.
+
+The code is pure: it reads and writes no files.
 """
 
 import contextlib
@@ -59,18 +64,23 @@ _HALVED, _FULL = 2, 0
 def pack_image(
     leaf: Any, mask: Tensor, patch_size: int, codec: str, quality: int = 90, *, subsampling: int | None = None
 ) -> PatchedImage:
-    """Encode the kept patches of an image; format and info of a Pillow image are kept beside them.
+    """Encode the kept patches of an image, together with the format and info of a Pillow image.
 
     Args:
-        leaf: Pillow image of mode RGB or L, uint8 array [H, W] or [H, W, C], or uint8 tensor [H, W] or [C, H, W], C 1 or 3.
+        leaf: Pillow image of mode RGB or L, uint8 array [H, W] or [H, W, C], or uint8 tensor [H, W] or [C, H, W]; C is
+            1 or 3.
         mask: bool [L], True where a patch is kept.
-        patch_size: P in pixels.
+        patch_size: P, side of a patch in pixels.
         codec: `"raw"`, `"png"`, `"jpeg"` or `"webp"`.
-        quality: of JPEG and WebP, 1 to 100.
-        subsampling: of a JPEG's chroma, as Pillow counts: 0 is 4:4:4, 2 is 4:2:0; the best known for P when None.
+        quality: quality of JPEG and WebP, 1 to 100.
+        subsampling: chroma subsampling of a JPEG as in Pillow: 0 is 4:4:4, 2 is 4:2:0; None chooses the best one for P.
+
+    Returns:
+        The patched image; its data are empty if no patch is kept.
 
     Raises:
-        StoreError: another kind of image, a mask of another size, or a size that the codec cannot hold.
+        StoreError: if this kind of image is not supported, if the mask does not fit the image's grid, if the codec
+            cannot hold an image of this size, or if the info of a Pillow image cannot be stored.
     """
     layout_name, mode, pixels = _pixels_of(leaf)
     height, width = pixels.shape[:2]
@@ -85,7 +95,7 @@ def pack_image(
 
 
 def can_keep_patches(leaf: Any) -> bool:
-    """Whether `pack_image` takes this kind of image."""
+    """Return whether `pack_image` supports this kind of image."""
     try:
         _pixels_of(leaf)
     except StoreError:
@@ -94,27 +104,33 @@ def can_keep_patches(leaf: Any) -> bool:
 
 
 def check_patches(leaf: Any) -> None:
-    """Raise StoreError, with advice, for an image that `pack_image` does not take."""
+    """Check that `pack_image` supports an image.
+
+    Raises:
+        StoreError: if it does not; the message says what to deliver instead.
+    """
     _pixels_of(leaf)
 
 
 def image_size(leaf: Any) -> tuple[int, int]:
-    """Height and width of an image that `pack_image` takes.
+    """Return height and width in pixels of an image that `pack_image` supports.
 
     Raises:
-        StoreError: it takes no such image.
+        StoreError: if `pack_image` does not support this kind of image.
     """
     height, width = _pixels_of(leaf)[2].shape[:2]
     return height, width
 
 
 def unpack_image(patched: PatchedImage) -> tuple[Pixels, Mask]:
-    """Decode: pixels uint8 [H, W, C] with dropped patches in the mean colour of the kept pixels, and mask bool [L].
+    """Decode a patched image and fill its dropped patches with the mean colour of its kept pixels.
 
-    The mean is rounded half up, and 0 when nothing is kept.
+    Returns:
+        pixels uint8 [H, W, C] and mask bool [L], True where a patch is kept. The mean is rounded half up; it is 0 if no
+        patch is kept.
 
     Raises:
-        StoreError: the data are not what the record says.
+        StoreError: if the data are damaged or do not fit the image's size and mask.
     """
     mask = mask_array(patched.mask, patched.num_patches)
     layout = layout_of(patched)
@@ -132,7 +148,7 @@ def unpack_image(patched: PatchedImage) -> tuple[Pixels, Mask]:
 
 
 def image_leaf(patched: PatchedImage, pixels: Pixels) -> Any:
-    """Pixels [H, W, C] in the type, shape and dtype that the dataset delivered; arrays and tensors may share their memory."""
+    """Convert pixels [H, W, C] to the type, shape and dtype that the dataset delivered; the memory may be shared."""
     flat = pixels[..., 0] if patched.mode == "L" else pixels
     if patched.layout == "pil":
         image = Image.fromarray(flat)
@@ -147,15 +163,15 @@ def image_leaf(patched: PatchedImage, pixels: Pixels) -> Any:
 
 
 def mean_filled(patched: PatchedImage) -> Any:
-    """The image as the dataset delivered it, with the mean colour in place of dropped patches."""
+    """Return the image in the type that the dataset delivered, with the mean colour in place of dropped patches."""
     return image_leaf(patched, unpack_image(patched)[0])
 
 
 def layout_of(patched: PatchedImage) -> Layout:
-    """The strip that holds a patched image.
+    """Return the grid of a patched image, and the sizes of the strip that holds its patches.
 
     Raises:
-        StoreError: it would be too large.
+        StoreError: if the strip would be too large.
     """
     facts = (patched.height, patched.width, CHANNELS[patched.mode], patched.patch_size)
     return _layout(*facts, patched.codec == "jpeg", patched.num_kept)
@@ -163,14 +179,14 @@ def layout_of(patched: PatchedImage) -> Layout:
 
 @lru_cache(maxsize=1024)
 def _layout(height: int, width: int, channels: int, patch_size: int, in_blocks: bool, count: int) -> Layout:
-    # one patch that is larger than the image is the image
+    # A patch that is larger than the image covers the whole image, so its side is limited to the image's longer side.
     patch = min(patch_size, max(height, width))
     side = -(-patch // JPEG_BLOCK) * JPEG_BLOCK if in_blocks else patch
     return Layout(height, width, channels, patch, side, count)
 
 
 def map_patched(value: Any, change: Any) -> Any:
-    """A sample with `change` applied to every patched image in its tuples, lists and dicts."""
+    """Return a sample with `change` applied to every patched image in its tuples, lists and dicts."""
     if isinstance(value, PatchedImage):
         return change(value)
     if type(value) in (tuple, list):
@@ -181,14 +197,14 @@ def map_patched(value: Any, change: Any) -> Any:
 
 
 def patched_images(value: Any) -> list[PatchedImage]:
-    """All patched images in a sample, in order."""
+    """Return all patched images of a sample in order."""
     found: list[PatchedImage] = []
     map_patched(value, found.append)
     return found
 
 
 def _pixels_of(leaf: Any) -> tuple[str, str, Pixels]:
-    """Layout, mode and pixels [H, W, C] of an image."""
+    """Return the layout name, the mode and the pixels uint8 [H, W, C] of an image."""
     if isinstance(leaf, Image.Image) and leaf.mode in CHANNELS and 0 not in leaf.size:
         pixels = np.asarray(leaf)
         return "pil", leaf.mode, pixels if pixels.ndim == 3 else pixels[..., None]
@@ -212,7 +228,7 @@ def _pixels_of(leaf: Any) -> tuple[str, str, Pixels]:
 
 
 def _outline(leaf: Any) -> str:
-    """Mode, type and size of an image, for messages."""
+    """Return mode, type and size of an image as text for error messages."""
     if isinstance(leaf, Image.Image):
         return f" (mode {leaf.mode}, {leaf.width} x {leaf.height} pixels)"
     if isinstance(leaf, Tensor | np.ndarray):
@@ -242,7 +258,10 @@ def _encode(pixels: Pixels, mask: Mask, patched: PatchedImage, quality: int, sub
 
 
 def _with_predictions(pixels: Pixels, mask: Mask, layout: Layout) -> Pixels:
-    """The image with every dropped patch in the mean colour of the pixels above and left of it, one after the other."""
+    """Return the image with its dropped patches filled by the mean colour of the pixels above and left of each.
+
+    The patches are filled in the order of the grid, so a filled patch counts for those after it.
+    """
     out = pixels.copy()
     first = pixels[pixel_mask(mask, layout)].mean(0).round()
     patch, columns = layout.patch, layout.grid[1]
@@ -256,11 +275,11 @@ def _with_predictions(pixels: Pixels, mask: Mask, layout: Layout) -> Pixels:
 
 
 def _decode(patched: PatchedImage, size: tuple[int, int]) -> Pixels:
-    """Pixels [height, width, C] of just this size; nothing is decoded of an image that claims another."""
+    """Decode pixels [height, width, C] of exactly this size; other sizes are refused before the pixels are decoded."""
     channels = CHANNELS[patched.mode]
     if patched.codec == "jpeg" and jpeg_head(patched.data)[1] == (*size, channels):
-        # Pillow's decoder alone; the file's facts, which it would read in Python, are known and compared. If it fails, Pillow's
-        # whole reader finds the reason
+        # This calls Pillow's decoder directly. Pillow would parse the file's head in Python, but that is known and
+        # compared already. If the decoder fails, the call of Image.open below finds the reason.
         with contextlib.suppress(ValueError):
             decoded = np.asarray(
                 Image.frombytes(patched.mode, size[::-1], patched.data, "jpeg", patched.mode, "", 1, 0)
@@ -277,6 +296,6 @@ def _decode(patched: PatchedImage, size: tuple[int, int]) -> Pixels:
     except StoreError:
         raise
     except Exception as error:
-        # Pillow's format plugins raise all sorts of errors on damaged files
+        # Pillow's format plugins raise many types of errors for damaged files.
         raise StoreError(f"kept patches cannot be decoded ({type(error).__name__}: {error})") from error
     return decoded.reshape(*size, channels)

@@ -1,10 +1,11 @@
-"""Read a packed store: a map-style dataset that verifies each sample. Touches the disk, read-only.
+"""Reader of a packed store: a map-style dataset that verifies each sample as it reads it, and never changes the files.
 
-A reader belongs to one store, not to a path. Checksums, offsets and positions are held in memory; columns and values are read
-by position from open files (see `packed/open_files.py`) and compared with those checksums. So when files of another store are
-copied over those of an open one, or cut, the next sample that differs is an error. A pickle holds the path and the digest of
-the store: the process that unpickles it opens the path anew and refuses another store. Forked processes share the open files
-safely, since reading by position moves nothing.
+A reader belongs to one store, not to a path. Checksums, offsets and positions are held in memory. Columns and values
+are read by position from open files (see `packed/open_files.py`) and compared with those checksums. So if the files of
+an open store are truncated, or overwritten with those of another store, the next sample that differs raises an error. A
+pickled reader holds the path and the digest of its store: the process that unpickles it opens the path again and
+refuses another store. Forked processes can share the open files, because reading by position does not move a file
+offset.
 """
 
 import operator
@@ -39,21 +40,21 @@ from dq_lightning.packed.values import check_decoded_size, decode_value
 from dq_lightning.packed.writer import FORMAT_VERSION, STORE_FILE
 
 Patches = Literal["mean", "packed"]
-# what damaged or hostile bytes may raise where values are made of them
+# Errors that damaged or hostile bytes may raise while values are decoded from them.
 DECODING_ERRORS = (StoreError, ValueError, TypeError, LookupError, RuntimeError, OverflowError, MemoryError)
 
 
 class PackedDataset(Dataset[Any]):
-    """The samples of a packed store, as they were written.
+    """Map-style dataset of the samples in a packed store, in the form in which they were written.
 
     Attributes:
-        path: folder of the store; it may be moved before it is opened.
-        digest: of the content: hexadecimal sha256 of store.json, which holds the digests of all other files.
-        index: int64 [M], positions in the source.
-        bin: int16 [M], the bin of each sample.
-        ids: names of the samples.
-        attributes: what the writer kept.
-        has_patches: whether images may have lost patches.
+        path: folder of the store; a store may be moved while it is not open.
+        digest: hexadecimal sha256 of store.json, which holds the digests of all other files; it identifies the content.
+        index: int64 [M], positions of the samples in the source.
+        bin: int16 [M], bin of each sample.
+        ids: M names of the samples.
+        attributes: plain JSON that was given to the writer.
+        has_patches: whether the store has patched images, which are images that may lack some patches.
     """
 
     digest: str
@@ -74,15 +75,16 @@ class PackedDataset(Dataset[Any]):
         """Open a store.
 
         Args:
-            path: folder.
-            finisher: called with (position, sample); its answer is delivered.
-            verify: "size": sizes and small files when opened, each sample's checksum when read; "hash": whole files when
-                opened, too; "off": nothing but what keeps memory bounded.
-            patches: where patches were dropped, deliver the image as its owner had it, with the mean colour there ("mean"), or
-                the `PatchedImage` itself ("packed").
+            path: folder of the store.
+            finisher: function that is called with (position, sample); its result is returned in place of the sample.
+            verify: "size" checks the sizes of all files and the content of the small files when the store is opened,
+                and each sample's checksum when it is read; "hash" also checks the content of all files when the store
+                is opened; "off" checks only what keeps the use of memory bounded.
+            patches: how an image with dropped patches is returned: "mean" gives the type of image that the dataset
+                delivered, with the mean colour in the dropped patches; "packed" gives the `PatchedImage`.
 
         Raises:
-            StoreError: no store, damaged, or of another format.
+            StoreError: if there is no store, or if it is damaged or of another format.
         """
         check_choice("PackedDataset", "verify", verify, VerifyPolicy)
         check_choice("PackedDataset", "patches", patches, Patches)
@@ -120,7 +122,7 @@ class PackedDataset(Dataset[Any]):
         return StoreError(f"the packed store {self.path} cannot be used: {reason}. {remedy}")
 
     def _read_small(self, name: str, facts: dict[str, Any]) -> NDArray[np.uint8]:
-        """A file that is held in memory; its digest is compared with what was read."""
+        """Read a file that is held in memory, and compare its digest with the one in store.json."""
         sha256 = None if self.verify == "off" else facts["sha256"]
         if name == "ids.bin":
             return self._files.read(name, facts["size"], sha256=sha256)
@@ -148,15 +150,16 @@ class PackedDataset(Dataset[Any]):
         self._build = tree_builder(tree_from_json(description.get("tree"), len(leaves)))
         self._readers = [leaf_reader(leaf) for leaf in leaves]
         self._value_leaves = [number for number, leaf in enumerate(leaves) if leaf.kind == VALUE_KIND]
-        # number of the leaf, what all images of the stream have in common
+        # Each entry holds the number of the leaf, what all images of its stream have in common, and their dictionary.
         self._streams = [
             (number, facts_of(leaf.dtype, leaf.shape[0]), leaf.shared)
             for number, leaf in enumerate(leaves)
             if leaf.kind == STREAM_KIND
         ]
-        # number of the leaf, row at a position, reader of a row
+        # Each entry holds the number of the leaf, a function that reads the row at a position, and the decoder of this
+        # row.
         self._columns: list[tuple[int, Callable[[int], Row], Callable[[Any], Any]]] = []
-        # place among the columns, number of the leaf, and its values of a batch as far as they can be decoded together
+        # Each entry holds the place among the columns, the number of the leaf, and the decoder for the rows of a batch.
         self._batched: list[tuple[int, int, BatchDecoder]] = []
         together = all(BatchDecoder.fits(leaf) for leaf in leaves if leaf.kind == "patches")
         for number, leaf in enumerate(leaves):
@@ -192,7 +195,7 @@ class PackedDataset(Dataset[Any]):
         return self._finished(at, *self._verified(at), {})
 
     def __getitems__(self, positions: Sequence[int]) -> list[Any]:
-        """The samples of a batch, in order; DataLoader calls this."""
+        """Return the samples of a batch in order; DataLoader calls this method."""
         if not self._batched or self.patches != "mean":
             return [self[position] for position in positions]
         taken = [self._position(position) for position in positions]
@@ -207,10 +210,10 @@ class PackedDataset(Dataset[Any]):
         return map(self.__getitem__, range(self._num_samples))
 
     def patched(self, position: int) -> PatchedImage:
-        """The kept patches of a sample's first image that lost some, without the finisher.
+        """Return the first patched image of a sample, with its kept patches; the finisher is not applied.
 
         Raises:
-            StoreError: no image of this sample was stored by patches.
+            StoreError: if no image of this sample was stored by patches, or if the sample is damaged.
         """
         at = self._position(position)
         found = patched_images(self._decoded(at, *self._verified(at), {}))
@@ -219,9 +222,9 @@ class PackedDataset(Dataset[Any]):
         return found[0]
 
     def _finished(self, at: int, rows: list[Row], value: Row, ready: dict[int, Any]) -> Any:
-        """A sample as it is delivered, from its verified bytes and those leaves that are decoded already."""
+        """Decode a sample from its verified bytes and finish it; `ready` holds the leaves that are decoded already."""
         sample = self._decoded(at, rows, value, ready)
-        # a sample without a value of its own has no other patched image than those that are ready
+        # A sample whose value is empty has no patched images except those in `ready`, which are filled already.
         alone = 0 < len(self._batched) == len(ready) and not len(value)
         if self.has_patches and self.patches == "mean" and not alone:
             try:
@@ -232,7 +235,7 @@ class PackedDataset(Dataset[Any]):
         return sample if self.finisher is None else self.finisher(at, sample)
 
     def _verified(self, at: int) -> tuple[list[Row], Row]:
-        """A sample's row in each column, and its value: what is decoded was compared with its checksum first."""
+        """Return a sample's row in each column, and its value, after comparing them with the sample's checksum."""
         try:
             rows = [row(at) for _, row, _ in self._columns]
             value = self._value(self._offsets[at], self._offsets[at + 1])
@@ -266,7 +269,7 @@ class PackedDataset(Dataset[Any]):
             raise self._unusable(f"the value of sample {at} ({self.ids[at]}): {error}") from error
 
     def _with_values(self, leaves: list[Any], data: Row, missing: set[int]) -> Any:
-        """Put the values that stand beside the columns into their places."""
+        """Decode the values that are in no column, and put them into their places among the leaves."""
         beside = decode_value(data)
         if not isinstance(beside, dict):
             raise StoreError("it is no dict")
@@ -290,10 +293,13 @@ class PackedDataset(Dataset[Any]):
         self.require(state["digest"])
 
     def require(self, digest: str) -> None:
-        """Refuse to read another store than the one of this digest.
+        """Check that this reader has opened the store with the given digest.
+
+        Args:
+            digest: expected `digest` of the store.
 
         Raises:
-            StoreError: the folder holds another one by now.
+            StoreError: if the folder holds another store by now.
         """
         if self.digest != digest:
             raise StoreError(
@@ -306,5 +312,5 @@ class PackedDataset(Dataset[Any]):
 
 
 def _numbers(data: NDArray[np.uint8], code: str) -> memoryview:
-    """Bytes as the numbers of a format of `struct`."""
+    """View bytes as an array of numbers; `code` is the format character of `struct`."""
     return memoryview(data.data if len(data) else b"").cast(code)  # type: ignore[call-overload, no-any-return]

@@ -1,4 +1,7 @@
-"""The shape of a sample: tuples, lists and dicts down to numbered leaves. PURE."""
+"""The shape of a sample: nested tuples, lists and dicts whose other values, the leaves, are numbered.
+
+The code is pure: it reads and writes no files.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,13 +13,13 @@ from dq_lightning.packed.values import MAX_DEPTH
 
 @dataclass(frozen=True)
 class Tree:
-    """The shape of a sample: containers down to numbered leaves.
+    """The shape of a sample, or of a part of it: a container with children, or a numbered leaf.
 
     Attributes:
         kind: "leaf", "tuple", "list" or "dict".
-        leaf: number of the leaf, from 0 in the order of reading.
-        keys: of a dict, in order; text.
-        children: of a container.
+        leaf: number of a leaf, counted from 0 in the order in which the sample is traversed; -1 for a container.
+        keys: keys of a dict in order; all are strings.
+        children: shapes of a container's values, in order.
     """
 
     kind: str
@@ -26,8 +29,8 @@ class Tree:
 
 
 def container(value: Any) -> str | None:
-    """The kind of a container, or None for a leaf."""
-    # a namedtuple would come back as a plain tuple: it is no container here, and refused as a value
+    """Return the kind of a container, or None for a leaf."""
+    # A namedtuple would come back as a plain tuple, so it does not count as a container. As a value it is refused.
     if type(value) is tuple:
         return "tuple"
     if type(value) is list:
@@ -38,12 +41,12 @@ def container(value: Any) -> str | None:
 
 
 def same_container(value: Any, kind: str | None, keys: tuple[str, ...], length: int) -> bool:
-    """Whether a value is such a container."""
+    """Return whether a value is a container of this kind and length, with these keys if it is a dict."""
     return container(value) == kind and len(value) == length and (kind != "dict" or tuple(value) == keys)
 
 
 def leaves_of(sample: Any, tree: Tree) -> Iterator[Any] | None:
-    """The leaves of a sample in order, or None when the sample is not such a tree."""
+    """Return the leaves of a sample in order, or None if the sample does not have the shape of this tree."""
     found: list[Any] = []
 
     def walk(value: Any, node: Tree) -> bool:
@@ -59,8 +62,8 @@ def leaves_of(sample: Any, tree: Tree) -> Iterator[Any] | None:
 
 
 def tree_builder(root: Tree) -> Callable[[list[Any]], Any]:
-    """A function that puts all leaves of a sample, in order, back into their tree."""
-    # most samples are a flat tuple
+    """Return a function that makes a sample from the list of all its leaves."""
+    # Most samples are flat tuples, which are built without recursion.
     if root.kind == "tuple" and all(child.kind == "leaf" for child in root.children):
         numbers = [child.leaf for child in root.children]
         return tuple if numbers == list(range(len(numbers))) else lambda values: tuple(values[i] for i in numbers)
@@ -79,17 +82,22 @@ def _subtree_builder(node: Tree) -> Callable[[list[Any]], Any]:
 
 
 def tree_to_json(node: Tree) -> Any:
-    """Plain JSON for a tree."""
+    """Convert a tree to plain JSON."""
     if node.kind == "leaf":
         return node.leaf
     return {"kind": node.kind, "keys": list(node.keys), "children": [tree_to_json(child) for child in node.children]}
 
 
 def tree_from_json(value: Any, num_leaves: int, depth: int = 0) -> Tree:
-    """The inverse of `tree_to_json`.
+    """Convert the JSON that `tree_to_json` returned to a tree.
+
+    Args:
+        value: JSON of a tree or of a part of it.
+        num_leaves: number of leaves that the store has.
+        depth: depth of this part in the whole tree.
 
     Raises:
-        StoreError: no tree over just these leaves.
+        StoreError: if the JSON is no tree, or names a leaf that the store does not have.
     """
     if type(value) is int and 0 <= value < num_leaves:
         return Tree("leaf", value)

@@ -1,13 +1,14 @@
-"""A safe encoding for any value a dataset may deliver: JSON for the structure, raw bytes for the rest. PURE.
+"""A safe encoding for any value that a dataset may deliver: JSON for the structure, raw bytes for the content.
 
-Decoding builds only None, bool, int, float, complex, str, bytes, tuple, list, dict, numpy arrays and scalars, torch tensors,
-Pillow images and patched images, and two kinds of values that Pillow puts into an image's `info`. All sizes are checked
-against the bytes at hand before anything is made.
+Decoding builds only None, bool, int, float, complex, str, bytes, tuple, list, dict, numpy arrays and scalars, torch
+tensors, Pillow images and patched images, and two types that Pillow puts into an image's `info`. All sizes are compared
+with the number of available bytes before memory is allocated. Nothing here touches the disk, except that images are
+encoded from the files that they were opened from.
 
     uint32 length of the JSON | JSON | buffers, one after the other
 
-What a value takes in memory is bounded by what is stored of it, see `most_decoded_bytes`; the writer refuses what the reader
-would refuse.
+The memory that a decoded value may take is bounded by the number of its stored bytes, see `most_decoded_bytes`. The
+writer refuses whatever the reader would refuse.
 """
 
 import copy
@@ -27,44 +28,45 @@ from dq_lightning.core.records import CHANNELS, EncodedImage, PatchedImage
 from dq_lightning.packed.images import MAX_PIXELS, decode_node, encode_image, exif_beside, is_plain, raw_image
 
 MAX_DEPTH = 64
-# the JSON of one value: two million numbers of a list, which would be better off in an array
+# Most bytes of JSON for one value. This is a list of two million numbers, which should be stored as an array instead.
 MAX_STRUCTURE_BYTES = 16 << 20
-# an image as Pillow holds it
+# Pillow holds a colour image with four bytes per pixel.
 BYTES_PER_PIXEL = 4
-# any one image of the size that Pillow opens without being told to, and the compression of pictures that show something
+# The constant part admits any one image of a size that Pillow opens by default. The factor admits the compression that
+# pictures with some content reach.
 ALWAYS_DECODED_BYTES, DECODED_PER_STORED = 1 << 30, 64
 NUMPY_KINDS = "biufcSUMm"
 
 
 def is_plain_array(value: Any) -> bool:
-    """Whether a value is a numpy array that its bytes, dtype and shape describe in full."""
+    """Return whether a value is a numpy array that its bytes, dtype and shape describe completely."""
     return type(value) in (np.ndarray, np.memmap) and value.dtype.kind in NUMPY_KINDS
 
 
 def is_plain_tensor(value: Any) -> bool:
-    """Whether a value is a torch tensor that its bytes, dtype and shape describe in full."""
+    """Return whether a value is a torch tensor that its bytes, dtype and shape describe completely."""
     plain = type(value) is torch.Tensor and value.layout == torch.strided and value.device.type == "cpu"
     return plain and str(value.dtype).removeprefix("torch.") in TENSOR_DTYPES
 
 
 def array_bytes(value: Any) -> bytes:
-    """Bytes of a numpy array or scalar in C order."""
+    """Return the bytes of a numpy array or scalar in C order."""
     return np.asarray(value).tobytes()
 
 
 def tensor_bytes(value: torch.Tensor) -> bytes:
-    """Bytes of a tensor in C order."""
+    """Return the bytes of a tensor in C order."""
     flat = value.detach().resolve_conj().resolve_neg().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 def array_from(data: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
-    """A writable array of its own memory."""
+    """Return a writable array with memory of its own, copied from the bytes `data`."""
     return np.frombuffer(data, dtype).reshape(shape).copy()
 
 
 def tensor_from(data: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of its own memory: that of `data`, where it may be written to, else a copy."""
+    """Return a tensor over the memory of `data` if that is writable, and else over a copy of it."""
     if not len(data):
         return torch.empty(shape, dtype=dtype)
     own = bytearray(data) if memoryview(data).readonly else data
@@ -72,15 +74,19 @@ def tensor_from(data: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.
 
 
 def most_decoded_bytes(stored_bytes: int) -> int:
-    """How much memory the images of one sample may take, given the bytes that are stored of it."""
+    """Return how many bytes of memory the images of one sample may take when `stored_bytes` bytes are stored of it."""
     return ALWAYS_DECODED_BYTES + DECODED_PER_STORED * stored_bytes
 
 
 def check_decoded_size(images: Sequence[PatchedImage], stored_bytes: int) -> None:
-    """Refuse patched images of one sample that take far more memory than what is stored of them can explain.
+    """Check that the patched images of one sample take no more memory than its stored bytes allow.
+
+    Args:
+        images: all patched images of the sample.
+        stored_bytes: number of bytes that are stored of the sample.
 
     Raises:
-        StoreError: they do.
+        StoreError: if the decoded images would take more than `most_decoded_bytes(stored_bytes)`.
     """
     size = sum(image.height * image.width * CHANNELS[image.mode] for image in images)
     if size > most_decoded_bytes(stored_bytes):
@@ -97,12 +103,16 @@ def _too_large(size: int, stored_bytes: int) -> StoreError:
 def encode_value(
     value: Any, encoded: EncodedImage | None = None, raw_images: bool = False, place: str = "item"
 ) -> bytes:
-    """Encode a value; the first image uses the `encoded` bytes when they decode to just this image.
+    """Encode a value as bytes.
 
-    With `raw_images` all images that are no open files are written as their pixels. `place` names the value in messages.
+    Args:
+        value: any value that this module can store.
+        encoded: original file bytes; the first image is stored as these bytes if they decode to exactly this image.
+        raw_images: whether to write the pixels of every image that is a plain Pillow image without an open file.
+        place: name of the value in error messages.
 
     Raises:
-        StoreError: a value that cannot be stored; the message names its place and type.
+        StoreError: if a value cannot be stored; the message names its place and type.
     """
     encoder = _Encoder(encoded, raw_images)
     text = json.dumps(encoder.node(value, place, 0), separators=(",", ":")).encode()
@@ -118,10 +128,14 @@ def encode_value(
 
 
 def decode_value(data: Any, images: bool = True) -> Any:
-    """The inverse of `encode_value`; without `images` a value that holds any is refused.
+    """Decode what `encode_value` returned.
+
+    Args:
+        data: bytes of one encoded value.
+        images: whether the value may hold images; if False, a value that holds an image is refused.
 
     Raises:
-        StoreError: the bytes are not an encoding of ours.
+        StoreError: if the bytes are not an encoding made by `encode_value`.
     """
     view = memoryview(data)
     try:
@@ -152,10 +166,10 @@ def decode_value(data: Any, images: bool = True) -> Any:
 
 
 def encode_properties(image: Image.Image, place: str = "the image") -> bytes:
-    """What an image is beside its pixels: `format`, `info` and EXIF tags that are not in the info; nothing when it has none.
+    """Encode `format`, `info` and those EXIF tags of an image that are not in its `info`; empty if it has none of them.
 
     Raises:
-        StoreError: the info holds a value that cannot be stored; the message names its key.
+        StoreError: if the info holds a value that cannot be stored; the message names its key.
     """
     exif = exif_beside(image)
     if image.format is None and not image.info and exif is None:
@@ -164,10 +178,13 @@ def encode_properties(image: Image.Image, place: str = "the image") -> bytes:
 
 
 def properties_setter(data: bytes) -> Callable[[Image.Image], None]:
-    """What gives images the properties that were encoded; each image gets an info of its own.
+    """Return a function that sets encoded properties on an image; each image gets its own copy of the info.
+
+    Args:
+        data: bytes that `encode_properties` returned.
 
     Raises:
-        StoreError: the bytes are not an encoding of ours.
+        StoreError: if the bytes are not an encoding of properties.
     """
     if not data:
         return lambda image: None
@@ -186,7 +203,7 @@ def properties_setter(data: bytes) -> Callable[[Image.Image], None]:
         try:
             image.getexif().load(exif)
         except Exception as error:
-            # Pillow raises all sorts of errors on damaged tags, SyntaxError among them
+            # Pillow raises many types of errors for damaged tags, among them SyntaxError.
             raise StoreError(f"stored EXIF tags cannot be read ({type(error).__name__}: {error})") from error
 
     return give
@@ -196,13 +213,13 @@ _NONE = type(None)
 
 
 class _Encoder:
-    """Collects the raw buffers while it turns values into JSON nodes."""
+    """Converts values into JSON nodes and collects their raw buffers."""
 
     def __init__(self, encoded: EncodedImage | None, raw_images: bool) -> None:
         self.encoded = encoded
         self.raw_images = raw_images
         self.buffers: list[bytes] = []
-        # what the images take once they are decoded
+        # Memory in bytes that all images take once they are decoded.
         self.image_bytes = 0
 
     def _keep(self, data: bytes) -> int:
@@ -247,7 +264,7 @@ class _Encoder:
             facts, data = raw_image(value) if raw else encode_image(value, self.encoded)
             self.encoded = None
             self.image_bytes += value.size[0] * value.size[1] * BYTES_PER_PIXEL
-            # a whole file holds its own
+            # A complete file already holds the format, info and EXIF tags of its image.
             properties = b"" if facts[0] == "e" else encode_properties(value, place)
             return ["p", facts, self._keep(data), self._keep(properties)]
         if isinstance(value, PatchedImage):
@@ -259,7 +276,7 @@ class _Encoder:
         raise _cannot_hold(value, place)
 
     def _of_info(self, value: Any, place: str) -> Any:
-        """What only Pillow makes: a fraction of two numbers, and a text with its language."""
+        """Encode a value of a type that only Pillow makes: a fraction of two numbers, or a text with its language."""
         from PIL.PngImagePlugin import iTXt
         from PIL.TiffImagePlugin import IFDRational
 
@@ -282,12 +299,12 @@ def _cannot_hold(value: Any, place: str) -> StoreError:
 
 
 class _Decoder:
-    """Takes the raw buffers one after the other while it turns JSON nodes into values."""
+    """Converts JSON nodes into values and takes the raw buffers one after the other."""
 
     def __init__(self, view: memoryview, image_bytes: int) -> None:
         self.view = view
         self.at = 0
-        # what further images may take
+        # Memory in bytes that further images may take.
         self.image_bytes = image_bytes
 
     def _take(self, length: Any) -> memoryview:
@@ -391,10 +408,10 @@ class _Decoder:
 
 
 def numpy_dtype(text: Any) -> np.dtype[Any]:
-    """The dtype of a stored description; only plain kinds of at most a megabyte an element.
+    """Return the dtype for a stored description; only plain kinds with at most 1 MiB per element are allowed.
 
     Raises:
-        StoreError: anything else.
+        StoreError: if the description is no dtype, or one that a store may not hold.
     """
     try:
         dtype: np.dtype[Any] = np.dtype(text) if isinstance(text, str) and len(text) < 32 else np.dtype("V")

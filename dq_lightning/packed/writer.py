@@ -1,15 +1,17 @@
-"""Write a packed store: the compact set alone, enough to train from. Touches the disk.
+"""Writer of a packed store: a folder that holds the samples of the compact set, so that training needs no other data.
 
-Files of a store of M samples (all integers little-endian):
+A store of M samples consists of these files (all integers are little-endian):
 
-    index.npy int64 [M]   bin.npy int16 [M]   the selection
-    ids.bin, id_offsets.npy int64 [M + 1]     names of the samples, UTF-8
-    column-J.npy [M, ...]                     leaf J of every sample, for leaves of fixed width
-    values.bin, value_offsets.npy int64 [M + 1]   for each sample its patched images of varying length, each after its length
-                                              as uvarint (0: it is among the rest), see `packed/patch_stream.py`; then the
-                                              rest, see `packed/values.py`
-    checksums.npy uint32 [M]                  crc32 over a sample's columns and values, started with its position
-    store.json                                tree, columns, attributes, and size and sha256 of every file; it seals itself
+    index.npy int64 [M], bin.npy int16 [M]   the selection: position in the source and bin of every sample
+    ids.bin, id_offsets.npy int64 [M + 1]    the names of the samples in UTF-8, and where each one starts
+    column-J.npy [M, ...]                    leaf number J of every sample, if this leaf has a fixed width
+    values.bin                               for each sample first its patched images of varying length, each preceded
+                                             by its length as uvarint (0: the image is stored with the other values),
+                                             see `packed/patch_stream.py`; then all other values that are in no column,
+                                             see `packed/values.py`
+    value_offsets.npy int64 [M + 1]          where the bytes of each sample start in values.bin, and its size
+    checksums.npy uint32 [M]                 crc32 over a sample's columns and values, started with its position
+    store.json                               tree, columns, attributes, size and sha256 of every file, its own digest
 """
 
 import itertools
@@ -49,10 +51,11 @@ from dq_lightning.packed.values import check_decoded_size, encode_value
 
 STORE_FILE = "store.json"
 FORMAT = "dq_lightning packed"
-# 4 has patched images; a store without any is written as 3. 1 and 2 forgot what an image is beside its pixels
+# Version 4 adds patched images; a store without any is written as version 3. Versions 1 and 2 stored the pixels of an
+# image without its format, info and EXIF tags.
 FORMAT_VERSION = 4
 VERSION_WITHOUT_PATCHES = 3
-# the samples that decide what is a column: enough to see the rule, bounded in memory
+# The first samples decide which leaves become columns. So many show the rule, and the memory that they take is bounded.
 LOOK_AHEAD_SAMPLES = 64
 LOOK_AHEAD_BYTES = 64 << 20
 
@@ -72,24 +75,26 @@ def write_packed(
     shards: Shards | None = None,
     grain: int = 1,
 ) -> None:
-    """Write samples, one after the other, in memory independent of their number.
+    """Write samples into a folder, one after the other; the memory that this needs does not depend on their number.
 
     Args:
-        folder: empty or not there yet.
-        items: M pairs (sample, its image's original bytes or None). A sample is any tree of tuples, lists and dicts
-            over None, bool, int, float, complex, str, bytes, numpy and torch values, Pillow images and `PatchedImage`.
-            Or a function that gives those from a number on.
-        ids: M names.
-        index: int64 [M], positions in the source.
-        bins: int16 [M].
-        attributes: plain JSON, kept as it is.
-        raw_images: write Pillow images of any size as raw pixels, which are the fastest to read and the largest.
-        shards: where finished samples are kept, so that a killed run goes on with the rest; None keeps nothing.
-        grain: what is kept is a multiple of so many samples.
+        folder: folder of the store; it must be empty or not exist yet.
+        items: M pairs (sample, original file bytes of its image or None), or a function that takes a position and
+            yields the pairs from this position on. A sample is any tree of tuples, lists and dicts over None, bool,
+            int, float, complex, str, bytes, numpy and torch values, Pillow images and `PatchedImage`.
+        ids: M names of the samples.
+        index: int64 [M], positions of the samples in the source.
+        bins: int16 [M], bin of each sample.
+        attributes: plain JSON that is stored unchanged and returned by the reader.
+        raw_images: whether to write Pillow images of any size as raw pixels, which are read fastest and take the most
+            space.
+        shards: where finished samples are saved, so that a killed run continues with the rest; None saves nothing.
+        grain: the number of samples in each shard is a multiple of this number.
 
     Raises:
-        StoreError: counts that differ, or a value that cannot be stored unchanged.
-        OSError: the disk refuses.
+        StoreError: if the numbers of ids, positions, bins and samples differ, if the attributes are not plain JSON, or
+            if a value cannot be stored unchanged.
+        OSError: if the files cannot be written.
     """
     num_samples = len(ids)
     if len(index) != num_samples or len(bins) != num_samples:
@@ -109,7 +114,7 @@ def write_packed(
 
 
 def estimate_bytes(items: Iterable[Item], num_samples: int) -> int:
-    """About how many bytes a store of `num_samples` takes, from a few of its items."""
+    """Estimate the size in bytes of a store of `num_samples` samples from a few of its items."""
     sizes = [
         len(encoded.data) if encoded is not None and not patched_images(sample) else _rough_bytes(sample)
         for sample, encoded in items
@@ -118,7 +123,7 @@ def estimate_bytes(items: Iterable[Item], num_samples: int) -> int:
 
 
 class _StoreWriter:
-    """Files and facts of the store being written."""
+    """Open files of the store being written, and what store.json will say about them."""
 
     def __init__(self, folder: Path, num_samples: int, raw_images: bool) -> None:
         self.folder = folder
@@ -163,7 +168,7 @@ class _StoreWriter:
         self.small_array("checksums", self.checksums)
 
     def _take(self, piece: dict[str, Array], stack: ExitStack) -> bool:
-        """Write what a shard holds; False when it was laid out in another way than those before."""
+        """Write the samples of a shard; return False if its samples have another layout than those before it."""
         layout = facts_of(piece)
         if self.values is None:
             leaves = [leaf_from_json(leaf) for leaf in layout["columns"]]
@@ -176,7 +181,7 @@ class _StoreWriter:
         return True
 
     def _put(self, rows: Sequence[Buffer], value: Buffer) -> None:
-        """Write a sample as `_encode` gives it."""
+        """Write the rows and the value of one sample, as `_encode` returns them."""
         assert self.values is not None
         checksum = self.count & 0xFFFFFFFF
         for column, row in zip(self.columns, rows, strict=True):
@@ -189,7 +194,7 @@ class _StoreWriter:
         self.offsets[self.count] = self.values.size
 
     def _layout(self) -> dict[str, Any]:
-        """How the samples so far are laid out, as it is described in store.json."""
+        """Return the layout of the samples written so far, in the form that store.json has."""
         return {
             "version": self.version,
             "tree": tree_to_json(self.tree),
@@ -210,7 +215,7 @@ class _StoreWriter:
         return column
 
     def _encode(self, sample: Any, encoded: EncodedImage | None) -> tuple[list[bytes], bytes]:
-        """A sample's row in each column, and everything the columns do not hold."""
+        """Return a sample's row in each column, and the encoding of everything that is in no column."""
         found = leaves_of(sample, self.tree)
         patched = patched_images(sample)
         if patched:
@@ -228,7 +233,7 @@ class _StoreWriter:
                 streams += uvarint(len(stream)) + stream
             if fitting:
                 rows.append(leaf_bytes(value, leaf))
-                # the bytes belong to the first image, which needs none
+                # The original file bytes belong to the first image. It is stored in a column, so they aren't needed.
                 encoded = None if image and first_image else encoded
             else:
                 rows.append(bytes(leaf.row_bytes))
@@ -239,7 +244,7 @@ class _StoreWriter:
         return rows, value
 
     def small_array(self, name: str, values: Any) -> None:
-        """An array that is verified by its digest whenever the store is opened."""
+        """Write an array whose digest the reader verifies whenever it opens the store."""
         with files.Writer(self.folder / f"{name}.npy") as file:
             file.write(npy_header(values.dtype.str, values.shape))
             file.write(values.tobytes())
@@ -249,7 +254,7 @@ class _StoreWriter:
         offsets = np.zeros(self.num_samples + 1, "<i8")
         with files.Writer(self.folder / "ids.bin") as file:
             for number, name in enumerate(ids, start=1):
-                # file names may hold bytes that are no UTF-8
+                # Ids can be file names, which may hold bytes that are not valid UTF-8.
                 file.write(str(name).encode(errors="surrogatepass"))
                 offsets[number] = file.size
         self.files["ids.bin"] = {"size": file.size, "sha256": file.sha256()}
@@ -279,7 +284,7 @@ def _look_ahead(stream: Iterator[Item]) -> Iterator[Item]:
 
 
 def _rough_bytes(value: Any) -> int:
-    """About how much memory a sample takes; containers are looked through."""
+    """Estimate the memory in bytes that a sample takes, including everything inside its containers."""
     if isinstance(value, tuple | list):
         return sum(map(_rough_bytes, value))
     if isinstance(value, dict):

@@ -1,1 +1,1 @@
-"""Station 4: which patches of an image are kept, and how the others are filled."""
+"""Station 4 of the method: decides which patches of an image are kept, and fills the others."""

@@ -1,4 +1,4 @@
-"""Grad-CAM and its kin: one forward pass, and a backward pass that ends at the feature map. Batched, on the images' device."""
+"""Grad-CAM and related methods, in batches: one forward pass, and a backward pass that ends at the feature map."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,12 +12,15 @@ from dq_lightning.patches.target_layer import TargetLayers, activation_and_gradi
 
 
 def grad_cam(activation: Tensor, gradient: Tensor) -> Tensor:
-    """Selvaraju et al. 2017, equations 1 and 2: channels weighted by their mean gradient."""
+    """Weight channels by their mean gradient (Grad-CAM, Selvaraju et al. 2017, equations 1 and 2)."""
     return (gradient.mean((2, 3), keepdim=True) * activation).sum(1)
 
 
 def grad_cam_plus_plus(activation: Tensor, gradient: Tensor) -> Tensor:
-    """Chattopadhay et al. 2018, equation 19, for an exponential of the score; the small constant is pytorch-grad-cam's."""
+    """Weight channels by equation 19 of Chattopadhay et al. 2018 (Grad-CAM++), for an exponential of the class score.
+
+    The small constant is that of pytorch-grad-cam.
+    """
     square = gradient**2
     alpha = square / (2 * square + activation.sum((2, 3), keepdim=True) * square * gradient + 1e-6)
     alpha = torch.where(gradient != 0, alpha, 0)
@@ -25,27 +28,31 @@ def grad_cam_plus_plus(activation: Tensor, gradient: Tensor) -> Tensor:
 
 
 def x_grad_cam(activation: Tensor, gradient: Tensor) -> Tensor:
-    """Fu et al. 2020, equation 8: gradients weighted by the share of the activation; the constant is pytorch-grad-cam's."""
+    """Weight gradients by their place's share of the activation (XGrad-CAM, Fu et al. 2020, equation 8).
+
+    The small constant is that of pytorch-grad-cam.
+    """
     share = gradient * activation / (activation.sum((2, 3), keepdim=True) + 1e-7)
     return (share.sum((2, 3), keepdim=True) * activation).sum(1)
 
 
 def high_resolution_cam(activation: Tensor, gradient: Tensor) -> Tensor:
-    """HiResCAM, Draelos and Carin 2020, equation 4: gradient times activation, place by place."""
+    """Multiply gradient and activation at each place (HiResCAM, Draelos and Carin 2020, equation 4)."""
     return (gradient * activation).sum(1)
 
 
 def layer_cam(activation: Tensor, gradient: Tensor) -> Tensor:
-    """Jiang et al. 2021, equation 6: positive gradients weight their own place."""
+    """Weight the activation at each place by its positive gradient (LayerCAM, Jiang et al. 2021, equation 6)."""
     return (gradient.clamp(min=0) * activation).sum(1)
 
 
 def grad_cam_elementwise(activation: Tensor, gradient: Tensor) -> Tensor:
-    """Positive part of gradient times activation, summed over channels (pytorch-grad-cam's GradCAMElementWise)."""
+    """Sum the positive part of gradient times activation over the channels (pytorch-grad-cam's GradCAMElementWise)."""
     return (gradient * activation).clamp(min=0).sum(1)
 
 
-# each takes activation and gradient, float [B, C, h, w], and gives a map [B, h, w] whose negative part is cut off afterwards
+# Each function takes activation and gradient, float [B, C, h, w], and returns a map [B, h, w]. Its negative part is set
+# to 0 afterwards.
 METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gradcam": grad_cam,
     "gradcam++": grad_cam_plus_plus,
@@ -57,13 +64,15 @@ METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class TargetChoice:
-    """Which class each image is explained for.
+    """Chooses the class that each image's saliency map explains.
 
     Args:
-        target: `"auto"`: the label where the classifier knows it, and else the classifier's own argmax; `"label"`: an error
-            where it does not know it; `"argmax"`: never the label.
-        num_classes: of the dataset. The classifier knows the labels if it has exactly as many outputs.
-        class_map: for every label the classifier's output that stands for it; then it knows the labels.
+        target: `"auto"` takes the label if the classifier has an output for it, and else the classifier's argmax;
+            `"label"` takes the label, and raises an error if the classifier has no output for it; `"argmax"` never
+            takes the label.
+        num_classes: number of classes in the dataset. Without a `class_map`, labels are used as outputs if the
+            classifier has exactly as many outputs.
+        class_map: the classifier's output for every label; labels are then used whatever the number of outputs is.
     """
 
     def __init__(
@@ -74,10 +83,17 @@ class TargetChoice:
         self.class_map = None if class_map is None else torch.tensor(class_map, dtype=torch.int64)
 
     def choose(self, logits: Tensor, labels: Tensor | None) -> Tensor:
-        """Output int64 [B] for logits [B, C] and labels int64 [B]; a label outside the classes is one that is not known.
+        """Choose the explained class of each image.
+
+        Args:
+            logits: [B, C], the classifier's outputs.
+            labels: int64 [B], or None; a label outside of the classes counts as unknown.
+
+        Returns:
+            int64 [B], number of the chosen output.
 
         Raises:
-            PatchError: labels are wanted but not known, or `class_map` names an output that there is not.
+            PatchError: if labels are required but not known, or if `class_map` names an output that does not exist.
         """
         own = logits.argmax(1)
         outputs = logits.shape[1]
@@ -101,16 +117,19 @@ class TargetChoice:
 
 
 class ActivationMaps:
-    """Saliency maps from one layer's activation and gradient; the network is left exactly as it was.
+    """Computes saliency maps from one layer's activation and gradient; the network is not changed.
 
-    The part of the network before the layer runs without a graph, and the gradient is asked for the feature map alone: no
-    parameter gets one.
+    The part of the network before the layer runs without an autograd graph. The gradient is computed only for the
+    feature map, and no parameter gets one.
 
     Args:
-        module: classifier, on the images' device; it gives logits [B, C].
+        module: classifier on the images' device; it gives logits [B, C].
         method: a name in `METHODS`.
-        targets: which class is explained.
-        target_layer: name of the layer; found by `find_target_layer` when None.
+        targets: choice of the explained class; the default is `TargetChoice()`.
+        target_layer: name of the layer; None finds one by `find_target_layer`.
+
+    Raises:
+        PatchError: if the method is unknown.
     """
 
     def __init__(
@@ -128,36 +147,44 @@ class ActivationMaps:
         self._layers = TargetLayers(module, target_layer)
 
     def __call__(self, images: Tensor, labels: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
-        """Saliency in [0, 1] of every pixel.
+        """Compute the saliency in [0, 1] of every pixel.
 
         Args:
             images: floating [B, 3, h, w] as the classifier takes them.
-            labels: int64 [B] or None.
-            size: (H, W) of the maps; that of the images when None.
+            labels: int64 [B], class of each image, or None.
+            size: (H, W) of the maps in pixels; None takes the size of the images.
 
         Returns:
-            float32 [B, H, W]; the largest value of an image is 1, or the map is 0 where nothing speaks for the class.
+            float32 [B, H, W]; the largest value of each map is 1, or the whole map is 0 if it has no positive part.
 
         Raises:
-            PatchError: the gradient does not reach the layer, or no layer can be found.
+            PatchError: if no layer can be found, the gradient is zero at the layer, or the class cannot be chosen.
         """
         layer = self._layers.of(images)
         activation, gradient = activation_and_gradient(
             self._module, layer, images, lambda logits: self._targets.choose(logits, labels)
         )
-        # half precision would lose the sums over places; double stays, because Grad-CAM++ divides by what may nearly vanish
+        # Half precision would lose accuracy in the sums over places. float64 stays, because Grad-CAM++ divides by
+        # numbers that may be nearly 0.
         kind = torch.promote_types(gradient.dtype, torch.float32)
         return upscale(
             self._combine(activation.to(kind), gradient.to(kind)), size or (images.shape[2], images.shape[3])
         )
 
     def check(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Raise PatchError if there can be no maps of images like these; arguments as for the maps."""
+        """Check that maps can be computed for images like these; the arguments are those of `__call__`.
+
+        Raises:
+            PatchError: if they cannot.
+        """
         self(images, labels)
 
 
 def upscale(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cut off what is negative in maps [B, h, w], scale each to [0, 1], enlarge them bilinearly to `size`, scale again."""
+    """Set negative values of maps [B, h, w] to 0, and enlarge the maps bilinearly to `size`; return float32 [B, H, W].
+
+    Each map is scaled to [0, 1] before and after it is enlarged.
+    """
     scaled = _scale(maps.clamp(min=0))
     enlarged = F.interpolate(scaled[:, None], size, mode="bilinear", align_corners=False)[:, 0]
     return _scale(enlarged).float()
@@ -166,5 +193,5 @@ def upscale(maps: Tensor, size: tuple[int, int]) -> Tensor:
 def _scale(maps: Tensor) -> Tensor:
     shifted = maps - maps.amin((1, 2), keepdim=True)
     largest = shifted.amax((1, 2), keepdim=True)
-    # a flat map has no largest place; dividing by a small constant instead would flatten faint maps too
+    # A flat map stays 0. Dividing by a small constant instead would flatten faint maps, too.
     return shifted / torch.where(largest > 0, largest, 1)

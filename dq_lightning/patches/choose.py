@@ -1,4 +1,7 @@
-"""How many patches are kept, and which: exact counts, ties to the lowest index, budgets spread over images. PURE."""
+"""Decides how many patches of an image are kept, and which: exact counts, and ties go to the lowest index.
+
+The code is pure: it reads and writes no files.
+"""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -12,16 +15,21 @@ from dq_lightning.core.records import Grid, PatchChoice, pack_mask
 
 
 def kept_count(num_patches: int, drop_ratio: float) -> int:
-    """Number of patches that are kept: floor(L * (1 - drop_ratio) + 1/2), the ratio read as the decimal that was written.
+    """Return the number of patches to keep: floor(L * (1 - drop_ratio) + 1/2), computed with the decimal ratio.
 
-    The one truth for mask, store and model. In binary floating point 15 * (1 - 0.9) is 1.4999999999999996, and the half would
-    be lost.
+    Masks, stores and models all take their counts from this function. The ratio is read as the decimal number that was
+    written, and the computation is done with fractions, because in binary floating point 15 * (1 - 0.9) is
+    1.4999999999999996, which would be rounded down.
 
     >>> kept_count(64, 0.2), kept_count(15, 0.9), kept_count(196, 0.1)
     (51, 2, 176)
 
+    Args:
+        num_patches: L, number of patches in the image.
+        drop_ratio: share of the patches that is dropped, in [0, 1).
+
     Raises:
-        PatchError: the ratio is outside [0, 1).
+        PatchError: if the ratio is outside [0, 1).
     """
     if not 0 <= drop_ratio < 1:
         raise PatchError(f"drop_ratio must be in [0, 1), got {drop_ratio!r}")
@@ -29,17 +37,17 @@ def kept_count(num_patches: int, drop_ratio: float) -> int:
 
 
 def choose_kept(scores: Tensor, count: int) -> Tensor:
-    """The `count` patches of highest score of every image, ties to the lowest index.
+    """Choose the `count` patches with the highest scores in every image; ties go to the lowest index.
 
     Args:
         scores: real [B, L], finite.
-        count: k, patches to keep of each image.
+        count: k, number of patches to keep of each image.
 
     Returns:
         int64 [B, k], ascending.
 
     Raises:
-        PatchError: scores are not finite, or there are fewer than `count` patches.
+        PatchError: if scores are not finite, do not have two dimensions, or there are fewer than `count` patches.
     """
     _check_finite(scores)
     if scores.ndim != 2 or not 0 <= count <= scores.shape[1]:
@@ -48,28 +56,32 @@ def choose_kept(scores: Tensor, count: int) -> Tensor:
 
 
 def mask_of(kept: Tensor, num_patches: int) -> Tensor:
-    """Mask bool [B, L], True at the kept patches, int64 [B, k]."""
+    """Return a mask bool [B, num_patches] that is True at the kept patches, int64 [B, k].
+
+    >>> mask_of(torch.tensor([[0, 2]]), 4).tolist()
+    [[True, False, True, False]]
+    """
     mask = torch.zeros(len(kept), num_patches, dtype=torch.bool, device=kept.device)
     return mask.scatter_(1, kept, True)
 
 
 def spread_budget(scores: Sequence[Tensor], total: int, least: Sequence[int] | None = None) -> list[Tensor]:
-    """Keep the `total` best patches of all images together, but of every image at least some.
+    """Keep the `total` best patches of all images together, but at least some of every image.
 
-    An image whose saliency lies on few patches gives up more of the others than one that is salient all over. Scores must
-    mean the same in all images.
+    So an image whose saliency is concentrated on few patches loses more of the others than an image that is salient
+    everywhere. Scores must be comparable across images.
 
     Args:
         scores: for each of M images a real tensor [L_i], finite.
-        total: patches to keep in all.
-        least: for each image the number of its best patches that are kept in any case; 0 when None.
+        total: number of patches to keep in all images together.
+        least: for each image the number of its best patches that are kept in any case; None means 0 for all images.
 
     Returns:
-        For each image a bool tensor [L_i]. Their sum is exactly `total`. In every image the best patches are kept. Ties go to
-        the lowest image, then to the lowest patch.
+        For each image a mask bool [L_i]. Exactly `total` patches are kept, and of each image the best ones. Ties go to
+        the image with the lowest position, then to the patch with the lowest index.
 
     Raises:
-        PatchError: scores are not finite, or `total` cannot be met.
+        PatchError: if scores are not finite, or no masks can have `total` patches and at least `least` of every image.
 
     Complexity: O(n log n) time and O(n) memory for n patches in all.
     """
@@ -84,7 +96,8 @@ def spread_budget(scores: Sequence[Tensor], total: int, least: Sequence[int] | N
     flat = torch.cat([row.detach().cpu().double() for row in scores])
     _check_finite(flat)
     image = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    # two stable sorts: by score, then by image; the place inside the image is the rank there
+    # Two stable sorts, by score and then by image, put the patches of each image in a row, best first. So a patch's
+    # place in this row is its rank in the image.
     by_score = flat.sort(descending=True, stable=True).indices
     by_image = by_score[image[by_score].sort(stable=True).indices]
     starts = lengths.cumsum(0) - lengths
@@ -97,7 +110,13 @@ def spread_budget(scores: Sequence[Tensor], total: int, least: Sequence[int] | N
 
 
 def make_choice(masks: Sequence[Tensor], sizes: Sequence[tuple[int, int]], patch_size: int) -> PatchChoice:
-    """Record of the kept patches of M images: masks bool [L_i] and (height, width) of each."""
+    """Make the record of the kept patches of M images.
+
+    Args:
+        masks: for each image bool [L_i], True at the kept patches.
+        sizes: for each image (height, width) in pixels.
+        patch_size: P, side of a patch in pixels.
+    """
     packed = [pack_mask(mask.cpu()) for mask in masks]
     return PatchChoice(
         patch_size,
@@ -115,21 +134,22 @@ def choose_patches(
     spread: bool = False,
     least_ratio: float = 0.0,
 ) -> PatchChoice:
-    """Decide on the patches of M images.
+    """Choose the kept patches of M images.
 
     Args:
         scores: for each image a real tensor [L_i].
         sizes: for each image (height, width) in pixels.
-        patch_size: P.
-        drop_ratio: share of the patches that is dropped; of every image `kept_count(L_i, drop_ratio)` stay.
-        spread: spread the same total over all images by `spread_budget` instead.
-        least_ratio: with `spread`, the share of its patches that every image keeps in any case, at most 1 - drop_ratio.
+        patch_size: P, side of a patch in pixels.
+        drop_ratio: share of the patches that is dropped; each image keeps `kept_count(L_i, drop_ratio)` patches.
+        spread: whether to distribute the same total number over all images by `spread_budget` instead.
+        least_ratio: with `spread`, the share of its patches that every image keeps in any case. It never requires more
+            patches of an image than `kept_count` gives.
 
     Returns:
-        The choice; its `counts` add up to the same number with and without `spread`.
+        The choice; its `counts` have the same sum with and without `spread`.
 
     Raises:
-        PatchError: scores do not fit the images' grids or are not finite.
+        PatchError: if scores do not fit the images' grids, or are not finite, or `drop_ratio` is outside [0, 1).
     """
     for row, size in zip(scores, sizes, strict=True):
         if len(row) != Grid(*size, patch_size).num_patches:
@@ -143,7 +163,7 @@ def choose_patches(
 
 
 def _best_of_each(scores: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
-    """Masks bool [L_i] of the best `counts[i]` patches; images with equally many patches are sorted together."""
+    """Return masks bool [L_i] of the best `counts[i]` patches; images with equally many patches are sorted together."""
     masks: list[Tensor] = [torch.empty(0)] * len(scores)
     groups: dict[int, list[int]] = {}
     for position, row in enumerate(scores):

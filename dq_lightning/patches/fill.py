@@ -1,4 +1,4 @@
-"""Filling dropped patches without a network, by the mean colour or harmonically; images that keep unequal counts."""
+"""Fills dropped patches: by the mean colour or harmonically without a network, or by any reconstructor in a batch."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,15 +13,34 @@ from dq_lightning.patches.harmonic import fill_harmonically, fill_with_mean
 
 
 class Reconstructor(Protocol):
-    """Fills the patches that are not kept and leaves the others as they are, bit by bit."""
+    """Fills the patches that are not kept, and leaves the pixels of the others unchanged bit by bit."""
 
     def reconstruct(self, images: Tensor, kept: Tensor, patch_size: int | None = None) -> Tensor:
-        """Images floating [B, C, H, W] with patches `kept` int64 [B, k] of the grid of `patch_size` pixels."""
+        """Fill the patches that are not kept.
+
+        Args:
+            images: floating [B, C, H, W].
+            kept: int64 [B, k], numbers of the kept patches of each image.
+            patch_size: P, side of a patch in pixels, of the grid that `kept` refers to; None takes the default.
+
+        Returns:
+            Filled images [B, C, H, W].
+        """
         ...
 
 
 def fill_by_mask(reconstructor: Reconstructor, images: Tensor, mask: Tensor, patch_size: int) -> Tensor:
-    """Fill images [B, C, H, W] of which each may keep another number of patches, bool [B, L]: one call for each number."""
+    """Fill images that keep different numbers of patches, with one call of the reconstructor for each number.
+
+    Args:
+        reconstructor: reconstructor that takes these images.
+        images: floating [B, C, H, W].
+        mask: bool [B, L], True at the kept patches.
+        patch_size: P, side of a patch in pixels.
+
+    Returns:
+        Filled images of the same shape, dtype and device.
+    """
     filled = images.clone()
     counts = mask.sum(1)
     for count in sorted(set(counts.tolist())):
@@ -40,18 +59,19 @@ def fill_pixels(
     mean: tuple[float, ...] = (0.0, 0.0, 0.0),
     std: tuple[float, ...] = (1.0, 1.0, 1.0),
 ) -> Tensor:
-    """Fill images as they are stored.
+    """Fill images with pixels from 0 to 255.
 
     Args:
-        reconstructor: takes images in [0, 1], normalised with `mean` and `std`.
-        images: uint8 [B, C, H, W]; of a single channel the reconstructor gets three copies and gives their mean.
-        mask: bool [B, L], the kept patches.
-        patch_size: P in pixels.
-        mean: of the channels.
-        std: likewise.
+        reconstructor: reconstructor that takes images in [0, 1], normalised with `mean` and `std`.
+        images: uint8 [B, C, H, W]; an image with one channel is passed as three equal channels, and the result is
+            averaged.
+        mask: bool [B, L], True at the kept patches.
+        patch_size: P, side of a patch in pixels.
+        mean: mean of each channel that the reconstructor expects.
+        std: standard deviation of each channel that the reconstructor expects.
 
     Returns:
-        uint8 [B, C, H, W]: kept pixels as they were, the others rounded to the nearest value in 0 ... 255.
+        uint8 [B, C, H, W]; kept pixels are unchanged, and the others are rounded to the nearest value in 0 ... 255.
     """
     means, stds = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (mean, std))
     wide = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
@@ -65,10 +85,10 @@ def fill_pixels(
 
 @dataclass(frozen=True)
 class MeanFill:
-    """Every dropped patch gets the mean colour of its image's kept pixels; 0 where nothing is kept.
+    """Fills every dropped patch with the mean colour of its image's kept pixels, or with 0 if nothing is kept.
 
     Attributes:
-        patch_size: P in pixels, when a call names none.
+        patch_size: P, side of a patch in pixels, for calls that give none.
     """
 
     patch_size: int
@@ -80,10 +100,10 @@ class MeanFill:
 
 @dataclass(frozen=True)
 class HarmonicFill:
-    """Dropped pixels solve Laplace's equation with the kept ones as boundary values: the smoothest filling.
+    """Fills dropped pixels by solving Laplace's equation with the kept ones as boundary values: the smoothest filling.
 
     Attributes:
-        patch_size: P in pixels, when a call names none.
+        patch_size: P, side of a patch in pixels, for calls that give none.
     """
 
     patch_size: int

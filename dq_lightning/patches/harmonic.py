@@ -1,9 +1,12 @@
-"""Harmonic filling: Laplace's equation in the dropped patches, with the kept pixels as boundary values. PURE.
+"""Harmonic filling: solves Laplace's equation in the dropped patches, with the kept pixels as boundary values.
 
-Only dropped patches are unknown, so only they are held: [n, C, P, P] over all images, each with the places of its four
-neighbours. Conjugate gradients are preconditioned by solving every patch exactly, as if its neighbours were known: on a
-square the sine transform does that by four small products (Buzbee, Golub and Nielson 1970). A hole of one patch inside of
-the image takes one step, and a large one several times fewer than without.
+Only the dropped patches are unknown, so memory holds only them, as [n, C, P, P] over all images, together with the
+numbers of their four neighbours. The equation is solved by conjugate gradients. The preconditioner solves every patch
+exactly, as if its neighbours were known: on a square the sine transform does this by four small matrix products
+(Buzbee, Golub and Nielson 1970). A hole of one patch inside of the image takes one step, and a large hole several times
+fewer steps than without the preconditioner.
+
+The code is pure: it reads and writes no files.
 """
 
 import math
@@ -17,32 +20,34 @@ from dq_lightning.core.grid import grid_of, patchify, pixel_mask, unpatchify
 from dq_lightning.core.records import Grid
 from dq_lightning.core.workers import one_thread
 
-# float32 resolves a residual to about 1e-6 of its first size
+# In float32 a residual can be reduced to about 1e-6 of its first size.
 SINGLE_PRECISION_TOLERANCE = 1e-5
-# asking whether all is solved costs a wait for the device
+# Checking whether all images are solved makes the processor wait for the device, so it is done once in so many steps.
 STEPS_PER_QUESTION = 4
-# what is worked on stays in the processor's cache
+# Most values of the images that are solved together on a CPU, so that they stay in the processor's cache.
 VALUES_AT_ONCE = 1 << 18
 
 
 def fill_harmonically(
     images: Tensor, mask: Tensor, patch_size: int, tolerance: float = SINGLE_PRECISION_TOLERANCE
 ) -> Tensor:
-    """Solve Laplace's equation for the pixels of the dropped patches.
+    """Fill dropped patches by solving Laplace's equation for their pixels.
 
-    Each of these pixels is the mean of its two to four neighbours; nothing flows across the image's border (Neumann).
+    Each of these pixels becomes the mean of its two to four neighbours. The image's border is a Neumann boundary:
+    pixels there have fewer neighbours.
 
     Args:
-        images: floating [B, C, H, W]; what is in dropped patches is never seen.
-        mask: bool [B, L], the kept patches of the grid of `patch_size` pixels.
-        patch_size: P in pixels.
-        tolerance: on the residual, relative to its size for the mean colour. Below 1e-5 all is done in float64.
+        images: floating [B, C, H, W]; the content of dropped patches is ignored.
+        mask: bool [B, L], True at the kept patches of the grid of `patch_size` pixels.
+        patch_size: P, side of a patch in pixels.
+        tolerance: largest norm of the residual, relative to its norm when the dropped patches have the mean colour.
+            Below 1e-5 the computation is done in float64, except on the device "mps", which lacks it.
 
     Returns:
-        As `images`; kept pixels are untouched, and an image that keeps none is 0.
+        Filled images of the same shape, dtype and device. Kept pixels are unchanged; an image that keeps no patch is 0.
 
-    Complexity: each step is linear in the dropped pixels, times P, and the number of steps grows with the diameter of the
-    holes.
+    Complexity: the time of each step is proportional to the number of dropped pixels times P. The number of steps
+    grows with the diameter of the holes.
     """
     single = images.device.type == "mps" or tolerance >= SINGLE_PRECISION_TOLERANCE
     step = len(images) if images.device.type != "cpu" else max(1, VALUES_AT_ONCE // max(1, images[:1].numel()))
@@ -56,7 +61,7 @@ def fill_harmonically(
 
 
 def fill_with_mean(images: Tensor, stays: Tensor) -> Tensor:
-    """Give all pixels of [B, C, H, W] outside of `stays`, bool [B, 1, H, W], the mean colour of those inside."""
+    """Fill pixels of [B, C, H, W] outside of `stays`, bool [B, 1, H, W], with the mean colour of those inside."""
     total = torch.where(stays, images, 0).sum((2, 3), keepdim=True)
     return torch.where(stays, images, total / stays.sum((2, 3), keepdim=True).clamp(min=1))
 
@@ -71,12 +76,12 @@ def _fill(images: Tensor, mask: Tensor, patch_size: int, tolerance: float, dtype
 
 
 def _laplacian(images: Tensor) -> Tensor:
-    """Sum of the differences to the two to four neighbours of every pixel of [B, C, H, W]."""
+    """Return the sum of the differences to the two to four neighbours of every pixel of [B, C, H, W]."""
     return _sum_of_neighbours(images) - _sum_of_neighbours(torch.ones_like(images[:1, :1])) * images
 
 
 def _sum_of_neighbours(values: Tensor) -> Tensor:
-    """Sum of the upper, lower, left and right neighbour in [B, C, H, W]; outside of the image is 0."""
+    """Return the sum of the upper, lower, left and right neighbour of every pixel; outside of the image is 0."""
     return _inner_sums(F.pad(values, (1, 1, 1, 1)))
 
 
@@ -88,14 +93,14 @@ class _Patches(NamedTuple):
     """The n dropped patches of all images, and the equations between their pixels.
 
     Attributes:
-        mask: bool [B, L], the kept patches.
-        grid: of the images.
-        owner: int64 [n], the image of each.
-        neighbours: int64 [4, n], the patch above, below, left and right; n where there is none or a kept one.
-        degree: floating [n, 1, P, P], neighbours of each pixel inside of its image; 0 outside.
-        inside: floating [n, 1, P, P], 1 inside of the image; None when no patch is partial.
-        sines: floating [P, P], symmetric and orthogonal.
-        inverse: floating [P, P], one over the eigenvalues of a patch among known ones.
+        mask: bool [B, L], True at the kept patches.
+        grid: grid of the images.
+        owner: int64 [n], number of the image that each dropped patch belongs to.
+        neighbours: int64 [4, n], number of the dropped patch above, below, left and right; n if there is none.
+        degree: floating [n, 1, P, P], number of neighbours of each pixel inside of its image; 0 outside of the image.
+        inside: floating [n, 1, P, P], 1 inside of the image and 0 outside; None if no patch is partial.
+        sines: floating [P, P], matrix of the sine transform; it is symmetric and orthogonal.
+        inverse: floating [P, P], inverse eigenvalues of the equations of one patch whose neighbours are known.
     """
 
     mask: Tensor
@@ -119,7 +124,7 @@ class _Patches(NamedTuple):
         bounds = (0, grid.columns * size - grid.width, 0, grid.rows * size - grid.height)
         ones = torch.ones(1, 1, grid.height, grid.width, dtype=dtype, device=device)
         degree, inside = (patchify(F.pad(x, bounds), size)[0, place] for x in (_sum_of_neighbours(ones), ones))
-        # eigenvectors and eigenvalues of the second difference with zeros at both ends
+        # These are eigenvectors and eigenvalues of the second difference with zeros at both ends.
         waves = torch.arange(1, size + 1, dtype=torch.float64) * math.pi / (size + 1)
         sines = math.sqrt(2 / (size + 1)) * torch.sin(torch.outer(waves, torch.arange(1, size + 1).double()))
         values = 2 - 2 * torch.cos(waves)
@@ -128,12 +133,12 @@ class _Patches(NamedTuple):
         return cls(mask, grid, owner, neighbours, degree, partial, sines.to(ones), inverse.to(ones))
 
     def cut(self, images: Tensor) -> Tensor:
-        """Dropped patches [n, C, P, P] of images [B, C, H, W]; 0 outside of the image."""
+        """Return the dropped patches [n, C, P, P] of images [B, C, H, W]; pixels outside of the image are 0."""
         cells = patchify(images, self.grid.patch_size)[~self.mask]
         return self._bounded(cells)
 
     def stiffness(self, values: Tensor) -> Tensor:
-        """Degree times each value less the sum of its neighbours; kept pixels count as 0."""
+        """Return degree times value minus the sum of the neighbours, for [n, C, P, P]; kept pixels count as 0."""
         number, channels, size, _ = values.shape
         wide = values.new_zeros(number, channels, size + 2, size + 2)
         wide[..., 1:-1, 1:-1] = values
@@ -145,17 +150,17 @@ class _Patches(NamedTuple):
         return self._bounded(self.degree * values - _inner_sums(wide))
 
     def precondition(self, values: Tensor) -> Tensor:
-        """Every patch solved for these values [n, C, P, P], as if all around it were known and inside of the image."""
+        """Solve every patch for these values [n, C, P, P], as if it were whole and its neighbours known."""
         spectrum = (values @ self.sines).mT @ self.sines * self.inverse
         return self._bounded((spectrum @ self.sines).mT @ self.sines)
 
     def dot(self, one: Tensor, other: Tensor) -> Tensor:
-        """Inner products [B] over all that belongs to an image."""
+        """Return the inner product [B] over all dropped patches of each image."""
         sums = (one * other).sum((1, 2, 3))
         return sums.new_zeros(len(self.mask)).index_add_(0, self.owner, sums)
 
     def scale(self, factors: Tensor, values: Tensor) -> Tensor:
-        """Values [n, C, P, P] times the factor of their image, [B]."""
+        """Multiply values [n, C, P, P] by the factor [B] of their image."""
         return factors[self.owner][:, None, None, None] * values
 
     def _bounded(self, values: Tensor) -> Tensor:
@@ -167,14 +172,14 @@ def _with_none(values: Tensor) -> Tensor:
 
 
 def _solve(patches: _Patches, laplacian: Tensor, tolerance: float) -> Tensor:
-    """What is to be added in the dropped patches, [n, C, P, P], so that the Laplacian [B, C, H, W] of the start vanishes."""
+    """Return the change [n, C, P, P] of the dropped patches that makes the start's Laplacian [B, C, H, W] vanish."""
     residual = patches.cut(laplacian)
     solution, direction = torch.zeros_like(residual), torch.zeros_like(residual)
     if not len(residual):
         return solution
     wanted = tolerance**2 * patches.dot(residual, residual)
     energy = torch.zeros_like(wanted)
-    # in exact arithmetic as many steps as unknowns are enough
+    # In exact arithmetic, conjugate gradients need at most as many steps as there are unknowns.
     for step in range(patches.grid.height * patches.grid.width):
         running = patches.dot(residual, residual) > wanted
         if step % STEPS_PER_QUESTION == 0 and not bool(running.any()):

@@ -1,4 +1,7 @@
-"""Filling dropped patches with a masked autoencoder (He et al. 2022). The one door to transformers; opens disk and network."""
+"""Fills dropped patches with a masked autoencoder (He et al. 2022).
+
+Only this file of the folder imports transformers. Loading reads files, and may download weights from the hub.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,20 +27,21 @@ INSTEAD = 'pass a folder or a checkpoint file of the original format, or reconst
 
 
 class MaskedAutoencoder:
-    """A reconstructor: fills what was dropped, leaves what was kept as it is.
+    """A reconstructor that fills dropped patches by a masked autoencoder and leaves kept patches unchanged.
 
-    The patches of an image stand for the model's patches one to one. An image whose grid is the model's is resized to the
-    model's size and back when its patches are larger or smaller; any other grid is run with the position embeddings
-    interpolated in two dimensions.
+    Each patch of an image is one patch of the model. If the image's grid has as many rows and columns as the model's,
+    but larger or smaller patches, the image is resized to the model's size, and the prediction is resized back. For any
+    other grid the model runs with position embeddings that are interpolated in two dimensions.
 
     Args:
-        model: `ViTMAEForPreTraining`; owned and frozen.
-        mean: of the channels in [0, 1], for which the model was trained.
-        std: likewise.
-        harmonic: whether the model was trained to predict the difference from the harmonic filling, not the pixels.
+        model: a `ViTMAEForPreTraining`; this object takes it over and freezes it.
+        mean: mean of each channel, for pixels in [0, 1], that the model was trained with.
+        std: standard deviation of each channel that the model was trained with.
+        harmonic: whether the model was trained to predict the difference from the harmonic filling instead of the
+            pixels.
 
     Raises:
-        PatchError: the model was trained for normalised patches, which say nothing about a patch's colour.
+        PatchError: if the model was trained for normalised patches, which do not contain a patch's colour.
     """
 
     def __init__(
@@ -61,31 +65,34 @@ class MaskedAutoencoder:
 
     @property
     def model_patch_size(self) -> int:
-        """Side of the model's own patches, in pixels."""
+        """Side of the model's own patches in pixels."""
         size = self._model.config.patch_size
         return int(size if isinstance(size, int) else size[0])
 
     @property
     def model_grid(self) -> tuple[int, int]:
-        """Rows and columns of the model's own grid."""
+        """Number of rows and columns of the model's own grid."""
         size = self._model.config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return height // self.model_patch_size, width // self.model_patch_size
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device that the model runs on."""
         device: torch.device = next(self._model.parameters()).device
         return device
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
-        """Move the model, in place, and change its precision if one is given."""
+        """Move the model in place to a device, change its precision if a dtype is given, and return this object."""
         self._model.to(device=device, dtype=dtype or self._model.dtype)
         self._positions.clear()
         return self
 
     def patch_size_for(self, height: int, width: int) -> int:
-        """The patch side for images of this size: their share of the model's grid where it divides them, else the model's."""
+        """Return the patch side in pixels for images of this size.
+
+        This is the side with which the image gets the model's grid, if such a side exists, and else the model's own.
+        """
         rows, columns = self.model_grid
         if height % rows == 0 and width % columns == 0 and height // rows == width // columns:
             return height // rows
@@ -95,22 +102,23 @@ class MaskedAutoencoder:
         """Fill the patches that are not kept.
 
         Args:
-            images: floating [B, C, H, W], normalised with `mean` and `std`; what is in dropped patches is never seen.
-            kept: int64 [B, k], the kept patches of each image, each once, in any order.
-            patch_size: P of the grid that `kept` numbers, in pixels; `patch_size_for` the images when None.
+            images: floating [B, C, H, W], normalised with `mean` and `std`; the content of dropped patches is ignored.
+            kept: int64 [B, k], numbers of the kept patches of each image, without repetition, in any order.
+            patch_size: P, side of a patch in pixels, of the grid that `kept` refers to; None takes `patch_size_for`.
 
         Returns:
-            The images' dtype and device, [B, C, H, W]; pixels of kept patches are those of `images`, bit by bit.
+            Filled images [B, C, H, W] of the same dtype and device; the pixels of kept patches are unchanged bit by
+            bit.
 
         Raises:
-            PatchError: `kept` does not fit the grid.
+            PatchError: if `kept` does not fit the grid.
         """
         grid = Grid(images.shape[2], images.shape[3], patch_size or self.patch_size_for(*images.shape[2:]))
         mask = _checked_mask(kept, len(images), grid).to(images.device)
         if bool(mask.all()) or not len(images):
             return images.clone()
         stays = pixel_mask(mask, grid)
-        # what was dropped may be anything, also NaN
+        # Dropped pixels may have any value, even NaN, so they are set to 0.
         visible = pad_to_grid(torch.where(stays, images, 0), grid)
         size = (grid.rows * self.model_patch_size, grid.columns * self.model_patch_size)
         predicted = self._predict(_resize_patches(visible, mask, grid, size), mask)
@@ -123,11 +131,11 @@ class MaskedAutoencoder:
         return torch.where(stays, images, filled)
 
     def _predict(self, images: Tensor, mask: Tensor) -> Tensor:
-        """The model's picture float32 [B, C, h, w] of images on a grid of its patches, seeing only where `mask` is True."""
+        """Return the prediction float32 [B, C, h, w] for images on a grid of model patches; it sees `mask` only."""
         config, size = self._model.config, self.model_patch_size
         grid = Grid(images.shape[2], images.shape[3], size)
         count, total = int(mask[0].sum()), grid.num_patches
-        # the model keeps int(L * (1 - mask_ratio)) of lowest noise; half a patch more lets no rounding lose one
+        # The model keeps the int(L * (1 - mask_ratio)) patches of lowest noise. Half a patch more makes rounding safe.
         config.mask_ratio = 1 - (count + 0.5) / total
         places = torch.arange(total, device=mask.device)
         noise = (places + total * (~mask)).float().to(self.device)
@@ -146,7 +154,10 @@ class MaskedAutoencoder:
         return unpatchify(pixels, grid)
 
     def _decoder_positions(self, grid: Grid) -> Tensor:
-        """Position embeddings of the decoder for another grid; the model's own interpolation takes the grid for a line."""
+        """Return the decoder's position embeddings for another grid.
+
+        The model itself would interpolate them along a line, as if the grid had one dimension.
+        """
         key = (grid.rows, grid.columns)
         if key not in self._positions:
             whole: Tensor = self._model.decoder.decoder_pos_embed.detach()
@@ -170,12 +181,12 @@ def _checked_mask(kept: Tensor, batch: int, grid: Grid) -> Tensor:
 
 
 def _resize_patches(visible: Tensor, mask: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
-    """Resize images whose dropped pixels are 0 to `size`, so that nothing of the dropped ones bleeds into the kept."""
+    """Resize images to `size` so that dropped pixels, which must be 0, do not influence the kept ones."""
     if size == tuple(visible.shape[2:]):
         return visible
     padded = Grid(visible.shape[2], visible.shape[3], grid.patch_size)
     both = torch.cat([visible.float(), pixel_mask(mask, padded).float()], dim=1)
-    # bilinear, because its weights are positive inside of the kept patches; elsewhere the model does not look
+    # Bilinear weights are positive inside of the kept patches. The model does not look at the other patches.
     both = F.interpolate(both, size, mode="bilinear", align_corners=False, antialias=True)
     inside = pixel_mask(mask, Grid(*size, size[0] // grid.rows))
     return torch.where(inside, both[:, :-1] / torch.where(inside, both[:, -1:], 1), 0)
@@ -192,19 +203,20 @@ def load_mae(
     """Load a masked autoencoder.
 
     Args:
-        path_or_name: `"bundled"`, a hub name (`"facebook/vit-mae-base"`), a folder that transformers can load, a checkpoint
-            file of the original format (`mae_visualize_vit_large_ganloss.pth`), or a `ViTMAEForPreTraining`. Nothing in a
-            file is executed.
-        num_heads: heads of the encoder in a checkpoint file whose size is not official.
-        decoder_num_heads: likewise of its decoder.
+        path_or_name: `"bundled"`, a hub name (`"facebook/vit-mae-base"`), a folder that transformers can load, a
+            checkpoint file of the original format (`mae_visualize_vit_large_ganloss.pth`), or a `ViTMAEForPreTraining`.
+            No code in a file is executed.
+        num_heads: number of heads of the encoder in a checkpoint file whose size is not official.
+        decoder_num_heads: number of heads of the decoder in a checkpoint file whose size is not official.
         revision: branch, tag or commit of a hub name.
-        device: where it runs.
+        device: device that the model runs on.
 
     Returns:
-        The reconstructor, frozen.
+        The reconstructor with the frozen model.
 
     Raises:
-        PatchError: it cannot be found or read, its heads are not known, or weights are missing.
+        PatchError: if the model cannot be found or read, its number of heads is not known, weights are missing, or it
+            was trained for normalised patches.
     """
     if isinstance(path_or_name, nn.Module):
         return MaskedAutoencoder(path_or_name).to(device)
@@ -236,7 +248,7 @@ def _from_pretrained(name: str | None, revision: str | None, what: str | None = 
         arguments["revision"] = revision
     tool: Any = ViTMAEForPreTraining
     try:
-        # weights that a file lacks would be drawn at random before that is reported
+        # transformers draws missing weights at random before it reports them, so the random state is isolated.
         with isolated_random_state(), _without_bars():
             model, report = tool.from_pretrained(
                 name, trust_remote_code=False, output_loading_info=True, dtype=torch.float32, **arguments
@@ -257,7 +269,7 @@ def _from_pretrained(name: str | None, revision: str | None, what: str | None = 
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Loading shows a bar of its own, which says nothing about our work."""
+    """Run a block without the progress bar that transformers shows while it loads weights."""
     from transformers.utils import logging
 
     tools: Any = logging
@@ -271,7 +283,7 @@ def _without_bars() -> Iterator[None]:
 
 
 def _preprocessing(name: str, revision: str | None) -> dict[str, Any]:
-    """What the model's preprocessor_config.json says: `image_mean`, `image_std` (ImageNet's without it), `harmonic`."""
+    """Return `image_mean`, `image_std` (default: ImageNet) and `harmonic` of the model's preprocessor_config.json."""
     from transformers.image_processing_base import ImageProcessingMixin
 
     tool: Any = ImageProcessingMixin
@@ -287,10 +299,10 @@ def _preprocessing(name: str, revision: str | None) -> dict[str, Any]:
 
 
 def bundled_folder() -> Path:
-    """Folder of the bundled network.
+    """Return the folder of the bundled network.
 
     Raises:
-        PatchError: it is missing.
+        PatchError: if it is missing.
     """
     if not (BUNDLED_MAE / "config.json").is_file():
         raise PatchError(

@@ -1,4 +1,4 @@
-"""Checkpoints of the original masked autoencoder (He et al. 2022): their sizes and their key names. Reads a file."""
+"""Reads checkpoint files of the original masked autoencoder (He et al. 2022) and converts them for transformers."""
 
 import argparse
 import re
@@ -11,11 +11,13 @@ from torch import Tensor
 
 from dq_lightning.core.errors import PatchError
 
-# (width, depth) -> heads, of the three published encoders; the published decoder has width 512, depth 8 and 16 heads
+# This maps (width, depth) of the three published encoders to their number of heads. The published decoder has width
+# 512, depth 8 and 16 heads.
 OFFICIAL_HEADS = {(768, 12): 12, (1024, 24): 16, (1280, 32): 16}
 OFFICIAL_DECODER = (512, 8)
 OFFICIAL_DECODER_HEADS = 16
-# key of the original -> key in files of transformers; applied in this order
+# Each pair is a pattern in keys of the original and its replacement in files of transformers. They are applied in
+# order.
 RENAMES = (
     (r"^cls_token$", "vit.embeddings.cls_token"),
     (r"^pos_embed$", "vit.embeddings.position_embeddings"),
@@ -35,7 +37,7 @@ RENAMES = (
 
 @dataclass(frozen=True)
 class OriginalSizes:
-    """What the shapes of a checkpoint say, and the heads, which they do not.
+    """Sizes of a model: those that the shapes of a checkpoint show, and the numbers of heads, which they do not show.
 
     Attributes:
         values: arguments of `ViTMAEConfig`.
@@ -45,10 +47,11 @@ class OriginalSizes:
 
 
 def read_original(path: Path) -> dict[str, Tensor]:
-    """The weights in a checkpoint file (.pth, .pt, .bin, .safetensors); nothing in it is executed.
+    """Read the weights in a checkpoint file (.pth, .pt, .bin, .safetensors); no code in it is executed.
 
     Raises:
-        PatchError: the file cannot be read without executing code, or holds no encoder and decoder of this kind.
+        PatchError: if the file cannot be read without executing code, or if it lacks an encoder or decoder of this
+            kind.
     """
     try:
         if path.suffix == ".safetensors":
@@ -56,7 +59,7 @@ def read_original(path: Path) -> dict[str, Tensor]:
 
             state: Any = load_file(path)
         else:
-            # training checkpoints hold their command line beside the weights: a plain container
+            # Training checkpoints also hold their command line as a Namespace, which is a harmless container.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -77,10 +80,15 @@ def read_original(path: Path) -> dict[str, Tensor]:
 
 
 def read_sizes(state: dict[str, Tensor], num_heads: int | None, decoder_num_heads: int | None) -> OriginalSizes:
-    """Sizes from the shapes of the weights; heads are known for the official sizes only.
+    """Determine the sizes of a model from the shapes of its weights.
+
+    Args:
+        state: weights that `read_original` returned.
+        num_heads: number of heads of the encoder; None takes the number for an official size.
+        decoder_num_heads: number of heads of the decoder; None takes the number for the official size.
 
     Raises:
-        PatchError: the number of heads is not known and not given, or does not divide the width.
+        PatchError: if a number of heads is neither given nor known, or does not divide the width.
     """
     projection = state["patch_embed.proj.weight"]
     width, channels, patch_size, _ = projection.shape
@@ -110,7 +118,7 @@ def read_sizes(state: dict[str, Tensor], num_heads: int | None, decoder_num_head
             "decoder_num_hidden_layers": decoder_depth,
             "decoder_num_attention_heads": decoder_heads,
             "decoder_intermediate_size": state["decoder_blocks.0.mlp.fc1.weight"].shape[0],
-            # of the original; the default of transformers is 1e-12
+            # This is the original's value; the default of transformers is 1e-12.
             "layer_norm_eps": 1e-6,
             "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         }
@@ -122,7 +130,7 @@ def _count(state: dict[str, Tensor], prefix: str) -> int:
 
 
 def convert_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the original under the names that files of transformers have; query, key and value are split."""
+    """Rename the weights of the original to the names in files of transformers, and split query, key and value."""
     converted: dict[str, Tensor] = {}
     for key, value in state.items():
         for pattern, replacement in RENAMES:

@@ -1,4 +1,7 @@
-"""The other methods of pytorch-grad-cam, through the package itself: slower, on NumPy. The one door to it."""
+"""Further saliency methods, computed by the package pytorch-grad-cam; they are slower and partly run on NumPy.
+
+No other file imports this package.
+"""
 
 import copy
 from collections.abc import Callable
@@ -12,7 +15,7 @@ from dq_lightning.core.errors import PatchError
 from dq_lightning.patches.activation_maps import TargetChoice, upscale
 from dq_lightning.patches.target_layer import TargetLayers, frozen, logits_of
 
-# our names -> the package's classes
+# This maps the names of the methods in a config to the classes of the package.
 PACKAGE_METHODS = {
     "ablationcam": "AblationCAM",
     "eigencam": "EigenCAM",
@@ -27,13 +30,16 @@ PACKAGE_METHODS = {
 
 
 class PackageMaps:
-    """Saliency maps by a method of pytorch-grad-cam, in float32, on a copy of the network (the package changes it).
+    """Computes saliency maps by pytorch-grad-cam, in float32, on a copy of the network, because the package changes it.
 
     Args:
-        module: classifier, on the images' device.
+        module: classifier on the images' device.
         method: a name in `PACKAGE_METHODS`.
-        targets: which class is explained.
-        target_layer: name of the layer; found by `find_target_layer` when None.
+        targets: choice of the explained class; the default is `TargetChoice()`.
+        target_layer: name of the layer; None finds one by `find_target_layer`.
+
+    Raises:
+        PatchError: if the method is unknown.
     """
 
     def __init__(
@@ -45,14 +51,18 @@ class PackageMaps:
     ) -> None:
         if method not in PACKAGE_METHODS:
             raise PatchError(f"unknown saliency method {method!r}; the package has {', '.join(PACKAGE_METHODS)}")
-        # Shapley-CAM differentiates the gradient, which without parameters in the graph may be a constant
+        # Shapley-CAM differentiates the gradient, which may be a constant if the parameters are not in the graph.
         self._module = copy.deepcopy(module).float().eval().requires_grad_(method == "shapleycam")
         self._method = method
         self._targets = targets or TargetChoice()
         self._layers = TargetLayers(self._module, target_layer)
 
     def __call__(self, images: Tensor, labels: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
-        """Saliency in [0, 1] of every pixel; arguments and result as in `ActivationMaps`."""
+        """Compute the saliency in [0, 1] of every pixel; arguments and result are those of `ActivationMaps.__call__`.
+
+        Raises:
+            PatchError: if no layer can be found, the class cannot be chosen, or the package fails on this network.
+        """
         import pytorch_grad_cam
         import pytorch_grad_cam.utils.model_targets
 
@@ -70,7 +80,7 @@ class PackageMaps:
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 wanted = [package.utils.model_targets.ClassifierOutputTarget(int(c)) for c in classes]
-                # the graph hangs on the images, since the copy's parameters are frozen
+                # The images need a gradient to build the graph, since the parameters of the copy are frozen here.
                 maps = tool(images.clone().requires_grad_(), wanted)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise PatchError(
@@ -82,7 +92,11 @@ class PackageMaps:
         return pixels if size in (None, tuple(images.shape[2:])) else upscale(pixels, (size or (0, 0)))
 
     def check(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Raise PatchError if there can be no maps of images like these; the slow method itself is not run."""
+        """Check that maps can be computed for images like these; the slow method itself is not run.
+
+        Raises:
+            PatchError: if no layer can be found, or the class cannot be chosen.
+        """
         images = images.detach().float()
         self._layers.of(images)
         with frozen(self._module), torch.no_grad():

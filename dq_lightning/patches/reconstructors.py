@@ -1,4 +1,4 @@
-"""The one place that decides which reconstructor a name stands for, and what identifies it without loading it."""
+"""Decides which reconstructor a name stands for, and identifies it without loading it."""
 
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -15,25 +15,25 @@ from dq_lightning.identity.values import digest_text
 from dq_lightning.patches.mae import INSTEAD, MaskedAutoencoder, bundled_folder, load_mae
 
 AUTO_SMALL_SIDE = 64
-# published weights on plain pixels; a third of the large network's cost
+# Its weights are published and were trained on plain pixels. It takes a third of the large network's time.
 AUTO_PHOTO_MAE = "facebook/vit-mae-base"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 FOLDER_FILES = (".json", ".safetensors", ".bin")
-# the mask is given, its share is not read
+# This setting is left out of the identity: the mask is given explicitly, so the share of masked patches is never used.
 MASK_SHARE = ("mask_ratio",)
 
 
 @dataclass(frozen=True)
 class ReconstructorSpec:
-    """A resolved choice that is not loaded.
+    """A reconstructor that is chosen but not loaded.
 
     Attributes:
-        name: what was chosen: `"bundled"`, a hub name with or without `@REVISION`, a path, or a class's name.
+        name: name of the choice: `"bundled"`, a hub name with or without `@REVISION`, a path, or the name of a class.
         path: folder or checkpoint file, or None.
         module: network in memory, or None.
-        commit: of a hub name, or None while unknown.
-        num_heads: of a checkpoint file.
-        decoder_num_heads: likewise.
+        commit: commit of a hub name, or None while it is unknown.
+        num_heads: number of heads of the encoder in a checkpoint file, or None.
+        decoder_num_heads: number of heads of the decoder in a checkpoint file, or None.
     """
 
     name: str
@@ -44,10 +44,13 @@ class ReconstructorSpec:
     decoder_num_heads: int | None = None
 
     def identity(self, memory: DigestMemory) -> str | None:
-        """Hexadecimal digest of weights and configuration, without loading the network.
+        """Identify weights and configuration without loading the network.
+
+        Args:
+            memory: digests and hub commits that are remembered from earlier runs.
 
         Returns:
-            The digest, or None if the hub name was never resolved with this memory: then `resolve` first.
+            A hexadecimal digest, or None if the commit of the hub name is not known: then call `resolve` first.
         """
         if self.module is not None:
             return digest_text("mae_module", digest_module(self.module, without=MASK_SHARE))
@@ -75,10 +78,14 @@ class ReconstructorSpec:
         )
 
     def resolve(self, memory: DigestMemory) -> "ReconstructorSpec":
-        """The same choice with its hub commit fixed and recorded in `memory`; the only method that may ask a hub.
+        """Return the same choice with its hub commit, and record that in `memory`; no other method may ask the hub.
+
+        Args:
+            memory: digests and hub commits that are remembered from earlier runs.
 
         Raises:
-            PatchError: the weights are neither in the local cache nor reachable; the message says what to pass.
+            PatchError: if the weights are neither in the local cache nor reachable; the message says what to pass
+                instead.
         """
         if self.path is not None or self.module is not None:
             return self
@@ -93,13 +100,16 @@ class ReconstructorSpec:
         return replace(self, commit=commit)
 
     def load(self, device: str = "cpu") -> MaskedAutoencoder:
-        """The reconstructor on its device, frozen.
+        """Load the reconstructor with its frozen model.
+
+        Args:
+            device: device that the model runs on.
 
         Raises:
-            PatchError: it cannot be found or read.
+            PatchError: if it cannot be found or read.
         """
         if self.module is not None:
-            # a copy: the user's own keeps its device, mode and mask ratio
+            # The model is a copy, so that the user's own network keeps its device, mode and mask ratio.
             return load_mae(deepcopy(self.module), device=device)
         if self.path is not None:
             return load_mae(
@@ -116,25 +126,25 @@ def choose_reconstructor(
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
 ) -> ReconstructorSpec:
-    """Decide on a masked autoencoder; nothing is loaded and no hub is asked.
+    """Choose a masked autoencoder; this loads nothing and does not ask the hub.
 
     | `reconstructor` | choice |
     |---|---|
     | `"auto"` | images up to 64 px (longer side): bundled; larger: `facebook/vit-mae-base`. Nothing else changes it. |
     | `"bundled"` | the CIFAR-10 network in `assets/` |
-    | existing folder | one that transformers can load |
+    | existing folder | a model that transformers can load |
     | existing file | a checkpoint of the original format |
     | `"OWNER/NAME"`, `"OWNER/NAME@REVISION"` | a repository on the Hugging Face hub |
     | `nn.Module` | a `ViTMAEForPreTraining` |
 
     Args:
-        reconstructor: see the table.
-        image_size: (height, width) of a typical image, in pixels.
-        num_heads: of the encoder in a checkpoint file whose size is not official.
-        decoder_num_heads: likewise of its decoder.
+        reconstructor: name, path or network, see the table.
+        image_size: (height, width) of a typical image in pixels.
+        num_heads: number of heads of the encoder in a checkpoint file whose size is not official.
+        decoder_num_heads: number of heads of the decoder in a checkpoint file whose size is not official.
 
     Raises:
-        PatchError: the choice is unknown, or a local file is missing.
+        PatchError: if the choice is unknown, or a local file is missing.
     """
     if isinstance(reconstructor, nn.Module):
         return ReconstructorSpec(type(reconstructor).__name__, module=reconstructor)

@@ -1,4 +1,4 @@
-"""From images to a score of every patch: by a classifier's saliency map, by variance, or at random."""
+"""Scores every patch of an image by a classifier's saliency map, by variance, or at random."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,39 +17,43 @@ from dq_lightning.patches.target_layer import HOW_TO_NAME
 
 
 class PatchScorer(Protocol):
-    """Says how informative every patch is; nothing depends on which images share a batch."""
+    """Computes how informative each patch is; a score does not depend on which images share a batch."""
 
     def scores(self, images: Tensor, labels: Tensor | None, positions: Tensor, patch_size: int) -> Tensor:
         """Score every patch.
 
         Args:
             images: uint8 [B, 3, H, W], or floating as the classifier takes them, on the scorer's device.
-            labels: int64 [B] or None.
+            labels: int64 [B], class of each image, or None.
             positions: int64 [B], positions of the images in the source.
-            patch_size: P in pixels.
+            patch_size: P, side of a patch in pixels.
 
         Returns:
-            float32 [B, L] on the images' device; the higher, the more informative.
+            float32 [B, L] on the images' device; a patch with a higher score is more informative.
         """
         ...
 
 
 class SaliencyMaps(Protocol):
-    """Maps float32 [B, H, W] in [0, 1] of images [B, 3, h, w], with `size` = (H, W)."""
+    """Computes saliency maps float32 [B, H, W] in [0, 1] for images [B, 3, h, w], where `size` is (H, W)."""
 
     def __call__(self, images: Tensor, labels: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor: ...
 
     def check(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Raise PatchError if there can be no maps of images like these."""
+        """Check that maps can be computed for images like these.
+
+        Raises:
+            PatchError: if they cannot.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class RandomScorer:
-    """Independent uniform scores: a baseline. They depend on the seed and the image's position alone.
+    """Draws independent uniform scores, as a baseline; they depend only on the seed and the image's position.
 
     Attributes:
-        seed: of all images.
+        seed: seed for all images.
     """
 
     seed: int = 0
@@ -65,25 +69,26 @@ class RandomScorer:
 
 @dataclass(frozen=True)
 class VarianceScorer:
-    """Variance of the pixels of a patch, summed over the channels: a baseline that needs no classifier."""
+    """Scores a patch by the variance of its pixels, summed over the channels: a baseline that needs no classifier."""
 
     def scores(self, images: Tensor, labels: Tensor | None, positions: Tensor, patch_size: int) -> Tensor:
-        # float64, because the difference of two means loses half of the digits
+        # float64 is used, because the difference of two means loses half of the digits.
         pixels = images.double().flatten(0, 1)
         variance = pool_to_patches(pixels**2, patch_size) - pool_to_patches(pixels, patch_size) ** 2
         return variance.clamp(min=0).view(*images.shape[:2], -1).sum(1).float()
 
 
 class ClassifierScorer:
-    """Mean of a classifier's saliency map over every patch.
+    """Scores a patch by the mean of a classifier's saliency map over its pixels.
 
     Args:
-        maps: gives the maps.
-        mean: of the channels in [0, 1], to normalise uint8 images with, together with `std`.
-        std: likewise.
-        input_size: (height, width) the whole image is resized to for the classifier; as it is when None.
-        preprocess: from one uint8 image [3, H, W] to what the classifier takes, in place of the three above. It must see
-            the whole image: what it crops has no score of its own.
+        maps: object that computes the saliency maps.
+        mean: mean of each channel, for pixels in [0, 1], that uint8 images are normalised with.
+        std: standard deviation of each channel, for pixels in [0, 1], that uint8 images are normalised with.
+        input_size: (height, width) that the whole image is resized to for the classifier; None keeps its size.
+        preprocess: function from one uint8 image [3, H, W] to the classifier's input; it replaces `mean`, `std` and
+            `input_size`. It must keep the whole image, because the map is stretched over the whole image: a part that
+            it crops gets no score of its own.
     """
 
     def __init__(
@@ -104,10 +109,14 @@ class ClassifierScorer:
         return pool_to_patches(self._maps(self._prepare(images), labels, size), patch_size)
 
     def check(self, images: Tensor, labels: Tensor | None) -> None:
-        """Find the target layer and try the classifier; images and labels as for the scores.
+        """Find the target layer and try the classifier on some images.
+
+        Args:
+            images: images as for `scores`.
+            labels: labels as for `scores`.
 
         Raises:
-            PatchError: there can be no scores of images like these.
+            PatchError: if scores cannot be computed for images like these.
         """
         try:
             self._maps.check(self._prepare(images), labels)
@@ -127,7 +136,7 @@ class ClassifierScorer:
         if images.dtype == torch.uint8:
             images = images.float() / 255
         if self._input_size is not None and tuple(images.shape[2:]) != tuple(self._input_size):
-            # the whole image: a centre crop would leave patches without a score
+            # The whole image is resized, because a centre crop would leave patches without a score.
             images = F.interpolate(images, self._input_size, mode="bilinear", align_corners=False, antialias=True)
         if whole.dtype != torch.uint8:
             return images
@@ -147,19 +156,19 @@ def make_scorer(
     num_classes: int | None = None,
     preprocess: Callable[[Tensor], Tensor] | None = None,
 ) -> PatchScorer:
-    """The scorer that a config names; the one place that decides.
+    """Make the scorer that a config names.
 
     Args:
-        config: `saliency`, `target`, `class_map`, `target_layer` and `seed` are used.
-        classifier: network on its device; not needed for `"random"` and `"variance"`.
-        mean: see `ClassifierScorer`.
-        std: likewise.
-        input_size: likewise.
-        num_classes: of the dataset, or None without labels.
-        preprocess: see `ClassifierScorer`.
+        config: settings, of which `saliency`, `target`, `class_map`, `target_layer` and `seed` are used.
+        classifier: network on its device; `"random"` and `"variance"` need none.
+        mean: mean of each channel, see `ClassifierScorer`.
+        std: standard deviation of each channel, see `ClassifierScorer`.
+        input_size: (height, width) of the classifier's input, see `ClassifierScorer`.
+        num_classes: number of classes in the dataset, or None without labels.
+        preprocess: function that makes the classifier's input, see `ClassifierScorer`.
 
     Raises:
-        PatchError: there is no classifier for a method that needs one.
+        PatchError: if there is no classifier for a method that needs one, or the method is unknown.
     """
     method = config.saliency
     if method == "random":

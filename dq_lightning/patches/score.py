@@ -1,4 +1,4 @@
-"""The loop over images: a score of every patch of every image, whatever sizes the images have."""
+"""Loops over images of any sizes and computes a score for every patch of each image."""
 
 import hashlib
 import logging
@@ -19,20 +19,20 @@ from dq_lightning.core.resuming import NothingKept, Shards
 from dq_lightning.patches.saliency import PatchScorer
 
 logger = logging.getLogger("dq_lightning")
-# images of other sizes than the batch's wait for company, but not without limit
+# An image whose size differs from the others waits until a batch of its size is full. This limits the waiting images.
 WAITING_BATCHES = 8
 
 
 class ImageSource(Protocol):
-    """What the loop needs of a dataset."""
+    """What the loop needs of a dataset: images by position."""
 
     def image(self, index: int, /) -> Image.Image:
-        """RGB image of a sample."""
+        """Return the RGB image of a sample."""
         ...
 
 
 class _Read(NamedTuple):
-    """An image uint8 [3, H, W], or why there is none."""
+    """An image uint8 [3, H, W], or the error that was raised when it was read."""
 
     image: Tensor | None
     error: Exception | None
@@ -50,7 +50,7 @@ class _Images(Dataset[_Read]):
             pixels = np.array(self._source.image(int(self._index[place])))
             return _Read(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), None)
         except Exception as error:
-            # returned, not raised: the loader would bury it under its own traceback
+            # The error is returned, because a DataLoader would wrap a raised one in its own traceback.
             return _Read(None, error)
 
 
@@ -69,26 +69,29 @@ def score_images(
 ) -> tuple[Tensor, Tensor]:
     """Score every patch of some images of a source.
 
-    Images of one size share a batch; when the GPU's memory is short the batch is halved. No score depends on either.
+    Images of the same size share a batch. If the GPU's memory is not enough, the batch is halved. Neither changes a
+    score.
 
     Args:
-        source: gives RGB images by position.
-        index: int64 [M], positions.
-        scorer: on `device`.
-        patch_size: P in pixels.
+        source: source that gives RGB images by position.
+        index: int64 [M], positions of the images in the source.
+        scorer: scorer that runs on `device`.
+        patch_size: P, side of a patch in pixels.
         labels: int64 [M], class of each of these images, or None.
-        device: of the scorer.
-        batch_size: images a step.
-        num_workers: loader processes.
-        progress: show a bar.
-        shards: where finished scores are kept, so that a killed run goes on with what is missing; None keeps nothing.
+        device: device that the scorer runs on.
+        batch_size: number of images in each batch.
+        num_workers: number of worker processes that read images.
+        progress: whether to show a progress bar.
+        shards: where finished scores are saved, so that a killed run continues with the rest; None saves nothing.
 
     Returns:
-        scores float32 [sum of L_i], image after image, and sizes int32 [M, 2], height and width of every image.
+        scores float32 [sum of L_i], image after image, and sizes int32 [M, 2], height and width of each image in
+        pixels.
 
     Raises:
-        SourceError: an image cannot be read; as the source raised it.
-        PatchError: scores are not finite; names the sample.
+        SourceError: if an image cannot be read; it is raised as the source raised it.
+        PatchError: if scores are not finite; the message names the sample.
+        DQError: if one image alone exceeds the GPU's memory.
     """
     table = _Scores(len(index), patch_size, shards or NothingKept())
     stepper = _HalvedBatch(scorer, patch_size, torch.device(device))
@@ -112,11 +115,11 @@ def score_images(
 
 
 class _Scores:
-    """The scores that are there.
+    """The scores and sizes of the images that are finished.
 
     Attributes:
-        rows: float32 [L_i] of every image, empty before it is scored.
-        sizes: int32 [M, 2], heights and widths.
+        rows: M tensors float32 [L_i], each of them empty until its image is scored.
+        sizes: int32 [M, 2], height and width of each image in pixels.
     """
 
     def __init__(self, num_images: int, patch_size: int, shards: Shards) -> None:
@@ -126,7 +129,7 @@ class _Scores:
         self._to_keep: list[int] = []
 
     def restore(self, made_from: str) -> list[int]:
-        """Take over what an earlier run has kept; the places of the images that are missing."""
+        """Load the scores that an earlier run has saved, and return the places of the images that are missing."""
         for piece in self._shards.restore(len(self.rows), made_from):
             places = piece["places"].tolist()
             sizes = torch.from_numpy(piece["sizes"])
@@ -154,7 +157,13 @@ class _Scores:
 
 
 def split_scores(scores: Tensor, sizes: Tensor, patch_size: int) -> list[Tensor]:
-    """The inverse of the concatenation in `score_images`: for every image a view [L_i]."""
+    """Split the concatenated scores that `score_images` returned into one view [L_i] for each image.
+
+    Args:
+        scores: float32 [sum of L_i].
+        sizes: int32 [M, 2], height and width of each image in pixels.
+        patch_size: P, side of a patch in pixels.
+    """
     counts = [Grid(height, width, patch_size).num_patches for height, width in sizes.tolist()]
     return list(torch.split(scores, counts)) if counts else []
 
@@ -166,15 +175,16 @@ def _read_all(images: _Images, num_workers: int) -> Iterator[_Read]:
         batch_size=None,
         num_workers=num_workers,
         multiprocessing_context=context,
-        # a generator of its own: without one the loader draws its seed from the global one
+        # Without a generator of its own, the loader would draw its seed from the global random state.
         generator=torch.Generator().manual_seed(0),
     )
 
 
 def _batches(reads: Iterator[tuple[int, _Read]], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
-    """Places and images [B, 3, H, W] of one size, B at most `batch_size`.
+    """Group images of one size into batches of at most `batch_size`; yield their places and images [B, 3, H, W].
 
-    Without the images of the first batches, the reads give the other batches unchanged: what they hold has waited for as long.
+    If a run continues without the images of the first batches, the other batches come out unchanged, because the images
+    of a batch have waited equally long.
     """
     waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
     held = 0
@@ -194,7 +204,7 @@ def _batches(reads: Iterator[tuple[int, _Read]], batch_size: int) -> Iterator[tu
 
 
 class _HalvedBatch:
-    """Scores in pieces of the largest size that the device's memory has held so far."""
+    """Scores images in pieces, halving the size of a piece whenever the GPU's memory is not enough."""
 
     def __init__(self, scorer: PatchScorer, patch_size: int, device: torch.device) -> None:
         self._scorer, self._patch_size, self._device = scorer, patch_size, device
@@ -219,7 +229,7 @@ class _HalvedBatch:
         return torch.cat(pieces)
 
     def _try(self, images: Tensor, labels: Tensor | None, positions: Tensor) -> Tensor | None:
-        # the error's traceback holds the activations, so it must be gone before memory is released
+        # The error's traceback holds the activations, so it must be gone before the memory is released.
         try:
             moved = images.to(self._device, non_blocking=True)
             own = None if labels is None else labels.to(self._device)

@@ -1,7 +1,8 @@
-"""Which layer of a classifier a saliency map is read from, and how its output becomes a feature map.
+"""Finds the layer of a classifier that a saliency map is computed at, and how its output becomes a feature map.
 
-The layout of an output is not guessed from names. Taller and wider images tell which dimension is which, where the network
-takes them; and a textured square is moved over a plain image: a layout is right if the change of the output moves along.
+The layout of an output is measured, not guessed from names. If the network accepts taller and wider images, these show
+which dimensions are the height and the width. In addition, a textured square is moved over a plain image: a layout is
+accepted if the change of the output moves along with the square.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -15,22 +16,23 @@ from torch.nn import functional as F
 
 from dq_lightning.core.errors import PatchError
 
-# the norm before the attention of a transformer block: timm and torchvision's Swin, torchvision's ViT, transformers
+# Names of the norm before the attention of a transformer block: timm and torchvision's Swin, torchvision's ViT,
+# transformers.
 FIRST_NORMS = ("norm1", "ln_1", "layernorm_before")
 MOST_PREFIX_TOKENS = 16
-# the square stands in each of 3 x 3 equal parts of the image
+# The image is divided into 3 x 3 equal parts, and the square is put into each of them.
 PARTS_A_SIDE = 3
-# where a network takes images of any size, the square is moved over larger ones: in a map of 2 x 2 places, places hardly differ
+# If a network accepts images of any size, larger images are used: in a map of 2 x 2 places, the places hardly differ.
 PROBE_SIDE = 128
-# Least correlation between the change of an output and the place of the square. Random networks of 70 families of timm gave
-# 0.3 to 1 in the right layout, and in a wrong one at most 0.25 for tokens, 0.1 for four dimensions.
+# Least correlation between the change of an output and the position of the square. Random networks of 70 families of
+# timm gave 0.3 to 1 in the right layout, and in a wrong one at most 0.25 for tokens and 0.1 for four dimensions.
 LEAST_CORRELATION = 0.3
-# of an output with four dimensions that by its shape can have one layout alone
+# Least correlation for an output with four dimensions whose shape admits only one layout.
 LEAST_WHERE_ONE_FITS = 0.15
-# Taller and wider images have shown the dimensions: the square may only not speak against it, as it does where a map is rolled
-# over. A network that mixes all places of a small map gives about 0.
+# Least correlation if taller and wider images have already shown the dimensions. Then the square must just not
+# contradict, as it would if the map were rolled over. A network that mixes all places of a small map gives about 0.
 LEAST_AFTER_SIZES = -0.2
-# layers whose outputs are held at the same time
+# Number of layers whose outputs are held in memory at the same time.
 LAYERS_AT_ONCE = 8
 HOW_TO_NAME = (
     "name the layer yourself: PatchConfig(target_layer=NAME), a name of network.named_modules() whose output is [B, C, h, w], "
@@ -43,11 +45,11 @@ class TargetLayer:
     """A layer and the layout of its output.
 
     Attributes:
-        name: as `get_submodule` takes it.
+        name: name of the layer, as `get_submodule` takes it.
         layout: `"NCHW"`, `"NHWC"` or `"tokens"` ([B, prefix + rows * columns, C]).
-        rows: of the feature map.
-        columns: of the feature map.
-        prefix: class and register tokens before those of the patches.
+        rows: number of rows of the feature map.
+        columns: number of columns of the feature map.
+        prefix: number of class and register tokens before the tokens of the patches.
     """
 
     name: str
@@ -57,7 +59,7 @@ class TargetLayer:
     prefix: int = 0
 
     def to_map(self, output: Tensor) -> Tensor:
-        """The layer's output, or a gradient of its shape, as [B, C, rows, columns]."""
+        """Convert the layer's output, or a gradient of the same shape, to a map [B, C, rows, columns]."""
         if self.layout == "NHWC":
             return output.permute(0, 3, 1, 2)
         if self.layout == "tokens":
@@ -68,11 +70,11 @@ class TargetLayer:
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Run a block with the network in eval mode and no gradient for its parameters; then put every flag back."""
+    """Run a block with the network in eval mode and without gradients for its parameters, then restore every flag."""
     modes = [(child, child.training) for child in module.modules()]
     wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
-        # set one by one: a network may override train() and eval()
+        # The flags are set one by one, because a network may override train() and eval().
         for child, _ in modes:
             child.training = False
         for parameter in wanted:
@@ -86,11 +88,11 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 class TargetLayers:
-    """The layer of a network that maps are read from, for images of every size.
+    """The layer of a network that maps are computed at, for images of every size.
 
     Args:
-        module: classifier; it is left as it was.
-        name: of the layer; found by `find_target_layer` when None.
+        module: the classifier; it is not changed.
+        name: name of the layer; None finds one by `find_target_layer`.
     """
 
     def __init__(self, module: nn.Module, name: str | None = None) -> None:
@@ -98,10 +100,16 @@ class TargetLayers:
         self._known: dict[tuple[int, ...], TargetLayer] = {}
 
     def of(self, images: Tensor) -> TargetLayer:
-        """The layer for images [B, C, H, W] of this size; looked for once a size, and kept where the first one has a map.
+        """Return the layer for images of this size.
+
+        It is looked for once for each size. If an earlier size has a layer that also gives a map for this size, that
+        layer is used again.
+
+        Args:
+            images: [B, C, H, W] as the classifier takes them.
 
         Raises:
-            PatchError: there is none.
+            PatchError: if no layer is found.
         """
         shape = tuple(images.shape[1:])
         if shape not in self._known:
@@ -120,17 +128,20 @@ class TargetLayers:
 def find_target_layer(module: nn.Module, images: Tensor, name: str | None = None) -> TargetLayer:
     """Find the layer for saliency maps, and prove the layout of its output, by running the network on a few images.
 
-    A transformer gives the norm before its last attention: behind it, class-token pooling leaves the patches without any
-    gradient. Every other network gives its last layer that has a map. A layer counts if the change of its output follows a
-    square that is moved over the image, and if the gradient of the class score reaches its map.
+    For a transformer this is the norm before its last attention: behind this attention, class-token pooling leaves the
+    patches without any gradient. For any other network it is the last layer that has a map. A layer is accepted if the
+    change of its output follows a square that is moved over the image, and if its map receives a nonzero gradient of
+    the class score.
 
     Args:
-        module: the classifier; it is left as it was.
-        images: [B, C, H, W] as the classifier takes them; their size, mean and spread are used.
-        name: of the layer, if it is given and only its layout is wanted.
+        module: the classifier; it is not changed.
+        images: [B, C, H, W] as the classifier takes them; only their size, mean and standard deviation are used to
+            prove a layout.
+        name: name of the layer if it is given; then only its layout is looked for.
 
     Raises:
-        PatchError: there is no such layer, or no layout of its output can be proved; names `target_layer=`.
+        PatchError: if there is no such layer, or no layout of its output can be proved; the message says how to name
+            one by `target_layer=`. Also if the class scores do not depend on the image.
     """
     images = images.detach()
     shapes = _shapes(module, images[:1].expand(2, -1, -1, -1))
@@ -139,7 +150,7 @@ def find_target_layer(module: nn.Module, images: Tensor, name: str | None = None
             f"target_layer={name!r} gives no tensor in {type(module).__name__}; layers: {_last_names(shapes)}"
         )
     sizes = _Sizes(module, images)
-    # of windows and the like, the first dimension is not the batch
+    # Two images were passed. In the output of window attention, for example, the first dimension is not the batch.
     fitting = {
         key: sizes.needed(list(_layouts(key, shape, images)), shape) for key, shape in shapes.items() if shape[0] == 2
     }
@@ -170,7 +181,11 @@ def find_target_layer(module: nn.Module, images: Tensor, name: str | None = None
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in a network's output: itself, its `.logits`, or the first of a tuple."""
+    """Return the logits [B, C] in a network's output: itself, its `.logits`, or the first element of a tuple or list.
+
+    Raises:
+        PatchError: if they are no tensor with two dimensions.
+    """
     logits = getattr(output, "logits", output)
     if isinstance(logits, tuple | list):
         logits = logits[0]
@@ -184,24 +199,27 @@ def logits_of(output: Any) -> Tensor:
 def activation_and_gradient(
     module: nn.Module, layer: TargetLayer, images: Tensor, choose: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """A layer's output as a map, and the gradient of the chosen class scores with respect to it, both [B, C, rows, columns].
+    """Compute a layer's output, and the gradient of the chosen class scores with respect to it.
 
-    The part of the network before the layer runs without a graph, and no parameter gets a gradient.
+    The part of the network before the layer runs without an autograd graph, and no parameter gets a gradient.
 
     Args:
-        module: the classifier; it is left as it was.
-        layer: of it.
-        images: [B, C, H, W].
-        choose: from logits [B, C] to the class of every image, int64 [B].
+        module: the classifier; it is not changed.
+        layer: the layer of the classifier, and its layout.
+        images: [B, C, H, W] as the classifier takes them.
+        choose: function from logits [B, C] to the class of every image, int64 [B].
+
+    Returns:
+        activation and gradient, both as maps [B, C, rows, columns].
 
     Raises:
-        PatchError: the logits do not depend on the layer, or their gradient is zero in the whole map.
+        PatchError: if the logits do not depend on the layer, or if their gradient is zero in the whole map.
     """
     leaves: list[Tensor] = []
 
     def cut(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         leaves.append(output.detach().requires_grad_())
-        # a copy, since the network may go on in place, which a leaf does not allow and the activation must not see
+        # The network may continue in place. Autograd does not allow that on a leaf, and the activation must not change.
         return leaves[-1].clone()
 
     with frozen(module), torch.inference_mode(False), torch.enable_grad():
@@ -223,12 +241,12 @@ def activation_and_gradient(
 
 
 def _outputs(module: nn.Module, images: Tensor, names: Collection[str]) -> dict[str, Tensor]:
-    """The last output of each of the named layers."""
+    """Return the last output of each of the named layers."""
     seen: dict[str, Tensor] = {}
 
     def note(name: str) -> Any:
         def hook(layer: nn.Module, _: Any, output: Any) -> None:
-            # a copy, since the network may go on in place
+            # The output is copied, since the network may change it in place.
             seen[name] = output.clone()
 
         return hook
@@ -238,7 +256,7 @@ def _outputs(module: nn.Module, images: Tensor, names: Collection[str]) -> dict[
 
 
 def _shapes(module: nn.Module, images: Tensor) -> dict[str, torch.Size]:
-    """Shapes of the last outputs of all layers that give a tensor, in the order in which layers end."""
+    """Return the shapes of the last outputs of all layers that give a tensor, in the order in which layers finish."""
     seen: dict[str, torch.Size] = {}
 
     def note(name: str) -> Any:
@@ -264,10 +282,10 @@ def _run_with(hooks: dict[str, Any], module: nn.Module, images: Tensor) -> None:
 
 
 class _Sizes:
-    """What images of twice the height, and of twice the width, show about the dimensions of outputs.
+    """Compares output shapes for images of twice the height, and of twice the width, to identify dimensions.
 
     Attributes:
-        times: the side of the probes over that of the images.
+        times: side of the probe images divided by the side of the given images.
     """
 
     def __init__(self, module: nn.Module, images: Tensor) -> None:
@@ -281,17 +299,17 @@ class _Sizes:
             _shapes(module, images[:1].repeat(1, 1, times, times))
             self.times = times
         except Exception:
-            # positions of a transformer, windows, linear layers over places: networks of one size fail in many ways
+            # A network for one size only can fail in many ways: at position embeddings, windows, or linear layers.
             self._tall = self._wide = {}
 
     def needed(self, layers: list[TargetLayer], shape: torch.Size) -> dict[TargetLayer, float]:
-        """The layouts of an output of this shape that sizes do not speak against, with the correlation that proves each."""
+        """Return the layouts that the sizes do not contradict, with the correlation that each of them needs."""
         left = [layer for layer in layers if not self._tell(layer, shape) or self._show(layer, shape)]
         unproved = LEAST_WHERE_ONE_FITS if len(left) == 1 and len(shape) == 4 else LEAST_CORRELATION
         return {layer: LEAST_AFTER_SIZES if self._show(layer, shape) else unproved for layer in left}
 
     def _show(self, layer: TargetLayer, shape: torch.Size) -> bool:
-        """Whether they speak for it."""
+        """Return whether the output's shape for taller and wider images confirms this layout."""
         tall, wide = self._tall.get(layer.name), self._wide.get(layer.name)
         if not self._tell(layer, shape) or tall is None or wide is None:
             return False
@@ -307,7 +325,7 @@ class _Sizes:
         return _changed(shape, tall) == [row] and _changed(shape, wide) == [row + 1]
 
     def _tell(self, layer: TargetLayer, shape: torch.Size) -> bool:
-        """Whether anything changes with the size; pooling to a fixed size hides it."""
+        """Return whether the output's shape changes with the image size; pooling to a fixed size prevents that."""
         return any(
             len(other) != len(shape) or _changed(shape, other)
             for shapes in (self._tall, self._wide)
@@ -316,12 +334,12 @@ class _Sizes:
 
 
 def _changed(shape: torch.Size, other: torch.Size) -> list[int]:
-    """Dimensions behind the batch whose size differs."""
+    """Return the dimensions after the batch dimension in which two shapes differ."""
     return [axis for axis in range(1, len(shape)) if len(other) == len(shape) and other[axis] != shape[axis]]
 
 
 def _layouts(name: str, shape: torch.Size, images: Tensor) -> Iterator[TargetLayer]:
-    """Every layout that an output may have by its shape: its grid must have the aspect of the images [B, C, H, W]."""
+    """Yield every layout that fits an output's shape: its grid has about the aspect ratio of images [B, C, H, W]."""
     height, width = images.shape[2:]
 
     def fits(rows: int, columns: int) -> bool:
@@ -340,7 +358,7 @@ def _layouts(name: str, shape: torch.Size, images: Tensor) -> Iterator[TargetLay
 
 
 def _alike(one: TargetLayer, other: TargetLayer) -> bool:
-    """Whether two layouts differ in the size of the map alone."""
+    """Return whether two layouts are equal except for the size of the map."""
     return (one.layout, one.prefix) == (other.layout, other.prefix)
 
 
@@ -353,19 +371,20 @@ def _last_names(shapes: dict[str, torch.Size]) -> str:
 
 
 def make_probes(images: Tensor, times: int = 1) -> tuple[Tensor, Tensor]:
-    """A plain image, and the same with a square in each of 9 places.
+    """Make a plain image, and nine copies of it, each with a textured square in another place.
 
     Args:
-        images: [B, C, H, W] as the network takes them; gives mean and spread.
-        times: of their size.
+        images: [B, C, H, W] as the network takes them; the probes get their mean and standard deviation.
+        times: side of the probes divided by the side of the images.
 
     Returns:
-        probes [1 + 9, C, times * H, times * W], the plain one first, and where the square is, [9, 1, times * H, times * W].
+        probes [1 + 9, C, times * H, times * W], the plain one first, and places [9, 1, times * H, times * W], which are
+        1 in the square and 0 elsewhere.
     """
     channels, height, width = images.shape[1], times * images.shape[2], times * images.shape[3]
     draw = torch.Generator().manual_seed(0)
     mean, spread = images.mean((0, 2, 3), keepdim=True), images.std((0, 2, 3), keepdim=True)
-    # of one colour only, or of one pixel
+    # Images of one colour, or of one pixel, have no usable standard deviation.
     spread = torch.where(spread > 1e-6, spread, 1)
 
     def texture(amplitude: float) -> Tensor:
@@ -384,7 +403,10 @@ def make_probes(images: Tensor, times: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def _follower(needed: dict[TargetLayer, float], output: Tensor, probes: Tensor, places: Tensor) -> TargetLayer | None:
-    """The layout in which the output [1 + 9, ...] for the probes follows the square best, if that is as well as needed."""
+    """Return the layout in which the output [1 + 9, ...] for the probes follows the square best.
+
+    The result is None if the best correlation is lower than this layout needs.
+    """
     best, found = -1.0, None
     for layer in needed:
         for probed in _layouts(layer.name, output.shape, probes):
@@ -394,21 +416,24 @@ def _follower(needed: dict[TargetLayer, float], output: Tensor, probes: Tensor, 
 
 
 def follows(layer: TargetLayer, output: Tensor, places: Tensor) -> float:
-    """Correlation between where an output changes and where the square is, over all places of the square.
+    """Return the correlation between where an output changes and where the square is, over all places of the square.
 
     Args:
-        layer: in the layout that is tried.
-        output: [1 + 9, ...] for the probes.
-        places: of the square, [9, 1, H, W].
+        layer: the layer with the layout that is tried.
+        output: [1 + 9, ...], output of the layer for the probes.
+        places: [9, 1, H, W], 1 in the square and 0 elsewhere.
+
+    Returns:
+        A number from -1 to 1; 0 if nothing changes.
     """
     maps = layer.to_map(output.float())
     plain, moved = maps[:1], maps[1:]
     length = plain.norm(dim=1) + moved.norm(dim=1)
-    # relative: in trained transformers a few tokens are far longer than all others
+    # The change is relative to the length, because in trained transformers a few tokens are far longer than all others.
     change = (moved - plain).norm(dim=1) / torch.where(length > 0, length, 1)
     change = change / change.sum((1, 2), keepdim=True).clamp(min=1e-30)
     covered = F.adaptive_avg_pool2d(places.float(), (layer.rows, layer.columns))[:, 0]
-    # without what is the same wherever the square is
+    # This removes what is the same wherever the square is.
     change, covered = change - change.mean(0), covered - covered.mean(0)
     scale = float(change.norm() * covered.norm())
     return float((change * covered).sum()) / scale if scale > 0 else 0.0
@@ -423,7 +448,11 @@ def _is_reached(module: nn.Module, layer: TargetLayer, images: Tensor) -> bool:
 
 
 def _check_looks(module: nn.Module, images: Tensor) -> None:
-    """Raise PatchError if no pixel counts for the class score, whatever layer is asked."""
+    """Check that the class scores depend on the image at all.
+
+    Raises:
+        PatchError: if the gradient of the class scores is zero at every pixel.
+    """
     with frozen(module), torch.inference_mode(False), torch.enable_grad():
         probes = make_probes(images)[0][:2].requires_grad_()
         score = logits_of(module(probes)).amax(1).sum()

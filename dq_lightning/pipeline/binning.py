@@ -1,4 +1,4 @@
-"""Station 2 over a plan: features refined as the settings ask, near-duplicates left out, bins of the rest."""
+"""Station 2 for a plan: whiten the features if the settings ask for it, leave out near-duplicates, and bin the rest."""
 
 from dataclasses import replace
 
@@ -14,7 +14,16 @@ from dq_lightning.pipeline.plan import Plan
 
 
 def bins_of(plan: Plan, features: Features, *, device: str, progress: bool) -> Bins:
-    """Bins of all N samples of a plan from their features."""
+    """Make the bins of all N samples of a plan from their features.
+
+    Samples that could not be read and near-duplicates get the bin -1.
+
+    Args:
+        plan: plan of the run.
+        features: features of the N samples.
+        device: device that the bins are computed on.
+        progress: show progress bars.
+    """
     settings = plan.config.bins
     grouping = plan.labels if settings.by_label else None
     labels = grouping.values if grouping is not None else None
@@ -51,7 +60,7 @@ def bins_of(plan: Plan, features: Features, *, device: str, progress: bool) -> B
 
 
 def tell_lost_classes(plan: Plan, bins: Bins, selection: Selection) -> None:
-    """Warn of classes of which no sample is kept."""
+    """Log a warning that names the classes of which no sample is kept."""
     labels = plan.labels
     if labels is None:
         return
@@ -66,7 +75,7 @@ def tell_lost_classes(plan: Plan, bins: Bins, selection: Selection) -> None:
 
 
 def _refined(features: Features, kept: Tensor | None, *, whitened: bool) -> Features:
-    """Features of the samples that go into bins, whitened where that is wanted."""
+    """Return the features of the samples at `kept` (int64 [n]; None for all), whitened if `whitened`."""
     embedding, gradient = features.embedding, features.head_gradient
     if kept is not None:
         embedding, gradient = embedding[kept], None if gradient is None else gradient[kept]

@@ -1,6 +1,7 @@
-"""The flow on one page: source -> features -> bins -> selection -> patches -> store.
+"""The build of a compact set, step by step: source -> features -> bins -> selection -> patches -> store.
 
-Each station asks the cache first and computes, through the one before, only what is missing. No Lightning here.
+Each station looks in the cache first. If its entry is missing, it asks the station before it for the input and computes
+only what is missing. This file does not use Lightning.
 """
 
 import math
@@ -59,16 +60,26 @@ from dq_lightning.selection.select import select
 
 
 class Build:
-    """One run of the stations.
+    """One build of a compact set, or of bins, through all the stations that it needs.
 
     Args:
-        plan: what is to be made.
+        plan: plan of the run.
         source: identity of the data.
-        cache: where it is kept.
-        device: of the networks.
-        force: make again what is there.
-        progress: show bars.
-        seconds: that were spent before, by what they were spent on.
+        cache: cache that keeps the entry of every station.
+        device: device that the networks and the bins run on.
+        force: make again what is already in the cache.
+        progress: show progress bars.
+        seconds: wall time in seconds that was spent before this build, by the name of the work.
+
+    Attributes:
+        marks: text that differs once the data were changed, found without reading all of them, as it was before the
+            build.
+        usable: parts of all entries that equal what the plan would make; see `usable_parts`.
+        parts: parts of the plan's own entries, by station.
+        has_made: whether any station had to compute something.
+
+    Raises:
+        CacheError: the identity of a network could not be written to the cache.
     """
 
     def __init__(
@@ -97,19 +108,22 @@ class Build:
         self.has_made = False
 
     def bins(self) -> Bins:
-        """The bins alone."""
+        """Return the bins alone, found in the cache or made."""
         return self._load(BINS, partial(self._telling, BINS, self._write_bins), read_bins)
 
     def _telling(self, station: str, write: Callable[[Path], None], folder: Path) -> None:
-        """Say why something is made, once it is: another process may have made it while this one waited."""
+        """Log, once per build, why something is made, and then make it.
+
+        The line is not logged earlier, because another process may make the entry while this one waits for its lock.
+        """
         if not self.has_made:
             self.has_made = True
             get_logger().info(self._reason(station))
         write(folder)
 
     def compact(self) -> Compact:
-        """The whole way to a compact set."""
-        # the identity of the data was found before
+        """Return the compact set, found in the cache or made, and log what was kept and how long each step took."""
+        # Finding the identity of the data came before the build, and its seconds count towards the total.
         started, before = time.perf_counter(), sum(self.seconds.values())
         log = get_logger()
         read = partial(open_compact, parts=self.parts, reused=False)
@@ -119,7 +133,8 @@ class Build:
             try:
                 compact = self._filled(compact)
             except StoreError:
-                # who read it has left a doubt, or it was removed meanwhile: this look compares all files
+                # The failed read asked the cache to compare all files of this entry, or the entry was removed
+                # meanwhile. The next lookup therefore finds out whether it is damaged, and makes it again if so.
                 again = self.cache.load(STORE, self.parts[STORE], write, read)
                 compact = self._filled(again)
         if not self.has_made:
@@ -129,7 +144,7 @@ class Build:
             )
             return replace(compact, info=replace(compact.info, reused=True))
         whole = before + time.perf_counter() - started
-        # rounded down, or the parts could be more than the whole
+        # The seconds of each step are rounded down, so that they never sum to more than the total.
         spent = ", ".join(f"{name} {math.floor(10 * seconds) / 10:.1f} s" for name, seconds in self.seconds.items())
         log.info(
             f"kept {len(compact.selection):,} of {len(self.plan.source):,} samples in {whole:.1f} s "
@@ -140,7 +155,7 @@ class Build:
         return replace(compact, info=replace(compact.info, seconds=self.seconds))
 
     def _reason(self, station: str) -> str:
-        """Why something is computed, and what is not."""
+        """Return a sentence that says why something is computed and which earlier results are reused."""
         encoder = "" if self.plan.encoder is None else f"; encoder: {self.plan.encoder.description}"
         if self.force:
             return f"computing everything because force_recompute=True{encoder}"
@@ -172,7 +187,7 @@ class Build:
         started, others = time.perf_counter(), sum(self.seconds.values())
         with telling_of_lost_loaders():
             yield
-        # what was timed under another name meanwhile is no part of this one
+        # Time that nested steps recorded under their own names is subtracted.
         spent = time.perf_counter() - started - (sum(self.seconds.values()) - others)
         self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 3)
 
@@ -180,14 +195,26 @@ class Build:
         return self.cache.load(station, self.parts[station], write, read, force=self.force)
 
     def _shards(self, station: str, noun: str, *, parts: dict[str, Any] | None = None, **options: Any) -> KeptShards:
-        """What a killed run has left of an entry; its parts are those of the station, if none are given."""
+        """Return the shards of an entry: finished work that an interrupted run kept, and that this run adds to.
+
+        Args:
+            station: station of the entry.
+            noun: name of the work in messages.
+            parts: parts of the entry's key; None uses the plan's own parts of the station.
+            **options: further arguments of `KeptShards`.
+        """
         place = self.cache.place(station, self.parts[station] if parts is None else parts)
         return KeptShards(place, noun, fresh=self.force, **options)
 
     def _check_unchanged(self, station: str) -> None:
-        """What was read just now must be what the key says, or the entry would be found when the data are as before.
+        """Raise an error if the data changed while they were read.
 
-        Data that are known by their items alone are not read once more: each item is compared as it is read.
+        Otherwise the entry would hold results of the changed data under the key of the data before the change. Data
+        whose identity is the digest of their items are not read a second time, because each item is compared as it is
+        read.
+
+        Raises:
+            ChangedError: the data changed; the shards of the entry are removed.
         """
         if self.plan.fingerprint is not None:
             return
@@ -227,10 +254,10 @@ class Build:
         write_scores(folder, *scored)
 
     def _filled(self, compact: Compact) -> Compact:
-        """A compact set with its filled images, found or made.
+        """Return the compact set together with its filled images, which are found in the cache or made.
 
         Raises:
-            StoreError: the store is damaged, which is seen before the first image is filled.
+            StoreError: the store is damaged; this is found before the first image is filled.
         """
         store = Path(compact.info.path)
         digest = store_digest(store)
@@ -265,7 +292,16 @@ class Build:
         write_selection(folder, selection)
 
     def _given(self, chosen: Tensor) -> Selection:
-        """The samples that need no features to be chosen, without those that cannot be read where these are skipped."""
+        """Return the selection of positions that were chosen without features; their bin is -1.
+
+        With `on_error="skip"` the samples that cannot be read are left out.
+
+        Args:
+            chosen: int64 [M], positions.
+
+        Raises:
+            ConfigError: all samples were asked for, but some cannot be read.
+        """
         source, config = self.plan.source, self.plan.config
         source.check_repeatable()
         total, unreadable = len(chosen), 0
@@ -293,12 +329,13 @@ class Build:
 
     def _write_features(self, folder: Path) -> None:
         settings = self.plan.config.features
-        # a run that stopped at a sample that cannot be read has done the ones before it
+        # A run with on_error="raise" that stopped at an unreadable sample left shards of the samples before it. They
+        # are valid here too.
         stricter = [self.cache.place(FEATURES, parts[FEATURES]) for parts in self.usable[1:]]
         shards = self._shards(FEATURES, "features", also=next(iter(stricter), None))
 
         def allocate(name: str, shape: tuple[int, int]) -> Tensor:
-            # known after the first batch: a full disk is told before the hours of work
+            # The shape is known after the first batch, so a full disk is reported before the long work.
             require_space(folder, 4 * math.prod(shape))
             shards.reserve_bytes += 4 * math.prod(shape)
             return torch.empty(shape, dtype=torch.float32)
@@ -338,6 +375,6 @@ class Build:
 
 
 def _marks(source: Any, *, fresh: bool) -> str:
-    """See `ItemSource.marks`; a source of the user's own has none."""
+    """Return what `marks` of a source gives, see `ItemSource.marks`; an empty text for a source without the method."""
     marks = getattr(source, "marks", None)
     return "" if marks is None else str(marks(fresh=fresh))

@@ -1,4 +1,4 @@
-"""A compact set on the disk: found in the cache, or opened in any folder that holds a whole entry."""
+"""Read and write compact sets on the disk: find one in the cache, or open any folder that holds a complete entry."""
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,24 +29,26 @@ from dq_lightning.pipeline.plan import (
     usable_parts,
 )
 
-# of a set among the results of a command
+# Name of the folder of a compact set inside the output folder of the `quantize` command.
 SET_FOLDER = "compact"
 COMPACT_FILE = "compact.json"
-# what a store may name without a word: the table of `choose_reconstructor` and the network in the package
+# A store may name these reconstructors without the user's confirmation, because they load no network of somebody else's
+# choice: they stand for the table of `choose_reconstructor` and for the network inside this package.
 OWN_RECONSTRUCTORS = ("auto", "bundled")
 
 
 @dataclass(frozen=True)
 class Compact:
-    """A compact set: where it is, which samples it holds, the identity of every station, and the settings.
+    """A compact set: its folder, its samples, the key parts of every station, and its settings.
 
     Attributes:
-        info: where it is and what it costs.
-        selection: which samples it holds.
-        parts: identity of every station; empty for an entry that was opened outside of the cache.
-        config: the settings it was made with.
-        patches: of a store of patches, else None.
-        filled: folder of the same samples with their dropped patches filled, where they were filled ahead.
+        info: folder and size of the set, and further facts about it.
+        selection: positions and bins of its samples.
+        parts: parts of the key of every station; empty for an entry that was opened outside of the cache.
+        config: settings that the set was made with.
+        patches: facts about the patches of a store of patches, else None.
+        filled: folder of the same samples with their dropped patches filled, if they were filled before training; else
+            None.
     """
 
     info: StoreInfo
@@ -58,13 +60,19 @@ class Compact:
 
 
 def write_description(folder: Path, plan: Plan, patches: PatchFacts | None = None) -> None:
-    """Write down, in one sealed file, what a compact set was made of."""
+    """Write the description of a compact set, `compact.json`, which carries its own digest.
+
+    Args:
+        folder: folder of the entry.
+        plan: plan that the set was made from.
+        patches: facts about the patches of a store of patches, else None.
+    """
     labels = plan.labels
-    # a source that was passed in may have been made with columns that the config does not name
+    # A `Source` that the user passed may have been made with columns that the config does not name.
     columns = {name: getattr(plan.source, name, None) for name in ("image_column", "label_column")}
     config = plan.config.to_dict()
     if plan.chosen is not None:
-        # these had no say
+        # The settings of features and bins had no influence on the set.
         config = {name: value for name, value in config.items() if name not in ("features", "bins")}
         config["selection"] = {"keep_ratio": 1.0} if keeps_all(plan.config) else {"indices": plan.chosen_id}
     described = {
@@ -81,12 +89,14 @@ def write_description(folder: Path, plan: Plan, patches: PatchFacts | None = Non
 
 
 def find_compact(plan: Plan, cache: Cache, source: str | None = None) -> Compact | None:
-    """The compact set in the cache, or None. Reads no dataset, loads no model and touches no GPU.
+    """Return the compact set of a plan from the cache, or None if it is not there.
+
+    It does not read the dataset in full, loads no model and uses no GPU.
 
     Args:
-        plan: what is looked for.
-        cache: where.
-        source: identity of the data, if it is known; else it is looked up.
+        plan: plan of the set.
+        cache: cache that is searched.
+        source: identity of the data, if it is known; None looks up remembered digests.
     """
     source = source or source_identity(plan, cache.memory, full=False)
     identities = plan.identities(cache.memory)
@@ -96,7 +106,16 @@ def find_compact(plan: Plan, cache: Cache, source: str | None = None) -> Compact
 
 
 def find_made(plan: Plan, source: str, identities: dict[str, str], cache: Cache) -> Compact | None:
-    """The compact set of a plan; one that skips samples also takes what was made without having to skip any."""
+    """Return the compact set of a plan from the cache, or None if it is not there.
+
+    With `on_error="skip"`, a set that was made with `on_error="raise"` is found too, because it skipped no sample.
+
+    Args:
+        plan: plan of the set.
+        source: identity of the data.
+        identities: identities of the networks, by name.
+        cache: cache that is searched.
+    """
     for parts in usable_parts(plan, source, identities):
         found = find_by_parts(parts, cache)
         if found is not None:
@@ -105,14 +124,18 @@ def find_made(plan: Plan, source: str, identities: dict[str, str], cache: Cache)
 
 
 def find_by_parts(parts: Parts, cache: Cache) -> Compact | None:
-    """The compact set in the cache, with its filled images where those are wanted, or None when something is missing."""
+    """Return the compact set with these parts from the cache, or None if it is not there.
+
+    If the parts name filled images, the result contains their folder, and it is None if they are missing.
+    """
     path = cache.find(STORE, parts[STORE])
     if path is None:
         return None
     try:
         compact = open_compact(path, parts)
     except StoreError:
-        # the reader has left a doubt, or it was removed meanwhile: this look compares all files
+        # The failed read asked the cache to compare all files of this entry, or the entry was removed meanwhile. This
+        # second lookup therefore finds out whether it is damaged.
         path = cache.find(STORE, parts[STORE])
         if path is None:
             return None
@@ -124,10 +147,10 @@ def find_by_parts(parts: Parts, cache: Cache) -> Compact | None:
 
 
 def store_digest(folder: Path) -> str:
-    """`PackedDataset.digest` of a packed store, which is not opened.
+    """Return the value of `PackedDataset.digest` of a packed store without opening the store.
 
     Raises:
-        StoreError: there is none, or a damaged one.
+        StoreError: the folder holds no packed store, or a damaged one.
     """
     try:
         return sealed_digest(read_sealed(folder / STORE_FILE))
@@ -137,7 +160,12 @@ def store_digest(folder: Path) -> str:
 
 
 def set_folder(path: str | Path) -> Path:
-    """The folder of a compact set, given it or the folder of results that it was copied into (`quantize --output`)."""
+    """Return the folder of a compact set.
+
+    Args:
+        path: the folder itself, or an output folder of the command `quantize --output`, which holds the set as
+            `compact/`.
+    """
     place = Path(path).expanduser()
     inside = place / SET_FOLDER
     return inside if not (place / MANIFEST).exists() and (inside / MANIFEST).exists() else place
@@ -149,10 +177,11 @@ def open_compact(
     """Read the selection and the description of an entry of the store station.
 
     Args:
-        path: its folder, in the cache or copied from one.
-        parts: identity of every station. None: the cache has not verified the entry, so it is verified here.
-        reused: what `StoreInfo.reused` says.
-        verify: how.
+        path: folder of the entry, in the cache or copied from a cache.
+        parts: parts of the key of every station. None means that the cache has not verified the entry, so this function
+            verifies it.
+        reused: value of `StoreInfo.reused`.
+        verify: how the entry is verified where `parts` is None: `"size"`, `"hash"` or `"off"`.
 
     Raises:
         StoreError: the folder holds no compact set, or a damaged one.
@@ -187,11 +216,11 @@ def open_compact(
 
 
 def _check_described(described: dict[str, Any], selection: Selection) -> None:
-    """Refuse a description whose numbers and texts are of other types or sizes than `write_description` writes.
+    """Refuse a description whose values have other types or ranges than those that `write_description` writes.
 
     Raises:
-        StoreError: it names the field.
-        KeyError: one is missing.
+        StoreError: a value is impossible; the message names its field.
+        KeyError: a field is missing.
     """
 
     def is_count(value: Any, least: int = 0) -> bool:
@@ -233,15 +262,18 @@ def _costs(patches: PatchFacts) -> dict[str, Any]:
 def stored_patch_plan(
     compact: Compact, *, reconstructor: Any = None, reconstruct: Reconstruct | None = None
 ) -> PatchPlan:
-    """How the dropped patches of a store are filled.
+    """Make the patch plan that says how the dropped patches of an existing store are filled.
 
     Args:
-        compact: a store of patches.
-        reconstructor: name, path or network; None for what the store was made with, if that is a choice of this package.
-        reconstruct: when they are filled; None for what it was made with.
+        compact: compact set that is a store of patches.
+        reconstructor: name, path or network; None uses the reconstructor that the store was made with, if it is one of
+            `OWN_RECONSTRUCTORS`.
+        reconstruct: when the patches are filled: `"prepare"`, `"batch"` or `"off"`; None uses the setting that the
+            store was made with.
 
     Raises:
-        StoreError: the store names a network of somebody's: whoever made it does not decide what is downloaded here.
+        StoreError: the store names any other network, and the user named none. Whoever made a store must not decide
+            what is downloaded and loaded by those who use it.
     """
     assert compact.patches is not None
     config = PatchConfig.from_dict(compact.config.get("patches", {}))
@@ -253,7 +285,7 @@ def stored_patch_plan(
             'another name, folder or network, "bundled" for the small one of this package, or reconstruct="off" for the mean '
             "colour"
         )
-    # a classifier is no longer needed
+    # The patches are already chosen, so random saliency is set to avoid choosing a classifier.
     config = replace(config, saliency="random", reconstruct=when, patch_size=compact.patches.patch_size)
     height, width = compact.patches.image_size
     chosen = config.reconstructor if reconstructor is None else reconstructor
@@ -261,10 +293,13 @@ def stored_patch_plan(
 
 
 def load_selection(path: str | Path) -> Selection:
-    """Which samples a compact set holds: positions in the dataset that it was made from, and their bins.
+    """Read which samples a compact set holds.
 
     Args:
-        path: folder of the entry (`StoreInfo.path`), of either kind.
+        path: folder of the entry (`StoreInfo.path`), of kind `"indices"` or `"packed"`.
+
+    Returns:
+        A `Selection`: positions int64 [M] in the dataset that the set was made from, and bins int16 [M].
 
     Raises:
         StoreError: the folder holds no compact set, or a damaged one.
@@ -273,10 +308,15 @@ def load_selection(path: str | Path) -> Selection:
 
 
 def read_bins_of(compact: Compact, cache: Cache) -> Bins:
-    """The bins behind a compact set.
+    """Return the bins that a compact set was drawn from.
+
+    Args:
+        compact: the compact set.
+        cache: cache that holds the bins.
 
     Raises:
-        CacheError: they are not in this cache.
+        CacheError: the bins are not in this cache, there are none because the samples were given or all kept, or they
+            were made again and differ from those of the compact set.
     """
     if compact.parts and BINS not in compact.parts:
         raise CacheError(
@@ -306,10 +346,17 @@ def open_packed(
     verify: VerifyPolicy = "size",
     patches: Literal["mean", "packed"] = "mean",
 ) -> PackedDataset:
-    """The packed samples of a compact set; `patches` as in `PackedDataset`.
+    """Open the packed samples of a compact set.
+
+    Args:
+        path: folder of the entry.
+        finisher: applies the user's transforms to each sample; None delivers the samples as they were stored.
+        verify: how the entry is verified: `"size"`, `"hash"` or `"off"`.
+        patches: `"mean"` delivers images with dropped patches in the mean colour, `"packed"` delivers `PatchedImage`
+            objects.
 
     Raises:
-        StoreError: there is no packed set, or a damaged one.
+        StoreError: the folder holds no packed set, or a damaged one.
     """
     compact = open_compact(Path(path), verify=verify)
     if compact.info.kind != "packed":
@@ -323,10 +370,10 @@ def open_packed(
 
 
 def check_same_samples(samples: PackedDataset, selection: Selection) -> None:
-    """Compare the positions that a packed store says its samples have with those of a compact set.
+    """Check that the positions and bins in a packed store equal those of a selection.
 
     Raises:
-        StoreError: they belong to different sets.
+        StoreError: they differ, so the store belongs to another compact set.
     """
     if not torch.equal(samples.index, selection.index) or not torch.equal(samples.bin, selection.bin):
         cast_doubt(samples.path)

@@ -1,4 +1,4 @@
-"""From packed patches to whole images: the reconstructor over the samples of a store."""
+"""Fill the dropped patches of packed images: run the reconstructor over the samples of a store."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +23,8 @@ from dq_lightning.patches.fill import fill_pixels
 from dq_lightning.pipeline.patch_plan import PatchPlan
 from dq_lightning.sources.items import at, with_value
 
-# images of different sizes and numbers of patches that wait for their batch, in batches
+# Number of batches of samples that are read before they are grouped: images of one size and number of patches share a
+# batch.
 WINDOW = 8
 MEASURED_SAMPLES = 64
 
@@ -31,23 +32,24 @@ MEASURED_SAMPLES = 64
 def write_filled(
     folder: Path, store: Path, digest: str, patches: PatchPlan, *, device: str, progress: bool, shards: KeptShards
 ) -> None:
-    """Write the samples of a store of patches as a plain packed store, with the dropped patches filled.
+    """Write the samples of a store of patches as a packed store of whole images, with the dropped patches filled.
 
-    The images are written as raw pixels: what they cost on the disk buys the speed of the loader, and this folder can be
-    removed and made again.
+    The images are written as raw pixels. They take more space on the disk and are read faster by the loader, and the
+    folder can be removed and made again.
 
     Args:
-        folder: empty.
-        store: folder of the store.
-        digest: of the store (`PackedDataset.digest`), by which this entry is found again. All files are compared with it: a
-            store that only claims to be another one fills nothing in its name.
-        patches: names the reconstructor.
-        device: where it runs.
-        progress: show a bar.
-        shards: finished samples.
+        folder: empty folder to write.
+        store: folder of the store of patches.
+        digest: digest of the store (`PackedDataset.digest`), which is part of this entry's key. All files of the store
+            are compared with it, so that no other store can be filled under this key.
+        patches: patch plan that names the reconstructor.
+        device: device that the reconstructor runs on.
+        progress: show a progress bar.
+        shards: keeps finished samples, so that an interrupted run continues.
 
     Raises:
-        StoreError: the store is damaged, or another one.
+        StoreError: the store is damaged, or its digest is another one.
+        CacheError: the disk has too little space.
     """
     samples = PackedDataset(store, patches="packed", verify="hash")
     samples.require(digest)
@@ -76,15 +78,16 @@ def filled_items(
     progress: bool,
     start: int = 0,
 ) -> Iterator[Item]:
-    """The samples of a packed store, in order, with the dropped patches filled.
+    """Yield the samples of a packed store, in order, with the dropped patches filled.
 
     Args:
-        samples: delivers packed images.
-        place: of the image in a sample.
-        patches: names the reconstructor.
-        device: where it runs.
-        progress: show a bar.
-        start: number of the first sample to be filled; a multiple of a window changes no batch.
+        samples: packed store that delivers `PatchedImage` objects.
+        place: place of the image in a sample.
+        patches: patch plan that names the reconstructor.
+        device: device that the reconstructor runs on.
+        progress: show a progress bar.
+        start: number of the first sample to fill. If it is a multiple of the window, `WINDOW * batch_size` samples, the
+            batches are those of a run from the first sample.
     """
     target = resolve_device(device)
     try:
@@ -107,10 +110,10 @@ def filled_items(
 
 
 def stored_place(samples: PackedDataset) -> tuple[str | int, ...]:
-    """Where the image is in the samples of a store of patches.
+    """Return the place of the image in the samples of a store of patches: the keys and positions that lead to it.
 
     Raises:
-        StoreError: the store does not say.
+        StoreError: the store does not say where its images are.
     """
     place = samples.attributes.get("image_place")
     if not isinstance(place, list) or not all(type(part) in (str, int) for part in place):
@@ -121,10 +124,10 @@ def stored_place(samples: PackedDataset) -> tuple[str | int, ...]:
 def stored_image(
     sample: Any, place: tuple[str | int, ...]
 ) -> PatchedImage | Image.Image | Tensor | np.ndarray[Any, Any]:
-    """The image of a sample: its patches, or the whole image where no patches could be kept.
+    """Return the stored image of a sample: its patches, or the whole image if it could not be cut into patches.
 
     Raises:
-        StoreError: there is no image.
+        StoreError: there is no image at this place.
     """
     try:
         image = at(sample, place)
@@ -136,11 +139,14 @@ def stored_image(
 
 
 class Filler:
-    """A reconstructor on its device, over images as they are stored.
+    """Fills the dropped patches of stored images with a reconstructor that is loaded on a device.
 
     Args:
-        patches: names the reconstructor.
-        device: where it runs.
+        patches: patch plan that names the reconstructor.
+        device: device that the reconstructor runs on.
+
+    Raises:
+        PatchError: the plan has no reconstructor, because its setting is `reconstruct="off"`.
     """
 
     def __init__(self, patches: PatchPlan, device: str) -> None:
@@ -150,21 +156,28 @@ class Filler:
         self._model = patches.reconstructor.load(device)
 
     def fill(self, images: Tensor, mask: Tensor, patch_size: int | None = None) -> Tensor:
-        """Images uint8 [B, C, H, W] with patches `mask` bool [B, L] kept, filled; on the reconstructor's device.
+        """Fill the dropped patches of a batch of images.
 
         Args:
-            images: with anything in the dropped patches.
-            mask: of the patches.
-            patch_size: of the images; the plan's when None.
+            images: uint8 [B, C, H, W]; the content of the dropped patches does not matter.
+            mask: bool [B, L], True where a patch is kept.
+            patch_size: side of a patch in pixels; None uses the patch size of the plan.
+
+        Returns:
+            The filled images, uint8 [B, C, H, W], on the reconstructor's device.
         """
         model = self._model
         moved, kept = images.to(model.device), mask.to(model.device)
         return fill_pixels(model, moved, kept, patch_size or self._plan.patch_size, model.mean, model.std)
 
     def samples(self, window: list[Any], place: tuple[str | int, ...]) -> Iterator[Item]:
-        """The same samples with their images filled; images of one shape and number of patches share a batch.
+        """Yield the same samples with their images filled.
 
-        An image that was stored whole stays as it is.
+        Images of one shape and number of kept patches share a batch. An image that was stored whole is not changed.
+
+        Args:
+            window: samples with packed images.
+            place: place of the image in a sample.
         """
         groups: dict[tuple[int, ...], list[int]] = {}
         for number, sample in enumerate(window):

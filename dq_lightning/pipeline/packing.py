@@ -1,4 +1,4 @@
-"""The selected samples of a plan into a packed store, whole or by their kept patches."""
+"""Write the selected samples of a plan to a packed store, with whole images or with kept patches only."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,12 +33,26 @@ from dq_lightning.pipeline.plan import Plan
 from dq_lightning.sources.items import evenly_spaced, plain_parts
 from dq_lightning.sources.skipping import readable_items
 
-# of so many samples the size of all is estimated
+# The size of the store is estimated from about so many samples.
 MEASURED_SAMPLES = 16
 
 
 def write_whole(folder: Path, plan: Plan, selection: Selection, shards: KeptShards) -> None:
-    """Write the selection, and its samples as the dataset delivers them."""
+    """Write the entry of a packed store with whole images: selection, samples and description.
+
+    The samples are plain items, that is, items without the user's transforms.
+
+    Args:
+        folder: folder of the entry.
+        plan: plan of the run.
+        selection: the M kept samples.
+        shards: keeps finished samples, so that an interrupted run continues.
+
+    Raises:
+        StoreError: a sample cannot be stored.
+        SourceError: a sample cannot be read.
+        CacheError: the disk has too little space.
+    """
     few = selection.index[:: max(1, len(selection) // MEASURED_SAMPLES)]
     shards.reserve_bytes = estimate_bytes(_whole_items(plan, few), len(selection))
     require_space(folder, shards.reserve_bytes)
@@ -51,15 +65,21 @@ def write_whole(folder: Path, plan: Plan, selection: Selection, shards: KeptShar
 def write_patches(
     folder: Path, plan: Plan, selection: Selection, scores: Tensor, sizes: Tensor, shards: KeptShards
 ) -> None:
-    """Choose among the patches, write the selection and its samples with the chosen ones.
+    """Choose the patches to keep, and write the entry of a store of patches: selection, samples and description.
 
     Args:
-        folder: of the store.
-        plan: what is made.
-        selection: M samples.
-        scores: float32 [sum of L_i] of every patch.
-        sizes: int32 [M, 2] of the images.
-        shards: finished samples.
+        folder: folder of the entry.
+        plan: plan of the run.
+        selection: the M kept samples.
+        scores: float32 [sum of L_i], score of every patch, image after image.
+        sizes: int32 [M, 2], (height, width) of every image in pixels.
+        shards: keeps finished samples, so that an interrupted run continues.
+
+    Raises:
+        PatchError: the patches do not fit into `max_bytes`, or an image cannot be cut into patches where it must be.
+        StoreError: a sample cannot be stored.
+        SourceError: a sample cannot be read.
+        CacheError: the disk has too little space.
     """
     choice = choose(plan, selection, scores, sizes)
     facts = measure_bytes(plan, selection, choice)
@@ -73,16 +93,19 @@ def write_patches(
 
 
 def check_storable(plan: Plan, finisher: Any = None) -> None:
-    """Pack a few samples and read them back, before the hours of work, if that is what the plan will do.
+    """Check before the long work that samples can be packed: pack a few of them and read them back.
+
+    Nothing is done if the plan packs no samples.
 
     Args:
-        plan: what is to be made.
-        finisher: made for `plan.candidates`: what it makes of a sample as it comes back must be what it makes of the dataset's
-            own. Its transform may ask for what no packed set keeps, such as the name of an image's file.
+        plan: plan of the run.
+        finisher: finisher for the positions `plan.candidates`, or None. It must give the same result for a sample read
+            back as for the dataset's own sample; a transform may use something that no packed set keeps, such as the
+            file name of an image.
 
     Raises:
         StoreError: a sample cannot be stored.
-        SourceError: the finisher makes something else of it afterwards.
+        SourceError: the finisher gives another result for a sample that was packed and read back.
     """
     if plan.store_kind != "packed":
         return
@@ -135,7 +158,7 @@ def _tried_item(plan: Plan, position: int, sample: Any) -> Item:
         try:
             return with_all_patches(plan, sample, image_place(plan)), None
         except StoreError:
-            pass  # stays whole
+            pass  # The image cannot be cut into patches and is stored whole.
     return sample, plan.source.encoded(position)
 
 
@@ -147,9 +170,9 @@ def _check_finished(plan: Plan, finish: Callable[[Any], Any], position: int, sto
     try:
         wanted = {finished(plain_parts(plan.source.plain(position))) for _ in range(2)}
     except Exception:
-        return  # it fails on the dataset's own sample too, or gives what cannot be compared
+        return  # The transform fails on the dataset's own sample too, or its result cannot be compared.
     if len(wanted) > 1:
-        return  # it draws from a generator of its own
+        return  # The transform draws from its own random generator, so two of its results cannot be compared.
     reason = "another result"
     try:
         if finished(stored) in wanted:
@@ -165,7 +188,12 @@ def _check_finished(plan: Plan, finish: Callable[[Any], Any], position: int, sto
 
 @contextmanager
 def reading_again(plan: Plan) -> Iterator[None]:
-    """Tell that a sample which can't be read now was read before, where its features were made from it."""
+    """Add to the error of an unreadable sample that it could be read before, if features were made from it.
+
+    Raises:
+        SourceError: the block raised a SourceError; the message is extended if features were made by reading the
+            samples.
+    """
     try:
         yield
     except SourceError as error:

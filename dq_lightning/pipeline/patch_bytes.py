@@ -1,4 +1,4 @@
-"""What a store of patches is compared with: bytes of the same samples elsewhere."""
+"""Measure how many bytes samples take without dropped patches, as a comparison for the size of a store of patches."""
 
 import contextlib
 import io
@@ -25,15 +25,15 @@ MEASURED_SAMPLES = 1000
 
 @dataclass(frozen=True)
 class PatchFacts:
-    """What a store of patches is compared with; see `StoreInfo`.
+    """Facts about a store of patches, and sizes to compare it with; see `StoreInfo`.
 
     Attributes:
-        patch_size: P in pixels.
-        image_size: (height, width) of a typical image.
+        patch_size: P, side of a patch in pixels.
+        image_size: (height, width) of a typical image in pixels.
         keep_ratio: share of the patches that is stored.
-        original_bytes: of the same samples as their owner stores them.
-        source_bytes: of the whole dataset.
-        unpatched_bytes: of the same samples, whole, in the same codec.
+        original_bytes: bytes of the kept samples in the original dataset.
+        source_bytes: bytes of the whole original dataset.
+        unpatched_bytes: bytes of the kept samples with whole images in the codec of the store.
     """
 
     patch_size: int
@@ -45,9 +45,10 @@ class PatchFacts:
 
 
 def measure_bytes(plan: Plan, selection: Selection, choice: PatchChoice) -> PatchFacts:
-    """What the same samples and the whole dataset take elsewhere.
+    """Measure the bytes of the kept samples and of the whole dataset as the dataset stores them, and with whole images.
 
-    Complexity: one look at every file of a folder; else, and for the whole images, at most 1,000 samples are read.
+    For a folder of image files the size of every file is asked from the file system. Without files, and for the whole
+    images in the codec of the store, at most 1,000 samples are read and the result is scaled up.
     """
     patches, place = patches_of(plan), image_place(plan)
     kept, whole = selection.index.tolist(), len(plan.source)
@@ -70,7 +71,13 @@ def measure_bytes(plan: Plan, selection: Selection, choice: PatchChoice) -> Patc
 
 
 def plain_bytes(leaf: Any, codec: str, quality: int) -> int:
-    """Bytes of a whole image as a plain file of a codec, as Pillow writes it by default, and of its info."""
+    """Return the bytes of a whole image in a codec, as Pillow writes it by default, plus those of its properties.
+
+    Args:
+        leaf: the image: Pillow image, array or tensor.
+        codec: `"raw"`, `"png"`, `"jpeg"` or `"webp"`.
+        quality: quality of JPEG and WebP, 1 to 100.
+    """
     beside = len(encode_properties(leaf)) if isinstance(leaf, Image.Image) else 0
     if codec == "raw":
         return int(np.asarray(leaf).nbytes) + beside
@@ -90,7 +97,10 @@ def _as_pil(leaf: Any) -> Image.Image:
 
 
 def _owner_bytes(plan: Plan, positions: Sequence[int]) -> int:
-    """Bytes of samples as their owner stores them: files, encoded bytes, or raw pixels. What can't be read has none."""
+    """Return the bytes of samples in the original dataset: of files, encoded bytes or raw pixels.
+
+    Samples that cannot be read count as 0 bytes in a folder of files; otherwise they are left out of the average.
+    """
     source: Any = plan.source
     if not len(positions):
         return 0
@@ -105,11 +115,11 @@ def _file_bytes(path: str) -> int:
     try:
         return Path(path).stat().st_size
     except OSError:
-        return 0  # left out, or never read
+        return 0  # The file is missing: its sample was left out as unreadable, or was never read.
 
 
 def _read_bytes(plan: Plan, positions: Sequence[int]) -> int:
-    """The same from at most 1,000 samples."""
+    """Estimate the bytes of samples in the original dataset from at most 1,000 of them, without using file sizes."""
     place, sizes = image_place(plan), []
     tried = [positions[number] for number in evenly_spaced(len(positions), MEASURED_SAMPLES)]
     for position, sample in readable_items(plan.source, tried):
@@ -119,7 +129,7 @@ def _read_bytes(plan: Plan, positions: Sequence[int]) -> int:
 
 
 def describe_costs(info: StoreInfo) -> str:
-    """One line: the bytes of a store of patches beside those of the same samples elsewhere."""
+    """Return one line for the log that compares the bytes of a store of patches with the sizes in `PatchFacts`."""
     compared = {
         "of the same samples as they were": info.original_bytes,
         "of the whole dataset": info.source_bytes,

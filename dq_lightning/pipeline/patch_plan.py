@@ -1,4 +1,7 @@
-"""What the step on patches will use: patch size, classifier, reconstructor, and their identity. Computes nothing."""
+"""The plan of the step on patches: patch size, classifier and reconstructor, and their identities.
+
+Nothing in this file scores or fills patches.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,20 +20,21 @@ from dq_lightning.patches.saliency import PatchScorer, make_scorer
 
 SMALL_SIDE = 64
 SMALL_PATCH, PHOTO_PATCH = 4, 16
-# what needs no classifier
+# These methods of saliency need no classifier.
 PLAIN_SALIENCY = ("random", "variance")
 
 
 @dataclass(frozen=True)
 class PatchPlan:
-    """The step on patches, resolved and not loaded.
+    """The plan of the step on patches; its networks are chosen but not loaded.
 
     Attributes:
-        config: its settings.
-        patch_size: P in pixels.
-        classifier: of the saliency, or None for a method that needs none.
-        reconstructor: fills what was dropped before or during training; None leaves the mean colour.
-        image_size: (height, width) of a typical image.
+        config: settings of the step.
+        patch_size: P, side of a patch in pixels.
+        classifier: network whose saliency maps score the patches, or None for a method that needs none.
+        reconstructor: network that fills the dropped patches before or during training; None leaves them in the mean
+            colour.
+        image_size: (height, width) of a typical image in pixels.
     """
 
     config: PatchConfig
@@ -41,7 +45,10 @@ class PatchPlan:
 
     @property
     def codec(self) -> str:
-        """`"auto"` resolved: raw pixels for small images, where a file's header would cost more than it saves; else PNG."""
+        """Codec of the kept patches with `"auto"` resolved: `"raw"` for images of up to 64 pixels a side, else `"png"`.
+
+        In small images the header of a PNG would take more bytes than its compression saves.
+        """
         if self.config.codec != "auto":
             return self.config.codec
         return "raw" if max(self.image_size) <= SMALL_SIDE else "png"
@@ -52,7 +59,7 @@ class PatchPlan:
         return self.config.reconstruct == "prepare"
 
     def identities(self, memory: DigestMemory) -> dict[str, str] | None:
-        """Identity of every network used, by name; None when a hub name was never resolved with this memory."""
+        """Return the identities of the networks in use, by name; None when one was never resolved with this memory."""
         found = {}
         for name in ("classifier", "reconstructor"):
             spec = getattr(self, name)
@@ -65,7 +72,7 @@ class PatchPlan:
         return found
 
     def resolve(self, memory: DigestMemory) -> "PatchPlan":
-        """The same plan with the commits of hub names fixed; the only method that may ask a hub."""
+        """Return this plan with the commits of hub names fixed; no other method may send requests to a hub."""
         return replace(
             self,
             classifier=self.classifier and self.classifier.resolve(memory),
@@ -73,7 +80,11 @@ class PatchPlan:
         )
 
     def saliency_parts(self, identities: dict[str, str]) -> dict[str, Any]:
-        """What the scores depend on, beside the samples and their labels."""
+        """Return everything that the scores depend on besides the samples and their labels, as plain JSON.
+
+        Args:
+            identities: identities of the networks, by name.
+        """
         config = self.config
         parts: dict[str, Any] = {"saliency": config.saliency, "patch_size": self.patch_size}
         if config.saliency == "random":
@@ -84,7 +95,7 @@ class PatchPlan:
         return parts | target | {"classifier": identities["classifier"]}
 
     def store_parts(self) -> dict[str, Any]:
-        """What the stored bytes depend on, beside the scores."""
+        """Return everything that the stored bytes depend on besides the scores, as plain JSON."""
         config = self.config
         parts: dict[str, Any] = {"drop_ratio": config.drop_ratio, "max_bytes": config.max_bytes, "codec": self.codec}
         if config.spread or config.max_bytes is not None:
@@ -94,11 +105,15 @@ class PatchPlan:
         return parts
 
     def load_scorer(self, device: str, num_classes: int | None) -> PatchScorer:
-        """The scorer on its device.
+        """Load the scorer of patches on a device.
+
+        Args:
+            device: device that the classifier runs on.
+            num_classes: number of classes of the dataset, or None when it has no labels.
 
         Raises:
-            PatchError: the classifier cannot explain itself.
-            FeatureError: its weights cannot be found or do not fit.
+            PatchError: the classifier has no output for classes, so no saliency can be computed from it.
+            FeatureError: the classifier's weights cannot be found or do not fit.
         """
         if self.classifier is None:
             return make_scorer(self.config)
@@ -119,7 +134,7 @@ class PatchPlan:
 
 @dataclass(frozen=True)
 class _OfTensor:
-    """A preprocessing of Pillow images, called with uint8 tensors [3, H, W]."""
+    """Makes a preprocessing function of Pillow images callable with uint8 tensors [3, H, W]."""
 
     preprocess: Any
 
@@ -131,17 +146,19 @@ class _OfTensor:
 def make_patch_plan(
     config: PatchConfig, image_size: tuple[int, int], *, classifier: Any = None, reconstructor: Any = None
 ) -> PatchPlan:
-    """Choose patch size, classifier and reconstructor. Loads no weights and asks no hub.
+    """Choose patch size, classifier and reconstructor.
+
+    It loads no weights and sends no requests to a hub.
 
     Args:
-        config: settings.
+        config: settings of the step.
         image_size: (height, width) of a typical image in pixels.
-        classifier: network, or `(network, preprocessing)`, in place of the config's name.
-        reconstructor: `ViTMAEForPreTraining` in place of the config's name.
+        classifier: network, or `(network, preprocessing)`; it replaces the name in the config.
+        reconstructor: `ViTMAEForPreTraining`, or a name or path; it replaces the name in the config.
 
     Raises:
-        FeatureError: the classifier's name is unknown.
-        PatchError: the reconstructor's is.
+        FeatureError: the name of the classifier is unknown.
+        PatchError: the name of the reconstructor is unknown.
     """
     size = config.patch_size or (SMALL_PATCH if max(image_size) <= SMALL_SIDE else PHOTO_PATCH)
     chosen = None
@@ -160,6 +177,13 @@ def make_patch_plan(
 
 
 def check_modality(modality: str) -> None:
-    """Raise ConfigError unless samples of this kind have patches."""
+    """Check that the samples are images, because only images have patches.
+
+    Args:
+        modality: `"image"` or `"text"`.
+
+    Raises:
+        ConfigError: the samples are not images.
+    """
     if modality != "image":
         raise ConfigError(f"drop_ratio= drops patches of images, but these samples are {modality}: leave it out")

@@ -1,4 +1,4 @@
-"""Station 4 over a plan: scores of the kept samples' patches, the choice among them, packed samples."""
+"""Station 4 for a plan: score the patches of the kept samples, choose among them, and pack the samples."""
 
 import os
 from collections import deque
@@ -29,10 +29,10 @@ from dq_lightning.pipeline.plan import Plan
 from dq_lightning.sources.items import at, evenly_spaced, plain_parts, with_value
 from dq_lightning.sources.skipping import readable_items
 
-# fewer images are read faster than processes start
+# Fewer images than this are read faster in one process than loader processes start.
 WORKERS_PAY_FROM = 512
 BUDGET_ROUNDS = 8
-# looked at before the hours of work
+# So many samples are checked before the long work.
 TRIED_SAMPLES = 8
 NAMED_SAMPLES = 5
 
@@ -40,7 +40,24 @@ NAMED_SAMPLES = 5
 def score_selection(
     plan: Plan, selection: Selection, *, device: str, progress: bool, shards: Shards | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Scores float32 [sum of L_i] and sizes int32 [M, 2] of the kept samples; see `score_images`."""
+    """Score every patch of the kept samples.
+
+    Args:
+        plan: plan of the run.
+        selection: the M kept samples.
+        device: device that the classifier runs on.
+        progress: show a progress bar.
+        shards: keeps finished scores, so that an interrupted run continues; None keeps nothing.
+
+    Returns:
+        Scores float32 [sum of L_i], image after image, and sizes int32 [M, 2], (height, width) of every image; see
+        `score_images`.
+
+    Raises:
+        SourceError: an image cannot be read.
+        PatchError: the classifier cannot score patches, or scores are not finite.
+        FeatureError: the classifier's weights cannot be found or do not fit.
+    """
     patches = patches_of(plan)
     target = resolve_device(device)
     labels = plan.labels if patches.classifier is not None else None
@@ -67,11 +84,11 @@ def score_selection(
 
 
 def check_saliency(plan: Plan, *, device: str) -> None:
-    """Tell before the hours of work that the classifier cannot score patches: two images of noise are tried.
+    """Check before the long work that the classifier can score patches, by scoring two images of noise.
 
     Raises:
-        PatchError: its target layer cannot be found, or it fails.
-        FeatureError: its weights cannot be found.
+        PatchError: the target layer of the classifier cannot be found, or the classifier fails on the images.
+        FeatureError: the weights of the classifier cannot be found.
     """
     patches = patches_of(plan)
     if patches.classifier is None:
@@ -90,10 +107,17 @@ def check_saliency(plan: Plan, *, device: str) -> None:
 
 
 def choose(plan: Plan, selection: Selection, scores: Tensor, sizes: Tensor) -> PatchChoice:
-    """Which patches are kept: the share that the settings ask for, or as many as the bytes allow.
+    """Choose the patches to keep: the share that the settings ask for, or as many as fit into `max_bytes`.
+
+    Args:
+        plan: plan of the run.
+        selection: the M kept samples.
+        scores: float32 [sum of L_i], score of every patch, image after image.
+        sizes: int32 [M, 2], (height, width) of every image in pixels.
 
     Raises:
-        PatchError: not even the share that every image keeps fits into `max_bytes`.
+        PatchError: `max_bytes` is still exceeded when every image keeps only its least share of patches, or after
+            `BUDGET_ROUNDS` rounds of choosing and measuring.
     """
     patches = patches_of(plan)
     config, size = patches.config, patches.patch_size
@@ -111,7 +135,7 @@ def choose(plan: Plan, selection: Selection, scores: Tensor, sizes: Tensor) -> P
         seen = sum(packed.num_bytes(plan) for packed in _packed_images(plan, selection, choice))
         if seen <= config.max_bytes:
             return choice
-        # a little less than in proportion, because the patches that stay are the dearer ones
+        # The next total is 1 % less than in proportion, because the patches that stay take more bytes than the average.
         total = max(sum(least), min(total - 1, int(total * config.max_bytes / seen * 0.99)))
         if total == sum(least) == int(choice.counts.sum()):
             break
@@ -122,9 +146,10 @@ def choose(plan: Plan, selection: Selection, scores: Tensor, sizes: Tensor) -> P
 
 
 def packed_items(plan: Plan, selection: Selection, choice: PatchChoice, start: int = 0) -> Iterator[Item]:
-    """The kept samples from number `start` on, each with its image's kept patches in the place of the image.
+    """Yield the kept samples from number `start` on, each with the kept patches of its image in place of the image.
 
-    An image of which no patches can be kept (another mode than RGB or L) stays whole and is told of in a warning.
+    An image that cannot be cut into patches, because its mode is neither RGB nor L, stays whole; a warning at the end
+    counts such images.
     """
     place, whole = image_place(plan), []
     for packed in _packed_images(plan, selection, choice, start):
@@ -142,7 +167,11 @@ def packed_items(plan: Plan, selection: Selection, choice: PatchChoice, start: i
 
 
 def image_place(plan: Plan) -> tuple[str | int, ...]:
-    """Where in a sample the image is."""
+    """Return the place of the image in a sample: the keys and positions that lead to it, from outside to inside.
+
+    Raises:
+        PatchError: the source does not say where the image is.
+    """
     source: Any = plan.source
     if not hasattr(source, "image_leaf"):
         raise PatchError(f"{source.describe()} does not tell where in its samples the image is (image_leaf)")
@@ -151,12 +180,13 @@ def image_place(plan: Plan) -> tuple[str | int, ...]:
 
 
 def check_packable(plan: Plan) -> None:
-    """Tell before the hours of work that the images of a dataset cannot be stored by patches.
+    """Check before the long work, on a few samples, that the images of a dataset can be stored as patches.
 
-    A few images of other modes among them may stay whole, but not where each image is to be filled on the device.
+    Images of other modes than RGB and L may be among them, since they stay whole. With `reconstruct="batch"` none may
+    be, because every image is filled on the device.
 
     Raises:
-        StoreError: with what to deliver instead.
+        StoreError: the images cannot be stored as patches; the message says what the dataset should deliver instead.
     """
     place, problems, fitting = image_place(plan), [], 0
     tried = [int(plan.candidates[number]) for number in evenly_spaced(len(plan.candidates), TRIED_SAMPLES)]
@@ -171,10 +201,12 @@ def check_packable(plan: Plan) -> None:
 
 
 def with_all_patches(plan: Plan, sample: Any, place: tuple[str | int, ...]) -> Any:
-    """A sample with all patches of its image kept, without loss: what packing does to it beside dropping patches.
+    """Return a sample with all patches of its image kept and stored as raw pixels.
+
+    This is what packing does to a sample, apart from dropping patches and from the codec.
 
     Raises:
-        StoreError: its image is of a kind of which no patches can be kept.
+        StoreError: the image is of a type or mode that cannot be cut into patches.
     """
     leaf, size = at(sample, place), patches_of(plan).patch_size
     height, width = image_size(leaf)
@@ -183,7 +215,11 @@ def with_all_patches(plan: Plan, sample: Any, place: tuple[str | int, ...]) -> A
 
 
 def _packed_images(plan: Plan, selection: Selection, choice: PatchChoice, start: int = 0) -> Iterator["_Packed"]:
-    """Samples and their packed images, in order; read here, because datasets are seldom safe to share, packed in threads."""
+    """Yield the samples with their packed images, in order.
+
+    The samples are read in the calling thread, because few datasets are safe to read from several threads. The images
+    are packed in other threads.
+    """
     patches, place = patches_of(plan), image_place(plan)
 
     def read() -> Iterator[Callable[[], _Packed]]:
@@ -196,14 +232,14 @@ def _packed_images(plan: Plan, selection: Selection, choice: PatchChoice, start:
 
 @dataclass(frozen=True)
 class _Packed:
-    """A sample and the kept patches of its image; None where the image stays whole."""
+    """A sample and the kept patches of its image; the image is None where it stays whole."""
 
     position: int
     sample: Any
     image: PatchedImage | None
 
     def num_bytes(self, plan: Plan) -> int:
-        """About what the image takes in the store."""
+        """Return about how many bytes the image takes in the store."""
         if self.image is not None:
             return len(self.image.data) + len(self.image.mask)
         return whole_bytes(plan, self.position, at(self.sample, image_place(plan)))
@@ -231,13 +267,13 @@ class _Packing:
 
 
 def whole_bytes(plan: Plan, position: int, leaf: Any) -> int:
-    """Bytes of a whole image as its owner stores it, or of its pixels."""
+    """Return the bytes of a whole image: of its encoded form if the dataset holds one, else of its raw pixels."""
     encoded = plan.source.encoded(position)
     return int(np.asarray(leaf).nbytes) if encoded is None else len(encoded.data)
 
 
 def _in_threads(calls: Iterator[Callable[[], Any]]) -> Iterator[Any]:
-    """The results of calls in their order, a few of them made ahead."""
+    """Yield the results of calls in order; a limited number of calls runs ahead in threads."""
     threads = max(1, min(16, (os.cpu_count() or 1)))
     waiting: deque[Future[Any]] = deque()
     with torch_threads(threads) as pool:
@@ -261,6 +297,6 @@ def _num_workers(plan: Plan, count: int) -> int:
 
 
 def patches_of(plan: Plan) -> PatchPlan:
-    """The step on patches of a plan that has one."""
+    """Return the patch plan of a plan that drops patches."""
     assert plan.patches is not None
     return plan.patches

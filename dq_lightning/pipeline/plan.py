@@ -1,4 +1,7 @@
-"""What will be quantized and how, and the identity of every station's entry that follows from it. Computes nothing."""
+"""The plan of a run: what will be quantized and how, and the identity of each station's cache entry.
+
+Nothing in this file computes features, bins, scores or stores.
+"""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -20,13 +23,14 @@ from dq_lightning.sources.items import evenly_spaced
 from dq_lightning.sources.text import TextRows
 
 FEATURES, BINS, SELECTION, PATCHES, STORE = "1-features", "2-bins", "3-selection", "4-patches", "5-store"
-# images with their dropped patches filled: made from the store alone, so this folder may be removed at any time. Entries of
-# this station and of PATCHES are found by the content of the entry that they are made from
+# This station holds images with their dropped patches filled. They are made from the store alone, so its folder may be
+# removed at any time. Entries of this station and of PATCHES are found by the content of the entry that they are made
+# from.
 FILLED = "6-filled"
-# Raised by whoever changes what a station computes: old entries are then never reused.
+# Increase the number of a station whenever what it computes changes, so that its old entries are never reused.
 ALGORITHM_VERSIONS = {FEATURES: 1, BINS: 1, SELECTION: 1, PATCHES: 2, STORE: 2, FILLED: 3}
 SIZE_SAMPLES = 16
-# before an identity of the data that the user gave
+# This prefix distinguishes an identity of the data that the user gave from a digest of their content.
 GIVEN = "given:"
 
 Parts = dict[str, dict[str, Any]]
@@ -38,13 +42,13 @@ class Plan:
 
     Attributes:
         source: the dataset as the stations see it.
-        encoder: the resolved encoder, not loaded; None where the choice needs none.
+        encoder: the resolved encoder, not loaded; None where the samples are chosen without features.
         config: every setting.
         fingerprint: identity of the dataset given by the user, in place of its content digest.
-        labels_id: names the grouping given by the user; None when it is the dataset's own.
-        patches: the step on patches, or None while all of them are kept.
-        chosen: int64 [M], the positions that are kept, where no features and bins are needed to choose them: the user has,
-            or all are kept. Else None.
+        labels_id: identity of the labels given by the user; None when the labels are the dataset's own.
+        patches: the plan of the step on patches, or None while all patches are kept.
+        chosen: int64 [M], the positions that are kept, where no features and bins are needed to choose them, because
+            the user gave the positions or all samples are kept; else None.
     """
 
     source: Source
@@ -57,38 +61,38 @@ class Plan:
 
     @cached_property
     def chosen_id(self) -> str | None:
-        """Digest of the chosen positions."""
+        """Hexadecimal SHA-256 of the positions in `chosen`, or None."""
         return None if self.chosen is None else hashlib.sha256(self.chosen.numpy().tobytes()).hexdigest()
 
     @property
     def reads_for_features(self) -> bool:
-        """Whether every sample is read to make its features."""
+        """Whether features are made by reading every sample."""
         return self.encoder is not None and self.encoder.reads_samples
 
     @cached_property
     def labels(self) -> Labels | None:
-        """The class of every sample; a dataset that lists none is read through for it, once."""
+        """The class of every sample; a dataset that does not list its classes is read once in full to find them."""
         return self.source.labels()
 
     @cached_property
     def store_kind(self) -> str:
-        """`"auto"` resolved: nothing is copied as long as all patches are kept."""
+        """Kind of the store with `"auto"` resolved: `"indices"` while all patches are kept, else `"packed"`."""
         if self.config.store == "auto":
             return "indices" if self.patches is None else "packed"
         return self.config.store
 
     @property
     def candidates(self) -> Tensor:
-        """Positions int64 [n] of the samples that may be kept: those that were given, or all."""
+        """Positions int64 [n] of the samples that may be kept: those in `chosen`, or else all."""
         return torch.arange(len(self.source)) if self.chosen is None else self.chosen
 
     def resolve(self, memory: DigestMemory) -> "Plan":
-        """The same plan with the commits of hub names fixed; the only method that may ask a hub."""
+        """Return this plan with the commits of hub names fixed; no other method may send requests to a hub."""
         patches = self.patches and self.patches.resolve(memory)
         return replace(self, encoder=self.encoder and self.encoder.resolve(memory), patches=patches)
 
     def identities(self, memory: DigestMemory) -> dict[str, str] | None:
-        """Identity of every network used, by name; None when one is known to a hub alone."""
+        """Return the identities of the networks in use, by name; None when one was never resolved with this memory."""
         others = {} if self.patches is None else self.patches.identities(memory)
         if self.encoder is None or others is None:
             return others
@@ -109,7 +113,25 @@ def make_plan(
     target_transform: Any = "keep",
     fingerprint: str | None = None,
 ) -> Plan:
-    """Adapt the dataset and choose the encoder. Reads a few images at most; loads no weights."""
+    """Make the plan of a run: adapt the dataset to a source, and choose the networks.
+
+    It reads a few images at most and loads no weights.
+
+    Args:
+        dataset: any torchvision or Hugging Face dataset, map-style dataset, or `Source`.
+        config: every setting.
+        encoder: as in `quantize`.
+        classifier: as in `quantize`.
+        reconstructor: as in `quantize`.
+        labels: as in `quantize`.
+        indices: as in `quantize`.
+        transform: `"keep"`, or the transform that replaces the dataset's own; None means no transform.
+        target_transform: `"keep"`, or the transform that replaces the dataset's own target transform; None means none.
+        fingerprint: identity of the dataset given by the user, in place of its content digest.
+
+    Raises:
+        DQError: the dataset cannot be read as a source, a network cannot be chosen, or settings contradict each other.
+    """
     source = as_source(
         dataset,
         image_column=config.image_column,
@@ -139,7 +161,7 @@ def make_plan(
 
 
 def keeps_all(config: QuantizeConfig) -> bool:
-    """Whether every sample is kept, so that there is nothing to choose."""
+    """Whether the settings keep every sample, so that no selection is needed."""
     return config.selection.keep_ratio == 1 and config.bins.deduplicate is None
 
 
@@ -153,7 +175,7 @@ def _encoder(source: Source, config: QuantizeConfig, encoder: Any) -> EncoderSpe
         text=config.text,
     )
     if isinstance(source, TextRows) and spec.reads_samples:
-        source.template()  # columns that can't be read are told before anything long
+        source.template()  # It raises an error for columns that cannot be read, before any long work.
     check_image = getattr(source, "check_image", None)
     if (
         config.image_column is not None
@@ -170,31 +192,31 @@ def _encoder(source: Source, config: QuantizeConfig, encoder: Any) -> EncoderSpe
 
 
 def _by_size(encoder: Any, source: Source) -> bool:
-    """Whether the encoder is chosen by the size of the images."""
+    """Whether the choice of the encoder depends on the size of the images."""
     return isinstance(encoder, str) and encoder == "auto" and source.modality == "image"
 
 
 def _typical_size(source: Source) -> tuple[int, int]:
-    """Width and height of the image whose longer side is the median of a few evenly spaced ones."""
+    """Return (width, height) in pixels of the image with the median longer side among a few evenly spaced images."""
     sizes, problem = [], None
     for index in evenly_spaced(len(source), SIZE_SAMPLES):
         try:
             sizes.append(source.image(index).size)
         except SourceError as error:
-            problem = error  # whether that ends the run is decided where every sample is read
+            problem = error  # The step that reads every sample decides whether an unreadable sample ends the run.
     if problem is not None and not sizes:
         raise problem
     return sorted(sizes, key=max)[len(sizes) // 2]
 
 
 def source_identity(plan: Plan, memory: DigestMemory, *, full: bool) -> str | None:
-    """Identity of the data.
+    """Return the identity of the data.
 
     Args:
-        plan: what is to be made.
-        memory: of digests.
-        full: read the whole dataset if that is what it takes. False only looks digests up, as ranks that build nothing do;
-            the answer is then None when it is not known here.
+        plan: plan of the run.
+        memory: memory of content digests.
+        full: whether the dataset may be read in full to find its identity. False only looks up remembered digests,
+            which is what ranks that build nothing do; the result is None if the digest is not remembered.
     """
     if plan.fingerprint is not None:
         column = plan.config.image_column
@@ -207,12 +229,14 @@ def source_identity(plan: Plan, memory: DigestMemory, *, full: bool) -> str | No
 
 
 def station_parts(plan: Plan, source: str, identities: dict[str, str]) -> Parts:
-    """What identifies the entry of each station; every station's parts contain those of its parent.
+    """Return the parts of each station's key: plain JSON of everything that the content of its entry depends on.
+
+    The parts of a station contain the parts of the station before it.
 
     Args:
-        plan: what is to be made.
+        plan: plan of the run.
         source: identity of the data.
-        identities: of the networks, by name.
+        identities: identities of the networks, by name.
     """
     version = ALGORITHM_VERSIONS
     data: dict[str, Any] = {"source": source, "num_source_samples": len(plan.source)}
@@ -229,13 +253,13 @@ def station_parts(plan: Plan, source: str, identities: dict[str, str]) -> Parts:
         store = parts[PATCHES] | {"stored_patches": plan.patches.store_parts()}
     parts[STORE] = store | {"store": plan.store_kind, "store_version": version[STORE]}
     if plan.patches is not None and plan.patches.fills_ahead:
-        # the rest is the content of the store, see `filled_parts`
+        # The full parts also need the digest of the finished store; `filled_parts` makes them.
         parts[FILLED] = {"reconstructor": identities["reconstructor"]}
     return parts
 
 
 def _parts_of_choice(plan: Plan, data: dict[str, Any], identities: dict[str, str]) -> Parts:
-    """What identifies features, bins and selection of the data."""
+    """Return the parts of the keys of features, bins and selection."""
     config, version = plan.config, ALGORITHM_VERSIONS
     features = data | {
         "encoder": identities["encoder"],
@@ -255,12 +279,14 @@ def _parts_of_choice(plan: Plan, data: dict[str, Any], identities: dict[str, str
 
 
 def usable_parts(plan: Plan, source: str, identities: dict[str, str]) -> list[Parts]:
-    """The parts of every entry that is what this plan would make, its own first.
+    """Return the parts of all entries that equal what this plan would make, the plan's own parts first.
 
-    An entry made under `on_error="raise"` had nothing to skip, so it serves `"skip"` too; never the other way round.
+    An entry that was made with `on_error="raise"` skipped no sample, so it is also valid for `"skip"`. An entry made
+    with `"skip"` is never used for `"raise"`.
     """
     own = [station_parts(plan, source, identities)]
-    # ready-made features are made without reading the samples
+    # Ready-made features are stored without reading the samples, so an entry that was made with on_error="raise" does
+    # not show that all samples can be read.
     if plan.config.on_error == "raise" or (plan.chosen is None and not plan.reads_for_features):
         return own
     strict = replace(plan, config=replace(plan.config, on_error="raise"))
@@ -268,18 +294,21 @@ def usable_parts(plan: Plan, source: str, identities: dict[str, str]) -> list[Pa
 
 
 def scored_parts(parts: Parts, selection: Selection) -> dict[str, Any]:
-    """What identifies the scores of a selection's patches: which samples it holds, not only how it was asked for.
+    """Return the parts of the key of a selection's patch scores; they contain the content hash of the selection.
 
-    The same settings may select other samples on another device, whose features differ in their last bits.
+    The settings alone are not enough, because the same settings may select other samples on another device, where
+    features differ in their last bits.
     """
     return parts[PATCHES] | {"selection": selection.content_hash()}
 
 
 def filled_parts(store_digest: str, reconstructor: str) -> dict[str, Any]:
-    """What identifies the filled images of a store: its content, not what it says of its origin.
+    """Return the parts of the key of a store's filled images.
+
+    They contain the digest of the store's content, and not what the store says about its origin.
 
     Args:
-        store_digest: see `PackedDataset.digest`.
-        reconstructor: identity of the network.
+        store_digest: digest of the store's content, see `PackedDataset.digest`.
+        reconstructor: identity of the network that fills the dropped patches.
     """
     return {"store": store_digest, "reconstructor": reconstructor, "filled_version": ALGORITHM_VERSIONS[FILLED]}

@@ -1,4 +1,4 @@
-"""From a dataset to its compact set, or to its bins, found in the cache or made. No Lightning."""
+"""Find the compact set of a dataset, or its bins, in the cache, or else make them. This file does not use Lightning."""
 
 import time
 from collections.abc import Callable
@@ -40,28 +40,32 @@ def quantize(
     """Make the compact set of a dataset, or find it in the cache.
 
     Args:
-        source: any torchvision or Hugging Face dataset, map-style dataset, or `Source`.
-        config: settings, a dict of them, or a YAML or JSON file; the defaults keep 12.5 % of the samples from 10 bins.
-        encoder: an `nn.Module`, or `(module, preprocessing)`; None uses `config.features.encoder`.
-        classifier: network, or `(network, preprocessing)`, whose saliency scores the patches; None uses
+        source: any torchvision or Hugging Face dataset, map-style dataset, or `Source`; N samples.
+        config: settings as a `QuantizeConfig`, a dict of its fields, or a YAML or JSON file; the defaults keep 12.5 %
+            of the samples from 10 bins.
+        encoder: network that makes the features: an `nn.Module`, or `(module, preprocessing)`; None uses
+            `config.features.encoder`.
+        classifier: network, or `(network, preprocessing)`, whose saliency maps score the patches; None uses
             `config.patches.classifier`.
-        reconstructor: a `ViTMAEForPreTraining` that fills dropped patches; None uses `config.patches.reconstructor`.
-        labels: class of every sample [N], a column name, or False for none; None takes the dataset's own.
-        indices: a choice that exists already, in place of features, bins and a draw: positions in the dataset as an integer
-            array, tensor or list [M], or the `.npy` file of such (the published `select_indices_*.npy`).
+        reconstructor: `ViTMAEForPreTraining` that fills dropped patches; None uses `config.patches.reconstructor`.
+        labels: class of every sample [N], the name of a column, or False for no classes; None uses the dataset's own
+            labels.
+        indices: positions of the samples to keep, in place of features, bins and a draw: an integer array, tensor or
+            list [M], or an `.npy` file of these (such as the published `select_indices_*.npy`).
         cache_dir: folder of the cache; None uses `DQ_LIGHTNING_CACHE` or the platform's cache folder.
-        device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, ...
-        fingerprint: identity of the dataset, in place of the digest of its content.
-        force_recompute: build again what is in the cache already.
-        verify: how an entry is checked before use.
-        on_error: short form of `config.on_error`; None takes that.
+        device: device that the networks and the bins run on: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, ...
+        fingerprint: identity of the dataset given by the user, in place of the digest of its content.
+        force_recompute: build again what is already in the cache.
+        verify: how cache entries are checked before use: `"size"` compares names and sizes of their files, `"hash"`
+            also compares the digests of all files, and `"off"` checks the manifest only.
+        on_error: short form of `config.on_error`; None uses the value of the config.
         progress: show progress bars.
 
     Returns:
-        Where the compact set is and what it costs.
+        The folder of the compact set, its size, and further facts about it.
 
     Raises:
-        DQError: with what was seen and what to do.
+        DQError: anything that keeps the compact set from being made; the message says what was seen and what to do.
     """
     check_alone(indices, encoder=encoder)
     settings = with_short_forms(config, {"on_error": on_error})
@@ -90,10 +94,22 @@ def find_or_build(
     progress: bool = True,
     before: Callable[[], object] | None = None,
 ) -> Compact:
-    """The compact set, from the cache when it is there. Says in one line which of the two, and why.
+    """Return the compact set of a plan: from the cache if it is there, else made now.
 
-    The global random state is the same before and after, whatever had to be done. `before` is called where something has to be
-    made: what it raises is told before the work.
+    One line of the log says whether it was reused or is made, and why. The global random state is the same before and
+    after the call.
+
+    Args:
+        plan: what will be made.
+        cache: cache that is searched and written.
+        device: device that the networks and the bins run on.
+        force: make again what is already in the cache.
+        progress: show progress bars.
+        before: function that is called before the work, only if something has to be made; an error that it raises ends
+            the run before any long work.
+
+    Raises:
+        DQError: the compact set cannot be made.
     """
     with isolated_random_state():
         started = time.perf_counter()
@@ -112,7 +128,19 @@ def find_or_build(
 
 
 def find_or_build_bins(plan: Plan, cache: Cache, *, device: str = "auto", progress: bool = True) -> Bins:
-    """The bins of the plan's dataset alone, likewise."""
+    """Return only the bins of the plan's dataset: from the cache if they are there, else made now.
+
+    The global random state is the same before and after the call.
+
+    Args:
+        plan: what will be made.
+        cache: cache that is searched and written.
+        device: device that the networks and the bins run on.
+        progress: show progress bars.
+
+    Raises:
+        DQError: the bins cannot be made.
+    """
     with isolated_random_state():
         source, identities = _identities(plan, cache)
         for parts in [] if identities is None else usable_parts(plan, source, identities):
@@ -125,7 +153,7 @@ def find_or_build_bins(plan: Plan, cache: Cache, *, device: str = "auto", progre
 
 
 def _identities(plan: Plan, cache: Cache) -> tuple[str, dict[str, str] | None]:
-    """Of the data, and of the networks where all are known."""
+    """Return the identity of the data, and those of the networks by name, or None where one of them is unknown."""
     source = source_identity(plan, cache.memory, full=True)
     assert source is not None
     return source, plan.identities(cache.memory)

@@ -1,1 +1,1 @@
-"""Station 3: bins to selection. Pure."""
+"""Station 3: makes a selection from bins. All functions are pure."""

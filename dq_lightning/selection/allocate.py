@@ -1,4 +1,4 @@
-"""How many samples each party gets: exact, fair at every count, and growing with the count. PURE."""
+"""Divides a count of samples among groups or bins: exact, close to every share, and growing with the count. Pure."""
 
 import heapq
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from dq_lightning.core.errors import ConfigError
 
 
 def count_kept(total: int, ratio: float) -> int:
-    """Return floor(total * ratio + 1/2), the ratio read as the decimal number that was written.
+    """Return floor(total * ratio + 1/2), where the ratio is read as the decimal number that was written.
 
-    In binary floating point 45 * 0.7 is 31.499999999999996, and the half would be lost.
+    In binary floating point 45 * 0.7 is 31.499999999999996, which would be rounded down instead of up.
 
     >>> count_kept(50_000, 0.125), count_kept(45, 0.7)
     (6250, 32)
@@ -20,14 +20,15 @@ def count_kept(total: int, ratio: float) -> int:
 
 
 class Shares:
-    """The ideal share of every party when m units have been given out, m = 0 ... sum of the sizes.
+    """The ideal share of every party (a group or bin) when m units are given out, 0 <= m <= sum of the sizes.
 
-    Party b of size n_b and weight w_b has the share `n_b * min(1, level * w_b)`: proportional to weight times size until
-    the party is exhausted; the level follows from the shares' sum being m. All arithmetic is exact.
+    Party b of size n_b and weight w_b has the share `n_b * min(1, level * w_b)`: it is proportional to weight times
+    size until the party is exhausted. The level is determined by the sum of the shares, which is m. All arithmetic is
+    exact.
 
     Args:
-        sizes: units that each party can give at most.
-        weights: one non-negative weight a party; equal when None.
+        sizes: number of units that each party can give at most.
+        weights: one non-negative weight for each party; None gives all parties the same weight.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None = None) -> None:
@@ -36,7 +37,7 @@ class Shares:
         self.sizes = list(sizes)
         self.weights = [int(f * scale) for f in fractions]
         heaviest = sorted(set(self.weights), reverse=True)
-        # while the level is in (1/heaviest[i-1], 1/heaviest[i]] the parties heavier than heaviest[i] are exhausted
+        # While the level is in (1/heaviest[i-1], 1/heaviest[i]], the parties heavier than heaviest[i] are exhausted.
         self._segments = [
             (
                 weight,
@@ -48,7 +49,12 @@ class Shares:
         ]
 
     def reached(self, party: int, units: int) -> tuple[int, int]:
-        """Return the count m at which the party's share reaches `units`, as numerator and denominator."""
+        """Return the count m at which the share of a party reaches `units`, as numerator and denominator.
+
+        Args:
+            party: number of the party, whose weight must be positive.
+            units: number of units, at most the size of the party.
+        """
         base = self.sizes[party] * self.weights[party]  # level = units / base
         for weight, exhausted, slope in self._segments:
             if units * weight <= base:
@@ -59,24 +65,31 @@ class Shares:
 def apportion(shares: Shares, count: int, tie_keys: Sequence[int]) -> list[int]:
     """Give out `count` units one by one so that every party is within one of its share at every step.
 
-    Unit j of a party may be given once its share exceeds j and must be given before its share exceeds j + 1; the earliest
-    deadline goes first. Such a schedule always exists, since shares add up to the count (Tijdeman 1980, "The chairman
-    assignment problem"). The counts for a smaller `count` are a prefix of the same sequence, so they never exceed these.
+    Unit j of a party may be given once the party's share exceeds j, and must be given before the share exceeds j + 1;
+    the unit with the earliest deadline goes first. Such a schedule always exists, since the shares add up to the count
+    (Tijdeman 1980, "The chairman assignment problem"). A smaller `count` stops earlier in the same sequence, so each of
+    its counts is at most that of a larger one.
 
     Args:
-        shares: of P parties.
-        count: units to give out; at most what the parties with positive weight have.
-        tie_keys: P distinct keys; the smaller goes first where deadlines are equal.
+        shares: ideal shares of P parties.
+        count: number of units to give out, at most what the parties of positive weight have.
+        tie_keys: P distinct keys; among equal deadlines the party with the smaller key goes first.
 
     Returns:
         P counts that add up to `count`; 0 <= counts[p] <= sizes[p].
 
-    Complexity: O(count log P), at most one period of the shares.
+    Raises:
+        ConfigError: `count` is larger than what the parties of positive weight have.
+
+    Complexity: O(count log P), where count is at most one period of the shares if the weights are equal.
+
+    >>> apportion(Shares([6, 3, 1]), 5, tie_keys=[0, 1, 2])
+    [3, 2, 0]
     """
     sizes = shares.sizes
     counts = [0] * len(sizes)
     if len(set(shares.weights)) == 1 and any(shares.weights) and any(sizes):
-        # equal weights: after sum/gcd steps all shares are whole numbers again, and the windows repeat
+        # With equal weights all shares are whole numbers again after sum/gcd steps, so the schedule is periodic.
         period = sum(sizes) // gcd(*sizes)
         counts = [count // period * size // gcd(*sizes) for size in sizes]
     waiting: list[tuple[int, int]] = []

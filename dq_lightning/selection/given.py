@@ -1,4 +1,4 @@
-"""A choice that exists already: positions in memory or in a file, checked, in place of bins and a draw."""
+"""Reads and checks positions that the user has chosen, in memory or in a file, in place of bins and a random draw."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,17 +13,21 @@ from dq_lightning.core.config import BinConfig, FeatureConfig, QuantizeConfig, S
 from dq_lightning.core.errors import ConfigError, StoreError
 from dq_lightning.core.records import Selection
 
-# Any takes arrays and tensors, which LightningCLI can't write; it can write the others
+# `Any` stands for arrays and tensors, which LightningCLI cannot write to a file; it can write the other types.
 Indices = str | Path | Sequence[int] | Any
 
 
 def check_alone(indices: Any, config: QuantizeConfig | None = None, **given: Any) -> None:
-    """Raise ConfigError when positions come with settings that would choose them.
+    """Check that positions are not combined with settings that would choose them.
 
     Args:
-        indices: as in `quantize`; None is fine with everything.
-        config: whose settings of features, bins and selection must be the defaults; a seed may differ, since loaders use it.
-        **given: keywords that the user passed; None is one that was not given.
+        indices: positions as in `quantize`; None may be combined with everything.
+        config: settings, whose fields for features, bins and selection must have their defaults; seeds, batch size and
+            number of workers may differ, since loaders use them.
+        **given: keywords that the user may have passed; None stands for a keyword that was not passed.
+
+    Raises:
+        ConfigError: `indices` is not None, and a keyword was passed or a field differs from its default.
     """
     if indices is None:
         return
@@ -44,15 +48,19 @@ def check_alone(indices: Any, config: QuantizeConfig | None = None, **given: Any
 
 
 def read_indices(indices: Any, total: int | None = None) -> Tensor:
-    """The positions that a user has chosen, int64 [M], ascending.
+    """Read the positions that a user has chosen.
 
     Args:
-        indices: integers [M] as array, tensor or list, a `Selection`, or a file as for `read_index`.
-        total: samples of the dataset, to compare with; None compares nothing.
+        indices: integers [M] as an array, tensor or list, a `Selection`, or the path of a file that `read_index` reads.
+        total: number of samples of the dataset, which bounds the positions; None makes no comparison.
+
+    Returns:
+        Positions int64 [M], ascending.
 
     Raises:
-        ConfigError: they are no positions, none at all, negative, beyond the dataset, or some are there twice.
-        StoreError: likewise, of a file.
+        ConfigError: `indices` is not a list of integers, is empty, or holds a position that is negative, beyond the
+            dataset or repeated.
+        StoreError: a file cannot be read, or what it holds fails the same checks.
     """
     if isinstance(indices, str | Path):
         index = read_index(indices, total)
@@ -75,15 +83,19 @@ def read_indices(indices: Any, total: int | None = None) -> Tensor:
 
 
 def read_index(path: str | Path, total: int | None = None, *, ordered: bool = True) -> NDArray[np.int64]:
-    """Row numbers of a `.npy` (or of `index` in an `.npz`), int64 [M], ascending.
+    """Read row numbers from an `.npy` file, or from the array `index` of an `.npz` file.
 
     Args:
-        path: of the file.
-        total: samples of the dataset, to compare with; None compares nothing.
-        ordered: False keeps the order of the file.
+        path: path of the file.
+        total: number of samples of the dataset, which bounds the row numbers; None makes no comparison.
+        ordered: whether to sort the row numbers; False keeps the order of the file.
+
+    Returns:
+        Row numbers int64 [M], ascending unless `ordered` is False; M may be 0.
 
     Raises:
-        StoreError: it is no list of different row numbers, or does not fit the dataset.
+        StoreError: the file cannot be read, or it holds anything but integers [M], or row numbers that are negative,
+            beyond the dataset or repeated.
     """
     try:
         read = np.load(Path(path).expanduser(), allow_pickle=False)
@@ -101,7 +113,7 @@ def read_index(path: str | Path, total: int | None = None, *, ordered: bool = Tr
 def _checked(
     values: NDArray[Any], total: int | None, name: str, kind: type[ConfigError | StoreError]
 ) -> NDArray[np.int64]:
-    """Positions in ascending order, all different and inside the dataset."""
+    """Return the positions in ascending order, checked to be all different and inside the dataset."""
     index: NDArray[np.int64] = np.sort(values.astype(np.int64))
     if len(index) and (index[0] < 0 or (np.diff(index) == 0).any() or (total is not None and index[-1] >= total)):
         raise kind(

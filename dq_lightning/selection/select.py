@@ -1,4 +1,4 @@
-"""Bins -> Selection: the exact number of samples from every group and bin. PURE."""
+"""Draws the selection: the exact number of samples from every group and bin. All functions are pure."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +11,7 @@ from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.records import Bins, Selection
 from dq_lightning.selection.allocate import Shares, apportion, count_kept
 
-# streams of random numbers: ties among groups, ties among the bins of a group, order inside a bin
+# Numbers of the independent random streams: ties among groups, ties among the bins of a group, order inside a bin.
 _GROUP_TIES, _BIN_TIES, _ORDER = range(3)
 
 
@@ -23,25 +23,27 @@ def select(
     draw: Draw = "seeded",
     bin_weights: Sequence[float] | None = None,
 ) -> Selection:
-    """Draw the wanted share from every bin (Zhou et al. 2023, section 3.2).
+    """Draw the wanted share of samples from every bin (Zhou et al. 2023, section 3.2).
 
-    Exactly floor(N * keep_ratio + 1/2) samples are kept, of those that are in a bin. Every group is within one of its share,
-    and so is every bin within its group's count. With the same seed a smaller ratio gives a subset of what a larger one
-    gives. The answer depends on no library version, platform or thread count.
+    Exactly floor(N * keep_ratio + 1/2) samples are kept, all of which are in a bin. The count of every group is within
+    one of its share, and the count of every bin is within one of its share of the group's count. With the same seed the
+    selection for a smaller ratio is a subset of that for a larger one. The result does not depend on library versions,
+    platform or number of threads.
 
     Args:
-        bins: of N samples.
-        keep_ratio: share of samples kept, 0 < keep_ratio <= 1.
-        seed: of the draw and of the ties, at least 0.
+        bins: bins of N samples.
+        keep_ratio: share of the samples that is kept, 0 < keep_ratio <= 1.
+        seed: seed of the draw and of the ties, at least 0.
         draw: `"seeded"` draws uniformly inside a bin, `"rank"` takes the samples of lowest rank.
-        bin_weights: num_bins weights, not negative; a bin's share is then proportional to weight times size until the bin
-            is used up. Even when None.
+        bin_weights: num_bins weights, not negative; the share of a bin is proportional to weight times size until the
+            bin is used up. None gives all bins the same weight.
 
     Returns:
         Selection of M samples: `index` int64 [M] ascending, `bin` int16 [M].
 
     Raises:
-        ConfigError: a setting is out of range, nothing would be kept, or the bins of positive weight are too small.
+        ConfigError: a setting is out of range, nothing would be kept, more samples are wanted than are in a bin, or the
+            bins of positive weight are too small.
 
     Complexity: O(N log N + M log K).
     """
@@ -83,7 +85,15 @@ def _wanted(total: int, keep_ratio: float) -> int:
 
 
 def _sort(bins: Bins, present: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Return positions `present` ordered by group, bin and rank; the groups [G]; the number of samples [G, num_bins]."""
+    """Sort positions by group, bin and rank.
+
+    Args:
+        bins: bins of N samples.
+        present: int64 [P], positions of the samples that are in a bin.
+
+    Returns:
+        The positions int64 [P] in the new order, the groups int64 [G], and the number of samples, int64 [G, num_bins].
+    """
     fields = (bins.group, bins.assignment, bins.rank)
     group, assignment, rank = (t.cpu().numpy()[present].astype(np.int64) for t in fields)
     groups, ordinal = np.unique(group, return_inverse=True)
@@ -102,7 +112,7 @@ def _take(
     draw: Draw,
     weights: Sequence[float] | None,
 ) -> Iterator[NDArray[np.int64]]:
-    """Yield the positions drawn from every bin of every group."""
+    """Yield the positions that are drawn from every bin of every group, int64 [number of samples drawn]."""
     start = 0
     for group, bin_sizes, quota in zip(groups, sizes, quotas, strict=True):
         ties = _ranks(seed, _BIN_TIES, int(group), 0, len(bin_sizes))
@@ -119,7 +129,7 @@ def _take(
 
 
 def _keys(seed: int, stream: int, group: int, number: int, count: int) -> NDArray[np.uint64]:
-    """Return uniform keys from the generator's raw output, which no numpy release changes."""
+    """Return uniform keys, uint64 [count], from the generator's raw output, which is equal in all NumPy releases."""
     entropy = np.random.SeedSequence([seed, stream, group % 2**32, number])
     return np.asarray(np.random.PCG64(entropy).random_raw(count), dtype=np.uint64)
 

@@ -1,1 +1,1 @@
-"""Station 0: any dataset -> Source."""
+"""Adapters that present any dataset through one protocol, `base.Source`."""

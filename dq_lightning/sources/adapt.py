@@ -1,4 +1,4 @@
-"""The one place that decides which adapter fits a dataset."""
+"""Chooses the adapter that presents a given dataset as a `Source`. No other module makes this choice."""
 
 import copy
 import hashlib
@@ -40,27 +40,33 @@ def as_source(
     text: TextConfig | None = None,
     on_error: OnError = "raise",
 ) -> Source:
-    """See any dataset through the source protocol. The given object is never changed.
+    """Present any dataset through the `Source` protocol. The given object is never changed.
 
     Args:
-        dataset: a torchvision dataset, `Subset`, `ConcatDataset`, any object with `__getitem__` and `__len__`, a Hugging Face
-            `Dataset`, or a `DatasetDict` with a split named `train`; for text also a list of dicts, or the path of a JSON or
-            JSON Lines file. A source is returned as it is, or with another grouping.
-        image_column: column, key or position of the image; found when None.
-        label_column: the same for the class.
-        labels: grouping in place of the dataset's own classes: N whole numbers or strings, a column's name, or False for
-            none. The delivered targets stay as they are.
-        transform: in place of the dataset's own: None removes it, `"keep"` keeps it. For Hugging Face a function of a
-            batch, as for `set_transform`.
-        target_transform: likewise.
-        text: how rows of text are read. Rows of a Hugging Face dataset or a list are text when they hold strings and no
-            image; those of other datasets when a template or columns are named here.
-        on_error: `"skip"` lets identity and classes pass over items that can't be read; reading such an item itself is an
-            error either way.
+        dataset: a torchvision dataset, `Subset`, `ConcatDataset`, any object with `__getitem__` and `__len__`, a
+            Hugging Face `Dataset`, or a `DatasetDict` with a split named `train`; for text also a list of dicts, or the
+            path of a JSON or JSON Lines file. A source is returned as it is, or as a copy with another grouping, text
+            setting or handling of unreadable items.
+        image_column: column, key or position of the image in an item; it is looked for when None.
+        label_column: column, key or position of the class in an item; it is looked for when None.
+        labels: grouping that replaces the dataset's own classes: N whole numbers or strings, the name of a column, or
+            False for no groups. The delivered targets stay as they are.
+        transform: transform of the image that replaces the dataset's own: None removes it, `"keep"` keeps it. For a
+            Hugging Face dataset this is a function of a batch, as for `set_transform`.
+        target_transform: transform of the target that replaces the dataset's own: None removes it, `"keep"` keeps it.
+            Hugging Face datasets and rows of text take none.
+        text: how rows of text are read. Rows of a Hugging Face dataset or of a list count as text when they hold
+            strings and no image; rows of other datasets do when a template or columns are named here.
+        on_error: with `"skip"`, computing the identity and the classes passes over items that cannot be read. Reading
+            such an item itself is an error either way.
+
+    Returns:
+        The adapter around the dataset.
 
     Raises:
-        SourceError: the dataset is empty, a stream, or without a split, image or column that can be told apart.
-        ConfigError: an option is given for a source, which was made with its own.
+        SourceError: the dataset is empty, is a stream, or has no split, image or column that can be identified; an
+            option does not fit this kind of dataset; or `labels` does not hold one class for each sample.
+        ConfigError: a column, transform or grouping is given for a source that was made without it.
     """
     if isinstance(labels, str):
         label_column, labels = labels, None
@@ -81,20 +87,21 @@ def as_source(
         source = copy.copy(source)
         source.settings = text
     if labels is not None and labels is not False:
-        given_labels(labels, len(source))  # a wrong length is told now, not after the features
+        given_labels(labels, len(source))  # A wrong number of labels is reported before features are computed.
     if labels is not None:
-        source = copy.copy(source)  # a source that was passed in keeps its own grouping
+        source = copy.copy(source)  # A source that was passed in keeps its own grouping.
         source.grouping = labels
     return cast(Source, source)
 
 
 def _is_source(dataset: Any) -> bool:
-    # a dataset that answers every name would pass for one
+    # An object whose `__getattr__` returns something for every name passes the protocol check, so the type of its
+    # modality is checked too.
     return isinstance(dataset, ItemSource | Source) and isinstance(dataset.modality, str)
 
 
 def _with_skips(source: ItemSource, *, skips: bool) -> ItemSource:
-    """The same source, and those inside it, passing over what can't be read or not; a given source is not changed."""
+    """Return the source with `skips` set on it and on the sources inside it. The given source is not changed."""
     if source.skips == skips:
         return source
     changed = copy.copy(source)
@@ -107,9 +114,13 @@ def _with_skips(source: ItemSource, *, skips: bool) -> ItemSource:
 
 
 def grouping_id(source: Source) -> str | None:
-    """Names the grouping that a source was given in place of its dataset's own; None when it has its own.
+    """Identify the grouping that a source was given in place of its dataset's own classes.
 
-    Costs a pass over the given classes at most: nothing of the dataset is read.
+    This reads the given classes at most, and no item of the dataset.
+
+    Returns:
+        `"none"` for a source without groups, a hexadecimal SHA-256 digest of given classes, `"column:NAME"` for a named
+        column, and None when the source uses its dataset's own classes.
     """
     grouping, column = getattr(source, "grouping", None), getattr(source, "label_column", None)
     if grouping is False:
@@ -120,7 +131,7 @@ def grouping_id(source: Source) -> str | None:
         digest.update(repr(given.names).encode() if given.names is not None else b"")
         digest.update(b"unlabeled" if given.unlabeled else b"")
         return digest.hexdigest()
-    # the column's values belong to the source's own identity: its name is enough
+    # The values of the column are already part of the source's own identity, so the name of the column is enough.
     return None if column is None else f"column:{column}"
 
 
@@ -155,7 +166,7 @@ def _adapt(dataset: Any, text: TextConfig, *options: Any) -> ItemSource:
     if isinstance(dataset, str | Path):
         return _rows_of_file(dataset, *options)
     dataset_length(dataset)
-    # subclasses that read items in their own way are datasets like any other
+    # A subclass with a `__getitem__` of its own is adapted like any other dataset.
     by_torch = getter_module(dataset) == "torch.utils.data.dataset"
     if isinstance(dataset, Subset) and by_torch:
         inner = _adapt(dataset.dataset, text, *options)
@@ -171,7 +182,7 @@ def _adapt(dataset: Any, text: TextConfig, *options: Any) -> ItemSource:
 
 
 def _named_as_text(text: TextConfig) -> bool:
-    """Whether the settings say that the rows hold text."""
+    """Whether the settings name a template or columns, which means that the rows hold text."""
     return text.template != "auto" or text.columns is not None
 
 

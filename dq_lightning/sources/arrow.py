@@ -1,4 +1,4 @@
-"""Content digest of Arrow columns: the same however they are chunked, sliced, saved and loaded again."""
+"""Content digests of Arrow columns, which do not change when a table is chunked, sliced, or saved and loaded again."""
 
 import hashlib
 import os
@@ -14,13 +14,17 @@ from dq_lightning.core.records import DigestMemory
 
 
 class ColumnDigest:
-    """Digest of one column, fed with one array after another.
+    """Digest of one column, which is passed one array after another.
 
-    A column is taken apart into streams (who is null, lengths, values), each hashed on its own: so the boundaries of the
-    arrays do not show, and neither does what lies under nulls or outside of a slice.
+    A column is split into streams (which values are null, lengths, values), and each stream is hashed separately with
+    SHA-256. Therefore the digest depends neither on the boundaries of the arrays, nor on data under nulls or outside of
+    a slice.
 
     Args:
-        memory: digests the files of images that are stored as paths.
+        memory: computes and remembers digests of files, for images that are stored as paths.
+
+    Attributes:
+        saw_files: whether the content of files outside the table is part of the digest.
     """
 
     def __init__(self, memory: DigestMemory) -> None:
@@ -30,18 +34,26 @@ class ColumnDigest:
         self._rows = 0
 
     def hexdigest(self) -> str:
-        """Of all streams together."""
+        """Hexadecimal digest of all streams together."""
         whole = hashlib.sha256()
         for name in sorted(self._streams):
             whole.update(f"{name}={self._streams[name].hexdigest()};".encode())
         return whole.hexdigest()
 
     def _feed(self, name: str, data: Any) -> None:
-        if len(data):  # an empty piece must not tell that there was a piece
+        if len(data):  # An empty piece must not change the digest.
             self._streams.setdefault(name, hashlib.sha256()).update(data)
 
     def add(self, array: Any, name: str = "") -> None:
-        """Feed the next array of the column."""
+        """Add the next array of the column.
+
+        Args:
+            array: Arrow array of any type.
+            name: name of the nested part of the column that the array belongs to; empty for the column itself.
+
+        Raises:
+            SourceError: an image file that the array names cannot be read, or lies in an archive or at an address.
+        """
         if isinstance(array, pa.ChunkedArray):
             for chunk in array.chunks:
                 self.add(chunk, name)
@@ -76,7 +88,7 @@ class ColumnDigest:
             self.add(fields[key], f"{name}.{key}")
 
     def _media(self, data: Any, path: Any, name: str) -> None:
-        """Images: their bytes; where there are none, the content of the file that the path names."""
+        """Add images: their bytes, or the content of the file at their path where there are no bytes."""
         self.add(data, f"{name}.bytes")
         only_path = pc.and_(data.is_null(), path.is_valid())
         paths = path.filter(only_path).to_pylist()
@@ -97,7 +109,7 @@ class ColumnDigest:
 
     def _unreadable(self, only_path: Any, paths: list[str], name: str) -> SourceError:
         bad = next((place for place, path in enumerate(paths) if not os.access(path, os.R_OK)), 0)
-        # inside of lists the row is not known
+        # For images inside of lists the row is not known.
         row = self._rows + int(np.flatnonzero(only_path.to_numpy(zero_copy_only=False))[bad]) if not name else None
         return SourceError(
             f"Item{'' if row is None else f' {row}'} of a Hugging Face dataset names the image file {paths[bad]}, which "
@@ -110,7 +122,7 @@ class ColumnDigest:
             return
         try:
             width = array.type.bit_width // 8
-        except ValueError:  # maps, unions: rare, so value by value
+        except ValueError:  # Maps and unions are rare, so they are hashed value by value.
             self._feed(f"{name}/values", "".join(f"{value!r};" for value in array.to_pylist()).encode())
             return
         buffer = array.buffers()[1]
@@ -144,15 +156,15 @@ def digest_tables(tables: Iterable[Any], columns: list[str], memory: DigestMemor
 
     Args:
         tables: pieces with the same columns, in order.
-        columns: their names; the order of the columns does not count.
-        memory: digests files.
+        columns: names of the columns; their order does not change the digest.
+        memory: computes and remembers digests of files.
 
     Returns:
-        The digest, and whether files outside the table took part in it.
+        The hexadecimal digest, and whether the content of files outside the table is part of it.
     """
     digests = {name: ColumnDigest(memory) for name in columns}
     for table in tables:
-        # a table that goes through a list of rows comes in pieces of one row each
+        # A table that is read through a list of rows comes in chunks of one row each.
         whole_columns = table.combine_chunks()
         for name, digest in digests.items():
             digest.add(whole_columns.column(name))

@@ -1,4 +1,7 @@
-"""Datasets of one image file per sample (ImageFolder and its kin): identity is relative paths, labels and file contents."""
+"""The adapter for datasets with one image file per sample, such as torchvision's `ImageFolder`.
+
+Its identity is a digest of the relative paths, the labels and the contents of the files.
+"""
 
 import contextlib
 import os
@@ -23,7 +26,7 @@ _LISTS = ("samples", "_samples", "imgs", "_image_files")
 
 
 def file_list(dataset: Any) -> str | None:
-    """Name of the attribute that lists one file per sample, with its class; None for other datasets."""
+    """Name of the dataset's attribute that lists one file per sample; None when it has no such list with classes."""
     if not _is_folder(dataset) and not getter_module(dataset).startswith("torchvision.datasets."):
         return None
     for name in _LISTS:
@@ -46,7 +49,7 @@ def _is_folder(dataset: Any) -> bool:
 
 
 def _opens_as_installed() -> bool:
-    """Whether nothing of what opens files was replaced in torchvision and Pillow."""
+    """Whether the functions of torchvision and Pillow that open files are the original ones."""
     from torchvision.datasets.folder import default_loader, pil_loader
 
     opening: tuple[Any, ...] = (default_loader, pil_loader, Image.open)
@@ -60,7 +63,8 @@ def _reads_pil_rgb(dataset: Any) -> bool:
     if not _opens_as_installed():
         return False
     if not hasattr(dataset, "loader"):
-        return True  # all torchvision classes that list image files with classes and let no loader be chosen do
+        # All torchvision classes that list image files with classes, and take no loader, read with Pillow as RGB.
+        return True
     from torchvision import get_image_backend
     from torchvision.datasets.folder import default_loader, pil_loader
 
@@ -69,10 +73,15 @@ def _reads_pil_rgb(dataset: Any) -> bool:
 
 
 class FileSource(MapSource):
-    """One file per sample."""
+    """Adapter for datasets with one image file per sample.
+
+    Args:
+        dataset: a dataset for which `file_list` names an attribute.
+        *options: further arguments of `MapSource`.
+    """
 
     def __init__(self, dataset: Any, *options: Any) -> None:
-        # both are asked while the transforms are put on or off
+        # These attributes are set first, because the base class reads them while it replaces the transforms.
         self._list = file_list(dataset) or ""
         self._standard = _reads_pil_rgb(dataset)
         self._known_beside: State | None = None
@@ -98,14 +107,14 @@ class FileSource(MapSource):
         return relative_paths([path], self._root())[0]
 
     def image_leaf(self) -> Leaf:
-        # torchvision gives (image, class); finding that out would decode an image
+        # torchvision delivers (image, class). Looking into an item to find this would decode an image.
         return (0,) if self._standard and self.image_column is None else super().image_leaf()
 
     def target_leaf(self) -> Leaf | None:
         return (1,) if self._standard and self.label_column is None else super().target_leaf()
 
     def _listed(self) -> list[Any]:
-        """What the dataset's lists say of every file beside its path."""
+        """The values that the dataset's lists hold for every file in addition to its path."""
         entries = getattr(self.plain_dataset, self._list)
         beside = [entry[1:] for entry in entries if isinstance(entry, tuple)]
         return beside or list(getattr(self.plain_dataset, "_labels", ()))
@@ -140,8 +149,8 @@ class FileSource(MapSource):
                 raise error
 
     def _beside(self) -> State:
-        """Code of the user's that reads the files, and what it holds beside them."""
-        # once: what reading changes in the dataset must not change its identity
+        """The state of the dataset apart from the files: the user's code that reads them, and its attributes."""
+        # The state is determined once, because reading may change the dataset and must not change its identity.
         if self._known_beside is None:
             view, known = self.plain_view(), {*_LISTS, *TRANSFORM_NAMES, "root"}
             root = self._root() or ""
@@ -169,7 +178,7 @@ class FileSource(MapSource):
         targets = self.listed_targets()
         content = "\n".join(self._file_digests(paths, ForgivingMemory(memory) if self.skips else memory))
         reading = "" if self._exact else self._beside().digest
-        # values that are no classes are delivered all the same
+        # Values that are not classes are delivered too, so they are part of the identity.
         values = targets.values if targets is not None else digest_of(self._listed())
         return digest_of(
             "files", self.image_leaf(), "\n".join(relative_paths(paths, self._root())), values, content, reading

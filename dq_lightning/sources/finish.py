@@ -1,4 +1,4 @@
-"""From the plain item to what the dataset delivers: the user's transforms alone, without the data."""
+"""Finishers, which turn plain items into delivered items. They hold the user's transforms, but no data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from dq_lightning.sources.items import Leaf, at, with_value
 
 @dataclass(frozen=True)
 class TransformFinisher:
-    """Applies transforms to the leaves of a plain item.
+    """Applies transforms to the image and the target of a plain item.
 
     Attributes:
-        transform: of the image leaf, or of the whole item when `image` is empty.
-        target_transform: of the target leaf.
-        image: leaf of the image.
-        target: leaf of the target.
+        transform: transform of the image, or of the whole item when `image` is empty; None for no transform.
+        target_transform: transform of the target; None for no transform.
+        image: path to the image inside the item.
+        target: path to the target inside the item; None when there is no target.
     """
 
     transform: Callable[[Any], Any] | None = None
@@ -42,11 +42,11 @@ class TransformFinisher:
 
 @dataclass(frozen=True)
 class BatchFinisher:
-    """Applies a Hugging Face `set_transform` function, which takes and gives a dict of lists.
+    """Applies a Hugging Face `set_transform` function, which takes and returns a dict of lists.
 
     Attributes:
         transform: the function.
-        columns: the columns it sees; None for all.
+        columns: names of the columns that the function receives; None for all.
         others: whether the other columns are delivered too.
     """
 
@@ -67,9 +67,9 @@ class FormatFinisher:
     """Applies a Hugging Face `set_format` (torch, numpy, ...) to one row.
 
     Attributes:
-        kind: the format's name.
-        settings: its keyword arguments, sorted pairs.
-        columns: the columns that are formatted; None for all.
+        kind: name of the format.
+        settings: keyword arguments of the format, as sorted pairs of name and value.
+        columns: names of the columns that are formatted; None for all.
         others: whether the other columns are delivered too, unformatted.
     """
 
@@ -88,12 +88,12 @@ class FormatFinisher:
 
 @dataclass(frozen=True)
 class ConcatFinisher:
-    """One finisher for each part of a concatenation.
+    """Applies to each sample of a concatenation the finisher of the part that the sample comes from.
 
     Attributes:
-        finishers: of the parts.
-        part: int64 [M], the part that each position of the index comes from.
-        place: int64 [M], the position in that part's own index.
+        finishers: one finisher for each part; None for parts without a sample in the index.
+        part: int64 [M], number of the part that each sample of the index comes from.
+        place: int64 [M], position of each sample in the index of its part.
     """
 
     finishers: tuple[Any, ...]
@@ -111,13 +111,20 @@ def check_finisher(
     indices: Sequence[int],
     name: str,
 ) -> None:
-    """Compare what a finisher makes of plain items with what the dataset delivers, under the same seeds.
+    """Check that a finisher turns plain items into the items that the dataset delivers, under the same random seeds.
 
-    For finishers whose place is known from the library that applies the transform. A transform that does not repeat under
-    equal seeds (it has a generator of its own) can't be compared, and need not.
+    This check is for finishers of libraries that define where a transform is applied. A transform that gives different
+    results under equal seeds, because it has a random generator of its own, is not compared.
+
+    Args:
+        finisher: the finisher to check.
+        plain: function that reads the plain item at a position.
+        delivered: function that reads the delivered item at a position.
+        indices: positions of the items to compare.
+        name: description of the dataset for the message.
 
     Raises:
-        SourceError: they differ.
+        SourceError: the finished item differs from the delivered one.
     """
 
     def seeded(call: Callable[[], Any], seed: int) -> str:

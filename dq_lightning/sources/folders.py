@@ -1,14 +1,14 @@
-"""Folders of class folders with images, told by what is in them."""
+"""Recognizes and opens folders that hold one folder of images for each class."""
 
 from pathlib import Path
 from typing import Any
 
-# as torchvision's ImageFolder
+# The endings of file names that torchvision's `ImageFolder` accepts.
 IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 def has_class_folders(folder: Path) -> bool:
-    """Whether all folders inside a folder hold images, and there is at least one."""
+    """Whether a folder holds at least one folder, and each of them (apart from hidden ones) holds an image."""
     inside = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
     return bool(inside) and all(any(p.suffix.lower() in IMAGES for p in one.iterdir()) for one in inside)
 

@@ -1,4 +1,4 @@
-"""Hugging Face datasets; the one place that knows the `datasets` package, which is imported only when such an object comes."""
+"""The adapter for Hugging Face datasets. The `datasets` package is imported only when such a dataset is used."""
 
 import hashlib
 import json
@@ -33,7 +33,10 @@ _HOMES = {
 
 
 def hub_kind(dataset: Any) -> str | None:
-    """Which class of the `datasets` package an object is of, without importing it; None for other objects."""
+    """Name of the class of the `datasets` package that an object belongs to; None for other objects.
+
+    The package is not imported for this.
+    """
     for owner in type(dataset).__mro__:
         if _HOMES.get(owner.__name__) == owner.__module__:
             return owner.__name__
@@ -41,7 +44,22 @@ def hub_kind(dataset: Any) -> str | None:
 
 
 class HubSource(ItemSource):
-    """A Hugging Face `Dataset`. Its items are dicts; `set_transform` and `set_format` are the user's transforms."""
+    """Adapter for a Hugging Face `Dataset` of images.
+
+    Its items are dicts. A function given to `set_transform` and a format given to `set_format` count as the user's
+    transforms.
+
+    Args:
+        dataset: the dataset.
+        image_column: name of the column with the image; it is looked for when None.
+        label_column: name of the column with the class; it is looked for when None.
+        transform: function of a batch that replaces the dataset's own transform and format; None removes these,
+            `"keep"` keeps them.
+        target_transform: must be `"keep"`.
+
+    Raises:
+        SourceError: `target_transform` is given, the dataset is empty, or no single image column is found.
+    """
 
     trusts_list = True
 
@@ -49,7 +67,7 @@ class HubSource(ItemSource):
         self, dataset: Any, image_column: str | None, label_column: str | None, transform: Any, target_transform: Any
     ) -> None:
         dataset_length(dataset)
-        # a class derived from it may give other rows than its table
+        # A subclass, or a class that was changed from outside, may return other rows than its table holds.
         self.by_items = not is_untouched(type(dataset))
         if target_transform != KEEP:
             raise SourceError(
@@ -63,7 +81,7 @@ class HubSource(ItemSource):
         self._open_pictures()
 
     def _open_pictures(self) -> None:
-        """Find the image column, and how its cells become pixels."""
+        """Find the image column, and prepare views of it that give decoded images and stored bytes."""
         self._column = self._image_column()
         feature = self.dataset.features[self._column]
         self._mode = getattr(feature, "mode", None)
@@ -121,7 +139,7 @@ class HubSource(ItemSource):
             usual = [name for name in found if name in usual] if len(found) > 1 else found
         return str(usual[0]) if len(usual) == 1 else None
 
-    # reading
+    # The following methods read items.
 
     def read_plain(self, index: int) -> Any:
         return self.plain_dataset[index]
@@ -161,14 +179,14 @@ class HubSource(ItemSource):
         return EncodedImage(data, f"hf:{self._mode}" if self._mode else "hf")
 
     def decode_problem(self, index: int) -> str | None:
-        # without a mode nothing is converted; these modes hold what the file holds
+        # Without a mode nothing is converted, and the modes I and F keep the pixel values of the file.
         if self._mode is None or self._mode.startswith(("I", "F")):
             return None
         stored = self._stored_image(index)
         data = (stored["bytes"] or stored["path"]) if stored else None
         return header_problem(data, turned=False) if data else None
 
-    # transforms
+    # The following method applies the user's transforms.
 
     def finisher(self, index: Tensor) -> Finisher:
         how = self.dataset.format
@@ -187,7 +205,7 @@ class HubSource(ItemSource):
         check_finisher(finisher, self.plain, self.delivered, self.readable(index, TRACED_SAMPLES), self.describe())
         return finisher
 
-    # targets and identity
+    # The following methods give the targets and the identity.
 
     def listed_targets(self) -> Targets | None:
         column = self._target_column()
@@ -212,24 +230,24 @@ class HubSource(ItemSource):
         recalled = memory.recall(key) if key is not None else None
         if recalled is not None:
             return recalled
-        from dq_lightning.sources.arrow import digest_tables  # loads pyarrow, which comes with `datasets`
+        from dq_lightning.sources.arrow import digest_tables  # This imports pyarrow, which `datasets` requires.
 
         names = list(self.plain_dataset.column_names)
         rows = self.plain_dataset.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE)
         content, saw_files = digest_tables(rows, names, ForgivingMemory(memory) if self.skips else memory)
         schema = json.dumps(self.plain_dataset.features.to_dict(), sort_keys=True, default=str)
         digest = digest_of("hub", self.image_leaf(), schema, content)
-        if key is not None and not saw_files:  # files outside the table can change without the table
+        if key is not None and not saw_files:  # Files outside the table can change while the table does not.
             memory.remember(key, digest)
         return digest
 
     def _table_key(self) -> str | None:
-        """Names the present state of a table on disk without reading it; None for tables in memory."""
+        """A key for the present state of a table on disk, found without reading it; None for tables in memory."""
         files = sorted({entry["filename"] for entry in self.plain_dataset.cache_files})
         if not files:
             return None
         seen = [(name, Path(name).stat()) for name in files]
-        # the time of change is not put back by what copies or unpacks files
+        # Programs that copy or unpack files restore the modification time, but not the time of change (ctime).
         state = [(name, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for name, status in seen]
         mapping = self.plain_dataset._indices
         indices = b"" if mapping is None else mapping.column(0).to_numpy().tobytes()
@@ -238,10 +256,10 @@ class HubSource(ItemSource):
 
 
 def _history(table: Any) -> list[Any] | None:
-    """What was done to the files of a table that is wholly memory-mapped; None for others.
+    """The paths and recorded operations of a table that is entirely memory-mapped; None for other tables.
 
-    Unlike the fingerprint of the dataset, this does not change with its format, nor at random with a
-    transform that can't be hashed.
+    Unlike the fingerprint of the dataset, this does not change with the dataset's format, and it does not change at
+    random when a transform cannot be hashed.
     """
     if hasattr(table, "blocks"):
         rows = [[_history(block) for block in row] for row in table.blocks]

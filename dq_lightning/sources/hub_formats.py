@@ -1,4 +1,4 @@
-"""The formats of Hugging Face datasets (torch, numpy, ...), by which a decoded row becomes tensors or arrays."""
+"""The formats of Hugging Face datasets (torch, numpy, ...), which convert a decoded row to tensors or arrays."""
 
 from functools import lru_cache
 from typing import Any
@@ -12,10 +12,15 @@ def _formatter(kind: str, settings: tuple[tuple[str, Any], ...]) -> Any:
 
 
 def tensor_format(kind: str, settings: dict[str, Any]) -> Any:
-    """The function by which a format turns one decoded row into tensors or arrays."""
+    """The function with which a format converts one decoded row to tensors or arrays.
+
+    Args:
+        kind: name of the format.
+        settings: keyword arguments of the format.
+    """
     try:
         formatter = _formatter(kind, tuple(sorted(settings.items())))
-    except TypeError:  # settings that can't be hashed
+    except TypeError:  # Settings that cannot be hashed cannot be cached.
         from datasets.formatting import get_formatter
 
         formatter = get_formatter(kind, **settings)

@@ -1,4 +1,4 @@
-"""Reading the items of a dataset: what cannot be read is an error that names the item, or is stood for by its kind."""
+"""Reads the items of a dataset. An unreadable item raises an error that names it, or is replaced by an `Unreadable`."""
 
 import itertools
 from abc import ABC, abstractmethod
@@ -15,24 +15,24 @@ from dq_lightning.sources.items import at, evenly_spaced, image_leaves
 from dq_lightning.sources.skipping import Unreadable
 
 SPOT_CHECKS = 16
-# positions among which a few that can be read are looked for
+# The number of positions that are tried, at most, to find a few readable items.
 _SEARCHED = 256
 
 
 class ItemReader(ABC):
-    """Items by position, each read the one way.
+    """Reads items by position, and explains failures.
 
     Args:
-        dataset: what the user gave.
+        dataset: the dataset that the user passed.
 
     Attributes:
-        given: the same.
-        dataset: what is delivered from.
-        first: a sample that can be read, to learn the structure from.
+        given: the dataset that the user passed.
+        dataset: the dataset that items are delivered from; it may have other transforms.
+        first: position of a readable item that shows the structure of all items.
     """
 
     skips = False
-    """Whether items that can't be read are left out, so that they stop nothing that looks at the whole dataset."""
+    """Whether unreadable items are left out, so that they do not stop a pass over the whole dataset."""
 
     def __init__(self, dataset: Any) -> None:
         self.given = self.dataset = dataset
@@ -47,15 +47,19 @@ class ItemReader(ABC):
 
     @abstractmethod
     def read_plain(self, index: int) -> Any:
-        """The plain item; any exception may leave it."""
+        """Read the plain item. The method may raise any exception."""
 
     def path(self, index: int) -> str | None:
-        """File that holds the sample, when there is one."""
+        """Path of the file that holds the sample, or None when there is no such file."""
         return None
 
     @contextmanager
     def explaining(self, index: int) -> Iterator[None]:
-        """Give whatever is raised inside the name of the item, and the way out."""
+        """Convert exceptions raised inside to errors that name the item and say what to do.
+
+        Raises:
+            SourceError: any exception other than `ChangedError` was raised inside.
+        """
         try:
             yield
         except ChangedError:
@@ -71,32 +75,41 @@ class ItemReader(ABC):
     def plain(self, index: int) -> Any:
         with self.explaining(index):
             item = self.read_plain(index)
-            # Pillow opens files without decoding them: what is damaged shows here, where its name is known
+            # Pillow opens files without decoding them. Decoding here reports damage while the item is known.
             for leaf in image_leaves(item):
                 image = at(item, leaf)
                 if isinstance(image, Image.Image):
                     stream = getattr(image, "fp", None)
                     image.load()
-                    # Pillow lets go of a file that the dataset opened, and with it of the bytes that packing keeps
+                    # `load` drops the reference to a file that the dataset opened, but packing needs its bytes.
                     if not getattr(stream, "closed", True):
                         image.fp = stream  # type: ignore[attr-defined]
             return item
 
     def _or_unreadable(self, error: SourceError) -> Unreadable:
-        """What stands for an item that can't be read where those are left out."""
+        """The placeholder for an unreadable item; without `skips`, or if the failure may be temporary, raise it."""
         if not self.skips or may_pass(error):
             raise error
         return Unreadable(type(error.__cause__ or error).__name__)
 
     def tried(self, index: int) -> Any:
-        """The plain item, or what stands for one that can't be read where those are left out."""
+        """The plain item, or with `skips` an `Unreadable` in place of an item that cannot be read.
+
+        Raises:
+            SourceError: the item cannot be read, and `skips` is not set or the failure may be temporary.
+        """
         try:
             return self.plain(index)
         except SourceError as error:
             return self._or_unreadable(error)
 
     def digested(self, index: int) -> tuple[Any, str]:
-        """The plain item and its digest, or what stands for one that can't be read."""
+        """The plain item and its digest; with `skips`, an `Unreadable` takes the place of an unreadable item.
+
+        Raises:
+            SourceError: the item cannot be read, and `skips` is not set or the failure may be temporary; or the item
+                holds a value of which no digest can be made.
+        """
         try:
             item = self.plain(index)
         except SourceError as error:
@@ -105,7 +118,7 @@ class ItemReader(ABC):
         try:
             return item, digest_of(item)
         except SourceError:
-            raise  # content that has no bytes: no fault of this one item
+            raise  # No digest can be made of this type of value, which is no fault of this one item.
         except Exception as error:
             failure = error
         try:
@@ -116,7 +129,7 @@ class ItemReader(ABC):
             return missing, digest_of(missing)
 
     def readable(self, index: Any, count: int) -> list[int]:
-        """At most `count` evenly spaced ones of the positions `index`; only such as can be read where others are left out."""
+        """At most `count` evenly spaced positions out of `index`; with `skips`, only positions of readable items."""
         spread = [int(index[place]) for place in evenly_spaced(len(index), count)]
         if not self.skips:
             return spread
@@ -128,7 +141,14 @@ class ItemReader(ABC):
         return not isinstance(self.tried(index), Unreadable)
 
     def first_item(self, fits: Callable[[Any], object] = id) -> Any:
-        """A plain item to learn the structure from: one for which `fits` raises nothing. Others are errors in their turn."""
+        """A plain item that shows the structure of all items; other unreadable items are reported when they are read.
+
+        Args:
+            fits: function that raises `SourceError` for an item that does not have the structure.
+
+        Raises:
+            SourceError: none of the items that were tried can be read and fits.
+        """
         problems = []
         for index in (self.first, *evenly_spaced(len(self), SPOT_CHECKS)):
             try:

@@ -1,4 +1,4 @@
-"""The inside of one item: which leaf is the image, and which is the target."""
+"""The structure of one item: finds the image and the target in it, and reads and replaces single values."""
 
 import copy
 import dataclasses
@@ -13,7 +13,8 @@ from torch import Tensor
 from dq_lightning.core.errors import SourceError
 
 Leaf = tuple[str | int, ...]
-"""Path from an item to one of its leaves: keys of mappings and positions in sequences."""
+"""Path from an item to a value inside it: keys of mappings, fields of dataclasses and positions in sequences. The
+values that such paths lead to are called leaves."""
 
 IMAGE_NAMES = ("image", "img", "pixel_values", "pixels")
 TARGET_NAMES = ("label", "labels", "target", "targets", "class", "y", "gt_label")
@@ -24,12 +25,17 @@ MANY_CHANNELS = (
     "info = quantize(view, config), and train on Subset(dataset, load_selection(info.path).index); or name the arrays with "
     "image_column= and pass features of your own, encoder=array [N, D]."
 )
-# of an array [H, W] that is taken for an image: scikit-learn's digits have 8 x 8 pixels
+# The smallest side of an array [H, W] that is taken for an image: scikit-learn's digits have 8 x 8 pixels.
 _SMALLEST_PLANE = 8
 
 
 def evenly_spaced(length: int, count: int) -> list[int]:
-    """At most `count` different positions from 0 to `length - 1`, ends included."""
+    """At most `count` different positions from 0 to `length - 1`, with both ends included when `count` is at least 2.
+
+    Example:
+        >>> evenly_spaced(10, 4)
+        [0, 3, 6, 9]
+    """
     return sorted({int(p) for p in np.linspace(0, length - 1, min(count, length)).round()}) if length else []
 
 
@@ -43,7 +49,7 @@ def _is_pixels(value: Any) -> bool:
 
 
 def may_be_image(value: Any) -> bool:
-    """Whether a leaf can be an image: a PIL image, or an array [H, W], [C, H, W] or [H, W, C] with 1 to 4 channels."""
+    """Whether a value can be an image: a PIL image, or an array [H, W], [C, H, W] or [H, W, C] with 1 to 4 channels."""
     if isinstance(value, Image.Image):
         return True
     shape: tuple[int, ...] = tuple(value.shape) if _is_pixels(value) else ()
@@ -51,7 +57,10 @@ def may_be_image(value: Any) -> bool:
 
 
 def looks_like_image(value: Any) -> bool:
-    """Whether a leaf is taken for an image without being named: one that is no sound [1, N] and no small table [4, 4]."""
+    """Whether a value is taken for an image when the user names none.
+
+    Arrays that may be sound (such as [1, N]) or a small table (such as [4, 4]) are not.
+    """
     if isinstance(value, Image.Image) or not may_be_image(value):
         return isinstance(value, Image.Image)
     shape = tuple(value.shape)
@@ -62,25 +71,35 @@ def looks_like_image(value: Any) -> bool:
 
 
 def is_dataclass(value: Any) -> bool:
-    """Whether a value is an object of a dataclass."""
+    """Whether a value is an instance of a dataclass."""
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def at(item: Any, leaf: Leaf) -> Any:
-    """The value at a leaf."""
+    """The value that a path leads to.
+
+    Example:
+        >>> at({"pair": ("a", "b")}, ("pair", 1))
+        'b'
+    """
     for key in leaf:
         item = getattr(item, str(key)) if is_dataclass(item) else item[key]
     return item
 
 
 def with_value(item: Any, leaf: Leaf, value: Any) -> Any:
-    """The item with another value at a leaf; every container keeps its type, and the given item is left as it was."""
+    """A copy of the item with another value at a path. Every container keeps its type; the given item is not changed.
+
+    Example:
+        >>> with_value({"pair": ("a", "b")}, ("pair", 1), "c")
+        {'pair': ('a', 'c')}
+    """
     if not leaf:
         return value
     key, rest = leaf[0], leaf[1:]
     new = with_value(at(item, (key,)), rest, value)
     if isinstance(item, Mapping) or is_dataclass(item):
-        # copied, since a class may want other arguments than its content (defaultdict) or check them
+        # The container is copied, because its class may need other arguments than its content, or check them.
         changed: Any = copy.copy(item)
         if isinstance(item, Mapping):
             changed[key] = new
@@ -94,7 +113,7 @@ def with_value(item: Any, leaf: Leaf, value: Any) -> Any:
 
 
 def children(value: Any) -> Iterator[tuple[str | int, Any]]:
-    """The values in a container, each with its key; nothing for other values and for long sequences."""
+    """Iterate over (key, value) of a container; over nothing for other values and for sequences longer than 64."""
     if isinstance(value, Mapping):
         yield from value.items()
     elif is_dataclass(value):
@@ -106,7 +125,11 @@ def children(value: Any) -> Iterator[tuple[str | int, Any]]:
 
 
 def plain_parts(value: Any) -> Any:
-    """A value as a packed store holds it: tuples and dicts for containers of other classes, tensors for torchvision's own."""
+    """A value as a packed store holds it.
+
+    Dataclasses and subclasses of dict become dicts, subclasses of tuple become tuples, and torchvision's images and
+    masks become plain tensors.
+    """
     if isinstance(value, Tensor):
         return value.as_subclass(Tensor) if tv_tensor(value) else value
     if is_dataclass(value) or isinstance(value, dict):
@@ -117,21 +140,26 @@ def plain_parts(value: Any) -> Any:
 
 
 def tv_tensor(value: Any) -> str:
-    """The name of torchvision's class of an image or mask that is a tensor with nothing beside; else empty."""
+    """`"Image"` or `"Mask"` for tensors of these classes of torchvision, which hold no further data; else empty."""
     kind = type(value)
     known = kind.__module__.startswith("torchvision.tv_tensors") and kind.__name__ in ("Image", "Mask")
     return kind.__name__ if known else ""
 
 
 def image_leaves(item: Any, prefix: Leaf = ()) -> list[Leaf]:
-    """Every leaf of an item that can be an image, in order."""
+    """The paths to all values of an item that are taken for images, in order, each after `prefix`."""
     if looks_like_image(item):
         return [prefix]
     return [leaf for key, child in children(item) for leaf in image_leaves(child, (*prefix, key))]
 
 
 def outline(value: Any, depth: int = 2) -> str:
-    """What an item is made of, for messages: `tuple(Image RGB 32x32, int)`."""
+    """A short description of an item's structure for messages, for instance `tuple(Image RGB 32x32, int)`.
+
+    Example:
+        >>> outline(("cat", 3))
+        'tuple(str, int)'
+    """
     if isinstance(value, Image.Image):
         return f"Image {value.mode} {value.width}x{value.height}"
     if isinstance(value, Tensor | np.ndarray):
@@ -147,7 +175,12 @@ def outline(value: Any, depth: int = 2) -> str:
 
 
 def named_leaf(item: Any, name: str, option: str) -> Leaf:
-    """The leaf that an option names: a key of a mapping, or a position in a tuple written as a number.
+    """The path that an option names.
+
+    Args:
+        item: an item of the dataset.
+        name: a key of a mapping, a field of a dataclass, or a position in a tuple or list, written as a number.
+        option: name of the option, for the message.
 
     Raises:
         SourceError: the item has no such key or position.
@@ -167,12 +200,17 @@ def named_leaf(item: Any, name: str, option: str) -> Leaf:
 
 
 def find_image(item: Any, wanted: str | None) -> Leaf:
-    """The leaf that holds the image.
+    """The path to the image of an item.
 
-    With several, the first place of an (image, target) pair counts, then a leaf with an image's usual name.
+    If an item holds several images, the first place of an (image, target) pair is used, else the only one under a usual
+    name of images.
+
+    Args:
+        item: an item of the dataset.
+        wanted: key or position that the user named; None to look for the image.
 
     Raises:
-        SourceError: there is none, or there are several.
+        SourceError: the item holds no image, or several of which none is preferred, or has nothing at `wanted`.
     """
     if wanted is not None:
         return named_leaf(item, wanted, "image_column")
@@ -189,7 +227,7 @@ def find_image(item: Any, wanted: str | None) -> Leaf:
 
 
 def _advice(item: Any, leaves: list[Leaf]) -> str:
-    """What to do where no single image was found in an item."""
+    """The advice of the error message when no single image was found in an item."""
     if leaves:
         named = ", ".join(f"'{leaf[0]}'" for leaf in leaves if leaf)
         return f"Pass image_column= with the key or position of the one that samples are compared by: {named}."
@@ -213,7 +251,19 @@ def _advice(item: Any, leaves: list[Leaf]) -> str:
 
 
 def find_target(item: Any, image: Leaf, wanted: str | None) -> Leaf | None:
-    """The leaf that holds the target, or None: the other half of a pair, the place after the image, a usual name."""
+    """The path to the target of an item, or None when there is none.
+
+    In a mapping or dataclass this is the first usual name of targets, in a pair the place that is not the image, and in
+    a longer sequence the place after the image.
+
+    Args:
+        item: an item of the dataset.
+        image: path to its image.
+        wanted: key or position that the user named; None to look for the target.
+
+    Raises:
+        SourceError: the item has nothing at `wanted`.
+    """
     if wanted is not None:
         return named_leaf(item, wanted, "label_column")
     if isinstance(item, Mapping) or is_dataclass(item):

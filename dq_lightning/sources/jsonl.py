@@ -1,4 +1,4 @@
-"""Lists of rows in JSON or JSON Lines files, compressed or not. Touches the disk."""
+"""Reads lists of rows from JSON or JSON Lines files, compressed or not."""
 
 import bz2
 import gzip
@@ -12,13 +12,18 @@ from dq_lightning.core.errors import SourceError
 
 _OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 _KINDS = (".json", ".jsonl")
-# also numbers of thousands of digits, and nesting that exhausts the stack
+# These are also raised for numbers of thousands of digits, and for nesting that exhausts the stack.
 _NO_JSON = (ValueError, RecursionError)
 NAMES = ", ".join(_KINDS) + f" (also with {', '.join(_OPENERS)} behind)"
 
 
 def is_rows_file(path: Any) -> bool:
-    """Whether a path is named like a file of rows: `.json` or `.jsonl`, perhaps compressed. Does not touch the disk."""
+    """Whether a path ends in `.json` or `.jsonl`, perhaps compressed. The file itself is not looked at.
+
+    Example:
+        >>> is_rows_file("alpaca.jsonl.gz"), is_rows_file("alpaca.csv")
+        (True, False)
+    """
     return isinstance(path, str | Path) and bool(_kind(Path(path)))
 
 
@@ -28,17 +33,19 @@ def _kind(path: Path) -> str:
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file: a JSON list of objects, or one JSON object a line (empty lines are passed over).
+    """Read the rows of a file: a JSON list of objects, or one JSON object per line (empty lines are skipped).
 
     Args:
-        path: `.json` or `.jsonl`, optionally `.xz`, `.gz` or `.bz2` behind; UTF-8 or UTF-16. Which of the two it is is told by
-            the content, whatever the name says.
+        path: path that ends in `.json` or `.jsonl`, optionally followed by `.xz`, `.gz` or `.bz2`. The encoding may be
+            UTF-8, UTF-16 or UTF-32. The content, not the name, decides whether the file is read as a list or line
+            by line.
 
     Returns:
-        One dict a row, with all its fields in the file's order.
+        One dict per row, with all its fields in the file's order.
 
     Raises:
-        SourceError: the file is missing, damaged, or holds something else; names row or line.
+        SourceError: the file has another ending, is missing or damaged, or holds something else. The message names the
+            row or line where there is one.
     """
     path = Path(path).expanduser()
     if not _kind(path):
@@ -47,11 +54,11 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     try:
         with opener(path, "rb") as file:
             data = file.read()
-        # with or without a mark of the byte order; Windows writes UTF-16, too
+        # The encoding is detected, because programs on Windows also write UTF-16, with or without a byte order mark.
         text = data.decode(json.detect_encoding(data))
     except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
         raise SourceError(f"{path} can't be read: {type(error).__name__}: {error}") from error
-    # what the file holds decides, not what it is called
+    # The content decides how the file is read, not its name.
     rows = _parsed_list(text, path) if text.lstrip().startswith("[") else _lines(text, path)
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
@@ -69,7 +76,7 @@ def _parsed_list(text: str, path: Path) -> list[Any]:
 
 def _lines(text: str, path: Path) -> list[Any]:
     rows = []
-    # not splitlines: JSON text may hold the other separators that it knows
+    # `splitlines` is not used, because it also splits at separators that may occur inside of JSON strings.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -84,7 +91,7 @@ def _lines(text: str, path: Path) -> list[Any]:
 
 
 def _check_not_one_object(text: str, path: Path) -> None:
-    """Tell of a file that holds its rows inside of an object, over many lines."""
+    """Raise a `SourceError` if the file is one JSON value over several lines, such as an object that holds the rows."""
     try:
         whole = json.loads(text)
     except _NO_JSON:

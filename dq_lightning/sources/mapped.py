@@ -1,4 +1,4 @@
-"""Map-style datasets of torch and torchvision: the transforms are attributes; any class with __getitem__ and __len__ fits."""
+"""Adapters for map-style datasets: any class with `__getitem__` and `__len__`, with its transforms as attributes."""
 
 import copy
 from typing import Any, Self
@@ -29,7 +29,7 @@ from dq_lightning.sources.traced import TRACED_SAMPLES, InTurn, Trace, explain, 
 
 
 def getter_module(dataset: Any) -> str:
-    """The module whose code reads the items: a subclass that overrides __getitem__ is not its parent any more."""
+    """Name of the module that defines the dataset's `__getitem__`, which may be that of a base class."""
     for owner in type(dataset).__mro__:
         if "__getitem__" in vars(owner):
             return owner.__module__
@@ -41,13 +41,24 @@ CHANGED = "changed while it was read: start again when nothing writes to it any 
 
 
 def reads_as_installed(dataset: Any) -> bool:
-    """Whether a dataset is of a library's own class, and neither that nor Pillow was changed from outside."""
+    """Whether a dataset's class comes from a library, and neither the class nor Pillow was modified at run time."""
     opening: tuple[Any, ...] = (Image.open, Image.fromarray)
     return is_untouched(type(dataset)) and not patches_of(Image.Image) and all(map(is_library, opening))
 
 
 class MapSource(ItemSource):
-    """Any map-style dataset; its identity is the digest of all plain items."""
+    """Adapter for any map-style dataset. Its identity is the digest of all plain items.
+
+    Args:
+        dataset: the dataset; it is not changed.
+        image_column: key or position of the image in an item; it is looked for when None.
+        label_column: key or position of the target in an item; it is looked for when None.
+        transform: transform of the image that replaces the dataset's own; None removes it, `"keep"` keeps it.
+        target_transform: transform of the target that replaces the dataset's own; None removes it, `"keep"` keeps it.
+
+    Raises:
+        SourceError: the dataset is empty, or cannot be read without its transforms.
+    """
 
     by_items = True
 
@@ -89,7 +100,7 @@ class MapSource(ItemSource):
         fresh.plain_dataset = with_attributes(self._before, own_transforms(self.plain_dataset))
         return fresh
 
-    # transforms
+    # The following methods apply the user's transforms.
 
     def _leaf_finisher(self, transform: Any, target_transform: Any) -> TransformFinisher:
         return TransformFinisher(transform, target_transform, self.image_leaf(), self.target_leaf())
@@ -122,7 +133,7 @@ class MapSource(ItemSource):
                 "item together, call its transform with parts of it, and deliver what comes out as it is"
             ) from error
 
-    # targets and identity
+    # The following methods give the targets and the identity.
 
     def listed_targets(self) -> Targets | None:
         names = getattr(self.plain_dataset, "classes", None)
@@ -140,17 +151,20 @@ class MapSource(ItemSource):
 
 
 class ArraySource(MapSource):
-    """Datasets whose items are rows of arrays in memory (CIFAR, MNIST, TensorDataset): identity is the arrays' digest."""
+    """Adapter for datasets whose items are rows of arrays in memory (CIFAR, MNIST, TensorDataset).
+
+    The identity is a digest of these arrays and of 16 items.
+    """
 
     by_items = False
 
     def digest(self, memory: DigestMemory) -> str:
-        # the spot check tells apart classes and switches that read the same arrays differently
+        # Classes and settings may read the same arrays differently, which the digest of a few items distinguishes.
         return digest_of("arrays", self.image_leaf(), arrays_of(self.plain_dataset), self.spot_digest())
 
 
 def arrays_of(dataset: Any) -> list[Any] | None:
-    """The arrays that a dataset's items are rows of; None where that is not known for sure."""
+    """The arrays (data and targets) whose rows are the dataset's items; None where this is not certain."""
     module = getter_module(dataset)
     if module == "torch.utils.data.dataset" and type(getattr(dataset, "tensors", None)) is tuple:
         return list(dataset.tensors)

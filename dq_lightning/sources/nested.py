@@ -1,4 +1,4 @@
-"""Parts and sums of other datasets: torch's Subset and ConcatDataset."""
+"""Adapters for torch's `Subset` and `ConcatDataset`, which contain other datasets."""
 
 import copy
 from typing import Any, Self
@@ -20,11 +20,16 @@ from dq_lightning.sources.targets import Targets, join
 
 
 class SubsetSource(ItemSource):
-    """Some samples of another source, in a given order."""
+    """Adapter for a `Subset`: some samples of another source, in the order of its indices.
+
+    Args:
+        dataset: the `Subset`.
+        inner: source of the dataset that the `Subset` takes samples from.
+    """
 
     def __init__(self, dataset: Any, inner: ItemSource) -> None:
         index = np.asarray(torch.as_tensor(dataset.indices))
-        # counted from the end, as the dataset below understands them
+        # Negative indices count from the end, as they do in the inner dataset.
         self.positions = Positions(np.where(index < 0, index + len(dataset.dataset), index))
         same = inner.dataset is dataset.dataset
         super().__init__(
@@ -89,7 +94,7 @@ class SubsetSource(ItemSource):
 
     def digest(self, memory: DigestMemory) -> str:
         if self.by_items:
-            return super().digest(memory)  # the items that were left out need not even be readable
+            return super().digest(memory)  # Items outside of the subset need not be readable.
         return digest_of("subset", self.inner.digest(memory), self.positions.array)
 
 
@@ -99,7 +104,12 @@ def filled_parts(dataset: Any) -> list[Any]:
 
 
 class ConcatSource(ItemSource):
-    """Several sources, one after the other."""
+    """Adapter for a `ConcatDataset`: several sources, one after the other.
+
+    Args:
+        dataset: the `ConcatDataset`.
+        parts: sources of its datasets that are not empty.
+    """
 
     def __init__(self, dataset: Any, parts: list[ItemSource]) -> None:
         self.parts = parts
@@ -130,7 +140,7 @@ class ConcatSource(ItemSource):
         part, place = self._place(index)
         part.image_leaf()
         leaf = part.read_image(place)
-        # the parts may have other ranges
+        # The parts may differ in the range of their pixel values, so each uses its own scale.
         return to_rgb(leaf, part.scale()) if needs_scale(leaf) else leaf
 
     def path(self, index: int) -> str | None:
@@ -147,7 +157,7 @@ class ConcatSource(ItemSource):
 
     def sample_id(self, index: int) -> str:
         part, place = self._place(index)
-        # two folders may hold the same relative path
+        # The number of the part is included, because two folders may hold the same relative path.
         return f"{self.parts.index(part)}/{part.sample_id(place)}"
 
     def finisher(self, index: Tensor) -> Finisher:

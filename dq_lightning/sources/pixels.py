@@ -1,4 +1,4 @@
-"""Any image leaf -> RGB uint8 PIL image, what the encoder sees."""
+"""Converts images of any type to the RGB uint8 PIL images that encoders see."""
 
 import io
 import warnings
@@ -21,13 +21,18 @@ _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 @dataclass(frozen=True)
 class Scale:
-    """Linear map of pixel values without a fixed range: `low` becomes 0 and `high` becomes 255."""
+    """Linear map to uint8 for pixel values whose type does not define their range.
+
+    Attributes:
+        low: pixel value that becomes 0.
+        high: pixel value that becomes 255.
+    """
 
     low: float
     high: float
 
     def __call__(self, array: Array) -> Array:
-        """Map to uint8, rounded to nearest; what lies outside is clipped."""
+        """Map an array to uint8, rounded to the nearest integer; values outside of the range are clipped."""
         span = self.high - self.low
         factor = 255.0 / span if span > 0 else 0.0
         scaled: Array = np.rint((array.astype(np.float64) - self.low) * factor)
@@ -35,7 +40,11 @@ class Scale:
 
 
 def check_pixels(value: Any) -> Any:
-    """The leaf itself; SourceError unless it is a PIL image or an array, with pixels."""
+    """Return the value after checking that it can be an image.
+
+    Raises:
+        SourceError: the value is no PIL image and no array, has no pixels, or has a shape that images do not have.
+    """
     if not isinstance(value, Image.Image | Tensor | np.ndarray):
         raise SourceError(f"in place of the image there is a {type(value).__name__}")
     shape = value.size if isinstance(value, Image.Image) else tuple(value.shape)
@@ -48,7 +57,7 @@ def check_pixels(value: Any) -> Any:
 
 
 def needs_scale(value: Any) -> bool:
-    """Whether the range of a leaf's values is not told by its type (floats and wide integers)."""
+    """Whether the type of an image does not define the range of its values (floats and wide integers)."""
     if isinstance(value, Image.Image):
         return value.mode in ("I", "F")
     known = (torch.uint8, torch.bool, torch.uint16) if isinstance(value, Tensor) else (np.uint8, np.bool_, np.uint16)
@@ -56,13 +65,17 @@ def needs_scale(value: Any) -> bool:
 
 
 def decide_scale(values: list[Any]) -> Scale:
-    """One scale for a whole source, from a sample of its images.
+    """Decide the one scale of a whole source from a sample of its images.
 
-    Floats inside [0, 1] are stretched by 255, values inside [0, 255] stay, integers inside [0, 65535] are divided by 257;
-    anything else is stretched from its smallest to its largest value, with a warning.
+    Floats in [0, 1] are multiplied by 255, values in [0, 255] stay, and integers in [0, 65535] are divided by 257.
+    Other ranges are stretched so that the smallest value becomes 0 and the largest 255, with a warning.
+
+    Args:
+        values: images, as PIL images, tensors or arrays.
     """
     arrays = [_as_array(value) for value in values]
-    finite = [array[np.isfinite(array)] for array in arrays]  # the others are errors of their own images
+    # Values that are not finite are left out here; they are reported when their own image is converted.
+    finite = [array[np.isfinite(array)] for array in arrays]
     low = min((float(array.min()) for array in finite if array.size), default=0.0)
     high = max((float(array.max()) for array in finite if array.size), default=1.0)
     floating = any(array.dtype.kind == "f" for array in arrays)
@@ -100,22 +113,25 @@ def _channels_last(array: Array, *, channels_first: bool) -> Array:
 
 
 def to_rgb(value: Any, scale: Scale | None = None) -> Image.Image:
-    """An image leaf as RGB uint8: alpha is dropped, 16 bits are divided by 257, the rest goes through `scale`.
+    """Convert an image to RGB uint8.
+
+    An alpha channel is dropped, unsigned 16-bit values are divided by 257, and values without a defined range are
+    mapped by `scale`.
 
     Args:
-        value: PIL image of any mode, tensor [H, W] or [C, H, W], or array [H, W], [H, W, C] or [C, H, W]; where both ends
-            could be the channels, tensors are read as [C, H, W] and arrays as [H, W, C].
-        scale: of the source; needed when `needs_scale(value)`.
+        value: PIL image of any mode, tensor [H, W] or [C, H, W], or array [H, W], [H, W, C] or [C, H, W]. Where the
+            first and the last axis could both be the channels, tensors are read as [C, H, W] and arrays as [H, W, C].
+        scale: scale of the source, for images for which `needs_scale(value)` holds; None decides it from this image.
 
     Raises:
-        SourceError: values are not finite.
+        SourceError: some pixel values are not finite.
     """
     if isinstance(value, Image.Image):
         if value.mode == "RGB":
             value.load()
             return value
         if value.mode not in (*_SIXTEEN_BIT, "I", "F"):
-            # by way of RGBA Pillow does not warn of transparency; the pixels are the same
+            # Pillow does not warn of transparency when the image is converted to RGBA first; the pixels are the same.
             return (value.convert("RGBA") if "transparency" in value.info else value).convert("RGB")
     array = _as_array(value)
     if array.dtype == np.dtype(bool):
@@ -131,11 +147,13 @@ def to_rgb(value: Any, scale: Scale | None = None) -> Image.Image:
 
 
 def header_problem(data: str | Path | bytes, *, turned: bool = True) -> str | None:
-    """What Pillow's plain RGB conversion is known to get wrong for an encoded image, from its header alone; or None.
+    """Describe what Pillow's RGB conversion is known to get wrong for an encoded image, or return None.
+
+    Only the header of the image is read.
 
     Args:
-        data: the encoded image, or its file.
-        turned: whether an orientation in the header is a problem; False where the decoder follows it.
+        data: the encoded image, or the path of its file.
+        turned: whether an EXIF orientation in the header is a problem; False where the decoder applies it.
     """
     try:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
@@ -145,10 +163,10 @@ def header_problem(data: str | Path | bytes, *, turned: bool = True) -> str | No
                 return "float pixels are clipped to 0..255, so that values in [0, 1] turn black"
             if not turned:
                 return None
-            # the subclass for PNG would decode the whole image to look for a trailing chunk
+            # `getexif` of the subclass for PNG would decode the whole image to look for a trailing chunk.
             orientation = Image.Image.getexif(image).get(0x0112)
             if orientation not in (None, 1):
                 return f"the EXIF orientation {orientation} is ignored: the image is seen rotated or mirrored"
     except Exception:
-        return None  # an unreadable file (or a bomb) is an error when it is read, not a wrong decode
+        return None  # An unreadable file (or a decompression bomb) is reported when it is read.
     return None

@@ -1,4 +1,7 @@
-"""Text rows: which columns hold the prompt and the response, and which text of a row is embedded. Pure."""
+"""Rows of text: which columns hold the prompt and the response, and which text of a row is embedded.
+
+The functions of this file read nothing but their arguments.
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +15,7 @@ from dq_lightning.core.errors import ConfigError, SourceError
 
 Row = Mapping[str, Any]
 
-# the wording that Alpaca (Taori et al. 2023) was published with
+# The prompt texts that Alpaca (Taori et al. 2023) was published with.
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -25,10 +28,10 @@ WITHOUT_INPUT = (
 )
 SEPARATOR = "\n"
 _ROWS_AT_ONCE = 256
-# what an assistant asks of tools, beside or in place of its content
+# Fields of a message that hold the assistant's tool calls, in addition to its content or in place of it.
 _CALLS = ("tool_calls", "function_call")
-# how the columns of a data set may be called: (template, required, optional). The first layout whose required columns are
-# there is taken; a row may lack the optional ones, whatever other rows have.
+# The known sets of columns: (template, required columns, optional columns). The first layout whose required columns are
+# all present is used. A row may lack the optional columns even where other rows have them.
 LAYOUTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("alpaca", ("instruction", "output"), ("input",)),
     ("prompt", ("prompt", "completion"), ()),
@@ -37,7 +40,7 @@ LAYOUTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("chat", ("conversation",), ("system",)),
     ("plain", ("text",), ()),
     ("plain", ("content",), ()),
-    # ShareGPT, Dolly, questions with answers, and the sentences and pairs of GLUE and its like
+    # ShareGPT, Dolly, questions with answers, and the sentences and sentence pairs of GLUE and similar data sets.
     ("chat", ("conversations",), ("system",)),
     ("alpaca", ("instruction", "response"), ("context",)),
     ("prompt", ("question", "answer"), ("context",)),
@@ -48,22 +51,22 @@ LAYOUTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("plain", ("question", "sentence"), ()),
     ("plain", ("sentence",), ()),
 )
-# columns that rows of a template may have besides, always under these names: what stands before the question, and what a chat
-# template is given beside the messages
+# Further columns that the rows of each template may have, always under these names: texts that precede the question,
+# and values that a chat template receives in addition to the messages.
 _BESIDE: dict[str, tuple[str, ...]] = {
     "alpaca": ("system", "history"),
     "prompt": ("system", "history"),
     "chat": ("tools", "chat_template_kwargs"),
     "plain": (),
 }
-# how many columns `config.text.columns` may name for each template, and what they hold
+# The smallest and largest number of columns that `config.text.columns` may name for each template, and their content.
 _NAMED: dict[str, tuple[int, int, str]] = {
     "alpaca": (2, 3, "instruction, output and perhaps input"),
     "prompt": (2, 3, "prompt, response and perhaps a context"),
     "chat": (1, 2, "the messages and perhaps the system's text"),
     "plain": (1, 1000, "one or more texts"),
 }
-# ShareGPT's names of the speakers, and those of its successors
+# The role that each name of a speaker stands for in ShareGPT and in data sets that follow its format.
 _SPEAKERS = {
     "human": "user",
     "gpt": "assistant",
@@ -76,19 +79,21 @@ _SPEAKERS = {
     "observation": "tool",
 }
 Message = dict[str, Any]
-"""One message of a conversation: `role`, `content` (text, parts that hold text, or None beside tool calls), and whatever else
-the row says of it (`name`, `tool_calls`, `tool_call_id`, ...), unchanged. Fields that are None are left out, also inside tool
-calls: tables fill them in where other messages have some."""
+"""One message of a conversation: a dict with `role`, `content` (text, a list of parts that hold text, or None beside
+tool calls) and, unchanged, all other fields of the message in the row (`name`, `tool_calls`, `tool_call_id`, ...).
+Fields that are None are left out, also inside tool calls, because tables fill them in wherever other messages have a
+value."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a row is read. Made by `choose_template`.
+    """How a row of text is read. Made by `choose_template`.
 
     Attributes:
         name: `"alpaca"`, `"prompt"`, `"chat"` or `"plain"`.
-        columns: the columns that it reads: instruction, output, input; prompt, response, context; messages, system; or all
-            texts of plain rows. Those after the required ones may be missing in a row.
+        columns: names of the columns that the template reads, in this order: instruction, output and input (alpaca);
+            prompt, response and context (prompt); messages and system (chat); all texts (plain). A row may lack the
+            input, the context and the system column.
     """
 
     name: str
@@ -96,23 +101,24 @@ class Template:
 
     @property
     def all_columns(self) -> tuple[str, ...]:
-        """Every column that is looked at: `columns`, and those that a row may have besides under a fixed name."""
+        """All columns that are read: `columns`, and the further ones that a row may have under a fixed name."""
         return tuple(dict.fromkeys((*self.columns, *_BESIDE[self.name])))
 
     def messages(self, row: Row, index: int | None = None) -> list[Message]:
         """The row as a conversation, for a tokenizer's chat template.
 
-        An Alpaca row is one user turn (instruction and input, without the published wording) and the answer, after the text
-        of its column `system` and the earlier questions and answers of its column `history`; plain text is one assistant
-        turn. ShareGPT's `from` and `value` become `role` and `content`. A conversation ends with the assistant's last
-        message; its column `system` comes first, unless it begins with a system message of its own.
+        An Alpaca or prompt row becomes one user message (instruction and input, without the published wording) and the
+        answer; the text of its column `system` and the earlier questions and answers of its column `history` precede
+        them. Plain text becomes one assistant message. ShareGPT's `from` and `value` become `role` and `content`. A
+        conversation ends with the assistant's last message. Its system column comes first, unless the conversation
+        begins with a system message of its own.
 
         Args:
             row: the fields of one sample.
-            index: its position, for messages.
+            index: position of the row, for error messages.
 
         Raises:
-            SourceError: a cell is no text, or a conversation has no answer; names row and column.
+            SourceError: a cell holds no text, or a conversation has no answer. The message names row and column.
         """
         if self.name == "chat":
             return self._conversation(row, index)
@@ -122,13 +128,21 @@ class Template:
         return [*self._before(row, index), _turn("user", question), _turn("assistant", self._response(row, index))]
 
     def chat_options(self, row: Row, index: int | None = None) -> dict[str, Any]:
-        """What `apply_chat_template` is given beside the messages: the row's `tools` and `chat_template_kwargs`, if any.
+        """Keyword arguments for `apply_chat_template`: the row's `tools` and the content of its `chat_template_kwargs`.
 
-        Both may also be JSON in a string, since tables hold no lists of differing objects. Fields of tools that are None are
-        left out, because tables fill them in.
+        Both columns may also hold JSON in a string, since a table cannot hold a list of differing objects. Fields of
+        tools that are None are left out, because tables fill them in.
+
+        Args:
+            row: the fields of one sample.
+            index: position of the row, for error messages.
+
+        Returns:
+            The keyword arguments; empty when the row has none or the template is not `"chat"`.
 
         Raises:
-            SourceError: the column holds something else; names row and column.
+            SourceError: `tools` is no list of dicts, or `chat_template_kwargs` is no dict. The message names row and
+                column.
         """
         if self.name != "chat":
             return {}
@@ -152,27 +166,27 @@ class Template:
         return options
 
     def prompt_and_response(self, row: Row, index: int | None = None) -> tuple[str, str]:
-        """What the model is given and what it shall answer.
+        """The text that the model is given, and the text that it should answer with.
 
-        Alpaca rows get the published wording, with or without input; a `system` text stands before it, and the questions and
-        answers of `history` before the instruction, in the same wording. Of a conversation the last assistant message is
-        the response, and the prompt names the role before every message; a tokenizer's own chat template, applied to
-        `messages`, is to be preferred. Plain text is a response to nothing.
+        An Alpaca row gets the published wording, with or without input. A `system` text is put before it, and the
+        questions and answers of `history` are put before the instruction, in the same wording. In a conversation the
+        last assistant message is the response, and the prompt names the role before every message; prefer a tokenizer's
+        own chat template, applied to `messages`. Plain text is a response with an empty prompt.
 
         Args:
             row: the fields of one sample.
-            index: its position, for messages.
+            index: position of the row, for error messages.
 
         Returns:
-            prompt (empty for plain text) and response.
+            The prompt (empty for plain text) and the response.
 
         Raises:
-            SourceError: as `messages`.
+            SourceError: a cell holds no text, or a conversation has no answer. The message names row and column.
         """
         if self.name == "alpaca":
             instruction, *context = self._question(row, index)
             wording = WITH_INPUT if context else WITHOUT_INPUT
-            # one pass of format: braces inside the cells stay as they are
+            # `format` is called once, so that braces inside the cells stay as they are.
             filled = wording.format(instruction=instruction, input=context[0] if context else "")
             return _after_earlier(self._before(row, index), filled), self._response(row, index)
         if self.name == "chat":
@@ -185,16 +199,17 @@ class Template:
         return "", self._response(row, index)
 
     def embedded_text(self, row: Row, part: EmbeddedText = "both", index: int | None = None) -> str:
-        """The text of a row that is embedded: the parts that are not empty, one a line, without any wording around them.
+        """The text of a row that is embedded: its parts that are not empty, joined by newlines, without any wording.
 
         Args:
             row: the fields of one sample.
-            part: `"instruction"` is everything before the response (instruction and input, or all earlier messages),
-                `"response"` the response, `"both"` the two, as published for Alpaca.
-            index: its position, for messages.
+            part: part of the row that is embedded: `"instruction"` for everything before the response (instruction and
+                input, or all earlier messages), `"response"` for the response, `"both"` for the two, as published for
+                Alpaca.
+            index: position of the row, for error messages.
 
         Raises:
-            SourceError: as `messages`.
+            SourceError: a cell holds no text, or a conversation has no answer. The message names row and column.
         """
         turns = self.messages(row, index)
         asked, answer = [message_text(turn) for turn in turns[:-1]], message_text(turns[-1])
@@ -202,8 +217,8 @@ class Template:
         return SEPARATOR.join(text for text in chosen if text)
 
     def _before(self, row: Row, index: int | None) -> list[Message]:
-        """What stands before the question of an Alpaca or prompt row: its system text, and earlier questions and answers."""
-        # a column that is named as one of the texts is no second time something else
+        """The messages before the question of an Alpaca or prompt row: system text, earlier questions and answers."""
+        # A column that the template already reads under another meaning is not read again here.
         row = {name: row.get(name) for name in _BESIDE[self.name] if name not in self.columns}
         system = _text(row, "system", index, optional=True)
         turns = [_turn("system", system)] if system.strip() else []
@@ -225,7 +240,7 @@ class Template:
         return turns
 
     def _question(self, row: Row, index: int | None) -> list[str]:
-        """Instruction, and the input when there is one; or the prompt."""
+        """The instruction or prompt, and the input or context when there is one."""
         first = [_text(row, self.columns[0], index)]
         context = _text(row, self.columns[2], index, optional=True) if len(self.columns) > 2 else ""
         return [*first, context] if context.strip() else first
@@ -237,11 +252,11 @@ class Template:
         return _text(row, self.columns[1], index)
 
     def _conversation(self, row: Row, index: int | None) -> list[Message]:
-        """The messages up to the last one of the assistant."""
+        """The messages of a chat row, up to the last one of the assistant."""
         column = self.columns[0]
         seen = row.get(column)
         if isinstance(seen, Mapping) and len({len(cells) for cells in seen.values() if isinstance(cells, list)}) == 1:
-            # a Sequence of dicts comes out of a Hugging Face dataset as a dict of lists
+            # A Hugging Face dataset returns a `Sequence` of dicts as a dict of lists.
             fields = {key: cells for key, cells in seen.items() if isinstance(cells, list)}
             seen = [dict(zip(fields, cells, strict=True)) for cells in zip(*fields.values(), strict=True)]
         if not isinstance(seen, Sequence) or isinstance(seen, str | bytes):
@@ -265,7 +280,12 @@ class Template:
 
 
 def message_text(message: Message) -> str:
-    """The text of a message: its content, and what it asks of tools as JSON."""
+    """The text of a message: its content, followed by its tool calls as JSON.
+
+    Example:
+        >>> message_text({"role": "user", "content": "Hello."})
+        'Hello.'
+    """
     content = message["content"]
     parts = [content] if isinstance(content, str) else [part["text"] for part in content or ()]
     parts += [json.dumps(message[key], ensure_ascii=False, default=str) for key in _CALLS if message.get(key)]
@@ -273,11 +293,14 @@ def message_text(message: Message) -> str:
 
 
 def columns_of(rows: Any) -> list[str]:
-    """The names of the columns of rows: of all of them, since any row may lack an optional one.
+    """Names of the columns that occur in any row, since a row may lack an optional column.
 
     Args:
-        rows: map-style, of dicts. Items that are none have no columns; where the first rows hold no text, as in a dataset of
-            images, the others are not read.
+        rows: a map-style dataset of dicts.
+
+    Returns:
+        The names in the order of their first occurrence; none when the first item is no dict. When the first 257 rows
+        hold no text, as in a dataset of images, the other rows are not read.
     """
     found: dict[str, None] = {}
     holds_text = False
@@ -292,7 +315,7 @@ def columns_of(rows: Any) -> list[str]:
 
 
 def numbered(rows: Any) -> Iterator[tuple[int, Any]]:
-    """Every row with its position, read many at a time where the dataset can do so."""
+    """Iterate over (position, row) for all rows; a dataset with `__getitems__` is asked for 256 rows at a time."""
     together = getattr(rows, "__getitems__", None)
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         places = range(start, min(start + _ROWS_AT_ONCE, len(rows)))
@@ -304,17 +327,22 @@ def numbered(rows: Any) -> Iterator[tuple[int, Any]]:
 def choose_template(
     columns: Sequence[str], wanted: TemplateName = "auto", named: Sequence[str] | None = None
 ) -> Template:
-    """Decide which template reads rows of these columns.
+    """Choose the template that reads rows with the given columns.
+
+    Example:
+        >>> choose_template(["question", "answer"]).name
+        'prompt'
 
     Args:
-        columns: names of the columns.
-        wanted: a template by name, or `"auto"`: that of the first of `LAYOUTS` whose columns are there; with `named`, plain.
-        named: the columns to read, in place of the usual ones, in the order of `Template.columns`
+        columns: names of the columns that the rows have.
+        wanted: name of a template, or `"auto"` for the template of the first of `LAYOUTS` whose required columns are
+            all present. With `named`, `"auto"` means `"plain"`.
+        named: names of the columns to read instead of the usual ones, in the order of `Template.columns`
             (`config.text.columns`).
 
     Raises:
-        ConfigError: `wanted` is no template's name.
-        SourceError: the columns that it needs are missing, or fit no template.
+        ConfigError: `wanted` is not the name of a template, or `named` has too few or too many columns for it.
+        SourceError: columns that are needed are missing, or the columns fit no template.
     """
     if wanted not in get_args(TemplateName):
         raise ConfigError(f"the template must be one of {', '.join(map(repr, get_args(TemplateName)))}, got {wanted!r}")
@@ -345,7 +373,10 @@ def _named_template(name: TemplateName, named: tuple[str, ...], columns: Sequenc
 
 
 def _after_earlier(earlier: Sequence[Message], wording: str) -> str:
-    """Alpaca's wording of a question with what was said before: the system's text first, each earlier turn under a heading."""
+    """Insert earlier messages into Alpaca's wording of a question.
+
+    The system text comes first; each other message stands under a heading of its own before the question.
+    """
     if not earlier:
         return wording
     first = [message_text(turn) for turn in earlier if turn["role"] == "system"]
@@ -364,7 +395,7 @@ def _speaker(message: Message) -> str:
 
 
 def _parsed(value: Any) -> Any:
-    """A value that may be JSON in a string; text that is none stays as it is."""
+    """Parse a string as JSON. Other values, and strings that are not valid JSON, are returned as they are."""
     if isinstance(value, str):
         with suppress(ValueError):
             return json.loads(value)
@@ -372,7 +403,7 @@ def _parsed(value: Any) -> Any:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A nest of dicts and lists without the fields that are None."""
+    """Copy nested dicts and lists without the fields of dicts that are None."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(field) for key, field in value.items() if field is not None}
     return [_without_nulls(field) for field in value] if isinstance(value, list | tuple) else value
@@ -383,7 +414,7 @@ def _turn(role: str, content: str) -> Message:
 
 
 def _message(given: Any, where: str) -> Message:
-    """A message of a row in its one form."""
+    """Convert a message of a row, which may use ShareGPT's `from` and `value`, to a `Message`."""
     if not isinstance(given, Mapping):
         raise SourceError(f"{where}: expected {{role, content}}, got {_shown(given)}; repair the row or leave it out")
     rest = {key: value for key, value in given.items() if value is not None}
@@ -408,7 +439,7 @@ def _message(given: Any, where: str) -> Message:
 
 
 def _is_text_parts(content: Any) -> bool:
-    """Whether a content is a list of parts {type, text} that all hold text."""
+    """Whether the content of a message is a list of parts {type, text} that all hold text."""
     parts = isinstance(content, Sequence) and not isinstance(content, str | bytes) and len(content) > 0
     return parts and all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content)
 
@@ -426,7 +457,13 @@ def _text(row: Row, column: str, index: int | None, *, optional: bool = False) -
 
 
 def _check_characters(text: str, where: str) -> None:
-    """JSON can hold half of a character (a lone surrogate), which no tokenizer and no server takes."""
+    """Check that a text can be encoded as UTF-8.
+
+    JSON can hold half of a character (a lone surrogate), which tokenizers and servers do not accept.
+
+    Raises:
+        SourceError: the text holds a lone surrogate.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

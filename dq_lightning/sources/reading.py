@@ -1,4 +1,4 @@
-"""The part of a source that all adapters share: reading, explaining failures, targets, identity by items."""
+"""The base class of all adapters: it finds images and targets in items, and computes identities from the items read."""
 
 import contextlib
 import hashlib
@@ -43,29 +43,31 @@ logger = logging.getLogger("dq_lightning")
 OTHER_SPOTS = 4
 _SCALE_SAMPLES = 64
 _LONG_PASS = 1000
-# of fewer samples it can't be said that their classes are too many
+# In a dataset of fewer samples, many different classes are no sign of a mistake.
 _FEW = 20
-# where random numbers are drawn while plain items are read, so many are read so often
+# If random numbers are drawn while plain items are read, `_READ_OFTEN` positions are read again, each `_OFTEN` times.
 _READ_OFTEN = 4
 _OFTEN = 64
 
 
 class ItemSource(ItemReader):
-    """The part that all adapters share; an adapter says how an item is read, finished and identified.
+    """The base class of all adapters. A subclass defines how an item is read, finished and identified.
+
+    A leaf is the path of keys and positions that leads from an item to a value inside it; see `items.Leaf`.
 
     Args:
-        dataset: what the user delivers from (with the transforms that were asked for).
-        image_column: key or position of the image leaf; found when None.
-        label_column: key or position of the target leaf; found when None.
+        dataset: dataset that items are delivered from, with the transforms that were asked for.
+        image_column: key or position of the image in an item; it is looked for when None.
+        label_column: key or position of the target in an item; it is looked for when None.
     """
 
     modality = "image"
     by_items = False
-    """Whether identity means reading every item."""
+    """Whether the identity is a digest of all plain items, so that every item must be read to compute it."""
     shows_progress = True
-    """Whether a pass over all items draws a bar (on a terminal)."""
+    """Whether a pass over all items shows a progress bar (on a terminal)."""
     trusts_list = False
-    """Whether `listed_targets` is known to be what the items deliver."""
+    """Whether `listed_targets` is known to agree with the targets inside the items, so that no items are compared."""
 
     def __init__(self, dataset: Any, image_column: str | None, label_column: str | None) -> None:
         super().__init__(dataset)
@@ -85,46 +87,53 @@ class ItemSource(ItemReader):
     def identity_is_certain(self) -> bool:
         return not self.by_items or not self.state().unknown
 
-    # what an adapter says
+    # A subclass defines the abstract methods below and may override the others of this part.
 
     @abstractmethod
     def listed_targets(self) -> Targets | None:
-        """Classes from what the dataset lists, without reading items; None where it lists none."""
+        """The classes that the dataset lists, found without reading items; None where it lists none."""
 
     @abstractmethod
     def plain_view(self) -> Any:
-        """The object without transforms, or a nest of such, whose attributes are the source's state."""
+        """The dataset without transforms, or `Parts` of several; its attributes are the state of the source."""
 
     @abstractmethod
     def finisher(self, index: Tensor) -> Finisher:
-        """See `Source.finisher`."""
+        """The finisher that turns plain items of the samples at `index` into delivered items; see `Source.finisher`."""
 
     def read_image(self, index: int) -> Any:
-        """The image leaf of the plain item; any exception may leave it."""
+        """The image in the plain item, of any type that `pixels.to_rgb` takes. Reading may raise any exception."""
         return at(self.read_plain(index), self.image_leaf())
 
     def decode_problem(self, index: int) -> str | None:
-        """What the dataset's decoder gets wrong for this sample, or None."""
+        """A description of what the dataset's decoder gets wrong for this sample, or None when nothing is known."""
         return None
 
     def unread(self) -> Self:
-        """The same source over its dataset as it was before an item was read: each process opens its own files then."""
+        """The same source over its dataset in the state before any item was read.
+
+        Processes that are started with it open files of their own, instead of sharing files that reading has opened.
+        """
         return self
 
-    # what follows from it
+    # The methods below use those above.
 
     def image_leaf(self) -> Leaf:
-        """Where in an item the image is."""
+        """The path of keys and positions that leads to the image inside an item.
+
+        Raises:
+            SourceError: no single image is found in an item.
+        """
         if self._leaf is None:
             find = partial(find_image, wanted=self.image_column)
             self._leaf = find(self.first_item(find))
         return self._leaf
 
     def check_image(self) -> None:
-        """Tell before any work that what was named as the image is none for an encoder.
+        """Check before any work that an encoder can read the value that is taken for the image.
 
         Raises:
-            SourceError: it is an array of another shape or kind.
+            SourceError: the value is an array of a shape or dtype that images do not have.
         """
         value = at(self.first_item(), self.image_leaf())
         if isinstance(value, Tensor | np.ndarray) and not may_be_image(value):
@@ -138,10 +147,10 @@ class ItemSource(ItemReader):
             return to_rgb(leaf, self.scale() if needs_scale(leaf) else None)
 
     def check(self, index: int) -> None:
-        """Read all of a sample: its image as the encoder sees it, and other images that its item holds.
+        """Check that a sample can be read: its image as the encoder sees it, and any other images in its item.
 
         Raises:
-            SourceError: a part of it can't be read.
+            SourceError: the item or one of its images cannot be read.
         """
         self.image(index)
         if self._several_images is None:
@@ -150,11 +159,11 @@ class ItemSource(ItemReader):
             self.plain(index)
 
     def scale(self) -> Scale:
-        """The one scale of all images whose type does not tell the range, from 64 evenly spread items."""
+        """The map to uint8 of all images whose dtype does not define the value range, decided from 64 spread items."""
         if self._scale is None:
             spread = []
             for index in evenly_spaced(len(self), _SCALE_SAMPLES):
-                with contextlib.suppress(Exception):  # told in its turn
+                with contextlib.suppress(Exception):  # An unreadable item is reported when its turn comes.
                     spread.append(self.read_image(index))
             self._scale = decide_scale([leaf for leaf in spread if needs_scale(leaf)] or spread[:1])
         return self._scale
@@ -181,14 +190,16 @@ class ItemSource(ItemReader):
         return labels
 
     def _check_classes(self, labels: Labels | None, *, known: bool) -> None:
-        """Ask where the classes are none: in a column that was named, or with about as many different values as samples.
+        """Check that the classes that were found are plausible, and otherwise ask the user which classes to use.
 
         Args:
-            labels: what was found.
+            labels: the classes that were found, or None.
             known: whether the dataset itself lists the names of its classes.
 
         Raises:
-            SourceError: with what was found, and what to pass.
+            SourceError: the column that was named holds no classes; or none was named, there are at least 20 samples,
+                and the unnamed classes have more different values than half of the samples. The message says what to
+                pass.
         """
         named = self.label_column is not None
         if named is (labels is not None):
@@ -227,16 +238,23 @@ class ItemSource(ItemReader):
     # targets
 
     def target_leaf(self) -> Leaf | None:
-        """Where in an item the target is, or None."""
+        """The path of keys and positions that leads to the target inside an item, or None without a target."""
         return find_target(self.first_item(), self.image_leaf(), self.label_column)
 
     def spot_targets(self, leaf: Leaf) -> dict[int, Any]:
-        """The targets of 16 evenly spaced items that can be read, by position."""
+        """The targets of 16 evenly spaced items by position; with `skips`, unreadable items among them are left out.
+
+        Args:
+            leaf: path that leads to the target inside an item.
+        """
         items = {index: self.tried(index) for index in evenly_spaced(len(self), SPOT_CHECKS)}
         return {index: target_of(item, leaf) for index, item in items.items() if not isinstance(item, Unreadable)}
 
     def targets(self) -> Targets | None:
-        """The dataset's own classes: from its list where that agrees with the items, else from one pass over the items."""
+        """The dataset's own classes, or None when it has none.
+
+        They are taken from the dataset's list where it agrees with a few items, else from one pass over all items.
+        """
         if self._targets is None:
             self._targets = (self.listed_targets() if self.trusts_list else self._found_targets(),)
         return self._targets[0]
@@ -259,9 +277,18 @@ class ItemSource(ItemReader):
     # identity
 
     def scan(self) -> tuple[str, Targets | None]:
-        """Digest of all plain items, and their targets: one pass, whose result is kept, since it may decode everything."""
+        """Read all plain items once for their digest and their targets.
+
+        The result is kept, since the pass may decode the whole dataset.
+
+        Returns:
+            The hexadecimal SHA-256 digest of all plain items, and their targets (None when they are not classes).
+
+        Raises:
+            SourceError: an item cannot be read, or two reads of the same item differ.
+        """
         if self._scan is None:
-            self._check_reads()  # something random inside is found before the long pass, not after it
+            self._check_reads()  # Randomness inside the dataset is found before the long pass, not after it.
             leaf = self.target_leaf()
             content = hashlib.sha256(repr(self.image_leaf()).encode())
             values: list[Any] = []
@@ -286,17 +313,25 @@ class ItemSource(ItemReader):
                 )
             listed = self.listed_targets()
             names = listed.names if listed is not None else None
-            # what can't be read is in no bin: any class will do that hides none and makes none
+            # Unreadable items are put into no bin, so they take the class of the first readable item: this neither adds
+            # a class nor turns the targets into something that is no class.
             known = next((value for value in values if not isinstance(value, Unreadable)), None)
             values = [known if isinstance(value, Unreadable) else value for value in values]
             self._scan = content.hexdigest(), as_targets(values, names)
         return self._scan
 
     def note(self, index: int, digest: str) -> None:
-        """Keep the digest of an item: reading it later is an error where it is another one by then."""
+        """Remember the digest of an item, so that a later read of other content raises `ChangedError`.
+
+        This base class remembers nothing.
+        """
 
     def state(self, *, fresh: bool = False) -> State:
-        """What is seen of the dataset without reading all items: as it was when first asked for, or now."""
+        """What can be seen of the dataset without reading all items.
+
+        Args:
+            fresh: if True, the state at present; if False, the state when this method was first called.
+        """
         if self._state is None or fresh:
             found = find_state(
                 self.plain_view(),
@@ -310,20 +345,24 @@ class ItemSource(ItemReader):
         return self._state
 
     def marks(self, *, fresh: bool) -> str:
-        """A text that differs once the data were changed, also where they were changed back; found without reading them all.
+        """A text by which a change of the data while they are processed is noticed, without reading them all.
+
+        It is empty where the identity is not a digest of all items. Adapters of files use times, so that a change that
+        was undone is noticed too.
 
         Args:
-            fresh: as they are now, in place of as they were when the identity was looked for.
+            fresh: if True, the text for the data at present; if False, for the data when the identity was determined.
         """
         return self.state(fresh=fresh).digest if self.by_items else ""
 
     def state_key(self) -> str:
-        """Where the digest of all items is remembered."""
+        """The key under which the digest of all items is remembered."""
         state = self.state()
         return f"{'opaque:' if state.unknown else ''}dataset-state:{state.digest}"
 
     def digest(self, memory: DigestMemory) -> str:
-        key = self.state_key()  # before the items are read, which may fill a cache inside the dataset
+        # The key is computed before the items are read, because reading may fill a cache inside the dataset.
+        key = self.state_key()
         digest = self.scan()[0]
         if self.state(fresh=True).digest == self.state().digest:
             memory.remember(key, digest)
@@ -335,7 +374,11 @@ class ItemSource(ItemReader):
         return self._scan[0] if self._scan is not None else memory.recall(self.state_key())
 
     def spot_digest(self, others: bool = False) -> str:
-        """Digest of 16 evenly spaced plain items, or of a few others."""
+        """Digest of 16 evenly spaced plain items.
+
+        Args:
+            others: if True, digest up to 4 items at other positions instead.
+        """
         spots = evenly_spaced(len(self), SPOT_CHECKS)
         if others:
             spots = sorted(set(evenly_spaced(len(self), 2 * SPOT_CHECKS)).difference(spots))[:OTHER_SPOTS]
@@ -343,8 +386,8 @@ class ItemSource(ItemReader):
 
     def check_repeatable(self) -> None:
         self._check_reads()
-        with contextlib.suppress(SourceError):  # told in its turn
-            self.image(self.first)  # settles the scale before worker processes are made
+        with contextlib.suppress(SourceError):  # An unreadable item is reported when its turn comes.
+            self.image(self.first)  # This decides the scale before worker processes are started.
 
     def _check_reads(self) -> None:
         if self._repeatable:
@@ -355,7 +398,7 @@ class ItemSource(ItemReader):
             first = {index: self.digested(index)[1] for index in spots}
             self._compare_reads(first, spots)
             if random_states(generators) != before:
-                # what is drawn may change an item but seldom
+                # The numbers drawn may change an item only rarely, so a few items are read many times.
                 self._compare_reads(first, evenly_spaced(len(self), _READ_OFTEN) * _OFTEN)
         self._repeatable = True
 

@@ -1,4 +1,4 @@
-"""What stands for samples that can't be read when those are left out (`on_error="skip"`)."""
+"""Placeholders and helpers for samples that cannot be read and are left out (`on_error="skip"`)."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dq_lightning.core.records import DigestMemory
 
 @dataclass(frozen=True)
 class Unreadable:
-    """In place of an item: its identity is the kind of failure, since messages may name places and times.
+    """Placeholder for an unreadable item. It holds no error message, since messages may contain paths and times.
 
     Attributes:
         reason: name of the exception's class.
@@ -21,17 +21,17 @@ class Unreadable:
 
 
 def readable_items(source: Any, positions: Iterable[int]) -> Iterator[tuple[int, Any]]:
-    """Positions and plain items of the samples that can be read.
+    """Iterate over (position, plain item) of the samples that can be read.
 
-    Every look at samples that need not be selected goes through this: which ones are left out is known to the features alone,
-    and whether an unreadable sample ends the run is decided where all that are needed are read.
+    Code that looks at samples which may not be selected uses this function, because only the features record which
+    samples are left out. Whether an unreadable sample ends the run is decided where all needed samples are read.
 
     Args:
-        source: with `plain(position)`.
-        positions: to read.
+        source: source with a method `plain(position)`.
+        positions: positions of the samples to read.
 
     Raises:
-        SourceError: a failure that may pass, and says nothing of the sample.
+        SourceError: reading failed for a reason that may be temporary, which says nothing about the sample.
     """
     for position in positions:
         try:
@@ -44,7 +44,11 @@ def readable_items(source: Any, positions: Iterable[int]) -> Iterator[tuple[int,
 
 
 class ForgivingMemory:
-    """A memory of digests in which a file that can't be opened has its kind of failure in place of a digest."""
+    """A `DigestMemory` that returns the name of the exception in place of the digest of a file that cannot be opened.
+
+    Args:
+        memory: the memory that computes and remembers the other digests.
+    """
 
     def __init__(self, memory: DigestMemory) -> None:
         self._memory = memory

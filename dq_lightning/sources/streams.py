@@ -1,4 +1,4 @@
-"""Generators of random numbers: which ones an object holds, and whether numbers were drawn."""
+"""Finds the random number generators that an object holds, and detects whether numbers were drawn from them."""
 
 import random
 from collections.abc import Mapping
@@ -17,7 +17,10 @@ _LONGEST = 64
 
 
 def generators_in(value: Any) -> list[Any]:
-    """The generators of random numbers that an object holds, as far as can be seen."""
+    """The random number generators in an object's attributes and containers.
+
+    The search goes at most 4 levels deep and skips containers of more than 64 values.
+    """
     found: dict[int, Any] = {}
     seen: set[int] = set()
 
@@ -39,7 +42,10 @@ def generators_in(value: Any) -> list[Any]:
 
 
 def random_states(generators: list[Any]) -> str:
-    """Digest of where the global random state and the generators stand: it changes when a number is drawn or a seed set."""
+    """Digest of the global random states (Python, NumPy, torch on the CPU) and of the states of the generators.
+
+    It changes when a number is drawn or a seed is set.
+    """
     own: list[Any] = []
     for one in generators:
         if isinstance(one, np.random.Generator):

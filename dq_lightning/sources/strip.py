@@ -1,4 +1,4 @@
-"""Take the user's transforms off a dataset, and put the same or others on, without touching the user's object."""
+"""Makes copies of a dataset without the user's transforms or with others. The user's object is not changed."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,24 +14,28 @@ KEEP = "keep"
 
 
 def own_transforms(dataset: Any) -> dict[str, Any]:
-    """The transform attributes that the object itself holds."""
+    """The transform attributes in the dataset's own `__dict__`, by name."""
     state = getattr(dataset, "__dict__", {})
     return {name: state[name] for name in TRANSFORM_NAMES if name in state}
 
 
 def with_attributes(dataset: Any, changes: dict[str, Any]) -> Any:
-    """A shallow copy with other attributes: the data stay shared, the given object stays as it was."""
+    """A shallow copy with the attributes in `changes` replaced. The data are shared; `dataset` is not changed."""
     new = object.__new__(type(dataset))
-    # not copy.copy: classes may define pickling that rebuilds the dataset, or drops attributes
+    # `copy.copy` is not used, because a class may define pickling that rebuilds the dataset or drops attributes.
     new.__dict__.update(dataset.__dict__)
     new.__dict__.update(changes)
     return new
 
 
 def neutral(*values: Any, **named: Any) -> Any:
-    """What stands where a class calls its transform even when there is none: gives back what it is called with.
+    """A transform that returns its arguments, for classes that call their transform without checking for None.
 
-    The ways to call it are `f(image)`, joint `f(image, mask)` and, as albumentations wants it, `f(image=image, mask=mask)`.
+    It can be called as `f(image)`, as a joint transform `f(image, mask)`, and in the way of albumentations as
+    `f(image=image, mask=mask)`, which returns a dict.
+
+    Raises:
+        TypeError: it is called with positional and named arguments together.
     """
     if values and named:
         raise TypeError("positional and named arguments together")
@@ -41,12 +45,12 @@ def neutral(*values: Any, **named: Any) -> Any:
 
 
 def replaced(transform: Any, by: Callable[[Any, tuple[Any, ...]], Any], place: tuple[Any, ...] = ()) -> Any:
-    """A transform, or a dict, list or tuple of transforms, with another callable in place of each.
+    """Replace a transform, or each transform in a dict, list or tuple, by another callable.
 
     Args:
-        transform: as the dataset holds it.
-        by: called with a transform and its keys in the container.
-        place: keys on the way to the transform.
+        transform: a transform or a container of transforms, as the dataset holds it.
+        by: function of a transform and its keys that returns the callable to put in its place.
+        place: keys that lead to `transform`.
     """
     if isinstance(transform, Mapping) and not callable(transform):
         return {key: replaced(value, by, (*place, key)) for key, value in transform.items()}
@@ -56,7 +60,7 @@ def replaced(transform: Any, by: Callable[[Any, tuple[Any, ...]], Any], place: t
 
 
 def copy_of_attributes(dataset: Any) -> Any | None:
-    """A shallow copy that keeps what the dataset holds now; None for a class whose objects are more than their attributes."""
+    """A shallow copy that keeps the dataset's present attributes; None for classes with `__slots__` or no dict."""
     if not hasattr(dataset, "__dict__") or any(vars(owner).get("__slots__") for owner in type(dataset).__mro__):
         return None
     try:
@@ -66,10 +70,12 @@ def copy_of_attributes(dataset: Any) -> Any | None:
 
 
 def without_transforms(dataset: Any) -> Any:
-    """The dataset with every transform attribute None, or with neutral ones where the class calls them regardless.
+    """A copy of the dataset whose transform attributes are None, or `neutral` where the class calls them regardless.
+
+    A dataset without transforms is returned itself.
 
     Raises:
-        SourceError: the class uses its transforms in a way that neutral ones cannot stand in for.
+        SourceError: the class calls its transforms in a way that `neutral` does not support.
     """
     present = own_transforms(dataset)
     if not any(value is not None for value in present.values()):
@@ -83,12 +89,16 @@ def without_transforms(dataset: Any) -> Any:
             plain = with_attributes(plain, kept)
             _check_readable(plain, dataset, ", ".join(f"`{name}`" for name in kept))
     except Exception:
-        pass  # an unreadable item is reported with its index when it is read
+        pass  # An unreadable item is reported with its index when it is read.
     return plain
 
 
 def _check_readable(plain: Any, dataset: Any, names: str) -> None:
-    """Tell a transform that is called in an unknown way from an item that cannot be read."""
+    """Check that the dataset can be read without its transforms, if it can be read with them.
+
+    Raises:
+        SourceError: the first item can be read with the transforms only.
+    """
     try:
         plain[0]
         return
@@ -98,7 +108,7 @@ def _check_readable(plain: Any, dataset: Any, names: str) -> None:
         with isolated_random_state():
             dataset[0]
     except Exception:
-        return  # reported with its index when it is read
+        return  # An unreadable item is reported with its index when it is read.
     raise SourceError(
         f"{type(dataset).__name__} can't be read without its {names}, which features are made without: its __getitem__ calls "
         f"it even when it is None, and in a way that is not known ({type(problem).__name__}: {problem}). Known are f(image), "
@@ -108,14 +118,15 @@ def _check_readable(plain: Any, dataset: Any, names: str) -> None:
 
 
 def with_transforms(dataset: Any, plain: Any, transform: Any, target_transform: Any, finisher: Any) -> Any:
-    """What is delivered from: the dataset itself, or one with the transforms that were passed in place of its own.
+    """The dataset that items are delivered from: the given one, or a copy with the transforms that were passed.
 
     Args:
-        dataset: the user's.
-        plain: the same without transforms.
-        transform: of the image; `"keep"` for the dataset's own, None for none.
-        target_transform: likewise of the target.
-        finisher: makes `TransformFinisher` arguments where the dataset has no place for transforms.
+        dataset: the user's dataset.
+        plain: the same dataset without transforms.
+        transform: transform of the image; `"keep"` keeps the dataset's own, None removes it.
+        target_transform: transform of the target; `"keep"` keeps the dataset's own, None removes it.
+        finisher: function of the two transforms that makes a `TransformFinisher`, for datasets without attributes for
+            transforms.
     """
     if transform == KEEP and target_transform == KEEP:
         return dataset
@@ -143,7 +154,12 @@ def _given(value: Any) -> Any:
 
 
 class Transformed(Dataset[Any]):
-    """A dataset without transforms of its own, with transforms on its image and target."""
+    """A dataset that applies transforms to the image and target of another dataset, which has no place for them.
+
+    Args:
+        dataset: the dataset without transforms.
+        finisher: applies the transforms to an item.
+    """
 
     def __init__(self, dataset: Any, finisher: TransformFinisher) -> None:
         self.dataset = dataset

@@ -1,4 +1,4 @@
-"""Targets of a dataset -> classes, where they are classes."""
+"""Converts the targets of a dataset to classes, where they are classes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,25 +18,25 @@ UNLABELED = -1
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """The class of every sample as the dataset tells it.
+    """The class of every sample as the dataset gives it.
 
     Attributes:
-        values: int64 [N] (negative: no label) or unicode [N].
-        names: name of each class integer, when known.
+        values: classes of N samples, int64 [N] (a negative value means no label) or unicode strings [N].
+        names: name of each class integer, or None when unknown.
     """
 
     values: NDArray[Any]
     names: tuple[str, ...] | None = None
 
     def take(self, index: NDArray[np.int64]) -> "Targets":
-        """The targets at some positions."""
+        """The targets at the positions `index` (int64 [M])."""
         return Targets(self.values[index], self.names)
 
 
 def join(parts: Sequence[Targets | None]) -> Targets | None:
-    """Targets of concatenated datasets; None when a part has none or integers meet strings.
+    """Targets of concatenated datasets; None when a part has none, or some are integers and others strings.
 
-    Names are kept when all parts agree on them: the integers that the datasets deliver stay the classes.
+    The integers that the parts deliver stay the classes. Names of classes are kept when all parts have the same.
     """
     known = [part for part in parts if part is not None]
     if len(known) != len(parts) or len({part.values.dtype.kind for part in known}) != 1:
@@ -46,7 +46,7 @@ def join(parts: Sequence[Targets | None]) -> Targets | None:
 
 
 def scalar(value: Any) -> Any:
-    """The Python value of a NumPy or torch scalar, or of an integer array with one element (shape [1]); else `value`."""
+    """The Python value of a NumPy or torch scalar, or of an integer array of shape [1]; other values are unchanged."""
     if isinstance(value, np.generic):
         return value.item()
     if not isinstance(value, Tensor | np.ndarray):
@@ -61,12 +61,15 @@ def _is_integer(value: Any) -> bool:
 
 
 def as_targets(values: Any, names: Sequence[str] | None = None) -> Targets | None:
-    """Read a column of targets; None unless every one is a class (an integer, a string, or missing).
+    """Read a column of targets as classes; None unless each target is an integer, a string, or missing.
 
     Args:
-        values: tensor, array or sequence of length N, or integers [N, 1].
-            Floats, masks, boxes and multi-hot rows are no classes.
-        names: name of each class integer.
+        values: targets, a tensor, array or sequence of length N, or integers [N, 1]. Floats, masks, boxes and multi-hot
+            rows are not classes.
+        names: name of each class integer, or None when unknown.
+
+    Raises:
+        SourceError: an integer does not fit into 64 bits.
     """
     known = tuple(names) if names is not None else None
     if isinstance(values, Tensor):
@@ -89,10 +92,10 @@ def as_targets(values: Any, names: Sequence[str] | None = None) -> Targets | Non
 
 
 def _as_int64(values: Any) -> NDArray[np.int64]:
-    """Whole numbers as int64 [N].
+    """Convert whole numbers to int64 [N].
 
     Raises:
-        SourceError: one is too large.
+        SourceError: a number does not fit into 64 bits.
     """
     bounds = np.iinfo(np.int64)
     wide = next((place for place, value in enumerate(values) if not bounds.min <= value <= bounds.max), None)
@@ -105,11 +108,12 @@ def _as_int64(values: Any) -> NDArray[np.int64]:
 
 
 def to_labels(targets: Targets) -> Labels | None:
-    """Classes from targets; None when no sample has a label.
+    """Convert targets to labels with classes from 0; None when no sample has a label.
 
-    Strings become positions in their sorted list; an empty or missing string is a class like any other. Samples without
-    a label (negative integers) form one extra group behind the classes, so that they are split among themselves.
-    Integers far beyond the number of samples (identifiers) become positions in their sorted list too.
+    Strings become positions in the sorted list of different strings; an empty or missing string is a class like any
+    other. Samples without a label (negative integers) form one extra group after the classes, so that bins are made
+    among them. When the largest integer is at least 65,536 and at least twice the number of samples, as with
+    identifiers, integers become positions in their sorted list too.
     """
     values, names = targets.values, targets.names
     if values.dtype.kind == "U":
@@ -134,10 +138,14 @@ def to_labels(targets: Targets) -> Labels | None:
 
 
 def given_labels(labels: Any, length: int) -> Labels:
-    """The grouping that the user passed as `labels=`.
+    """Convert the grouping that the user passed as `labels=`.
+
+    Args:
+        labels: one whole number or string per sample.
+        length: number of samples.
 
     Raises:
-        SourceError: not one whole number or string per sample.
+        SourceError: `labels` has another length, or holds other values, or all of its values mean no label.
     """
     try:
         count = len(labels)
@@ -155,14 +163,18 @@ def given_labels(labels: Any, length: int) -> Labels:
 
 
 def target_of(item: Any, leaf: Leaf | None) -> Any:
-    """The target if it can be a class, None where there is none, else a stand-in that is no class.
+    """The target of an item if it can be a class, None where there is none, and 0.5 for any other target.
 
-    The masks of a whole dataset would fill the memory.
+    The constant takes the place of targets such as masks, because those of a whole dataset would fill the memory.
+
+    Args:
+        item: an item of the dataset.
+        leaf: path to the target inside the item, or None when items have no target.
     """
     try:
         value = None if leaf is None else at(item, leaf)
     except (KeyError, IndexError, TypeError, AttributeError):
-        return None  # this item has no such place: a sample without a label
+        return None  # An item without this key or position is a sample without a label.
     if value is None or isinstance(value, int | str | np.generic):
         return value
     single = scalar(value)

@@ -1,4 +1,4 @@
-"""Datasets of text rows: the same adapters as for images, with a text where those have an image."""
+"""Adapters for datasets of text rows. They extend the adapters for images, and give a text in place of an image."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,10 +20,10 @@ from dq_lightning.sources.targets import Targets, as_targets
 
 
 class TextRows(ItemSource):
-    """What rows of text have in place of an image; to be mixed into an adapter.
+    """Mixin that turns an adapter for images into an adapter for rows of text.
 
     Attributes:
-        settings: which columns are read, and what of them is embedded.
+        settings: settings that say which columns are read, and which part of a row is embedded.
     """
 
     modality = "text"
@@ -34,15 +34,16 @@ class TextRows(ItemSource):
         return list(self.first_item())
 
     def rows(self, positions: Sequence[int]) -> list[Mapping[str, Any]]:
-        """The plain rows at some positions."""
+        """The plain rows at the given positions, in the same order."""
         return [self.plain(index) for index in positions]
 
     def template(self) -> Template:
-        """How a row is read.
+        """The template that reads the rows of this source.
 
         Raises:
             SourceError: the columns fit no template.
-            ConfigError: the part that is to be embedded is one that its rows do not have.
+            ConfigError: the settings ask for the instruction of plain text, which has none, or name columns in a number
+                that does not fit the template.
         """
         template = choose_template(self.columns(), self.settings.template, self.settings.columns)
         if template.name == "plain" and self.settings.embed == "instruction":
@@ -56,22 +57,26 @@ class TextRows(ItemSource):
         """The text of a row that is embedded.
 
         Raises:
-            SourceError: the row has no such text; names row and column.
+            SourceError: the row has no such text. The message names row and column.
         """
         return self.texts([index])[0]
 
     def texts(self, positions: Sequence[int]) -> list[str]:
-        """The same for several rows, read together."""
+        """The texts that are embedded of the rows at the given positions, which are read together.
+
+        Raises:
+            SourceError: a row has no such text. The message names row and column.
+        """
         template, part = self.template(), self.settings.embed
         rows = self.rows(positions)
         return [template.embedded_text(row, part, index) for index, row in zip(positions, rows, strict=True)]
 
     def text_identity(self) -> dict[str, Any]:
-        """What decides, beside the rows, which text is embedded."""
+        """Everything that decides, in addition to the rows, which text is embedded; a part of cache keys."""
         template = self.template()
         return {"template": template.name, "columns": list(template.all_columns), "embed": self.settings.embed}
 
-    # in place of the image
+    # The following methods override those that read images.
 
     def image(self, index: int) -> Image.Image:
         raise SourceError(f"{self.describe()} holds rows of text, which have no image: pass an encoder of text")
@@ -88,7 +93,7 @@ class TextRows(ItemSource):
     def check_repeatable(self) -> None:
         self._check_reads()
 
-    # groups: none, unless a column is named
+    # Rows of text have no groups unless a column is named or labels are given.
 
     def target_leaf(self) -> Leaf | None:
         return None if self.label_column is None else (self.label_column,)
@@ -112,7 +117,7 @@ class TextRows(ItemSource):
 
 
 class HubTextSource(TextRows, HubSource):
-    """A Hugging Face `Dataset` of text rows."""
+    """Adapter for a Hugging Face `Dataset` of text rows."""
 
     def _open_pictures(self) -> None:
         self._column, self._mode, self._decodes, self._stored = "", None, False, None
@@ -121,7 +126,7 @@ class HubTextSource(TextRows, HubSource):
         return list(self.plain_dataset.column_names)
 
     def rows(self, positions: Sequence[int]) -> list[Mapping[str, Any]]:
-        # one read for all: reading row by row costs more than tokenizing
+        # All rows are read at once, because reading them one by one takes longer than tokenizing them.
         there = set(self.plain_dataset.column_names)
         wanted = self.plain_dataset.select_columns([name for name in self.template().all_columns if name in there])
         together = range(positions[0], positions[-1] + 1) if len(positions) else range(0)
@@ -130,20 +135,23 @@ class HubTextSource(TextRows, HubSource):
 
 
 class RowsSource(TextRows, MapSource):
-    """Rows in memory (a list of dicts), or any map-style dataset whose items are dicts of text.
+    """Adapter for rows in memory (a list of dicts), or for any map-style dataset whose items are dicts of text.
 
     Args:
         dataset: the rows.
-        label_column: field to group by.
-        transform: of a whole row.
-        name: for messages.
+        label_column: name of the field that rows are grouped by; None for no groups.
+        transform: transform of a whole row that replaces the dataset's own; None removes it, `"keep"` keeps it.
+        name: name of the dataset in messages.
+
+    Raises:
+        SourceError: the dataset is empty, or an element of a list or tuple is no dict.
     """
 
     def __init__(self, dataset: Any, label_column: str | None, transform: Any = KEEP, name: str | None = None) -> None:
         super().__init__(dataset, None, label_column, transform)
         self._rows: Sequence[Any] | None = dataset if isinstance(dataset, list | tuple) else None
         self._name = name or ("list of rows" if self._rows is not None else self._name)
-        # a list of a class of its own may give other rows than it holds
+        # A subclass of list or tuple may return other rows than it holds.
         self.by_items, self.trusts_list = type(dataset) not in (list, tuple), self._rows is not None
         for index, row in enumerate(self._rows or ()):
             if not isinstance(row, Mapping):
@@ -166,7 +174,7 @@ class RowsSource(TextRows, MapSource):
 
 
 class TextSubsetSource(TextRows, SubsetSource):
-    """Some rows of another source of text."""
+    """Adapter for a torch `Subset` of another source of text."""
 
     inner: TextRows
 
@@ -178,7 +186,7 @@ class TextSubsetSource(TextRows, SubsetSource):
 
 
 class TextConcatSource(TextRows, ConcatSource):
-    """Several sources of text, one after the other."""
+    """Adapter for a torch `ConcatDataset` of sources of text."""
 
     parts: list[TextRows]  # type: ignore[assignment]
 
@@ -187,7 +195,10 @@ class TextConcatSource(TextRows, ConcatSource):
 
 
 def hub_is_text(dataset: Any) -> bool:
-    """Whether a Hugging Face dataset holds text rows: its columns fit a template or are strings, and none is an image."""
+    """Whether a Hugging Face dataset holds rows of text.
+
+    No column may be an image. Beyond that, the columns must fit a template, or one must hold strings and none bytes.
+    """
     kinds = {
         name: (type(feature).__name__, str(getattr(feature, "dtype", ""))) for name, feature in dataset.features.items()
     }
@@ -199,7 +210,7 @@ def hub_is_text(dataset: Any) -> bool:
 
 
 def is_row(item: Any) -> bool:
-    """Whether an item is a dict with text somewhere and no image."""
+    """Whether an item is a row of text: a dict without images that fits a template or has a string value."""
     if not isinstance(item, Mapping) or image_leaves(item):
         return False
     return _fits(list(item)) or any(isinstance(value, str) for value in item.values())

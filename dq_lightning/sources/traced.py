@@ -1,10 +1,12 @@
-"""How a dataset calls its transforms, seen by standing in their place while it delivers a few items.
+"""Finds out how a dataset calls its transforms, by recording the calls while the dataset delivers a few items.
 
-`trace` puts a recorder in the place of each transform and reads an item: what every call was given, what it gave, and what
-was delivered. `explain` finds where each of these comes from: a part of the plain item, or of an earlier call's result. That
-is a `CallingFinisher`, which makes of any plain item what the dataset would deliver. No random number enters, so transforms
-that seldom fire and those with a generator of their own are seen like any other. It is believed only if it explains every
-trace: the same calls in the same order, each given what it would give, and the whole item, type by type.
+`trace` replaces each transform by a recorder and reads one item. It keeps the arguments and the result of every call,
+and the delivered item. `explain` then finds where each argument and each part of the delivered item comes from: the
+plain item, or the result of an earlier call. This gives a `CallingFinisher`, which turns any plain item into the
+item that the dataset would deliver. Recorded values are compared with recorded values, so random numbers play no part:
+transforms that rarely change anything, and transforms with a random generator of their own, are recorded like all
+others. A finisher is accepted only if it reproduces every trace: the same calls in the same order, with equal
+arguments, and an equal delivered item, of the same types.
 """
 
 import copy
@@ -24,7 +26,7 @@ from dq_lightning.sources.items import Leaf, at, children, is_dataclass, outline
 from dq_lightning.sources.streams import generators_in, random_states
 from dq_lightning.sources.strip import replaced, with_attributes
 
-# items that are looked at, each under a seed of its own
+# Number of items that are traced, each under a random seed of its own.
 TRACED_SAMPLES = 8
 _SCALARS = (type(None), bool, int, float, str)
 _LONGEST = 64
@@ -32,12 +34,13 @@ _LONGEST = 64
 
 @dataclass(frozen=True)
 class Taken:
-    """A part of the plain item or of a call's result.
+    """A value that is taken from the plain item or from the result of a call.
 
     Attributes:
-        call: number of the call, from 1; 0 is the plain item.
-        leaf: where in it.
-        kind: what the part is made into first: "array" (of numpy), or the name of a class of torchvision's tv_tensors.
+        call: number of the call whose result holds the value, counted from 1; 0 stands for the plain item.
+        leaf: path of keys and positions that leads to the value.
+        kind: type that the value is converted to: `"array"` for a NumPy array, the name of a class of torchvision's
+            tv_tensors, or empty for no conversion.
     """
 
     call: int
@@ -47,13 +50,13 @@ class Taken:
 
 @dataclass(frozen=True)
 class Built:
-    """A container that the dataset puts together.
+    """A container that the dataset builds.
 
     Attributes:
-        kind: its class.
-        keys: of its parts.
-        parts: where they come from.
-        default: of a `defaultdict`.
+        kind: class of the container.
+        keys: keys, field names or positions of its parts.
+        parts: where each part comes from: a `Taken`, `Built` or `Fixed` for each key.
+        default: default factory of a `defaultdict`; None for other containers.
     """
 
     kind: type
@@ -64,7 +67,11 @@ class Built:
 
 @dataclass(frozen=True)
 class Fixed:
-    """A setting that a call is given in every item."""
+    """A constant argument, which a call receives for every item.
+
+    Attributes:
+        value: the constant.
+    """
 
     value: Any
 
@@ -74,9 +81,9 @@ class Call:
     """One call of a transform.
 
     Attributes:
-        place: attribute of the dataset, and keys in it, that hold the transform.
-        transform: what is called.
-        given: where its positional arguments come from, and its named ones: a `Built` tuple of a tuple and a dict.
+        place: name of the dataset's attribute that holds the transform, followed by the keys inside that attribute.
+        transform: the transform that is called.
+        given: where its arguments come from: a `Built` tuple of a tuple (positional) and a dict (named).
     """
 
     place: tuple[Any, ...]
@@ -86,11 +93,11 @@ class Call:
 
 @dataclass(frozen=True)
 class CallingFinisher:
-    """Calls transforms as the dataset does.
+    """A finisher that calls the transforms as the dataset does.
 
     Attributes:
-        calls: in their order.
-        item: where the parts of the delivered item come from.
+        calls: the calls, in the order in which the dataset makes them.
+        item: where the delivered item comes from: a `Taken`, or a `Built` container.
     """
 
     calls: tuple[Call, ...]
@@ -106,16 +113,16 @@ class CallingFinisher:
 
 @dataclass
 class SeenCall:
-    """What a recorder saw of one call.
+    """One recorded call of a transform.
 
     Attributes:
-        place: as in `Call`.
-        transform: likewise.
-        given: its arguments, positional and named, copied before it worked on them.
-        result: what it gave, copied likewise.
-        live_given: the arguments themselves, by which they are found again.
-        live_result: what the dataset was given: a copy, so that it is another object than the argument even where the
-            transform gives its argument back.
+        place: name of the dataset's attribute that holds the transform, followed by the keys inside that attribute.
+        transform: the transform that was called.
+        given: copies of its positional and named arguments, made before the call.
+        live_given: the argument objects themselves, which are recognised by identity later.
+        result: a copy of the result of the call.
+        live_result: the object that was returned to the dataset. It is another copy of the result, so that it is
+            not the argument object even where the transform returns its argument.
     """
 
     place: tuple[Any, ...]
@@ -128,14 +135,15 @@ class SeenCall:
 
 @dataclass
 class Trace:
-    """What was seen while one item was read.
+    """The record of reading one item.
 
     Attributes:
-        plain: the same item without transforms, as a packed store gives it.
-        delivered: the item.
-        calls: of transforms.
-        streams: gives the states of all generators of random numbers.
-        doubt: why what was seen does not show all that the dataset does with its transforms; empty when there is no reason.
+        plain: the item without transforms, as a packed store returns it.
+        streams: function that returns a digest of the states of all random number generators.
+        delivered: the item as the dataset delivered it.
+        calls: the recorded calls of transforms, in order.
+        doubt: reason why the record may not show everything that the dataset does with its transforms; empty when there
+            is none.
     """
 
     plain: Any
@@ -146,11 +154,14 @@ class Trace:
     _mark: str = ""
 
     def leave(self) -> None:
-        """A transform was left, or reading begins."""
+        """Note the random state when the reading of the item begins or a transform has returned."""
         self._mark = self.streams()
 
     def enter(self) -> None:
-        """A transform is entered, or reading ends."""
+        """Compare the random state with the noted one when a transform is called or the reading ends.
+
+        If it changed in between, the dataset itself drew numbers or set a seed, which is recorded as `doubt`.
+        """
         if self._mark != self.streams():
             self.doubt = self.doubt or (
                 "it draws random numbers or sets a seed beside its transforms (to change image and mask alike, call one joint "
@@ -158,7 +169,10 @@ class Trace:
             )
 
     def copied(self, value: Any) -> Any:
-        """A copy, since a transform may work in place, and so may the dataset afterwards."""
+        """A deep copy of a value, since the transform or the dataset may change the value in place afterwards.
+
+        A value that cannot be copied is returned itself, and `doubt` is set.
+        """
         try:
             return copy.deepcopy(value)
         except Exception as error:
@@ -169,7 +183,7 @@ class Trace:
 
 
 class _Recorder:
-    """Stands in the place of a transform: calls it, and keeps what it was given and what it gave."""
+    """Replaces a transform: calls the transform, and records its arguments and its result."""
 
     def __init__(self, transform: Any, place: tuple[Any, ...], trace: Trace) -> None:
         self._recorded = transform, place, trace
@@ -193,19 +207,19 @@ class _Recorder:
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        # classes that look at the type of their transform must do what they do without the recorder
+        # A dataset that checks the type of its transform must behave as it does without the recorder.
         return type(self._recorded[0])
 
 
 def trace(dataset: Any, used: dict[str, Any], index: int, plain: Any, seed: int) -> Trace:
-    """Read one item with recorders in the place of its transforms.
+    """Read one item of a dataset whose transforms are replaced by recorders.
 
     Args:
-        dataset: with its transforms.
-        used: those, by attribute.
-        index: of the item.
-        plain: the same item without transforms.
-        seed: of the global random state while it is read.
+        dataset: dataset with its transforms; it is not changed.
+        used: the transforms, by the name of the attribute that holds them.
+        index: position of the item.
+        plain: the same item without transforms, as a packed store returns it.
+        seed: seed of the global random state while the item is read.
     """
     found = generators_in(vars(dataset))
     seen = Trace(plain, lambda: random_states(found))
@@ -221,7 +235,12 @@ def trace(dataset: Any, used: dict[str, Any], index: int, plain: Any, seed: int)
 
 @dataclass(frozen=True)
 class InTurn:
-    """Two finishers, one after the other."""
+    """A finisher that applies two finishers one after the other.
+
+    Attributes:
+        first: finisher that is applied to the plain item.
+        second: finisher that is applied to the result of the first.
+    """
 
     first: Any
     second: Any
@@ -231,14 +250,15 @@ class InTurn:
 
 
 def explain(traces: Sequence[Trace], usual: Sequence[Leaf]) -> CallingFinisher:
-    """The finisher that all traces agree with.
+    """Find the finisher that reproduces all traces.
 
     Args:
-        traces: of items.
-        usual: leaves that are preferred where parts of the items are equal: those of image and target.
+        traces: records of several items of one dataset.
+        usual: paths that are preferred where parts of an item are equal: those of image and target.
 
     Raises:
-        SourceError: there is none; the message says what was seen.
+        SourceError: no finisher reproduces all traces, two different ones do, or a trace is incomplete (`Trace.doubt`).
+            The message says what was seen.
     """
     for seen in traces:
         if seen.doubt:
@@ -262,7 +282,7 @@ def explain(traces: Sequence[Trace], usual: Sequence[Leaf]) -> CallingFinisher:
 
 
 def _agrees(finisher: CallingFinisher, seen: Trace) -> bool:
-    """Whether a finisher does what was seen, each transform giving what it gave then."""
+    """Whether a finisher reproduces a trace, when each transform returns its recorded result."""
     if [call.place for call in finisher.calls] != [call.place for call in seen.calls]:
         return False
     known = [seen.plain]
@@ -273,15 +293,20 @@ def _agrees(finisher: CallingFinisher, seen: Trace) -> bool:
             known.append(was.result)
         return same(_build(finisher.item, known), seen.delivered)
     except (LookupError, TypeError, AttributeError, ValueError):
-        return False  # this item has no such part
+        return False  # This item has no part at a path that the finisher reads.
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values are equal in type and content, and so are all their parts."""
+    """Whether two values, and all their parts, are equal in type and content.
+
+    Example:
+        >>> same([1, "a"], [1, "a"]), same([1], [True])
+        (True, False)
+    """
     if type(one) is not type(other):
         return False
     if isinstance(one, _SCALARS):
-        return bool(one == other) or (one != one and other != other)  # NaN
+        return bool(one == other) or (one != one and other != other)  # Two NaN count as equal.
     if isinstance(one, Mapping):
         return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
     if is_dataclass(one):
@@ -300,12 +325,19 @@ def same(one: Any, other: Any) -> bool:
 
 
 class _Explanation:
-    """Where the values of one trace come from."""
+    """Finds where the values of one trace come from.
+
+    Args:
+        seen: the trace.
+        usual: paths in the plain item that are preferred where several parts are equal.
+        plain_first: whether a delivered copy that equals both the argument and the result of a transform is attributed
+            to the plain item rather than to the result.
+    """
 
     def __init__(self, seen: Trace, usual: Sequence[Leaf], plain_first: bool) -> None:
         self._seen = seen
         self._plain_first = plain_first
-        # the usual parts first, else in order
+        # The parts at the usual paths come first, the others in their order in the item.
         self._plain = sorted(
             _parts(seen.plain), key=lambda part: usual.index(part[0]) if part[0] in usual else len(usual)
         )
@@ -322,7 +354,15 @@ class _Explanation:
         return CallingFinisher(tuple(calls), self._delivered(self._seen.delivered, ()))
 
     def _argument(self, value: Any, number: int) -> Any:
-        """Where an argument of a call comes from."""
+        """Find where an argument of a call comes from.
+
+        Args:
+            value: the recorded argument.
+            number: number of calls before this one.
+
+        Raises:
+            SourceError: the argument is found neither in the plain item nor in a result, and is no constant.
+        """
         found = self._live_result(value, number)
         if found is None and isinstance(value, _SCALARS):
             found = self._result_like(value, number)
@@ -339,7 +379,15 @@ class _Explanation:
         raise SourceError(f"its transform is given a {outline(value)} that is no part of the item without transforms")
 
     def _delivered(self, value: Any, place: Leaf) -> Any:
-        """Where a part of the delivered item comes from."""
+        """Find where a part of the delivered item comes from.
+
+        Args:
+            value: the delivered part.
+            place: its path in the delivered item.
+
+        Raises:
+            SourceError: the part is found neither in the plain item nor in the result of a transform.
+        """
         number = len(self._seen.calls)
         found: Any = self._live_result(value, number)
         if found is None:
@@ -347,7 +395,7 @@ class _Explanation:
             kept = None if touched and _is_container(value) else self._plain_at(value, place)
             given = self._result_like(value, number)
             original = any(part is value for call in self._seen.calls for _, part in _parts(call.live_given))
-            # a copy may be one of what a transform was given or of what it gave, until the two differ
+            # While a transform changes nothing, a delivered copy may be a copy of its argument or of its result.
             first = touched and not (original and not isinstance(value, _SCALARS)) and not self._prefers_plain(value)
             found = (given or kept) if first else (kept or given)
         if found is None:
@@ -362,11 +410,11 @@ class _Explanation:
         return found
 
     def _prefers_plain(self, value: Any) -> bool:
-        # numbers and texts are not told apart by what object they are: what a transform gave counts
+        # Numbers and strings cannot be distinguished by object identity, so the result of a transform is preferred.
         return self._plain_first and not isinstance(value, _SCALARS)
 
     def _live_result(self, value: Any, before: int) -> Taken | None:
-        """The part of a result that is this very object, and was not changed since; of the latest call."""
+        """The part of a result of the first `before` calls that is this object, unchanged; latest call first."""
         if isinstance(value, _SCALARS):
             return None
         for number in range(before, 0, -1):
@@ -377,7 +425,7 @@ class _Explanation:
         return None
 
     def _result_like(self, value: Any, before: int) -> Taken | None:
-        """A part of a result of the calls so far that is equal."""
+        """The part of a result of the first `before` calls that is equal to the value; latest call first."""
         for number in range(before, 0, -1):
             for leaf, part in _parts(self._seen.calls[number - 1].result):
                 if same(part, value):
@@ -388,7 +436,10 @@ class _Explanation:
         return next((Taken(0, leaf) for leaf, part in self._plain if leaf == place and same(part, value)), None)
 
     def _plain_like(self, value: Any, place: Leaf | None = None) -> Taken | None:
-        """A part of the plain item that is equal, or becomes so in a usual way; the one at the same place first."""
+        """The part of the plain item that is equal to the value, or is equal after conversion to the value's type.
+
+        The part at the same path is preferred.
+        """
         parts = sorted(self._plain, key=lambda part: part[0] != place)
         for leaf, part in parts:
             if same(part, value):
@@ -415,7 +466,12 @@ def _tuple_of(parts: tuple[Any, ...]) -> Built:
 
 
 def _container(value: Any, place: Callable[[Any, Any], Any]) -> Built | None:
-    """How a container is put together, `place` saying where each part comes from."""
+    """Describe how a container is built, or return None for other values and for sequences of more than 64 values.
+
+    Args:
+        value: the container.
+        place: function of a part and its key that returns where the part comes from.
+    """
     if not _is_container(value) or (isinstance(value, list | tuple) and len(value) > _LONGEST):
         return None
     found = list(children(value))
@@ -441,7 +497,7 @@ def _build(template: Any, known: Sequence[Any]) -> Any:
 
 
 def _kind_of(value: Any) -> str:
-    """Into what images are usually made for a transform, if the value is such."""
+    """The type of a value, where datasets often convert images to it for a transform (see `Taken.kind`); else empty."""
     return "array" if type(value) is np.ndarray else tv_tensor(value)
 
 

@@ -1,1 +1,1 @@
-"""Rows of instruction data to token ids, label masks, batches and loaders."""
+"""Converts rows of instruction data to token ids, label masks, batches and loaders."""

@@ -1,4 +1,4 @@
-"""Encoded rows to batches that causal language models of transformers take: padded, or several rows in one sequence."""
+"""Makes batches for causal language models of transformers: padded rows, or several rows in one sequence."""
 
 import bisect
 from collections.abc import Callable, Sequence
@@ -14,23 +14,28 @@ from dq_lightning.core.errors import ConfigError
 from dq_lightning.tokens.rows import IGNORED, TokenRows
 from dq_lightning.tokens.sampler import EpochShuffle, LengthBatchSampler
 
-# `"mask"` works with every attention; `"positions"` is for flash attention, which takes no mask and reads the positions
+# How packed rows are kept apart: `"mask"` works with every attention; `"positions"` is for flash attention, which takes
+# no mask and reads the position ids.
 PackedAttention = Literal["mask", "positions"]
 
 
 class PackedRows(Dataset[dict[str, Tensor]]):
-    """Several rows in one sequence of at most `capacity` tokens; rows are never split.
+    """Dataset of packed sequences: several rows in one sequence of at most `capacity` tokens; rows are never split.
 
-    Item i has `input_ids`, `labels`, `position_ids` (from 0 in every row) and `rows` (number of the row that a token belongs
-    to), int64 [length]. No row learns its first token: its prediction would come from the row before.
+    Item i has `input_ids`, `labels`, `position_ids` (which start at 0 in every row) and `rows` (number of the row
+    inside the sequence that a token belongs to), all int64 [length]. The first token of every row has the label -100,
+    since it would be predicted from the row before.
 
     Args:
-        rows: encoded.
-        capacity: tokens of a sequence at most; the rows' `max_length` when None.
+        rows: encoded rows.
+        capacity: maximum number of tokens of a sequence; None means the `max_length` of the rows.
 
     Attributes:
-        packs: which rows each sequence holds.
-        lengths: int64 [number of sequences].
+        packs: positions of the rows that each sequence holds.
+        lengths: int64 [number of sequences], length of every sequence in tokens.
+
+    Raises:
+        ConfigError: a row is longer than `capacity`.
     """
 
     def __init__(self, rows: TokenRows, capacity: int | None = None) -> None:
@@ -59,22 +64,26 @@ class PackedRows(Dataset[dict[str, Tensor]]):
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Which rows go into one sequence: best-fit decreasing, ties in the order of the rows.
+    """Decide which rows go into one sequence, by best-fit decreasing; ties are broken by the order of the rows.
 
     Args:
-        lengths: tokens of every row.
-        capacity: tokens of a sequence at most.
+        lengths: number of tokens of every row.
+        capacity: maximum number of tokens of a sequence.
 
     Returns:
-        Positions in `lengths`, each once; those of a sequence add up to at most `capacity`.
+        Positions in `lengths` for every sequence, each position once; the lengths of a sequence add up to at most
+        `capacity`.
 
     Raises:
-        ConfigError: a row is longer than that.
+        ConfigError: a row is longer than `capacity`.
+
+    >>> pack([5, 3, 4, 2], capacity=7)
+    [[0, 3], [2, 1]]
 
     Complexity: O(n log n + n S), S the number of open sequences; the second term moves machine words only.
     """
     packs: list[list[int]] = []
-    # (room left, number of the pack), ascending
+    # Pairs (tokens left, number of the sequence), ascending.
     room: list[tuple[int, int]] = []
     for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if lengths[row] > capacity:
@@ -93,17 +102,17 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class TokenCollator:
-    """Makes a batch of items of `TokenRows` or `PackedRows`, filled on the right up to the longest.
+    """Collate function for items of `TokenRows` or `PackedRows`, which pads them on the right to the longest one.
 
-    A batch of B rows has `input_ids`, `labels` (-100 where filled) and `attention_mask`, all int64 [B, L]. Packed rows have
-    `position_ids` int64 [B, L] besides, and their `attention_mask` is float32 [B, 1, L, L]: 0 where a token sees another,
-    the least float where not, which all but flash attention add to their scores; with `attention="positions"` there is
-    none.
+    A batch of B rows has `input_ids`, `labels` (-100 for padding) and `attention_mask`, all int64 [B, L]. Packed rows
+    also have `position_ids`, int64 [B, L], and their `attention_mask` is an additive mask, float32 [B, 1, L, L]: 0
+    where a token attends to another, the lowest float32 elsewhere. All kinds of attention but flash attention add it to
+    their scores; with `attention="positions"` a packed batch has no mask.
 
     Attributes:
-        pad_id: token to fill with.
-        multiple_of: make lengths multiples of this, as tensor cores like them.
-        attention: how packed rows are kept apart.
+        pad_id: id of the padding token.
+        multiple_of: pad L to a multiple of this number, which is faster on tensor cores.
+        attention: how packed rows are kept apart: by a `"mask"` or by `"positions"` alone.
     """
 
     pad_id: int
@@ -120,7 +129,7 @@ class TokenCollator:
         if "rows" not in items[0]:
             sizes = torch.tensor([len(item["input_ids"]) for item in items])
             return batch | {"attention_mask": (torch.arange(longest) < sizes[:, None]).long()}
-        # what is filled counts from 0 again: a row of its own, which nothing else sees
+        # The positions of padding start at 0 again: padding is a row of its own, to which no other token attends.
         batch["position_ids"] = torch.stack(
             [torch.cat([item["position_ids"], torch.arange(longest - len(item["position_ids"]))]) for item in items]
         )
@@ -134,10 +143,13 @@ class TokenCollator:
 
 
 def block_mask(rows: Tensor) -> Tensor:
-    """Additive causal mask, float32 [B, 1, L, L], under which a token sees itself and earlier tokens of its row.
+    """Make an additive causal mask, under which a token attends to itself and to earlier tokens of its own row.
 
     Args:
-        rows: int64 [B, L], the row of every token.
+        rows: int64 [B, L], number of the row that every token belongs to.
+
+    Returns:
+        Mask float32 [B, 1, L, L]: 0 where the second token is visible to the first, the lowest float32 elsewhere.
     """
     seen = (rows[:, :, None] == rows[:, None, :]).tril()
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
@@ -156,19 +168,25 @@ def make_token_loader(
     collator: Callable[[list[dict[str, Tensor]]], Any] | None = None,
     **settings: Any,
 ) -> DataLoader[dict[str, Tensor]]:
-    """A loader of padded or packed batches. For DDP make it inside `train_dataloader`, where Lightning looks at it.
+    """Make a loader of padded or packed batches.
+
+    For DDP call this inside `train_dataloader`, so that Lightning can replace the sampler.
 
     Args:
-        rows: encoded.
-        pad_id: see `padding_id`.
-        batch_size: rows, or packed sequences, of a batch.
-        shuffle: batches of similar length in a new order every epoch; else the rows in order.
-        drop_last: leave out the last, smaller batch.
-        seed: of the order.
-        packing: put several rows into one sequence.
-        capacity: tokens of such a sequence; the longest row when None.
-        collator: in place of `TokenCollator(pad_id)`.
-        settings: further ones of `DataLoader`. Workers are seldom worth it: the rows are encoded already.
+        rows: encoded rows.
+        pad_id: id of the padding token, see `padding_id`.
+        batch_size: number of rows, or of packed sequences, of a batch.
+        shuffle: whether to form batches of similar length in a new order every epoch; otherwise the rows come in order.
+        drop_last: whether to leave out the last batch if it is smaller.
+        seed: seed of the order.
+        packing: whether to put several rows into one sequence.
+        capacity: maximum number of tokens of such a sequence; None means the `max_length` of the rows.
+        collator: collate function in place of `TokenCollator(pad_id)`.
+        settings: further arguments of `DataLoader`. Worker processes are seldom useful, since the rows are encoded
+            already.
+
+    Raises:
+        ConfigError: `packing` is True and a row is longer than `capacity`.
     """
     data = PackedRows(rows, capacity) if packing else rows
     collate = TokenCollator(pad_id) if collator is None else collator

@@ -1,11 +1,11 @@
-"""Conversations as a tokenizer's chat template writes them, and where in that text the assistant's messages stand.
+"""Writes conversations with a tokenizer's chat template and finds the assistant's messages in the written text.
 
-A template is a program: it may write a message otherwise in the middle of a conversation than at its end (reasoning is often
-left out of earlier turns). So messages are looked for in the text of the whole conversation. Where the template marks what the
-assistant writes (`{% generation %}`), these marks are followed. Else the other messages are found by writing the conversation
-once more with a mark inside each of them, and the assistant's text is what stands between them, without the headings that the
-template writes around it. A heading is the same for all messages of a role, so it is found once. The number of times that a
-conversation is written does not grow with its length.
+A template is a program: it may write a message differently in the middle of a conversation than at its end (reasoning
+is often left out of earlier turns). Therefore messages are searched in the text of the whole conversation. If the
+template marks what the assistant writes (`{% generation %}`), these marks are used. Otherwise the other messages are
+located by writing the conversation once more with a marker inside each of them, and the assistant's text is what stands
+between them, without the headings that the template writes around it. A heading is the same for all messages of a role,
+so it is determined once. The number of times that a conversation is written does not grow with its length.
 """
 
 import json
@@ -18,26 +18,26 @@ from typing import Any, NamedTuple
 from dq_lightning.core.errors import SourceError
 from dq_lightning.sources.prompts import Message, message_text
 
-# how often the beginning of one conversation is written to find headings
+# How many times the beginning of one conversation may be written to find headings.
 _EXTRA_WRITINGS = 8
 _GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
-# characters that no text has a use for
+# Private characters of Unicode, which ordinary text does not use.
 _PRIVATE = range(0xE000, 0xF900)
 
 
 class Segment(NamedTuple):
-    """A stretch of a row's text, and whether the model learns to write it."""
+    """A part of a row's text, and whether the model learns to write it."""
 
     text: str
     learn: bool
 
 
 class Conversation(NamedTuple):
-    """A conversation as the template writes it, up to the last message of the assistant that was found.
+    """The text that the template writes for a conversation, up to the last assistant message that was found.
 
     Attributes:
-        segments: its text, cut where learning begins and ends.
-        missed: messages of the assistant that could not be found in it; they are not learned.
+        segments: the text, split where learning begins and ends.
+        missed: number of assistant messages that could not be found in the text; they are not learned.
     """
 
     segments: list[Segment]
@@ -48,13 +48,14 @@ class ChatTemplate:
     """The chat template of a tokenizer.
 
     Args:
-        tokenizer: of transformers, with a chat template.
+        tokenizer: tokenizer of transformers that has a chat template.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        # headings that were found, by roles and options: what the template writes between the end of a message and the
-        # beginning of the assistant's answer, and between the end of an answer and the beginning of the next message
+        # Headings that were found, by options and role. An opening is what the template writes between the end of a
+        # message and the beginning of the assistant's answer; a closing is what it writes between the end of an answer
+        # and the beginning of the next message.
         self.openings: dict[tuple[str, str], str] = {}
         self.closings: dict[tuple[str, str], str] = {}
 
@@ -62,15 +63,16 @@ class ChatTemplate:
         """Write a conversation and find the assistant's messages in it.
 
         Args:
-            messages: ending with one of the assistant.
+            messages: messages of the conversation, of which the last one is the assistant's.
             options: `tools` and other arguments of `apply_chat_template`.
-            index: position of the row, for messages.
+            index: position of the row, for error messages.
 
         Returns:
-            Every learned segment is an assistant's message as the template writes it, with the token that ends its turn.
+            The conversation; each of its learned segments is an assistant message as the template writes it, with the
+            token that ends the assistant's turn.
 
         Raises:
-            SourceError: the template fails, or no message of the assistant can be found in what it wrote.
+            SourceError: the template fails, or no assistant message can be found in the text that it wrote.
         """
         row = _Row(self, messages, options, index)
         spans = row.marked_by_template()
@@ -86,20 +88,20 @@ class ChatTemplate:
         for start, end in spans:
             segments += [Segment(row.whole[done:start], False), Segment(row.whole[start:end], True)]
             done = end
-        # the last answer may be empty: then the end of the sequence alone is learned
+        # The last answer may be empty. Its segment is kept, so that the end of the sequence is learned.
         return Conversation([one for one in segments[:-1] if one.text] + segments[-1:], row.missed)
 
     def write(self, messages: Sequence[Message], options: Mapping[str, Any], **arguments: Any) -> str:
-        """The text of messages; any exception may leave this, since templates raise what they like."""
+        """Return the text that the template writes. It may raise any exception, since templates are programs."""
         return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **{**options, **arguments}))
 
     def source(self, options: Mapping[str, Any]) -> str:
-        """The template that conversations with these options are written by."""
+        """Return the source of the template that writes conversations with these options."""
         return str(self.tokenizer.get_chat_template(options.get("chat_template"), options.get("tools")))
 
     @cached_property
     def special(self) -> re.Pattern[str]:
-        """Matches the special tokens of the tokenizer."""
+        """Pattern that matches the special tokens of the tokenizer."""
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
         names = {str(token) for token in self.tokenizer.all_special_tokens}
         names |= {token.content for token in added if token.special}
@@ -107,11 +109,16 @@ class ChatTemplate:
 
 
 class _Row:
-    """One conversation while its messages are looked for.
+    """One conversation during the search for its messages.
+
+    Positions in the text are numbers of characters; a span is a pair of the first and the end position.
 
     Attributes:
-        whole: what the template writes.
-        missed: messages of the assistant that were not found.
+        whole: text that the template writes for the conversation.
+        missed: number of assistant messages that were not found in it.
+
+    Raises:
+        SourceError: the template fails.
     """
 
     def __init__(
@@ -134,14 +141,14 @@ class _Row:
             ) from error
 
     def marked_by_template(self) -> list[tuple[int, int]] | None:
-        """Where the template's own marks say that the assistant writes; None if it has none that can be followed."""
+        """Spans that the template's own marks enclose; None if it has no marks, or marks that cannot be used."""
         source = self._template.source(self._options)
         if not _GENERATION.search(source):
             return None
         begin, end = _unused(source + self.whole, 2)
 
         def mark(found: re.Match[str]) -> str:
-            # the first tag keeps what the original does to the space before it, the last one to the space behind it
+            # The replacement keeps how the original tag strips the white space before it and behind it.
             left, ends, right = found.groups()
             return f"{{%{left} if true %}}{{{{ '{end if ends else begin}' }}}}{{% endif {right}%}}"
 
@@ -154,7 +161,7 @@ class _Row:
             if piece == begin:
                 start = length
             elif piece == end and start is not None:
-                # reasoning and answer may be marked one by one
+                # A template may mark reasoning and answer one by one: adjacent spans are joined.
                 if spans and spans[-1][1] == start:
                     start = spans.pop()[0]
                 spans += [(start, length)] if start < length else []
@@ -162,16 +169,18 @@ class _Row:
             elif piece not in (begin, end):
                 length += len(piece)
         self.missed = max(0, len(self._answers) - len(spans))
-        # a template may leave the token that ends a turn unmarked: it is what follows the last answer
+        # A template may leave the token that ends a turn outside its marks: it is the token that follows the last
+        # answer.
         ending = self._template.special.match(self.whole, spans[-1][1]) if spans else None
         if ending is None:
             return spans
         return [(a, b + len(ending[0]) if self.whole.startswith(ending[0], b) else b) for a, b in spans]
 
     def between_the_others(self) -> list[tuple[int, int]]:
-        """Where the assistant's messages stand, by the messages around them and the template's headings."""
+        """Spans of the assistant's messages, found by the messages around them and the template's headings."""
         found: dict[int, tuple[int, int]] = {}
-        # a heading that one message does not show may be known by a later one
+        # All messages are tried twice, since a heading that one message does not reveal may become known by a later
+        # one.
         for place in self._answers * 2:
             start = None if place in found else self._start(place)
             end = None if start is None else self._end(place, start)
@@ -185,7 +194,7 @@ class _Row:
         return spans
 
     def _start(self, place: int) -> int | None:
-        """Where the assistant begins to write a message: behind what it is given at inference."""
+        """Position where an assistant message begins: the end of what the model is given at inference; or None."""
         if place == self._answers[-1] or place == 0:
             exact = self._behind_the_prompt(place)
             if exact is not None:
@@ -194,7 +203,8 @@ class _Row:
         if before is None:
             return self._behind_the_prompt(place) if place not in (0, self._answers[-1]) else None
         kind = (self._kind, self._messages[place - 1]["role"])
-        # what follows the message before may be the space in it, or that may have been taken away
+        # The heading may follow the white space at the end of the message before, or the template may have removed that
+        # space.
         ends = [before.end + before.space_behind, before.end]
         for renewed in (False, True):
             if renewed and (opening := self._opening(place)) is not None:
@@ -207,7 +217,11 @@ class _Row:
         return None if heading is None else self._behind_part_of(heading, place, ends)
 
     def _behind_the_prompt(self, place: int) -> int | None:
-        """The end of what the template writes for the messages before, if the whole conversation begins with it."""
+        """Length of the prompt that the template writes for the messages before, or None.
+
+        None means that the whole text does not begin with this prompt. For the first message it is the position behind
+        the template's generation prompt in the whole text, or 0 if that is not found.
+        """
         if place == 0:
             asking = self._written(self._messages, add_generation_prompt=True) or ""
             heading = asking[len(self.whole) :] if asking.startswith(self.whole) else ""
@@ -217,7 +231,7 @@ class _Row:
         return len(prompt) if prompt is not None and self.whole.startswith(prompt) else None
 
     def _opening(self, place: int) -> str | None:
-        """What the template writes behind the message before an answer, up to where the answer begins."""
+        """The text that the template writes between the end of the message before an answer and the answer, or None."""
         marked = self._written(self._marking[0][:place], add_generation_prompt=True, counted=True)
         if marked is None:
             return None
@@ -229,7 +243,10 @@ class _Row:
         return text[before.end + space :]
 
     def _behind_part_of(self, heading: str, place: int, ends: list[int]) -> int | None:
-        """Behind the part of a heading that this message has: some templates end the last heading alone by `<think>`."""
+        """Position behind the part of a heading that this message has, or None.
+
+        Such a part occurs with templates that end only the last heading with `<think>`.
+        """
         visible = self._visible(place)
         for end in ends:
             same = takewhile(
@@ -245,7 +262,7 @@ class _Row:
         return None
 
     def _end(self, place: int, start: int) -> int | None:
-        """Where the template's text of an answer ends."""
+        """Position where the template's text of an answer ends; None if unknown."""
         if place == len(self._messages) - 1:
             return len(self.whole)
         following = self._anchors.get(place + 1)
@@ -263,9 +280,10 @@ class _Row:
         return None
 
     def _closing(self, place: int, start: int, stop: int) -> int | None:
-        """The end of an answer between `start` and the next message: what the template also ends with when it is the last.
+        """Position of the end of an answer between `start` and the next message, or None.
 
-        The beginning may differ, since reasoning may be written for the last message alone.
+        It is found by the text that the template also ends with if the answer is the last message. The beginning of
+        that text may differ, since a template may write reasoning for the last message alone.
         """
         upto = self._written(self._messages[: place + 1], counted=True)
         needed = self._visible(place)[-8:]
@@ -281,12 +299,12 @@ class _Row:
         return None
 
     def _without_space(self, place: int, start: int, end: int) -> int:
-        """The end of an answer without the space that the template writes behind it."""
+        """Position of the end of an answer without the white space that the template writes behind it."""
         text = self.whole[start:end]
         bare = text.rstrip()
         texts = _texts(self._messages[place])
         content, own = (texts[-1].strip(), self._space_behind(place)) if texts else ("", "")
-        # the message's own space is part of it where the template writes nothing behind the message but space
+        # White space at the end of the message belongs to it if the template writes nothing but white space behind it.
         tail = content[-16:]
         special = next((found for found in self._template.special.finditer(bare) if found.end() == len(bare)), None)
         closed = special is not None and bare[: special.start()].endswith(tail + own)
@@ -294,7 +312,7 @@ class _Row:
         return start + len(bare) + (len(own) if alone and text.startswith(own, len(bare)) else 0)
 
     def _visible(self, place: int) -> str:
-        """An answer without the reasoning before it."""
+        """Text of an answer without the reasoning before it."""
         content = self._messages[place]["content"]
         return content.rsplit("</think>", 1)[-1].strip() if isinstance(content, str) else ""
 
@@ -302,7 +320,7 @@ class _Row:
         texts = _texts(self._messages[place])
         return texts[-1][len(texts[-1].rstrip()) :] if texts else ""
 
-    # marks inside the other messages
+    # Markers inside the messages of others than the assistant.
 
     @cached_property
     def _mark(self) -> str:
@@ -310,10 +328,11 @@ class _Row:
 
     @cached_property
     def _marking(self) -> tuple[list[Message], dict[str, list[int]]]:
-        """The messages with marks, and where the marks are in what the template writes: nowhere if they change it.
+        """The messages with markers, and the positions of the markers in the written text.
 
-        Messages of others than the assistant get one in the middle of their first and last text. A mark in an empty text is
-        the likeliest to change what is written: then such messages get none.
+        Messages of others than the assistant get a marker in the middle of their first and last text. There are no
+        positions if the markers change what the template writes. A marker in an empty text is the likeliest to do so:
+        in that case empty messages get none.
         """
         marked: list[Message] = []
         for empty in (True, False):
@@ -342,7 +361,7 @@ class _Row:
         return f"{text[:middle]}{self._mark}{name}{self._mark}{text[middle:]}"
 
     def _without_marks(self, marked: str) -> tuple[str, dict[str, list[int]]]:
-        """A text without its marks, and where they were."""
+        """Remove the markers from a text, and return it with the positions of each marker by name."""
         pieces = re.split(f"{self._mark}([0-9-]+){self._mark}", marked)
         marks: dict[str, list[int]] = {}
         length = 0
@@ -354,7 +373,7 @@ class _Row:
 
     @cached_property
     def _anchors(self) -> "dict[int, _Anchor]":
-        """Where the messages of others than the assistant are, as far as the template writes them as they are."""
+        """Positions of the messages of others than the assistant, for those that the template writes unchanged."""
         _, marks = self._marking
         found = {n: self._anchor(n, self.whole, marks) for n in range(len(self._messages)) if n not in self._answers}
         return {n: anchor for n, anchor in found.items() if anchor is not None}
@@ -377,7 +396,10 @@ class _Row:
         return _Anchor(start, end, space_before, len(self._space_behind(place)))
 
     def _written(self, messages: Sequence[Message], *, counted: bool = False, **arguments: Any) -> str | None:
-        """What the template writes of other messages than the row's; None where it fails or has been asked too often."""
+        """Write other messages than those of the row.
+
+        Returns None if the template fails, or if `counted` is True and the number of extra writings is used up.
+        """
         if counted:
             if self._extra == 0:
                 return None
@@ -389,7 +411,7 @@ class _Row:
 
 
 class _Anchor(NamedTuple):
-    """Where a message's text begins and ends, without the space around it, and how much of that there is in the row."""
+    """Positions where a message's text begins and ends without the white space around it, and lengths of that space."""
 
     start: int
     end: int
@@ -403,11 +425,11 @@ def _texts(message: Message) -> list[str]:
 
 
 def _middle(text: str) -> int:
-    """A place inside the text without the space around it: what stands at its ends may decide how it is written."""
+    """Position in the middle of a text without the space around it: a text's ends may decide how it is written."""
     return len(text) - len(text.lstrip()) + len(text.strip()) // 2
 
 
 def _unused(text: str, count: int) -> list[str]:
-    """Characters that a text does not have."""
+    """Return `count` private characters that do not occur in a text."""
     seen = set(text)
     return [char for char in map(chr, _PRIVATE) if char not in seen][:count]

@@ -1,4 +1,4 @@
-"""Loaders of token batches for a data module: rows are encoded once, and every later loader takes them as they are."""
+"""Token loaders for a data module: the rows of a dataset are encoded once, and every later loader reuses them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,28 +18,35 @@ from dq_lightning.tokens.tokenizer import load_tokenizer, padding_id
 
 
 class TokenLoading:
-    """Encodes datasets of rows with one tokenizer.
+    """Encodes datasets of rows with one tokenizer and makes loaders of them.
 
     Args:
-        tokenizer: of transformers, or its name or folder.
-        config: `template`, `columns`, `use_chat_template`, `train_length` and `pack_rows` are used.
-        seed: of the order.
-        on_error: as in `encode_rows`.
+        tokenizer: tokenizer of transformers, or its name or folder.
+        config: settings, of which `template`, `columns`, `use_chat_template`, `train_length` and `pack_rows` are used.
+        seed: seed of the order of the rows.
+        on_error: what happens when a row cannot be written, as in `encode_rows`.
+
+    Raises:
+        ConfigError: the tokenizer cannot be loaded or used.
     """
 
     def __init__(self, tokenizer: Any, config: TextConfig, seed: int, on_error: OnError = "raise") -> None:
         self.config, self.seed, self.on_error = config, seed, on_error
         self._tokenizer = load_tokenizer(tokenizer)
-        # the dataset is held too, so that no other one can get its number
+        # The dataset is kept beside its encoded rows, so that no other dataset can get the same id.
         self._encoded: dict[int, tuple[Any, TokenRows]] = {}
 
     def rows(self, dataset: Any, positions: Sequence[int] | None = None, name: str = "") -> TokenRows:
-        """The rows of a dataset, encoded at the first call.
+        """Return the encoded rows of a dataset; they are encoded at the first call.
 
         Args:
-            dataset: of rows.
-            positions: of its rows in the data that they were taken from, for messages.
-            name: of the dataset, likewise.
+            dataset: dataset of rows.
+            positions: positions of its rows in the original data, for messages.
+            name: name of the dataset, for messages.
+
+        Raises:
+            ConfigError: as in `encode_rows`.
+            SourceError: as in `encode_rows`.
         """
         if id(dataset) not in self._encoded:
             config = self.config
@@ -56,10 +63,14 @@ class TokenLoading:
         return self._encoded[id(dataset)][1]
 
     def check(self, dataset: Any, name: str = "") -> None:
-        """Write every row of a dataset without encoding it.
+        """Check that every row of a dataset can be written as text, without encoding it.
+
+        Args:
+            dataset: dataset of rows.
+            name: name of the dataset, for messages.
 
         Raises:
-            SourceError: a row cannot be written; with `on_error="skip"`, if none can.
+            SourceError: a row cannot be written; with `on_error="skip"`, no row can be written.
         """
         with _naming(name):
             check_rows(dataset, self._tokenizer, on_error=self.on_error, **self._reading())
@@ -73,19 +84,29 @@ class TokenLoading:
         }
 
     def num_sequences(self, dataset: Any) -> int:
-        """Sequences of an epoch: rows, or what they are packed into."""
+        """Return the number of sequences of an epoch: the number of rows, or of the sequences they are packed into."""
         rows = self.rows(dataset)
         return len(PackedRows(rows, self.config.train_length)) if self.config.pack_rows else len(rows)
 
     def report(self, dataset: Any) -> None:
-        """Say how many tokens the rows have and what was cut."""
+        """Log how many tokens the rows have and what was cut."""
         get_logger().info(str(self.rows(dataset).report))
 
     def loader(self, dataset: Any, settings: LoaderSettings, facts: TrainerFacts, *, name: str = "") -> DataLoader[Any]:
-        """Batches of similar length in a new order every epoch; in order without `shuffle`, and then never packed.
+        """Make a loader of token batches.
+
+        With `settings.shuffle`, batches hold rows of similar length and come in a new order every epoch. Without it,
+        the rows come in order and are never packed.
+
+        Args:
+            dataset: dataset of rows.
+            settings: batch size, shuffling, workers and collate function of the loader.
+            facts: what is known of the trainer; it decides whether memory is pinned when the setting is `"auto"`.
+            name: name of the dataset, for messages.
 
         Raises:
-            ConfigError: the settings draw rows by weights.
+            ConfigError: the settings draw rows by weights or with replacement.
+            SourceError: a row cannot be written, as in `encode_rows`.
         """
         if settings.weights is not None or settings.replacement:
             raise ConfigError(
@@ -110,13 +131,13 @@ class TokenLoading:
         )
 
     def for_report(self, dataset: Any, settings: LoaderSettings) -> LoaderSettings:
-        """Settings under which an epoch is counted in sequences."""
+        """Return settings in which the length of an epoch is the number of sequences."""
         return replace(settings, num_draws=self.num_sequences(dataset))
 
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Say which dataset a row that cannot be read belongs to."""
+    """Put the name of the dataset in front of the message of any `SourceError` that leaves the block."""
     try:
         yield
     except SourceError as error:

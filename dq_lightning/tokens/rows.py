@@ -1,7 +1,7 @@
-"""Rows of text to token ids: prompt template, labels over the responses alone, truncation. No Lightning here.
+"""Encodes rows of text as token ids: prompt template, labels on the responses alone, truncation. It needs no Lightning.
 
-All rows are encoded when they are opened: a compact set takes seconds, the fast tokenizers use all cores, and lengths and
-truncations are known before the first step. Five bytes are held for every token.
+All rows are encoded when the dataset is opened. This takes seconds for a compact set, since the fast tokenizers use all
+cores, and lengths and truncations are known before the first step. Five bytes are held in memory for every token.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,30 +23,33 @@ from dq_lightning.sources.prompts import choose_template, columns_of, numbered
 from dq_lightning.tokens.chat import ChatTemplate, Segment
 from dq_lightning.tokens.tokenizer import load_tokenizer
 
-# what the loss of every transformers model leaves out
+# Label that the loss of every transformers model ignores.
 IGNORED = -100
-# the share of max_length that a prompt keeps however long the response is: without it nothing would say what is answered
+# One over this is the share of `max_length` that a prompt keeps even if the response is long: without its prompt a
+# response would answer nothing.
 _PROMPT_SHARE = 4
-# of one call of the tokenizer, which holds far more for every token than its id
+# Limits of one call of the tokenizer, which holds far more memory for every token than its id.
 _ROWS_AT_ONCE, _CHARACTERS_AT_ONCE = 1000, 1 << 20
-# what the plain wording of a conversation has of a message
+# Fields of a message that the plain wording of a conversation can write.
 _WRITTEN = {"role", "content", "name", "tool_calls", "function_call"}
 
 
 @dataclass(frozen=True)
 class TokenReport:
-    """What encoding did to the rows.
+    """Statistics of encoding: sizes, and what was cut or left out.
 
     Attributes:
-        rows: encoded.
-        tokens: of all rows.
-        learned: tokens that have a label.
-        longest: tokens of the longest row.
-        prompt_cut: rows whose prompt lost its middle.
-        response_cut: rows that do not fit even so: their last response lost its end, and the end-of-sequence token with it.
-        max_length: the limit.
-        missed: messages of the assistant that were not found in what the chat template wrote; they are not learned.
-        left_out: rows that could not be written, under `on_error="skip"`.
+        rows: number of encoded rows.
+        tokens: number of tokens of all rows.
+        learned: number of tokens that have a label.
+        longest: number of tokens of the longest row.
+        prompt_cut: number of rows whose prompt lost its middle.
+        response_cut: number of rows that are too long even then: their last response lost its end, and with it the
+            end-of-sequence token.
+        max_length: maximum number of tokens of a row.
+        missed: number of assistant messages that were not found in the output of the chat template; they are not
+            learned.
+        left_out: number of rows that could not be written, under `on_error="skip"`.
     """
 
     rows: int
@@ -74,12 +77,21 @@ class TokenReport:
 
 
 class TokenRows(Dataset[dict[str, Tensor]]):
-    """Encoded rows: item i has `input_ids` and `labels`, both int64 [length]; labels are -100 outside the responses.
+    """Dataset of encoded rows.
+
+    Item i has `input_ids` and `labels`, both int64 [length]; labels are -100 outside the responses.
+
+    Args:
+        ids: int32 [T], concatenated token ids of all rows.
+        learn: bool [T], whether a token has a label.
+        lengths: int64 [N], number of tokens of every row; they add up to T.
+        report: statistics of encoding.
+        positions: int64 [N], positions of the rows in the data that they were taken from.
 
     Attributes:
-        lengths: int64 [N], tokens of every row.
-        report: what encoding did.
-        positions: int64 [N], of the rows in the data that they were taken from.
+        lengths: int64 [N], number of tokens of every row.
+        report: statistics of encoding.
+        positions: int64 [N], positions of the rows in the data that they were taken from.
     """
 
     def __init__(
@@ -100,7 +112,7 @@ class TokenRows(Dataset[dict[str, Tensor]]):
 
 
 class _Encoded(NamedTuple):
-    """Token ids of one row, which of them are learned, and where the last response begins."""
+    """Token ids of one row, which of them are learned, and the position in `ids` where the last response begins."""
 
     ids: list[int]
     learn: list[bool]
@@ -120,27 +132,34 @@ def encode_rows(
 ) -> TokenRows:
     """Encode rows for training.
 
-    A prompt has exactly the ids that it has at inference; the response goes on from there. The end-of-sequence token follows
-    every row's last response, unless the text holds it already; so does the token that begins a text come first. A row
-    longer than `max_length` first loses the middle of all that comes before its last response, down to a quarter of
-    `max_length`; only then the end of the response, of which three quarters always stay.
+    A prompt has exactly the ids that it has at inference, and the response follows it. Every row begins with the tokens
+    that the tokenizer puts before a text, and ends with the end-of-sequence token, unless the text holds them already.
+    A row longer than `max_length` first loses the middle of all that comes before its last response, until a quarter of
+    `max_length` is left; only then the response loses its end, of which at least three quarters of `max_length` are
+    kept.
 
     Args:
-        rows: map-style, of dicts: a list, a Hugging Face dataset, a compact set.
-        tokenizer: of transformers, or its name or folder.
-        template: which columns hold what; by the columns of all rows when `"auto"`.
-        columns: the columns to read, where they have other names; see `choose_template`.
-        max_length: tokens of a row at most.
-        use_chat_template: write rows by the tokenizer's chat template, and learn every assistant message; None does so for
-            conversations when there is one. False, or a tokenizer without one, uses the published wording of `prompts.py`.
-            The template gets all that a message holds, and the row's `tools` and `chat_template_kwargs`.
-        positions: of the rows in the data that they were taken from, for messages; by default 0, 1, 2, ...
-        on_error: `"skip"` leaves out rows that cannot be written, says how many, and counts them in the report.
+        rows: map-style dataset of dicts: a list, a Hugging Face dataset, a compact set.
+        tokenizer: tokenizer of transformers, or its name or folder.
+        template: layout of the columns; `"auto"` decides by the columns of all rows.
+        columns: names of the columns to read, if they differ from the usual ones; see `choose_template`.
+        max_length: maximum number of tokens of a row, at least 8.
+        use_chat_template: True writes all rows with the tokenizer's chat template and learns every assistant message;
+            None does so for conversations if the tokenizer has a template. False, or None with a tokenizer without one,
+            uses the published wording of `prompts.py`. The template receives all fields of a message, and the row's
+            `tools` and `chat_template_kwargs`.
+        positions: positions of the rows in the data that they were taken from, for messages; None means 0, 1, 2, ...
+        on_error: `"skip"` leaves out rows that cannot be written, logs their number, and counts them in the report;
+            `"raise"` raises the error of the first one.
+
+    Returns:
+        The encoded rows, in order.
 
     Raises:
-        ConfigError: max_length is too small, or the tokenizer does not fit.
-        SourceError: there are no rows, the columns fit no template, a cell is no text, or the chat template fails; names the
-            row.
+        ConfigError: `max_length` is too small, the tokenizer cannot be used, or `use_chat_template` is True and the
+            tokenizer has no chat template.
+        SourceError: there are no rows, the columns fit no template, a cell is not text, or the chat template fails; the
+            message names the row.
     """
     if max_length < 8:
         raise ConfigError(f"max_length={max_length} leaves no room for a prompt and a response; pass at least 8")
@@ -183,7 +202,9 @@ def check_rows(
     use_chat_template: bool | None = None,
     on_error: OnError = "raise",
 ) -> None:
-    """Write every row as `encode_rows` would, without encoding it: to be called before long work on the same rows.
+    """Check that every row can be written as `encode_rows` writes it, without encoding it.
+
+    This is meant to be called before a long computation on the same rows. The arguments are those of `encode_rows`.
 
     Raises:
         ConfigError: as in `encode_rows`.
@@ -195,7 +216,15 @@ def check_rows(
 
 
 def truncate(row: _Encoded, max_length: int) -> _Encoded:
-    """Cut a row to `max_length`: the middle of what precedes the last response first, then the end of the response."""
+    """Cut a row to `max_length` tokens: first the middle of what precedes the last response, then the response's end.
+
+    Args:
+        row: encoded row.
+        max_length: maximum number of tokens.
+
+    Returns:
+        The row itself if it is short enough, otherwise a shorter copy.
+    """
     if len(row.ids) <= max_length:
         return row
     answer = len(row.ids) - row.response
@@ -210,19 +239,23 @@ def truncate(row: _Encoded, max_length: int) -> _Encoded:
 
 
 class RowWriter:
-    """Rows to text, cut where learning begins and ends; and what could not be written.
+    """Writes rows as text, split into segments that are learned or not learned, and counts what could not be written.
 
     Args:
-        rows: whose columns decide how all of them are read.
-        tokenizer: with an end-of-sequence token.
-        template: as in `encode_rows`; so are `columns` and `use_chat_template`.
-        columns: likewise.
-        use_chat_template: likewise.
+        rows: rows whose columns decide how all of them are read.
+        tokenizer: tokenizer with an end-of-sequence token.
+        template: layout of the columns, as in `encode_rows`.
+        columns: names of the columns to read, as in `encode_rows`.
+        use_chat_template: whether to write rows with the tokenizer's chat template, as in `encode_rows`.
 
     Attributes:
-        by_chat: whether rows are written by the chat template.
-        left_out: rows that could not be written, under `on_error="skip"`.
-        missed: messages of the assistant that were not found in what the chat template wrote.
+        by_chat: whether rows are written with the chat template.
+        left_out: number of rows that could not be written, under `on_error="skip"`.
+        missed: number of assistant messages that were not found in the output of the chat template.
+
+    Raises:
+        ConfigError: `use_chat_template` is True and the tokenizer has no chat template.
+        SourceError: there are no rows, or the columns fit no template.
     """
 
     def __init__(
@@ -244,16 +277,23 @@ class RowWriter:
         self._chat = ChatTemplate(tokenizer) if self.by_chat else None
         self.left_out = self.missed = self._rows_missed = 0
         self._first_problem = ""
-        # fields of messages that only a chat template could write
+        # Names of the message fields that only a chat template could write, in order of appearance.
         self._unwritten: dict[str, None] = {}
 
     def written(
         self, rows: Any, positions: Sequence[int] | None, on_error: OnError
     ) -> Iterator[tuple[int, list[Segment]]]:
-        """Every row that can be written, with its position in the data.
+        """Yield every row that can be written, as its position in the data and its segments.
+
+        Args:
+            rows: rows to write.
+            positions: positions of the rows in the data that they were taken from; None means 0, 1, 2, ...
+            on_error: `"skip"` counts rows that cannot be written in `left_out`; `"raise"` raises the error of the first
+                one.
 
         Raises:
-            SourceError: a row cannot be written, or none can.
+            SourceError: a row cannot be written under `on_error="raise"` or for a temporary reason, or no row can be
+                written.
         """
         problem = None
         for place, row in numbered(rows):
@@ -272,7 +312,7 @@ class RowWriter:
             raise SourceError(f"none of the {len(rows)} rows can be written: {problem}") from problem
 
     def warn(self) -> None:
-        """Say in one line each what is not in the rows that were written."""
+        """Log one warning each for rows left out, assistant messages not found, and message fields not written."""
         log = get_logger()
         if self.left_out:
             log.warning(
@@ -314,15 +354,18 @@ class RowWriter:
 
 
 class _Encoder:
-    """Written rows to token ids, many in one call of the tokenizer."""
+    """Converts written rows to token ids, with many rows in one call of the tokenizer."""
 
     def __init__(self, writer: RowWriter) -> None:
         self.tokenizer = writer.tokenizer
-        # chat templates print the tokens that begin a text themselves
+        # The output of a chat template holds the tokens that begin a text already.
         self.leading = [] if writer.by_chat else _leading_tokens(writer.tokenizer)
 
     def encode(self, rows: Iterable[tuple[int, list[Segment]]]) -> Iterator[tuple[int, _Encoded]]:
-        """The ids of rows, with their positions. A call of the tokenizer gets a bounded number of characters, or one row."""
+        """Yield the position and the ids of every row.
+
+        One call of the tokenizer gets a bounded number of characters and of rows, but always at least one row.
+        """
         waiting: list[tuple[int, list[Segment]]] = []
         characters = 0
         for place, segments in rows:
@@ -334,7 +377,7 @@ class _Encoder:
         yield from self._encode(waiting)
 
     def _encode(self, rows: list[tuple[int, list[Segment]]]) -> Iterator[tuple[int, _Encoded]]:
-        """Each segment is encoded alone and behind the one before it: three times the length of the text, however it is cut."""
+        """Encode each segment alone and together with the one before it: in all three times the length of the text."""
         texts: list[str] = []
         for _, segments in rows:
             alone = [segment.text for segment in segments]
@@ -345,12 +388,12 @@ class _Encoder:
             yield place, self._join(segments, alone_ids, [[], *(next(ids) for _ in segments[1:])])
 
     def _join(self, segments: list[Segment], alone: list[list[int]], behind: list[list[int]]) -> _Encoded:
-        """Ids of a row from those of its segments; a token never spans the end of a prompt.
+        """Join the ids of the segments of a row; no token spans the boundary between two segments.
 
         Args:
-            segments: of the row.
-            alone: ids of every segment.
-            behind: ids of every segment together with the one before it.
+            segments: segments of the row.
+            alone: ids of every segment encoded alone.
+            behind: ids of every segment encoded together with the one before it; empty for the first segment.
         """
         ids: list[int] = []
         learn: list[bool] = []
@@ -383,7 +426,7 @@ class _Encoder:
 
 
 def _leading_tokens(tokenizer: Any) -> list[int]:
-    """The special tokens that the tokenizer puts before a text."""
+    """Return the ids of the special tokens that the tokenizer puts before a text."""
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     dressed = list(tokenizer("a")["input_ids"])
     for start in range(len(dressed) - len(bare) + 1):

@@ -1,4 +1,4 @@
-"""Batches of rows of about the same length, in a new random order every epoch, in step on all ranks."""
+"""Samplers that form batches of rows of similar length, in a new random order every epoch, in step on all ranks."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,16 +7,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, Sampler
 
-# batches whose rows are sorted together, at most this many and a quarter of an epoch: more waste less padding, but rows would
-# meet the same rows in every epoch
+# Number of batches whose rows are sorted together, and the divisor that limits it to a quarter of an epoch. Larger
+# pools would need less padding, but the same rows would meet in every epoch.
 _POOL, _SHARE = 50, 4
 
 
 class EpochShuffle(Sampler[int]):
-    """All positions in an order that depends on the seed and the epoch alone, not on the global random state.
+    """Sampler of all positions in an order that depends only on the seed and the epoch, not on the global random state.
 
-    Like torch's `DistributedSampler` it has `epoch` and `set_epoch`; a loop that never sets the epoch gets a new order each
-    time nevertheless.
+    Like torch's `DistributedSampler` it has `epoch` and `set_epoch`. A loop that never sets the epoch gets a new order
+    in every pass nevertheless.
+
+    Args:
+        count: number of positions.
+        seed: seed of the order.
+
+    Attributes:
+        epoch: epoch of the current pass.
     """
 
     def __init__(self, count: int, seed: int = 0) -> None:
@@ -24,7 +31,7 @@ class EpochShuffle(Sampler[int]):
         self._next = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass."""
+        """Set the epoch, and thereby the order, of the next pass."""
         self._next = epoch
 
     def __len__(self) -> int:
@@ -36,19 +43,19 @@ class EpochShuffle(Sampler[int]):
 
 
 class LengthBatchSampler(BatchSampler):
-    """Groups what a sampler draws into batches of similar length: little padding, in random order.
+    """Batch sampler that groups the positions drawn by another sampler into batches of similar length.
 
-    Of every 50 batches' worth of draws (a quarter of the epoch when that is less) the rows are sorted by length, cut into
-    batches, and the batches shuffled. Lightning puts a distributed sampler in the place of `sampler`; every rank then gets
-    the same number of batches. All ranks shuffle them alike, so that batches of about the same length meet in a step and no
-    rank waits for long rows elsewhere.
+    The draws are taken in pools of 50 batches (or a quarter of the epoch if that is less). Each pool is sorted by
+    length and cut into batches, and the batches are shuffled. Lightning replaces `sampler` by a distributed sampler;
+    every rank then gets the same number of batches. All ranks shuffle their batches in the same way, so that batches of
+    about the same length meet in one step, and no rank waits for long rows on another rank.
 
     Args:
-        sampler: of positions; with an attribute `epoch`, as `EpochShuffle` and `DistributedSampler` have it.
-        batch_size: rows of a batch.
-        drop_last: leave out the smaller batch of an epoch.
-        lengths: int64 [N], of all rows.
-        seed: of the order of the batches.
+        sampler: sampler of positions, with an attribute `epoch` as `EpochShuffle` and `DistributedSampler` have it.
+        batch_size: number of rows of a batch.
+        drop_last: whether to leave out the last batch of an epoch if it is smaller.
+        lengths: int64 [N], lengths of all rows in tokens.
+        seed: seed of the order of the batches.
     """
 
     def __init__(
@@ -67,7 +74,7 @@ class LengthBatchSampler(BatchSampler):
             drawn = drawn[: len(self) * self.batch_size]
         size = max(1, min(_POOL, len(self) // _SHARE)) * self.batch_size
         for number, start in enumerate(range(0, len(drawn), size)):
-            # a stable sort: rows of one length stay in the order of the draw
+            # The sort is stable: rows of one length stay in the order of the draw.
             pool = sorted(drawn[start : start + size], key=self.lengths.__getitem__)
             batches = [pool[first : first + self.batch_size] for first in range(0, len(pool), self.batch_size)]
             for place in _permutation(len(batches), self.seed, epoch, number).tolist():
@@ -77,6 +84,6 @@ class LengthBatchSampler(BatchSampler):
 def _permutation(count: int, *entropy: int) -> Tensor:
     state = 0
     for value in entropy:
-        # a plain sum would give seed 0 in epoch 1 the order of seed 1 in epoch 0
+        # With a plain sum, seed 0 in epoch 1 would have the same order as seed 1 in epoch 0.
         state = (state * 6364136223846793005 + value + 1442695040888963407) % 2**63
     return torch.randperm(count, generator=torch.Generator().manual_seed(state))

@@ -1,4 +1,4 @@
-"""The tokenizer of a language model: an object of the user's, or a name that transformers loads, here and nowhere else."""
+"""Loads and checks the tokenizer of a language model. This is the only file that loads tokenizers of transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -7,13 +7,13 @@ from dq_lightning.core.errors import ConfigError
 
 
 def load_tokenizer(given: Any) -> Any:
-    """A tokenizer that rows can be encoded with.
+    """Return a tokenizer that rows can be encoded with.
 
     Args:
-        given: a tokenizer of transformers, which is returned as it is, or the name or folder of one.
+        given: tokenizer of transformers, which is returned unchanged, or the name or folder of one, which is loaded.
 
     Raises:
-        ConfigError: it cannot be loaded, is no tokenizer, or has no end-of-sequence token.
+        ConfigError: it cannot be loaded, is not a tokenizer, or has no end-of-sequence token.
     """
     tokenizer = _from_transformers(str(given)) if isinstance(given, str | Path) else given
     if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
@@ -30,7 +30,10 @@ def load_tokenizer(given: Any) -> Any:
 
 
 def padding_id(tokenizer: Any) -> int:
-    """The token that batches are filled with; without one of its own, the end-of-sequence token, masked all the same."""
+    """Return the id of the token that batches are padded with.
+
+    A tokenizer without a padding token pads with its end-of-sequence token; padding is masked in either case.
+    """
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
