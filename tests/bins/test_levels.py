@@ -12,6 +12,7 @@ from dq_lightning.bins import levels, plan, referee
 from dq_lightning.bins.make import make_bins
 from dq_lightning.core.records import Features
 from tests.bins.test_make import KINDS, assert_greedy, random_features
+from tests.full_count import examples
 from tests.reference import greedy_twin as twin
 
 
@@ -29,7 +30,7 @@ def picks_of(bins, num_bins):
     return np.split(order, np.cumsum(np.bincount(bins.assignment.numpy(), minlength=num_bins))[:-1])
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=examples(1000), deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     total=st.integers(5, 150),
@@ -58,7 +59,7 @@ def test_the_picks_are_those_of_the_dense_greedy(seed, total, width, num_bins, k
         assert_greedy(bins, S, lam, num_bins)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     total=st.integers(5, 40),
@@ -73,7 +74,7 @@ def test_true_ties_between_levels_go_to_the_lowest_position(seed, total, width, 
     assert [part.tolist() for part in picks_of(bins, num_bins)] == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), total=st.integers(5, 60), gap=st.sampled_from([0, 1, 2]))
 def test_gains_one_rounding_apart_are_told_apart(seed, total, gap):
     """Rows differ in their last bits, so float64 running gains can't order them, and the exact ones can."""

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from dq_lightning.bins.make import make_bins
 from dq_lightning.core.errors import ConfigError, DQError, FeatureError
 from dq_lightning.core.records import Features
+from tests.full_count import examples
 from tests.reference import greedy_twin as twin
 
 
@@ -50,7 +51,7 @@ def assert_greedy(bins, S, lam, num_bins):
         left = [x for x in left if x not in set(members)]
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=examples(1000), deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     total=st.integers(0, 40),
@@ -66,7 +67,7 @@ def test_every_pick_is_greedy(seed, total, width, num_bins, kind, similarity, la
     assert_greedy(bins, twin.similarity_matrix(values, similarity), lam, num_bins)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=examples(1000), deadline=None)
 @given(
     values=st.integers(1, 5).flatmap(
         lambda width: st.lists(st.lists(st.integers(-3, 3), min_size=width, max_size=width), min_size=1, max_size=24)

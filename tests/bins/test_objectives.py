@@ -15,6 +15,7 @@ from dq_lightning.bins.workers import Workers
 from dq_lightning.core.config import BinConfig
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.records import Features
+from tests.full_count import examples
 from tests.reference import objective_twin as twin
 
 OBJECTIVES = ["graph_cut", "facility_location", "log_determinant", "sum_redundancy", "feature_based"]
@@ -41,7 +42,7 @@ def slack_of(S):
     return 1e-9 * max(1.0, np.abs(S).sum())
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     total=st.integers(1, 16),

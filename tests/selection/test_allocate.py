@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.selection.allocate import Shares, apportion, count_kept
+from tests.full_count import examples
 from tests.reference.allocation_twin import apportion_twin
 
 SIZES = st.lists(st.one_of(st.integers(0, 4), st.integers(0, 300)), min_size=1, max_size=9)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(sizes=SIZES, data=st.data())
 def test_counts_match_the_twin_and_stay_within_one_of_their_share(sizes, data):
     total = sum(sizes)
@@ -26,7 +27,7 @@ def test_counts_match_the_twin_and_stay_within_one_of_their_share(sizes, data):
         assert abs(given_out - Fraction(size * count, max(1, total))) < 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6))
 def test_counts_only_grow(sizes):
     keys = list(range(len(sizes)))
@@ -50,7 +51,7 @@ def ideal(sizes, weights, count):
     return [min(Fraction(n), high * w * n) for n, w in zip(sizes, weights, strict=True)]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     parties=st.lists(
         st.tuples(st.integers(0, 60), st.sampled_from([0.0, 0.1, 0.5, 1.0, 1.0, 3.7])), min_size=1, max_size=6

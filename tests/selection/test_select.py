@@ -10,6 +10,7 @@ from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.records import Bins
 from dq_lightning.selection.allocate import count_kept
 from dq_lightning.selection.select import select
+from tests.full_count import examples
 
 
 def made_up_bins(group_sizes, num_bins, seed=0):
@@ -30,7 +31,7 @@ def made_up_bins(group_sizes, num_bins, seed=0):
 UNEQUAL = st.lists(st.one_of(st.integers(1, 3), st.integers(1, 400)), min_size=1, max_size=6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     sizes=UNEQUAL,
     num_bins=st.integers(1, 12),

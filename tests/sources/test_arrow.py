@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dq_lightning.sources.arrow import digest_tables
+from tests.full_count import examples
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 TYPES = {
@@ -95,7 +96,7 @@ def test_chunks_slices_offsets_and_saving_do_not_show(column, data):
         assert digest(picked) == wanted
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(pairs())
 def test_equal_digests_exactly_for_equal_values(pair):
     kind, first, second = pair

@@ -24,6 +24,7 @@ from dq_lightning.core.records import Bins, Features, Selection
 from dq_lightning.packed import values
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.packed.writer import write_packed
+from tests.full_count import examples
 
 PARTS = {"data": "abc"}
 
@@ -223,7 +224,7 @@ def test_hostile_values_are_errors(data: bytes) -> None:
         values.decode_value(data)
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=examples(300), suppress_health_check=list(HealthCheck))
 @given(
     st.recursive(
         st.one_of(st.none(), st.integers(), st.sampled_from("icfytldgaTp"), st.text(max_size=3)), st.lists, max_leaves=8

@@ -22,9 +22,10 @@ from dq_lightning.core.records import EncodedImage
 from dq_lightning.packed import open_files
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.packed.writer import LOOK_AHEAD_SAMPLES, write_packed
+from tests.full_count import examples
 from tests.store.trees import equal, samples
 
-relaxed = settings(deadline=None, max_examples=120, suppress_health_check=list(HealthCheck))
+relaxed = settings(deadline=None, max_examples=examples(120), suppress_health_check=list(HealthCheck))
 
 
 def pack(folder: Path, items: list[Any], encoded: list[Any] | None = None, **attributes: Any) -> Path:
