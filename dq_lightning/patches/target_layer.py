@@ -351,6 +351,9 @@ def _layouts(name: str, shape: torch.Size, images: Tensor) -> Iterator[TargetLay
         yield TargetLayer(name, "NHWC", shape[1], shape[2])
     for prefix in range(MOST_PREFIX_TOKENS + 1) if len(shape) == 3 else ():
         count = shape[1] - prefix
+        if 2 * prefix > count:
+            # Any number of tokens is some small grid behind enough others, but class and register tokens are few.
+            break
         ideal = int((max(count, 0) * height / width) ** 0.5)
         for rows in (ideal, ideal + 1):
             if rows and count % rows == 0 and fits(rows, count // rows):
