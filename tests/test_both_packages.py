@@ -206,7 +206,7 @@ def test_help_of_the_cli_of_pytorch_lightning(capsys, monkeypatch):
         PytorchLightningsCLI(PlRecorder, dq_lightning.pytorch.QuantizedDataModule, args=["fit", "--help"])
     told = capsys.readouterr().out
     assert "--data.indices" in told
-    assert "share of the samples that are kept" in told
+    assert "share of the samples that is kept" in told
 
 
 def test_two_processes_of_pytorch_lightning(tmp_path):

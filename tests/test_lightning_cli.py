@@ -180,4 +180,4 @@ def test_help_names_every_setting(capsys, monkeypatch):
     told = capsys.readouterr().out
     for name in ("keep_ratio", "num_bins", "encoder", "eval_batch_size", "cache_dir", "verify"):
         assert f"--data.{name}" in told
-    assert "share of the samples that are kept" in told
+    assert "share of the samples that is kept" in told
