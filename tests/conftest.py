@@ -7,12 +7,17 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # a test must never reach a hub, nor leave anything in the user's cache
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 # tests run side by side: one thread each, and each of the processes that they start
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# how long an example takes says more about what else the machine does than about the code
+settings.register_profile("any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any_machine")
 
 SHARED = Path(os.environ.get("DQ_LIGHTNING_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
