@@ -155,8 +155,14 @@ def find_target_layer(module: nn.Module, images: Tensor, name: str | None = None
         key: sizes.needed(list(_layouts(key, shape, images)), shape) for key, shape in shapes.items() if shape[0] == 2
     }
     order = [key for key in reversed(fitting) if fitting[key] and name in (None, key)]
-    if name is None:
-        order.sort(key=lambda key: not (_is_first_norm(key) and any(one.layout != "NCHW" for one in fitting[key])))
+    if name is None and order:
+        # The norm of a stem has the name of a transformer's norms too, but a far finer grid than the last layers.
+        finest = 2 * max(one.rows for one in fitting[order[0]])
+
+        def may_be_before_attention(key: str) -> bool:
+            return _is_first_norm(key) and any(one.layout != "NCHW" and one.rows <= finest for one in fitting[key])
+
+        order.sort(key=lambda key: not may_be_before_attention(key))
     probes, places = make_probes(images, sizes.times)
     for start in range(0, len(order), LAYERS_AT_ONCE):
         some = order[start : start + LAYERS_AT_ONCE]
