@@ -1,6 +1,5 @@
 """Maintenance of compact sets and caches: checking whole files, and removing entries by age or size."""
 
-import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,7 +20,6 @@ from dq_lightning.core.errors import CacheError, ConfigError, StoreError
 YOUNG_SECONDS = 60.0
 # Readers keep this file of an entry open.
 VALUES_FILE = "values.bin"
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @dataclass(frozen=True)
@@ -191,19 +189,3 @@ def _remove(cache: Cache, entry: EntryInfo, dry_run: bool) -> bool:
         if held:
             lock.release()
     return True
-
-
-def parse_bytes(text: str) -> int:
-    """Convert a size such as `"20GB"`, `"1.5 TB"` or `"1000000"` to bytes; units are powers of 1,000.
-
-    Example:
-        >>> parse_bytes("20GB")
-        20000000000
-
-    Raises:
-        ConfigError: the text is not a size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?)\s*", text.upper())
-    if match is None or match[2] not in UNITS:
-        raise ConfigError(f"{text!r} is no size: write a number of bytes, or one with KB, MB, GB or TB behind")
-    return round(float(match[1]) * UNITS[match[2]])

@@ -121,7 +121,8 @@ def prune(
         dry_run: only print what would be removed.
     """
     from dq_lightning.cache.entries import default_cache_dir
-    from dq_lightning.commands.cache_care import parse_bytes, prune
+    from dq_lightning.commands.cache_care import prune
+    from dq_lightning.core.sizes import parse_bytes
 
     bound = None if max_size is None else parse_bytes(max_size)
     done = prune(cache_dir or default_cache_dir(), older_than_days=older_than_days, max_bytes=bound, dry_run=dry_run)

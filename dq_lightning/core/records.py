@@ -237,6 +237,24 @@ class EncodedImage:
     decoder: str
 
 
+@dataclass(frozen=True)
+class StoredImage:
+    """A whole image as a file, and how to make the dataset's own image of it.
+
+    Attributes:
+        data: content of the image file.
+        decoder: how the file is decoded, as in `EncodedImage`.
+        layout: type and layout of the dataset's own image.
+        properties: encoded format and info of a Pillow image, see `packed.values.encode_properties`; None where the
+            decoded file has the right ones itself.
+    """
+
+    data: bytes
+    decoder: str
+    layout: str = "pil"
+    properties: bytes | None = None
+
+
 class DigestMemory(Protocol):
     """Protocol of a memory for content digests, which lets an unchanged file or table be read only once.
 

@@ -101,11 +101,11 @@ def check_facts(kind: str, dtype: str, shape: tuple[int, ...]) -> None:
 
 def write_stream(image: PatchedImage, shared: bytes) -> bytes:
     """Encode size, mask, properties and data of a patched image; store.json holds everything else about it."""
-    properties = _squeeze(image.properties, shared)
+    properties = squeeze(image.properties, shared)
     parts = [uvarint(image.height), uvarint(image.width), image.mask, uvarint(len(properties)), properties]
     if image.codec != "raw":
         length = head_bytes(image.codec, image.data)
-        head = _squeeze(image.data[:length], shared)
+        head = squeeze(image.data[:length], shared)
         parts += [uvarint(len(head)), head, image.data[length:]]
     else:
         parts.append(image.data)
@@ -131,18 +131,18 @@ def read_stream(data: bytes, facts: Facts, shared: bytes) -> PatchedImage:
     if mask_end > len(data):
         raise StoreError(f"a patched image claims {height} x {width} pixels, its mask is not there")
     mask, at = data[at:mask_end], mask_end
-    properties, at = _take(data, at, shared, MAX_PROPERTIES_BYTES, "properties")
+    properties, at = take_squeezed(data, at, shared, MAX_PROPERTIES_BYTES, "properties")
     head = b""
     if codec != "raw":
-        head, at = _take(data, at, shared, MAX_HEAD_BYTES, "head")
+        head, at = take_squeezed(data, at, shared, MAX_HEAD_BYTES, "head")
     return PatchedImage(height, width, mode, layout, patch_size, mask, codec, head + data[at:], properties)
 
 
-def _take(data: bytes, at: int, shared: bytes, most: int, what: str) -> tuple[bytes, int]:
+def take_squeezed(data: bytes, at: int, shared: bytes, most: int, what: str) -> tuple[bytes, int]:
     """Decompress what is stored at a position; return it and the position after it."""
     length, at = read_uvarint(data, at)
     if length > len(data) - at:
-        raise StoreError(f"a patched image claims {what} of {length} bytes, {len(data) - at} are there")
+        raise StoreError(f"a stored image claims {what} of {length} bytes, {len(data) - at} are there")
     return _expand(data[at : at + length], shared, most, what) if length else b"", at + length
 
 
@@ -181,7 +181,7 @@ def take_streams(
     return value[start:] if start else value, missing
 
 
-def _squeeze(data: bytes, shared: bytes) -> bytes:
+def squeeze(data: bytes, shared: bytes) -> bytes:
     """Compress bytes with DEFLATE; empty input gives empty output."""
     squeezer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_DEFAULT_STRATEGY, shared)
     return squeezer.compress(data) + squeezer.flush() if data else b""
@@ -192,9 +192,9 @@ def _expand(data: bytes, shared: bytes, most: int, what: str) -> bytes:
     try:
         whole = expander.decompress(data, most)
     except zlib.error as error:
-        raise StoreError(f"the {what} of a patched image is damaged ({error})") from error
+        raise StoreError(f"the {what} of a stored image is damaged ({error})") from error
     if not expander.eof or expander.unused_data:
-        raise StoreError(f"the {what} of a patched image is damaged (it has another end)")
+        raise StoreError(f"the {what} of a stored image is damaged (it has another end)")
     return whole
 
 

@@ -1,0 +1,134 @@
+"""The plan for a budget of bytes: which setting of the codec, and how many samples.
+
+The rule: of the settings whose images come back with at least `least_psnr`, the one that keeps the most samples within
+the budget is taken, and of those that keep equally many the one with the smallest error.
+
+So a growing budget first brings more samples, each as coarse as the floor allows, and once all samples are kept, finer
+images. Nothing in this file reads data.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dq_lightning.core.errors import ConfigError
+
+# Mean squared error of 164 on the scale of 0 to 255; JPEG of quality 25 to 30 on small photos, about 10 on larger ones.
+LEAST_PSNR = 26.0
+
+
+@dataclass(frozen=True)
+class ByteSetting:
+    """One way to store a sample, and what it costs.
+
+    Attributes:
+        codec: `"keep"` (as the dataset has it), `"jpeg"` or `"webp"`.
+        quality: quality of the codec, 1 to 100; None for `"keep"`.
+        longest_side: longest side in pixels that larger images are reduced to; None keeps every size.
+        sample_bytes: mean bytes of a sample in the store, everything that grows with the number of samples included.
+        psnr: peak signal-to-noise ratio in dB, of the mean squared error of the images after they are scaled back to
+            their own size; infinite if nothing is lost.
+    """
+
+    codec: str
+    quality: int | None
+    longest_side: int | None
+    sample_bytes: float
+    psnr: float = math.inf
+
+    def describe(self) -> str:
+        """Return the setting in a few words, for instance `JPEG 75 at most 256 px`."""
+        if self.codec == "keep":
+            return "the dataset's own bytes"
+        side = "" if self.longest_side is None else f" at most {self.longest_side} px"
+        return f"{self.codec.upper()} {self.quality}{side}"
+
+
+@dataclass(frozen=True)
+class BytePlan:
+    """The setting that was chosen for a budget.
+
+    Attributes:
+        setting: the chosen setting.
+        num_samples: number of samples that fit with it, or the number that was fixed.
+        others: what the other settings would have given, as (setting, number of samples), best first by the same rule.
+    """
+
+    setting: ByteSetting
+    num_samples: int
+    others: tuple[tuple[ByteSetting, int], ...] = ()
+
+    def describe(self, total: int) -> str:
+        """Return one line for the log: the choice, and the three next best settings.
+
+        Args:
+            total: number of samples of the whole dataset.
+        """
+        told = [_told(one, count) for one, count in self.others[:3]]
+        instead = f"; instead of {', or '.join(told)}" if told else ""
+        return f"{_told(self.setting, self.num_samples)} of {total:,}{instead}"
+
+
+def plan_bytes(
+    settings: Sequence[ByteSetting],
+    max_bytes: int,
+    total: int,
+    *,
+    fixed_bytes: int = 0,
+    num_samples: int | None = None,
+    least_psnr: float = LEAST_PSNR,
+) -> BytePlan:
+    """Choose a setting and a number of samples for a budget, by the rule at the head of this file.
+
+    If no setting reaches `least_psnr`, those with the highest value count as reaching it.
+
+    Args:
+        settings: what may be chosen; fix a codec, a quality or a side by passing only settings that have it.
+        max_bytes: budget in bytes.
+        total: N, number of samples of the whole dataset.
+        fixed_bytes: bytes that the store takes whatever the number of samples.
+        num_samples: fixed number of samples; then the setting with the smallest error that fits is taken, even if its
+            error is above the floor. None lets the rule choose.
+        least_psnr: the floor, in dB.
+
+    Raises:
+        ConfigError: not a single sample, or not the fixed number of samples, fits with any setting.
+
+    >>> table = [ByteSetting("jpeg", 30, None, 160.0, 26.7), ByteSetting("jpeg", 75, None, 307.0, 30.4)]
+    >>> plan = plan_bytes(table, 7_680_000, 50_000)
+    >>> plan.setting.quality, plan.num_samples
+    (30, 48000)
+    >>> plan_bytes(table, 15_360_000, 50_000, num_samples=45_000).setting.quality
+    75
+    """
+    if not settings:
+        raise ConfigError("no setting of a codec is left to choose from")
+    room = max(0, max_bytes - fixed_bytes)
+    floor = min(least_psnr, max(setting.psnr for setting in settings))
+    wanted = total if num_samples is None else num_samples
+
+    def rank(setting: ByteSetting) -> tuple[bool, int, float, float]:
+        count = count_of(setting)
+        reaches = setting.psnr >= floor if num_samples is None else count == wanted
+        return reaches, count, setting.psnr, -setting.sample_bytes
+
+    def count_of(setting: ByteSetting) -> int:
+        return min(wanted, math.floor(room / setting.sample_bytes))
+
+    ranked = sorted(settings, key=rank, reverse=True)
+    chosen = ranked[0]
+    least = 1 if num_samples is None else num_samples
+    if count_of(chosen) < least:
+        allowed = [setting.sample_bytes for setting in settings if num_samples is not None or setting.psnr >= floor]
+        needed = math.ceil(fixed_bytes + least * min(allowed))
+        asked = "one sample" if num_samples is None else f"the {num_samples:,} samples"
+        raise ConfigError(
+            f"max_bytes={max_bytes:,} is too little for {asked}: at least about {needed:,} bytes are needed with the "
+            "settings that may be chosen. Raise it, keep fewer samples, or leave codec, quality and longest_side open"
+        )
+    return BytePlan(chosen, count_of(chosen), tuple((setting, count_of(setting)) for setting in ranked[1:]))
+
+
+def _told(setting: ByteSetting, count: int) -> str:
+    error = "exact" if math.isinf(setting.psnr) else f"{setting.psnr:.1f} dB"
+    return f"{count:,} samples as {setting.describe()} ({setting.sample_bytes:,.0f} bytes each, {error})"
