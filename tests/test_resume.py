@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 from dq_lightning import BinConfig, FeatureConfig, PatchConfig, QuantizeConfig, SelectionConfig, as_source, quantize
 from dq_lightning.cache import entries as cache
 from dq_lightning.cache import files, shards
+from dq_lightning.core.batching import HalvedBatches
 from dq_lightning.features import extract, text_loading
 from dq_lightning.features.choose import choose_encoder
 from dq_lightning.packed import writer as packed
@@ -45,19 +46,19 @@ class Stop(Exception):  # noqa: N818
 
 
 class Batches:
-    """Remembers the batches that go through a method, as bytes, and stops before a given one."""
+    """Remembers the batches that go through a network, as bytes, and stops before a given one."""
 
-    def __init__(self, monkeypatch, owner, name):
+    def __init__(self, monkeypatch):
         self.seen, self.stop_at = [], None
-        real = getattr(owner, name)
+        real = HalvedBatches.run
 
-        def watched(this, batch, *others):
+        def watched(this, function, batch, *others):
             if len(self.seen) == self.stop_at:
                 raise Stop
             self.seen.append(batch.numpy().tobytes())
-            return real(this, batch, *others)
+            return real(this, function, batch, *others)
 
-        monkeypatch.setattr(owner, name, watched)
+        monkeypatch.setattr(HalvedBatches, "run", watched)
 
     def of(self, run, stop_at=None):
         self.seen, self.stop_at = [], stop_at
@@ -111,7 +112,7 @@ def test_features_of_images_and_gradients(per_shard, monkeypatch):
         )  # fmt: skip
         return features.embedding, features.head_gradient
 
-    undisturbed = check_every_stop(work, Batches(monkeypatch, extract._HalvedBatch, "embed"), per_shard)
+    undisturbed = check_every_stop(work, Batches(monkeypatch), per_shard)
     assert len(undisturbed) == 8
 
 
@@ -128,7 +129,7 @@ def test_features_of_text(per_shard, monkeypatch, tmp_path):
         features = extract.extract_features(source, spec, device="cpu", batch_size=4, progress=False, shards=memory)
         return (features.embedding,)
 
-    check_every_stop(work, Batches(monkeypatch, extract._HalvedBatch, "embed"), per_shard)
+    check_every_stop(work, Batches(monkeypatch), per_shard)
 
 
 class Sized:
@@ -151,7 +152,7 @@ def test_saliency_of_images_of_many_sizes(per_shard, monkeypatch):
     def work(memory):
         return score.score_images(source, index, VarianceScorer(), 4, batch_size=3, progress=False, shards=memory)
 
-    check_every_stop(work, Batches(monkeypatch, score._HalvedBatch, "scores"), per_shard)
+    check_every_stop(work, Batches(monkeypatch), per_shard)
 
 
 def test_another_batch_size_goes_on_as_well(monkeypatch):
@@ -164,7 +165,7 @@ def test_another_batch_size_goes_on_as_well(monkeypatch):
         return made.embedding
 
     expected, memory = work(None, 4), DueShards()
-    batches = Batches(monkeypatch, extract._HalvedBatch, "embed")
+    batches = Batches(monkeypatch)
     batches.of(lambda: work(memory, 4), stop_at=5)
     found, after = batches.of(lambda: work(memory, 7))
     assert sum(len(batch) for batch in after) == 10 * 3 * 32 * 32 * 4
@@ -279,15 +280,20 @@ def text_run(root):
     return quantize(rows, wanted, encoder=TEXT_MODEL[0], cache_dir=root, device="cpu", progress=False)
 
 
-def count_batches(owner, name, call):
-    """Call with the number of samples before each batch."""
-    real = getattr(owner, name)
+def count_batches(work):
+    """Return a function that calls another with the number of samples before each batch of some work."""
 
-    def counted(this, batch, *others):
-        call(len(batch))
-        return real(this, batch, *others)
+    def watch(call):
+        real = HalvedBatches.run
 
-    setattr(owner, name, counted)
+        def counted(this, function, batch, *others):
+            if this._work == work:
+                call(len(batch))
+            return real(this, function, batch, *others)
+
+        HalvedBatches.run = counted
+
+    return watch
 
 
 def count_filled(call):
@@ -330,17 +336,15 @@ def dropped_run(root):
     return image_run(root, patches=DROPPED)
 
 
-def count_features(call):
-    count_batches(extract._HalvedBatch, "embed", call)
-
+count_features = count_batches("features")
 
 # stage: what runs it, what counts its samples, samples of a shard when it is cut wherever it may be
 STAGES = {
-    "features": (image_run, count_features, 4),
-    "gradients": (gradient_run, count_features, 4),
-    "trained encoder": (trained_run, count_features, 4),
-    "text": (text_run, count_features, 4),
-    "saliency": (dropped_run, lambda call: count_batches(score._HalvedBatch, "scores", call), 1),
+    "features": (image_run, count_batches("features"), 4),
+    "gradients": (gradient_run, count_batches("features"), 4),
+    "trained encoder": (trained_run, count_batches("features"), 4),
+    "text": (text_run, count_batches("features"), 4),
+    "saliency": (dropped_run, count_batches("saliency"), 1),
     "packing whole samples": (packed_run, lambda call: count_items("_whole_items", call), 1),
     "packing patches": (dropped_run, lambda call: count_items("packed_items", call), 1),
     "filling": (dropped_run, count_filled, 8),

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dq_lightning.core.batching import HalvedBatches
 from dq_lightning.core.config import FeatureKind, Precision
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.isolation import isolated, release_memory
@@ -134,43 +135,6 @@ def _check_head(
         )
 
 
-class _HalvedBatch:
-    """Embeds batches in pieces that fit the device's memory, halving the piece each time that memory runs out.
-
-    The limit counts tensor elements, not samples, so short texts are still embedded many at a time after a batch of
-    long texts did not fit.
-    """
-
-    def __init__(self, encoder: Encoder | TextEncoder) -> None:
-        self._encoder = encoder
-        self._limit: int | None = None
-
-    def embed(self, batch: Tensor) -> Tensor:
-        pieces: list[Tensor] = []
-        done = 0
-        while done < len(batch):
-            at_once = len(batch) if self._limit is None else max(1, self._limit // batch[0].numel())
-            piece = batch[done : done + at_once]
-            embedding = self._try(piece)
-            if embedding is None:
-                if len(piece) == 1:
-                    raise FeatureError('one sample alone exceeds the GPU\'s memory; free some, or pass device="cpu"')
-                self._limit = piece.numel() // 2
-                logger.warning("features: GPU memory is short; going on with %d samples a step", len(piece) // 2)
-                release_memory()
-                continue
-            pieces.append(embedding)
-            done += len(piece)
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-    def _try(self, piece: Tensor) -> Tensor | None:
-        # The traceback of the error refers to the activations, so this function must end before memory is released.
-        try:
-            return self._encoder.embed(piece)
-        except torch.OutOfMemoryError:
-            return None
-
-
 def _all_rows(
     encoder: RowEncoder,
     source: Any,
@@ -183,9 +147,9 @@ def _all_rows(
 
 
 def _text_to_rows(encoder: TextEncoder, source: Any, batch_size: int, missing: Tensor) -> Iterator[Rows]:
-    embedder = _HalvedBatch(encoder)
+    halved = HalvedBatches("features", FeatureError)
     for batch in iterate_text_batches(source, encoder, batch_size, missing):
-        yield Rows(batch.positions, embedder.embed(batch.tokens))
+        yield Rows(batch.positions, halved.run(encoder.embed, batch.tokens))
 
 
 def _images_to_rows(
@@ -201,14 +165,14 @@ def _images_to_rows(
     """Yield the rows of the samples `missing`, batch by batch in order; the tensors stay on the device."""
     batches = ImageBatches(source, encoder.preprocess, batch_size, missing)
     warnings: list[tuple[int, str]] = []
-    embedder = _HalvedBatch(encoder)
+    halved = HalvedBatches("features", FeatureError)
     done = 0
     for positions, batch in zip(batches.batches, iterate_batches(batches, num_workers, device), strict=True):
         if batch.error is not None:
             raise batch.error
         assert batch.images is not None
         warnings += batch.warnings
-        embedding = embedder.embed(batch.images)
+        embedding = halved.run(encoder.embed, batch.images)
         gradient = None
         if labels is not None:
             gradient = head_gradient(encoder.logits(embedding), labels[positions], loss)

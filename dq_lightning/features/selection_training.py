@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dq_lightning.core.batching import HalvedBatches
 from dq_lightning.core.config import FeatureConfig, Precision
 from dq_lightning.core.console import progress_bar
 from dq_lightning.core.errors import FeatureError
@@ -231,11 +232,12 @@ class _Training:
         place[self.labelled] = torch.arange(len(self.labelled))
         pieces = list(torch.split(self.labelled, self.settings.batch_size))
         made: list[Tensor] = []
+        halved = HalvedBatches("selection features", FeatureError)
         with progress_bar(
             self.progress, total=len(self.labelled), unit="sample", description="selection features"
         ) as bar:
             for batch in self._images(pieces, self.device, self.settings.num_workers):
-                made.append(self.encoder.embed(batch).cpu())
+                made.append(halved.run(self.encoder.embed, batch).cpu())
                 bar.update(len(batch))
         table = torch.cat(made)
         features = (table[place[batch]].to(self.device) for batch in self.batches)

@@ -82,6 +82,8 @@ class PackageMaps:
                 wanted = [package.utils.model_targets.ClassifierOutputTarget(int(c)) for c in classes]
                 # The images need a gradient to build the graph, since the parameters of the copy are frozen here.
                 maps = tool(images.clone().requires_grad_(), wanted)
+        except torch.OutOfMemoryError:
+            raise
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise PatchError(
                 f"pytorch-grad-cam's {self._method} fails on {type(self._module).__name__}: {error}"

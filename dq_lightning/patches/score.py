@@ -1,7 +1,6 @@
 """Loops over images of any sizes and computes a score for every patch of each image."""
 
 import hashlib
-import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -11,14 +10,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dq_lightning.core.batching import HalvedBatches
 from dq_lightning.core.console import progress_bar
-from dq_lightning.core.errors import DQError, PatchError
+from dq_lightning.core.errors import PatchError
 from dq_lightning.core.handles import FORK
 from dq_lightning.core.records import Grid
 from dq_lightning.core.resuming import NothingKept, Shards
 from dq_lightning.patches.saliency import PatchScorer
 
-logger = logging.getLogger("dq_lightning")
 # An image whose size differs from the others waits until a batch of its size is full. This limits the waiting images.
 WAITING_BATCHES = 8
 
@@ -90,11 +89,16 @@ def score_images(
 
     Raises:
         SourceError: if an image cannot be read; it is raised as the source raised it.
-        PatchError: if scores are not finite; the message names the sample.
-        DQError: if one image alone exceeds the GPU's memory.
+        PatchError: if scores are not finite, and the message names the sample; or if one image alone exceeds the GPU's
+            memory.
     """
     table = _Scores(len(index), patch_size, shards or NothingKept())
-    stepper = _HalvedBatch(scorer, patch_size, torch.device(device))
+    halved = HalvedBatches("saliency", PatchError)
+
+    def scores_of(images: Tensor, positions: Tensor, labels: Tensor | None) -> Tensor:
+        own = None if labels is None else labels.to(device)
+        return scorer.scores(images.to(device, non_blocking=True), own, positions, patch_size)
+
     with progress_bar(progress, total=len(index), unit="img", description="saliency") as bar:
         missing = table.restore(made_from=hashlib.sha256(index.numpy().tobytes()).hexdigest())
         bar.update(len(index) - len(missing))
@@ -102,7 +106,7 @@ def score_images(
         for places, images in _batches(reads, batch_size):
             chosen = torch.tensor(places)
             batch_labels = None if labels is None else labels[chosen]
-            scores = stepper.scores(images, batch_labels, index[chosen]).float().cpu()
+            scores = halved.run(scores_of, images, index[chosen], batch_labels).float().cpu()
             if not bool(scores.isfinite().all()):
                 bad = int((~scores.isfinite().all(1)).nonzero()[0])
                 raise PatchError(
@@ -201,38 +205,3 @@ def _batches(reads: Iterator[tuple[int, _Read]], batch_size: int) -> Iterator[tu
             yield [place for place, _ in ready], torch.stack([image for _, image in ready])
     for ready in waiting.values():
         yield [place for place, _ in ready], torch.stack([image for _, image in ready])
-
-
-class _HalvedBatch:
-    """Scores images in pieces, halving the size of a piece whenever the GPU's memory is not enough."""
-
-    def __init__(self, scorer: PatchScorer, patch_size: int, device: torch.device) -> None:
-        self._scorer, self._patch_size, self._device = scorer, patch_size, device
-        self._limit: int | None = None
-
-    def scores(self, images: Tensor, labels: Tensor | None, positions: Tensor) -> Tensor:
-        pieces: list[Tensor] = []
-        done = 0
-        while done < len(images):
-            part = slice(done, done + (self._limit or len(images)))
-            found = self._try(images[part], None if labels is None else labels[part], positions[part])
-            if found is None:
-                size = len(images[part])
-                if size == 1:
-                    raise DQError('one image alone exceeds the GPU\'s memory; free some, or pass device="cpu"')
-                self._limit = size // 2
-                logger.warning("saliency: GPU memory is short; going on with %d images a step", self._limit)
-                torch.cuda.empty_cache()
-                continue
-            pieces.append(found)
-            done += len(found)
-        return torch.cat(pieces)
-
-    def _try(self, images: Tensor, labels: Tensor | None, positions: Tensor) -> Tensor | None:
-        # The error's traceback holds the activations, so it must be gone before the memory is released.
-        try:
-            moved = images.to(self._device, non_blocking=True)
-            own = None if labels is None else labels.to(self._device)
-            return self._scorer.scores(moved, own, positions, self._patch_size)
-        except torch.OutOfMemoryError:
-            return None

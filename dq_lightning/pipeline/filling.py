@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dq_lightning.cache.entries import require_space
 from dq_lightning.cache.shards import KeptShards
+from dq_lightning.core.batching import HalvedBatches
 from dq_lightning.core.console import progress_bar
 from dq_lightning.core.errors import PatchError, StoreError
 from dq_lightning.core.isolation import isolated, release_memory
@@ -154,6 +155,7 @@ class Filler:
             raise PatchError('reconstruct="off" fills nothing')
         self._plan = patches
         self._model = patches.reconstructor.load(device)
+        self._halved = HalvedBatches("filling", PatchError)
 
     def fill(self, images: Tensor, mask: Tensor, patch_size: int | None = None) -> Tensor:
         """Fill the dropped patches of a batch of images.
@@ -165,10 +167,16 @@ class Filler:
 
         Returns:
             The filled images, uint8 [B, C, H, W], on the reconstructor's device.
+
+        Raises:
+            PatchError: one image alone exceeds the GPU's memory.
         """
-        model = self._model
-        moved, kept = images.to(model.device), mask.to(model.device)
-        return fill_pixels(model, moved, kept, patch_size or self._plan.patch_size, model.mean, model.std)
+        model, size = self._model, patch_size or self._plan.patch_size
+
+        def filled(images: Tensor, mask: Tensor) -> Tensor:
+            return fill_pixels(model, images, mask, size, model.mean, model.std)
+
+        return self._halved.run(filled, images.to(model.device), mask.to(model.device))
 
     def samples(self, window: list[Any], place: tuple[str | int, ...]) -> Iterator[Item]:
         """Yield the same samples with their images filled.
