@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -36,6 +36,7 @@ from dq_lightning.loading.loaders import (
     make_eval_loaders,
     make_loader,
 )
+from dq_lightning.loading.options import DataModuleOptions, StoreOptions, listing
 from dq_lightning.loading.paths import open_paths, other_splits
 from dq_lightning.loading.preparation import Preparation
 from dq_lightning.loading.steps import report_steps
@@ -247,38 +248,8 @@ class QuantizedHooks(Base):
             self.on_after_batch_transfer = self._fill_batch  # type: ignore[method-assign]
 
     @classmethod
-    def from_datamodule(
-        cls,
-        datamodule: Any,
-        *,
-        keep_ratio: float | None = None,
-        num_bins: int | None = None,
-        drop_ratio: float | None = None,
-        encoder: Any = None,
-        classifier: Any = None,
-        reconstructor: Any = None,
-        labels: Any = None,
-        indices: Indices = None,
-        config: AnyConfig | None = None,
-        store: StoreKind | None = None,
-        transform: Any = "keep",
-        target_transform: Any = "keep",
-        batch_transform: Callable[..., Any] | None = None,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
-        tokenizer: Any = None,
-        batch_size: int | None = None,
-        num_workers: AutoInt | None = None,
-        pin_memory: AutoBool | None = None,
-        persistent_workers: AutoBool | None = None,
-        drop_last: bool | None = None,
-        cache_dir: str | Path | None = None,
-        seed: int | None = None,
-        fingerprint: str | None = None,
-        force_recompute: bool = False,
-        verify: VerifyPolicy = "size",
-        on_error: OnError | None = None,
-        device: str = "auto",
-    ) -> Self:
+    @listing(__init__, DataModuleOptions)
+    def from_datamodule(cls, datamodule: Any, **options: Unpack[DataModuleOptions]) -> Self:
         """Quantize the train set of an existing data module of `lightning` or `pytorch_lightning`.
 
         The wrapped module's other loaders, batch-transfer hooks, state and attributes are passed through. Batch size,
@@ -292,100 +263,26 @@ class QuantizedHooks(Base):
         """
         if not is_datamodule(datamodule):
             raise ConfigError(f"from_datamodule takes a LightningDataModule, got {type(datamodule).__name__}")
-        return cls(
-            datamodule,
-            keep_ratio=keep_ratio,
-            num_bins=num_bins,
-            drop_ratio=drop_ratio,
-            encoder=encoder,
-            classifier=classifier,
-            reconstructor=reconstructor,
-            labels=labels,
-            indices=indices,
-            config=config,
-            store=store,
-            transform=transform,
-            target_transform=target_transform,
-            batch_transform=batch_transform,
-            collate_fn=collate_fn,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            persistent_workers=persistent_workers,
-            drop_last=drop_last,
-            cache_dir=cache_dir,
-            seed=seed,
-            fingerprint=fingerprint,
-            force_recompute=force_recompute,
-            verify=verify,
-            on_error=on_error,
-            device=device,
-        )
+        return cls(datamodule, **options)
 
     @classmethod
+    @listing(__init__, StoreOptions)
     def from_store(
-        cls,
-        path: str | Path,
-        *,
-        val: Any = None,
-        test: Any = None,
-        predict: Any = None,
-        transform: Any = None,
-        target_transform: Any = None,
-        batch_transform: Callable[..., Any] | None = None,
-        reconstruct: Reconstruct | None = None,
-        reconstructor: Any = None,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
-        tokenizer: Any = None,
-        config: AnyConfig | None = None,
-        batch_size: int | None = None,
-        eval_batch_size: int | None = None,
-        num_workers: AutoInt | None = None,
-        pin_memory: AutoBool | None = None,
-        persistent_workers: AutoBool | None = None,
-        drop_last: bool | None = None,
-        cache_dir: str | Path | None = None,
-        seed: int | None = None,
-        force_recompute: bool = False,
-        verify: VerifyPolicy = "size",
-        device: str = "auto",
+        cls, path: str | Path, *, reconstruct: Reconstruct | None = None, **options: Unpack[StoreOptions]
     ) -> Self:
         """Train from a packed compact set alone; the original dataset is not needed.
 
         `path` is the folder of the entry (`StoreInfo.path`), in the cache or copied from another machine. `transform`
         is applied to the image of each sample and `target_transform` to its target; a store never holds transforms,
-        because they are code. For a store of patches, `reconstruct` (`"prepare"`, `"batch"`, `"off"`) and
-        `reconstructor` replace the settings that the store was made with. All other arguments are as in the class.
+        because they are code, so `"keep"` and None both mean no transform. For a store of patches, `reconstruct`
+        (`"prepare"`, `"batch"`, `"off"`) and `reconstructor` replace the settings that the store was made with. All
+        other arguments are as in the class.
 
         Raises:
             StoreError: the folder holds no packed set, or a damaged one.
             ConfigError: an argument is invalid.
         """
-        return cls(
-            StoreFolder(Path(path), reconstruct),
-            val=val,
-            test=test,
-            predict=predict,
-            transform=transform,
-            target_transform=target_transform,
-            batch_transform=batch_transform,
-            reconstructor=reconstructor,
-            collate_fn=collate_fn,
-            tokenizer=tokenizer,
-            config=config,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            persistent_workers=persistent_workers,
-            drop_last=drop_last,
-            cache_dir=cache_dir,
-            seed=seed,
-            force_recompute=force_recompute,
-            verify=verify,
-            device=device,
-        )
+        return cls(StoreFolder(Path(path), reconstruct), **options)
 
     @classmethod
     def from_datasets(  # type: ignore[override]

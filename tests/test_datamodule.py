@@ -1,16 +1,20 @@
 """QuantizedDataModule in one process, as a script uses it."""
 
+import inspect
 import pickle
 import time
+from typing import get_type_hints
 
 import lightning as L
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
 from dq_lightning import BinConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig
 from dq_lightning.core.errors import CacheError, ConfigError
+from dq_lightning.loading.options import DataModuleOptions, StoreOptions
 from dq_lightning.pipeline import binning
 from dq_lightning.pipeline import build as flow
 from tests.lightning_scripts.common import Recorder, held_out, name_of, photos, trainer
@@ -399,3 +403,29 @@ def test_a_hit_loads_no_model_and_is_quick(warm, monkeypatch):
     started = time.perf_counter()
     ready(make(warm))
     assert time.perf_counter() - started < 5
+
+
+def test_every_way_in_takes_the_keywords_of_the_class():
+    own = inspect.signature(QuantizedDataModule.__init__).parameters
+    hints = get_type_hints(QuantizedDataModule.__init__)
+    taken = {}
+    for way, options in (("from_datamodule", DataModuleOptions), ("from_store", StoreOptions)):
+        typed = get_type_hints(options)
+        taken |= typed
+        listed = inspect.signature(getattr(QuantizedDataModule, way)).parameters
+        assert {name: listed[name].default for name in typed} == {name: own[name].default for name in typed}
+        parser = ArgumentParser()
+        parser.add_method_arguments(QuantizedDataModule, way, "data")
+        assert {f"data.{name}" for name in typed} <= {action.dest for action in parser._actions}
+    datasets = {"val", "test", "predict"}
+    assert {*taken, "self", "train"} == set(own)
+    assert {name: taken[name] for name in taken if name not in datasets} == {
+        name: hints[name] for name in taken if name not in datasets
+    }
+
+
+def test_a_keyword_that_a_way_in_does_not_take(tmp_path):
+    with pytest.raises(TypeError, match=r"from_store\(\) got an unexpected keyword argument 'keep_ratio'"):
+        QuantizedDataModule.from_store(tmp_path, keep_ratio=0.5)
+    with pytest.raises(TypeError, match=r"from_datamodule\(\) got an unexpected keyword argument 'val'"):
+        QuantizedDataModule.from_datamodule(L.LightningDataModule(), val=photos())
