@@ -1,0 +1,390 @@
+"""What a chosen part of CIFAR-10 is worth against a random one, on clean and on damaged data, and at equal bytes.
+
+    python benchmarks/worth.py prepare --cifar DATA_DIR --weights tf_efficientnet_lite0.safetensors --work WORK
+    python benchmarks/worth.py choose --work WORK --processes 2
+    python benchmarks/worth.py train --work WORK --device cpu          # or cuda; any number of times, resumes
+    python benchmarks/worth.py table --work WORK
+    python benchmarks/worth.py plot --work WORK --output worth.svg
+
+Conditions (`worth_conditions.py`) x ways of choosing (`worth_ways.py`) x ratios x seeds, all with one recipe
+(`worth_training.py`): equal steps, the accuracy after the last step, paired by seed. The rows of a plan are done seed by seed,
+so that a run that is stopped has whole seeds. `--plan search` compares candidates on 5,000 training images that nothing is
+chosen from; the plans that are reported use the test set, which no default was chosen by.
+"""
+
+import argparse
+import io
+import json
+import multiprocessing
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import worth_conditions
+import worth_training
+import worth_ways
+from dq_lightning.packed.lossy import encoded_sizes
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.datasets import CIFAR10
+from worth_conditions import Condition
+
+# Steps of every run that keeps a tenth or less: 30 epochs of 5,000 samples in batches of 128. Larger parts get as many more.
+STEPS = 1170
+VALIDATION = 5000
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row and seed of the table."""
+
+    split: str
+    condition: str
+    way: str
+    ratio: float
+    seed: int
+    network: str = "small"
+    steps: int = STEPS
+
+    @property
+    def data(self) -> str:
+        """Name of the folder of the condition's data."""
+        name = "clean" if self.condition == "bytes" else self.condition
+        return f"{self.split}-{name}-{self.seed}"
+
+    @property
+    def choice(self) -> str:
+        """Name of the file of the positions that are trained on."""
+        return f"{self.split}-{self.condition}-{self.way}-{self.ratio}-{self.seed}".replace(" ", "_").replace(",", "")
+
+
+DIRTY = ("wrong20", "wrong40", "swapped20", "swapped40", "duplicates", "foreign")
+CODED = (*(f"jpeg {quality}" for quality in (10, 20, 30, 50, 75, 90)), "webp 10", "webp 30", "webp 75")
+
+
+def plan_rows(name: str, seeds: int) -> Iterator[Job]:
+    """Yield the jobs of a plan in the order in which they are done, the most telling first."""
+    for seed in range(seeds):
+        if name == "search":
+            tried = ("random", "stratified", "published", *worth_ways.SEARCHED)
+            for condition in ("clean", "wrong20", "long_tail", "duplicates", "foreign"):
+                for way in (*tried, *worth_ways.ALSO.get(condition, ())):
+                    yield Job("search", condition, way, 0.1, 100 + seed)
+        elif name == "main":
+            ways = ("random", "published", "ours", "stratified")
+            for condition in ("clean", *DIRTY, "long_tail"):
+                for way in (*ways, *worth_ways.ALSO.get(condition, ())):
+                    yield Job("test", condition, way, 0.1, seed)
+                yield Job("test", condition, "whole", 1.0, seed)
+            for ratio in (0.05, 0.2, 0.5):
+                for way in ways:
+                    yield Job("test", "clean", way, ratio, seed, steps=round(STEPS * max(1, ratio / 0.1)))
+        elif name == "bytes":
+            for ratio in (0.1, 0.05, 0.02, 0.2):
+                for way in ("random", "published", *CODED):
+                    yield Job("test", "bytes", way, ratio, seed)
+                for way in ("random", "whole", "jpeg 75", "webp 75"):
+                    if ratio == 0.1:
+                        yield Job("test", "bytes", way, ratio, seed, steps=10 * STEPS)
+        elif name == "resnet18":
+            for condition in ("clean", "wrong20"):
+                for way in ("random", "published", "ours"):
+                    yield Job("test", condition, way, 0.1, seed, "resnet18", 200 * 5000 // 128)
+        else:
+            raise SystemExit(f"no plan {name!r}; plans: search, main, bytes, resnet18")
+
+
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    return [job for name in args.plan for job in plan_rows(name, args.seeds)]
+
+
+def load(work: Path, job: Job) -> Condition:
+    """Return the data of a job; what equals the clean data is kept once."""
+    fields = {}
+    for name in Condition.__dataclass_fields__:
+        own, clean = work / job.data / f"{name}.npy", work / f"{job.split}-clean-{job.seed}" / f"{name}.npy"
+        shared = work / f"{name}.npy"
+        found = next(path for path in (own, clean, shared) if path.exists())
+        fields[name] = np.load(found, mmap_mode="r")
+    return Condition(**fields)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Write the clean data, their features, and every condition and seed of the plan into the work folder."""
+    work: Path = args.work
+    work.mkdir(parents=True, exist_ok=True)
+    train, test = CIFAR10(args.cifar), CIFAR10(args.cifar, train=False)
+    encode = worth_conditions.Lite0(args.weights, args.device, args.side)
+    if not (work / "features.npy").exists():
+        features = np.load(args.features) if args.features is not None else encode(train.data)
+        whole = worth_conditions.as_condition(train.data, np.array(train.targets), features)
+        for name in ("images", "labels", "truth", "origin", "features"):
+            np.save(work / f"{name}.npy", getattr(whole, name))
+        np.save(work / "test_images.npy", test.data)
+        np.save(work / "test_labels.npy", np.array(test.targets))
+    whole = worth_conditions.as_condition(train.data, np.array(train.targets), np.load(work / "features.npy"))
+    held_out: dict[int, NDArray[np.int64]] = {}
+    for job in jobs_of(args):
+        folder = work / job.data
+        if folder.exists():
+            continue
+        started, clean = time.perf_counter(), whole
+        if job.split == "search":
+            order = np.random.default_rng([job.seed, 3]).permutation(len(whole.labels))
+            held_out[job.seed] = order[:VALIDATION]
+            np.save(work / f"held_out-{job.seed}.npy", order[:VALIDATION])
+            clean = whole.at(np.sort(order[VALIDATION:]))
+        name = "clean" if job.condition == "bytes" else job.condition
+        made = worth_conditions.damage(clean, name, job.seed, encode=encode, foreign=args.foreign)
+        folder.mkdir()
+        for field in Condition.__dataclass_fields__:
+            value = getattr(made, field)
+            if value is not getattr(whole, field) and (name == "clean" or value is not getattr(clean, field)):
+                np.save(folder / f"{field}.npy", value)
+        print(f"{job.data}: {len(made.labels)} samples, {time.perf_counter() - started:.1f} s", flush=True)
+    if any(job.condition == "bytes" for job in jobs_of(args)):
+        with ProcessPoolExecutor(args.processes) as pool:
+            list(pool.map(_recode, [work] * len(CODED), CODED))
+
+
+def _recode(work: Path, name: str) -> None:
+    """Write the decoded images and the stored bytes of each of all training images in a codec and quality."""
+    if (work / f"{name}-sizes.npy").exists():
+        return
+    codec, quality = name.split()
+    images = np.load(work / "images.npy", mmap_mode="r")
+    decoded = np.empty_like(images)
+    for position, image in enumerate(images):
+        stream = io.BytesIO()
+        Image.fromarray(image).save(stream, codec.upper(), quality=int(quality))
+        decoded[position] = np.asarray(Image.open(stream).convert("RGB"))
+    np.save(work / f"{name}.npy", decoded)
+    sizes = encoded_sizes([Image.fromarray(image) for image in images], codec, int(quality))
+    np.save(work / f"{name}-sizes.npy", sizes)
+
+
+def choose(args: argparse.Namespace) -> None:
+    """Write the positions that every job trains on."""
+    (args.work / "choices").mkdir(exist_ok=True)
+    groups: dict[str, dict[str, Job]] = defaultdict(dict)
+    for job in jobs_of(args):
+        if not (args.work / "choices" / f"{job.choice}.npy").exists():
+            groups[job.data][job.choice] = job
+    tasks = [list(group.values()) for group in groups.values()]
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+        for lines in pool.map(_choose, [args.work] * len(tasks), tasks, [args.device] * len(tasks)):
+            print("\n".join(lines), flush=True)
+
+
+def _choose(work: Path, jobs: list[Job], device: str) -> list[str]:
+    """Choose for all jobs of one condition and seed, and return a line of text for each."""
+    torch.set_num_threads(1)
+    started, lines = time.perf_counter(), []
+    data = worth_ways.Choosing(load(work, jobs[0]), device)
+    for job in jobs:
+        if job.way in CODED:
+            sizes = np.load(work / f"{job.way}-sizes.npy")
+            order = np.random.default_rng([job.seed, 1]).permutation(len(sizes))
+            index = np.sort(order[np.cumsum(sizes[order]) <= job.ratio * 3072 * len(sizes)])
+        else:
+            index = worth_ways.WAYS[job.way](data, int(len(data) * job.ratio + 0.5), job.seed)
+        partial = work / "choices" / f"{job.choice}.partial.npy"
+        np.save(partial, index)
+        partial.replace(work / "choices" / f"{job.choice}.npy")
+        lines.append(f"{job.choice}: {len(index)} samples, {time.perf_counter() - started:.1f} s")
+        started = time.perf_counter()
+    return lines
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train the jobs that have no result yet; jobs whose positions are not chosen yet come later."""
+    results = args.work / "results.jsonl"
+    done = {Job(**line["job"]) for line in _lines(results)}
+    waiting = [job for job in jobs_of(args) if job not in done]
+    part, parts = (int(number) for number in args.part.split("/"))
+    waiting = waiting[part::parts]
+    started = time.perf_counter()
+    while waiting and time.perf_counter() - started < args.seconds:
+        ready = [job for job in waiting[:200] if (args.work / "choices" / f"{job.choice}.npy").exists()]
+        if not ready:
+            time.sleep(0.2)
+            continue
+        side_by_side = 1 if ready[0].network != "small" else args.lanes
+        group = [job for job in ready if (job.network, job.steps) == (ready[0].network, ready[0].steps)][:side_by_side]
+        begun = time.perf_counter()
+        runs, facts = zip(*[_run(args, job) for job in group], strict=True)
+        worth_training.train(list(runs))
+        with results.open("a") as file:
+            for job, run, fact in zip(group, runs, facts, strict=True):
+                images, labels = _measured_on(args.work, job, args.device)
+                line = {
+                    "job": asdict(job),
+                    "accuracy": run.accuracy(images, labels),
+                    **fact,
+                    "device": _device_name(args.device),
+                }
+                file.write(json.dumps(line) + "\n")
+        waiting = [job for job in waiting if job not in group]
+        each = (time.perf_counter() - begun) / len(group)
+        print(f"{len(waiting)} left, {each:.2f} s a run, {group[0].condition} {group[0].way}", flush=True)
+
+
+def _run(args: argparse.Namespace, job: Job) -> tuple[worth_training.Run, dict[str, float]]:
+    """Return the training of a job before its first step, and facts about what it is trained on."""
+    work, device = args.work, args.device
+    condition = load(work, job)
+    index = np.load(work / "choices" / f"{job.choice}.npy")
+    images = np.load(work / f"{job.way}.npy", mmap_mode="r") if job.way in CODED else condition.images
+    labels, truth = condition.labels[index], condition.truth[index]
+    facts = {
+        "samples": len(index),
+        "wrong": float(np.mean(labels != truth)),
+        "copies": 1 - len(np.unique(condition.origin[index])) / len(index),
+        "smallest_class": int(np.bincount(labels, minlength=10).min()),
+    }
+    data = worth_training.Data(images[index], labels, device)
+    return worth_training.Run(data, job.steps, job.seed, job.network, device, args.precision == "bfloat16"), facts
+
+
+_cached: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+def _measured_on(work: Path, job: Job, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return images uint8 [N, 32, 32, 3] and labels int64 [N] that the accuracy of a job is measured on."""
+    key = "test" if job.split == "test" else str(job.seed)
+    if key not in _cached:
+        if job.split == "test":
+            images, labels = np.load(work / "test_images.npy"), np.load(work / "test_labels.npy")
+        else:
+            index = np.load(work / f"held_out-{job.seed}.npy")
+            images, labels = np.load(work / "images.npy")[index], np.load(work / "labels.npy")[index]
+        _cached[key] = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
+    return _cached[key]
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"
+
+
+def _lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(args: argparse.Namespace) -> None:
+    """Print the results as a Markdown table: mean, standard error, the difference from random by seed, every seed."""
+    rows: dict[tuple, dict[int, dict]] = defaultdict(dict)
+    for line in _lines(args.work / "results.jsonl"):
+        job = line["job"]
+        rows[job["split"], job["network"], job["condition"], job["ratio"], job["steps"], job["way"]][job["seed"]] = line
+    columns = ("split", "network", "condition", "ratio", "steps", "way")
+    measured = ("samples", "wrong", "copies", "accuracy", "against random", "each seed")
+    print(f"| {' | '.join(columns + measured)} |\n|{'---|' * len(columns + measured)}")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for key, seeds in rows.items():
+        values = [line["accuracy"] for line in seeds.values()]
+        first = next(iter(seeds.values()))
+        random = rows.get((*key[:3], 0.1 if key[5] == "whole" else key[3], key[4], "random"), {})
+        paired = [line["accuracy"] - random[seed]["accuracy"] for seed, line in seeds.items() if seed in random]
+        print(
+            f"| {' | '.join(str(part) for part in key)} | {first['samples']:,} | {_mean(seeds, 'wrong'):.1%} "
+            f"| {_mean(seeds, 'copies'):.1%} | {_spread(values, '')} | {_spread(paired, '+')} "
+            f"| {', '.join(f'{value:.1f}' for value in values)} |"
+        )
+
+
+def plot(args: argparse.Namespace) -> None:
+    """Draw the accuracy of the ways in every condition, and at every number of bytes, into an SVG file."""
+    from matplotlib import pyplot
+
+    pyplot.rcParams["svg.hashsalt"] = "dq_lightning"
+    values: dict[tuple, list[float]] = defaultdict(list)
+    for line in _lines(args.work / "results.jsonl"):
+        job = Job(**line["job"])
+        if job.split == "test" and job.network == "small" and job.steps == STEPS:
+            values[job.condition, job.way, job.ratio].append(line["accuracy"])
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), width_ratios=(2, 1), layout="constrained")
+    conditions = [name for name in worth_conditions.NAMES if (name, "random", 0.1) in values]
+    for number, way in enumerate(("random", "published", "ours")):
+        means, errors = zip(*[_mean_and_error(values[name, way, 0.1]) for name in conditions], strict=True)
+        places = np.arange(len(conditions)) + 0.27 * (number - 1)
+        left.bar(places, means, 0.25, yerr=errors, label=way, color=("#9aa5b1", "#5b8def", "#e07a3f")[number])
+    left.set_xticks(range(len(conditions)), conditions, rotation=30, ha="right")
+    left.set_ylabel("test accuracy, %")
+    left.set_ylim(bottom=20)
+    left.set_title("A tenth of CIFAR-10, equal steps")
+    left.legend()
+    for way in ("random", *CODED):
+        points = sorted(
+            (100 * ratio, *_mean_and_error(v)) for (name, w, ratio), v in values.items() if (name, w) == ("bytes", way)
+        )
+        if points and way in ("random", "jpeg 10", "jpeg 30", "jpeg 75", "webp 30"):
+            x, y, error = zip(*points, strict=True)
+            right.errorbar(
+                x, y, error, marker="o", label="whole images" if way == "random" else f"{way}, as many as fit"
+            )
+    right.set_xscale("log")
+    right.set_xticks([2, 5, 10, 20], ["2", "5", "10", "20"])
+    right.set_xlabel("bytes, % of the raw images")
+    right.set_title("Equal bytes, equal steps")
+    right.legend(fontsize=8)
+    figure.savefig(args.output, metadata={"Date": None})
+
+
+def _mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Return the mean and its standard error; the error of a single value is 0."""
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def _mean(seeds: dict[int, dict], name: str) -> float:
+    return statistics.mean(line[name] for line in seeds.values())
+
+
+def _spread(values: list[float], sign: str) -> str:
+    """Return the mean and its standard error as text."""
+    if not values:
+        return ""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):{sign}.1f} ± {error:.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("prepare", "choose", "train", "table", "plot"))
+    parser.add_argument("--output", type=Path, default=Path("worth.svg"), help="file that `plot` writes")
+    parser.add_argument("--work", type=Path, required=True, help="folder of everything that is made; keep it to resume")
+    parser.add_argument("--plan", nargs="+", default=["main"], help="search, main, bytes, resnet18")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cifar", help="torchvision's data folder of CIFAR-10")
+    parser.add_argument("--weights", help="safetensors file of timm's tf_efficientnet_lite0")
+    parser.add_argument(
+        "--foreign", type=Path, help=".npy of photos uint8 [P, 64, 64, 3] that foreign images are cut from"
+    )
+    parser.add_argument(
+        "--features", help=".npy of ready features [50000, D], in place of the encoder's for the clean images"
+    )
+    parser.add_argument("--side", type=int, default=224, help="side in pixels that the encoder sees")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--precision",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="float32 for processors without bfloat16",
+    )
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--part", default="0/1", help="i/n: train every n-th job from the i-th on")
+    parser.add_argument("--lanes", type=int, default=6, help="small networks that are trained side by side on a GPU")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="start no further training after so many seconds"
+    )
+    args = parser.parse_args()
+    {"prepare": prepare, "choose": choose, "train": train, "table": table, "plot": plot}[args.stage](args)
+
+
+if __name__ == "__main__":
+    main()
