@@ -285,7 +285,6 @@ def table(args: argparse.Namespace) -> None:
     columns = ("split", "network", "condition", "ratio", "steps", "way")
     measured = ("samples", "wrong", "copies", "accuracy", "against random", "each seed")
     print(f"| {' | '.join(columns + measured)} |\n|{'---|' * len(columns + measured)}")
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for key, seeds in rows.items():
         values = [line["accuracy"] for line in seeds.values()]
         first = next(iter(seeds.values()))
