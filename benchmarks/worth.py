@@ -29,11 +29,12 @@ import torch
 import worth_conditions
 import worth_training
 import worth_ways
-from dq_lightning.packed.lossy import encoded_sizes
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets import CIFAR10
 from worth_conditions import Condition
+
+from dq_lightning.packed.lossy import encoded_sizes
 
 # Steps of every run that keeps a tenth or less: 30 epochs of 5,000 samples in batches of 128. Larger parts get as many more.
 STEPS = 1170
