@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dq_lightning.patches.mae import load_mae
     from dq_lightning.pipeline.compact import load_selection
     from dq_lightning.pipeline.quantize import quantize
+    from dq_lightning.quality.margin import margin_scores
     from dq_lightning.selection.select import select
     from dq_lightning.sources.adapt import as_source
 
@@ -39,6 +40,7 @@ _HOMES = {
     "load_mae": "patches.mae",
     "load_selection": "pipeline.compact",
     "make_bins": "bins.make",
+    "margin_scores": "quality.margin",
     "quantize": "pipeline.quantize",
     "select": "selection.select",
 }
@@ -61,6 +63,7 @@ __all__ = [
     "load_mae",
     "load_selection",
     "make_bins",
+    "margin_scores",
     "quantize",
     "select",
 ]

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dq_lightning"
 RANKS = (
     ("core",),
     ("identity", "cache"),
-    ("sources", "features", "bins", "selection", "patches", "packed"),
+    ("sources", "features", "quality", "bins", "selection", "patches", "packed"),
     ("pipeline",),
     ("loading", "exports", "evaluation"),
     ("tokens",),

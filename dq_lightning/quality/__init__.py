@@ -1,0 +1,1 @@
+"""Which samples are worth keeping: scores of their quality, and which of the worst are left out."""
