@@ -9,16 +9,18 @@ The code is pure: it reads and writes no files.
 
 import math
 import struct
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image
 
 from dq_lightning.core.arrays import TENSOR_DTYPES, plain_shape
 from dq_lightning.core.errors import StoreError
-from dq_lightning.core.records import PatchedImage
+from dq_lightning.core.records import ImageLayout, PatchedImage, StoredImage
+from dq_lightning.packed.file_stream import MAX_START_BYTES, MAX_STARTS, Start, shared_starts
 from dq_lightning.packed.images import MODE_BITS, image_from_raw, is_plain, raw_bytes_of
 from dq_lightning.packed.patch_stream import MAX_PROPERTIES_BYTES, check_facts, shared_heads
 from dq_lightning.packed.trees import Tree, container, same_container
@@ -42,6 +44,9 @@ MAX_ROW_BYTES = 1 << 40
 MAX_PLANNED_COLUMNS = 512
 VALUE_KIND = "value"
 STREAM_KIND = "stream"
+FILE_KIND = "file"
+# Kinds whose values are in values.bin or nowhere, so that they have no column.
+WITHOUT_COLUMN = (VALUE_KIND, STREAM_KIND, FILE_KIND, "none")
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,16 @@ class Leaf:
 
     Attributes:
         kind: "none", "bool", "int", "float", "scalar", "array", "tensor", "image", "patches" (the raw pixels of equally
-            many kept patches in every sample), "stream" (patched images of any length, in values.bin), or "value" (no
-            column).
-        dtype: numpy's dtype string, torch's dtype name, or the image's mode; `mode/layout/codec` for patched images.
+            many kept patches in every sample), "stream" (patched images of any length, in values.bin), "file" (image
+            files, in values.bin), or "value" (no column).
+        dtype: numpy's dtype string, torch's dtype name, or the image's mode; `mode/layout/codec` for patched images;
+            `decoder/layout/own` for files that hold the format and info of their images, and `decoder/layout/beside`
+            for files beside which they are stored.
         shape: shape of an array or tensor; (width, height) of an image; (height, width, P, bytes of pixels) of patches;
             (P,) of a stream.
         shared: dictionary that the file heads and properties of a stream's images are compressed with.
         properties: format and info that all images of the column have, see `values.encode_properties`.
+        starts: properties and beginnings that many files of a column of files share, see `packed/file_stream.py`.
     """
 
     kind: str
@@ -64,6 +72,7 @@ class Leaf:
     shape: tuple[int, ...] = ()
     shared: bytes = field(default=b"", compare=False)
     properties: bytes = b""
+    starts: tuple[Start, ...] = field(default=(), compare=False)
 
     @property
     def row_bytes(self) -> int:
@@ -95,6 +104,7 @@ _ROW_BYTES: dict[str, Callable[[Leaf], int]] = {
     "none": lambda leaf: 0,
     VALUE_KIND: lambda leaf: 0,
     STREAM_KIND: lambda leaf: 0,
+    FILE_KIND: lambda leaf: 0,
     "patches": lambda leaf: _mask_bytes(leaf) + leaf.shape[3],
     "bool": lambda leaf: 1,
     "int": lambda leaf: 8,
@@ -133,6 +143,8 @@ def describe_leaf(value: Any, raw_images: bool = False) -> Leaf:
         return Leaf("patches", stream_leaf(value).dtype, facts, properties=value.properties)
     if isinstance(value, PatchedImage):
         return stream_leaf(value)
+    if isinstance(value, StoredImage):
+        return Leaf(FILE_KIND, f"{value.decoder}/{value.layout}/{'own' if value.properties is None else 'beside'}")
     if isinstance(value, Image.Image) and _is_raw(value, raw_images):
         try:
             return Leaf("image", value.mode, value.size, properties=encode_properties(value))
@@ -158,7 +170,21 @@ def fits(value: Any, leaf: Leaf, raw_images: bool = False) -> bool:
     if leaf.kind == STREAM_KIND:
         alike = isinstance(value, PatchedImage) and stream_leaf(value) == leaf
         return alike and len(value.properties) <= MAX_PROPERTIES_BYTES
+    if isinstance(value, StoredImage) and len(value.properties or b"") > MAX_PROPERTIES_BYTES:
+        return False
     return leaf.kind != VALUE_KIND and describe_leaf(value, raw_images) == leaf
+
+
+def file_facts(dtype: str) -> tuple[str, str, bool]:
+    """Return decoder, layout, and whether properties are stored beside the files, from a description of files.
+
+    Raises:
+        StoreError: the description is none of files.
+    """
+    decoder, layout, kept = dtype.split("/") if dtype.count("/") == 2 else ("", "", "")
+    if layout not in get_args(ImageLayout) or kept not in ("own", "beside") or (layout != "pil" and kept == "own"):
+        raise StoreError(f"store.json has an impossible column of image files: {dtype!r:.40}")
+    return decoder, layout, kept == "beside"
 
 
 def _mask_bytes(leaf: Leaf) -> int:
@@ -244,10 +270,16 @@ def plan(samples: Sequence[Any], raw_images: bool = False) -> tuple[Tree, list[L
             inner = keys if kind == "dict" else range(len(values[0]))
             return Tree(str(kind), -1, keys, tuple(grow([value[key] for value in values], depth + 1) for key in inner))
         described = {describe_leaf(value, raw_images) for value in values}
+        if len(described) > 1 and all(isinstance(value, StoredImage) for value in values):
+            described = {Counter(map(describe_leaf, values)).most_common(1)[0][0]}
         if len(described) > 1 and all(isinstance(value, PatchedImage) for value in values):
             described = {stream_leaf(value) for value in values}
         leaf = described.pop() if len(described) == 1 else Leaf(VALUE_KIND)
-        leaves.append(replace(leaf, shared=shared_heads(values)) if leaf.kind == STREAM_KIND else leaf)
+        if leaf.kind == STREAM_KIND:
+            leaf = replace(leaf, shared=shared_heads(values))
+        if leaf.kind == FILE_KIND:
+            leaf = replace(leaf, starts=shared_starts([value for value in values if fits(value, leaf)]))
+        leaves.append(leaf)
         return Tree("leaf", len(leaves) - 1)
 
     if not samples:
@@ -265,7 +297,10 @@ def leaf_from_json(value: Any) -> Leaf:
     if not isinstance(value, dict) or not isinstance(value.get("kind"), str) or value["kind"] not in _ROW_BYTES:
         raise StoreError(f"store.json has an unknown column {value!r:.80}")
     hexadecimal = {name: _bytes_of(value, name) for name in ("shared", "properties")}
-    leaf = Leaf(value["kind"], str(value.get("dtype", "")), plain_shape(value.get("shape", [])), **hexadecimal)
+    shape = plain_shape(value.get("shape", []))
+    leaf = Leaf(value["kind"], str(value.get("dtype", "")), shape, **hexadecimal, starts=_starts_of(value))
+    if leaf.kind == FILE_KIND:
+        file_facts(leaf.dtype)
     if leaf.kind in ("patches", STREAM_KIND):
         check_facts(leaf.kind, leaf.dtype, leaf.shape)
     image_fits = leaf.dtype in MODE_BITS and len(leaf.shape) == 2 and 0 not in leaf.shape
@@ -283,7 +318,23 @@ def leaf_to_json(leaf: Leaf) -> dict[str, Any]:
     """Return the description of a leaf as plain JSON."""
     plain = {"kind": leaf.kind, "dtype": leaf.dtype, "shape": list(leaf.shape)}
     beside = {"shared": leaf.shared, "properties": leaf.properties}
-    return plain | {name: data.hex() for name, data in beside.items() if data}
+    starts = {"starts": [[part.hex() for part in start] for start in leaf.starts]} if leaf.starts else {}
+    return plain | {name: data.hex() for name, data in beside.items() if data} | starts
+
+
+def _starts_of(value: dict[str, Any]) -> tuple[Start, ...]:
+    starts = value.get("starts", [])
+    if not isinstance(starts, list) or len(starts) > MAX_STARTS:
+        raise StoreError(f"store.json has impossible beginnings of files: {starts!r:.40}")
+    made = []
+    for start in starts:
+        if not isinstance(start, list) or len(start) != 2:
+            raise StoreError(f"store.json has an impossible beginning of files: {start!r:.40}")
+        properties, beginning = (_bytes_of({"starts": text}, "starts") for text in start)
+        if len(properties) + len(beginning) > MAX_START_BYTES:
+            raise StoreError(f"store.json has a beginning of files of {len(properties) + len(beginning):,} bytes")
+        made.append((properties, beginning))
+    return tuple(made)
 
 
 def _bytes_of(value: dict[str, Any], name: str) -> bytes:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dq_lightning.cache.manifest import Damage, check_file, is_plain_name
-from dq_lightning.packed.writer import FORMAT, FORMAT_VERSION, VERSION_WITHOUT_PATCHES
+from dq_lightning.packed.writer import FORMAT, VERSIONS
 
 # This is a hundred times ImageNet. Each sample takes about 30 bytes of memory while the store is open, and its name.
 MAX_SAMPLES = 1 << 27
@@ -28,9 +28,9 @@ def check_description(path: Path, description: dict[str, Any]) -> tuple[int, dic
         Damage: if the format is another one, a fact is missing or impossible, or a file is missing or has another size.
     """
     version = description.get("version")
-    if description.get("format") != FORMAT or version not in (VERSION_WITHOUT_PATCHES, FORMAT_VERSION):
+    if description.get("format") != FORMAT or version not in VERSIONS:
         seen = f"{description.get('format')!r:.40} version {version!r:.40}"
-        raise Damage(f"it is {seen}, this package reads {FORMAT!r} version {FORMAT_VERSION}")
+        raise Damage(f"it is {seen}, this package reads {FORMAT!r} version {min(VERSIONS)} to {max(VERSIONS)}")
     count, listed, attributes = (description.get(name) for name in ("num_samples", "files", "attributes"))
     if (
         type(count) is not int

@@ -204,6 +204,20 @@ def _as_hub(image: Image.Image, decoder: str) -> Image.Image:
     return image.convert(mode) if mode and mode != image.mode else image
 
 
+def memory_bytes(data: bytes) -> int:
+    """Return how many bytes of memory the image in a file takes, with four bytes for each pixel.
+
+    Raises:
+        StoreError: if the bytes are no image of an allowed format.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return 4 * image.size[0] * image.size[1]
+    except Exception as error:
+        # Pillow's format plugins raise many types of errors for damaged files.
+        raise StoreError(f"an image file cannot be opened ({type(error).__name__}: {error})") from error
+
+
 def encode_image(image: Image.Image, encoded: EncodedImage | None) -> tuple[list[Any], bytes]:
     """Encode an image as the original file if that gives its pixels, else as PNG, else as raw pixels.
 
@@ -269,7 +283,7 @@ def _check_kind(image: Image.Image) -> None:
         )
 
 
-def _without_properties(image: Image.Image) -> Image.Image:
+def without_properties(image: Image.Image) -> Image.Image:
     """Return the pixels of a decoded file as a plain image without info and format."""
     bare = image._new(image.im)
     bare.info = {}
@@ -332,7 +346,7 @@ def decode_node(facts: Any, data: memoryview, most_pixels: int = MAX_PIXELS) -> 
     if facts[0] == "e" and len(facts) == 2 and isinstance(facts[1], str):
         return decode_image(data, facts[1], most_pixels)
     if facts[0] == "f" and len(facts) == 2 and isinstance(facts[1], str):
-        return _without_properties(decode_image(data, facts[1], most_pixels))
+        return without_properties(decode_image(data, facts[1], most_pixels))
     if facts[0] != "r" or len(facts) != 5:
         raise StoreError(f"a stored image has unknown facts {facts!r:.80}")
     _, mode, width, height, palette = facts

@@ -11,7 +11,7 @@ The code is pure: it reads and writes no files.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dq_lightning.core.errors import StoreError
@@ -19,7 +19,6 @@ from dq_lightning.core.records import MAX_PIXELS, PatchedImage
 
 # Mode, layout, codec and patch size, which are the same for all images of a stream.
 Facts = tuple[str, str, str, int]
-Stream = tuple[int, Facts, bytes]
 MAX_HEAD_BYTES = 1 << 14
 SHARED_HEADS = 8
 MAX_SHARED_BYTES = 1 << 15
@@ -153,14 +152,19 @@ def facts_of(dtype: str, patch_size: int) -> Facts:
 
 
 def take_streams(
-    streams: Sequence[Stream], leaves: list[Any], value: bytes | memoryview
+    streams: Sequence[tuple[int, Callable[[bytes, int], tuple[Any, int]]]],
+    leaves: list[Any],
+    value: bytes | memoryview,
+    most_pixels: int,
 ) -> tuple[bytes | memoryview, set[int]]:
-    """Decode the patched images at the start of a sample's value, and put them into their places among the leaves.
+    """Decode the images at the start of a sample's value, and put them into their places among the leaves.
 
     Args:
-        streams: for each leaf of kind "stream" its number, facts and dictionary.
+        streams: for each leaf of kind "stream" or "file" its number, and a function that decodes its bytes; it is given
+            the bytes and the number of pixels that it may decode, and returns the image and how many it did.
         leaves: all leaves of the sample; the decoded images are written into this list.
         value: bytes of the sample in values.bin.
+        most_pixels: number of pixels that may be decoded for this sample.
 
     Returns:
         The rest of the value, and the numbers of the leaves whose images are stored in that rest.
@@ -169,12 +173,13 @@ def take_streams(
         StoreError: if the bytes do not give these images.
     """
     missing, start = set(), 0
-    for number, facts, shared in streams:
+    for number, read in streams:
         length, start = read_uvarint(value, start)
         if length > len(value) - start:
-            raise StoreError(f"a patched image claims {length} bytes, {len(value) - start} are there")
+            raise StoreError(f"a stored image claims {length} bytes, {len(value) - start} are there")
         if length:
-            leaves[number] = read_stream(bytes(value[start : start + length]), facts, shared)
+            leaves[number], pixels = read(bytes(value[start : start + length]), most_pixels)
+            most_pixels -= pixels
         else:
             missing.add(number)
         start += length

@@ -32,12 +32,12 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import CHANNELS, PatchedImage, pack_mask
+from dq_lightning.packed.layouts import leaf_of, pixels_of
 from dq_lightning.packed.patch_layout import (
     Layout,
     Mask,
@@ -53,7 +53,7 @@ from dq_lightning.packed.patch_layout import (
     strip_of,
 )
 from dq_lightning.packed.patch_stream import jpeg_head
-from dq_lightning.packed.values import encode_properties, is_plain_array, is_plain_tensor, properties_setter
+from dq_lightning.packed.values import encode_properties, properties_setter
 
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 JPEG_BLOCK = 8
@@ -82,7 +82,7 @@ def pack_image(
         StoreError: if this kind of image is not supported, if the mask does not fit the image's grid, if the codec
             cannot hold an image of this size, or if the info of a Pillow image cannot be stored.
     """
-    layout_name, mode, pixels = _pixels_of(leaf)
+    layout_name, mode, pixels = pixels_of(leaf)
     height, width = pixels.shape[:2]
     packed = pack_mask(mask.cpu()).numpy().tobytes()
     properties = encode_properties(leaf) if isinstance(leaf, Image.Image) else b""
@@ -97,7 +97,7 @@ def pack_image(
 def can_keep_patches(leaf: Any) -> bool:
     """Return whether `pack_image` supports this kind of image."""
     try:
-        _pixels_of(leaf)
+        pixels_of(leaf)
     except StoreError:
         return False
     return True
@@ -109,7 +109,7 @@ def check_patches(leaf: Any) -> None:
     Raises:
         StoreError: if it does not; the message says what to deliver instead.
     """
-    _pixels_of(leaf)
+    pixels_of(leaf)
 
 
 def image_size(leaf: Any) -> tuple[int, int]:
@@ -118,7 +118,7 @@ def image_size(leaf: Any) -> tuple[int, int]:
     Raises:
         StoreError: if `pack_image` does not support this kind of image.
     """
-    height, width = _pixels_of(leaf)[2].shape[:2]
+    height, width = pixels_of(leaf)[2].shape[:2]
     return height, width
 
 
@@ -149,17 +149,10 @@ def unpack_image(patched: PatchedImage) -> tuple[Pixels, Mask]:
 
 def image_leaf(patched: PatchedImage, pixels: Pixels) -> Any:
     """Convert pixels [H, W, C] to the type, shape and dtype that the dataset delivered; the memory may be shared."""
-    flat = pixels[..., 0] if patched.mode == "L" else pixels
+    leaf = leaf_of(patched.layout, patched.mode, pixels)
     if patched.layout == "pil":
-        image = Image.fromarray(flat)
-        properties_setter(patched.properties)(image)
-        return image
-    if patched.layout in ("array", "tensor"):
-        shaped = flat if patched.layout == "array" or patched.mode == "L" else flat.transpose(2, 0, 1)
-    else:
-        shaped = flat[..., None] if patched.layout == "array_hw1" else flat[None]
-    shaped = np.ascontiguousarray(shaped)
-    return torch.from_numpy(shaped) if patched.layout.startswith("tensor") else shaped
+        properties_setter(patched.properties)(leaf)
+    return leaf
 
 
 def mean_filled(patched: PatchedImage) -> Any:
@@ -201,40 +194,6 @@ def patched_images(value: Any) -> list[PatchedImage]:
     found: list[PatchedImage] = []
     map_patched(value, found.append)
     return found
-
-
-def _pixels_of(leaf: Any) -> tuple[str, str, Pixels]:
-    """Return the layout name, the mode and the pixels uint8 [H, W, C] of an image."""
-    if isinstance(leaf, Image.Image) and leaf.mode in CHANNELS and 0 not in leaf.size:
-        pixels = np.asarray(leaf)
-        return "pil", leaf.mode, pixels if pixels.ndim == 3 else pixels[..., None]
-    if is_plain_array(leaf) and leaf.dtype == np.uint8 and leaf.size:
-        if leaf.ndim == 2:
-            return "array", "L", leaf[..., None]
-        if leaf.ndim == 3 and leaf.shape[2] in (1, 3):
-            return ("array", "RGB", leaf) if leaf.shape[2] == 3 else ("array_hw1", "L", leaf)
-    if is_plain_tensor(leaf) and leaf.dtype == torch.uint8 and leaf.numel():
-        if leaf.ndim == 2:
-            return "tensor", "L", leaf.numpy()[..., None]
-        if leaf.ndim == 3 and leaf.shape[0] in (1, 3):
-            pixels = leaf.permute(1, 2, 0).numpy()
-            return ("tensor", "RGB", pixels) if leaf.shape[0] == 3 else ("tensor_1hw", "L", pixels)
-    raise StoreError(
-        f"patches cannot be kept of a {type(leaf).__module__}.{type(leaf).__qualname__}{_outline(leaf)}: deliver a Pillow "
-        'image of mode RGB or L (image.convert("RGB"); for a column of Hugging Face datasets '
-        'dataset.cast_column(name, datasets.Image(mode="RGB"))), a uint8 array [H, W, 3] or [H, W], or a uint8 tensor '
-        "[3, H, W] or [H, W], before it is normalised; or leave out drop_ratio="
-    )
-
-
-def _outline(leaf: Any) -> str:
-    """Return mode, type and size of an image as text for error messages."""
-    if isinstance(leaf, Image.Image):
-        return f" (mode {leaf.mode}, {leaf.width} x {leaf.height} pixels)"
-    if isinstance(leaf, Tensor | np.ndarray):
-        return f" ({leaf.dtype} {list(leaf.shape)})"
-    undecoded = isinstance(leaf, dict) and leaf.keys() == {"bytes", "path"}
-    return " (an image of Hugging Face datasets that is not decoded)" if undecoded else ""
 
 
 def _encode(pixels: Pixels, mask: Mask, patched: PatchedImage, quality: int, subsampling: int | None) -> bytes:

@@ -27,17 +27,26 @@ from dq_lightning.core.config import VerifyPolicy
 from dq_lightning.core.errors import DQError, StoreError
 from dq_lightning.core.fields import check_choice
 from dq_lightning.core.records import PatchedImage
-from dq_lightning.packed.columns import STREAM_KIND, VALUE_KIND, leaf_from_json, leaf_reader
+from dq_lightning.packed.columns import (
+    FILE_KIND,
+    STREAM_KIND,
+    VALUE_KIND,
+    WITHOUT_COLUMN,
+    Leaf,
+    leaf_from_json,
+    leaf_reader,
+)
 from dq_lightning.packed.description import MAX_COLUMNS, SMALL_FILES, check_description
 from dq_lightning.packed.names import Names
 from dq_lightning.packed.npy import npy_header
 from dq_lightning.packed.open_files import OpenFiles, Row, read_piece
 from dq_lightning.packed.patch_batches import BatchDecoder
-from dq_lightning.packed.patch_stream import facts_of, take_streams
+from dq_lightning.packed.patch_stream import facts_of, read_stream, take_streams
 from dq_lightning.packed.patches import map_patched, mean_filled, patched_images
 from dq_lightning.packed.trees import tree_builder, tree_from_json
-from dq_lightning.packed.values import check_decoded_size, decode_value
-from dq_lightning.packed.writer import FORMAT_VERSION, STORE_FILE
+from dq_lightning.packed.values import BYTES_PER_PIXEL, check_decoded_size, decode_value, most_decoded_bytes
+from dq_lightning.packed.whole_images import FileReader
+from dq_lightning.packed.writer import STORE_FILE, holds_patches
 
 Patches = Literal["mean", "packed"]
 # Errors that damaged or hostile bytes may raise while values are decoded from them.
@@ -105,7 +114,7 @@ class PackedDataset(Dataset[Any]):
             description = files.read_sealed(self.path / STORE_FILE)
             self.digest = files.sealed_digest(description)
             self._num_samples, self.attributes = check_description(self.path, description)
-            self.has_patches = description["version"] == FORMAT_VERSION
+            self.has_patches = holds_patches(description)
             if self.verify == "hash":
                 for name, facts in description["files"].items():
                     check_file(self.path, name, facts, hashed=True)
@@ -150,11 +159,11 @@ class PackedDataset(Dataset[Any]):
         self._build = tree_builder(tree_from_json(description.get("tree"), len(leaves)))
         self._readers = [leaf_reader(leaf) for leaf in leaves]
         self._value_leaves = [number for number, leaf in enumerate(leaves) if leaf.kind == VALUE_KIND]
-        # Each entry holds the number of the leaf, what all images of its stream have in common, and their dictionary.
+        # Each entry holds the number of the leaf, and the function that decodes its images.
         self._streams = [
-            (number, facts_of(leaf.dtype, leaf.shape[0]), leaf.shared)
+            (number, FileReader(leaf) if leaf.kind == FILE_KIND else _stream_reader(leaf))
             for number, leaf in enumerate(leaves)
-            if leaf.kind == STREAM_KIND
+            if leaf.kind in (STREAM_KIND, FILE_KIND)
         ]
         # Each entry holds the number of the leaf, a function that reads the row at a position, and the decoder of this
         # row.
@@ -163,7 +172,7 @@ class PackedDataset(Dataset[Any]):
         self._batched: list[tuple[int, int, BatchDecoder]] = []
         together = all(BatchDecoder.fits(leaf) for leaf in leaves if leaf.kind == "patches")
         for number, leaf in enumerate(leaves):
-            if leaf.kind in (VALUE_KIND, STREAM_KIND, "none"):
+            if leaf.kind in WITHOUT_COLUMN:
                 continue
             name = f"column-{number}.npy"
             dtype, shape = leaf.column_type()
@@ -261,7 +270,8 @@ class PackedDataset(Dataset[Any]):
         try:
             for (number, _, reader), row in zip(self._columns, rows, strict=True):
                 leaves[number] = ready[number] if number in ready else reader(row)
-            rest, missing = take_streams(self._streams, leaves, bytes(value) if self._streams else value)
+            most_pixels = most_decoded_bytes(len(value)) // BYTES_PER_PIXEL
+            rest, missing = take_streams(self._streams, leaves, bytes(value) if self._streams else value, most_pixels)
             if not rest and not self._value_leaves and not missing:
                 return self._build(leaves)
             return self._with_values(leaves, rest, missing)
@@ -309,6 +319,12 @@ class PackedDataset(Dataset[Any]):
 
     def __repr__(self) -> str:
         return f"PackedDataset({str(self.path)!r}, {self._num_samples} samples)"
+
+
+def _stream_reader(leaf: Leaf) -> Callable[[bytes, int], tuple[Any, int]]:
+    facts, shared = facts_of(leaf.dtype, leaf.shape[0]), leaf.shared
+    # The pixels of patched images are decoded, and counted, later.
+    return lambda data, most_pixels: (read_stream(data, facts, shared), 0)
 
 
 def _numbers(data: NDArray[np.uint8], code: str) -> memoryview:

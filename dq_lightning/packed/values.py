@@ -24,8 +24,16 @@ from PIL import Image
 
 from dq_lightning.core.arrays import TENSOR_DTYPES, plain_shape
 from dq_lightning.core.errors import StoreError
-from dq_lightning.core.records import CHANNELS, EncodedImage, PatchedImage
-from dq_lightning.packed.images import MAX_PIXELS, decode_node, encode_image, exif_beside, is_plain, raw_image
+from dq_lightning.core.records import CHANNELS, EncodedImage, PatchedImage, StoredImage
+from dq_lightning.packed.images import (
+    MAX_PIXELS,
+    decode_node,
+    encode_image,
+    exif_beside,
+    is_plain,
+    memory_bytes,
+    raw_image,
+)
 
 MAX_DEPTH = 64
 # Most bytes of JSON for one value. This is a list of two million numbers, which should be stored as an array instead.
@@ -78,17 +86,22 @@ def most_decoded_bytes(stored_bytes: int) -> int:
     return ALWAYS_DECODED_BYTES + DECODED_PER_STORED * stored_bytes
 
 
-def check_decoded_size(images: Sequence[PatchedImage], stored_bytes: int) -> None:
-    """Check that the patched images of one sample take no more memory than its stored bytes allow.
+def check_decoded_size(images: Sequence[PatchedImage | StoredImage], stored_bytes: int) -> None:
+    """Check that images of one sample take no more memory than its stored bytes allow.
 
     Args:
-        images: all patched images of the sample.
+        images: patched images, or image files, of the sample.
         stored_bytes: number of bytes that are stored of the sample.
 
     Raises:
         StoreError: if the decoded images would take more than `most_decoded_bytes(stored_bytes)`.
     """
-    size = sum(image.height * image.width * CHANNELS[image.mode] for image in images)
+    size = sum(
+        memory_bytes(image.data)
+        if isinstance(image, StoredImage)
+        else image.height * image.width * CHANNELS[image.mode]
+        for image in images
+    )
     if size > most_decoded_bytes(stored_bytes):
         raise _too_large(size, stored_bytes)
 
@@ -267,6 +280,11 @@ class _Encoder:
             # A complete file already holds the format, info and EXIF tags of its image.
             properties = b"" if facts[0] == "e" else encode_properties(value, place)
             return ["p", facts, self._keep(data), self._keep(properties)]
+        if isinstance(value, StoredImage) and value.layout == "pil":
+            self.encoded = None
+            facts = ["e" if value.properties is None else "f", value.decoder]
+            self.image_bytes += memory_bytes(value.data)
+            return ["p", facts, self._keep(value.data), self._keep(value.properties or b"")]
         if isinstance(value, PatchedImage):
             facts = [value.height, value.width, value.mode, value.layout, value.patch_size, value.codec]
             self.image_bytes += value.height * value.width * BYTES_PER_PIXEL

@@ -5,10 +5,11 @@ A store of M samples consists of these files (all integers are little-endian):
     index.npy int64 [M], bin.npy int16 [M]   the selection: position in the source and bin of every sample
     ids.bin, id_offsets.npy int64 [M + 1]    the names of the samples in UTF-8, and where each one starts
     column-J.npy [M, ...]                    leaf number J of every sample, if this leaf has a fixed width
-    values.bin                               for each sample first its patched images of varying length, each preceded
-                                             by its length as uvarint (0: the image is stored with the other values),
-                                             see `packed/patch_stream.py`; then all other values that are in no column,
-                                             see `packed/values.py`
+    values.bin                               for each sample first its image files and its patched images of varying
+                                             length, each preceded by its length as uvarint (0: the image is stored
+                                             with the other values), see `packed/file_stream.py` and
+                                             `packed/patch_stream.py`; then all other values that are in no column, see
+                                             `packed/values.py`
     value_offsets.npy int64 [M + 1]          where the bytes of each sample start in values.bin, and its size
     checksums.npy uint32 [M]                 crc32 over a sample's columns and values, started with its position
     store.json                               tree, columns, attributes, size and sha256 of every file, its own digest
@@ -30,11 +31,12 @@ from torch import Tensor
 
 from dq_lightning.cache import files
 from dq_lightning.core.errors import StoreError
-from dq_lightning.core.records import EncodedImage, PatchedImage
+from dq_lightning.core.records import EncodedImage, PatchedImage, StoredImage
 from dq_lightning.core.resuming import Array, Shards
 from dq_lightning.packed.columns import (
+    FILE_KIND,
     STREAM_KIND,
-    VALUE_KIND,
+    WITHOUT_COLUMN,
     Leaf,
     fits,
     leaf_bytes,
@@ -42,19 +44,20 @@ from dq_lightning.packed.columns import (
     leaf_to_json,
     plan,
 )
+from dq_lightning.packed.file_stream import write_file
 from dq_lightning.packed.npy import npy_header
 from dq_lightning.packed.packing_shards import Unkept, facts_of, samples_of
 from dq_lightning.packed.patch_stream import uvarint, write_stream
 from dq_lightning.packed.patches import patched_images
 from dq_lightning.packed.trees import Tree, leaves_of, tree_from_json, tree_to_json
 from dq_lightning.packed.values import check_decoded_size, encode_value
+from dq_lightning.packed.whole_images import with_files, without_array_files
 
 STORE_FILE = "store.json"
 FORMAT = "dq_lightning packed"
-# Version 4 adds patched images; a store without any is written as version 3. Versions 1 and 2 stored the pixels of an
-# image without its format, info and EXIF tags.
-FORMAT_VERSION = 4
-VERSION_WITHOUT_PATCHES = 3
+# Version 5 adds columns of image files, and version 4 patched images; a store without either is written as version 3.
+# Versions 1 and 2 stored the pixels of an image without its format, info and EXIF tags.
+VERSION_OF_VALUES, VERSION_OF_PATCHES, VERSION_OF_FILES = VERSIONS = (3, 4, 5)
 # The first samples decide which leaves become columns. So many show the rule, and the memory that they take is bounded.
 LOOK_AHEAD_SAMPLES = 64
 LOOK_AHEAD_BYTES = 64 << 20
@@ -132,7 +135,7 @@ class _StoreWriter:
         self.files: dict[str, dict[str, Any]] = {}
         self.tree = Tree("leaf", 0)
         self.leaves: list[Leaf] = []
-        self.version = VERSION_WITHOUT_PATCHES
+        self.has_patches = False
         self.columns: list[files.Writer | None] = []
         self.values: files.Writer | None = None
         self.offsets = np.zeros(num_samples + 1, "<i8")
@@ -147,9 +150,14 @@ class _StoreWriter:
                     break
             stream = items(self.count)
             if self.values is None:
-                first = list(_look_ahead(stream))
-                self._open(*plan([sample for sample, _ in first], self.raw_images), stack)
+                first = list(self._with_files(_look_ahead(stream), every=False))
+                tree, leaves = plan([sample for sample, _ in first], self.raw_images)
+                if self._every_image(leaves):
+                    first = list(self._with_files(iter(first), every=True))
+                    tree, leaves = plan([sample for sample, _ in first], self.raw_images)
+                self._open(tree, leaves, stack)
                 stream = itertools.chain(first, stream)
+            stream = self._with_files(stream, every=self._every_image(self.leaves))
             for sample, encoded in stream:
                 if self.count >= self.num_samples:
                     raise StoreError(f"there are more samples than the {self.num_samples} ids")
@@ -167,13 +175,25 @@ class _StoreWriter:
         self.small_array("value_offsets", self.offsets)
         self.small_array("checksums", self.checksums)
 
+    def _every_image(self, leaves: list[Leaf]) -> bool:
+        """Return whether small plain images are stored as files too, since their sizes differ."""
+        return not self.raw_images and all(leaf.kind != "image" for leaf in leaves)
+
+    def _with_files(self, items: Iterator[Item], every: bool) -> Iterator[Item]:
+        """Yield the samples with their images as files, where a file holds an image exactly."""
+        for number, (sample, encoded) in enumerate(items, self.count):
+            try:
+                yield with_files(sample, encoded, self.raw_images, every), encoded
+            except StoreError as error:
+                raise StoreError(f"sample {number}: {error}") from error
+
     def _take(self, piece: dict[str, Array], stack: ExitStack) -> bool:
         """Write the samples of a shard; return False if its samples have another layout than those before it."""
         layout = facts_of(piece)
         if self.values is None:
             leaves = [leaf_from_json(leaf) for leaf in layout["columns"]]
             self._open(tree_from_json(layout["tree"], len(leaves)), leaves, stack)
-        self.version = max(self.version, layout["version"])
+        self.has_patches = self.has_patches or holds_patches(layout)
         if layout != self._layout():
             return False
         for rows, value in samples_of(piece, [leaf.row_bytes for leaf in self.leaves]):
@@ -195,11 +215,11 @@ class _StoreWriter:
 
     def _layout(self) -> dict[str, Any]:
         """Return the layout of the samples written so far, in the form that store.json has."""
-        return {
-            "version": self.version,
-            "tree": tree_to_json(self.tree),
-            "columns": [leaf_to_json(leaf) for leaf in self.leaves],
-        }
+        version: dict[str, Any] = {"version": VERSION_OF_PATCHES if self.has_patches else VERSION_OF_VALUES}
+        if any(leaf.kind == FILE_KIND for leaf in self.leaves):
+            version = {"version": VERSION_OF_FILES, "has_patches": self.has_patches}
+        columns = [leaf_to_json(leaf) for leaf in self.leaves]
+        return version | {"tree": tree_to_json(self.tree), "columns": columns}
 
     def _open(self, tree: Tree, leaves: list[Leaf], stack: ExitStack) -> None:
         self.tree, self.leaves = tree, leaves
@@ -207,7 +227,7 @@ class _StoreWriter:
         self.values = stack.enter_context(files.Writer(self.folder / "values.bin"))
 
     def _open_column(self, stack: ExitStack, number: int, leaf: Leaf) -> files.Writer | None:
-        if leaf.kind in (VALUE_KIND, STREAM_KIND, "none"):
+        if leaf.kind in WITHOUT_COLUMN:
             return None
         column = stack.enter_context(files.Writer(self.folder / f"column-{number}.npy"))
         dtype, shape = leaf.column_type()
@@ -219,28 +239,33 @@ class _StoreWriter:
         found = leaves_of(sample, self.tree)
         patched = patched_images(sample)
         if patched:
-            self.version = FORMAT_VERSION
+            self.has_patches = True
         if found is None:
-            no_streams = bytes(sum(leaf.kind == STREAM_KIND for leaf in self.leaves))
-            value = no_streams + encode_value({"whole": sample}, encoded, self.raw_images)
+            no_streams = bytes(sum(leaf.kind in (STREAM_KIND, FILE_KIND) for leaf in self.leaves))
+            value = no_streams + encode_value({"whole": without_array_files(sample)}, encoded, self.raw_images)
             return [bytes(leaf.row_bytes) for leaf in self.leaves], value
-        rows, streams, beside, first_image = [], b"", {}, True
+        rows, streams, beside, whole, first_image = [], b"", {}, [], True
         for number, (value, leaf) in enumerate(zip(found, self.leaves, strict=True)):
-            image = isinstance(value, Image.Image | PatchedImage)
+            image = isinstance(value, Image.Image | PatchedImage | StoredImage)
             fitting = fits(value, leaf, self.raw_images)
             if leaf.kind == STREAM_KIND:
                 stream = write_stream(value, leaf.shared) if fitting else b""
                 streams += uvarint(len(stream)) + stream
+            if leaf.kind == FILE_KIND:
+                stream = write_file(value, leaf.starts) if fitting else b""
+                streams += uvarint(len(stream)) + stream
+                whole += [value] * fitting
             if fitting:
                 rows.append(leaf_bytes(value, leaf))
-                # The original file bytes belong to the first image. It is stored in a column, so they aren't needed.
+                # The original file bytes belong to the first image. It is stored already, so they aren't needed.
                 encoded = None if image and first_image else encoded
             else:
                 rows.append(bytes(leaf.row_bytes))
-                beside[number] = value
+                beside[number] = without_array_files(value)
             first_image = first_image and not image
         value = streams + (encode_value(beside, encoded, self.raw_images) if beside else b"")
         check_decoded_size(patched, sum(map(len, rows)) + len(value))
+        check_decoded_size(whole, len(value))
         return rows, value
 
     def small_array(self, name: str, values: Any) -> None:
@@ -270,11 +295,17 @@ class _StoreWriter:
         files.write_bytes(self.folder / STORE_FILE, files.seal(description))
 
 
+def holds_patches(description: dict[str, Any]) -> bool:
+    """Return whether a store, or a shard, of this description has patched images."""
+    version = description["version"]
+    return version == VERSION_OF_PATCHES or (version == VERSION_OF_FILES and description.get("has_patches") is True)
+
+
 def _from(items: Iterable[Item]) -> Callable[[int], Iterator[Item]]:
     return lambda start: itertools.islice(items, start, None)
 
 
-def _look_ahead(stream: Iterator[Item]) -> Iterator[Item]:
+def _look_ahead(stream: Iterator[Any]) -> Iterator[Any]:
     taken = 0
     for item in itertools.islice(stream, LOOK_AHEAD_SAMPLES):
         yield item
@@ -291,7 +322,7 @@ def _rough_bytes(value: Any) -> int:
         return sum(map(_rough_bytes, value.values()))
     if isinstance(value, Image.Image):
         return 4 * value.size[0] * value.size[1]
-    if isinstance(value, EncodedImage):
+    if isinstance(value, EncodedImage | StoredImage):
         return len(value.data)
     if isinstance(value, PatchedImage):
         return len(value.mask) + len(value.data)

@@ -1,0 +1,69 @@
+"""The types of image that a dataset may deliver, and the pixels in them.
+
+The code is pure: it reads and writes no files.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dq_lightning.core.errors import StoreError
+from dq_lightning.core.records import CHANNELS
+from dq_lightning.packed.patch_layout import Pixels
+from dq_lightning.packed.values import is_plain_array, is_plain_tensor
+
+
+def leaf_of(layout: str, mode: str, pixels: Pixels) -> Any:
+    """Convert pixels [H, W, C] to an image of the given layout, without info; the memory may be shared.
+
+    Args:
+        layout: type and layout of the image, see `records.ImageLayout`.
+        mode: `"RGB"` (C = 3) or `"L"` (C = 1).
+        pixels: uint8 [H, W, C].
+    """
+    flat = pixels[..., 0] if mode == "L" else pixels
+    if layout == "pil":
+        return Image.fromarray(flat)
+    if layout in ("array", "tensor"):
+        shaped = flat if layout == "array" or mode == "L" else flat.transpose(2, 0, 1)
+    else:
+        shaped = flat[..., None] if layout == "array_hw1" else flat[None]
+    shaped = np.ascontiguousarray(shaped)
+    return torch.from_numpy(shaped) if layout.startswith("tensor") else shaped
+
+
+def pixels_of(leaf: Any) -> tuple[str, str, Pixels]:
+    """Return the layout name, the mode and the pixels uint8 [H, W, C] of an image."""
+    if isinstance(leaf, Image.Image) and leaf.mode in CHANNELS and 0 not in leaf.size:
+        pixels = np.asarray(leaf)
+        return "pil", leaf.mode, pixels if pixels.ndim == 3 else pixels[..., None]
+    if is_plain_array(leaf) and leaf.dtype == np.uint8 and leaf.size:
+        if leaf.ndim == 2:
+            return "array", "L", leaf[..., None]
+        if leaf.ndim == 3 and leaf.shape[2] in (1, 3):
+            return ("array", "RGB", leaf) if leaf.shape[2] == 3 else ("array_hw1", "L", leaf)
+    if is_plain_tensor(leaf) and leaf.dtype == torch.uint8 and leaf.numel():
+        if leaf.ndim == 2:
+            return "tensor", "L", leaf.numpy()[..., None]
+        if leaf.ndim == 3 and leaf.shape[0] in (1, 3):
+            pixels = leaf.permute(1, 2, 0).numpy()
+            return ("tensor", "RGB", pixels) if leaf.shape[0] == 3 else ("tensor_1hw", "L", pixels)
+    raise StoreError(
+        f"patches cannot be kept of a {type(leaf).__module__}.{type(leaf).__qualname__}{_outline(leaf)}: deliver a Pillow "
+        'image of mode RGB or L (image.convert("RGB"); for a column of Hugging Face datasets '
+        'dataset.cast_column(name, datasets.Image(mode="RGB"))), a uint8 array [H, W, 3] or [H, W], or a uint8 tensor '
+        "[3, H, W] or [H, W], before it is normalised; or leave out drop_ratio="
+    )
+
+
+def _outline(leaf: Any) -> str:
+    """Return mode, type and size of an image as text for error messages."""
+    if isinstance(leaf, Image.Image):
+        return f" (mode {leaf.mode}, {leaf.width} x {leaf.height} pixels)"
+    if isinstance(leaf, Tensor | np.ndarray):
+        return f" ({leaf.dtype} {list(leaf.shape)})"
+    undecoded = isinstance(leaf, dict) and leaf.keys() == {"bytes", "path"}
+    return " (an image of Hugging Face datasets that is not decoded)" if undecoded else ""

@@ -1,0 +1,156 @@
+"""Whole images as files of a store: which images become files, and how files become images again.
+
+The code reads the disk only to take the file that an image was opened from, see `packed/images.py`.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dq_lightning.core.errors import StoreError
+from dq_lightning.core.records import CHANNELS, EncodedImage, StoredImage
+from dq_lightning.packed.columns import VALUE_KIND, Leaf, describe_leaf, file_facts
+from dq_lightning.packed.file_stream import Start, join_file, read_file
+from dq_lightning.packed.images import MAX_PIXELS, decode_image, encode_image, without_properties
+from dq_lightning.packed.layouts import leaf_of
+from dq_lightning.packed.patch_stream import jpeg_head
+from dq_lightning.packed.trees import container
+from dq_lightning.packed.values import MAX_DEPTH, encode_properties, properties_setter
+
+Give = Callable[[Image.Image], None]
+
+
+def with_files(sample: Any, encoded: EncodedImage | None, raw_images: bool = False, every: bool = False) -> Any:
+    """Return a sample in which every image that a file can hold exactly is replaced by that file.
+
+    Images of which no file gives the same pixels stay as they are.
+
+    Args:
+        sample: tree of tuples, lists and dicts.
+        encoded: original file bytes of the first image, or None.
+        raw_images: whether images of any size may be stored as raw pixels.
+        every: whether to replace images, too, that are small and plain enough for a column of raw pixels.
+
+    Raises:
+        StoreError: an image cannot be stored unchanged; the message names its place.
+    """
+    # The original file belongs to the first image, whether that image needs it or not.
+    originals = [encoded]
+
+    def walk(value: Any, place: str, depth: int) -> Any:
+        kind = container(value) if depth < MAX_DEPTH else None
+        if kind == "dict":
+            return {key: walk(inner, f"{place}[{key!r:.40}]", depth + 1) for key, inner in value.items()}
+        if kind is not None:
+            return type(value)(walk(inner, f"{place}[{i}]", depth + 1) for i, inner in enumerate(value))
+        if isinstance(value, Image.Image | StoredImage):
+            original = originals.pop() if originals else None
+            if isinstance(value, Image.Image) and (every or describe_leaf(value, raw_images).kind == VALUE_KIND):
+                return _as_file(value, original, place)
+        return value
+
+    return walk(sample, "item", 0)
+
+
+def _as_file(image: Image.Image, original: EncodedImage | None, place: str) -> Any:
+    facts, data = encode_image(image, original)
+    if facts[0] == "r":
+        return image
+    return StoredImage(data, facts[1], properties=None if facts[0] == "e" else encode_properties(image, place))
+
+
+def without_array_files(sample: Any) -> Any:
+    """Return a sample in which files of images that are no Pillow images are replaced by the decoded arrays."""
+    kind = container(sample)
+    if kind == "dict":
+        return {key: without_array_files(inner) for key, inner in sample.items()}
+    if kind is not None:
+        return type(sample)(map(without_array_files, sample))
+    return decode_stored(sample) if isinstance(sample, StoredImage) and sample.layout != "pil" else sample
+
+
+def decode_stored(image: StoredImage) -> Any:
+    """Decode an image file to the image that the dataset delivered.
+
+    Raises:
+        StoreError: if the file does not give such an image, or its properties are damaged.
+    """
+    give = None if image.properties is None else properties_setter(image.properties)
+    return _decode(image.data, image.decoder, image.layout, give, MAX_PIXELS)
+
+
+class FileReader:
+    """Decodes the images of one column of files.
+
+    Args:
+        leaf: description of the column.
+    """
+
+    def __init__(self, leaf: Leaf) -> None:
+        self.decoder, self.layout, self.has_properties = file_facts(leaf.dtype)
+        self.starts: tuple[Start, ...] = leaf.starts
+        self.give = {start[0]: properties_setter(start[0]) for start in leaf.starts}
+
+    def __call__(self, data: bytes, most_pixels: int) -> tuple[Any, int]:
+        """Decode what `file_stream.write_file` returned.
+
+        Args:
+            data: bytes of one image in the store.
+            most_pixels: an image with more pixels is refused before they are decoded.
+
+        Returns:
+            The image, and the number of its pixels.
+
+        Raises:
+            StoreError: if the bytes do not give an image of at most this size.
+        """
+        properties, beginning, rest = read_file(data, self.starts)
+        give: Give | None = None
+        if self.has_properties:
+            give = self.give.get(properties) or properties_setter(properties)
+        elif properties:
+            raise StoreError("a stored image has format and info beside a file that holds them itself")
+        image = _decode(join_file(beginning, rest), self.decoder, self.layout, give, most_pixels)
+        size = image.size if self.layout == "pil" else image.shape
+        return image, math.prod(size)
+
+
+def _decode(data: bytes, decoder: str, layout: str, give: Give | None, most_pixels: int) -> Any:
+    if give is None:
+        return _shaped(decode_image(data, decoder, most_pixels), layout)
+    image = _quickly(data, decoder, most_pixels)
+    if image is None:
+        image = without_properties(decode_image(data, decoder, most_pixels))
+    if layout != "pil":
+        return _shaped(image, layout)
+    give(image)
+    return image
+
+
+def _quickly(data: bytes, decoder: str, most_pixels: int) -> Image.Image | None:
+    """Decode the pixels of a plain JPEG without Pillow's parsing of its head; None for any other file.
+
+    Where the decoder fails, `decode_image` finds the reason.
+    """
+    if decoder not in ("pil", "pil_rgb"):
+        return None
+    height, width, channels = jpeg_head(data)[1]
+    mode = {3: "RGB", 1: "L"}.get(channels)
+    if mode is None or not 0 < width * height <= most_pixels or (mode == "L" and decoder == "pil_rgb"):
+        return None
+    with contextlib.suppress(ValueError):
+        return Image.frombytes(mode, (width, height), data, "jpeg", mode, "", 1, 0)
+    return None
+
+
+def _shaped(image: Image.Image, layout: str) -> Any:
+    if layout == "pil":
+        return image
+    if image.mode not in CHANNELS:
+        raise StoreError(f"a stored image of mode {image.mode!r:.20} cannot be an {layout}")
+    pixels = np.array(image)
+    return leaf_of(layout, image.mode, pixels if pixels.ndim == 3 else pixels[..., None])
