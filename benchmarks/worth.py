@@ -136,7 +136,7 @@ def prepare(args: argparse.Namespace) -> None:
             continue
         started, clean = time.perf_counter(), whole
         if job.split == "search":
-            order = np.random.default_rng([job.seed, 3]).permutation(len(whole.labels))
+            order = np.random.default_rng([job.seed, worth_ways.DRAW, 3]).permutation(len(whole.labels))
             held_out[job.seed] = order[:VALIDATION]
             np.save(work / f"held_out-{job.seed}.npy", order[:VALIDATION])
             clean = whole.at(np.sort(order[VALIDATION:]))
@@ -190,7 +190,7 @@ def _choose(work: Path, jobs: list[Job], device: str) -> list[str]:
     for job in jobs:
         if job.way in CODED:
             sizes = np.load(work / f"{job.way}-sizes.npy")
-            order = np.random.default_rng([job.seed, 1]).permutation(len(sizes))
+            order = np.random.default_rng([job.seed, worth_ways.DRAW]).permutation(len(sizes))
             index = np.sort(order[np.cumsum(sizes[order]) <= job.ratio * 3072 * len(sizes)])
         else:
             index = worth_ways.WAYS[job.way](data, int(len(data) * job.ratio + 0.5), job.seed)

@@ -13,6 +13,9 @@ from dq_lightning import Bins, make_bins, margin_scores, select
 from dq_lightning.features.whitening import whiten
 
 Index = NDArray[np.int64]
+# Number of the random stream of the ways. The conditions use other streams of the same seeds: with the same one, a random choice
+# would be the very permutation whose first samples got a wrong label.
+DRAW = 1_000_003
 
 
 class Choosing:
@@ -67,7 +70,7 @@ class Choosing:
 
 def random(data: Choosing, count: int, seed: int) -> Index:
     """Draw samples with equal probability."""
-    return np.sort(np.random.default_rng([seed, 1]).permutation(len(data))[:count])
+    return np.sort(np.random.default_rng([seed, DRAW]).permutation(len(data))[:count])
 
 
 def whole(data: Choosing, count: int, seed: int) -> Index:
@@ -145,7 +148,7 @@ def spread(neighbours: int, share: float = 1.0) -> Callable:
     """
 
     def way(data: Choosing, count: int, seed: int) -> Index:
-        kept, draw = [], np.random.default_rng([seed, 2])
+        kept, draw = [], np.random.default_rng([seed, DRAW, 2])
         for members, quota in _usable(data, share, count):
             features = data.features[torch.from_numpy(members).to(data.device)]
             features = torch.nn.functional.normalize(features - features.mean(0))
@@ -169,7 +172,7 @@ def nearest_to_means(share: float = 1.0) -> Callable:
         kept = []
         for number, (members, quota) in enumerate(_usable(data, share, count)):
             features = torch.nn.functional.normalize(data.features[torch.from_numpy(members).to(data.device)])
-            first = np.random.default_rng([seed, 4, number]).permutation(len(members))[:quota]
+            first = np.random.default_rng([seed, DRAW, 4, number]).permutation(len(members))[:quota]
             means = features[torch.from_numpy(first).to(data.device)].clone()
             for _ in range(10):
                 nearest = torch.cdist(features, means).argmin(1)
