@@ -1,11 +1,25 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, one part after the other; each writes its table to OUT. Usage: gpu.sh CIFAR PHOTOS OUT
-# CIFAR is torchvision's data folder, PHOTOS an ImageFolder of images of 224 px. About an hour on one large GPU, most of it the last part.
-set -u
-cifar=$1 photos=$2 out=$3
+# Everything that only a GPU can show, one part after the other; each writes its table to OUT.
+# Usage: gpu.sh CIFAR PHOTOS OUT WEIGHTS FOREIGN
+# CIFAR is torchvision's data folder, PHOTOS an ImageFolder of images of 224 px, WEIGHTS the safetensors file of timm's
+# tf_efficientnet_lite0, FOREIGN a .npy file of photos uint8 [P, 64, 64, 3]. About an hour and a half on one large GPU. The worth
+# plans main and bytes, three seeds, fit into 14 minutes; every part of it goes on where it was stopped.
+set -eu
+cifar=$1 photos=$2 out=$3 weights=$4 foreign=$5
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
-run() { echo "== $*"; "${@:2}" > "$out/$1.md" 2> "$out/$1.log"; echo "$1: $? after $SECONDS s"; }
+run() {
+    echo "== $*"
+    local code=0
+    "${@:2}" > "$out/$1.md" 2> "$out/$1.log" || code=$?
+    echo "$1: $code after $SECONDS s"
+}
+worth=(python benchmarks/worth.py)
+data=(--work "$out/worth" --cifar "$cifar" --weights "$weights" --foreign "$foreign" --device cuda --seeds 3)
+run worth_prepare "${worth[@]}" prepare "${data[@]}" --plan search main bytes resnet18 --processes 8
+run worth_choose "${worth[@]}" choose "${data[@]}" --plan search main bytes resnet18 --processes 4
+run worth_train "${worth[@]}" train "${data[@]}" --plan main bytes search resnet18
+run worth_table "${worth[@]}" table "${data[@]}"
 run tests python -m pytest -m gpu -q
 run stages dq-lightning quantize --dataset CIFAR10 --data_path "$cifar" --keep_ratio 0.125 --drop_ratio 0.2 --device cuda --output "$out/compact"
 run features python benchmarks/features.py --cifar "$cifar" --device cuda

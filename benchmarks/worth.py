@@ -41,6 +41,24 @@ STEPS = 1170
 VALIDATION = 5000
 
 
+# What the plot calls the conditions and the ways.
+TITLES = {
+    "clean": "clean",
+    "wrong20": "20 % of the\nlabels wrong",
+    "wrong40": "40 % of the\nlabels wrong",
+    "swapped20": "20 % in\nsimilar classes",
+    "swapped40": "40 % in\nsimilar classes",
+    "long_tail": "long tail\n1:100",
+    "duplicates": "30 % near-\nduplicates",
+    "foreign": "20 % foreign\nimages",
+}
+WAY_TITLES = {
+    "random": "random",
+    "published": "DQ as published",
+    "margin 50": "DQ of the half of each class with the best margins",
+}
+
+
 @dataclass(frozen=True)
 class Job:
     """One row and seed of the table."""
@@ -78,7 +96,7 @@ def plan_rows(name: str, seeds: int) -> Iterator[Job]:
                 for way in (*tried, *worth_ways.ALSO.get(condition, ())):
                     yield Job("search", condition, way, 0.1, 100 + seed)
         elif name == "main":
-            ways = ("random", "published", "ours", "stratified")
+            ways = ("random", "published", "margin 50", "margin 50, stratified")
             for condition in ("clean", *DIRTY, "long_tail"):
                 for way in (*ways, *worth_ways.ALSO.get(condition, ())):
                     yield Job("test", condition, way, 0.1, seed)
@@ -94,7 +112,7 @@ def plan_rows(name: str, seeds: int) -> Iterator[Job]:
                 yield Job("test", "bytes", way, 0.1, seed, steps=10 * STEPS)
         elif name == "resnet18":
             for condition in ("clean", "wrong20"):
-                for way in ("random", "published", "ours"):
+                for way in ("random", "published", "margin 50"):
                     yield Job("test", condition, way, 0.1, seed, "resnet18", 200 * 5000 // 128)
         else:
             raise SystemExit(f"no plan {name!r}; plans: search, main, bytes, resnet18")
@@ -307,18 +325,24 @@ def plot(args: argparse.Namespace) -> None:
         job = Job(**line["job"])
         if job.split == "test" and job.network == "small" and job.steps == STEPS:
             values[job.condition, job.way, job.ratio].append(line["accuracy"])
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), width_ratios=(2, 1), layout="constrained")
-    conditions = [name for name in worth_conditions.NAMES if (name, "random", 0.1) in values]
-    for number, way in enumerate(("random", "published", "ours")):
-        means, errors = zip(*[_mean_and_error(values[name, way, 0.1]) for name in conditions], strict=True)
-        places = np.arange(len(conditions)) + 0.27 * (number - 1)
-        left.bar(places, means, 0.25, yerr=errors, label=way, color=("#9aa5b1", "#5b8def", "#e07a3f")[number])
-    left.set_xticks(range(len(conditions)), conditions, rotation=30, ha="right")
+    with_bytes = any(name == "bytes" for name, _, _ in values)
+    columns = 2 if with_bytes else 1
+    figure, axes = pyplot.subplots(1, columns, figsize=(9 + 2 * with_bytes, 4), squeeze=False, layout="constrained")
+    left, right = axes[0][0], axes[0][-1]
+    conditions = [name for name in worth_conditions.NAMES if (name, "published", 0.1) in values]
+    for number, way in enumerate(("random", "published", "margin 50")):
+        shown = [place for place, name in enumerate(conditions) if (name, way, 0.1) in values]
+        means, errors = zip(*[_mean_and_error(values[conditions[place], way, 0.1]) for place in shown], strict=True)
+        places = np.array(shown) + 0.27 * (number - 1)
+        left.bar(
+            places, means, 0.25, yerr=errors, label=WAY_TITLES[way], color=("#9aa5b1", "#5b8def", "#e07a3f")[number]
+        )
+    left.set_xticks(range(len(conditions)), [TITLES[name] for name in conditions], fontsize=8)
     left.set_ylabel("test accuracy, %")
     left.set_ylim(bottom=20)
     left.set_title("A tenth of CIFAR-10, equal steps")
-    left.legend()
-    for way in ("random", *CODED):
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    for way in ("random", *CODED) if with_bytes else ():
         points = sorted(
             (100 * ratio, *_mean_and_error(v)) for (name, w, ratio), v in values.items() if (name, w) == ("bytes", way)
         )
@@ -327,11 +351,12 @@ def plot(args: argparse.Namespace) -> None:
             right.errorbar(
                 x, y, error, marker="o", label="whole images" if way == "random" else f"{way}, as many as fit"
             )
-    right.set_xscale("log")
-    right.set_xticks([2, 5, 10, 20], ["2", "5", "10", "20"])
-    right.set_xlabel("bytes, % of the raw images")
-    right.set_title("Equal bytes, equal steps")
-    right.legend(fontsize=8)
+    if with_bytes:
+        right.set_xscale("log")
+        right.set_xticks([2, 5, 10, 20], ["2", "5", "10", "20"])
+        right.set_xlabel("bytes, % of the raw images")
+        right.set_title("Equal bytes, equal steps")
+        right.legend(fontsize=8)
     figure.savefig(args.output, metadata={"Date": None})
 
 

@@ -13,8 +13,8 @@ from dq_lightning import Bins, make_bins, margin_scores, select
 from dq_lightning.features.whitening import whiten
 
 Index = NDArray[np.int64]
-# Number of the random stream of the ways. The conditions use other streams of the same seeds: with the same one, a random choice
-# would be the very permutation whose first samples got a wrong label.
+# Number of the random stream of the ways. The conditions use other streams of the same seeds: with the same one, a random
+# choice would be the very permutation whose first samples got a wrong label.
 DRAW = 1_000_003
 
 
