@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dq_lightning.bins.exact import Array
+from dq_lightning.bins.graph_cut.exact import Array
 from dq_lightning.bins.maximizers import LAZY, MAXIMIZERS, Search
 from dq_lightning.bins.objectives import OBJECTIVES, Setting
 from dq_lightning.bins.plan import refuse_growing_gains

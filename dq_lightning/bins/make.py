@@ -7,16 +7,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dq_lightning.bins import any_objective, batched, graph_cut
-from dq_lightning.bins.batched import Picked
+from dq_lightning.bins import any_objective
 from dq_lightning.bins.clusters import cluster_members
+from dq_lightning.bins.graph_cut import engine as graph_cut
+from dq_lightning.bins.graph_cut.exact import Array
+from dq_lightning.bins.graph_cut.workers import block_workers
 from dq_lightning.bins.plan import Plan, choose_device, make_plan
 from dq_lightning.bins.prepare import Prepared, as_factors, prepare
 from dq_lightning.bins.sizes import bin_sizes, group_members, group_of_each, to_tensor
-from dq_lightning.bins.workers import block_workers
-from dq_lightning.core.config import BinConfig, Maximizer, Objective, Similarity
+from dq_lightning.core.config import BinConfig, Engine, Maximizer, Objective, Similarity
 from dq_lightning.core.console import get_logger, progress_bar
+from dq_lightning.core.isolation import exact_products
 from dq_lightning.core.records import Bins, Features
+
+Picked = tuple[NDArray[np.int64], NDArray[np.int64], Array]
 
 # Fewer samples than this are finished before anybody could read a progress bar.
 _BAR_FROM = 20_000
@@ -36,6 +40,7 @@ def make_bins(
     epsilon: float = 0.1,
     beta: float = 0.9,
     search_seed: int = 0,
+    engine: Engine = "auto",
     device: str | torch.device = "auto",
     progress: bool | None = None,
 ) -> Bins:
@@ -46,10 +51,10 @@ def make_bins(
     With `labels`, every class is a group of its own and is split separately. A group of n samples gives `n // K + 1`
     samples to each of its first `n mod K` bins and `n // K` samples to each of the others.
 
-    The graph cut picks exactly the samples that greedy selection on a full float64 similarity matrix would pick, but it
-    never forms the matrix: its memory is of the order of the features. Gains that are closer to each other than a
-    proved rounding bound are computed again with a single rounding. Gains that are then equal count as tied, and the
-    sample at the lowest position wins, so the result is the same on every device.
+    The graph cut picks exactly the samples that greedy selection on a full float64 similarity matrix would pick, in one
+    of three regimes (see `dq_lightning.bins.graph_cut`). Gains that are closer to each other than a proved rounding
+    bound are computed again with a single rounding. Gains that are then equal count as tied, and the sample at the
+    lowest position wins, so the result is the same in every regime and on every device.
 
     Args:
         features: floating matrix [N, D] in memory, on a device or memory-mapped from a file, or a `Features` record.
@@ -69,6 +74,9 @@ def make_bins(
         epsilon: accuracy of the `"stochastic"` maximizer.
         beta: accuracy of the `"approximate_lazy"` maximizer.
         search_seed: seed of the `"stochastic"` maximizer and of the k-means clusters.
+        engine: regime of the graph cut with the `"naive"` maximizer: `"dense"` keeps a matrix of n x n inner products
+            of a group in 16 bits, `"candidates"` proves picks among few rows, `"stream"` makes a pass over the rows for
+            each pick, and `"auto"` chooses by size, free memory and what the picks turn out to cost.
         device: device that the similarities are computed on, such as `"cpu"` or `"cuda"`; `"auto"` chooses one.
         progress: whether to show a progress bar; None shows one on a terminal if there are at least 20,000 samples.
 
@@ -81,7 +89,7 @@ def make_bins(
         DQError: `labels` are not N integers or strings.
     """
     config = BinConfig(
-        num_bins, objective, maximizer, similarity, lam, True, clusters, gamma, epsilon, beta, search_seed
+        num_bins, objective, maximizer, similarity, lam, True, clusters, gamma, epsilon, beta, search_seed, None, engine
     )  # fmt: skip
     factors = as_factors(features)
     total = len(next(iter(factors.values())))
@@ -95,7 +103,7 @@ def make_bins(
     rank = np.zeros(total, dtype=np.int32)
     gain = np.zeros(total, dtype=np.float32)
     show = progress if progress is not None else total >= _BAR_FROM
-    with block_workers(target) as workers:
+    with exact_products(), block_workers(target) as workers:
         prepared = prepare(factors, unit=similarity == "cosine", device=target, workers=workers)
         if clusters is not None:
             groups = [part for members in groups for part in cluster_members(prepared, members, clusters, search_seed)]
@@ -128,18 +136,22 @@ def _pick(
     prepared: Prepared, groups: list[NDArray[np.int64]], config: BinConfig, plan: Plan, tick: Callable[[int], object]
 ) -> Iterator[Picked]:
     """Yield for every group its members, their indices within the group in the order of picking, and their gains."""
-    if not plan.exact:
-        for members in groups:
-            sizes = bin_sizes(len(members), config.num_bins)
-            yield members, *any_objective.pick_group(prepared, members, sizes, config, tick)
-        return
-    lam, halved = config.lam, config.similarity == "cosine"
-    small = [members for members in groups if len(members) <= plan.small_group]
-    yield from batched.pick_groups(prepared, small, config.num_bins, lam=lam, halved=halved, room=plan.room, tick=tick)
     for members in groups:
-        if len(members) > plan.small_group:
-            sizes = bin_sizes(len(members), config.num_bins)
+        sizes = bin_sizes(len(members), config.num_bins)
+        if plan.exact:
+            halved = config.similarity == "cosine"
             yield (
                 members,
-                *graph_cut.pick_group(prepared, members, sizes, lam=lam, halved=halved, room=plan.room, tick=tick),
+                *graph_cut.pick_group(
+                    prepared,
+                    members,
+                    sizes,
+                    lam=config.lam,
+                    halved=halved,
+                    engine=config.engine,
+                    room=plan.room,
+                    tick=tick,
+                ),
             )
+        else:
+            yield members, *any_objective.pick_group(prepared, members, sizes, config, tick)

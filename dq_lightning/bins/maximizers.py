@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dq_lightning.bins.exact import Array
+from dq_lightning.bins.graph_cut.exact import Array
 from dq_lightning.bins.objectives import Objective
 from dq_lightning.core.config import Maximizer
 

@@ -14,36 +14,38 @@ from dq_lightning.core.devices import named_device
 from dq_lightning.core.errors import ConfigError
 
 log = logging.getLogger("dq_lightning")
-# Groups up to this size are processed together in batches; on a GPU larger groups are batched to use it fully.
-_SMALL_GROUP = {"cpu": 256, "cuda": 2048}
 
 
 @dataclass(frozen=True)
 class Room:
-    """Limits on the working memory of the matrix-free graph cut, in float64 numbers.
+    """Limits on the working memory of the graph cut.
 
     Attributes:
-        matrix: largest number of entries of matrices of inner products.
-        rows: largest number of entries of copies of rows.
+        dense: largest number of rows whose matrix of inner products is made, with 2 bytes for each entry.
+        candidates: largest number of candidates that a matrix is made of.
+        rows: largest number of entries of a float64 copy of rows.
     """
 
-    matrix: int = 1 << 25
+    dense: int = 1 << 14
+    candidates: int = 1 << 12
     rows: int = 1 << 25
 
     @classmethod
     def beside(cls, stored: int, device: torch.device) -> "Room":
         """Choose the limits for features of `stored` bytes on a device.
 
-        On a CPU the limits are proportional to the size of the features. On a GPU they are a share of the free memory,
-        because the speed depends on them.
+        The matrix may take half of the memory that is free on the CPU, where it is kept. The limits of candidates and
+        of copies of rows are proportional to the size of the features; on a GPU, whose speed depends on them, copies
+        may take half of its free memory.
         """
+        dense = int((free_memory(torch.device("cpu")) / 2 / 2) ** 0.5)
+        candidates = int(min(1 << 26, max(1 << 23, stored // 4)) ** 0.5)
         if device.type != "cpu":
-            most = max(1 << 25, free_memory(device) // 32)
-            return cls(most, most)
+            return cls(dense, 1 << 13, max(1 << 25, free_memory(device) // 16))
         # For very large features, this lets the rows of the last bins be held as float64, which makes a pass over them
         # several times faster.
         rows = min(1 << 28, stored // 8) if stored > 1 << 30 else min(1 << 25, max(1 << 22, stored // 16))
-        return cls(min(1 << 25, max(1 << 22, stored // 4)), rows)
+        return cls(dense, candidates, rows)
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,11 @@ class Plan:
     Attributes:
         exact: whether the graph cut that needs no similarity matrix is used; its picks are exactly those of float64.
         room: limits on the working arrays of the graph cut.
-        small_group: groups up to this size are processed together, each with its own similarity matrix.
         bytes: estimated memory in bytes beyond the features.
     """
 
     exact: bool
     room: Room
-    small_group: int
     bytes: int
 
 
@@ -81,7 +81,9 @@ def make_plan(config: BinConfig, factors: dict[str, Tensor], sizes: list[int], d
     exact = config.objective == "graph_cut" and config.maximizer == "naive" and config.similarity != "rbf"
     room = Room.beside(stored, device)
     if exact:
-        needed = 8 * (min(largest**2, room.matrix) + min(largest * width, 2 * room.rows) + 6 * largest) + 32 * total
+        needed = (
+            2 * min(largest, room.dense) ** 2 + 8 * (min(largest * width, 2 * room.rows) + 6 * largest) + 32 * total
+        )
         way = "graph cut without a similarity matrix"
     else:
         need = OBJECTIVES[config.objective].memory
@@ -102,7 +104,7 @@ def make_plan(config: BinConfig, factors: dict[str, Tensor], sizes: list[int], d
         _size(needed),
         device,
     )
-    return Plan(exact, room, _SMALL_GROUP.get(device.type, 2048), needed)
+    return Plan(exact, room, needed)
 
 
 def refuse_growing_gains(config: BinConfig, negative: bool) -> None:

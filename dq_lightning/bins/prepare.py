@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dq_lightning.bins.graph_cut.workers import Workers
 from dq_lightning.bins.rows import StoredRows, row_lengths, wide_factor
-from dq_lightning.bins.workers import Workers
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.records import Features
 
@@ -26,12 +26,14 @@ class Prepared:
         longest: bound on the Euclidean length of a row.
         largest: bound on the absolute value of an entry of a row, after factors are multiplied out.
         marks: int64 [N], hash of each row; equal rows have equal hashes, and other rows almost never do.
+        on_grid: whether there is one factor and all entries of its rows are multiples of 2**-10.
     """
 
     rows: StoredRows
     longest: float
     largest: float
     marks: NDArray[np.int64]
+    on_grid: bool
 
 
 def as_factors(features: Features | Tensor | NDArray[np.floating]) -> dict[str, Tensor]:
@@ -87,6 +89,7 @@ def prepare(factors: dict[str, Tensor], *, unit: bool, device: torch.device, wor
     lengths = [torch.empty(total, dtype=torch.float64) for _ in raw]
     marks = torch.zeros(total, dtype=torch.int64)
     largest = [0.0] * len(raw)
+    on_grid = [len(raw) == 1]
 
     def look(start: int) -> list[float]:
         samples = torch.arange(start, min(start + _ROWS, total))
@@ -103,6 +106,9 @@ def prepare(factors: dict[str, Tensor], *, unit: bool, device: torch.device, wor
             if unit:
                 values /= torch.where(length > 0, length, torch.ones_like(length))[:, None]
             mark = mark * 31 + _mark(values)
+            # The first block decides for almost all features.
+            if on_grid[0] and not bool((values * 1024.0 == (values * 1024.0).round()).all()):
+                on_grid[0] = False
         marks[samples] = mark.masked_fill(zero, 0).cpu()
         return reach
 
@@ -115,7 +121,7 @@ def prepare(factors: dict[str, Tensor], *, unit: bool, device: torch.device, wor
     rows = StoredRows(raw, scales, torch.arange(total), device, workers)
     if unit:
         longest, largest = 1.0 + 2.0**-40, [1.0]
-    return Prepared(rows, longest, float(np.prod(largest)), marks.numpy())
+    return Prepared(rows, longest, float(np.prod(largest)), marks.numpy(), on_grid[0])
 
 
 def _within_range(values: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dq_lightning.bins.workers import Workers
+from dq_lightning.bins.graph_cut.workers import Workers
 
 # A block of rows that is converted to float64 at a time has this many entries, which take 2 MiB.
 _BLOCK_ENTRIES = 1 << 18

@@ -101,6 +101,7 @@ SelectionTrain = Literal["head", "all"]
 Objective = Literal["graph_cut", "facility_location", "log_determinant", "sum_redundancy", "feature_based"]
 Maximizer = Literal["naive", "lazy", "stochastic", "approximate_lazy"]
 Similarity = Literal["cosine", "dot", "rbf"]
+Engine = Literal["auto", "dense", "candidates", "stream"]
 Draw = Literal["seeded", "rank"]
 StoreKind = Literal["auto", "indices", "packed"]
 Template = Literal["auto", "alpaca", "prompt", "chat", "plain"]
@@ -198,6 +199,8 @@ class BinConfig(JsonFields):
         search_seed: seed of the maximizer `"stochastic"` and of the clusters.
         deduplicate: cosine similarity from which on a sample counts as a near-duplicate of an earlier one and is left
             out of the bins; None keeps near-duplicates.
+        engine: regime of the exact graph cut, see `dq_lightning.bins.graph_cut`: `"auto"` chooses by size, memory and
+            what the picks turn out to cost. All make the same picks, so it is not part of the cache key.
     """
 
     num_bins: int = 10
@@ -212,10 +215,12 @@ class BinConfig(JsonFields):
     beta: float = 0.9
     search_seed: int = 0
     deduplicate: float | None = None
+    engine: Engine = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("BinConfig", "objective", self.objective, Objective)
+        check_choice("BinConfig", "engine", self.engine, Engine)
         check_choice("BinConfig", "maximizer", self.maximizer, Maximizer)
         check_choice("BinConfig", "similarity", self.similarity, Similarity)
         if not 1 <= self.num_bins <= 32767:

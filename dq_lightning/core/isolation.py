@@ -65,6 +65,20 @@ def _own_gpu_seed() -> Iterator[None]:
 
 
 @contextmanager
+def exact_products() -> Iterator[None]:
+    """Compute products of float32 matrices in float32 inside the block, whatever precision the user has set."""
+    owners = _precision_owners()
+    precisions = [owner.fp32_precision for owner in owners]
+    try:
+        for owner in owners:
+            owner.fp32_precision = "ieee"
+        yield
+    finally:
+        for owner, precision in zip(owners, precisions, strict=True):
+            owner.fp32_precision = precision
+
+
+@contextmanager
 def isolated() -> Iterator[None]:
     """Fix the flags that change results, seed every generator with 0, and restore all of it after the block.
 
@@ -72,27 +86,21 @@ def isolated() -> Iterator[None]:
     `deterministic`; the float32 product precision; the default dtype; and grad mode. Numbers drawn inside change
     nothing outside, so a run that computes features trains exactly like one that finds them in a cache.
     """
-    owners = _precision_owners()
-    precisions = [owner.fp32_precision for owner in owners]
     cudnn = torch.backends.cudnn
     flags = (cudnn.benchmark, cudnn.deterministic)
     default_dtype = torch.get_default_dtype()
     python_state, numpy_state = random.getstate(), np.random.get_state()
     # An uninitialised GPU has no state worth keeping, and asking for it would create a context.
     devices = list(range(torch.cuda.device_count())) if _gpu_in_use() else []
-    with _own_gpu_seed(), torch.random.fork_rng(devices), torch.no_grad():
+    with exact_products(), _own_gpu_seed(), torch.random.fork_rng(devices), torch.no_grad():
         try:
             torch.manual_seed(0)
             random.seed(0)
             np.random.seed(0)
             cudnn.benchmark, cudnn.deterministic = False, True
             torch.set_default_dtype(torch.float32)
-            for owner in owners:
-                owner.fp32_precision = "ieee"
             yield
         finally:
-            for owner, precision in zip(owners, precisions, strict=True):
-                owner.fp32_precision = precision
             torch.set_default_dtype(default_dtype)
             cudnn.benchmark, cudnn.deterministic = flags
             random.setstate(python_state)

@@ -273,7 +273,9 @@ def _parts_of_choice(plan: Plan, data: dict[str, Any], identities: dict[str, str
     if config.features.kind == "gradient" or training:
         features["labels"] = plan.labels_id
     grouped = {"labels": plan.labels_id, "whiten": config.features.whiten, "bins_version": version[BINS]}
-    bins = features | config.bins.to_dict() | grouped
+    # The regime changes how long the picks take, not which they are.
+    settings = {name: value for name, value in config.bins.to_dict().items() if name != "engine"}
+    bins = features | settings | grouped
     selection = bins | config.selection.to_dict() | {"selection_version": version[SELECTION]}
     return {FEATURES: features, BINS: bins, SELECTION: selection}
 

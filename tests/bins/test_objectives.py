@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from dq_lightning.bins import plan
 from dq_lightning.bins.any_objective import pick_group
+from dq_lightning.bins.graph_cut.workers import Workers
 from dq_lightning.bins.make import make_bins
 from dq_lightning.bins.prepare import as_factors, prepare
-from dq_lightning.bins.workers import Workers
 from dq_lightning.core.config import BinConfig
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.records import Features

@@ -1,4 +1,4 @@
-"""Large groups with leaves of a few rows: every level, every proof and every near tie is used on sets a twin can check."""
+"""The regimes of the graph cut, with few candidates and short blocks, on sets that a twin can check."""
 
 from fractions import Fraction
 
@@ -8,21 +8,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dq_lightning.bins import levels, plan, referee
+from dq_lightning.bins.graph_cut import candidates, device, engine, proof, referee, scores
 from dq_lightning.bins.make import make_bins
 from dq_lightning.core.records import Features
 from tests.bins.test_make import KINDS, assert_greedy, random_features
 from tests.full_count import examples
 from tests.reference import greedy_twin as twin
 
+# "blocks" is the way of a GPU, run on the CPU.
+REGIMES = ["dense", "candidates", "stream", "blocks"]
+
 
 @pytest.fixture(autouse=True)
-def tiny_leaves(monkeypatch):
-    monkeypatch.setattr(levels, "LEAF_ROWS", 4)
-    monkeypatch.setattr(levels, "_GROWTH", 3)
-    monkeypatch.setattr(levels, "_PICKS_A_CHECKPOINT", 3)
-    # and none of them small enough to be done in lockstep with others
-    monkeypatch.setattr(plan, "_SMALL_GROUP", {"cpu": 0})
+def small(monkeypatch):
+    monkeypatch.setattr(candidates, "LEAST", 4)
+    monkeypatch.setattr(proof, "_PICKS_A_CHECKPOINT", 3)
+    monkeypatch.setattr(scores, "_TILE", {"cpu": 32})
+    monkeypatch.setattr(device, "_PICKS", 8)
+    monkeypatch.setattr(device, "_CHUNK", 32)
+
+
+def bins_in(regime, values, **settings):
+    with pytest.MonkeyPatch.context() as patch:
+        if regime == "blocks":
+            patch.setattr(engine._Run, "_passes", lambda run: device.DevicePasses(run._pool, graph=False))
+        return make_bins(values, engine="stream" if regime == "blocks" else regime, **settings)
 
 
 def picks_of(bins, num_bins):
@@ -39,8 +49,9 @@ def picks_of(bins, num_bins):
     kind=st.sampled_from([*KINDS, "drifting"]),
     similarity=st.sampled_from(["cosine", "dot"]),
     lam=st.sampled_from([1.0, 0.0, 0.3, 2.5]),
+    regime=st.sampled_from(REGIMES),
 )
-def test_the_picks_are_those_of_the_dense_greedy(seed, total, width, num_bins, kind, similarity, lam):
+def test_the_picks_are_those_of_the_dense_greedy(seed, total, width, num_bins, kind, similarity, lam, regime):
     if kind == "drifting":
         # a far cluster whose gains overtake those of the candidates late: the proofs must notice
         generator = np.random.default_rng(seed)
@@ -48,7 +59,7 @@ def test_the_picks_are_those_of_the_dense_greedy(seed, total, width, num_bins, k
         values[: total // 3, 0] += 5.0
     else:
         values = random_features(seed, total, width, kind)
-    bins = make_bins(values, num_bins=num_bins, similarity=similarity, lam=lam)
+    bins = bins_in(regime, values, num_bins=num_bins, similarity=similarity, lam=lam)
     S = twin.similarity_matrix(values, similarity)
     if kind in ("plain", "positive", "clustered", "drifting") and similarity == "dot" and width > 1 and lam:
         # no ties here, so the picks are the same one by one
@@ -66,21 +77,29 @@ def test_the_picks_are_those_of_the_dense_greedy(seed, total, width, num_bins, k
     width=st.integers(1, 4),
     reach=st.sampled_from([1, 1, 2, 9]),
     num_bins=st.integers(1, 5),
+    shift=st.sampled_from([0.0, 2.0**-30]),
+    regime=st.sampled_from(REGIMES),
 )
-def test_true_ties_between_levels_go_to_the_lowest_position(seed, total, width, reach, num_bins):
+def test_true_ties_go_to_the_lowest_position(seed, total, width, reach, num_bins, shift, regime):
     values = np.random.default_rng(seed).integers(-reach, reach + 1, (total, width))
-    bins = make_bins(values.astype(np.float32), num_bins=num_bins, similarity="dot")
+    # a factor that makes no whole numbers sends ties to the exact arithmetic
+    bins = bins_in(regime, values * (1.0 + shift), num_bins=num_bins, similarity="dot")
     expected = twin.rational_bins_twin(values, num_bins)
     assert [part.tolist() for part in picks_of(bins, num_bins)] == expected
 
 
 @settings(max_examples=examples(100), deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), total=st.integers(5, 60), gap=st.sampled_from([0, 1, 2]))
-def test_gains_one_rounding_apart_are_told_apart(seed, total, gap):
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    total=st.integers(5, 60),
+    gap=st.sampled_from([0, 1, 2]),
+    regime=st.sampled_from(REGIMES),
+)
+def test_gains_one_rounding_apart_are_told_apart(seed, total, gap, regime):
     """Rows differ in their last bits, so float64 running gains can't order them, and the exact ones can."""
     generator = np.random.default_rng(seed)
     values = 1.0 + gap * generator.integers(0, 4, (total, 2)) * 2.0**-50
-    bins = make_bins(values, num_bins=2, similarity="dot")
+    bins = bins_in(regime, values, num_bins=2, similarity="dot")
     scaled = [[int(Fraction(float(v)) * 2**52) for v in row] for row in values]
     exact = twin.rational_bins_twin(scaled, 2)
     rows = [tuple(row) for row in scaled]
@@ -101,25 +120,36 @@ def test_gains_one_rounding_apart_are_told_apart(seed, total, gap):
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), total=st.integers(5, 60), num_bins=st.integers(1, 4))
-def test_gradient_features(seed, total, num_bins):
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    total=st.integers(5, 60),
+    num_bins=st.integers(1, 4),
+    regime=st.sampled_from(REGIMES),
+)
+def test_gradient_features(seed, total, num_bins, regime):
     generator = np.random.default_rng(seed)
     embedding, gradient = generator.standard_normal((total, 4)), generator.standard_normal((total, 3)) * 1e-20
-    bins = make_bins(Features(torch.from_numpy(embedding), torch.from_numpy(gradient)), num_bins=num_bins)
+    bins = bins_in(regime, Features(torch.from_numpy(embedding), torch.from_numpy(gradient)), num_bins=num_bins)
     assert_greedy(bins, twin.similarity_matrix(twin.last_layer_gradient(embedding, gradient)), 1.0, num_bins)
 
 
 def test_a_wrong_pick_would_be_noticed(monkeypatch):
-    """Without the proof the same data give another answer: the tests above can fail."""
+    """Without the proof, or without the bounds, the same data give another answer: the tests above can fail."""
     values = np.abs(np.random.default_rng(5).standard_normal((150, 3)))
+    monkeypatch.setattr(scores, "_FULL", 300)
     right = make_bins(values, num_bins=3, similarity="dot")
+    for regime in REGIMES:
+        assert torch.equal(bins_in(regime, values, num_bins=3, similarity="dot").rank, right.rank)
 
-    def believe(engine, level, outside, picked, run, start):
-        gains = level.gains - 2.0 * level.table.against(picked.sum())[:, 0]
-        return levels.Fault(len(picked), gains, level.error, np.empty(0, dtype=np.int64))
+    checked = proof.Proof.first_fault
 
-    monkeypatch.setattr(levels, "first_fault", believe)
-    assert not torch.equal(make_bins(values, num_bins=3, similarity="dot").rank, right.rank)
+    def believe(check):
+        return proof.Fault(len(check.picked), np.empty(0, dtype=np.int64), checked(check).gains)
+
+    monkeypatch.setattr(proof.Proof, "first_fault", believe)
+    monkeypatch.setattr(scores.MatrixScores, "window", lambda matrix: -1.0)
+    for regime in ("candidates", "dense"):
+        assert not torch.equal(bins_in(regime, values, num_bins=3, similarity="dot").rank, right.rank)
 
 
 def test_near_ties_reach_the_referee(monkeypatch):
@@ -128,7 +158,7 @@ def test_near_ties_reach_the_referee(monkeypatch):
     monkeypatch.setattr(
         referee.Referee, "settle", lambda self, near, length=None: asked.append(len(near)) or settle(self, near, length)
     )
-    make_bins(np.eye(40, dtype=np.float32), num_bins=3)
+    make_bins(0.3 + np.eye(40, dtype=np.float32), num_bins=3)
     assert asked
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dq_lightning.bins.exact import ExactSum, exact_dot, two_product
+from dq_lightning.bins.graph_cut.exact import ExactSum, exact_dot, two_product
 from dq_lightning.bins.rows import StoredRows
 
 # This is twice the unit roundoff u of float64, so that bounds on products of (1 + u) need no second-order terms.

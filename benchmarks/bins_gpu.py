@@ -1,0 +1,194 @@
+"""Seconds of `make_bins` on a GPU, with the regime that was used, and whether the picks are those of the CPU.
+
+    python benchmarks/bins_gpu.py [--seconds 100]
+
+One line is printed for each row. A row ends when it has taken 25 seconds or the given time is over, and then tells how
+many picks were made. The first rows compare the picks with the float64 greedy on the CPU.
+"""
+
+import argparse
+import logging
+import time
+import traceback
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from dq_lightning.bins.graph_cut import engine as graph_cut
+from dq_lightning.bins.graph_cut.device import DevicePasses
+from dq_lightning.bins.graph_cut.scores import MatrixScores, PassScores
+from dq_lightning.bins.make import make_bins
+
+BEGIN = time.perf_counter()
+LIMIT = 100.0
+
+
+def gaussian(total, width, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(total, width, generator=generator, device="cuda")
+
+
+def clusters(total, width, count=1000, seed=0):
+    """Clusters with a common mean on a falling spectrum."""
+    spectrum = torch.arange(1, width + 1, device="cuda", dtype=torch.float32) ** -0.5
+    centres = gaussian(count, width, seed) * spectrum
+    generator = torch.Generator("cuda").manual_seed(seed + 1)
+    which = torch.randint(0, count, (total,), generator=generator, device="cuda")
+    return 0.5 * spectrum + centres[which] + 0.7 * gaussian(total, width, seed + 2) * spectrum
+
+
+def centred(total, width):
+    values = clusters(total, width)
+    return values - values.mean(dim=0)
+
+
+class StoppedError(Exception):
+    """Raised to end a row whose time is over."""
+
+
+class Watched(graph_cut._Run):
+    """The engine, which notes the regime that finishes each bin and the seconds that each bin takes."""
+
+    regimes: ClassVar = []
+    seconds: ClassVar = []
+    picks = 0
+    end = float("inf")
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        tick = self._tick
+
+        def counted(made):
+            Watched.picks += made
+            if time.perf_counter() > Watched.end:
+                Watched.regimes.append(self._name())
+                raise StoppedError
+            return tick(made)
+
+        self._tick = counted
+
+    def _name(self):
+        names = {MatrixScores: "dense", PassScores: "stream (host)", DevicePasses: "stream", type(None): "candidates"}
+        return names[type(self._scores)]
+
+    def one_bin(self, sizes):
+        start = time.perf_counter()
+        gains = super().one_bin(sizes)
+        self.seconds.append(time.perf_counter() - start)
+        self.regimes.append(self._name())
+        return gains
+
+
+graph_cut._Run = Watched
+
+
+def timed(values, seconds=25.0, **settings):
+    Watched.regimes, Watched.seconds, Watched.picks = [], [], 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    Watched.end = min(start + seconds, BEGIN + LIMIT)
+    bins = None
+    try:
+        bins = make_bins(values, device="cuda", progress=False, **settings)
+        torch.cuda.synchronize()
+    except StoppedError:
+        pass
+    seconds = time.perf_counter() - start
+    regimes = " ".join(f"{name}:{Watched.regimes.count(name)}" for name in dict.fromkeys(Watched.regimes))
+    return seconds, regimes, torch.cuda.max_memory_allocated() / 2**30, bins
+
+
+def plain(values):
+    """(bin, rank) of each row by running float64 gains over the matrix of inner products, on the CPU."""
+    S = values.double().cpu().numpy()
+    S = S @ S.T
+    total, left = len(S), np.ones(len(S), dtype=bool)
+    bins, ranks = np.zeros(total, int), np.zeros(total, int)
+    for number in range(10):
+        gains = np.where(left, S[left].sum(axis=0), -np.inf)
+        for rank in range(total // 10 + (number < total % 10)):
+            best = int(gains.argmax())
+            bins[best], ranks[best], left[best] = number, rank, False
+            gains -= 2.0 * S[best]
+            gains[best] = -np.inf
+    return bins, ranks
+
+
+def check(name, values, engines, against="plain", **settings):
+    start = time.perf_counter()
+    if against == "plain":
+        right = plain(values)
+    else:
+        bins = make_bins(values.cpu(), device="cpu", engine=against, progress=False, **settings)
+        right = bins.assignment.numpy(), bins.rank.numpy()
+    on_cpu = time.perf_counter() - start
+    answers = []
+    for engine in engines:
+        try:
+            seconds, _, _, bins = timed(values, engine=engine, **settings)
+            equal = np.array_equal(bins.assignment, right[0]) and np.array_equal(bins.rank, right[1])
+            answers.append(f"{engine} {seconds:.2f} s {'equal' if equal else 'DIFFERENT'}")
+        except Exception as error:
+            traceback.print_exc()
+            answers.append(f"{engine} FAILED {error!r:.200}")
+    print(
+        f"| {name}, {len(values):,} x {values.shape[1]} | picks against {against} on the CPU ({on_cpu:.2f} s): "
+        f"{'; '.join(answers)} |",
+        flush=True,
+    )
+
+
+def row(name, values, **settings):
+    try:
+        seconds, regimes, memory, bins = timed(values, **settings)
+    except Exception as error:
+        traceback.print_exc()
+        print(f"| {name}, {len(values):,} x {values.shape[1]} | FAILED {error!r:.200} |", flush=True)
+        return
+    each = " ".join(f"{part:.2f}" for part in Watched.seconds) if len(Watched.seconds) <= 10 else "many"
+    part = "" if bins is not None else f" for {Watched.picks:,} picks"
+    print(
+        f"| {name}, {len(values):,} x {values.shape[1]} | {seconds:.2f} s{part} | bins by regime: {regimes} | "
+        f"{memory:.1f} GiB | finished bins: {each} |",
+        flush=True,
+    )
+
+
+def main():
+    global LIMIT
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=95.0)
+    LIMIT = parser.parse_args().seconds
+    logging.getLogger("dq_lightning").setLevel(logging.WARNING)
+    print(torch.cuda.get_device_name(), torch.__version__, flush=True)
+    make_bins(gaussian(3000, 16), device="cuda", engine="dense")  # first-use costs
+    make_bins(gaussian(3000, 16), device="cuda", engine="stream")
+    twice = gaussian(1000, 32).repeat(3, 1)
+    labels = np.arange(50_000) % 10
+    million = 1_000_000
+    works = [
+        lambda: check("gaussian", gaussian(4000, 32), ["dense", "stream", "auto"], similarity="dot"),
+        lambda: check("clusters", clusters(4000, 64, 20), ["dense", "stream", "candidates"], similarity="dot"),
+        lambda: check("duplicates", twice, ["dense", "stream"], against="dense"),
+        lambda: row("gaussian", gaussian(20_000, 64)),
+        lambda: row("gaussian, stream", gaussian(20_000, 64), engine="stream"),
+        lambda: row("centred", centred(20_000, 64)),
+        lambda: row("gaussian", gaussian(20_000, 384)),
+        lambda: row("centred", centred(20_000, 384)),
+        lambda: row("10 classes, clusters", clusters(50_000, 1280), labels=labels),
+        lambda: row("10 classes, gaussian", gaussian(50_000, 1280), labels=labels),
+        lambda: row("gaussian", gaussian(million, 128)),
+        lambda: row("clusters", clusters(million, 128)),
+    ]
+    for work in works:
+        if time.perf_counter() - BEGIN > LIMIT * 0.9:
+            print(f"| stopped after {time.perf_counter() - BEGIN:.0f} s |", flush=True)
+            return
+        work()
+    print(f"| all done after {time.perf_counter() - BEGIN:.0f} s |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

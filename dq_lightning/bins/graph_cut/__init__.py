@@ -1,0 +1,1 @@
+"""Exact greedy graph cut of groups of any size."""

@@ -1,0 +1,49 @@
+"""What the three regimes cost, in seconds of one machine; only their ratios decide."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of the steps of the greedy for rows of some width, on the CPU or a GPU.
+
+    Attributes:
+        width: number of entries that a product of two rows multiplies.
+        device: `"cpu"` or `"cuda"`.
+        threads: number of threads of the CPU.
+        wide: number of entries that a product of a row with the vector w multiplies; for rows with two factors it is
+            much more than `width`.
+    """
+
+    width: int
+    wide: int
+    device: str = "cpu"
+    threads: int = 1
+
+    @property
+    def _rates(self) -> tuple[float, float, float, float]:
+        """Seconds for a term of a product of matrices, an entry of the matrix, and an entry of a pass (exact, float32)."""
+        if self.device != "cpu":
+            return 5e-14, 4e-10, 3e-12, 2e-12
+        return tuple(rate / self.threads for rate in (2.5e-11, 1.5e-9, 2.5e-9, 3e-10))  # type: ignore[return-value]
+
+    def matrix(self, rows: int) -> float:
+        """Matrix of inner products of all rows."""
+        term, entry, _, _ = self._rates
+        return 0.5 * rows * rows * (self.width * term + entry)
+
+    def from_matrix(self, rows: int) -> float:
+        """One pick from the matrix of `rows` rows, which one thread makes."""
+        return 1.2e-5 + rows * 6e-10
+
+    def check(self, rows: int) -> float:
+        """One exact pass over the rows that proves a round of picks."""
+        return 2e-3 + rows * (self.wide if self.device == "cpu" else 8 * self.wide) * self._rates[2]
+
+    def candidates(self, rows: int, picks: int) -> float:
+        """Picks among `rows` candidates: their matrix, and the picks."""
+        return self.matrix(rows) + picks * self.from_matrix(rows)
+
+    def from_pass(self, rows: int) -> float:
+        """One pick after a pass over float32 rows."""
+        return (3e-5 if self.device == "cpu" else 5e-5) + rows * self.wide * self._rates[3] + rows * 1e-9

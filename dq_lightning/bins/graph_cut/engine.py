@@ -1,0 +1,208 @@
+"""Exact greedy graph cut of one group, bin after bin, for similarities that are linear in the inner product."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dq_lightning.bins.graph_cut.candidates import Candidates, steady_cost
+from dq_lightning.bins.graph_cut.costs import Costs
+from dq_lightning.bins.graph_cut.device import DevicePasses
+from dq_lightning.bins.graph_cut.exact import Array
+from dq_lightning.bins.graph_cut.pool import Group, Pool
+from dq_lightning.bins.graph_cut.referee import ROUNDING, Referee
+from dq_lightning.bins.graph_cut.scores import MatrixScores, PassScores, pick_in_turn
+from dq_lightning.bins.plan import Room
+from dq_lightning.bins.prepare import Prepared, next_twins
+from dq_lightning.bins.rows import Rows
+from dq_lightning.core.config import Engine
+
+# Up to this many rows, whose matrix takes 128 MiB, the matrix is made at once if it is not much more work.
+_AT_ONCE = 1 << 13
+
+
+def pick_group(
+    prepared: Prepared,
+    members: NDArray[np.int64],
+    sizes: Sequence[int],
+    *,
+    lam: float,
+    halved: bool,
+    engine: Engine,
+    room: Room,
+    tick: Callable[[int], object],
+) -> tuple[NDArray[np.int64], Array]:
+    """Pick all samples of a group, bin after bin.
+
+    The gain of x is `lam * sum_j S[j, x] - 2 * sum_{s picked} S[s, x]` (Zhou et al. 2023, eq. 3). Here j runs over the
+    samples that remained when the bin was begun, s runs over the picks of the bin so far, and S is a . b, or
+    1/2 + (a . b)/2 if `halved`. For such a similarity `sum_j S[j, x]` is the inner product of x with one vector.
+
+    Args:
+        prepared: features of all samples.
+        members: int64 [n], the samples of the group, ascending.
+        sizes: number of samples in each bin.
+        lam: weight of representativeness against diversity.
+        halved: whether S is 1/2 + (a . b)/2.
+        engine: regime to use, or `"auto"`; the picks are the same.
+        room: limits on the working arrays.
+        tick: progress callback, called with the number of picks made.
+
+    Returns:
+        Indices of the members (0 to n - 1) in the order of picking, int64 [n], and their gains, float64 [n].
+    """
+    run = _Run(prepared, members, lam=lam, halved=halved, engine=engine, room=room, tick=tick)
+    order: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
+    values: list[Array] = [np.empty(0)]
+    for number, size in enumerate(sizes):
+        if size:
+            left = run.group.referee.num_left
+            gains = run.one_bin(sizes[number:])
+            order.append(run.group.referee.close_bin())
+            values.append(0.5 * (lam * left - 2.0 * np.arange(size)) + 0.5 * gains if halved else gains)
+    return np.concatenate(order), np.concatenate(values)
+
+
+class _Run:
+    """The state of one group: the rows that are left, the sum of their vectors, and the regime.
+
+    Attributes:
+        group: what does not change.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        members: NDArray[np.int64],
+        *,
+        lam: float,
+        halved: bool,
+        engine: Engine,
+        room: Room,
+        tick: Callable[[int], object],
+    ) -> None:
+        rows = prepared.rows.only(torch.from_numpy(members))
+        twins = next_twins(prepared, members)
+        referee = Referee(rows, lam=lam, halved=halved, largest=prepared.largest)
+        # Sums of multiples of 2**-20 are exact in float64 up to 2**33.
+        whole = prepared.on_grid and lam == int(lam) and len(members) * (lam + 2) * prepared.longest**2 < 2.0**33
+        self.group = Group(referee, prepared.longest, twins, whole)
+        self._lam, self._engine, self._room, self._tick = lam, engine, room, tick
+        # Equal samples share one row, which represents the lowest of them that is left.
+        distinct = np.ones(len(members), dtype=bool)
+        if twins is not None:
+            distinct[twins[twins >= 0]] = False
+        self._row = np.flatnonzero(distinct)
+        self._sum, self._sum_error = _sum_of_rows(referee, prepared.longest)
+        self._pool = Pool(self.group, rows, self._row.copy(), self._sum, 0.0)
+        self._scores: MatrixScores | PassScores | DevicePasses | None = None
+        self._gains: list[Array] = []
+        self._costs = Costs(sum(rows.widths), rows.width, rows.device.type, max(1, rows.workers.count))
+        self._wasted = 0.0
+
+    def one_bin(self, sizes: Sequence[int]) -> Array:
+        """Make the picks of a bin of `sizes[0]` samples, followed by bins of the other sizes; return their gains."""
+        lam, norm, referee = self._lam, float(self._sum.norm()), self.group.referee
+        vector, error = lam * self._sum, lam * (self._sum_error + ROUNDING * norm)
+        self._gains = []
+        self._begin(vector, error)
+        if self._engine == "dense" or (self._engine == "auto" and self._dense_at_once(sizes)):
+            self._use_matrix()
+        elif self._engine == "stream":
+            self._scores = self._passes()
+        rounds = Candidates(self._pool, self._costs, self._room.candidates)
+        while referee.length < sizes[0]:
+            left = sizes[0] - referee.length
+            if isinstance(self._scores, DevicePasses):
+                self._scores.pick(left, self._tick)
+                break
+            if self._scores is not None:
+                pick_in_turn(self._pool, self._scores, left, self._tick)
+                break
+            made, cost = rounds.round(left)
+            self._tick(made)
+            if self._engine == "auto" and made < left:
+                self._reconsider(made, cost, sizes, left - made)
+        self._gains.append(self._pool.values)
+        # The vector is now lam * sum(left) - 2 * sum(picked).
+        self._sum = self._sum - 0.5 * (vector - self._pool.vector)
+        self._sum_error += 0.5 * (self._pool.error - error) + ROUNDING * (norm + float(self._pool.vector.norm()))
+        return np.concatenate(self._gains)
+
+    def _begin(self, vector: Tensor, error: float) -> None:
+        """Begin a bin; the rows without a sample leave the pool, unless there is a matrix that they belong to."""
+        if isinstance(self._scores, MatrixScores):
+            self._pool.begin(vector, error)
+            return
+        self._scores = None
+        keep = self._pool.alive
+        self._row = self._row[keep]
+        stored = self.group.referee.rows.only(torch.from_numpy(self._row))
+        fits = len(stored) * sum(stored.widths) <= self._room.rows
+        table = stored.take(torch.arange(len(stored))) if fits else stored
+        self._pool = Pool(self.group, table, self._pool.samples[keep], vector, error)
+
+    def _use_matrix(self) -> None:
+        """Change over to the matrix of the rows that are left."""
+        if isinstance(self._scores, MatrixScores):
+            return
+        if not self._pool.alive.all():
+            self._gains.append(self._pool.values)
+            self._begin(self._pool.vector, self._pool.error)
+        self._scores = MatrixScores(self._pool)
+
+    def _dense(self, sizes: Sequence[int], left: int) -> float:
+        """Return the cost of the matrix and of `left` picks and those of later bins, or infinity if it does not fit."""
+        if isinstance(self._scores, MatrixScores):
+            return 0.0
+        rows = int(self._pool.alive.sum())
+        if rows > self._room.dense:
+            return float("inf")
+        return self._costs.matrix(rows) + (left + sum(sizes[1:])) * self._costs.from_matrix(rows)
+
+    def _dense_at_once(self, sizes: Sequence[int]) -> bool:
+        """Return whether the matrix costs less than twice what candidates would at best, and what was wasted so far."""
+        best = sum(sizes) * steady_cost(len(self._pool), self._costs, self._room.candidates)
+        at_best = 2.0 * best if len(self._pool) <= _AT_ONCE else 0.0
+        return self._dense(sizes, sizes[0]) <= at_best + self._wasted
+
+    def _reconsider(self, made: int, cost: float, sizes: Sequence[int], left: int) -> None:
+        """Change over to the matrix or to passes if a round of candidates has kept few picks.
+
+        The cost that exceeds the steady one is wasted. If what was wasted so far, and would be if the bin went on like
+        this, is more than the cost of the matrix and of all picks that are left, the matrix is made. Otherwise passes
+        are made if a pass for each pick would have cost less than this round.
+        """
+        rows = len(self._pool)
+        steady = steady_cost(rows, self._costs, self._room.candidates)
+        a_pass = self._costs.from_pass(rows)
+        self._wasted += max(0.0, cost - made * steady)
+        expected = max(0.0, min(cost / made, a_pass) - steady) * left
+        if self._wasted + expected > self._dense(sizes, left):
+            self._use_matrix()
+        elif cost > made * a_pass:
+            self._wasted += expected
+            self._scores = self._passes()
+
+    def _passes(self) -> PassScores | DevicePasses:
+        device = self.group.referee.rows.device.type
+        if device == "cuda" and isinstance(self._pool.table, Rows):
+            return DevicePasses(self._pool, graph=True)
+        return PassScores(self._pool)
+
+
+def _sum_of_rows(referee: Referee, longest: float) -> tuple[Tensor, float]:
+    """Return the sum of the rows of a group, [1, D] or [1, C, D + 1], and a bound on the length of its error.
+
+    Rows with one factor are added exactly, because near ties need the exact sum. Rows with two factors are not
+    multiplied out unless there are near ties, so their sum is computed as a product of matrices.
+    """
+    rows = referee.rows
+    if len(rows.shape) == 1:
+        return referee.left().rounded().reshape(1, *rows.shape).to(rows.device), ROUNDING * len(rows) * longest
+    ranges = rows.ranges()
+    sums = list(rows.workers.map(lambda ends: rows.span(*ends).sum(), ranges))
+    terms = max((last - first for first, last in ranges), default=0) + len(ranges) + 2
+    return torch.stack(sums).sum(dim=0), ROUNDING * terms * len(rows) * longest
