@@ -55,7 +55,7 @@ def embed_rows(
     """
     if features.selection_epochs:
         raise FeatureError("selection_epochs trains a network of images: leave it out of embed")
-    source: Any = as_source(open_dataset(None, data), text=text)
+    source = as_source(open_dataset(None, data), text=text)
     if source.modality != "text":
         raise FeatureError(
             f"{source.describe()} holds images: embed reads rows of text; quantize makes features of images"
@@ -98,7 +98,7 @@ def merge_rows(data: str, folder: str | Path, *, name: str, text: TextConfig, ca
         FeatureError: a piece is missing, damaged, or belongs to other data.
     """
     folder = Path(folder).expanduser()
-    source: Any = as_source(open_dataset(None, data), text=text)
+    source = as_source(open_dataset(None, data), text=text)
     own = any(folder.glob(f"{name}_*.json"))
     if own:
         content = source.digest(Cache(cache_dir or default_cache_dir()).memory)

@@ -19,7 +19,7 @@ from dq_lightning.pipeline.compact import open_compact, set_folder
 from dq_lightning.pipeline.plan import GIVEN
 from dq_lightning.selection.given import read_index
 from dq_lightning.sources.adapt import as_source
-from dq_lightning.sources.hub import hub_kind
+from dq_lightning.sources.base import Source
 from dq_lightning.sources.text import is_row
 
 WRITERS = {
@@ -83,7 +83,7 @@ def export_set(
     return str(WRITERS[format](images, output))
 
 
-def _opened(path: Path, dataset: Any) -> tuple[Selection, PackedDataset | None, Any]:
+def _opened(path: Path, dataset: Any) -> tuple[Selection, PackedDataset | None, Source | None]:
     """Return the selection, the packed samples or None, and the source (None if no dataset was given)."""
     if path.suffix in (".npy", ".npz"):
         index = torch.from_numpy(read_index(path))
@@ -98,7 +98,7 @@ def _opened(path: Path, dataset: Any) -> tuple[Selection, PackedDataset | None, 
         return selection, packed, None
     # The dataset is read with the same options as when the set was made.
     columns = {name: config.get(name) for name in ("image_column", "label_column")}
-    source: Any = as_source(dataset, text=text, on_error=config.get("on_error", "raise"), **columns)
+    source = as_source(dataset, text=text, on_error=config.get("on_error", "raise"), **columns)
     if (total is not None and len(source) != total) or (len(selection) and int(selection.index[-1]) >= len(source)):
         raise StoreError(
             f"{path} belongs to a dataset of {total or int(selection.index[-1]) + 1:,} samples, the given one "
@@ -109,7 +109,7 @@ def _opened(path: Path, dataset: Any) -> tuple[Selection, PackedDataset | None, 
     return selection, packed, source
 
 
-def _check_content(path: Path, source: Any) -> None:
+def _check_content(path: Path, source: Source) -> None:
     """Raise StoreError if the data differ: positions mean other samples there, as after files were added or renamed."""
     made_of = str(read_manifest(path)["parts"]["source"])
     if made_of.startswith(GIVEN):
@@ -124,26 +124,15 @@ def _check_content(path: Path, source: Any) -> None:
         )
 
 
-def _holds_text(packed: PackedDataset | None, source: Any) -> bool:
+def _holds_text(packed: PackedDataset | None, source: Source | None) -> bool:
     if source is not None:
-        return bool(source.modality == "text")
+        return source.modality == "text"
     return packed is not None and len(packed) > 0 and is_row(packed[0])
 
 
-class _PlainRows:
-    """The rows of a source, by position."""
-
-    def __init__(self, source: Any) -> None:
-        self._source = source
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._source.plain(index)
-
-
-def _write_indices(output: Path, selection: Selection, packed: PackedDataset | None, source: Any, name: str) -> str:
+def _write_indices(
+    output: Path, selection: Selection, packed: PackedDataset | None, source: Source | None, name: str
+) -> str:
     path = output if output.suffix == ".npy" else output / f"select_indices_{name}.npy"
     write_index(selection.index, path)
     names = packed.ids if packed is not None else None
@@ -155,17 +144,18 @@ def _write_indices(output: Path, selection: Selection, packed: PackedDataset | N
     return f"{path}, {path.with_suffix('.ids.txt').name}"
 
 
-def _write_rows(format: str, output: str, selection: Selection, packed: PackedDataset | None, source: Any) -> str:
+def _write_rows(
+    format: str, output: str, selection: Selection, packed: PackedDataset | None, source: Source | None
+) -> str:
     if source is not None and source.modality != "text":
         raise StoreError(f"json holds rows of text, {source.describe()} holds images: choose another format")
-    if source is None and packed is None:
-        raise _needs_dataset("this set")
+    rows: Any
     if packed is not None:
-        rows: Any = packed
+        rows, index = packed, torch.arange(len(packed))
+    elif source is not None:
+        rows, index = source.plain_items(), selection.index
     else:
-        # A Hugging Face table is kept as one, so that its features are kept, too.
-        rows = source.plain_dataset if hub_kind(getattr(source, "plain_dataset", None)) else _PlainRows(source)
-    index = torch.arange(len(packed)) if packed is not None else selection.index
+        raise _needs_dataset("this set")
     if len(rows) and not hasattr(rows[int(index[0])], "keys"):
         raise StoreError("the samples are no rows of named fields: choose another format than json")
     if format == "json":

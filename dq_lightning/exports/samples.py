@@ -19,6 +19,7 @@ from dq_lightning.packed.patches import map_patched, mean_filled
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.pipeline.compact import COMPACT_FILE, Compact, open_compact, open_packed, stored_patch_plan
 from dq_lightning.pipeline.filling import filled_items, stored_place
+from dq_lightning.sources.base import Source
 from dq_lightning.sources.items import Leaf, at, find_image, find_target
 
 # Every image reader knows these encodings; an image in another encoding is written anew, as PNG.
@@ -75,7 +76,7 @@ def text_of(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def kept_of_source(source: Any, selection: Selection, name: str = "dataset") -> KeptImages:
+def kept_of_source(source: Source, selection: Selection, name: str = "dataset") -> KeptImages:
     """Return the kept images of a dataset; image files keep their bytes.
 
     Args:
@@ -83,7 +84,7 @@ def kept_of_source(source: Any, selection: Selection, name: str = "dataset") -> 
         selection: positions in the source.
         name: name of the set, for files.
     """
-    labels: Labels | None = source.labels()
+    labels = source.labels()
 
     def items() -> Iterator[KeptImage]:
         for number, position in enumerate(selection.index.tolist()):
@@ -97,7 +98,7 @@ def kept_of_source(source: Any, selection: Selection, name: str = "dataset") -> 
     return KeptImages(selection, _names(labels), items, name)
 
 
-def kept_of_items(source: Any, selection: Selection, samples: Any, name: str = "dataset") -> KeptImages:
+def kept_of_items(source: Source, selection: Selection, samples: Any, name: str = "dataset") -> KeptImages:
     """Return kept images whose samples come from elsewhere, such as filled ones; they are encoded as PNG.
 
     Args:
@@ -106,7 +107,7 @@ def kept_of_items(source: Any, selection: Selection, samples: Any, name: str = "
         samples: function that returns an iterator over the M samples, in order.
         name: name of the set, for files.
     """
-    labels: Labels | None = source.labels()
+    labels = source.labels()
 
     def items() -> Iterator[KeptImage]:
         pairs = zip(selection.index.tolist(), selection.bin.tolist(), samples(), strict=True)

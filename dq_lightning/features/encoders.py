@@ -15,6 +15,7 @@ from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.resuming import Paid
 from dq_lightning.features.collect import Rows
 from dq_lightning.features.preprocessing import Preprocessing
+from dq_lightning.features.samples import TextSource
 
 HEAD_NAMES = ("head", "fc", "classifier", "linear")
 
@@ -71,7 +72,9 @@ class RowEncoder(Protocol):
     advice: str
     """Advice to the user about rows that are not finite, for messages."""
 
-    def rows(self, source: Any, batch_size: int, num_workers: int | Literal["auto"], paid: Paid, /) -> Iterator[Rows]:
+    def rows(
+        self, source: TextSource, batch_size: int, num_workers: int | Literal["auto"], paid: Paid, /
+    ) -> Iterator[Rows]:
         """Yield the features of every sample once, in any order.
 
         Args:

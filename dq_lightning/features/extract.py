@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from dq_lightning.features.encoders import Encoder, RowEncoder, TextEncoder, res
 from dq_lightning.features.gradient import HeadLoss, head_gradient
 from dq_lightning.features.loading import ImageBatches, iterate_batches, telling_of_lost_loaders
 from dq_lightning.features.readable import Blanked
+from dq_lightning.features.samples import ImageSource, SampleSource, TextSource
 from dq_lightning.features.selection_training import TrainedEncoder
 from dq_lightning.features.text_loading import iterate_text_batches
 
@@ -29,7 +30,7 @@ LOOK_AT_SAMPLES = 'Look at the samples; on a GPU, half precision may overflow: p
 
 
 def extract_features(
-    source: Any,
+    source: SampleSource,
     spec: EncoderSpec,
     *,
     kind: FeatureKind = "embedding",
@@ -99,7 +100,7 @@ def extract_features(
             advice, kept = LOOK_AT_SAMPLES, shards or NothingKept()
             rows_of: Callable[[Tensor], Iterator[Rows]]
             if isinstance(encoder, RowEncoder):
-                whole = source if left_out is None or source.modality != "text" else Blanked(source, left_out)
+                whole = source if left_out is None else Blanked(source, left_out)
                 rows_of = partial(_all_rows, encoder, whole, batch_size, num_workers, paid or NothingPaid())
                 advice, kept = encoder.advice, NothingKept()
             elif isinstance(encoder, TextEncoder):
@@ -137,7 +138,7 @@ def _check_head(
 
 def _all_rows(
     encoder: RowEncoder,
-    source: Any,
+    source: TextSource,
     batch_size: int,
     num_workers: int | Literal["auto"],
     paid: Paid,
@@ -146,7 +147,7 @@ def _all_rows(
     return encoder.rows(source, batch_size, num_workers, paid)
 
 
-def _text_to_rows(encoder: TextEncoder, source: Any, batch_size: int, missing: Tensor) -> Iterator[Rows]:
+def _text_to_rows(encoder: TextEncoder, source: TextSource, batch_size: int, missing: Tensor) -> Iterator[Rows]:
     halved = HalvedBatches("features", FeatureError)
     for batch in iterate_text_batches(source, encoder, batch_size, missing):
         yield Rows(batch.positions, halved.run(encoder.embed, batch.tokens))
@@ -154,7 +155,7 @@ def _text_to_rows(encoder: TextEncoder, source: Any, batch_size: int, missing: T
 
 def _images_to_rows(
     encoder: Encoder,
-    source: Any,
+    source: ImageSource,
     batch_size: int,
     labels: Tensor | None,
     loss: HeadLoss,

@@ -10,35 +10,21 @@ import pickle
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dq_lightning.core.errors import DQError, FeatureError
 from dq_lightning.core.handles import FORK, loader_processes, with_dataset
 from dq_lightning.features.preprocessing import Preprocessing
+from dq_lightning.features.samples import ImageSource
 
 logger = logging.getLogger("dq_lightning")
 # Starting and stopping loader processes takes about this long, so they do not pay off for less work.
 WORKER_START_SECONDS = 2.0
 MAX_WORKERS = 8
-
-
-class ImageSource(Protocol):
-    """The part of a dataset of images that the loader uses."""
-
-    def __len__(self) -> int: ...
-
-    def image(self, index: int, /) -> Image.Image:
-        """Return the RGB image of a sample."""
-        ...
-
-    def decode_warning(self, index: int, /) -> str | None:
-        """Return a warning if the sample's pixels may have been decoded wrongly, or None."""
-        ...
 
 
 class ImageBatch(NamedTuple):

@@ -24,6 +24,7 @@ from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.records import DigestMemory
 from dq_lightning.core.resuming import Paid
 from dq_lightning.features.collect import Rows
+from dq_lightning.features.samples import TextSource
 from dq_lightning.features.text_loading import read_texts
 from dq_lightning.identity.values import digest_text
 
@@ -124,7 +125,9 @@ class OpenAIRows:
         self._answered = False
         self._stopped = threading.Event()
 
-    def rows(self, source: Any, batch_size: int, num_workers: int | Literal["auto"], paid: Paid) -> Iterator[Rows]:
+    def rows(
+        self, source: TextSource, batch_size: int, num_workers: int | Literal["auto"], paid: Paid
+    ) -> Iterator[Rows]:
         """Yield the embeddings of every sample, batch by batch as they arrive; equal texts are sent only once.
 
         Every batch is recorded in `paid` before it is used, so an interrupted run continues where it stopped.

@@ -21,6 +21,7 @@ from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.resuming import Paid
 from dq_lightning.features.choose import EncoderSpec
 from dq_lightning.features.extract import extract_features
+from dq_lightning.features.samples import SampleSource
 
 NAME = "embeds"
 AGAIN = "make the piece again, or remove its .npy and .json when it is none of these"
@@ -34,34 +35,32 @@ class Part:
         rows: positions of the samples in `source`.
     """
 
-    def __init__(self, source: Any, rows: range) -> None:
+    def __init__(self, source: SampleSource, rows: range) -> None:
         self._source, self._rows = source, rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def texts(self, positions: Sequence[int]) -> list[str]:
-        """Return the texts of some samples, as `text_loading.TextSource` does."""
+        """Return the texts of some samples, as `samples.TextSource` does."""
         # A range of positions stays a range, so that the source can read the samples at once.
         if isinstance(positions, range) and positions.step == 1 and len(positions):
             chosen: Sequence[int] = self._rows[positions[0] : positions[-1] + 1]
         else:
             chosen = [self._rows[position] for position in positions]
-        made: list[str] = self._source.texts(chosen)
-        return made
+        return self._source.texts(chosen)
 
     def image(self, index: int) -> Any:
-        """Return the RGB image of a sample, as `loading.ImageSource` does."""
+        """Return the RGB image of a sample, as `samples.ImageSource` does."""
         return self._source.image(self._rows[index])
 
     def decode_warning(self, index: int) -> str | None:
-        """Return the warning about a sample's pixels, or None, as `loading.ImageSource` does."""
-        warning: str | None = self._source.decode_warning(self._rows[index])
-        return warning
+        """Return the warning about a sample's pixels, or None, as `samples.ImageSource` does."""
+        return self._source.decode_warning(self._rows[index])
 
 
 def embed_piece(
-    source: Any,
+    source: SampleSource,
     spec: EncoderSpec,
     *,
     index: int,

@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,13 +17,14 @@ from dq_lightning.core.records import Labels
 from dq_lightning.core.resuming import NothingKept, Shards
 from dq_lightning.features.collect import NAMED_SAMPLES
 from dq_lightning.features.loading import ImageBatch, ImageBatches, iterate_batches
+from dq_lightning.features.samples import CheckedSource, TextSource
 
 logger = logging.getLogger("dq_lightning")
 SAMPLES_AT_ONCE = 256
 
 
 def find_unreadable(
-    source: Any,
+    source: CheckedSource,
     *,
     positions: Tensor | None = None,
     num_workers: int | Literal["auto"] = "auto",
@@ -33,7 +34,7 @@ def find_unreadable(
     """Read every sample once, and log one warning with the number of unreadable samples and the first few of them.
 
     Args:
-        source: dataset of N samples, which is read with `check(i)` or `image(i)`, or for text with `text(i)`.
+        source: dataset of N samples, which is read with `check(i)`, or for text with `texts(positions)`.
         positions: int64 [n], positions of the samples to read, ascending; None reads all.
         num_workers: number of loader processes for images; `"auto"` chooses it by the time that a few samples take.
         progress: whether to show a progress bar.
@@ -75,21 +76,21 @@ class Blanked:
         samples: int64, positions of the samples that are replaced by empty strings.
     """
 
-    def __init__(self, source: Any, samples: Tensor) -> None:
+    def __init__(self, source: TextSource, samples: Tensor) -> None:
         self._source, self._blank = source, set(samples.tolist())
 
     def __len__(self) -> int:
         return len(self._source)
 
     def texts(self, positions: Sequence[int]) -> list[str]:
-        """Return the texts of some samples, as `text_loading.TextSource` does."""
+        """Return the texts of some samples, as `samples.TextSource` does."""
         wanted = [position for position in positions if position not in self._blank]
         read = iter(self._source.texts(wanted) if wanted else [])
         return ["" if position in self._blank else next(read) for position in positions]
 
 
 def _found_in_all(
-    source: Any, samples: Tensor, num_workers: int | Literal["auto"], progress: bool, shards: Shards
+    source: CheckedSource, samples: Tensor, num_workers: int | Literal["auto"], progress: bool, shards: Shards
 ) -> list[tuple[int, str]]:
     """Return (position, error text) of each unreadable sample that an earlier run or this one has found."""
     found: list[tuple[int, str]] = []
@@ -97,7 +98,7 @@ def _found_in_all(
     for piece in shards.restore(len(samples)):
         done, problems = json.loads(piece["json"].tobytes())
         found += problems
-    kept, told = done, len(found)
+    kept, stored = done, len(found)
     with progress_bar(progress, total=len(samples), unit="sample", description="reading") as bar:
         bar.update(done)
         for count, problems in _problems(source, samples[done:], num_workers):
@@ -105,14 +106,14 @@ def _found_in_all(
             done += count
             bar.update(count)
             if shards.is_due():
-                text = json.dumps([done, found[told:]]).encode()
+                text = json.dumps([done, found[stored:]]).encode()
                 shards.keep(done - kept, {"json": np.frombuffer(text, np.uint8)})
-                kept, told = done, len(found)
+                kept, stored = done, len(found)
     return found
 
 
 def _problems(
-    source: Any, samples: Tensor, num_workers: int | Literal["auto"]
+    source: CheckedSource, samples: Tensor, num_workers: int | Literal["auto"]
 ) -> Iterator[tuple[int, list[tuple[int, str]]]]:
     """Yield for each batch the number of its samples and (position, error text) of its unreadable samples."""
     if source.modality == "text":
@@ -127,18 +128,18 @@ def _problems(
             yield len(members), batch.warnings
 
 
-def _problems_of_texts(source: Any, rows: list[int]) -> list[tuple[int, str]]:
+def _problems_of_texts(source: CheckedSource, rows: list[int]) -> list[tuple[int, str]]:
     try:
         source.texts(rows)
         return []
     except SourceError:
-        return [(row, text) for row in rows if (text := _problem(source.text, row)) is not None]
+        return [(row, text) for row in rows if (text := _problem(source, row)) is not None]
 
 
-def _problem(read: Any, index: int) -> str | None:
+def _problem(source: CheckedSource, index: int) -> str | None:
     """Return why a sample cannot be read, or None if it can; an error that may be temporary is raised."""
     try:
-        read(index)
+        source.check(index)
     except SourceError as error:
         if may_pass(error):
             raise
@@ -151,13 +152,13 @@ def _nothing(image: Image.Image) -> Tensor:
 
 
 class _TriedImages(ImageBatches):
-    """Batches whose images are read and discarded; the warnings of a batch are its unreadable samples."""
+    """Batches whose samples are read and discarded; the warnings of a batch are its unreadable samples."""
+
+    source: CheckedSource
 
     def __getitem__(self, batch: int) -> ImageBatch:
         try:
-            # A sample may hold more than its image. All of it is packed later, so `check` reads the whole sample.
-            read = getattr(self.source, "check", self.source.image)
-            texts = [(index, _problem(read, index)) for index in self.batches[batch].tolist()]
+            texts = [(index, _problem(self.source, index)) for index in self.batches[batch].tolist()]
         except SourceError as error:
             return ImageBatch(None, [], error)
         return ImageBatch(None, [(index, text) for index, text in texts if text is not None], None)

@@ -15,6 +15,7 @@ from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.records import DigestMemory
 from dq_lightning.core.resuming import Paid
 from dq_lightning.features.collect import Rows
+from dq_lightning.features.samples import TextSource
 
 ROWS_AT_ONCE = 4096
 
@@ -77,7 +78,9 @@ class ReadyRows:
         self._array, self._name = array, name
         self.advice = f"Repair these rows of {name}, or leave the samples out"
 
-    def rows(self, source: Any, batch_size: int, num_workers: int | Literal["auto"], paid: Paid) -> Iterator[Rows]:
+    def rows(
+        self, source: TextSource, batch_size: int, num_workers: int | Literal["auto"], paid: Paid
+    ) -> Iterator[Rows]:
         """Yield the rows in order, 4096 at a time.
 
         Raises:

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from dq_lightning.core.isolation import isolated
 from dq_lightning.core.records import Labels
 from dq_lightning.features.choose import EncoderSpec
 from dq_lightning.features.encoders import Encoder, NetworkEncoder, RowEncoder, TextEncoder, resolve_device
-from dq_lightning.features.loading import ImageBatches, ImageSource, iterate_batches
+from dq_lightning.features.loading import ImageBatches, iterate_batches
 from dq_lightning.features.preprocessing import Preprocessing
+from dq_lightning.features.samples import ImageSource
 from dq_lightning.identity.networks import digest_module
 
 logger = logging.getLogger("dq_lightning")
@@ -57,7 +58,7 @@ class TrainedSpec(EncoderSpec):
 
 
 def with_selection_epochs(
-    spec: EncoderSpec, source: Any, labels: Labels | None, settings: FeatureConfig, progress: bool = True
+    spec: EncoderSpec, source: ImageSource, labels: Labels | None, settings: FeatureConfig, progress: bool = True
 ) -> EncoderSpec:
     """Return the encoder choice unchanged, or, if `settings.selection_epochs` is positive, one that is trained first.
 

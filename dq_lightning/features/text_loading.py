@@ -3,7 +3,7 @@
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.workers import torch_threads
 from dq_lightning.features.encoders import TextEncoder
 from dq_lightning.features.loading import stretches
+from dq_lightning.features.samples import TextSource
 
 logger = logging.getLogger("dq_lightning")
 # The texts of this many batches (one window) are sorted by length together. This bounds the memory, and the padding is
@@ -21,16 +22,6 @@ BATCHES_PER_WINDOW = 64
 TOKENS_PER_BATCH = 131_072
 """Upper bound on rows times longest row: long rows go fewer at a time."""
 PADDING = -1
-
-
-class TextSource(Protocol):
-    """The part of a dataset of texts that the loader uses."""
-
-    def __len__(self) -> int: ...
-
-    def texts(self, positions: Sequence[int], /) -> list[str]:
-        """Return the texts of the samples at `positions`, in this order."""
-        ...
 
 
 class TextBatch(NamedTuple):

@@ -198,7 +198,7 @@ def find_state(
     read(False)  # whatever is opened or filled by the first read is there from now on
     before, _ = _seen(view, root, names)
     read(True)
-    spots = read(False)
+    sampled = read(False)
     after, unknown = _seen(view, root, names)
     changed = {name for name, (digest, _) in after.items() if before.get(name, ("",))[0] != digest}
     with contextlib.suppress(TypeError):  # raised if weak references cannot point to objects of this class
@@ -208,4 +208,4 @@ def find_state(
     # A number that changes by reading counts what was read, which is no reason for uncertainty.
     kept = [name for name in sorted(changed & after.keys()) if not isinstance(after[name][1], int | float)]
     unknown += [f"{name.rpartition('/')[2]} changes by reading" for name in kept]
-    return State(digest_text(*(text for pair in steady for text in pair), spots), tuple(dict.fromkeys(unknown)))
+    return State(digest_text(*(text for pair in steady for text in pair), sampled), tuple(dict.fromkeys(unknown)))

@@ -365,8 +365,7 @@ def cut_down(settings: LoaderSettings, compact: Compact) -> LoaderSettings:
 
 
 def _known(plan: Plan, source: str) -> Known:
-    spots = getattr(plan.source, "spot_digest", None)
-    return Known(source, len(plan.source), "" if spots is None else spots())
+    return Known(source, len(plan.source), plan.source.sample_digest())
 
 
 def _missing(cache: Cache) -> CacheError:

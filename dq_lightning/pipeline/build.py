@@ -102,7 +102,7 @@ class Build:
                 f"the identity of a network could not be recorded in {cache.root}; pass a cache_dir= that can be written"
             )
         self.source = source
-        self.marks = _marks(self.plan.source, fresh=False)
+        self.marks = self.plan.source.marks(fresh=False)
         self.usable = usable_parts(self.plan, source, identities)
         self.parts = self.usable[0]
         self.has_made = False
@@ -218,12 +218,12 @@ class Build:
         """
         if self.plan.fingerprint is not None:
             return
-        by_items = getattr(self.plan.source, "by_items", True)
-        changed = _marks(self.plan.source, fresh=True) != self.marks
-        if changed or (not by_items and source_identity(self.plan, self.cache.memory, full=True) != self.source):
+        source = self.plan.source
+        changed = source.marks(fresh=True) != self.marks
+        if changed or (not source.by_items and source_identity(self.plan, self.cache.memory, full=True) != self.source):
             remove_shards(self.cache.place(station, self.parts[station]))
             raise ChangedError(
-                f"{self.plan.source.describe()} changed while it was read: start again when nothing writes to it any more. "
+                f"{source.describe()} changed while it was read: start again when nothing writes to it any more. "
                 "What was made of it was not kept"
             )
 
@@ -372,9 +372,3 @@ class Build:
             )
             self._check_unchanged(FEATURES)
         write_features(folder, features)
-
-
-def _marks(source: Any, *, fresh: bool) -> str:
-    """Return what `marks` of a source gives, see `ItemSource.marks`; an empty text for a source without the method."""
-    marks = getattr(source, "marks", None)
-    return "" if marks is None else str(marks(fresh=fresh))

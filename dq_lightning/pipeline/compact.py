@@ -69,7 +69,7 @@ def write_description(folder: Path, plan: Plan, patches: PatchFacts | None = Non
     """
     labels = plan.labels
     # A `Source` that the user passed may have been made with columns that the config does not name.
-    columns = {name: getattr(plan.source, name, None) for name in ("image_column", "label_column")}
+    columns = {"image_column": plan.source.image_column, "label_column": plan.source.label_column}
     config = plan.config.to_dict()
     if plan.chosen is not None:
         # The settings of features and bins had no influence on the set.

@@ -167,16 +167,8 @@ def packed_items(plan: Plan, selection: Selection, choice: PatchChoice, start: i
 
 
 def image_place(plan: Plan) -> tuple[str | int, ...]:
-    """Return the place of the image in a sample: the keys and positions that lead to it, from outside to inside.
-
-    Raises:
-        PatchError: the source does not say where the image is.
-    """
-    source: Any = plan.source
-    if not hasattr(source, "image_leaf"):
-        raise PatchError(f"{source.describe()} does not tell where in its samples the image is (image_leaf)")
-    place: tuple[str | int, ...] = source.image_leaf()
-    return place
+    """Return the place of the image in a sample: the keys and positions that lead to it, from outside to inside."""
+    return plan.source.image_leaf()
 
 
 def check_packable(plan: Plan) -> None:

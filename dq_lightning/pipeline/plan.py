@@ -20,7 +20,6 @@ from dq_lightning.selection.given import read_indices
 from dq_lightning.sources.adapt import as_source, grouping_id
 from dq_lightning.sources.base import Source
 from dq_lightning.sources.items import evenly_spaced
-from dq_lightning.sources.text import TextRows
 
 FEATURES, BINS, SELECTION, PATCHES, STORE = "1-features", "2-bins", "3-selection", "4-patches", "5-store"
 # This station holds images with their dropped patches filled. They are made from the store alone, so its folder may be
@@ -174,16 +173,8 @@ def _encoder(source: Source, config: QuantizeConfig, encoder: Any) -> EncoderSpe
         modality=source.modality,
         text=config.text,
     )
-    if isinstance(source, TextRows) and spec.reads_samples:
-        source.template()  # It raises an error for columns that cannot be read, before any long work.
-    check_image = getattr(source, "check_image", None)
-    if (
-        config.image_column is not None
-        and source.modality == "image"
-        and spec.reads_samples
-        and check_image is not None
-    ):
-        check_image()
+    if spec.reads_samples:
+        source.check_columns()
     if config.features.selection_epochs and not (source.modality == "image" and spec.reads_samples):
         raise ConfigError(
             f"selection_epochs trains a network of images, and features come from {spec.description}: leave it out"
@@ -266,8 +257,8 @@ def _parts_of_choice(plan: Plan, data: dict[str, Any], identities: dict[str, str
         "kind": config.features.kind,
         "features_version": version[FEATURES],
     }
-    if isinstance(plan.source, TextRows) and plan.reads_for_features:
-        features["text"] = plan.source.text_identity()
+    if plan.reads_for_features and (text := plan.source.text_identity()):
+        features["text"] = text
     training = config.features.selection_training()
     features |= training
     if config.features.kind == "gradient" or training:

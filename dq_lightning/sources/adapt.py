@@ -9,7 +9,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from dq_lightning.core.config import OnError, TextConfig
 from dq_lightning.core.errors import ConfigError, SourceError
-from dq_lightning.sources.base import Source, dataset_length
+from dq_lightning.sources.base import CompletedSource, Source, dataset_length, is_source
 from dq_lightning.sources.files import FileSource, file_list
 from dq_lightning.sources.hub import HubSource, hub_kind
 from dq_lightning.sources.jsonl import NAMES, is_rows_file, read_rows
@@ -70,16 +70,17 @@ def as_source(
     """
     if isinstance(labels, str):
         label_column, labels = labels, None
-    if _is_source(dataset):
+    if is_source(dataset):
+        ready = cast(Source, dataset if isinstance(dataset, Source | CompletedSource) else CompletedSource(dataset))
         columns = {"image_column": image_column, "label_column": label_column}
-        _check_ready(dataset, columns, {"transform": transform, "target_transform": target_transform})
-    if not isinstance(dataset, ItemSource) and _is_source(dataset):
-        if labels is not None:
-            raise ConfigError(
-                f"labels= was given for a {type(dataset).__name__}, which is a source with a grouping of its own: let its "
-                "labels() give these classes"
-            )
-        return cast(Source, dataset)
+        _check_ready(ready, columns, {"transform": transform, "target_transform": target_transform})
+        if not isinstance(ready, ItemSource):
+            if labels is not None:
+                raise ConfigError(
+                    f"labels= was given for {ready.describe()}, which is a source with a grouping of its own: let its "
+                    "labels() give these classes"
+                )
+            return ready
     options = (image_column, label_column, transform, target_transform)
     source = dataset if isinstance(dataset, ItemSource) else _adapt(dataset, text or TextConfig(), *options)
     source = _with_skips(source, skips=on_error == "skip")
@@ -91,13 +92,7 @@ def as_source(
     if labels is not None:
         source = copy.copy(source)  # A source that was passed in keeps its own grouping.
         source.grouping = labels
-    return cast(Source, source)
-
-
-def _is_source(dataset: Any) -> bool:
-    # An object whose `__getattr__` returns something for every name passes the protocol check, so the type of its
-    # modality is checked too.
-    return isinstance(dataset, ItemSource | Source) and isinstance(dataset.modality, str)
+    return source
 
 
 def _with_skips(source: ItemSource, *, skips: bool) -> ItemSource:
@@ -122,7 +117,7 @@ def grouping_id(source: Source) -> str | None:
         `"none"` for a source without groups, a hexadecimal SHA-256 digest of given classes, `"column:NAME"` for a named
         column, and None when the source uses its dataset's own classes.
     """
-    grouping, column = getattr(source, "grouping", None), getattr(source, "label_column", None)
+    grouping, column = source.grouping, source.label_column
     if grouping is False:
         return "none"
     if grouping is not None:
@@ -135,7 +130,7 @@ def grouping_id(source: Source) -> str | None:
     return None if column is None else f"column:{column}"
 
 
-def _check_ready(source: Any, columns: dict[str, str | None], transforms: dict[str, Any]) -> None:
+def _check_ready(source: Source, columns: dict[str, str | None], transforms: dict[str, Any]) -> None:
     late = [name for name, value in columns.items() if value not in (None, getattr(source, name, None))]
     late += [name for name, value in transforms.items() if not isinstance(value, str) or value != KEEP]
     if late:

@@ -1,9 +1,11 @@
-"""The protocol through which the other packages see every dataset (`Source`), and helpers that all adapters share."""
+"""The one form in which the other packages see every dataset (`Source`), and helpers that all adapters share."""
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import PurePath
-from typing import Any, Protocol, runtime_checkable
+from types import MethodType
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dq_lightning.core.errors import SourceError
+from dq_lightning.core.errors import PatchError, SourceError
 from dq_lightning.core.records import DigestMemory, EncodedImage, Labels
+from dq_lightning.sources.items import Leaf
 
 
 class Finisher(Protocol):
@@ -35,89 +38,210 @@ class Finisher(Protocol):
         ...
 
 
-@runtime_checkable
-class Source(Protocol):
+class Source(ABC):
     """Any dataset of images or text rows, in the one form that the other packages use.
 
-    Positions run from 0 to `len(source) - 1`.
+    The abstract methods are the contract: they must be defined, and everything else has a default here. A class that
+    defines `modality` and the abstract methods without inheriting from this class is a source, too; `as_source` adds
+    the defaults to it. Positions run from 0 to `len(source) - 1`.
 
     Attributes:
-        modality: `"image"` or `"text"`. A source of text has `texts(positions)` in place of `image(i)`; see
-            `text.TextRows`.
-        identity_is_certain: False when the dataset holds state that cannot be inspected. `quick_digest` may then return
-            the digest of older content.
+        modality: `"image"` or `"text"`. A source of text also defines `texts`, and its `image` is never called.
+        image_column: column, key or position of the image in an item, if it was named; else None.
+        label_column: column, key or position of the class in an item, if it was named; else None.
+        grouping: classes that replace the dataset's own, False for no groups, or None.
+        by_items: whether the identity is a digest of all plain items, so that every item must be read to compute it.
     """
 
-    modality: str
+    modality: str = "image"
+    image_column: str | None = None
+    label_column: str | None = None
+    grouping: Any = None
+    by_items: bool = True
 
     @property
-    def identity_is_certain(self) -> bool: ...
+    @abstractmethod
+    def identity_is_certain(self) -> bool:
+        """False when the dataset holds state that cannot be inspected.
 
+        `quick_digest` may then return the digest of older content.
+        """
+
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def describe(self) -> str:
         """One line that names the dataset in messages, for instance `CIFAR10 with 50,000 samples`."""
-        ...
 
+    @abstractmethod
     def image(self, index: int) -> Image.Image:
         """The image as the encoder sees it: a PIL image of mode RGB (uint8), without the user's transforms."""
-        ...
 
+    @abstractmethod
     def decode_warning(self, index: int) -> str | None:
         """Warn of an image that is known to be decoded wrongly, judged from the file's header alone.
 
         Returns:
             A message that names the index and, where there is one, the path; None when no problem is known.
         """
-        ...
 
+    @abstractmethod
     def labels(self) -> Labels | None:
         """The class of every sample, or None when the targets are not classes."""
-        ...
 
+    @abstractmethod
     def plain(self, index: int) -> Any:
         """The item in the dataset's own structure, without the user's transforms."""
-        ...
 
+    @abstractmethod
     def encoded(self, index: int) -> EncodedImage | None:
         """The encoded bytes of the image file as the dataset holds them, or None when it holds none."""
-        ...
 
+    @abstractmethod
     def sample_id(self, index: int) -> str:
         """Name of the sample: its relative path in a dataset of files, else its position as a decimal number."""
-        ...
 
+    @abstractmethod
     def delivered(self, index: int) -> Any:
         """The item exactly as the wrapped dataset gives it, transforms included."""
-        ...
 
+    @abstractmethod
     def subset(self, index: Tensor) -> Dataset[Any]:
         """A map-style dataset that delivers the samples at `index` (int64 [M]) as the wrapped dataset would."""
-        ...
 
+    @abstractmethod
     def finisher(self, index: Tensor) -> Finisher:
         """The finisher that turns plain items of the samples at `index` (int64 [M]) into delivered items."""
-        ...
 
+    @abstractmethod
     def digest(self, memory: DigestMemory) -> str:
         """Hexadecimal digest of the content, independent of where the data lie and of the user's transforms.
 
         Args:
             memory: digests that were computed earlier, which this method uses and adds to.
         """
-        ...
 
+    @abstractmethod
     def quick_digest(self, memory: DigestMemory) -> str | None:
         """The result of `digest` where it is cheap to compute or remembered, else None."""
-        ...
 
+    @abstractmethod
     def check_repeatable(self) -> None:
         """Check that reading a plain item twice gives the same content.
 
         Raises:
             SourceError: two reads of the same plain item differ.
         """
-        ...
+
+    # The following methods have defaults.
+
+    def texts(self, positions: Sequence[int]) -> list[str]:
+        """The texts that are embedded of the samples at the given positions, in the same order.
+
+        Raises:
+            SourceError: the source holds images, or a sample has no such text.
+        """
+        raise SourceError(f"{self.describe()} holds images, which have no text: pass an encoder of images")
+
+    def text_identity(self) -> dict[str, Any]:
+        """Everything that decides, in addition to the rows, which text is embedded; a part of cache keys."""
+        return {}
+
+    def image_leaf(self) -> Leaf:
+        """The path of keys and positions that leads to the image inside an item.
+
+        Raises:
+            SourceError: no single image is found in an item.
+            PatchError: the source does not define this method, which is needed to drop patches.
+        """
+        raise PatchError(f"{self.describe()} does not tell where in its samples the image is (image_leaf)")
+
+    def path(self, index: int) -> str | None:
+        """Path of the file that holds the sample, or None when there is no such file."""
+        return None
+
+    def check(self, index: int) -> None:
+        """Check that everything of a sample that is used later can be read.
+
+        Raises:
+            SourceError: the sample cannot be read.
+        """
+        if self.modality == "text":
+            self.texts([index])
+        else:
+            self.image(index)
+
+    def check_columns(self) -> None:  # noqa: B027 (the default checks nothing)
+        """Check before any work that the columns in use hold what an encoder can read.
+
+        Raises:
+            SourceError: they hold something else.
+        """
+
+    def plain_items(self) -> Any:
+        """A map-style dataset of the plain items; Hugging Face data stay a Hugging Face `Dataset`."""
+        return PlainItems(self)
+
+    def marks(self, *, fresh: bool) -> str:
+        """A text by which a change of the data while they are processed is noticed, without reading them all.
+
+        Args:
+            fresh: if True, the text for the data at present; if False, for the data when the identity was determined.
+        """
+        return ""
+
+    def sample_digest(self) -> str:
+        """Digest of a few plain items, by which another process checks that its dataset is the same; else empty."""
+        return ""
+
+
+class PlainItems:
+    """The plain items of a source as a map-style dataset.
+
+    Args:
+        source: the source.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._source.plain(index)
+
+
+class CompletedSource:
+    """A source whose class does not inherit from `Source`, together with the defaults of `Source`.
+
+    Args:
+        given: object that defines `modality` and the abstract methods of `Source`; what else it defines of `Source`
+            replaces the default.
+    """
+
+    def __init__(self, given: Any) -> None:
+        self.given = given
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def __getattr__(self, name: str) -> Any:
+        default = getattr(Source, name)
+        if hasattr(self.given, name):
+            return getattr(self.given, name)
+        return MethodType(default, self) if callable(default) else default
+
+
+def is_source(dataset: Any) -> bool:
+    """Whether a dataset is a source, of this package or of the user's own."""
+    # An object whose `__getattr__` returns something for every name has all methods, so the type of its modality is
+    # checked too.
+    return isinstance(dataset, Source) or (
+        isinstance(getattr(dataset, "modality", None), str)
+        and all(hasattr(dataset, name) for name in Source.__abstractmethods__)
+    )
 
 
 class Positions(Sequence[int]):

@@ -84,7 +84,7 @@ class FileSource(MapSource):
         # These attributes are set first, because the base class reads them while it replaces the transforms.
         self._list = file_list(dataset) or ""
         self._standard = _reads_pil_rgb(dataset)
-        self._known_beside: State | None = None
+        self._state_beside: State | None = None
         self._exact = self._standard and reads_as_installed(dataset)
         super().__init__(dataset, *options)
         self.trusts_list = getter_module(dataset).startswith("torchvision.datasets.") and self.label_column is None
@@ -151,11 +151,11 @@ class FileSource(MapSource):
     def _beside(self) -> State:
         """The state of the dataset apart from the files: the user's code that reads them, and its attributes."""
         # The state is determined once, because reading may change the dataset and must not change its identity.
-        if self._known_beside is None:
+        if self._state_beside is None:
             view, known = self.plain_view(), {*_LISTS, *TRANSFORM_NAMES, "root"}
             root = self._root() or ""
-            self._known_beside = find_state(view, self.given, self.spot_digest, without=known, root=root)
-        return self._known_beside
+            self._state_beside = find_state(view, self.given, self.sample_digest, without=known, root=root)
+        return self._state_beside
 
     @property
     def by_items(self) -> bool:  # type: ignore[override]

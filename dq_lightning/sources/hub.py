@@ -223,6 +223,9 @@ class HubSource(ItemSource):
     def plain_view(self) -> Any:
         return self.plain_dataset
 
+    def plain_items(self) -> Any:
+        return self.plain_dataset
+
     def digest(self, memory: DigestMemory) -> str:
         if self.by_items:
             return super().digest(memory)

@@ -1,7 +1,7 @@
 """Reads the items of a dataset. An unreadable item raises an error that names it, or is replaced by an `Unreadable`."""
 
 import itertools
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,16 +10,16 @@ from PIL import Image
 
 from dq_lightning.core.errors import ChangedError, SourceError, may_pass
 from dq_lightning.identity.values import digest_of
-from dq_lightning.sources.base import dataset_length
+from dq_lightning.sources.base import Source, dataset_length
 from dq_lightning.sources.items import at, evenly_spaced, image_leaves
 from dq_lightning.sources.skipping import Unreadable
 
-SPOT_CHECKS = 16
+SAMPLED_ITEMS = 16
 # The number of positions that are tried, at most, to find a few readable items.
 _SEARCHED = 256
 
 
-class ItemReader(ABC):
+class ItemReader(Source):
     """Reads items by position, and explains failures.
 
     Args:
@@ -48,10 +48,6 @@ class ItemReader(ABC):
     @abstractmethod
     def read_plain(self, index: int) -> Any:
         """Read the plain item. The method may raise any exception."""
-
-    def path(self, index: int) -> str | None:
-        """Path of the file that holds the sample, or None when there is no such file."""
-        return None
 
     @contextmanager
     def explaining(self, index: int) -> Iterator[None]:
@@ -150,7 +146,7 @@ class ItemReader(ABC):
             SourceError: none of the items that were tried can be read and fits.
         """
         problems = []
-        for index in (self.first, *evenly_spaced(len(self), SPOT_CHECKS)):
+        for index in (self.first, *evenly_spaced(len(self), SAMPLED_ITEMS)):
             try:
                 item = self.plain(index)
                 fits(item)

@@ -82,8 +82,8 @@ class MapSource(ItemSource):
 
     def read_plain(self, index: int) -> Any:
         item = self.plain_dataset[index]
-        known = None if self._noted is None else self._noted[index]
-        if known is not None and known.any() and known.tobytes().hex() != digest_of(item)[: 2 * _NOTED_BYTES]:
+        noted = None if self._noted is None else self._noted[index]
+        if noted is not None and noted.any() and noted.tobytes().hex() != digest_of(item)[: 2 * _NOTED_BYTES]:
             raise ChangedError(f"item {index} of {self.describe()} {CHANGED}")
         return item
 
@@ -137,11 +137,11 @@ class MapSource(ItemSource):
 
     def listed_targets(self) -> Targets | None:
         names = getattr(self.plain_dataset, "classes", None)
-        known = names if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names) else None
+        class_names = names if isinstance(names, list | tuple) and all(isinstance(one, str) for one in names) else None
         for attribute in ("targets", "labels", "_labels"):
             values = getattr(self.plain_dataset, attribute, None)
             if isinstance(values, list | tuple | np.ndarray | Tensor) and len(values) == len(self):
-                targets = as_targets(values, known)
+                targets = as_targets(values, class_names)
                 if targets is not None:
                     return targets
         return None
@@ -160,7 +160,7 @@ class ArraySource(MapSource):
 
     def digest(self, memory: DigestMemory) -> str:
         # Classes and settings may read the same arrays differently, which the digest of a few items distinguishes.
-        return digest_of("arrays", self.image_leaf(), arrays_of(self.plain_dataset), self.spot_digest())
+        return digest_of("arrays", self.image_leaf(), arrays_of(self.plain_dataset), self.sample_digest())
 
 
 def arrays_of(dataset: Any) -> list[Any] | None:

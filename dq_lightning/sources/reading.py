@@ -19,8 +19,8 @@ from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.core.records import DigestMemory, EncodedImage, Labels
 from dq_lightning.identity.datasets import State, find_state
 from dq_lightning.identity.values import digest_of
-from dq_lightning.sources.base import Finisher, Positions
-from dq_lightning.sources.item_reader import SPOT_CHECKS, ItemReader
+from dq_lightning.sources.base import Positions
+from dq_lightning.sources.item_reader import SAMPLED_ITEMS, ItemReader
 from dq_lightning.sources.items import (
     MANY_CHANNELS,
     Leaf,
@@ -40,7 +40,7 @@ from dq_lightning.sources.targets import Targets, as_targets, given_labels, targ
 
 logger = logging.getLogger("dq_lightning")
 
-OTHER_SPOTS = 4
+OTHER_ITEMS = 4
 _SCALE_SAMPLES = 64
 _LONG_PASS = 1000
 # In a dataset of fewer samples, many different classes are no sign of a mistake.
@@ -61,9 +61,6 @@ class ItemSource(ItemReader):
         label_column: key or position of the target in an item; it is looked for when None.
     """
 
-    modality = "image"
-    by_items = False
-    """Whether the identity is a digest of all plain items, so that every item must be read to compute it."""
     shows_progress = True
     """Whether a pass over all items shows a progress bar (on a terminal)."""
     trusts_list = False
@@ -73,14 +70,13 @@ class ItemSource(ItemReader):
         super().__init__(dataset)
         self.image_column = image_column
         self.label_column = label_column
-        self.grouping: Any = None
         self._leaf: Leaf | None = None
         self._scale: Scale | None = None
         self._several_images: bool | None = None
         self._targets: tuple[Targets | None] | None = None
         self._scan: tuple[str, Targets | None] | None = None
         self._state: State | None = None
-        self._told_no_classes = False
+        self._logged_no_classes = False
         self._repeatable = False
 
     @property
@@ -96,10 +92,6 @@ class ItemSource(ItemReader):
     @abstractmethod
     def plain_view(self) -> Any:
         """The dataset without transforms, or `Parts` of several; its attributes are the state of the source."""
-
-    @abstractmethod
-    def finisher(self, index: Tensor) -> Finisher:
-        """The finisher that turns plain items of the samples at `index` into delivered items; see `Source.finisher`."""
 
     def read_image(self, index: int) -> Any:
         """The image in the plain item, of any type that `pixels.to_rgb` takes. Reading may raise any exception."""
@@ -119,22 +111,14 @@ class ItemSource(ItemReader):
     # The methods below use those above.
 
     def image_leaf(self) -> Leaf:
-        """The path of keys and positions that leads to the image inside an item.
-
-        Raises:
-            SourceError: no single image is found in an item.
-        """
         if self._leaf is None:
             find = partial(find_image, wanted=self.image_column)
             self._leaf = find(self.first_item(find))
         return self._leaf
 
-    def check_image(self) -> None:
-        """Check before any work that an encoder can read the value that is taken for the image.
-
-        Raises:
-            SourceError: the value is an array of a shape or dtype that images do not have.
-        """
+    def check_columns(self) -> None:
+        if self.image_column is None:
+            return  # An image that was looked for and found is one.
         value = at(self.first_item(), self.image_leaf())
         if isinstance(value, Tensor | np.ndarray) and not may_be_image(value):
             advice = MANY_CHANNELS if value.ndim == 3 else "Images are [H, W], [C, H, W] or [H, W, C] of real numbers."
@@ -147,11 +131,6 @@ class ItemSource(ItemReader):
             return to_rgb(leaf, self.scale() if needs_scale(leaf) else None)
 
     def check(self, index: int) -> None:
-        """Check that a sample can be read: its image as the encoder sees it, and any other images in its item.
-
-        Raises:
-            SourceError: the item or one of its images cannot be read.
-        """
         self.image(index)
         if self._several_images is None:
             self._several_images = len(image_leaves(self.first_item())) > 1
@@ -183,18 +162,18 @@ class ItemSource(ItemReader):
         targets = self.targets()
         labels = to_labels(targets) if targets is not None else None
         if self.modality == "image":
-            self._check_classes(labels, known=targets is not None and targets.names is not None)
-        if labels is None and not self._told_no_classes:
-            self._told_no_classes = True
+            self._check_classes(labels, has_names=targets is not None and targets.names is not None)
+        if labels is None and not self._logged_no_classes:
+            self._logged_no_classes = True
             logger.info("%s: no classes found: bins over the whole set", self.describe())
         return labels
 
-    def _check_classes(self, labels: Labels | None, *, known: bool) -> None:
+    def _check_classes(self, labels: Labels | None, *, has_names: bool) -> None:
         """Check that the classes that were found are plausible, and otherwise ask the user which classes to use.
 
         Args:
             labels: the classes that were found, or None.
-            known: whether the dataset itself lists the names of its classes.
+            has_names: whether the dataset itself lists the names of its classes.
 
         Raises:
             SourceError: the column that was named holds no classes; or none was named, there are at least 20 samples,
@@ -205,7 +184,7 @@ class ItemSource(ItemReader):
         if named is (labels is not None):
             return
         different = 0 if labels is None else len(np.unique(labels.values.numpy()))
-        if labels is not None and (known or len(self) < _FEW or different <= len(self) / 2):
+        if labels is not None and (has_names or len(self) < _FEW or different <= len(self) / 2):
             return
         item, leaf = self.first_item(), self.target_leaf()
         place = leaf[-1] if leaf else None
@@ -241,13 +220,13 @@ class ItemSource(ItemReader):
         """The path of keys and positions that leads to the target inside an item, or None without a target."""
         return find_target(self.first_item(), self.image_leaf(), self.label_column)
 
-    def spot_targets(self, leaf: Leaf) -> dict[int, Any]:
+    def sampled_targets(self, leaf: Leaf) -> dict[int, Any]:
         """The targets of 16 evenly spaced items by position; with `skips`, unreadable items among them are left out.
 
         Args:
             leaf: path that leads to the target inside an item.
         """
-        items = {index: self.tried(index) for index in evenly_spaced(len(self), SPOT_CHECKS)}
+        items = {index: self.tried(index) for index in evenly_spaced(len(self), SAMPLED_ITEMS)}
         return {index: target_of(item, leaf) for index, item in items.items() if not isinstance(item, Unreadable)}
 
     def targets(self) -> Targets | None:
@@ -263,13 +242,13 @@ class ItemSource(ItemReader):
         leaf = self.target_leaf()
         if leaf is None:
             return None
-        spots = self.spot_targets(leaf)
-        seen = as_targets(list(spots.values()))
-        if seen is None and any(value is not None for value in spots.values()):
+        sampled = self.sampled_targets(leaf)
+        seen = as_targets(list(sampled.values()))
+        if seen is None and any(value is not None for value in sampled.values()):
             return None
         listed = self.listed_targets()
         if listed is not None and seen is not None:
-            there = listed.values[list(spots)]
+            there = listed.values[list(sampled)]
             if there.dtype.kind == seen.values.dtype.kind and np.array_equal(there, seen.values):
                 return listed
         return self.scan()[1]
@@ -336,7 +315,7 @@ class ItemSource(ItemReader):
             found = find_state(
                 self.plain_view(),
                 self.given,
-                lambda others: digest_of(len(self), self.image_leaf(), self.spot_digest(others)),
+                lambda others: digest_of(len(self), self.image_leaf(), self.sample_digest(others)),
                 without=TRANSFORM_NAMES,
             )
             if self._state is not None:
@@ -345,14 +324,7 @@ class ItemSource(ItemReader):
         return self._state
 
     def marks(self, *, fresh: bool) -> str:
-        """A text by which a change of the data while they are processed is noticed, without reading them all.
-
-        It is empty where the identity is not a digest of all items. Adapters of files use times, so that a change that
-        was undone is noticed too.
-
-        Args:
-            fresh: if True, the text for the data at present; if False, for the data when the identity was determined.
-        """
+        # Adapters of files use times, so that a change that was undone is noticed too.
         return self.state(fresh=fresh).digest if self.by_items else ""
 
     def state_key(self) -> str:
@@ -373,16 +345,16 @@ class ItemSource(ItemReader):
             return self.digest(memory)
         return self._scan[0] if self._scan is not None else memory.recall(self.state_key())
 
-    def spot_digest(self, others: bool = False) -> str:
+    def sample_digest(self, others: bool = False) -> str:
         """Digest of 16 evenly spaced plain items.
 
         Args:
             others: if True, digest up to 4 items at other positions instead.
         """
-        spots = evenly_spaced(len(self), SPOT_CHECKS)
+        sampled = evenly_spaced(len(self), SAMPLED_ITEMS)
         if others:
-            spots = sorted(set(evenly_spaced(len(self), 2 * SPOT_CHECKS)).difference(spots))[:OTHER_SPOTS]
-        return digest_of([self.digested(index)[1] for index in spots])
+            sampled = sorted(set(evenly_spaced(len(self), 2 * SAMPLED_ITEMS)).difference(sampled))[:OTHER_ITEMS]
+        return digest_of([self.digested(index)[1] for index in sampled])
 
     def check_repeatable(self) -> None:
         self._check_reads()
@@ -392,11 +364,11 @@ class ItemSource(ItemReader):
     def _check_reads(self) -> None:
         if self._repeatable:
             return
-        generators, spots = generators_in(self.plain_view()), evenly_spaced(len(self), SPOT_CHECKS)
+        generators, sampled = generators_in(self.plain_view()), evenly_spaced(len(self), SAMPLED_ITEMS)
         with isolated_random_state():
             before = random_states(generators)
-            first = {index: self.digested(index)[1] for index in spots}
-            self._compare_reads(first, spots)
+            first = {index: self.digested(index)[1] for index in sampled}
+            self._compare_reads(first, sampled)
             if random_states(generators) != before:
                 # The numbers drawn may change an item only rarely, so a few items are read many times.
                 self._compare_reads(first, evenly_spaced(len(self), _READ_OFTEN) * _OFTEN)

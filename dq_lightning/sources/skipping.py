@@ -7,6 +7,7 @@ from typing import Any
 
 from dq_lightning.core.errors import SourceError, may_pass
 from dq_lightning.core.records import DigestMemory
+from dq_lightning.sources.base import Source
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,14 @@ class Unreadable:
     reason: str
 
 
-def readable_items(source: Any, positions: Iterable[int]) -> Iterator[tuple[int, Any]]:
+def readable_items(source: Source, positions: Iterable[int]) -> Iterator[tuple[int, Any]]:
     """Iterate over (position, plain item) of the samples that can be read.
 
     Code that looks at samples which may not be selected uses this function, because only the features record which
     samples are left out. Whether an unreadable sample ends the run is decided where all needed samples are read.
 
     Args:
-        source: source with a method `plain(position)`.
+        source: source of the samples.
         positions: positions of the samples to read.
 
     Raises:

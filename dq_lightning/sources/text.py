@@ -62,17 +62,11 @@ class TextRows(ItemSource):
         return self.texts([index])[0]
 
     def texts(self, positions: Sequence[int]) -> list[str]:
-        """The texts that are embedded of the rows at the given positions, which are read together.
-
-        Raises:
-            SourceError: a row has no such text. The message names row and column.
-        """
         template, part = self.template(), self.settings.embed
         rows = self.rows(positions)
         return [template.embedded_text(row, part, index) for index, row in zip(positions, rows, strict=True)]
 
     def text_identity(self) -> dict[str, Any]:
-        """Everything that decides, in addition to the rows, which text is embedded; a part of cache keys."""
         template = self.template()
         return {"template": template.name, "columns": list(template.all_columns), "embed": self.settings.embed}
 
@@ -89,6 +83,12 @@ class TextRows(ItemSource):
 
     def encoded(self, index: int) -> EncodedImage | None:
         return None
+
+    def check(self, index: int) -> None:
+        self.texts([index])
+
+    def check_columns(self) -> None:
+        self.template()
 
     def check_repeatable(self) -> None:
         self._check_reads()

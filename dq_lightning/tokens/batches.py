@@ -84,19 +84,19 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """
     packs: list[list[int]] = []
     # Pairs (tokens left, number of the sequence), ascending.
-    room: list[tuple[int, int]] = []
+    open_packs: list[tuple[int, int]] = []
     for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if lengths[row] > capacity:
             raise ConfigError(f"row {row} has {lengths[row]} tokens, a packed sequence {capacity}: lower max_length")
-        place = bisect.bisect_left(room, (lengths[row], -1))
-        if place == len(room):
+        place = bisect.bisect_left(open_packs, (lengths[row], -1))
+        if place == len(open_packs):
             packs.append([row])
             left, number = capacity - lengths[row], len(packs) - 1
         else:
-            left, number = room.pop(place)
+            left, number = open_packs.pop(place)
             packs[number].append(row)
             left -= lengths[row]
-        bisect.insort(room, (left, number))
+        bisect.insort(open_packs, (left, number))
     return packs
 
 

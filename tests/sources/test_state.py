@@ -18,11 +18,11 @@ from torchvision.datasets import ImageFolder
 
 from dq_lightning import as_source
 from dq_lightning.sources.items import evenly_spaced
-from dq_lightning.sources.reading import SPOT_CHECKS
+from dq_lightning.sources.reading import SAMPLED_ITEMS
 
 COUNT = 60
 # an item that is not among those that are looked at
-HIDDEN = next(i for i in range(COUNT) if i not in evenly_spaced(COUNT, SPOT_CHECKS))
+HIDDEN = next(i for i in range(COUNT) if i not in evenly_spaced(COUNT, SAMPLED_ITEMS))
 PIXELS = np.random.default_rng(0).integers(0, 255, (COUNT, 6, 5, 3), dtype=np.uint8)
 CLASSES = [i % 2 for i in range(COUNT)]
 ROWS = [[1, 0], [0, 1]]

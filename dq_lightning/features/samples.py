@@ -1,0 +1,48 @@
+"""What encoders need of a dataset. The sources of the package have all of it, and parts of a source have some."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from PIL import Image
+
+
+class ImageSource(Protocol):
+    """A dataset of images, which can be encoded."""
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int, /) -> Image.Image:
+        """Return the RGB image of a sample."""
+        ...
+
+    def decode_warning(self, index: int, /) -> str | None:
+        """Return a warning if the sample's pixels may have been decoded wrongly, or None."""
+        ...
+
+
+class TextSource(Protocol):
+    """A dataset of texts, which can be encoded."""
+
+    def __len__(self) -> int: ...
+
+    def texts(self, positions: Sequence[int], /) -> list[str]:
+        """Return the texts of the samples at `positions`, in this order."""
+        ...
+
+
+class SampleSource(ImageSource, TextSource, Protocol):
+    """A dataset of images or of texts; only the methods of its kind are called."""
+
+
+class CheckedSource(SampleSource, Protocol):
+    """A dataset whose samples can be checked one by one.
+
+    Attributes:
+        modality: `"image"` or `"text"`.
+    """
+
+    modality: str
+
+    def check(self, index: int, /) -> None:
+        """Read a sample and ignore the result; a `SourceError` is raised if it cannot be read."""
+        ...
