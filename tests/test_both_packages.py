@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 import dq_lightning
 import dq_lightning.pytorch
 from dq_lightning.core.errors import ConfigError
-from dq_lightning.pipeline import build as building
+from dq_lightning.pipeline import extracting
 from tests.lightning_scripts.common import QUIET, Recorder, held_out, photos
 from tests.test_distributed import environment
 from tests.test_lightning_cli import CONFIG, LinkedCLI
@@ -131,7 +131,7 @@ def test_a_data_module_of_either_package_is_wrapped(package, quantized, model, o
 @pytest.mark.parametrize("task", ["fit", "validate", "test", "predict"])
 @pytest.mark.parametrize("by_name", [True, False])
 def test_the_wrong_pair_is_told_before_any_work(package, quantized, model, task, by_name, tmp_path, monkeypatch):
-    monkeypatch.setattr(building, "extract_features", lambda *a, **k: pytest.fail("work was done"))
+    monkeypatch.setattr(extracting, "extract_features", lambda *a, **k: pytest.fail("work was done"))
     module = quantized(photos(40), val=held_out(), test=held_out(), predict=held_out(), cache_dir=tmp_path, **GIVEN)
     run = getattr(trainer(package), task)
     fitting = "from dq_lightning import Q" if package is L else r"from dq_lightning\.pytorch import Q"

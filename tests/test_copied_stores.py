@@ -39,16 +39,16 @@ pytestmark = pytest.mark.usefixtures("quick_collections")
 @pytest.fixture
 def other_device(monkeypatch):
     """Call it, and the features that are made from then on are those of another device: other bins, the same identity."""
-    from dq_lightning.pipeline import build as building
+    from dq_lightning.pipeline import extracting
 
-    real = building.extract_features
+    real = extracting.extract_features
 
     def elsewhere(*given, **settings):
         made = real(*given, **settings)
         noise = torch.randn(made.embedding.shape, generator=torch.Generator().manual_seed(1))
         return replace(made, embedding=made.embedding + noise)
 
-    return lambda: monkeypatch.setattr(building, "extract_features", elsewhere)
+    return lambda: monkeypatch.setattr(extracting, "extract_features", elsewhere)
 
 
 def made(cache, config=CONFIG):

@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader
 from dq_lightning import BinConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig
 from dq_lightning.core.errors import CacheError, ConfigError
 from dq_lightning.loading.options import DataModuleOptions, StoreOptions
-from dq_lightning.pipeline import binning
-from dq_lightning.pipeline import build as flow
+from dq_lightning.pipeline import binning, extracting, selecting
 from tests.lightning_scripts.common import Recorder, held_out, name_of, photos, trainer
 
 
@@ -44,7 +43,7 @@ def ready(module):
 def builds(monkeypatch):
     """Names of the stations that computed something, in order."""
     ran = []
-    for place, name in ((flow, "extract_features"), (binning, "make_bins"), (flow, "select")):
+    for place, name in ((extracting, "extract_features"), (binning, "make_bins"), (selecting, "select")):
         real = getattr(place, name)
         monkeypatch.setattr(place, name, lambda *a, _name=name, _real=real, **k: (ran.append(_name), _real(*a, **k))[1])
     return ran

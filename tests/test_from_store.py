@@ -237,7 +237,7 @@ def test_what_cannot_be_packed_is_told_before_the_work(tmp_path, monkeypatch):
             # what is done to the transformed image is in no attribute
             return (image, label) if self.transform is None else (self.transform(image) + 1, label)
 
-    monkeypatch.setattr("dq_lightning.pipeline.build.extract_features", None)
+    monkeypatch.setattr("dq_lightning.pipeline.extracting.extract_features", None)
     with pytest.raises(SourceError, match="can't be made from its plain items"):
         ready(Hidden(), tmp_path, store="packed")
 
@@ -254,7 +254,7 @@ def test_damage_inside_the_cache_is_repaired(tmp_path, caplog):
 
 def test_a_full_disk_is_told_before_the_work(tmp_path, monkeypatch):
     asked = []
-    for module in ("build", "packing"):
+    for module in ("extracting", "packing"):
         monkeypatch.setattr(f"dq_lightning.pipeline.{module}.require_space", lambda path, needed: asked.append(needed))
     info = ready(photos(COUNT, None), tmp_path, store="packed").info
     features, packed = asked
@@ -265,7 +265,7 @@ def test_a_full_disk_is_told_before_the_work(tmp_path, monkeypatch):
     def full(path, needed):
         raise CacheError("no room")
 
-    monkeypatch.setattr("dq_lightning.pipeline.build.require_space", full)
+    monkeypatch.setattr("dq_lightning.pipeline.extracting.require_space", full)
     with pytest.raises(CacheError, match="no room"):
         quantize(photos(COUNT, None), cache_dir=tmp_path / "other")
     assert not list((tmp_path / "other").glob("[1-5]-*/[0-9a-f]*"))

@@ -135,7 +135,7 @@ class Sensor:
 def several(monkeypatch):
     """`"auto"` means two processes, however short the reading is."""
     monkeypatch.setattr(loading, "choose_num_workers", lambda batches, device: 2)
-    monkeypatch.setattr("dq_lightning.pipeline.patching._num_workers", lambda plan, count: 2)
+    monkeypatch.setattr("dq_lightning.pipeline.scoring._num_workers", lambda plan, count: 2)
     monkeypatch.setattr("dq_lightning.loading.loaders.automatic_workers", lambda processes=1: 2)
 
 

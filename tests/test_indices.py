@@ -28,7 +28,7 @@ from dq_lightning.commands.reconstruction import reconstruct_images
 from dq_lightning.core.errors import CacheError, ConfigError, DQError, StoreError
 from dq_lightning.exports.images import write_image_folder
 from dq_lightning.features import choose
-from dq_lightning.pipeline import build as building
+from dq_lightning.pipeline import binning, extracting, filling, scoring, selecting
 from tests.lightning_scripts.common import Recorder, name_of, photos, trainer
 
 CHOSEN = [3, 30, 11, 7]
@@ -40,9 +40,9 @@ def no_encoder(monkeypatch):
     """Whoever asks for an encoder, features or bins fails."""
     for place, name in (
         (choose, "EncoderSpec"),
-        (building, "extract_features"),
-        (building, "bins_of"),
-        (building, "select"),
+        (extracting, "extract_features"),
+        (binning, "bins_of"),
+        (selecting, "select"),
     ):
         monkeypatch.setattr(place, name, lambda *a, _name=name, **k: pytest.fail(f"{_name} was used"))
 
@@ -224,8 +224,8 @@ def test_reconstruct_is_found_again(tmp_path, images, no_encoder, caplog, monkey
     data, given = ImageFolder(images), {"indices": tmp_path / "chosen.npy", "progress": False}
     made = reconstruct_images(data, PATCHES, cache_dir=tmp_path / "cache", **given)
     folder = write_image_folder(made, tmp_path / "first")
-    monkeypatch.setattr(building, "score_selection", lambda *a, **k: pytest.fail("computed again"))
-    monkeypatch.setattr(building, "write_filled", lambda *a, **k: pytest.fail("filled again"))
+    monkeypatch.setattr(scoring, "score_selection", lambda *a, **k: pytest.fail("computed again"))
+    monkeypatch.setattr(filling, "write_filled", lambda *a, **k: pytest.fail("filled again"))
     made = reconstruct_images(data, PATCHES, cache_dir=tmp_path / "cache", **given)
     again = write_image_folder(made, tmp_path / "second")
     assert "reusing the compact set" in caplog.text
@@ -238,12 +238,12 @@ def test_reconstruct_is_found_again(tmp_path, images, no_encoder, caplog, monkey
 def test_reconstruct_goes_on_after_an_interruption(tmp_path, images, no_encoder, monkeypatch):
     """What was scored and packed before the filling failed is not done again."""
     data = ImageFolder(images)
-    real = building.write_filled
-    monkeypatch.setattr(building, "write_filled", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+    real = filling.write_filled
+    monkeypatch.setattr(filling, "write_filled", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         reconstruct_images(data, PATCHES, cache_dir=tmp_path / "cache", progress=False)
-    monkeypatch.setattr(building, "write_filled", real)
-    monkeypatch.setattr(building, "score_selection", lambda *a, **k: pytest.fail("computed again"))
+    monkeypatch.setattr(filling, "write_filled", real)
+    monkeypatch.setattr(scoring, "score_selection", lambda *a, **k: pytest.fail("computed again"))
     made = reconstruct_images(data, PATCHES, cache_dir=tmp_path / "cache", progress=False)
     assert len(list(made)) == 40
 

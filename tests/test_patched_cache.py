@@ -10,8 +10,7 @@ from transformers import ViTMAEForPreTraining
 
 from dq_lightning import PackedDataset, PatchConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig, quantize
 from dq_lightning.core.errors import ConfigError, PatchError
-from dq_lightning.pipeline import build as building
-from dq_lightning.pipeline import filling, packing
+from dq_lightning.pipeline import extracting, filling, packing, scoring
 from dq_lightning.pipeline.patch_plan import PatchPlan
 from dq_lightning.pipeline.plan import FILLED, PATCHES, STORE, make_plan, station_parts
 from tests.lightning_scripts.common import photos
@@ -19,11 +18,11 @@ from tests.lightning_scripts.patched_images import small_mae
 
 COUNT = 60
 WORK = {
-    "features": (building, "extract_features"),
+    "features": (extracting, "extract_features"),
     "classifier": (PatchPlan, "load_scorer"),
-    "saliency": (building, "score_selection"),
+    "saliency": (scoring, "score_selection"),
     "store": (packing, "packed_items"),
-    "filling": (building, "write_filled"),
+    "filling": (filling, "write_filled"),
     "reconstructor": (filling, "Filler"),
 }
 

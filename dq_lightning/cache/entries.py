@@ -224,6 +224,27 @@ class Cache:
                 return found
             return self._make(target, parts, write, force)
 
+    def read(self, station: str, parts: dict[str, Any], read: Callable[[Path], Read]) -> Read | None:
+        """Find an entry and read it; None if it is not there, or proves damaged while it is read.
+
+        Args:
+            station: one of STATIONS, as in `find`.
+            parts: plain JSON that the key is made from, as in `find`.
+            read: function that reads the entry from its folder; it raises StoreError if the entry cannot be used.
+
+        Raises:
+            CacheError: the entry exists, but this process has no permission to read it.
+            StoreError: the entry cannot be used although its files are those that were written.
+        """
+        path = self.find(station, parts)
+        try:
+            return None if path is None else read(path)
+        except StoreError:
+            # The reader marked the entry as doubtful, or it was removed meanwhile, so this call compares all of its
+            # files.
+            path = self.find(station, parts)
+            return None if path is None else read(path)
+
     def load(
         self,
         station: str,

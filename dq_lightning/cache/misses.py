@@ -6,7 +6,7 @@ MAX_CHANGES = 4
 MAX_VALUE = 40
 MIN_DIGEST, SHOWN_DIGEST = 32, 8
 # Messages call these parts by the names that users know; in a key their names are shorter.
-NOUNS = {"5-store": "the compact set"}
+NOUNS = {"5-store": "the compact set", "6-filled": "the filled images"}
 DATA, DROP_RATIO = "source", "stored_patches.drop_ratio"
 NAMES = {
     "encoder": "the encoder",

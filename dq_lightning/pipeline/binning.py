@@ -1,4 +1,4 @@
-"""Station 2 for a plan: whiten the features if the settings ask for it, leave out near-duplicates, and bin the rest."""
+"""The step "bins": whiten the features if the settings ask for it, leave out near-duplicates, and bin the rest."""
 
 from dataclasses import replace
 
@@ -7,10 +7,17 @@ from torch import Tensor
 
 from dq_lightning.bins.duplicates import find_duplicates, spread_bins
 from dq_lightning.bins.make import make_bins
+from dq_lightning.cache.tensors import write_bins
 from dq_lightning.core.console import get_logger
-from dq_lightning.core.records import Bins, Features, Selection
+from dq_lightning.core.records import Bins, Features
 from dq_lightning.features.whitening import whiten
 from dq_lightning.pipeline.plan import Plan
+from dq_lightning.pipeline.step import Task
+
+
+def make_bins_entry(task: Task, features: Features) -> None:
+    """Write the entry of the bins of all N samples."""
+    write_bins(task.folder, bins_of(task.plan, features, device=task.device, progress=task.progress))
 
 
 def bins_of(plan: Plan, features: Features, *, device: str, progress: bool) -> Bins:
@@ -57,21 +64,6 @@ def bins_of(plan: Plan, features: Features, *, device: str, progress: bool) -> B
         progress=None if progress else False,
     )
     return bins if kept is None else replace(spread_bins(bins, kept, total), num_unreadable=skipped)
-
-
-def tell_lost_classes(plan: Plan, bins: Bins, selection: Selection) -> None:
-    """Log a warning that names the classes of which no sample is kept."""
-    labels = plan.labels
-    if labels is None:
-        return
-    lost = sorted(set(labels.values[bins.assignment >= 0].tolist()) - set(labels.values[selection.index].tolist()))
-    if lost:
-        names = labels.names or ()
-        first = ", ".join(names[group] if group < len(names) else str(group) for group in lost[:5])
-        get_logger().warning(
-            f"no sample is kept of {len(lost)} of {labels.num_classes} classes ({first}{', ...' if len(lost) > 5 else ''}): "
-            "they are too small for this keep_ratio; raise it"
-        )
 
 
 def _refined(features: Features, kept: Tensor | None, *, whitened: bool) -> Features:

@@ -1,6 +1,7 @@
 """Read and write compact sets on the disk: find one in the cache, or open any folder that holds a complete entry."""
 
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +48,7 @@ class Compact:
         parts: parts of the key of every station; empty for an entry that was opened outside of the cache.
         config: settings that the set was made with.
         patches: facts about the patches of a store of patches, else None.
+        store_digest: digest of a store of patches, as `PackedDataset.digest` gives it, else None.
         filled: folder of the same samples with their dropped patches filled, if they were filled before training; else
             None.
     """
@@ -56,6 +58,7 @@ class Compact:
     parts: Parts = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     patches: PatchFacts | None = None
+    store_digest: str | None = None
     filled: Path | None = None
 
 
@@ -128,35 +131,22 @@ def find_by_parts(parts: Parts, cache: Cache) -> Compact | None:
 
     If the parts name filled images, the result contains their folder, and it is None if they are missing.
     """
-    path = cache.find(STORE, parts[STORE])
-    if path is None:
-        return None
-    try:
-        compact = open_compact(path, parts)
-    except StoreError:
-        # The failed read asked the cache to compare all files of this entry, or the entry was removed meanwhile. This
-        # second lookup therefore finds out whether it is damaged.
-        path = cache.find(STORE, parts[STORE])
-        if path is None:
-            return None
-        compact = open_compact(path, parts)
-    if FILLED not in parts:
+    compact = cache.read(STORE, parts[STORE], partial(open_compact, parts=parts))
+    if compact is None or FILLED not in parts:
         return compact
-    filled = cache.find(FILLED, filled_parts(store_digest(path), parts[FILLED]["reconstructor"]))
-    return replace(compact, filled=filled) if filled is not None else None
+    filled = cache.find(FILLED, filled_key(parts[FILLED], compact))
+    return None if filled is None else replace(compact, filled=filled)
 
 
-def store_digest(folder: Path) -> str:
-    """Return the value of `PackedDataset.digest` of a packed store without opening the store.
+def filled_key(own: dict[str, Any], compact: Compact) -> dict[str, Any]:
+    """Return the parts of the key of a compact set's filled images, as `filled_parts` makes them.
 
-    Raises:
-        StoreError: the folder holds no packed store, or a damaged one.
+    Args:
+        own: the plan's own parts of the station, which name the reconstructor.
+        compact: compact set that is a store of patches.
     """
-    try:
-        return sealed_digest(read_sealed(folder / STORE_FILE))
-    except (OSError, DQError) as error:
-        cast_doubt(folder)
-        raise StoreError(f"{folder} holds no packed store that can be used ({error}): copy it again") from error
+    assert compact.store_digest is not None
+    return filled_parts(compact.store_digest, own["reconstructor"])
 
 
 def set_folder(path: str | Path) -> Path:
@@ -205,14 +195,14 @@ def open_compact(
             reused=reused,
             **(_costs(patches) if patches else {}),
         )
-        config = described["config"]
+        digest = sealed_digest(read_sealed(path / STORE_FILE)) if patches else None
     except (OSError, DQError, KeyError, TypeError, ValueError) as error:
         cast_doubt(path)
         raise StoreError(
             f"{path} holds no compact set that can be used ({error}): in a cache the next run makes it again, a copy must be "
             "copied again"
         ) from error
-    return Compact(info, selection, parts or {}, config, patches)
+    return Compact(info, selection, parts or {}, described["config"], patches, digest)
 
 
 def _check_described(described: dict[str, Any], selection: Selection) -> None:

@@ -1,4 +1,4 @@
-"""Fill the dropped patches of packed images: run the reconstructor over the samples of a store."""
+"""The step "filling": run the reconstructor over the samples of a store, so that their dropped patches are filled."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +21,34 @@ from dq_lightning.packed.patches import image_leaf, unpack_image
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.packed.writer import Item, write_packed
 from dq_lightning.patches.fill import fill_pixels
+from dq_lightning.pipeline.compact import Compact
 from dq_lightning.pipeline.patch_plan import PatchPlan
+from dq_lightning.pipeline.step import Task
 from dq_lightning.sources.items import at, with_value
 
 # Number of batches of samples that are read before they are grouped: images of one size and number of patches share a
 # batch.
 WINDOW = 8
 MEASURED_SAMPLES = 64
+
+
+def make_filled(task: Task, compact: Compact) -> None:
+    """Write the entry of the filled images of a store of patches.
+
+    Raises:
+        StoreError: the store is damaged, was removed, or is another one than the key of this entry names.
+        CacheError: the disk has too little space.
+    """
+    assert task.plan.patches is not None
+    write_filled(
+        task.folder,
+        Path(compact.info.path),
+        task.parts["store"],
+        task.plan.patches,
+        device=task.device,
+        progress=task.progress,
+        shards=task.shards("filling"),
+    )
 
 
 def write_filled(

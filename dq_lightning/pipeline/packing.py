@@ -1,4 +1,4 @@
-"""Write the selected samples of a plan to a packed store, with whole images or with kept patches only."""
+"""The step "store": write the compact set, with row numbers alone, whole samples, or samples with kept patches."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dq_lightning.cache.entries import require_space
-from dq_lightning.cache.shards import KeptShards
 from dq_lightning.cache.tensors import write_selection
 from dq_lightning.core.errors import CacheError, SourceError, StoreError
 from dq_lightning.core.isolation import isolated_random_state
@@ -20,7 +19,7 @@ from dq_lightning.identity.values import digest_of
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.packed.writer import Item, estimate_bytes, write_packed
 from dq_lightning.pipeline.compact import write_description
-from dq_lightning.pipeline.patch_bytes import measure_bytes
+from dq_lightning.pipeline.patch_bytes import PatchFacts, measure_bytes
 from dq_lightning.pipeline.patching import (
     TRIED_SAMPLES,
     check_packable,
@@ -30,6 +29,7 @@ from dq_lightning.pipeline.patching import (
     with_all_patches,
 )
 from dq_lightning.pipeline.plan import Plan
+from dq_lightning.pipeline.step import Task, reading_again
 from dq_lightning.sources.items import evenly_spaced, plain_parts
 from dq_lightning.sources.skipping import readable_items
 
@@ -37,59 +37,93 @@ from dq_lightning.sources.skipping import readable_items
 MEASURED_SAMPLES = 16
 
 
-def write_whole(folder: Path, plan: Plan, selection: Selection, shards: KeptShards) -> None:
-    """Write the entry of a packed store with whole images: selection, samples and description.
+def make_store(task: Task, selection: Selection, scored: tuple[Tensor, Tensor] | None = None) -> None:
+    """Write the entry of the compact set: its selection and description, and the samples if the plan packs them.
 
-    The samples are plain items, that is, items without the user's transforms.
-
-    Args:
-        folder: folder of the entry.
-        plan: plan of the run.
-        selection: the M kept samples.
-        shards: keeps finished samples, so that an interrupted run continues.
-
-    Raises:
-        StoreError: a sample cannot be stored.
-        SourceError: a sample cannot be read.
-        CacheError: the disk has too little space.
-    """
-    few = selection.index[:: max(1, len(selection) // MEASURED_SAMPLES)]
-    shards.reserve_bytes = estimate_bytes(_whole_items(plan, few), len(selection))
-    require_space(folder, shards.reserve_bytes)
-    shards.made_from = selection.content_hash()
-    write_selection(folder, selection)
-    _write_samples(folder, plan, selection, partial(_whole_items, plan, selection.index), shards)
-    write_description(folder, plan)
-
-
-def write_patches(
-    folder: Path, plan: Plan, selection: Selection, scores: Tensor, sizes: Tensor, shards: KeptShards
-) -> None:
-    """Choose the patches to keep, and write the entry of a store of patches: selection, samples and description.
+    Packed samples are plain items, that is, items without the user's transforms.
 
     Args:
-        folder: folder of the entry.
-        plan: plan of the run.
+        task: task of the step.
         selection: the M kept samples.
-        scores: float32 [sum of L_i], score of every patch, image after image.
-        sizes: int32 [M, 2], (height, width) of every image in pixels.
-        shards: keeps finished samples, so that an interrupted run continues.
+        scored: scores float32 [sum of L_i] of every patch, image after image, and sizes int32 [M, 2] of the images,
+            (height, width) in pixels; None where all patches are kept.
 
     Raises:
         PatchError: the patches do not fit into `max_bytes`, or an image cannot be cut into patches where it must be.
         StoreError: a sample cannot be stored.
         SourceError: a sample cannot be read.
+        ChangedError: the data changed while they were read.
         CacheError: the disk has too little space.
     """
+    plan, facts = task.plan, None
+    write_selection(task.folder, selection)
+    if plan.store_kind == "packed":
+        with reading_again(plan):
+            if scored is None:
+                _write_whole(task, selection)
+            else:
+                facts = _write_patches(task, selection, *scored)
+            task.check_unchanged()
+    write_description(task.folder, plan, facts)
+
+
+def _write_whole(task: Task, selection: Selection) -> None:
+    """Write the samples as they are."""
+    plan = task.plan
+    few = selection.index[:: max(1, len(selection) // MEASURED_SAMPLES)]
+    size = estimate_bytes(_whole_items(plan, few), len(selection))
+    items = partial(_whole_items, plan, selection.index)
+    _write_samples(task, selection, items, size, made_from=selection.content_hash())
+
+
+def _write_patches(task: Task, selection: Selection, scores: Tensor, sizes: Tensor) -> PatchFacts:
+    """Choose the patches to keep, and write the samples with these patches in place of their images."""
+    plan = task.plan
     choice = choose(plan, selection, scores, sizes)
     facts = measure_bytes(plan, selection, choice)
-    shards.reserve_bytes = round(facts.unpatched_bytes * facts.keep_ratio)
-    require_space(folder, shards.reserve_bytes)
-    shards.made_from = f"{selection.content_hash()} {choice.content_hash()}"
-    write_selection(folder, selection)
-    attributes = {"image_place": list(image_place(plan)), "one_size": bool((sizes == sizes[:1]).all())}
-    _write_samples(folder, plan, selection, partial(packed_items, plan, selection, choice), shards, **attributes)
-    write_description(folder, plan, facts)
+    _write_samples(
+        task,
+        selection,
+        partial(packed_items, plan, selection, choice),
+        round(facts.unpatched_bytes * facts.keep_ratio),
+        made_from=f"{selection.content_hash()} {choice.content_hash()}",
+        image_place=list(image_place(plan)),
+        one_size=bool((sizes == sizes[:1]).all()),
+    )
+    return facts
+
+
+def _write_samples(
+    task: Task,
+    selection: Selection,
+    items: Callable[[int], Iterator[Item]],
+    size: int,
+    made_from: str,
+    **attributes: Any,
+) -> None:
+    """Write samples in the packed format.
+
+    Args:
+        task: task of the step.
+        selection: the M kept samples.
+        items: function that yields the samples from a number on.
+        size: about how many bytes they will take.
+        made_from: digest of what the samples are made from beside the data, for the shards of an interrupted run.
+        **attributes: further facts that the store keeps.
+    """
+    require_space(task.folder, size)
+    shards = task.shards("packing")
+    shards.reserve_bytes, shards.made_from = size, made_from
+    source = task.plan.source
+    write_packed(
+        task.folder,
+        items,
+        ids=[source.sample_id(i) for i in selection.index.tolist()],
+        index=selection.index,
+        bins=selection.bin,
+        attributes={"source": source.describe()} | attributes,
+        shards=shards,
+    )
 
 
 def check_storable(plan: Plan, finisher: Any = None) -> None:
@@ -186,44 +220,6 @@ def _check_finished(plan: Plan, finish: Callable[[Any], Any], position: int, sto
     )
 
 
-@contextmanager
-def reading_again(plan: Plan) -> Iterator[None]:
-    """Add to the error of an unreadable sample that it could be read before, if features were made from it.
-
-    Raises:
-        SourceError: the block raised a SourceError; the message is extended if features were made by reading the
-            samples.
-    """
-    try:
-        yield
-    except SourceError as error:
-        if not plan.reads_for_features:
-            raise
-        raise SourceError(
-            "A sample whose image was read for its features can't be read any more: the dataset changed between two reads, or "
-            f"another part of the sample is damaged. {error}"
-        ) from error
-
-
 def _whole_items(plan: Plan, index: Tensor, start: int = 0) -> Iterator[Item]:
     for position in index[start:].tolist():
         yield plain_parts(plan.source.plain(position)), plan.source.encoded(position)
-
-
-def _write_samples(
-    folder: Path,
-    plan: Plan,
-    selection: Selection,
-    items: Callable[[int], Iterator[Item]],
-    shards: KeptShards,
-    **attributes: Any,
-) -> None:
-    write_packed(
-        folder,
-        items,
-        ids=[plan.source.sample_id(i) for i in selection.index.tolist()],
-        index=selection.index,
-        bins=selection.bin,
-        attributes={"source": plan.source.describe()} | attributes,
-        shards=shards,
-    )

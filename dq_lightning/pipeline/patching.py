@@ -1,4 +1,4 @@
-"""Station 4 for a plan: score the patches of the kept samples, choose among them, and pack the samples."""
+"""Choose among the scored patches of the kept samples, and cut the chosen ones out of the images."""
 
 import os
 from collections import deque
@@ -13,97 +13,21 @@ from torch import Tensor
 
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import PatchError, StoreError
-from dq_lightning.core.handles import FORK, loader_processes
-from dq_lightning.core.isolation import isolated, release_memory
 from dq_lightning.core.records import Grid, PatchChoice, PatchedImage, Selection
-from dq_lightning.core.resuming import Shards
-from dq_lightning.core.workers import automatic_workers, torch_threads
-from dq_lightning.features.encoders import resolve_device
+from dq_lightning.core.workers import torch_threads
 from dq_lightning.packed.patches import can_keep_patches, check_patches, image_size, pack_image
 from dq_lightning.packed.writer import Item
 from dq_lightning.patches.choose import choose_patches, kept_count, make_choice, spread_budget
-from dq_lightning.patches.saliency import ClassifierScorer
-from dq_lightning.patches.score import score_images, split_scores
+from dq_lightning.patches.score import split_scores
 from dq_lightning.pipeline.patch_plan import PatchPlan
 from dq_lightning.pipeline.plan import Plan
 from dq_lightning.sources.items import at, evenly_spaced, plain_parts, with_value
 from dq_lightning.sources.skipping import readable_items
 
-# Fewer images than this are read faster in one process than loader processes start.
-WORKERS_PAY_FROM = 512
 BUDGET_ROUNDS = 8
 # So many samples are checked before the long work.
 TRIED_SAMPLES = 8
 NAMED_SAMPLES = 5
-
-
-def score_selection(
-    plan: Plan, selection: Selection, *, device: str, progress: bool, shards: Shards | None = None
-) -> tuple[Tensor, Tensor]:
-    """Score every patch of the kept samples.
-
-    Args:
-        plan: plan of the run.
-        selection: the M kept samples.
-        device: device that the classifier runs on.
-        progress: show a progress bar.
-        shards: keeps finished scores, so that an interrupted run continues; None keeps nothing.
-
-    Returns:
-        Scores float32 [sum of L_i], image after image, and sizes int32 [M, 2], (height, width) of every image; see
-        `score_images`.
-
-    Raises:
-        SourceError: an image cannot be read.
-        PatchError: the classifier cannot score patches, or scores are not finite.
-        FeatureError: the classifier's weights cannot be found or do not fit.
-    """
-    patches = patches_of(plan)
-    target = resolve_device(device)
-    labels = plan.labels if patches.classifier is not None else None
-    source, workers = loader_processes(plan.source, _num_workers(plan, len(selection)), asked=False, context=FORK)
-    try:
-        with isolated():
-            scorer = patches.load_scorer(str(target), labels.num_classes if labels is not None else None)
-            scored = score_images(
-                source,
-                selection.index,
-                scorer,
-                patches.patch_size,
-                labels=labels.values[selection.index] if labels is not None else None,
-                device=target,
-                batch_size=patches.config.batch_size,
-                num_workers=workers,
-                progress=progress,
-                shards=shards,
-            )
-            del scorer
-    finally:
-        release_memory()
-    return scored
-
-
-def check_saliency(plan: Plan, *, device: str) -> None:
-    """Check before the long work that the classifier can score patches, by scoring two images of noise.
-
-    Raises:
-        PatchError: the target layer of the classifier cannot be found, or the classifier fails on the images.
-        FeatureError: the weights of the classifier cannot be found.
-    """
-    patches = patches_of(plan)
-    if patches.classifier is None:
-        return
-    target, labels = resolve_device(device), plan.labels
-    try:
-        with isolated():
-            scorer = patches.load_scorer(str(target), labels.num_classes if labels is not None else None)
-            if isinstance(scorer, ClassifierScorer):
-                noise = torch.randint(0, 256, (2, 3, *patches.image_size), generator=torch.Generator().manual_seed(0))
-                classes = None if labels is None else torch.zeros(2, dtype=torch.int64, device=target)
-                scorer.check(noise.to(target, torch.uint8), classes)
-            del scorer
-    finally:
-        release_memory()
 
 
 def choose(plan: Plan, selection: Selection, scores: Tensor, sizes: Tensor) -> PatchChoice:
@@ -279,13 +203,6 @@ def _in_threads(calls: Iterator[Callable[[], Any]]) -> Iterator[Any]:
         finally:
             for future in waiting:
                 future.cancel()
-
-
-def _num_workers(plan: Plan, count: int) -> int:
-    asked = plan.config.features.num_workers
-    if asked != "auto":
-        return asked
-    return automatic_workers() if count >= WORKERS_PAY_FROM else 0
 
 
 def patches_of(plan: Plan) -> PatchPlan:

@@ -286,13 +286,13 @@ def usable_parts(plan: Plan, source: str, identities: dict[str, str]) -> list[Pa
     return [*own, station_parts(strict, source, identities)]
 
 
-def scored_parts(parts: Parts, selection: Selection) -> dict[str, Any]:
-    """Return the parts of the key of a selection's patch scores; they contain the content hash of the selection.
+def scored_parts(own: dict[str, Any], selection: Selection) -> dict[str, Any]:
+    """Return the parts of the key of a selection's patch scores: the plan's own, and the selection's content hash.
 
     The settings alone are not enough, because the same settings may select other samples on another device, where
     features differ in their last bits.
     """
-    return parts[PATCHES] | {"selection": selection.content_hash()}
+    return own | {"selection": selection.content_hash()}
 
 
 def filled_parts(store_digest: str, reconstructor: str) -> dict[str, Any]:

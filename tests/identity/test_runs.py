@@ -15,7 +15,7 @@ from dq_lightning.cache.entries import Cache
 from dq_lightning.core.errors import ChangedError
 from dq_lightning.loading.train_set import BuildOptions, DatasetTrainSet
 from dq_lightning.loading.wanted import Wanted
-from dq_lightning.pipeline import build as building
+from dq_lightning.pipeline import extracting
 from dq_lightning.pipeline import quantize as pipeline
 from tests.lightning_scripts.common import photos, to_tensor
 
@@ -77,7 +77,7 @@ def test_data_that_change_and_change_back_while_a_run_reads_them(kind, store, tm
     run("known")  # the identity of the data is remembered, where it can be
     for path in (tmp_path / "known").glob("[1-6]-*"):
         path.rename(tmp_path / path.name)
-    real = building.extract_features
+    real = extracting.extract_features
 
     def disturbed(*args, **options):
         write(folder, 100)
@@ -86,10 +86,10 @@ def test_data_that_change_and_change_back_while_a_run_reads_them(kind, store, tm
         finally:
             write(folder, 0)
 
-    monkeypatch.setattr(building, "extract_features", disturbed)
+    monkeypatch.setattr(extracting, "extract_features", disturbed)
     with pytest.raises(ChangedError, match="changed while it was read"):
         run("known")
-    monkeypatch.setattr(building, "extract_features", real)
+    monkeypatch.setattr(extracting, "extract_features", real)
     assert run("known").content_hash == run("other").content_hash
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, random_split
 
 from dq_lightning import QuantizedDataModule, quantize
-from dq_lightning.pipeline import build as building
+from dq_lightning.pipeline import extracting, selecting
 from tests.lightning_scripts.common import Recorder, photos, trainer
 
 REPORT: dict = {}
@@ -19,13 +19,13 @@ REPORT: dict = {}
 
 def count_builds(folder):
     """Leave a file for every time that features are made, by whichever process."""
-    real = building.extract_features
+    real = extracting.extract_features
 
     def counted(*args, **settings):
         (folder / f"build-{os.getpid()}-{time.time_ns()}").touch()
         return real(*args, **settings)
 
-    building.extract_features = counted
+    extracting.extract_features = counted
 
 
 def builds(folder):
@@ -112,11 +112,11 @@ def popen(folder):
     fit("too small", lambda rank: make(folder / "cache", batch_size=26, drop_last=True))
 
     rank = running.global_rank
-    real = building.select
-    building.select = other_seed(real) if rank else real
+    real = selecting.select
+    selecting.select = other_seed(real) if rank else real
     config = make(folder).config
     REPORT["own hash"] = quantize(photos(), config, cache_dir=folder / f"own-{rank}").content_hash
-    building.select = real
+    selecting.select = real
     fit("different sets", lambda rank: make(folder / f"own-{rank}"))
     fit("unseen cache", lambda rank: make(folder / f"empty-{rank}"))
     write(folder, rank)

@@ -1,0 +1,81 @@
+"""The step "selection": draw the same share of every bin, or take the positions that were chosen without bins."""
+
+import torch
+
+from dq_lightning.cache.tensors import write_selection
+from dq_lightning.core.console import get_logger
+from dq_lightning.core.errors import ConfigError
+from dq_lightning.core.records import Bins, Selection
+from dq_lightning.features.readable import find_unreadable
+from dq_lightning.pipeline.plan import Plan, keeps_all
+from dq_lightning.pipeline.step import Task
+from dq_lightning.selection.select import select
+
+
+def make_selection(task: Task, bins: Bins | None = None) -> None:
+    """Write the entry of the selection of M samples.
+
+    Args:
+        task: task of the step.
+        bins: bins of the N samples; None where the plan's samples were chosen without bins.
+
+    Raises:
+        ConfigError: all samples were asked for, but some cannot be read.
+        SourceError: two reads of one sample differ.
+    """
+    if bins is None:
+        selection = _chosen(task)
+    else:
+        settings = task.plan.config.selection
+        selection = select(
+            bins,
+            keep_ratio=settings.keep_ratio,
+            seed=settings.seed,
+            draw=settings.draw,
+            bin_weights=settings.bin_weights,
+        )
+        _tell_lost_classes(task.plan, bins, selection)
+    write_selection(task.folder, selection)
+
+
+def _chosen(task: Task) -> Selection:
+    """Return the selection of positions that were chosen without features; their bin is -1.
+
+    With `on_error="skip"` the samples that cannot be read are left out.
+
+    Raises:
+        ConfigError: all samples were asked for, but some cannot be read.
+    """
+    source, config, chosen = task.plan.source, task.plan.config, task.plan.candidates
+    source.check_repeatable()
+    total, unreadable = len(chosen), 0
+    if config.on_error == "skip":
+        left_out = find_unreadable(
+            source,
+            positions=chosen,
+            num_workers=config.features.num_workers,
+            progress=task.progress,
+            shards=task.shards("reading", part="reading"),
+        )
+        chosen, unreadable = chosen[~torch.isin(chosen, left_out)], len(left_out)
+    if unreadable and keeps_all(config):
+        raise ConfigError(
+            f"keep_ratio=1.0 of {total} samples wants all, but {unreadable} can't be read; lower keep_ratio, or pass the "
+            "others as indices="
+        )
+    return Selection(chosen, torch.full((len(chosen),), -1, dtype=torch.int16), unreadable)
+
+
+def _tell_lost_classes(plan: Plan, bins: Bins, selection: Selection) -> None:
+    """Log a warning that names the classes of which no sample is kept."""
+    labels = plan.labels
+    if labels is None:
+        return
+    lost = sorted(set(labels.values[bins.assignment >= 0].tolist()) - set(labels.values[selection.index].tolist()))
+    if lost:
+        names = labels.names or ()
+        first = ", ".join(names[group] if group < len(names) else str(group) for group in lost[:5])
+        get_logger().warning(
+            f"no sample is kept of {len(lost)} of {labels.num_classes} classes ({first}{', ...' if len(lost) > 5 else ''}): "
+            "they are too small for this keep_ratio; raise it"
+        )
