@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
+from dq_lightning.identity import networks
 
 MEMORY = Path("/dev/shm")
 
@@ -18,6 +21,21 @@ def warm(quick_collections):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def networks_described_once(monkeypatch):
+    """Hundreds of runs with the same networks look through them once; that is tested elsewhere."""
+    real, known = networks.described_module, {}
+
+    def described(module: nn.Module, without=()):
+        key = (id(module), tuple(without))
+        if key not in known:
+            # the module is kept, so that its number is not given to another one
+            known[key] = (module, real(module, without))
+        return known[key][1]
+
+    monkeypatch.setattr(networks, "described_module", described)
 
 
 @pytest.fixture

@@ -29,6 +29,8 @@ from tests.robustness.worlds import (
     forked,
     image_run,
     new_root,
+    points_of,
+    some_points,
     started,
     until,
 )
@@ -44,27 +46,27 @@ def outcome(run: Callable[[Path], Any], root: Path) -> CacheError | None:
 
 
 CODES = (errno.ENOSPC, errno.EIO, errno.EACCES)
+SHIFTS = [pytest.param(shift, marks=pytest.mark.slow) for shift in range(3)]
 
 
-@pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
-def test_fault_at_every_call(place: Path, code: int) -> None:
-    fail_at_every_call(place, "indices", code)
+@pytest.mark.parametrize("name", ["indices", "patches", "paid"])
+def test_faults_at_some_calls(place: Path, name: str) -> None:
+    fail_at_calls(place, name, CODES, every=False)
 
 
-@pytest.mark.parametrize("shift", [0, *(pytest.param(shift, marks=pytest.mark.slow) for shift in (1, 2))])
-def test_fault_at_every_call_of_the_step_on_patches(place: Path, shift: int) -> None:
-    fail_at_every_call(place, "patches", *CODES[shift:], *CODES[:shift])
+@pytest.mark.parametrize("name", ["indices", "patches", "paid"])
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_fault_at_every_call(place: Path, name: str, shift: int) -> None:
+    fail_at_calls(place, name, CODES[shift:] + CODES[:shift], every=True)
 
 
-def test_fault_at_every_call_of_a_run_that_costs_money(place: Path) -> None:
-    fail_at_every_call(place, "paid", *CODES)
-
-
-def fail_at_every_call(place: Path, name: str, *codes: int) -> None:
+def fail_at_calls(place: Path, name: str, codes: tuple[int, ...], every: bool) -> None:
     """Each call fails once, with the error codes in turn."""
     run, start, report = RUNS[name], started(name, place), place / "report.json"
-    run(new_root(start, place / "undisturbed"))
+    run(new_root(start, place / "warm"))
+    names = points_of(run, new_root(start, place / "undisturbed"))
     expected = content(place / "undisturbed")
+    numbers = list(range(len(names))) if every else some_points(names)
 
     def disturbed() -> None:
         points, told, number, code = Points(place), [], -1, 0
@@ -75,14 +77,12 @@ def fail_at_every_call(place: Path, name: str, *codes: int) -> None:
                 points.act = lambda path: None
                 raise OSError(code, os.strerror(code), path)
 
-        while True:
-            number += 1
-            code = codes[number % len(codes)]
+        for turn, number in enumerate(numbers):
+            code = codes[turn % len(codes)]
             root = new_root(start, place / str(number))
             points.names, points.act = [], fail
             error = outcome(run, root)
-            if points.act is fail:
-                break
+            assert points.act is not fail, f"there was no call {number}"
             fault = points.names[number]
             if error is None:
                 assert saves_work_only(*fault), fault
@@ -100,7 +100,7 @@ def fail_at_every_call(place: Path, name: str, *codes: int) -> None:
 
     assert ended(forked(disturbed, place / "log"), 300) == 0, (place / "log").read_text()
     told = json.loads(report.read_text())
-    assert len(told) > 50
+    assert len(told) > len(numbers) // 2
     advice = {errno.ENOSPC: "make room", errno.EACCES: "cache_dir="}
     for code, message in told:
         assert os.strerror(code) in message

@@ -19,7 +19,6 @@ from tests.robustness.worlds import (
     RUNS,
     assert_only_right_entries,
     content,
-    count_points,
     delivered,
     ended,
     entries,
@@ -27,6 +26,8 @@ from tests.robustness.worlds import (
     image_run,
     kill_at,
     new_root,
+    points_of,
+    some_points,
     started,
     until,
 )
@@ -39,13 +40,13 @@ def every_batch_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "MOST_SECONDS", 0.0)
 
 
-def kill_at_every_point(place: Path, name: str, start: Path | None) -> None:
+def kill_at_points(place: Path, name: str, start: Path | None, every: bool) -> None:
     run = RUNS[name]
     run(place / "warm")  # loads and remembers what only the first run of a process does
-    points = count_points(run, new_root(start, place / "undisturbed"))
+    points = points_of(run, new_root(start, place / "undisturbed"))
     expected = content(place / "undisturbed")
-    assert points > 40
-    for number in range(points):
+    assert len(points) > 40
+    for number in range(len(points)) if every else some_points(points):
         root = new_root(start, place / str(number))
         assert kill_at(number, run, root) == -signal.SIGKILL
         assert_only_right_entries(root, expected)
@@ -54,15 +55,21 @@ def kill_at_every_point(place: Path, name: str, start: Path | None) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
+def test_killed_at_commit_points(place: Path, name: str) -> None:
+    kill_at_points(place, name, started(name, place), every=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_killed_at_every_commit_point(place: Path, name: str) -> None:
-    kill_at_every_point(place, name, started(name, place))
+    kill_at_points(place, name, started(name, place), every=True)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("every_batch_is_kept")
 @pytest.mark.parametrize("name", ["packed", "patches", "text"])
 def test_killed_at_every_commit_point_of_a_whole_run(place: Path, name: str) -> None:
-    kill_at_every_point(place, name, None)
+    kill_at_points(place, name, None, every=True)
 
 
 def test_killed_while_everything_is_replaced(place: Path) -> None:
@@ -113,7 +120,7 @@ def kill_at_random_times(place: Path, kills: int) -> None:
 
 
 def test_killed_at_random_times(place: Path) -> None:
-    kill_at_random_times(place, 15)
+    kill_at_random_times(place, 5)
 
 
 @pytest.mark.slow

@@ -236,7 +236,7 @@ def run_machine(monkeypatch: pytest.MonkeyPatch, examples: int, steps: int) -> N
 
 
 def test_any_order_of_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    run_machine(monkeypatch, 15, 12)
+    run_machine(monkeypatch, 6, 12)
 
 
 @pytest.mark.slow

@@ -289,8 +289,8 @@ class Points:
             self.busy = False
 
 
-def count_points(run: Callable[[Path], Any], root: Path) -> int:
-    """How many points an undisturbed run has."""
+def points_of(run: Callable[[Path], Any], root: Path) -> list[tuple[str, str]]:
+    """Operation and path of every point of an undisturbed run."""
     report = root.with_name(root.name + "-points.json")
 
     def counted() -> None:
@@ -300,7 +300,14 @@ def count_points(run: Callable[[Path], Any], root: Path) -> int:
         report.write_text(json.dumps(points.names))
 
     assert ended(forked(counted)) == 0
-    return len(json.loads(report.read_text()))
+    return [(name, path) for name, path in json.loads(report.read_text())]
+
+
+def some_points(points: list[tuple[str, str]]) -> list[int]:
+    """Numbers of the renames, by which finished work begins to count, of the points next to them, and of every fourth."""
+    renames = [number for number, (name, _) in enumerate(points) if name == "os.rename"]
+    chosen = {*range(0, len(points), 4), *(number + step for number in renames for step in (-1, 0, 1))}
+    return sorted(chosen & {*range(len(points))})
 
 
 def kill_at(number: int, run: Callable[[Path], Any], root: Path) -> int:
