@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests import warm_processes
+
 # a test must never reach a hub, nor leave anything in the user's cache
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -19,7 +21,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any_machine")
 
+WARM = pytest.StashKey()
 SHARED = Path(os.environ.get("DQ_LIGHTNING_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def pytest_configure(config):
+    """One process forks scripts for the whole session, whichever of the test processes starts them."""
+    if not hasattr(config, "workerinput"):
+        config.stash[WARM] = warm_processes.begin()
+
+
+def pytest_unconfigure(config):
+    """End that process."""
+    if WARM in config.stash:
+        config.stash[WARM].stdin.close()
+        config.stash[WARM].wait()
 
 
 def pytest_collection_modifyitems(items):
@@ -64,9 +80,11 @@ def cifar_root(shared_dir) -> str:
     return str(root)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def quick_collections():
-    """What the libraries made at import is not looked through each time that memory is released."""
+    """What is there before a module's tests, the imported libraries above all, is not looked through by later collections.
+
+    Memory is collected after every computation of features; the million objects of libraries would take half a second each time.
+    """
+    gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()

@@ -1,6 +1,8 @@
 """The table of ranks, the doors of heavy libraries, and how light the package is to import."""
 
 import ast
+import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +46,7 @@ DOORS = {
 HEAVY = ("timm", "datasets", "pyarrow", "transformers", "openai", "pytorch_grad_cam", "torchvision", "lightning")
 
 
+@functools.cache
 def imports_of(path: Path) -> list[str]:
     """Every module that a file imports, wherever in the file the import stands."""
     found = []
@@ -141,38 +144,58 @@ def test_no_download_may_bring_code():
         assert given.get("trust_remote_code") == "False", f"{path}:{call.lineno} does not say trust_remote_code=False"
 
 
-def modules_after(code: str) -> set[str]:
-    """Top-level modules that a fresh interpreter has loaded after running some code."""
-    script = f"{code}\nimport sys; print(' '.join({{m.split('.')[0] for m in sys.modules}}))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return set(done.stdout.splitlines()[-1].split())
+QUESTIONS = {
+    "package": "import dq_lightning",
+    "numpy": "import numpy",
+    "command line": "import dq_lightning.cli",
+    "stations": "import torch; import dq_lightning.bins.make, dq_lightning.selection.select, dq_lightning.packed.reader"
+    ", dq_lightning.pipeline.quantize",
+    "lightning": "import torch, lightning; tell(); from dq_lightning import QuantizedDataModule",
+    "pytorch_lightning": "import torch, pytorch_lightning; tell(); from dq_lightning.pytorch import QuantizedDataModule",
+}
+# each in a child of one interpreter, which imports torch when the first of them needs it
+ANSWERS = """
+import json, os, sys
+
+def tell():
+    print(json.dumps([name, sorted({module.split('.')[0] for module in sys.modules})]), flush=True)
+
+for name, code in json.loads(sys.argv[1]).items():
+    if code.startswith("import torch"):
+        import torch
+    child = os.fork()
+    if not child:
+        exec(code)
+        tell()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, name
+"""
 
 
-def test_the_package_alone_is_light():
-    assert not modules_after("import dq_lightning") & {*HEAVY, "torch", "numpy"}
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, list[set[str]]]:
+    """By question: the top-level modules that a fresh interpreter has loaded, where it tells of them."""
+    command = [sys.executable, "-c", ANSWERS, json.dumps(QUESTIONS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    answers: dict[str, list[set[str]]] = {}
+    for name, modules in map(json.loads, done.stdout.splitlines()):
+        answers.setdefault(name, []).append(set(modules))
+    return answers
 
 
-def test_the_test_of_lightness_can_fail():
-    assert "numpy" in modules_after("import numpy")
+def test_the_package_and_the_command_line_load_nothing_heavy(loaded):
+    assert not loaded["package"][0] & {*HEAVY, "torch", "numpy"}
+    assert not loaded["command line"][0] & {*HEAVY, "torch"}
+    # the test can fail
+    assert "numpy" in loaded["numpy"][0]
 
 
-def test_the_command_line_loads_nothing_heavy():
-    assert not modules_after("import dq_lightning.cli") & {*HEAVY, "torch"}
+def test_bins_selection_and_store_work_without_lightning(loaded):
+    assert not loaded["stations"][0] & {"lightning", "pytorch_lightning", "timm", "datasets", "transformers"}
 
 
-def test_the_data_module_adds_no_heavy_module_to_lightning():
-    before = modules_after("import lightning")
-    after = modules_after("from dq_lightning import QuantizedDataModule")
-    assert not (after - before) & set(HEAVY)
-
-
-def test_bins_selection_and_store_work_without_lightning():
-    code = "import dq_lightning.bins.make, dq_lightning.selection.select, dq_lightning.packed.reader"
-    code += ", dq_lightning.pipeline.quantize"
-    assert not modules_after(code) & {"lightning", "pytorch_lightning", "timm", "datasets", "transformers"}
-
-
-def test_the_data_module_of_pytorch_lightning_adds_no_heavy_module_to_it():
-    before = modules_after("import pytorch_lightning")
-    after = modules_after("from dq_lightning.pytorch import QuantizedDataModule")
+@pytest.mark.parametrize("package", ["lightning", "pytorch_lightning"])
+def test_the_data_module_adds_no_heavy_module_to(package, loaded):
+    before, after = loaded[package]
+    assert package in before
     assert not (after - before) & set(HEAVY)

@@ -3,7 +3,6 @@
 import copy
 import json
 import pickle
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -22,8 +21,8 @@ import dq_lightning.pytorch
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.pipeline import extracting
 from tests.lightning_scripts.common import QUIET, Recorder, held_out, photos
-from tests.test_distributed import environment
 from tests.test_lightning_cli import CONFIG, LinkedCLI
+from tests.warm_processes import run_ranks
 
 SCRIPT = Path(__file__).parent / "lightning_scripts" / "pytorch_lightning_ranks.py"
 
@@ -210,10 +209,7 @@ def test_help_of_the_cli_of_pytorch_lightning(capsys, monkeypatch):
 
 
 def test_two_processes_of_pytorch_lightning(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
+    run_ranks([SCRIPT, tmp_path])
     first, second = (json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in (0, 1))
     assert first["hash"] == second["hash"]
     assert len({*first["seen"], *second["seen"]}) == 10

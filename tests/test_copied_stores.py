@@ -33,8 +33,6 @@ CONFIG = QuantizeConfig(
     patches=PatchConfig(drop_ratio=0.2, saliency="variance", reconstructor="bundled"),
 )
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
 
 @pytest.fixture
 def other_device(monkeypatch):

@@ -1,30 +1,18 @@
 """Two processes, as users start them: by Lightning's launcher, by spawning, and as two nodes."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "tests" / "lightning_scripts" / "several_processes.py"
+from tests.warm_processes import Process, environment
 
-
-def environment(**more):
-    # the variables of a launcher around the tests are none of the script's
-    names = ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED")
-    kept = {name: value for name, value in os.environ.items() if name not in names}
-    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | more
+SCRIPT = Path(__file__).with_name("lightning_scripts") / "several_processes.py"
 
 
 def start(mode, folder, **more):
-    command = [sys.executable, str(SCRIPT), mode, str(folder)]
-    return subprocess.Popen(
-        command, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return Process([SCRIPT, mode, folder], environment(**more))
 
 
 def reports(folder, output):
@@ -44,12 +32,9 @@ def assert_halves(first, second, count):
 def launched(tmp_path_factory):
     """What each of two processes of Lightning's own launcher reported, and how the last run ended."""
     folder = tmp_path_factory.mktemp("popen")
-    process = start("popen", folder)
-    try:
-        output, _ = process.communicate(timeout=240)
-    finally:
-        process.kill()
-    return reports(folder, output), process.returncode, output
+    done = start("popen", folder).wait(240)
+    output = done.stdout + done.stderr
+    return reports(folder, output), done.returncode, output
 
 
 def test_one_build_and_disjoint_halves(launched):
@@ -118,11 +103,11 @@ def test_two_nodes(tmp_path):
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
     processes = [start("nodes", tmp_path, NODE_RANK=str(node), **common) for node in (0, 1)]
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        done = [process.wait(120) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    first, second = reports(tmp_path, "\n".join(outputs))
+    first, second = reports(tmp_path, "\n".join(one.stdout + one.stderr for one in done))
     assert_halves(first["own caches"], second["own caches"], 50)
     assert first["builds with own caches"] == 2
     assert_halves(first["shared cache, one prepares"], second["shared cache, one prepares"], 50)
@@ -132,11 +117,8 @@ def test_two_nodes(tmp_path):
 
 
 def test_spawned_processes(tmp_path):
-    process = start("spawn", tmp_path)
-    try:
-        output, _ = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 0, output
+    done = start("spawn", tmp_path).wait(120)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
     assert_halves(*reports(tmp_path, output), 50)
     assert output.count("computing the compact set") == 1

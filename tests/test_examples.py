@@ -1,11 +1,11 @@
 """Every example runs as its help says, at a small size."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import warm_processes
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -13,8 +13,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 def run(name: str, *arguments: str, cwd: Path) -> str:
     # the folder of the run comes first, so that a test can put a sitecustomize.py there
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(cwd), str(EXAMPLES.parent)])}
-    command = [sys.executable, str(EXAMPLES / name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600, env=environment)
+    done = warm_processes.run([EXAMPLES / name, *arguments], environment, cwd, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -41,9 +40,10 @@ def test_swap_in_trains_on_the_bundled_images(tmp_path):
     """The same script on a stand-in CIFAR-10 with the bundled images in torchvision's format."""
     write_small_cifar10(tmp_path)
     printed = run(
-        "swap_in.py", "--data", str(tmp_path), "--epochs", "1", "--limit-batches", "1", "--accelerator", "cpu", cwd=tmp_path,
+        "swap_in.py", "--data", str(tmp_path), "--epochs", "1", "--limit-batches", "1", "--batch-size", "10",
+        "--keep-ratio", "0.1", "--accelerator", "cpu", cwd=tmp_path,
     )  # fmt: skip
-    assert "250 of 2,000 samples: 2 steps per epoch instead of 16" in printed
+    assert "200 of 2,000 samples: 20 steps per epoch instead of 200" in printed
     assert "accuracy after the last epoch" in printed
 
 
@@ -67,20 +67,23 @@ def test_make_sample_makes_the_bundled_file_again(cifar_root, tmp_path):
         assert np.isin(again["train_positions"], bundled["train_positions"]).all()
 
 
-def test_train_encoder_writes_weights_that_load(cifar_root, tmp_path):
+def test_train_encoder_writes_weights_that_load(tmp_path):
     from dq_lightning.features.bundled import load_small_resnet
 
+    write_small_cifar10(tmp_path)
     output = tmp_path / "encoder.safetensors"
     printed = run(
         "train_encoder.py",
         "--data",
-        cifar_root,
+        str(tmp_path),
         "--output",
         str(output),
         "--epochs",
         "1",
         "--limit-batches",
         "2",
+        "--batch-size",
+        "16",
         cwd=tmp_path,
     )
     assert "test accuracy" in printed

@@ -1,17 +1,13 @@
 """One rank of several fails: every process is gone soon, and each survivor has printed the cause."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from dq_lightning.loading.failures import NO_NOTE
+from tests import warm_processes
 from tests.lightning_scripts import failing_ranks
 
-ROOT = Path(__file__).resolve().parents[1]
 CAUSES = {"error": "disk on fire", "exit": "asked to stop", "kill": NO_NOTE}
 PLACES = ("prepare", "override", "setup", "train")
 TWO = [f"{place}-{kind}-{rank}" for place in PLACES for kind in CAUSES for rank in (0, 1)]
@@ -23,11 +19,8 @@ ALL_FOUR = [f"{place}-{kind}-{rank}" for place in PLACES for kind in CAUSES for 
 
 def check(folder, count, names):
     """Run the scenarios and look at how every rank ended."""
-    environment = dict(os.environ) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "PL_GLOBAL_SEED"):
-        environment.pop(name, None)
-    command = [sys.executable, failing_ranks.__file__, str(folder), str(count), *names]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60 * len(names), check=False)
+    command = [failing_ranks.__file__, folder, count, *names]
+    run = warm_processes.run(command, warm_processes.environment(), timeout=60 * len(names))
     assert run.returncode == 0, run.stdout + run.stderr
     for name in names:
         _, kind, failing = name.split("-")

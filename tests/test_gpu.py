@@ -10,7 +10,7 @@ from tests.lightning_scripts.common import Recorder, photos, trainer
 from tests.lightning_scripts.patched_images import quantized, ready
 from tests.test_patched_runs import delivered, kept_pixels
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("quick_collections")]
+pytestmark = pytest.mark.gpu
 
 
 def grey_levels(one, other):

@@ -27,9 +27,6 @@ WORK = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
-
 @pytest.fixture
 def work(monkeypatch):
     """Names of what was done since the list was cleared."""

@@ -1,10 +1,7 @@
 """Training on packed patches: every mode, one process and two, from the store alone; no image meets another's label."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +17,7 @@ from dq_lightning.pipeline.plan import FILLED
 from tests.lightning_scripts import patched_images
 from tests.lightning_scripts.common import Recorder, name_of, photos, to_tensor, trainer
 from tests.lightning_scripts.patched_images import MODES, quantized, ready, stored
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-pytestmark = pytest.mark.usefixtures("quick_collections")
+from tests.warm_processes import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +127,7 @@ def test_transforms_from_the_store(tmp_path):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    names = ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED")
-    environment = {name: value for name, value in os.environ.items() if name not in names}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, patched_images.__file__, str(folder)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_ranks([patched_images.__file__, folder])
     return [json.loads((folder / f"report-{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -16,9 +16,6 @@ from tests.lightning_scripts.patched_images import MODES, as_floats, quantized, 
 COUNT = 24
 
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
-
-
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
     return tmp_path_factory.mktemp("warm")

@@ -1,11 +1,7 @@
 """The whole path on real data through Trainer.fit: CIFAR-10 and the Imagenette photos."""
 
 import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +11,7 @@ from torchvision.datasets import CIFAR10
 from dq_lightning import QuantizedDataModule
 from tests.lightning_scripts import real_photos
 from tests.lightning_scripts.common import Recorder, to_tensor, trainer
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.warm_processes import run_ranks
 
 
 def ready_in(module):
@@ -92,12 +87,7 @@ def test_all_photos_as_folder_and_as_hub_dataset(shared_dir, tmp_path):
 
 def test_photos_on_two_processes(shared_dir, photo_cache, tmp_path):
     """After the runs above the cache is warm: two processes train at once, each on its half."""
-    command = [sys.executable, str(Path(real_photos.__file__)), str(shared_dir), str(photo_cache), str(tmp_path)]
-    names = ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {k: v for k, v in os.environ.items() if k not in names}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert run.returncode == 0, run.stderr
+    run_ranks([real_photos.__file__, shared_dir, photo_cache, tmp_path])
     for kind in ("folder", "hub"):
         first, second = (json.loads((tmp_path / f"{kind}-{rank}.json").read_text()) for rank in (0, 1))
         assert len(first["seen"]) == len(second["seen"]) == 13

@@ -5,7 +5,6 @@ import pickle
 import re
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from dq_lightning import cli
 from dq_lightning.core.errors import StoreError
 from dq_lightning.demo.sample_data import SampleCIFAR10
 from dq_lightning.exports.published import open_image_folder
+from tests import warm_processes
 from tests.readme_table import words
 from tests.test_examples import EXAMPLES, run, write_small_cifar10
 
@@ -76,9 +76,8 @@ def test_cifar10_names_images_that_are_missing(tmp_path):
     np.save(tmp_path / "rows.npy", np.array([1, 2, 3]))
     (tmp_path / "pixel" / "cat").mkdir(parents=True)
     files = ["--data_dir", "pixel", "--select_indices", "rows.npy"]
-    command = [sys.executable, str(EXAMPLES / "cifar10.py"), "--data", ".", *files, *SMALL]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(EXAMPLES.parent)])}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    done = warm_processes.run([EXAMPLES / "cifar10.py", "--data", ".", *files, *SMALL], environment, tmp_path)
     assert done.returncode != 0
     assert "index.npy is missing: make the folder with" in done.stderr
 
@@ -129,9 +128,8 @@ def test_examples_say_what_is_wrong(arguments, said, photos, tmp_path):
     write_small_cifar10(tmp_path)
     name, *rest = arguments
     small = ["--model", "resnet18", "--img_size", "64", *QUIET] if name == "imagenet.py" else []
-    command = [sys.executable, str(EXAMPLES / name), *rest, *small]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(EXAMPLES.parent)])}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    done = warm_processes.run([EXAMPLES / name, *rest, *small], environment, tmp_path)
     assert done.returncode != 0
     assert said in done.stderr.splitlines()[-1]
 
@@ -204,7 +202,7 @@ def test_cifar10_saves_and_goes_on(tmp_path):
         (tmp_path / "pixel" / str(label)).mkdir(parents=True, exist_ok=True)
         image.save(tmp_path / "pixel" / str(label) / f"{row}.png")
     arguments = ["--data", str(tmp_path), "--data_dir", "pixel", "--select_indices", "rows.npy", "--output", "logs"]
-    small = ["--accelerator", "cpu", "--num_workers", "0", "--quiet", "--limit_batches", "2", "--seeds", "0"]
+    small = [*SMALL, "--limit_batches", "2", "--batch_size", "8"]
     run("cifar10.py", *arguments, *small, "--epochs", "1", cwd=tmp_path)
     saved = tmp_path / "logs" / "rows_seed0" / "last.ckpt"
     assert torch.load(saved, weights_only=True)["global_step"] == 2

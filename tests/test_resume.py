@@ -29,7 +29,6 @@ from tests.lightning_scripts.patched_images import small_mae
 from tests.store.calls import DueShards
 
 COUNT = 60
-pytestmark = pytest.mark.usefixtures("quick_collections")
 
 
 @pytest.fixture(autouse=True)

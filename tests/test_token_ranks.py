@@ -1,23 +1,17 @@
 """Token batches on two processes, under Lightning's own replacement of samplers."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tests.test_distributed import ROOT, environment
-
-SCRIPT = ROOT / "tests" / "lightning_scripts" / "token_ranks.py"
+from tests.lightning_scripts import token_ranks
+from tests.warm_processes import run_ranks
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder)], env=environment(), capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_ranks([token_ranks.__file__, folder])
     return [json.loads((folder / f"report-{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -27,7 +27,8 @@ PACKAGE_CLASSES = {
 
 
 def resnet():
-    return torchvision.models.resnet18(num_classes=CLASSES)
+    """A ResNet of one block a stage."""
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=CLASSES)
 
 
 def vision_transformer():
@@ -128,7 +129,7 @@ def test_faint_gradients_give_the_same_map(images):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_maps_of_a_real_classifier_agree_with_the_package(photos, photo_classifier, method):
-    pixels, classes = photos[0][:4].float() / 127.5 - 1, photos[1][:4]
+    pixels, classes = photos[0][:2].float() / 127.5 - 1, photos[1][:2]
     ours = ActivationMaps(photo_classifier, method, TargetChoice("label", 1000))(pixels, classes)
     package = by_package(photo_classifier, PACKAGE_CLASSES[method], pixels, classes)
     np.testing.assert_allclose(ours.numpy(), package, atol=1e-5)

@@ -15,7 +15,7 @@ MEMORY = Path("/dev/shm")
 
 
 @pytest.fixture(autouse=True)
-def warm(quick_collections):
+def warm():
     """Forks of this process compute in one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -55,7 +55,7 @@ def damage_files(place: Path, name: str, times: int, run: Callable[[Path], Any])
     for entry in entries(whole):
         for file in sorted(path.name for path in entry.iterdir()):
             original = (entry / file).read_bytes()
-            for number in range(times if original else 0):
+            for _ in range(times if original else 0):
                 data = bytearray(original)
                 damage = DAMAGES[tried % 3]
                 damage(data, draw)

@@ -25,6 +25,7 @@ from dq_lightning.packed import values
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.packed.writer import write_packed
 from tests.full_count import examples
+from tests.store.trees import write_samples
 
 PARTS = {"data": "abc"}
 
@@ -281,18 +282,12 @@ def test_damaged_tensors_are_noticed(tmp_path: Path) -> None:
         path.write_bytes(original)
 
 
-def test_many_images_in_one_sample_stay_as_they_are(tmp_path: Path) -> None:
-    """Frames of a screen: almost blank, each a thousand times larger than its file."""
-    frames = [Image.new("RGB", (2000, 2000), (i, 0, 0)) for i in range(20)]
-    items = [((frames, i), None) for i in range(2)]
-    write_packed(
-        tmp_path / "s",
-        items,
-        ids=list("ab"),
-        index=torch.arange(2),
-        bins=torch.zeros(2, dtype=torch.int16),
-        attributes={},
-    )
+def test_many_images_in_one_sample_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames of a screen: almost blank, each hundreds of times larger than its file."""
+    # as large beside the bound as twenty frames of 2000 x 2000 are beside the real one
+    monkeypatch.setattr(values, "ALWAYS_DECODED_BYTES", 1 << 26)
+    frames = [Image.new("RGB", (500, 500), (i, 0, 0)) for i in range(20)]
+    write_samples(tmp_path / "s", [(frames, i) for i in range(2)])
     found = PackedDataset(tmp_path / "s")[1][0]
     assert [frame.getpixel((5, 5)) for frame in found] == [(i, 0, 0) for i in range(20)]
 
@@ -307,17 +302,10 @@ def test_what_could_not_be_read_back_is_not_written(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_long_list_of_numbers_is_no_thousand_files(tmp_path: Path) -> None:
-    items = [([i + n for n in range(2000)], None) for i in range(3)]
-    write_packed(
-        tmp_path / "s",
-        items,
-        ids=list("abc"),
-        index=torch.arange(3),
-        bins=torch.zeros(3, dtype=torch.int16),
-        attributes={},
-    )
+    samples = [[i + n for n in range(2000)] for i in range(3)]
+    write_samples(tmp_path / "s", samples)
     assert len(list((tmp_path / "s").iterdir())) < 20
-    assert PackedDataset(tmp_path / "s")[2] == items[2][0]
+    assert PackedDataset(tmp_path / "s")[2] == samples[2]
 
 
 def test_bins_and_selections_of_other_shapes_are_errors(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from dq_lightning.packed.patches import pack_image
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.packed.writer import write_packed
 from tests.robustness.worlds import ended, forked
+from tests.store.trees import write_samples
 
 COUNT = 60
 
@@ -114,15 +115,7 @@ def test_nobody_is_killed_by_files_that_are_cut_and_restored(tmp_path: Path, mon
 
 def test_rows_are_the_caller_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = [torch.full((2048,), float(i)) for i in range(5)]
-    items = [((tensor, torch.tensor([i])), None) for i, tensor in enumerate(tensors)]
-    write_packed(
-        tmp_path / "s",
-        items,
-        ids=list("abcde"),
-        index=torch.arange(5),
-        bins=torch.zeros(5, dtype=torch.int16),
-        attributes={},
-    )
+    write_samples(tmp_path / "s", [(tensor, torch.tensor([i])) for i, tensor in enumerate(tensors)])
     for held in (0, 1 << 20):
         monkeypatch.setattr(open_files, "HELD_BYTES", held)
         store = PackedDataset(tmp_path / "s")

@@ -1,6 +1,8 @@
-"""Hypothesis strategies for samples, and what "the same sample" means."""
+"""Hypothesis strategies for samples, what "the same sample" means, and stores of given samples."""
 
 import struct
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dq_lightning.packed.images import MODE_BITS, raw_bytes_of
+from dq_lightning.packed.writer import write_packed
 
 ARRAY_DTYPES = ["|u1", "|b1", "<i2", ">i4", "<i8", "<f2", "<f4", "<f8", "<c8", "<M8[s]", "<U3", "|S4"]
 TENSOR_DTYPES = [torch.uint8, torch.bool, torch.int64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
+
+
+def write_samples(folder: Path, samples: Sequence[Any]) -> None:
+    """Pack samples of one bin, named by their positions."""
+    items = [(sample, None) for sample in samples]
+    ids, bins = list(map(str, range(len(items)))), torch.zeros(len(items), dtype=torch.int16)
+    write_packed(folder, items, ids=ids, index=torch.arange(len(items)), bins=bins, attributes={})
 
 
 @st.composite
