@@ -84,7 +84,7 @@ def cifar_root(shared_dir) -> str:
 def quick_collections():
     """What is there before a module's tests, the imported libraries above all, is not looked through by later collections.
 
-    Memory is collected after every computation of features; the million objects of libraries would take half a second each time.
+    Memory is collected after every computation of features; the objects of libraries would take half a second each time.
     """
     gc.collect()
     gc.freeze()
