@@ -13,6 +13,9 @@ from dq_lightning.core.config import BinConfig
 from dq_lightning.core.devices import named_device
 from dq_lightning.core.errors import ConfigError
 
+# Up to this many rows, whose matrix takes 128 MiB, the matrix is made at once if it is not much more work.
+AT_ONCE = 1 << 13
+
 log = logging.getLogger("dq_lightning")
 
 
@@ -84,7 +87,7 @@ def make_plan(config: BinConfig, factors: dict[str, Tensor], sizes: list[int], d
         needed = (
             2 * min(largest, room.dense) ** 2 + 8 * (min(largest * width, 2 * room.rows) + 6 * largest) + 32 * total
         )
-        way = "graph cut without a similarity matrix"
+        way = f"graph cut ({config.engine})" if config.engine != "auto" else _expected(largest, room)
     else:
         need = OBJECTIVES[config.objective].memory
         count = -(-largest // config.num_bins)
@@ -152,6 +155,12 @@ def free_memory(device: torch.device) -> int:
         # Systems other than Linux report only the physical memory, which is an upper bound, or nothing at all.
         pages = os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}) else 1 << 40
         return int(pages) * 4096
+
+
+def _expected(largest: int, room: Room) -> str:
+    if largest <= AT_ONCE:
+        return "graph cut (dense)"
+    return f"graph cut (candidates, {'dense' if largest <= room.dense else 'stream'} where they are not proved)"
 
 
 def _advice(config: BinConfig) -> str:

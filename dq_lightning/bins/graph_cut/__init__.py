@@ -1,1 +1,29 @@
-"""Exact greedy graph cut of groups of any size."""
+"""Exact greedy graph cut: the picks of a float64 greedy over a full similarity matrix, in one of three regimes.
+
+The gain of a row x is its inner product with one vector, `w = lam * sum(left) - 2 * sum(picked)` (`pool.Pool`), because
+the similarity is linear in the inner product. A pick therefore changes all gains by twice the inner products with the
+picked row. Every regime keeps approximate gains with a proved bound on their error. Where the bound does not decide, the
+few rows in question are computed in float64, and where that does not decide either, by exact arithmetic with one
+rounding (`referee.Referee`); gains that are then equal are ties, which go to the lowest position. So the picks are the
+same in every regime, for any number of threads, and on every device.
+
+`"dense"` (`scores.MatrixScores`): all inner products as 16-bit whole numbers, and a row of them subtracted for a pick.
+    Memory is 2 n^2 bytes, the product of matrices is made once for all bins that follow, and a pick costs about n
+    additions. Additions of whole numbers make no error, so after t picks a gain is off by t times the error of an entry:
+    half a unit, which is the largest product divided by 16,350, plus (W + 8) 2**-24 for the float32 product of rows of
+    width W. Gains start again from float64 when decisions have cost as much as that.
+`"candidates"` (`candidates.Candidates`, `proof.Proof`): a small matrix of the rows of greatest gain, from which hundreds
+    of picks are made, and one float64 pass over all rows that proves them. Between the ends of a chunk of picks a gain
+    stays near a straight line, to within twice the distance of the sum of the picks from its own line. Memory is of the
+    order of the features. It is the fastest way where one pick hardly changes the order of the gains.
+`"stream"` (`scores.PassScores`, on a GPU `device.DevicePasses`): one product of the float32 rows with twice the sum of
+    the picks since the gains were last exact. A gain is off by at most (W + 8) 2**-24 times the length of that sum.
+    Memory is 4 n W bytes. On a GPU 64 picks are recorded as one CUDA graph, and read back and checked together.
+
+`"auto"` (`engine`) makes the matrix at once in the first bin if it has at most 8,192 rows and costs less than twice what
+candidates would at best. Otherwise it begins with candidates, and counts what its rounds cost above their steady cost
+(`costs.Costs`). Once that, and what the rest of the bin would add at the present rate, exceeds the cost of the matrix and
+of all picks that are left, the matrix is made and kept for all bins that follow, so what was learned is paid at most
+once over. If the matrix does not fit half of the free memory, passes are made for the rest of a bin in which a round
+cost more than a pass for each of its picks.
+"""

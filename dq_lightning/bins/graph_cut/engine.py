@@ -14,13 +14,10 @@ from dq_lightning.bins.graph_cut.exact import Array
 from dq_lightning.bins.graph_cut.pool import Group, Pool
 from dq_lightning.bins.graph_cut.referee import ROUNDING, Referee
 from dq_lightning.bins.graph_cut.scores import MatrixScores, PassScores, pick_in_turn
-from dq_lightning.bins.plan import Room
+from dq_lightning.bins.plan import AT_ONCE, Room
 from dq_lightning.bins.prepare import Prepared, next_twins
 from dq_lightning.bins.rows import Rows
 from dq_lightning.core.config import Engine
-
-# Up to this many rows, whose matrix takes 128 MiB, the matrix is made at once if it is not much more work.
-_AT_ONCE = 1 << 13
 
 
 def pick_group(
@@ -163,10 +160,15 @@ class _Run:
         return self._costs.matrix(rows) + (left + sum(sizes[1:])) * self._costs.from_matrix(rows)
 
     def _dense_at_once(self, sizes: Sequence[int]) -> bool:
-        """Return whether the matrix costs less than twice what candidates would at best, and what was wasted so far."""
-        best = sum(sizes) * steady_cost(len(self._pool), self._costs, self._room.candidates)
-        at_best = 2.0 * best if len(self._pool) <= _AT_ONCE else 0.0
-        return self._dense(sizes, sizes[0]) <= at_best + self._wasted
+        """Return whether the matrix is made at the start of a bin.
+
+        In the first bin that is if it is small and costs less than twice what candidates would at best. Later it is if
+        it costs less than what was wasted so far.
+        """
+        worth = self._wasted
+        if self.group.referee.bins_closed == 0 and len(self._pool) <= AT_ONCE:
+            worth = 2.0 * sum(sizes) * steady_cost(len(self._pool), self._costs, self._room.candidates)
+        return self._dense(sizes, sizes[0]) <= worth
 
     def _reconsider(self, made: int, cost: float, sizes: Sequence[int], left: int) -> None:
         """Change over to the matrix or to passes if a round of candidates has kept few picks.
