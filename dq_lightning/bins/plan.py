@@ -1,12 +1,15 @@
 """Choose how the bins are made, estimate the memory this takes, and log both before the work starts."""
 
 import logging
+import math
 import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dq_lightning.bins.graph_cut.candidates import steady_cost
+from dq_lightning.bins.graph_cut.costs import Costs
 from dq_lightning.bins.maximizers import LAZY
 from dq_lightning.bins.objectives import OBJECTIVES
 from dq_lightning.core.config import BinConfig
@@ -76,29 +79,35 @@ def make_plan(config: BinConfig, factors: dict[str, Tensor], sizes: list[int], d
         device: device that the bins are made on.
 
     Raises:
-        ConfigError: the objective needs more memory than is free.
+        ConfigError: the objective, or the matrix that `engine="dense"` asks for, needs more memory than is free.
     """
     total, largest = sum(sizes), max(sizes, default=0)
     width = sum(values.shape[1] + number for number, values in enumerate(factors.values()))
     stored = sum(values.numel() * values.element_size() for values in factors.values())
     exact = config.objective == "graph_cut" and config.maximizer == "naive" and config.similarity != "rbf"
     room = Room.beside(stored, device)
+    free = free_memory(device)
     if exact:
-        needed = (
-            2 * min(largest, room.dense) ** 2 + 8 * (min(largest * width, 2 * room.rows) + 6 * largest) + 32 * total
-        )
-        way = f"graph cut ({config.engine})" if config.engine != "auto" else _expected(largest, room)
+        matrix = 2 * min(largest, room.dense) ** 2 if config.engine in ("auto", "dense") else 4 * largest * width
+        needed = matrix + 8 * (min(largest * width, 2 * room.rows) + 6 * largest) + 32 * total
+        wide = math.prod(values.shape[1] + number for number, values in enumerate(factors.values()))
+        costs = Costs(width, wide, device.type, torch.get_num_threads())
+        way = f"graph cut ({_expected(config, sizes, room, costs)})"
+        if config.engine == "dense" and largest > room.dense:
+            raise ConfigError(
+                f"engine='dense' needs {_size(2 * largest**2)} for a group of {largest:,} samples, more than half of the free "
+                "memory; use engine='auto', or clusters=... for smaller groups"
+            )
     else:
         need = OBJECTIVES[config.objective].memory
         count = -(-largest // config.num_bins)
         needed = need(largest, count, config.maximizer not in LAZY | {"stochastic"}) + 32 * total
         way = f"{config.objective} with the {config.maximizer} maximizer"
-    free = free_memory(device)
-    if needed > free:
-        raise ConfigError(
-            f"{way} needs about {_size(needed)} for a group of {largest:,} samples, and {_size(free)} are free on {device}; "
-            + _advice(config)
-        )
+        if needed > free:
+            raise ConfigError(
+                f"{way} needs about {_size(needed)} for a group of {largest:,} samples, and {_size(free)} are free on "
+                f"{device}; {_advice(config)}"
+            )
     log.info(
         "bins: %s; %s, %s similarity, about %s of memory beyond the features, on %s",
         f"{total:,} samples in {len(sizes):,} {'group' if len(sizes) == 1 else 'groups'}",
@@ -157,10 +166,22 @@ def free_memory(device: torch.device) -> int:
         return int(pages) * 4096
 
 
-def _expected(largest: int, room: Room) -> str:
-    if largest <= AT_ONCE:
-        return "graph cut (dense)"
-    return f"graph cut (candidates, {'dense' if largest <= room.dense else 'stream'} where they are not proved)"
+def _expected(config: BinConfig, sizes: list[int], room: Room, costs: Costs) -> str:
+    """Return the regimes that are expected, and about how many seconds they take on an idle machine."""
+    low = high = 0.0
+    for size in sizes:
+        matrix = costs.matrix(size) + size * costs.from_matrix(size)
+        steady = size * steady_cost(size, costs, room.candidates)
+        passes = size * costs.from_pass(size)
+        dense = matrix if size <= room.dense else passes
+        low += {"dense": matrix, "candidates": steady, "stream": passes, "auto": min(dense, steady)}[config.engine]
+        high += {"dense": matrix, "candidates": steady, "stream": passes, "auto": 2.0 * dense}[config.engine]
+    regimes: str = config.engine
+    largest = max(sizes, default=0)
+    if regimes == "auto":
+        otherwise = "dense" if largest <= room.dense else "stream"
+        regimes = "dense" if largest <= AT_ONCE else f"candidates, {otherwise} where few of them are proved"
+    return f"{regimes}; about {low:.1f} to {high:.1f} s" if high >= 0.1 else regimes
 
 
 def _advice(config: BinConfig) -> str:
