@@ -38,4 +38,4 @@ def bins_of_dataset(
     """
     with isolated_random_state():
         plan = make_plan(dataset, config, labels=labels)
-    return find_or_build_bins(plan, Cache(cache_dir or default_cache_dir()), device=device, progress=progress)
+        return find_or_build_bins(plan, Cache(cache_dir or default_cache_dir()), device=device, progress=progress)

@@ -67,8 +67,8 @@ def reconstruct_images(
             indices=indices,
         )
         check_packable(plan)
-    cache = Cache(cache_dir or default_cache_dir())
-    compact = find_or_build(plan, cache, device=device, progress=progress)
+        cache = Cache(cache_dir or default_cache_dir())
+        compact = find_or_build(plan, cache, device=device, progress=progress)
 
     def samples() -> Iterator[Any]:
         return iter(open_packed(compact.info.path) if compact.filled is None else PackedDataset(compact.filled))

@@ -1,4 +1,4 @@
-"""The plan of the step on patches: patch size, classifier and reconstructor, and their identities.
+"""The plan of the step on patches: patch size, classifier and reconstructor.
 
 Nothing in this file scores or fills patches.
 """
@@ -57,19 +57,6 @@ class PatchPlan:
     def fills_ahead(self) -> bool:
         """Whether the images are filled once, before training."""
         return self.config.reconstruct == "prepare"
-
-    def identities(self, memory: DigestMemory) -> dict[str, str] | None:
-        """Return the identities of the networks in use, by name; None when one was never resolved with this memory."""
-        found = {}
-        for name in ("classifier", "reconstructor"):
-            spec = getattr(self, name)
-            if spec is None:
-                continue
-            identity = spec.identity(memory)
-            if identity is None:
-                return None
-            found[name] = identity
-        return found
 
     def resolve(self, memory: DigestMemory) -> "PatchPlan":
         """Return this plan with the commits of hub names fixed; no other method may send requests to a hub."""

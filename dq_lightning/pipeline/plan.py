@@ -4,7 +4,7 @@ Nothing in this file computes features, bins, scores or stores.
 """
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ from dq_lightning.core.config import QuantizeConfig
 from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.core.records import DigestMemory, Labels, Selection
 from dq_lightning.features.choose import EncoderSpec, choose_encoder
+from dq_lightning.patches.reconstructors import ReconstructorSpec
 from dq_lightning.pipeline.patch_plan import PatchPlan, check_modality, make_patch_plan
 from dq_lightning.selection.given import read_indices
 from dq_lightning.sources.adapt import as_source, grouping_id
@@ -57,6 +58,7 @@ class Plan:
     labels_id: str | None = None
     patches: PatchPlan | None = None
     chosen: Tensor | None = None
+    _identities: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def chosen_id(self) -> str | None:
@@ -91,12 +93,19 @@ class Plan:
         return replace(self, encoder=self.encoder and self.encoder.resolve(memory), patches=patches)
 
     def identities(self, memory: DigestMemory) -> dict[str, str] | None:
-        """Return the identities of the networks in use, by name; None when one was never resolved with this memory."""
-        others = {} if self.patches is None else self.patches.identities(memory)
-        if self.encoder is None or others is None:
-            return others
-        encoder = self.encoder.identity(memory)
-        return None if encoder is None else {"encoder": encoder} | others
+        """Return the identities of the networks in use, by name; None when one was never resolved with this memory.
+
+        Each is computed once for a plan, also where the plan is resolved afterwards, because the weights are hashed.
+        """
+        networks: dict[str, EncoderSpec | ReconstructorSpec | None] = {"encoder": self.encoder}
+        if self.patches is not None:
+            networks |= {"classifier": self.patches.classifier, "reconstructor": self.patches.reconstructor}
+        known = self._identities
+        for name, network in networks.items():
+            identity = None if network is None or name in known else network.identity(memory)
+            if identity is not None:
+                known[name] = identity
+        return dict(known) if all(name in known for name, network in networks.items() if network is not None) else None
 
 
 def make_plan(

@@ -70,6 +70,7 @@ def quantize(
     check_alone(indices, encoder=encoder)
     settings = with_short_forms(config, {"on_error": on_error})
     check_alone(indices, settings)
+    cache = Cache(cache_dir or default_cache_dir(), verify=verify)
     with isolated_random_state():
         plan = make_plan(
             source,
@@ -81,8 +82,7 @@ def quantize(
             indices=indices,
             fingerprint=fingerprint,
         )
-    cache = Cache(cache_dir or default_cache_dir(), verify=verify)
-    return find_or_build(plan, cache, device=device, force=force_recompute, progress=progress).info
+        return find_or_build(plan, cache, device=device, force=force_recompute, progress=progress).info
 
 
 def find_or_build(
@@ -96,8 +96,8 @@ def find_or_build(
 ) -> Compact:
     """Return the compact set of a plan: from the cache if it is there, else made now.
 
-    One line of the log says whether it was reused or is made, and why. The global random state is the same before and
-    after the call.
+    One line of the log says whether it was reused or is made, and why. The caller restores the global random state, once
+    for the whole of its work (`isolated_random_state`).
 
     Args:
         plan: what will be made.
@@ -111,26 +111,25 @@ def find_or_build(
     Raises:
         DQError: the compact set cannot be made.
     """
-    with isolated_random_state():
-        started = time.perf_counter()
-        source, identities = _identities(plan, cache)
-        if identities is not None and not force:
-            found = find_made(plan, source, identities, cache)
-            if found is not None:
-                kept, whole = len(found.selection), len(plan.source)
-                get_logger().info(f"reusing the compact set of {kept:,} of {whole:,} samples: {found.info.path}")
-                return found
-        check_storable(plan)
-        seconds = {"identity": round(time.perf_counter() - started, 3)}
-        if before is not None:
-            before()
-        return Build(plan, source, cache, device, force=force, progress=progress, seconds=seconds).compact()
+    started = time.perf_counter()
+    source, identities = _identities(plan, cache)
+    if identities is not None and not force:
+        found = find_made(plan, source, identities, cache)
+        if found is not None:
+            kept, whole = len(found.selection), len(plan.source)
+            get_logger().info(f"reusing the compact set of {kept:,} of {whole:,} samples: {found.info.path}")
+            return found
+    check_storable(plan)
+    seconds = {"identity": round(time.perf_counter() - started, 3)}
+    if before is not None:
+        before()
+    return Build(plan, source, cache, device, force=force, progress=progress, seconds=seconds).compact()
 
 
 def find_or_build_bins(plan: Plan, cache: Cache, *, device: str = "auto", progress: bool = True) -> Bins:
     """Return only the bins of the plan's dataset: from the cache if they are there, else made now.
 
-    The global random state is the same before and after the call.
+    The caller restores the global random state, as in `find_or_build`.
 
     Args:
         plan: what will be made.
@@ -141,15 +140,14 @@ def find_or_build_bins(plan: Plan, cache: Cache, *, device: str = "auto", progre
     Raises:
         DQError: the bins cannot be made.
     """
-    with isolated_random_state():
-        source, identities = _identities(plan, cache)
-        for parts in [] if identities is None else usable_parts(plan, source, identities):
-            with suppress(StoreError):
-                if (path := cache.find(BINS, parts[BINS])) is not None:
-                    bins = read_bins(path)
-                    get_logger().info(f"reusing the bins of {len(plan.source):,} samples: {path}")
-                    return bins
-        return Build(plan, source, cache, device, force=False, progress=progress, seconds={}).bins()
+    source, identities = _identities(plan, cache)
+    for parts in [] if identities is None else usable_parts(plan, source, identities):
+        with suppress(StoreError):
+            if (path := cache.find(BINS, parts[BINS])) is not None:
+                bins = read_bins(path)
+                get_logger().info(f"reusing the bins of {len(plan.source):,} samples: {path}")
+                return bins
+    return Build(plan, source, cache, device, force=False, progress=progress, seconds={}).bins()
 
 
 def _identities(plan: Plan, cache: Cache) -> tuple[str, dict[str, str] | None]:

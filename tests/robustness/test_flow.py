@@ -1,6 +1,7 @@
 """The flow from a dataset to its compact set: one lock at a time, and entries that go away between two steps."""
 
 import shutil
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import pytest
 from dq_lightning import PatchConfig
 from dq_lightning.cache import entries as cache
 from dq_lightning.cache.entries import STATIONS
+from dq_lightning.core import isolation
 from dq_lightning.core.errors import StoreError
-from dq_lightning.pipeline import build, filling, packing
+from dq_lightning.features import origins
+from dq_lightning.patches import reconstructors
+from dq_lightning.pipeline import build, filling, packing, quantize
 from dq_lightning.pipeline.plan import FEATURES, FILLED, SELECTION, STORE
 from tests.robustness.worlds import RUNS, content, image_run
 
@@ -104,3 +108,33 @@ def test_a_sample_that_cannot_be_stored_ends_the_run_at_once(place: Path, locked
     with pytest.raises(StoreError, match="this sample cannot be stored"):
         patched_run(place)
     assert locked == list(STATIONS[: STATIONS.index(STORE) + 1])
+
+
+def test_networks_and_data_are_identified_once_a_run(place: Path, monkeypatch) -> None:
+    hashed = []
+    for owner, name in ((origins, "digest_encoder"), (reconstructors, "digest_module"), (quantize, "source_identity")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, _n=name, _r=real, **k: (hashed.append(_n), _r(*a, **k))[1])
+    once = ["digest_encoder", "digest_encoder", "digest_module", "source_identity"]
+    patched_run(place)
+    assert sorted(hashed) == once
+    hashed.clear()
+    assert patched_run(place).reused
+    assert sorted(hashed) == once
+
+
+def test_the_random_state_is_saved_once_a_run(place: Path, monkeypatch) -> None:
+    real, saved = isolation.isolated_random_state, []
+
+    def watched(seed=None):
+        # blocks with a seed are there for the seed
+        saved.extend([1] if seed is None else [])
+        return real(seed)
+
+    for name, module in list(sys.modules.items()):
+        # sources are used alone as well, where their own checks are the outermost call
+        own = name.startswith("dq_lightning.") and not name.startswith("dq_lightning.sources.")
+        if own and hasattr(module, "isolated_random_state"):
+            monkeypatch.setattr(module, "isolated_random_state", watched)
+    patched_run(place)
+    assert saved == [1]
