@@ -6,7 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dq_lightning.core.errors import DQError, PatchError, StoreError
@@ -176,7 +178,7 @@ class PatchChoice:
             position: number of the image, 0 to M - 1.
         """
         first, last = int(self.offsets[position]), int(self.offsets[position + 1])
-        return unpack_mask(self.packed[first:last], int(self.num_patches[position]))
+        return torch.from_numpy(unpack_mask(self.packed[first:last].numpy(), int(self.num_patches[position])))
 
     def kept(self, position: int) -> Tensor:
         """Numbers of the kept patches of one image, int64 [k], ascending.
@@ -206,20 +208,29 @@ class PatchChoice:
         return digest.hexdigest()
 
 
-def pack_mask(mask: Tensor) -> Tensor:
-    """Pack a mask, bool [..., L], into bits, uint8 [..., ceil(L / 8)].
+def pack_mask(mask: Tensor) -> bytes:
+    r"""Pack the mask of one image, bool [L], into ceil(L / 8) bytes, the form that masks have on the disk.
 
     Patch j becomes bit j % 8 of byte j // 8, where bit 0 is the least significant one. Unused bits are 0.
+
+    >>> pack_mask(torch.tensor([True, False, True]))
+    b'\x05'
     """
-    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8))
-    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (padded.view(*mask.shape[:-1], padded.shape[-1] // 8, 8) * weights).sum(-1, dtype=torch.uint8)
+    return np.packbits(mask.cpu().numpy(), bitorder="little").tobytes()
 
 
-def unpack_mask(packed: Tensor, num_patches: int) -> Tensor:
-    """Invert `pack_mask`: uint8 [..., ceil(L / 8)] becomes bool [..., L], where L is `num_patches`."""
-    bits = packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return (bits & 1).flatten(-2)[..., :num_patches].bool()
+def unpack_mask(packed: bytes | NDArray[np.uint8], num_patches: int) -> NDArray[np.bool_]:
+    """Return masks as booleans, the form that they have in memory; it inverts `pack_mask`.
+
+    Args:
+        packed: bytes of one mask, or uint8 [..., ceil(L / 8)] of several.
+        num_patches: L, number of patches of an image.
+
+    Returns:
+        bool [..., L], True for a patch that is kept.
+    """
+    array = packed if isinstance(packed, np.ndarray) else np.frombuffer(packed, np.uint8)
+    return np.unpackbits(array, axis=-1, count=num_patches, bitorder="little").view(np.bool_)
 
 
 @dataclass(frozen=True)
@@ -445,5 +456,4 @@ class PatchedImage:
 
     def mask_tensor(self) -> Tensor:
         """Mask, bool [L]: True for a patch that is kept."""
-        packed = torch.tensor(list(self.mask), dtype=torch.uint8)
-        return unpack_mask(packed, self.num_patches)
+        return torch.from_numpy(unpack_mask(self.mask, self.num_patches))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dq_lightning.core.records import PatchedImage
+from dq_lightning.core.records import PatchedImage, unpack_mask
 from dq_lightning.packed.columns import Leaf, leaf_reader
 from dq_lightning.packed.images import images_from_raw
 from dq_lightning.packed.patch_layout import Layout, Pixels
@@ -49,7 +49,7 @@ class BatchDecoder:
         # This is a contiguous copy, because its memory is viewed in other shapes below.
         data = np.ascontiguousarray(taken[:, self.mask_bytes :])
         layout, count = self.layout, self.layout.count
-        masks = np.unpackbits(taken[:, : self.mask_bytes], axis=1, bitorder="little").view(np.bool_)
+        masks = unpack_mask(taken[:, : self.mask_bytes], 8 * self.mask_bytes)
         good = masks.sum(1) == count
         masks = masks[:, : self.whole.num_patches]
         good &= masks.sum(1) == count

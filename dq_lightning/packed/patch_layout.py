@@ -77,11 +77,6 @@ class Layout:
         return rows * self.side, columns * self.side
 
 
-def mask_array(mask: bytes, num_patches: int) -> Mask:
-    """Unpack the bytes of a mask to bool [L]."""
-    return np.unpackbits(np.frombuffer(mask, np.uint8), count=num_patches, bitorder="little").view(np.bool_)
-
-
 def cut(pixels: Pixels, mask: Mask, layout: Layout) -> Pixels:
     """Cut the kept patches [k, side, side, C] out of pixels [H, W, C]; padding copies their last row and column."""
     rows, columns = layout.grid

@@ -36,14 +36,13 @@ from PIL import Image
 from torch import Tensor
 
 from dq_lightning.core.errors import StoreError
-from dq_lightning.core.records import CHANNELS, PatchedImage, pack_mask
+from dq_lightning.core.records import CHANNELS, PatchedImage, pack_mask, unpack_mask
 from dq_lightning.packed.layouts import leaf_of, pixels_of
 from dq_lightning.packed.patch_layout import (
     Layout,
     Mask,
     Pixels,
     cut,
-    mask_array,
     patches_in,
     pixel_mask,
     place,
@@ -84,7 +83,7 @@ def pack_image(
     """
     layout_name, mode, pixels = pixels_of(leaf)
     height, width = pixels.shape[:2]
-    packed = pack_mask(mask.cpu()).numpy().tobytes()
+    packed = pack_mask(mask)
     properties = encode_properties(leaf) if isinstance(leaf, Image.Image) else b""
     patched = PatchedImage(height, width, mode, layout_name, patch_size, packed, codec, b"", properties)
     if mask.shape != (patched.num_patches,):
@@ -132,7 +131,7 @@ def unpack_image(patched: PatchedImage) -> tuple[Pixels, Mask]:
     Raises:
         StoreError: if the data are damaged or do not fit the image's size and mask.
     """
-    mask = mask_array(patched.mask, patched.num_patches)
+    mask = unpack_mask(patched.mask, patched.num_patches)
     layout = layout_of(patched)
     if patched.num_kept == 0:
         if patched.data:

@@ -117,11 +117,11 @@ def make_choice(masks: Sequence[Tensor], sizes: Sequence[tuple[int, int]], patch
         sizes: for each image (height, width) in pixels.
         patch_size: P, side of a patch in pixels.
     """
-    packed = [pack_mask(mask.cpu()) for mask in masks]
+    packed = bytearray(b"".join(map(pack_mask, masks)))
     return PatchChoice(
         patch_size,
         torch.tensor(sizes, dtype=torch.int32).reshape(-1, 2),
-        torch.cat(packed) if packed else torch.zeros(0, dtype=torch.uint8),
+        torch.frombuffer(packed, dtype=torch.uint8) if packed else torch.zeros(0, dtype=torch.uint8),
     )
 
 
