@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dq_lightning.bins.make import make_bins
-    from dq_lightning.core.config import BinConfig, FeatureConfig, PatchConfig, QuantizeConfig, SelectionConfig
+    from dq_lightning.core.config import (
+        BinConfig,
+        EncodingConfig,
+        FeatureConfig,
+        PatchConfig,
+        QuantizeConfig,
+        SelectionConfig,
+    )
     from dq_lightning.core.errors import DQError
     from dq_lightning.core.records import Bins, Features, PatchChoice, Selection, StoreInfo
     from dq_lightning.lightning import QuantizedDataModule
@@ -30,6 +37,7 @@ _HOMES = {
     "Features": "core.records",
     "PackedDataset": "packed.reader",
     "PatchChoice": "core.records",
+    "EncodingConfig": "core.config",
     "PatchConfig": "core.config",
     "QuantizeConfig": "core.config",
     "QuantizedDataModule": "lightning",
@@ -49,6 +57,7 @@ __all__ = [
     "BinConfig",
     "Bins",
     "DQError",
+    "EncodingConfig",
     "FeatureConfig",
     "Features",
     "PackedDataset",

@@ -83,6 +83,9 @@ class QuantizedHooks(Base):
         drop_ratio: share of the patches of every kept image that is dropped, in [0, 1). Only the other patches are
             stored, and a masked autoencoder fills the dropped ones. `config.patches` holds all further settings of this
             step. 0 when None.
+        max_bytes: bytes that the compact set may take, everything counted: a number, a size (`"15MB"`), or a share of
+            the dataset's bytes (`"10%"`). How many samples are kept and, for images, as which JPEG or WebP, is then
+            chosen (see `config.encoding`); a `keep_ratio` other than 0.125 is kept to. No bound when None.
         encoder: network that makes the features: `"auto"`, `"bundled"`, a timm name, a folder or file, an `nn.Module`,
             or `(module, preprocessing)`; `"auto"` when None.
         classifier: network, or `(network, preprocessing)`, whose saliency maps score the patches; it replaces the name
@@ -148,6 +151,7 @@ class QuantizedHooks(Base):
         keep_ratio: float | None = None,
         num_bins: int | None = None,
         drop_ratio: float | None = None,
+        max_bytes: int | str | None = None,
         encoder: Any = None,
         classifier: Any = None,
         reconstructor: Any = None,
@@ -190,6 +194,7 @@ class QuantizedHooks(Base):
             target_transform=target_transform,
             fingerprint=fingerprint,
             drop_ratio=drop_ratio,
+            max_bytes=max_bytes,
             classifier=classifier,
             reconstructor=reconstructor,
             on_error=on_error,

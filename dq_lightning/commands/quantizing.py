@@ -29,6 +29,7 @@ def quantize_dataset(
     keep_ratio: float | None = None,
     num_bins: int | None = None,
     drop_ratio: float | None = None,
+    max_bytes: str | None = None,
     encoder: str | None = None,
     seed: int | None = None,
     indices: str | list[int] | None = None,
@@ -65,6 +66,8 @@ def quantize_dataset(
         keep_ratio: share of samples kept; short for selection.keep_ratio.
         num_bins: number of disjoint bins in each class; short for bins.num_bins.
         drop_ratio: share of the patches of every image that is dropped; short for patches.drop_ratio.
+        max_bytes: bytes that the set may take, such as 15MB or 10% of the dataset's; the number of samples and the
+            codec of images are then chosen.
         encoder: auto, bundled, a model name of timm or transformers, a folder, a .npy of ready-made features, or
             openai:MODEL; short for features.encoder.
         seed: seed of the random draw; short for selection.seed.
@@ -93,6 +96,7 @@ def quantize_dataset(
         "selection.keep_ratio": keep_ratio,
         "bins.num_bins": num_bins,
         "patches.drop_ratio": drop_ratio,
+        "max_bytes": max_bytes,
         "features.encoder": encoder,
         "selection.seed": seed,
     }

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.fields import JsonFields, check_choice, check_ratio
+from dq_lightning.core.sizes import budget_bytes
 
 Saliency = Literal[
     "gradcam", "gradcam++", "xgradcam", "hirescam", "layercam", "gradcamelementwise",
@@ -15,6 +16,7 @@ Saliency = Literal[
 SaliencyTarget = Literal["auto", "label", "argmax"]
 Reconstruct = Literal["prepare", "batch", "off"]
 PatchCodec = Literal["auto", "raw", "png", "jpeg", "webp"]
+WholeCodec = Literal["auto", "keep", "jpeg", "webp"]
 
 
 @dataclass(frozen=True)
@@ -315,6 +317,42 @@ class TextConfig(JsonFields):
 
 
 @dataclass(frozen=True)
+class EncodingConfig(JsonFields):
+    """How whole images are stored in a packed set. What is stored is what is trained on.
+
+    Attributes:
+        codec: `"keep"` stores images as the dataset has them; `"jpeg"` and `"webp"` encode them anew, unless their own
+            file is smaller; `"auto"` lets `max_bytes` choose, and is `"keep"` without it.
+        quality: quality of JPEG and WebP, 1 to 100; None lets `max_bytes` choose, and is 75 without it.
+        longest_side: larger images are reduced to this longest side in pixels; None lets `max_bytes` choose (only
+            images of more than 64 pixels a side are reduced), and keeps every size without it.
+        least_psnr: floor for the choice that `max_bytes` makes, in dB: images are not stored more coarsely, fewer
+            samples are kept instead.
+    """
+
+    codec: WholeCodec = "auto"
+    quality: int | None = None
+    longest_side: int | None = None
+    least_psnr: float = 26.0
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the settings themselves, without a budget, ask for images to be encoded anew."""
+        return self.codec in ("jpeg", "webp")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("EncodingConfig", "codec", self.codec, WholeCodec)
+        for name, good in (
+            ("quality", self.quality is None or 1 <= self.quality <= 100),
+            ("longest_side", self.longest_side is None or self.longest_side >= 1),
+            ("least_psnr", 0 <= self.least_psnr < float("inf")),
+        ):
+            if not good:
+                raise ConfigError(f"EncodingConfig.{name} is out of range: {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
 class QuantizeConfig(JsonFields):
     """All settings of Dataset Quantization, from features to the stored compact set.
 
@@ -325,12 +363,16 @@ class QuantizeConfig(JsonFields):
         patches: which patches of the kept images are stored (station 4); nothing is dropped while `drop_ratio` is 0 and
             `max_bytes` is None.
         text: how the rows of a text dataset are read.
-        store: `"indices"` copies no samples, `"packed"` writes a self-contained copy, `"auto"` is `"indices"` while all
-            patches are kept and `"packed"` otherwise.
+        store: `"indices"` copies no samples, `"packed"` writes a self-contained copy, `"auto"` is `"indices"` while
+            images are stored whole and unchanged and `"packed"` otherwise.
         image_column: name of the image column of a Hugging Face dataset; None finds it by its feature type.
         label_column: name of the column of classes of a Hugging Face dataset; None finds it by its feature type.
         on_error: what happens when a sample cannot be read: `"raise"` raises an error that names the sample; `"skip"`
             leaves the sample out of all bins, so that it is never kept, and counts it in `StoreInfo.num_unreadable`.
+        encoding: how whole images are stored.
+        max_bytes: bytes that the set may take, everything counted: a number, a size (`"15MB"`), or a share of the
+            dataset's bytes (`"10%"`). The number of samples and, for images, codec, quality and longest side are then
+            chosen, unless they are fixed in `encoding`, or by a `keep_ratio` other than the default. None sets no bound.
     """
 
     features: FeatureConfig = field(default_factory=FeatureConfig)
@@ -342,11 +384,33 @@ class QuantizeConfig(JsonFields):
     image_column: str | None = None
     label_column: str | None = None
     on_error: OnError = "raise"
+    encoding: EncodingConfig = field(default_factory=EncodingConfig)
+    max_bytes: int | str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("QuantizeConfig", "store", self.store, StoreKind)
         check_choice("QuantizeConfig", "on_error", self.on_error, OnError)
+        if self.max_bytes is not None:
+            budget_bytes(self.max_bytes, 1 << 60)
+        for name, asked in (("max_bytes", self.max_bytes is not None), ("encoding.codec", self.encoding.encodes)):
+            if asked and self.store == "indices":
+                raise ConfigError(
+                    f'store="indices" copies nothing, so {name} has nothing to act on: leave one of them out'
+                )
+            if asked and self.patches.drops:
+                raise ConfigError(
+                    f"{name} stores images whole, and drop_ratio= drops patches: leave one of them out. At equal bytes a "
+                    "coarser quality loses less than dropped patches; config.patches.max_bytes bounds the bytes of patches"
+                )
+        if (
+            self.max_bytes is None
+            and not self.encoding.encodes
+            and self.encoding != EncodingConfig(self.encoding.codec)
+        ):
+            raise ConfigError(
+                'encoding.quality, longest_side and least_psnr need encoding.codec="jpeg" or "webp", or max_bytes='
+            )
 
 
 # what a user may pass as `config=`

@@ -312,6 +312,9 @@ class StoreInfo:
             codec and quality, or None; estimated from at most 1,000 of them.
         num_unreadable: number of samples of the whole dataset that could not be read and were skipped, with
             `on_error="skip"`.
+        encoding: how the images were encoded anew: `codec`, `quality`, `longest_side` in pixels, `psnr` in dB (estimated
+            from a few images; None if nothing was lost or it was not measured), and the budget `max_bytes` in bytes or
+            None; None for a set whose samples are stored as the dataset has them.
     """
 
     path: str
@@ -328,6 +331,7 @@ class StoreInfo:
     source_bytes: int | None = None
     unpatched_bytes: int | None = None
     num_unreadable: int = 0
+    encoding: dict[str, Any] | None = None
 
     @property
     def data_keep_ratio(self) -> float:

@@ -44,6 +44,7 @@ class DataModuleOptions(RunOptions, total=False):
     keep_ratio: float | None
     num_bins: int | None
     drop_ratio: float | None
+    max_bytes: int | str | None
     encoder: Any
     classifier: Any
     labels: Any

@@ -80,6 +80,7 @@ def want(
     classifier: Any = None,
     reconstructor: Any = None,
     on_error: OnError | None = None,
+    max_bytes: int | str | None = None,
 ) -> Wanted:
     """Combine the keywords of a data module and its config; the arguments are those of `QuantizedDataModule`.
 
@@ -92,6 +93,7 @@ def want(
         "selection.seed": seed,
         "bins.num_bins": num_bins,
         "patches.drop_ratio": drop_ratio,
+        "max_bytes": max_bytes,
         "store": store,
         "on_error": on_error,
     }

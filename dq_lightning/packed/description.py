@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from dq_lightning.cache.manifest import Damage, check_file, is_plain_name
-from dq_lightning.packed.writer import FORMAT, VERSIONS
+from dq_lightning.packed import small_arrays
+from dq_lightning.packed.writer import FORMAT, NARROW_KINDS, SMALL_FILE, VERSION_SQUEEZED, VERSIONS
 
 # This is a hundred times ImageNet. Each sample takes about 30 bytes of memory while the store is open, and its name.
 MAX_SAMPLES = 1 << 27
@@ -44,9 +45,36 @@ def check_description(path: Path, description: dict[str, Any]) -> tuple[int, dic
         if not is_plain_name(name) or not whole:
             raise Damage(f"store.json names {name!r:.80}, which is not a plain file with size and sha256")
         check_file(path, name, facts, hashed=False)
-    missing = {*SMALL_FILES, "values.bin"} - set(listed)
+    squeezed = version == VERSION_SQUEEZED
+    missing = {*((SMALL_FILE,) if squeezed else SMALL_FILES), "values.bin"} - set(listed)
     if missing:
         raise Damage(f"store.json does not name {', '.join(sorted(missing))}")
-    if listed["ids.bin"]["size"] > MAX_NAME_BYTES * count:
+    if squeezed:
+        _check_squeezed(description, count)
+    elif listed["ids.bin"]["size"] > MAX_NAME_BYTES * count:
         raise Damage(f"ids.bin has more than {MAX_NAME_BYTES} bytes for the name of a sample")
     return count, attributes
+
+
+def _check_squeezed(description: dict[str, Any], count: int) -> None:
+    """Check what store.json says of its compressed small arrays."""
+    facts = description.get("squeezed")
+    size = facts.get("ids_bytes") if isinstance(facts, dict) else -1
+    numbers = facts.get("columns") if isinstance(facts, dict) else None
+    named = size is None or (type(size) is int and 0 <= size <= MAX_NAME_BYTES * count)
+    columns = description.get("columns")
+    if (
+        not named
+        or not isinstance(numbers, list)
+        or not isinstance(columns, list)
+        or len(set(map(str, numbers))) != len(numbers)
+        or len(numbers) > small_arrays.MAX_COLUMNS
+        or not all(
+            type(number) is int
+            and 0 <= number < len(columns)
+            and isinstance(columns[number], dict)
+            and columns[number].get("kind") in NARROW_KINDS
+            for number in numbers
+        )
+    ):
+        raise Damage(f"store.json has impossible facts about its small arrays: {facts!r:.80}")

@@ -6,7 +6,34 @@ The code is pure: it reads and writes no files.
 from collections.abc import Sequence
 from typing import overload
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dq_lightning.core.errors import StoreError
+
+
+class PositionNames(Sequence[str]):
+    """Ids that are the positions of the samples in the source, as decimal numbers.
+
+    Args:
+        index: int64 [M], positions in the source.
+    """
+
+    def __init__(self, index: NDArray[np.int64]) -> None:
+        self._index = index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @overload
+    def __getitem__(self, position: int) -> str: ...
+
+    @overload
+    def __getitem__(self, position: slice) -> list[str]: ...
+
+    def __getitem__(self, position: int | slice) -> str | list[str]:
+        found = self._index[position]
+        return list(map(str, found.tolist())) if isinstance(position, slice) else str(int(found))
 
 
 class Names(Sequence[str]):

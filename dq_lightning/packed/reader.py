@@ -37,16 +37,17 @@ from dq_lightning.packed.columns import (
     leaf_reader,
 )
 from dq_lightning.packed.description import MAX_COLUMNS, SMALL_FILES, check_description
-from dq_lightning.packed.names import Names
+from dq_lightning.packed.names import Names, PositionNames
 from dq_lightning.packed.npy import npy_header
 from dq_lightning.packed.open_files import OpenFiles, Row, read_piece
 from dq_lightning.packed.patch_batches import BatchDecoder
 from dq_lightning.packed.patch_stream import facts_of, read_stream, take_streams
 from dq_lightning.packed.patches import map_patched, mean_filled, patched_images
+from dq_lightning.packed.small_arrays import small_from_bytes
 from dq_lightning.packed.trees import tree_builder, tree_from_json
 from dq_lightning.packed.values import BYTES_PER_PIXEL, check_decoded_size, decode_value, most_decoded_bytes
 from dq_lightning.packed.whole_images import FileReader
-from dq_lightning.packed.writer import STORE_FILE, holds_patches
+from dq_lightning.packed.writer import SMALL_FILE, STORE_FILE, VERSION_SQUEEZED, holds_patches
 
 Patches = Literal["mean", "packed"]
 # Errors that damaged or hostile bytes may raise while values are decoded from them.
@@ -118,7 +119,11 @@ class PackedDataset(Dataset[Any]):
             if self.verify == "hash":
                 for name, facts in description["files"].items():
                     check_file(self.path, name, facts, hashed=True)
-            self._set_small({name: self._read_small(name, description["files"][name]) for name in SMALL_FILES})
+            self._narrow: dict[int, NDArray[np.uint8]] = {}
+            if description["version"] == VERSION_SQUEEZED:
+                self._set_squeezed(description)
+            else:
+                self._set_small({name: self._read_small(name, description["files"][name]) for name in SMALL_FILES})
             self._set_columns(description)
         except StoreError:
             raise
@@ -151,6 +156,24 @@ class PackedDataset(Dataset[Any]):
         self._offsets = _numbers(small["value_offsets.npy"], "q")
         self._checksums = _numbers(small["checksums.npy"], "I")
 
+    def _set_squeezed(self, description: dict[str, Any]) -> None:
+        facts, squeezed = description["files"][SMALL_FILE], description["squeezed"]
+        sha256 = None if self.verify == "off" else facts["sha256"]
+        data = self._files.read(SMALL_FILE, facts["size"], sha256=sha256)
+        numbers = squeezed["columns"]
+        widths = [leaf_from_json(description["columns"][number]).row_bytes for number in numbers]
+        try:
+            small = small_from_bytes(data.data, self._num_samples, squeezed["ids_bytes"], widths)
+        except StoreError as error:
+            raise Damage(f"{SMALL_FILE}: {error}") from error
+        self.index, self.bin = torch.from_numpy(small.index), torch.from_numpy(small.bin)
+        self.ids = PositionNames(small.index)
+        if small.ids is not None and small.id_offsets is not None:
+            self.ids = Names(small.ids.data, _numbers(small.id_offsets.view(np.uint8), "q"))
+        self._offsets = _numbers(small.offsets.view(np.uint8), "q")
+        self._checksums = _numbers(small.checksums.view(np.uint8), "I")
+        self._narrow = dict(zip(numbers, small.columns, strict=True))
+
     def _set_columns(self, description: dict[str, Any]) -> None:
         described = description.get("columns")
         if not isinstance(described, list) or len(described) > MAX_COLUMNS:
@@ -173,6 +196,9 @@ class PackedDataset(Dataset[Any]):
         together = all(BatchDecoder.fits(leaf) for leaf in leaves if leaf.kind == "patches")
         for number, leaf in enumerate(leaves):
             if leaf.kind in WITHOUT_COLUMN:
+                continue
+            if number in self._narrow:
+                self._columns.append((number, _rows_of(self._narrow[number]), self._readers[number]))
                 continue
             name = f"column-{number}.npy"
             dtype, shape = leaf.column_type()
@@ -319,6 +345,12 @@ class PackedDataset(Dataset[Any]):
 
     def __repr__(self) -> str:
         return f"PackedDataset({str(self.path)!r}, {self._num_samples} samples)"
+
+
+def _rows_of(rows: NDArray[np.uint8]) -> Callable[[int], Row]:
+    """Return a function that gives the bytes of a row of uint8 [M, bytes per row]."""
+    held, width = (rows.reshape(-1).data if rows.size else memoryview(b"")).toreadonly(), rows.shape[1]
+    return lambda at: held[at * width : (at + 1) * width]
 
 
 def _stream_reader(leaf: Leaf) -> Callable[[bytes, int], tuple[Any, int]]:

@@ -24,6 +24,7 @@ from dq_lightning.pipeline.binning import make_bins_entry
 from dq_lightning.pipeline.compact import Compact, filled_key, open_compact
 from dq_lightning.pipeline.extracting import make_features
 from dq_lightning.pipeline.filling import make_filled
+from dq_lightning.pipeline.fitting import make_fitting_store
 from dq_lightning.pipeline.packing import make_store
 from dq_lightning.pipeline.patch_bytes import describe_costs
 from dq_lightning.pipeline.plan import (
@@ -49,6 +50,11 @@ STEPS = (
     Step("saliency", PATCHES, (SELECTION,), make_scores, read_scores, scored_parts, check_saliency),
     Step("store", STORE, (SELECTION, PATCHES), make_store, partial(open_compact, parts={}, reused=False)),
     Step("filling", FILLED, (STORE,), make_filled, Path, filled_key),
+)
+# Under a budget of bytes the number of samples follows from what they take, so that step draws them itself.
+FITTING_STEPS = (
+    *STEPS[:2],
+    Step("store", STORE, (BINS,), make_fitting_store, partial(open_compact, parts={}, reused=False)),
 )
 # So many times a run walks back at most, because entries keep being removed or damaged while it works.
 MAX_WALKS = 5
@@ -97,7 +103,7 @@ class Build:
         self.parts, *self._equivalent = usable_parts(self.plan, source, identities)
         self.steps = [
             replace(step, needs=tuple(name for name in step.needs if name in self.parts))
-            for step in STEPS
+            for step in (STEPS if plan.config.max_bytes is None else FITTING_STEPS)
             if step.station in self.parts
         ]
         self.has_made = False

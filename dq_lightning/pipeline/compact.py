@@ -10,7 +10,7 @@ import torch
 from dq_lightning.cache.entries import Cache
 from dq_lightning.cache.files import read_sealed, seal, sealed_digest, write_bytes
 from dq_lightning.cache.manifest import MANIFEST, cast_doubt, check_copied_entry
-from dq_lightning.cache.tensors import read_bins, read_selection
+from dq_lightning.cache.tensors import TENSORS_FILE, read_bins, read_selection
 from dq_lightning.core.config import PatchConfig, Reconstruct, VerifyPolicy
 from dq_lightning.core.errors import CacheError, DQError, StoreError
 from dq_lightning.core.records import Bins, Selection, StoreInfo
@@ -62,13 +62,22 @@ class Compact:
     filled: Path | None = None
 
 
-def write_description(folder: Path, plan: Plan, patches: PatchFacts | None = None) -> None:
+def write_description(
+    folder: Path,
+    plan: Plan,
+    patches: PatchFacts | None = None,
+    encoding: dict[str, Any] | None = None,
+    num_unreadable: int = 0,
+) -> None:
     """Write the description of a compact set, `compact.json`, which carries its own digest.
 
     Args:
         folder: folder of the entry.
         plan: plan that the set was made from.
         patches: facts about the patches of a store of patches, else None.
+        encoding: how the images were encoded anew, and the budget in bytes, as `StoreInfo.encoding` has them; else
+            None.
+        num_unreadable: number of samples that were skipped, for an entry whose selection is in its samples alone.
     """
     labels = plan.labels
     # A `Source` that the user passed may have been made with columns that the config does not name.
@@ -87,7 +96,8 @@ def write_description(folder: Path, plan: Plan, patches: PatchFacts | None = Non
         "class_names": list(labels.names) if labels is not None and labels.names is not None else None,
         "config": config | columns,
         "patches": None if patches is None else asdict(patches),
-    }
+    } | ({} if encoding is None else {"encoding": encoding})
+    described |= {"num_unreadable": num_unreadable} if num_unreadable else {}
     write_bytes(folder / COMPACT_FILE, seal(described))
 
 
@@ -180,7 +190,7 @@ def open_compact(
         check_copied_entry(path, verify, station=STORE)
     try:
         described = read_sealed(path / COMPACT_FILE)
-        selection = read_selection(path)
+        selection = _read_selection(path, described)
         _check_described(described, selection)
         patches = described["patches"] and PatchFacts(**described["patches"])
         info = StoreInfo(
@@ -193,6 +203,7 @@ def open_compact(
             num_classes=described["num_classes"],
             num_unreadable=selection.num_unreadable,
             reused=reused,
+            encoding=described.get("encoding"),
             **(_costs(patches) if patches else {}),
         )
         digest = sealed_digest(read_sealed(path / STORE_FILE)) if patches else None
@@ -203,6 +214,14 @@ def open_compact(
             "copied again"
         ) from error
     return Compact(info, selection, parts or {}, described["config"], patches, digest)
+
+
+def _read_selection(path: Path, described: dict[str, Any]) -> Selection:
+    """Read the selection of an entry. A store that is to take few bytes has it in its samples alone."""
+    if (path / TENSORS_FILE).exists() or not (path / STORE_FILE).exists():
+        return read_selection(path)
+    samples = PackedDataset(path)
+    return Selection(samples.index, samples.bin, described.get("num_unreadable", 0))
 
 
 def _check_described(described: dict[str, Any], selection: Selection) -> None:
@@ -224,6 +243,8 @@ def _check_described(described: dict[str, Any], selection: Selection) -> None:
         "num_classes": described["num_classes"] is None or is_count(described["num_classes"]),
         "class_names": names is None or isinstance(names, list),
         "config": isinstance(described["config"], dict),
+        "num_unreadable": is_count(described.get("num_unreadable", 0)),
+        "encoding": _is_encoding(described.get("encoding")),
         "patches": patches is None
         or (
             is_count(patches["patch_size"], 1)
@@ -237,7 +258,17 @@ def _check_described(described: dict[str, Any], selection: Selection) -> None:
         ),
     }
     if wrong := [name for name, fits in fit.items() if not fits]:
-        raise StoreError(f"{COMPACT_FILE} has an impossible {wrong[0]}: {described[wrong[0]]!r:.80}")
+        raise StoreError(f"{COMPACT_FILE} has an impossible {wrong[0]}: {described.get(wrong[0])!r:.80}")
+
+
+def _is_encoding(value: Any) -> bool:
+    """Whether a description of an encoding is one that `write_description` is given."""
+    if value is None:
+        return True
+    names = {"codec": str, "quality": int, "longest_side": int, "psnr": float, "max_bytes": int}
+    return isinstance(value, dict) and all(
+        name in names and (inner is None or type(inner) is names[name]) for name, inner in value.items()
+    )
 
 
 def _costs(patches: PatchFacts) -> dict[str, Any]:

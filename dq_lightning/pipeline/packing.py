@@ -19,6 +19,7 @@ from dq_lightning.identity.values import digest_of
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.packed.writer import Item, estimate_bytes, write_packed
 from dq_lightning.pipeline.compact import write_description
+from dq_lightning.pipeline.encoding import described_setting, encoded_items, fixed_setting
 from dq_lightning.pipeline.patch_bytes import PatchFacts, measure_bytes
 from dq_lightning.pipeline.patching import (
     TRIED_SAMPLES,
@@ -64,7 +65,8 @@ def make_store(task: Task, selection: Selection, scored: tuple[Tensor, Tensor] |
             else:
                 facts = _write_patches(task, selection, *scored)
             task.check_unchanged()
-    write_description(task.folder, plan, facts)
+    setting = fixed_setting(plan.config.encoding)
+    write_description(task.folder, plan, facts, None if setting.codec == "keep" else described_setting(setting))
 
 
 def _write_whole(task: Task, selection: Selection) -> None:
@@ -72,8 +74,10 @@ def _write_whole(task: Task, selection: Selection) -> None:
     plan = task.plan
     few = selection.index[:: max(1, len(selection) // MEASURED_SAMPLES)]
     size = estimate_bytes(_whole_items(plan, few), len(selection))
-    items = partial(_whole_items, plan, selection.index)
-    _write_samples(task, selection, items, size, made_from=selection.content_hash())
+    items: Callable[[int], Iterator[Item]] = partial(_whole_items, plan, selection.index)
+    if plan.config.encoding.encodes:
+        items = partial(encoded_items, plan, fixed_setting(plan.config.encoding), selection.index)
+    write_samples(task, selection, items, size, made_from=selection.content_hash())
 
 
 def _write_patches(task: Task, selection: Selection, scores: Tensor, sizes: Tensor) -> PatchFacts:
@@ -81,7 +85,7 @@ def _write_patches(task: Task, selection: Selection, scores: Tensor, sizes: Tens
     plan = task.plan
     choice = choose(plan, selection, scores, sizes)
     facts = measure_bytes(plan, selection, choice)
-    _write_samples(
+    write_samples(
         task,
         selection,
         partial(packed_items, plan, selection, choice),
@@ -93,12 +97,13 @@ def _write_patches(task: Task, selection: Selection, scores: Tensor, sizes: Tens
     return facts
 
 
-def _write_samples(
+def write_samples(
     task: Task,
     selection: Selection,
     items: Callable[[int], Iterator[Item]],
     size: int,
     made_from: str,
+    squeeze: bool = False,
     **attributes: Any,
 ) -> None:
     """Write samples in the packed format.
@@ -109,6 +114,7 @@ def _write_samples(
         items: function that yields the samples from a number on.
         size: about how many bytes they will take.
         made_from: digest of what the samples are made from beside the data, for the shards of an interrupted run.
+        squeeze: whether the small arrays are compressed.
         **attributes: further facts that the store keeps.
     """
     require_space(task.folder, size)
@@ -123,6 +129,7 @@ def _write_samples(
         bins=selection.bin,
         attributes={"source": source.describe()} | attributes,
         shards=shards,
+        squeeze=squeeze,
     )
 
 

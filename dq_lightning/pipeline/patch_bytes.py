@@ -64,8 +64,8 @@ def measure_bytes(plan: Plan, selection: Selection, choice: PatchChoice) -> Patc
         patch_size=patches.patch_size,
         image_size=patches.image_size,
         keep_ratio=choice.keep_ratio,
-        original_bytes=_owner_bytes(plan, kept),
-        source_bytes=_owner_bytes(plan, range(whole)),
+        original_bytes=owner_bytes(plan, kept),
+        source_bytes=owner_bytes(plan, range(whole)),
         unpatched_bytes=round(unpatched * len(kept) / max(1, len(tried))),
     )
 
@@ -96,7 +96,7 @@ def _as_pil(leaf: Any) -> Image.Image:
     )
 
 
-def _owner_bytes(plan: Plan, positions: Sequence[int]) -> int:
+def owner_bytes(plan: Plan, positions: Sequence[int]) -> int:
     """Return the bytes of samples in the original dataset: of files, encoded bytes or raw pixels.
 
     Samples that cannot be read count as 0 bytes in a folder of files; otherwise they are left out of the average.

@@ -27,8 +27,10 @@ FEATURES, BINS, SELECTION, PATCHES, STORE = "1-features", "2-bins", "3-selection
 # removed at any time. Entries of this station and of PATCHES are found by the content of the entry that they are made
 # from.
 FILLED = "6-filled"
+# No station, but the rule that a budget of bytes is spent by.
+BUDGET = "budget"
 # Increase the number of a station whenever what it computes changes, so that its old entries are never reused.
-ALGORITHM_VERSIONS = {FEATURES: 1, BINS: 1, SELECTION: 1, PATCHES: 2, STORE: 2, FILLED: 3}
+ALGORITHM_VERSIONS = {FEATURES: 1, BINS: 1, SELECTION: 1, PATCHES: 2, STORE: 2, FILLED: 3, BUDGET: 1}
 SIZE_SAMPLES = 16
 # This prefix distinguishes an identity of the data that the user gave from a digest of their content.
 GIVEN = "given:"
@@ -77,9 +79,10 @@ class Plan:
 
     @cached_property
     def store_kind(self) -> str:
-        """Kind of the store with `"auto"` resolved: `"indices"` while all patches are kept, else `"packed"`."""
+        """Kind of the store with `"auto"` resolved: `"indices"` while images are kept as they are."""
         if self.config.store == "auto":
-            return "indices" if self.patches is None else "packed"
+            copies = self.patches is not None or self.config.max_bytes is not None or self.config.encoding.encodes
+            return "packed" if copies else "indices"
         return self.config.store
 
     @property
@@ -252,6 +255,12 @@ def station_parts(plan: Plan, source: str, identities: dict[str, str]) -> Parts:
         parts[PATCHES] = selection | scored
         store = parts[PATCHES] | {"stored_patches": plan.patches.store_parts()}
     parts[STORE] = store | {"store": plan.store_kind, "store_version": version[STORE]}
+    if plan.config.max_bytes is not None:
+        # The number of samples follows from the budget, so there is no selection apart from the store.
+        del parts[SELECTION]
+        parts[STORE] |= {"max_bytes": plan.config.max_bytes, "budget_version": version[BUDGET]}
+    if plan.config.max_bytes is not None or plan.config.encoding.encodes:
+        parts[STORE]["encoding"] = plan.config.encoding.to_dict()
     if plan.patches is not None and plan.patches.fills_ahead:
         # The full parts also need the digest of the finished store; `filled_parts` makes them.
         parts[FILLED] = {"reconstructor": identities["reconstructor"]}

@@ -23,22 +23,21 @@ def make_selection(task: Task, bins: Bins | None = None) -> None:
         ConfigError: all samples were asked for, but some cannot be read.
         SourceError: two reads of one sample differ.
     """
-    if bins is None:
-        selection = _chosen(task)
-    else:
-        settings = task.plan.config.selection
-        selection = select(
-            bins,
-            keep_ratio=settings.keep_ratio,
-            seed=settings.seed,
-            draw=settings.draw,
-            bin_weights=settings.bin_weights,
-        )
-        _tell_lost_classes(task.plan, bins, selection)
-    write_selection(task.folder, selection)
+    ratio = task.plan.config.selection.keep_ratio
+    write_selection(task.folder, chosen_selection(task) if bins is None else drawn_selection(task, bins, ratio))
 
 
-def _chosen(task: Task) -> Selection:
+def drawn_selection(task: Task, bins: Bins, keep_ratio: float) -> Selection:
+    """Draw a share of the samples from bins, and warn of classes of which none is kept."""
+    settings = task.plan.config.selection
+    selection = select(
+        bins, keep_ratio=keep_ratio, seed=settings.seed, draw=settings.draw, bin_weights=settings.bin_weights
+    )
+    _tell_lost_classes(task.plan, bins, selection)
+    return selection
+
+
+def chosen_selection(task: Task) -> Selection:
     """Return the selection of positions that were chosen without features; their bin is -1.
 
     With `on_error="skip"` the samples that cannot be read are left out.

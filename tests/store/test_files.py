@@ -3,6 +3,7 @@
 import contextlib
 import io
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dq_lightning.packed.file_stream import shared_starts, write_file
 from dq_lightning.packed.lossy import encode_lossy
 from dq_lightning.packed.reader import DECODING_ERRORS, PackedDataset
 from dq_lightning.packed.whole_images import FileReader
+from dq_lightning.packed.writer import write_packed
 from tests.store.test_damage import reseal
 from tests.store.test_packed import jpeg, pack, photo
 from tests.store.trees import equal
@@ -130,3 +132,74 @@ def test_other_beginnings_than_those_written_are_found(tmp_path: Path) -> None:
     reseal(tmp_path, swap)
     with pytest.raises(StoreError, match="holds another store"):
         PackedDataset(tmp_path).require(digest)
+
+
+def squeezed(folder: Path, items: list[Any], ids: list[str] | None = None) -> Path:
+    index = torch.arange(len(items)) * 3 + 5
+    bins = (torch.arange(len(items)) % 7).to(torch.int16) - 1
+    names = ids or [str(position) for position in index.tolist()]
+    write_packed(folder, items, ids=names, index=index, bins=bins, attributes={"a": 1}, squeeze=True)
+    return folder
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_small_arrays_come_back_from_one_file(tmp_path: Path, count: int, named: bool) -> None:
+    items = [((stored(photo(32, 32, i), "jpeg"), i % 10, 0.5 * i, i % 3 == 0), None) for i in range(min(count, 60))]
+    items = (items * 5)[:count]
+    ids = [f"folder é/{i}" for i in range(count)] if named else None
+    plain = PackedDataset(pack(tmp_path / "plain", [item for item, _ in items]))
+    store = PackedDataset(squeezed(tmp_path / "squeezed", items, ids), verify="hash")
+    assert store.index.tolist() == [3 * i + 5 for i in range(count)]
+    assert store.bin.tolist() == [i % 7 - 1 for i in range(count)]
+    assert list(store.ids) == (ids or [str(3 * i + 5) for i in range(count)])
+    assert list(store.ids[:2]) == [store.ids[i] for i in range(min(count, 2))]
+    assert all(equal(store[i], plain[i]) for i in range(count))
+    if count > 1:
+        saved = sum(file.stat().st_size for file in (tmp_path / "plain").iterdir())
+        saved -= sum(file.stat().st_size for file in (tmp_path / "squeezed").iterdir())
+        assert saved > 40 * count
+
+
+def resize(description: dict[str, Any], size: int) -> None:
+    description["files"]["small.bin"]["size"] = size
+
+
+def test_damaged_small_arrays_are_refused(tmp_path: Path) -> None:
+    """Every byte of the file is held by its digest, and without the digest no bytes give other sizes."""
+    items = [((stored(photo(16, 16, i), "jpeg"), i), None) for i in range(20)]
+    path = squeezed(tmp_path, items) / "small.bin"
+    data = path.read_bytes()
+    for at in range(0, len(data), 7):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(StoreError):
+            PackedDataset(tmp_path)
+        with contextlib.suppress(StoreError):
+            list(PackedDataset(tmp_path, verify="off"))
+    for changed in (data[:-1], data + b"x", data[:50], b""):
+        path.write_bytes(changed)
+        reseal(tmp_path, partial(resize, size=len(changed)))
+        with pytest.raises(StoreError):
+            PackedDataset(tmp_path, verify="off")
+
+
+SQUEEZED = {
+    "no facts": lambda d: d.pop("squeezed"),
+    "other count": lambda d: d.update(num_samples=19),
+    "huge count": lambda d: d.update(num_samples=1 << 26),
+    "ids that are not there": lambda d: d["squeezed"].update(ids_bytes=10),
+    "columns that are not there": lambda d: d["squeezed"].update(columns=[7]),
+    "a column twice": lambda d: d["squeezed"].update(columns=[1, 1]),
+    "a column of files": lambda d: d["squeezed"].update(columns=[0]),
+    "no columns": lambda d: d["squeezed"].update(columns=[]),
+    "a wider column": lambda d: d["columns"][1].update(kind="bool"),
+}
+
+
+@pytest.mark.parametrize("case", SQUEEZED)
+def test_impossible_facts_about_small_arrays_are_refused(tmp_path: Path, case: str) -> None:
+    squeezed(tmp_path, [((stored(photo(16, 16, i), "jpeg"), i), None) for i in range(20)])
+    reseal(tmp_path, SQUEEZED[case])
+    for verify in ("size", "off"):
+        with pytest.raises(StoreError):
+            PackedDataset(tmp_path, verify=verify)

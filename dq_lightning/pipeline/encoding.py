@@ -1,0 +1,111 @@
+"""Whole images encoded anew: JPEG or WebP at a quality, at most so many pixels a side.
+
+What is stored is what is trained on. An image stays as the dataset has it where its own file is no larger than the new
+one, and where it is no 8-bit grey or RGB image.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from dq_lightning.core.config import EncodingConfig
+from dq_lightning.core.errors import StoreError
+from dq_lightning.core.records import EncodedImage, StoredImage
+from dq_lightning.packed.images import decode_image
+from dq_lightning.packed.layouts import pixels_of
+from dq_lightning.packed.lossy import encode_lossy
+from dq_lightning.packed.values import encode_properties
+from dq_lightning.packed.writer import Item
+from dq_lightning.pipeline.budget import ByteSetting
+from dq_lightning.pipeline.patching import image_place
+from dq_lightning.pipeline.plan import Plan
+from dq_lightning.sources.items import at, plain_parts, with_value
+
+DEFAULT_QUALITY = 75
+
+
+def encoded_items(plan: Plan, setting: ByteSetting, index: Tensor, start: int = 0) -> Iterator[Item]:
+    """Yield samples with their images as a setting stores them.
+
+    Args:
+        plan: plan of the run.
+        setting: the setting; `"keep"` leaves every sample as it is.
+        index: int64 [M], positions of the samples in the source.
+        start: number of the first sample.
+    """
+    for position in index[start:].tolist():
+        sample, encoded = plain_parts(plan.source.plain(position)), plan.source.encoded(position)
+        if setting.codec == "keep":
+            yield sample, encoded
+            continue
+        place = image_place(plan)
+        stored = encode_leaf(at(sample, place), encoded, setting)
+        yield (sample, encoded) if stored is None else (with_value(sample, place, stored), None)
+
+
+def fixed_setting(config: EncodingConfig) -> ByteSetting:
+    """Return the setting that a config asks for without a budget; its bytes and its error are not known."""
+    if not config.encodes:
+        return ByteSetting("keep", None, None, math.nan, math.nan)
+    quality = DEFAULT_QUALITY if config.quality is None else config.quality
+    return ByteSetting(config.codec, quality, config.longest_side, math.nan, math.nan)
+
+
+def described_setting(setting: ByteSetting, max_bytes: int | None = None) -> dict[str, Any]:
+    """Return a setting and the budget as plain JSON, in the form of `StoreInfo.encoding`."""
+    psnr = round(setting.psnr, 2) if math.isfinite(setting.psnr) else None
+    facts = {"codec": setting.codec, "quality": setting.quality, "longest_side": setting.longest_side}
+    return facts | {"psnr": psnr, "max_bytes": max_bytes}
+
+
+def encode_leaf(leaf: Any, encoded: EncodedImage | None, setting: ByteSetting) -> StoredImage | None:
+    """Encode an image as a setting says.
+
+    Args:
+        leaf: Pillow image, array or tensor as the dataset delivers it.
+        encoded: the dataset's own file of this image, or None.
+        setting: a setting of JPEG or WebP.
+
+    Returns:
+        The new file; the dataset's own if it is no larger and gives exactly this image; None for an image that stays
+        as it is, because it is no 8-bit grey or RGB image.
+
+    Raises:
+        StoreError: the codec cannot hold an image of this size, or the info of the image cannot be stored.
+    """
+    try:
+        layout, mode, pixels = pixels_of(leaf)
+    except StoreError:
+        return None
+    assert setting.quality is not None
+    image = (
+        leaf if layout == "pil" else Image.fromarray(np.ascontiguousarray(pixels if mode == "RGB" else pixels[..., 0]))
+    )
+    data = encode_lossy(reduced(image, setting.longest_side), setting.codec, setting.quality)
+    properties = encode_properties(leaf) if layout == "pil" else b""
+    # A folder of colour images then has one column of files, whether they are its own or new ones.
+    plain = encoded is not None and encoded.decoder == "pil_rgb" and mode == "RGB"
+    if encoded is not None and layout == "pil" and len(encoded.data) <= len(data) and _gives(encoded, image):
+        return StoredImage(encoded.data, encoded.decoder, layout, properties)
+    return StoredImage(data, "pil_rgb" if plain else "pil", layout, properties)
+
+
+def reduced(image: Image.Image, longest_side: int | None) -> Image.Image:
+    """Return an image whose longest side has at most so many pixels, with the same shape; None changes nothing."""
+    if longest_side is None or max(image.size) <= longest_side:
+        return image
+    scale = longest_side / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _gives(encoded: EncodedImage, image: Image.Image) -> bool:
+    try:
+        decoded = decode_image(encoded.data, encoded.decoder)
+    except StoreError:
+        return False
+    return (decoded.mode, decoded.size) == (image.mode, image.size) and decoded.tobytes() == image.tobytes()

@@ -1,0 +1,187 @@
+"""Compact sets under a budget of bytes, from real images and rows to the train loader."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils.data import Subset
+from torchvision.datasets import CIFAR10, ImageFolder
+
+from dq_lightning import (
+    EncodingConfig,
+    FeatureConfig,
+    PackedDataset,
+    PatchConfig,
+    QuantizeConfig,
+    QuantizedDataModule,
+    SelectionConfig,
+    load_selection,
+    quantize,
+)
+from dq_lightning.core.errors import ConfigError
+from dq_lightning.pipeline import fitting, frontier
+from tests.lightning_scripts.common import photos
+
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
+
+@pytest.fixture
+def features(tmp_path):
+    """Path of ready-made features of so many samples."""
+
+    def make(count):
+        path = tmp_path / f"features-{count}.npy"
+        if not path.exists():
+            np.save(path, np.random.default_rng(0).normal(size=(count, 8)).astype(np.float32))
+        return FeatureConfig(encoder=str(path))
+
+    return make
+
+
+@pytest.fixture
+def fewer(monkeypatch):
+    """Settings are compared on few images and at few qualities."""
+    monkeypatch.setattr(frontier, "COMPARED", {"small": 20, "photo": 4})
+    monkeypatch.setattr(frontier, "MEASURED", {"small": 60, "photo": 20})
+    qualities = {(codec, size): (20, 40, 75, 95) for codec in ("jpeg", "webp") for size in ("small", "photo")}
+    monkeypatch.setattr(frontier, "QUALITIES", qualities)
+
+
+def made(cache, data, settings):
+    info = quantize(data, settings, cache_dir=cache, progress=False)
+    assert info.bytes == sum(file.stat().st_size for file in Path(info.path).iterdir())
+    return info
+
+
+def test_real_small_images(tmp_path, cifar_root, features, caplog):
+    """As many as fit, down to the floor; then finer ones; each is what the codec makes of the image."""
+    data = Subset(CIFAR10(cifar_root, train=True), range(400))
+    sizes = []
+    for share, wanted in (("2%", (90, 180)), ("10%", (400, 400))):
+        with caplog.at_level(logging.INFO, "dq_lightning"):
+            info = made(tmp_path, data, QuantizeConfig(max_bytes=share, features=features(400)))
+        told = info.encoding
+        assert told["max_bytes"] == 400 * 3072 * int(share[:-1]) // 100
+        assert 0.9 * told["max_bytes"] <= info.bytes <= told["max_bytes"]
+        assert wanted[0] <= info.num_samples <= wanted[1]
+        assert told["psnr"] >= 26
+        assert f"samples as {told['codec'].upper()} {told['quality']}" in caplog.text
+        sizes.append((info.num_samples, told["psnr"]))
+        errors = []
+        for (image, label), position in zip(
+            PackedDataset(info.path), load_selection(info.path).index.tolist(), strict=True
+        ):
+            plain, target = data[position]
+            assert (type(image), image.size, image.info, label) == (Image.Image, (32, 32), {}, target)
+            errors.append(np.mean((np.asarray(image, np.float32) - np.asarray(plain)) ** 2))
+        assert 10 * np.log10(255**2 / np.mean(errors)) == pytest.approx(told["psnr"], abs=0.7)
+    assert sizes == sorted(sizes)
+    assert made(tmp_path, data, QuantizeConfig(max_bytes="10%", features=features(400))).reused
+
+
+def test_real_photos(tmp_path, shared_dir, features, fewer):
+    """Also their sides are reduced; nothing is encoded anew that is smaller as it is."""
+    data = ImageFolder(shared_dir / "data" / "imagenette_224_small" / "train")
+    data = Subset(data, range(0, len(data), 20))
+    whole = sum(Path(data.dataset.samples[i][0]).stat().st_size for i in data.indices)
+    settings = QuantizeConfig(max_bytes="8%", features=features(len(data)))
+    small = made(tmp_path, data, settings)
+    assert small.encoding["max_bytes"] == whole * 8 // 100
+    assert 0.8 * whole * 0.08 <= small.bytes <= whole * 0.08
+    assert {max(image.size) for image, _ in PackedDataset(small.path)} == {small.encoding["longest_side"] or 224}
+    exact = made(tmp_path, data, QuantizeConfig(max_bytes="120%", features=features(len(data))))
+    assert (exact.num_samples, exact.encoding["codec"], exact.encoding["psnr"]) == (len(data), "keep", None)
+    fine = EncodingConfig("jpeg", quality=100)  # no new file is smaller
+    own = made(tmp_path, data, QuantizeConfig(encoding=fine, selection=SelectionConfig(keep_ratio=1.0)))
+    assert own.bytes <= exact.bytes * 1.2
+    for store in (exact, own):
+        for (image, _), (plain, _) in zip(PackedDataset(store.path), data, strict=True):
+            assert image.tobytes() == plain.tobytes()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_budget_is_exceeded(tmp_path, features, fewer, seed, monkeypatch):
+    """Even where the estimate is far too low, the finished set fits; smaller sets are parts of larger ones."""
+    draw = np.random.default_rng(seed)
+    count = int(draw.integers(100, 300))
+    data = photos(count, None)
+    if seed % 2:
+        real = fitting.measure_again
+        monkeypatch.setattr(
+            fitting,
+            "measure_again",
+            lambda plan, one: frontier.replace(real(plan, one), sample_bytes=0.6 * one.sample_bytes),
+        )
+    kept = []
+    fixed = EncodingConfig("jpeg", quality=int(draw.integers(20, 90)), least_psnr=0.0)
+    for budget in sorted(draw.integers(12_000, 40_000, 2).tolist()):
+        info = made(tmp_path, data, QuantizeConfig(max_bytes=budget, encoding=fixed, features=features(count)))
+        assert info.bytes <= budget
+        assert (info.encoding["codec"], info.encoding["quality"]) == ("jpeg", fixed.quality)
+        kept.append(set(load_selection(info.path).index.tolist()))
+    assert kept[0] <= kept[1]
+
+
+def test_a_fixed_number_of_samples_is_kept(tmp_path, features, fewer):
+    data = photos(100, None)
+    for ratio in (0.5, 1.0):
+        settings = QuantizeConfig(max_bytes=40_000, selection=SelectionConfig(keep_ratio=ratio), features=features(100))
+        info = made(tmp_path, data, settings)
+        assert info.num_samples == 100 * ratio
+        assert info.bytes <= 40_000
+    with pytest.raises(ConfigError, match="too little for the 100 samples"):
+        made(tmp_path, data, QuantizeConfig(max_bytes=9_000, selection=SelectionConfig(keep_ratio=1.0)))
+    with pytest.raises(ConfigError, match="too little for one sample"):
+        made(tmp_path, data, QuantizeConfig(max_bytes=500, features=features(100)))
+
+
+def test_arrays_stay_arrays(tmp_path, features, fewer):
+    data = [(np.asarray(image), label) for image, label in photos(60, None)]
+    info = made(tmp_path, data, QuantizeConfig(max_bytes="15%", features=features(60)))
+    image, label = PackedDataset(info.path)[0]
+    assert (image.dtype, image.shape, type(label)) == (np.uint8, (32, 32, 3), int)
+    assert info.encoding["codec"] in ("jpeg", "webp")
+
+
+def test_rows_of_text(tmp_path, features):
+    rows = [
+        {"instruction": f"Count to {i}", "input": "", "output": " ".join(map(str, range(i % 50)))} for i in range(400)
+    ]
+    info = made(tmp_path, rows, QuantizeConfig(max_bytes="40%", features=features(400)))
+    assert info.bytes <= info.encoding["max_bytes"]
+    assert 0 < info.num_samples < 200
+    assert PackedDataset(info.path)[3] == rows[int(load_selection(info.path).index[3])]
+
+
+def test_the_data_module_trains_on_what_is_stored(tmp_path, features, fewer):
+    module = QuantizedDataModule(
+        photos(200), max_bytes="10%", config={"features": features(200).to_dict()}, cache_dir=tmp_path, batch_size=10
+    )
+    module.prepare_data()
+    module.setup("fit")
+    assert module.info.bytes <= 200 * 3072 // 10
+    images, labels = next(iter(module.train_dataloader()))
+    assert (tuple(images.shape), len(labels)) == ((10, 3, 32, 32), 10)
+    again = QuantizedDataModule.from_store(module.info.path, batch_size=10)
+    again.setup("fit")
+    assert len(again.train_dataloader().dataset) == module.info.num_samples
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        lambda: QuantizeConfig(max_bytes="many"),
+        lambda: QuantizeConfig(max_bytes=0),
+        lambda: QuantizeConfig(max_bytes="1MB", store="indices"),
+        lambda: QuantizeConfig(max_bytes="1MB", patches=PatchConfig(drop_ratio=0.2)),
+        lambda: QuantizeConfig(encoding=EncodingConfig(quality=50)),
+        lambda: EncodingConfig("jpeg", quality=0),
+        lambda: EncodingConfig("gif"),
+        lambda: EncodingConfig(longest_side=0),
+    ],
+)
+def test_contradicting_settings_are_refused(settings):
+    with pytest.raises(ConfigError):
+        settings()
