@@ -54,20 +54,19 @@ def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
     present = len(plan.source) if bins is None else int((bins.assignment >= 0).sum())
     frontier = Frontier(plan)
     beside = frontier.fixed_bytes + len(json.dumps(task.parts))
-    settings, measured, scale = frontier.settings, set[int](), 1.0
+    settings, measured = frontier.settings, set[int]()
     selection, total = Selection(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int16)), 0
     for round_ in range(MAX_ROUNDS):
         while True:
-            scaled = [replace(one, sample_bytes=one.sample_bytes * scale) for one in settings]
             byte_plan = plan_bytes(
-                scaled,
+                settings,
                 budget,
                 present,
                 fixed_bytes=beside,
                 num_samples=fixed,
                 least_psnr=plan.config.encoding.least_psnr,
             )
-            at = scaled.index(byte_plan.setting)
+            at = settings.index(byte_plan.setting)
             if at in measured:
                 break
             if not measured:
@@ -83,7 +82,8 @@ def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
         total = _write(task, selection, byte_plan, budget)
         if total <= budget:
             return
-        scale *= max(1.002, (total - beside) / max(1, budget - beside) * 1.002)
+        # With what these samples took, the next plan has at least one sample less, or another setting.
+        settings[at] = replace(settings[at], sample_bytes=(total - beside) / len(selection) * (1 + 0.001 * round_))
         for path in task.folder.iterdir():
             path.unlink()
     raise ConfigError(
