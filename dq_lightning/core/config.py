@@ -400,8 +400,8 @@ class QuantizeConfig(JsonFields):
                 )
             if asked and self.patches.drops:
                 raise ConfigError(
-                    f"{name} stores images whole, and drop_ratio= drops patches: leave one of them out. At equal bytes a "
-                    "coarser quality loses less than dropped patches; config.patches.max_bytes bounds the bytes of patches"
+                    f"{name} stores images whole, and drop_ratio= drops patches: leave one of them out; "
+                    "config.patches.max_bytes bounds the bytes of patches"
                 )
         if (
             self.max_bytes is None

@@ -18,6 +18,7 @@ from PIL import Image, ImageFile, ImageOps, ImagePalette
 
 from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import EncodedImage
+from dq_lightning.packed.patch_stream import jpeg_head
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "JPEG2000", "MPO", "AVIF")
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
@@ -210,6 +211,9 @@ def memory_bytes(data: bytes) -> int:
     Raises:
         StoreError: if the bytes are no image of an allowed format.
     """
+    height, width, _ = jpeg_head(data)[1]
+    if height * width:
+        return 4 * height * width
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return 4 * image.size[0] * image.size[1]
