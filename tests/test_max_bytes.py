@@ -176,7 +176,7 @@ def test_the_data_module_trains_on_what_is_stored(tmp_path, features, fewer):
         lambda: QuantizeConfig(max_bytes=0),
         lambda: QuantizeConfig(max_bytes="1MB", store="indices"),
         lambda: QuantizeConfig(max_bytes="1MB", patches=PatchConfig(drop_ratio=0.2)),
-        lambda: QuantizeConfig(encoding=EncodingConfig(quality=50)),
+        lambda: quantize(photos(10), QuantizeConfig(encoding=EncodingConfig(quality=50))),
         lambda: EncodingConfig("jpeg", quality=0),
         lambda: EncodingConfig("gif"),
         lambda: EncodingConfig(longest_side=0),

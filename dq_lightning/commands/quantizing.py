@@ -9,6 +9,7 @@ from typing import Any
 
 from dq_lightning.core.config import (
     BinConfig,
+    EncodingConfig,
     FeatureConfig,
     OnError,
     PatchConfig,
@@ -29,7 +30,7 @@ def quantize_dataset(
     keep_ratio: float | None = None,
     num_bins: int | None = None,
     drop_ratio: float | None = None,
-    max_bytes: str | None = None,
+    max_bytes: int | str | None = None,
     encoder: str | None = None,
     seed: int | None = None,
     indices: str | list[int] | None = None,
@@ -38,6 +39,7 @@ def quantize_dataset(
     selection: SelectionConfig = SelectionConfig(),  # noqa: B008
     patches: PatchConfig = PatchConfig(),  # noqa: B008
     text: TextConfig = TextConfig(),  # noqa: B008
+    encoding: EncodingConfig = EncodingConfig(),  # noqa: B008
     store: StoreKind = "auto",
     image_column: str | None = None,
     label_column: str | None = None,
@@ -78,6 +80,7 @@ def quantize_dataset(
         selection: settings of station 3, which draws samples from the bins.
         patches: settings of station 4, which drops patches of images.
         text: how rows of text are read.
+        encoding: how whole images are stored.
         store: indices stores row numbers only, packed copies the samples, auto is indices as long as no patches are
             dropped.
         image_column: image column of a Hugging Face dataset; found by its feature type when left out.
@@ -91,12 +94,13 @@ def quantize_dataset(
         on_error: raise stops at a sample that cannot be read; skip leaves such samples out and counts them.
         progress: show progress bars.
     """
-    config = QuantizeConfig(features, bins, selection, patches, text, store, image_column, label_column, on_error)
+    config = QuantizeConfig(
+        features, bins, selection, patches, text, store, image_column, label_column, on_error, encoding, max_bytes
+    )
     short = {
         "selection.keep_ratio": keep_ratio,
         "bins.num_bins": num_bins,
         "patches.drop_ratio": drop_ratio,
-        "max_bytes": max_bytes,
         "features.encoder": encoder,
         "selection.seed": seed,
     }

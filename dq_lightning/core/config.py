@@ -403,14 +403,6 @@ class QuantizeConfig(JsonFields):
                     f"{name} stores images whole, and drop_ratio= drops patches: leave one of them out; "
                     "config.patches.max_bytes bounds the bytes of patches"
                 )
-        if (
-            self.max_bytes is None
-            and not self.encoding.encodes
-            and self.encoding != EncodingConfig(self.encoding.codec)
-        ):
-            raise ConfigError(
-                'encoding.quality, longest_side and least_psnr need encoding.codec="jpeg" or "webp", or max_bytes='
-            )
 
 
 # what a user may pass as `config=`

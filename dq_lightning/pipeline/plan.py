@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dq_lightning.core.config import QuantizeConfig
+from dq_lightning.core.config import EncodingConfig, QuantizeConfig
 from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.core.records import DigestMemory, Labels, Selection
 from dq_lightning.features.choose import EncoderSpec, choose_encoder
@@ -143,6 +143,11 @@ def make_plan(
     Raises:
         DQError: the dataset cannot be read as a source, a network cannot be chosen, or settings contradict each other.
     """
+    encoding = config.encoding
+    if config.max_bytes is None and not encoding.encodes and encoding != EncodingConfig(encoding.codec):
+        raise ConfigError(
+            'encoding.quality, longest_side and least_psnr need encoding.codec="jpeg" or "webp", or max_bytes='
+        )
     source = as_source(
         dataset,
         image_column=config.image_column,
