@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         EncodingConfig,
         FeatureConfig,
         PatchConfig,
+        QualityConfig,
         QuantizeConfig,
         SelectionConfig,
     )
@@ -39,6 +40,7 @@ _HOMES = {
     "PatchChoice": "core.records",
     "EncodingConfig": "core.config",
     "PatchConfig": "core.config",
+    "QualityConfig": "core.config",
     "QuantizeConfig": "core.config",
     "QuantizedDataModule": "lightning",
     "Selection": "core.records",
@@ -63,6 +65,7 @@ __all__ = [
     "PackedDataset",
     "PatchChoice",
     "PatchConfig",
+    "QualityConfig",
     "QuantizeConfig",
     "QuantizedDataModule",
     "Selection",

@@ -24,6 +24,7 @@ from dq_lightning.core.fields import JsonFields
 COMMANDS: dict[str, Any] = {
     "quantize": quantizing.quantize_dataset,
     "bins": stations.bins,
+    "suspects": stations.suspects,
     "sample": stations.sample,
     "reconstruct": stations.reconstruct,
     "embed": texts.embed,

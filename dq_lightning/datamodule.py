@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 from torch.utils.data import DataLoader, Dataset
 
-from dq_lightning.core.config import AnyConfig, OnError, Reconstruct, StoreKind, VerifyPolicy
+from dq_lightning.core.config import AnyConfig, Balance, OnError, Reconstruct, StoreKind, VerifyPolicy
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.records import Bins, Selection, StoreInfo
@@ -96,6 +96,13 @@ class QuantizedHooks(Base):
             dataset's own labels.
         indices: positions of the samples to keep, in place of keep_ratio and num_bins: an integer array, tensor or list
             [M], or an `.npy` file of these (such as the published `select_indices_*.npy`). No encoder runs then.
+        scores: what each sample is worth, higher is better: `"margin"` (how well its label fits its features), numbers
+            [N], an `.npy` file of these, or the name of a column of numbers. `"margin"` when None. It matters only with
+            `drop_worst`.
+        drop_worst: share of each class that is left out for its low scores, in [0, 1), or `"auto"`, which leaves out
+            the samples whose labels seem wrong; what was left out is in `info.suspects`. 0 when None.
+        balance: whether classes share the kept samples in proportion to their sizes (`"proportional"`), to the square
+            roots of their sizes (`"sqrt"`), or in equal numbers (`"equal"`); `"proportional"` when None.
         config: all further settings: a `QuantizeConfig`, a dict of its fields, or a YAML or JSON file. A keyword of
             this class that is None counts as not given; a keyword that contradicts a setting that was changed in
             `config` is an error.
@@ -157,6 +164,9 @@ class QuantizedHooks(Base):
         reconstructor: Any = None,
         labels: Any = None,
         indices: Indices = None,
+        scores: Any = None,
+        drop_worst: float | Literal["auto"] | None = None,
+        balance: Balance | None = None,
         config: AnyConfig | None = None,
         store: StoreKind | None = None,
         transform: Any = "keep",
@@ -198,6 +208,9 @@ class QuantizedHooks(Base):
             classifier=classifier,
             reconstructor=reconstructor,
             on_error=on_error,
+            scores=scores,
+            drop_worst=drop_worst,
+            balance=balance,
         )
         if num_workers == 0:
             wanted = in_one_process(wanted)

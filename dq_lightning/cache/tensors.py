@@ -21,12 +21,13 @@ from dq_lightning.cache.manifest import cast_doubt, is_plain_name
 from dq_lightning.core.arrays import TENSOR_DTYPES, plain_shape
 from dq_lightning.core.config import VerifyPolicy
 from dq_lightning.core.errors import DQError, StoreError
-from dq_lightning.core.records import Bins, Features, Selection
+from dq_lightning.core.records import Bins, Features, Selection, Suspects
 
 TENSORS_FILE = "tensors.json"
 FORMAT = "dq_lightning tensors"
 FORMAT_VERSION = 1
 CHUNK_BYTES = 16 << 20
+_SUSPECT_DTYPES = {"index": torch.int64, "score": torch.float64, "label": torch.int64, "suggested": torch.int64}
 
 
 def save_tensors(folder: str | Path, **tensors: Tensor) -> None:
@@ -174,9 +175,10 @@ def read_features(folder: Path, *, verify: VerifyPolicy = "size") -> Features:
 
 
 def write_bins(folder: Path, bins: Bins) -> None:
-    """Write bins as four tensors and the number of bins."""
+    """Write bins as four tensors and the number of bins, and suspects where there are any."""
     tensors = {"assignment": bins.assignment, "rank": bins.rank, "gain": bins.gain, "group": bins.group}
-    write_tensor_folder(folder, tensors, {"num_bins": bins.num_bins} | _skipped(bins.num_unreadable))
+    doubtful, facts = _suspects(bins.suspects)
+    write_tensor_folder(folder, tensors | doubtful, {"num_bins": bins.num_bins} | _skipped(bins.num_unreadable) | facts)
 
 
 def read_bins(folder: Path, *, verify: VerifyPolicy = "size") -> Bins:
@@ -185,20 +187,47 @@ def read_bins(folder: Path, *, verify: VerifyPolicy = "size") -> Bins:
     facts = {"assignment": torch.int16, "rank": torch.int32, "gain": torch.float32, "group": torch.int32}
     _check_columns(folder, tensors, facts)
     counts = _count(folder, attributes, "num_bins"), _count(folder, attributes, "num_unreadable")
-    return Bins(tensors["assignment"], tensors["rank"], tensors["gain"], tensors["group"], *counts)
+    four = (tensors["assignment"], tensors["rank"], tensors["gain"], tensors["group"])
+    return Bins(*four, *counts, _read_suspects(folder, tensors, attributes))
 
 
 def write_selection(folder: Path, selection: Selection) -> None:
-    """Write a selection as the tensors `index` and `bin`."""
+    """Write a selection as the tensors `index` and `bin`, and suspects where there are any."""
     tensors = {"index": selection.index, "bin": selection.bin}
-    write_tensor_folder(folder, tensors, _skipped(selection.num_unreadable))
+    doubtful, facts = _suspects(selection.suspects)
+    write_tensor_folder(folder, tensors | doubtful, _skipped(selection.num_unreadable) | facts)
 
 
 def read_selection(folder: Path, *, verify: VerifyPolicy = "size") -> Selection:
     """Read what `write_selection` wrote; StoreError when it is damaged."""
     tensors, attributes = _expect(folder, verify, "index", "bin")
     _check_columns(folder, tensors, {"index": torch.int64, "bin": torch.int16})
-    return Selection(tensors["index"], tensors["bin"], _count(folder, attributes, "num_unreadable"))
+    count, suspects = _count(folder, attributes, "num_unreadable"), _read_suspects(folder, tensors, attributes)
+    return Selection(tensors["index"], tensors["bin"], count, suspects)
+
+
+def _suspects(suspects: Suspects | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and attributes that hold suspects; none of them for None."""
+    if suspects is None:
+        return {}, {}
+    tensors = {f"suspect_{name}": getattr(suspects, name) for name in _SUSPECT_DTYPES}
+    return tensors, {
+        "suspects": {"names": None if suspects.names is None else list(suspects.names), "noise": suspects.noise}
+    }
+
+
+def _read_suspects(folder: Path, tensors: dict[str, Tensor], attributes: dict[str, Any]) -> Suspects | None:
+    facts = attributes.get("suspects")
+    if facts is None:
+        return None
+    dtypes = {f"suspect_{name}": dtype for name, dtype in _SUSPECT_DTYPES.items()}
+    whole = isinstance(facts, dict) and {"names", "noise"} <= set(facts) and set(dtypes) <= set(tensors)
+    if not whole or not isinstance(facts["names"], list | None) or not isinstance(facts["noise"], float | None):
+        raise _unfit(folder, f"suspects of {facts!r:.40}")
+    _check_columns(folder, tensors, dtypes)
+    names = None if facts["names"] is None else tuple(map(str, facts["names"]))
+    index, score, label, suggested = (tensors[name] for name in dtypes)
+    return Suspects(index, score, label, suggested, names, facts["noise"])
 
 
 def _skipped(count: int) -> dict[str, Any]:

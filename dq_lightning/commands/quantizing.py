@@ -5,14 +5,16 @@ package, which would import the heavy module that defines it.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dq_lightning.core.config import (
+    Balance,
     BinConfig,
     EncodingConfig,
     FeatureConfig,
     OnError,
     PatchConfig,
+    QualityConfig,
     QuantizeConfig,
     SelectionConfig,
     StoreKind,
@@ -34,10 +36,14 @@ def quantize_dataset(
     encoder: str | None = None,
     seed: int | None = None,
     indices: str | list[int] | None = None,
+    scores: str | None = None,
+    drop_worst: float | Literal["auto"] | None = None,
+    balance: Balance | None = None,
     features: FeatureConfig = FeatureConfig(),  # noqa: B008 (frozen)
     bins: BinConfig = BinConfig(),  # noqa: B008
     selection: SelectionConfig = SelectionConfig(),  # noqa: B008
     patches: PatchConfig = PatchConfig(),  # noqa: B008
+    quality: QualityConfig = QualityConfig(),  # noqa: B008
     text: TextConfig = TextConfig(),  # noqa: B008
     encoding: EncodingConfig = EncodingConfig(),  # noqa: B008
     store: StoreKind = "auto",
@@ -75,10 +81,16 @@ def quantize_dataset(
         seed: seed of the random draw; short for selection.seed.
         indices: an existing selection, in place of keep_ratio and num_bins: .npy of positions (a published
             select_indices file), or a list of positions. No encoder runs.
+        scores: what a sample is worth: margin (how well its label fits its features), none, a .npy of one number a
+            sample, or a column of numbers; short for quality.score.
+        drop_worst: share of each class that is left out for its low scores, or auto for the samples whose labels seem
+            wrong; short for quality.drop_worst. With output, they are listed in suspects.csv.
+        balance: proportional, sqrt or equal shares of the classes; short for selection.balance.
         features: settings of station 1, which turns samples into feature vectors.
         bins: settings of station 2, which splits every class into bins.
         selection: settings of station 3, which draws samples from the bins.
         patches: settings of station 4, which drops patches of images.
+        quality: settings of what is left out before the bins because labels seem wrong or scores are low.
         text: how rows of text are read.
         encoding: how whole images are stored.
         store: indices stores row numbers only, packed copies the samples, auto is indices as long as no patches are
@@ -95,7 +107,18 @@ def quantize_dataset(
         progress: show progress bars.
     """
     config = QuantizeConfig(
-        features, bins, selection, patches, text, store, image_column, label_column, on_error, encoding, max_bytes
+        features,
+        bins,
+        selection,
+        patches,
+        text,
+        store,
+        image_column,
+        label_column,
+        on_error,
+        encoding,
+        max_bytes,
+        quality,
     )
     short = {
         "selection.keep_ratio": keep_ratio,
@@ -103,6 +126,9 @@ def quantize_dataset(
         "patches.drop_ratio": drop_ratio,
         "features.encoder": encoder,
         "selection.seed": seed,
+        "selection.balance": balance,
+        "quality.score": scores,
+        "quality.drop_worst": drop_worst,
     }
     config = replace_fields(config, short)
     from dq_lightning.commands.opening import open_dataset
@@ -110,7 +136,15 @@ def quantize_dataset(
     from dq_lightning.pipeline.quantize import quantize
     from dq_lightning.selection.given import check_alone
 
-    check_alone(indices, keep_ratio=keep_ratio, num_bins=num_bins, encoder=encoder)
+    check_alone(
+        indices,
+        keep_ratio=keep_ratio,
+        num_bins=num_bins,
+        encoder=encoder,
+        scores=scores,
+        drop_worst=drop_worst,
+        balance=balance,
+    )
     if output is not None:
         output = str(Path(output).expanduser())
         check_writable(output)
@@ -138,6 +172,10 @@ def quantize_dataset(
             "fingerprint": fingerprint,
         }
         write_results(Path(output), info, config, place)
+        if info.suspects is not None:
+            from dq_lightning.exports.suspects import write_suspects
+
+            write_suspects(info.suspects, Path(output) / "suspects.csv")
     if info.num_unreadable:
         print(f"{info.num_unreadable:,} samples could not be read and were skipped")
     share = info.num_samples / info.num_source_samples

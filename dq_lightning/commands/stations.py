@@ -1,14 +1,16 @@
 """The commands `bins`, `sample` and `reconstruct`: one station each, with the files of the published scripts."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dq_lightning.core.config import (
+    Balance,
     BinConfig,
     Draw,
     FeatureConfig,
     OnError,
     PatchConfig,
+    QualityConfig,
     QuantizeConfig,
     SelectionConfig,
     TextConfig,
@@ -72,6 +74,61 @@ def bins(
     print(f"{len(made):,} samples in {made.num_bins} bins: {folder}/select_indices_{name}_exp*.npy")
 
 
+def suspects(
+    dataset: str,
+    data_path: str | None = None,
+    split: str = "train",
+    output: str = "suspects.csv",
+    drop_worst: float | Literal["auto"] = "auto",
+    scores: str = "margin",
+    encoder: str | None = None,
+    features: FeatureConfig = FeatureConfig(),  # noqa: B008 (frozen)
+    text: TextConfig = TextConfig(),  # noqa: B008
+    labels: str | None = None,
+    cache_dir: str | None = None,
+    device: str = "auto",
+    on_error: OnError = "raise",
+    progress: bool = True,
+) -> None:
+    """List the samples whose labels seem wrong, with the labels that their features suggest, as a table (CSV).
+
+    Example: dq-lightning suspects ImageFolder --data_path photos --output suspects.csv
+
+    Args:
+        dataset: the dataset, as in quantize: CIFAR10, ImageFolder, hub:OWNER/NAME, ...
+        data_path: folder or file of the dataset, as in quantize.
+        split: split to read, for datasets that have several.
+        output: file that is written: position, name, score, label and suggested label, the most suspicious first.
+        drop_worst: auto estimates how many labels are wrong; a share lists the worst of each class.
+        scores: margin (how well a label fits the features), a .npy of one number a sample, or a column of numbers.
+        encoder: the encoder, as in quantize; short for features.encoder. It must not be trained on these labels.
+        features: how samples become feature vectors.
+        text: how rows of text are read.
+        labels: a column that takes the place of the classes.
+        cache_dir: folder of the cache.
+        device: device that the encoder runs on: auto, cpu, cuda, ...
+        on_error: raise stops at a sample that cannot be read; skip passes over such samples.
+        progress: show progress bars.
+    """
+    quality = QualityConfig(scores, drop_worst)
+    kept = SelectionConfig(keep_ratio=1e-9)  # nothing is drawn, so any share may be listed
+    config = QuantizeConfig(features, selection=kept, text=text, store="indices", on_error=on_error, quality=quality)
+    config = replace_fields(config, {"features.encoder": encoder})
+    from dq_lightning.commands.dataset_bins import bins_of_dataset
+    from dq_lightning.commands.opening import open_dataset
+    from dq_lightning.core.errors import ConfigError
+    from dq_lightning.exports.suspects import write_suspects
+    from dq_lightning.sources.adapt import as_source
+
+    opened = open_dataset(dataset, data_path, split)
+    made = bins_of_dataset(opened, config, labels=labels, cache_dir=cache_dir, device=device, progress=progress)
+    if made.suspects is None:
+        raise ConfigError("these samples have not two classes, so no label can be judged: pass labels= or scores=")
+    source = as_source(opened, labels=labels, text=text, on_error=on_error)
+    path = write_suspects(made.suspects, Path(output).expanduser(), source)
+    print(f"{len(made.suspects):,} of {len(made):,} samples: {path}")
+
+
 def sample(
     bins_path: str,
     keep_ratio: float = 0.125,
@@ -79,6 +136,7 @@ def sample(
     seed: int = 0,
     draw: Draw = "seeded",
     bin_weights: tuple[float, ...] | None = None,
+    balance: Balance = "proportional",
     dataset: str | dict[str, Any] | None = None,
     data_path: str | None = None,
     split: str = "train",
@@ -94,12 +152,13 @@ def sample(
         seed: seed of the random draw.
         draw: seeded draws uniformly inside a bin; rank takes the samples that were picked first.
         bin_weights: one weight for each bin, in place of equal shares.
+        balance: proportional, sqrt or equal shares of the classes.
         dataset: dataset that gives the classes, for published files without bins.npz; the shares are then also equal by
             class.
         data_path: folder or file of that dataset.
         split: split of that dataset.
     """
-    SelectionConfig(keep_ratio, seed, draw, bin_weights)
+    SelectionConfig(keep_ratio, seed, draw, bin_weights, balance)
     from dq_lightning.commands.opening import open_dataset
     from dq_lightning.exports.published import select_from_files, selection_file
     from dq_lightning.exports.rows import write_index
@@ -115,6 +174,7 @@ def sample(
         labels=None if labels is None else labels.values,
         draw=draw,
         bin_weights=bin_weights,
+        balance=balance,
     )
     path = write_index(selection.index, Path(output or bins_path).expanduser() / selection_file(name, keep_ratio))
     print(f"{len(selection):,} samples: {path}")

@@ -105,6 +105,7 @@ Maximizer = Literal["naive", "lazy", "stochastic", "approximate_lazy"]
 Similarity = Literal["cosine", "dot", "rbf"]
 Engine = Literal["auto", "dense", "candidates", "stream"]
 Draw = Literal["seeded", "rank"]
+Balance = Literal["proportional", "sqrt", "equal"]
 StoreKind = Literal["auto", "indices", "packed"]
 Template = Literal["auto", "alpaca", "prompt", "chat", "plain"]
 EmbeddedText = Literal["both", "instruction", "response"]
@@ -251,12 +252,16 @@ class SelectionConfig(JsonFields):
         seed: seed of the random draw.
         draw: `"seeded"` draws uniformly inside a bin, `"rank"` takes the samples that were picked first.
         bin_weights: one non-negative weight for each bin, which replaces the even share; None keeps the even share.
+        balance: how the kept samples are shared out among the classes: `"proportional"` to their sizes, to the
+            square roots of the sizes (`"sqrt"`), or in `"equal"` numbers. A class gives at most what it has, and
+            the others share what is missing.
     """
 
     keep_ratio: float = 0.125
     seed: int = 0
     draw: Draw = "seeded"
     bin_weights: tuple[float, ...] | None = None
+    balance: Balance = "proportional"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -264,6 +269,51 @@ class SelectionConfig(JsonFields):
         if self.seed < 0:
             raise ConfigError(f"SelectionConfig.seed must be at least 0, got {self.seed}")
         check_choice("SelectionConfig", "draw", self.draw, Draw)
+        check_choice("SelectionConfig", "balance", self.balance, Balance)
+
+
+# The share of the worst samples that is left out where the user says nothing.
+DROP_WORST: float | Literal["auto"] = 0.0
+
+
+@dataclass(frozen=True)
+class QualityConfig(JsonFields):
+    """Which samples are left out before the bins because they are worse than others.
+
+    Attributes:
+        score: what a sample is worth; higher is better. `"margin"` is how well its label fits its features
+            (`margin_scores`), for datasets with classes. Scores of your own are the path of an `.npy` file of N numbers,
+            or the name of a column of numbers. `"none"` leaves nothing out.
+        drop_worst: share of each class that is left out, those of lowest score, 0 <= drop_worst < 1; or `"auto"`, which
+            estimates how many labels are wrong and leaves out as many samples as it takes until about 1 % of the other
+            labels are wrong (only for margins; nothing on clean data, or without classes). Other samples are then fewer,
+            but `keep_ratio` remains a share of all.
+    """
+
+    score: str = "margin"
+    drop_worst: float | Literal["auto"] = DROP_WORST
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.score, str) or not self.score:
+            raise ConfigError(
+                f'QualityConfig.score must be "margin", "none", an .npy file or a column, got {self.score!r}; pass an array as '
+                "scores="
+            )
+        if self.drop_worst != "auto":
+            if isinstance(self.drop_worst, str):
+                raise ConfigError(f'QualityConfig.drop_worst must be a share or "auto", got {self.drop_worst!r}')
+            check_ratio("QualityConfig", "drop_worst", self.drop_worst, zero=True)
+        elif self.score not in ("margin", "none"):
+            raise ConfigError(
+                f'drop_worst="auto" estimates how many labels are wrong from margins, and score={self.score!r} has none: '
+                "pass the share to leave out, such as drop_worst=0.2"
+            )
+
+    @property
+    def drops(self) -> bool:
+        """Whether any sample may be left out."""
+        return self.score != "none" and self.drop_worst != 0
 
 
 @dataclass(frozen=True)
@@ -373,6 +423,7 @@ class QuantizeConfig(JsonFields):
         max_bytes: bytes that the set may take, everything counted: a number, a size (`"15MB"`), or a share of the
             dataset's bytes (`"10%"`). The number of samples and, for images, codec, quality and longest side are then
             chosen, unless they are fixed in `encoding`, or by a `keep_ratio` other than the default. None sets no bound.
+        quality: which samples are left out before the bins, because their labels seem wrong or their scores are low.
     """
 
     features: FeatureConfig = field(default_factory=FeatureConfig)
@@ -386,9 +437,16 @@ class QuantizeConfig(JsonFields):
     on_error: OnError = "raise"
     encoding: EncodingConfig = field(default_factory=EncodingConfig)
     max_bytes: int | str | None = None
+    quality: QualityConfig = field(default_factory=QualityConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        share, keep_ratio = self.quality.drop_worst, self.selection.keep_ratio
+        if share != "auto" and self.quality.drops and share + keep_ratio > 1 + 1e-9:
+            raise ConfigError(
+                f"drop_worst={share} leaves {1 - share:.4g} of the samples, but keep_ratio={keep_ratio} wants more: lower one "
+                "of the two"
+            )
         check_choice("QuantizeConfig", "store", self.store, StoreKind)
         check_choice("QuantizeConfig", "on_error", self.on_error, OnError)
         if self.max_bytes is not None:

@@ -1,7 +1,7 @@
 """Frozen records that the stations pass to each other. Stations share nothing else."""
 
 import hashlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -75,18 +75,43 @@ class Labels:
 
 
 @dataclass(frozen=True, eq=False)
+class Suspects:
+    """Samples that were left out because of their scores, the lowest score first.
+
+    Attributes:
+        index: int64 [S], positions in the source.
+        score: float64 [S], scores; higher is better.
+        label: int64 [S], class of each sample as the dataset gives it; -1 where there are no classes.
+        suggested: int64 [S], class that the features suggest in its place; -1 where the scores are not margins.
+        names: name of each class, if the dataset knows the names.
+        noise: estimated share of wrong labels in the whole dataset, if it was estimated.
+    """
+
+    index: Tensor
+    score: Tensor
+    label: Tensor
+    suggested: Tensor
+    names: tuple[str, ...] | None = None
+    noise: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+@dataclass(frozen=True, eq=False)
 class Bins:
     """The bin of each of N samples, and the order in which the samples were picked.
 
     Attributes:
         assignment: int16 [N], bin of each sample, 0 <= bin < num_bins; -1 for a sample that was left out because it is
-            a near-duplicate or could not be read.
+            a near-duplicate, has a low score, or could not be read.
         rank: int32 [N], order in which a sample was picked inside its group and bin, from 0; -1 for a sample that was
             left out.
         gain: float32 [N], gain of the objective when the sample was picked.
         group: int32 [N], class or stratum of each sample; all zero without labels.
         num_bins: K, the number of bins; 0 stands for the largest assignment plus one.
         num_unreadable: number of samples that could not be read and were skipped.
+        suspects: samples that were left out because of their scores; None if none were looked for.
     """
 
     assignment: Tensor
@@ -95,6 +120,7 @@ class Bins:
     group: Tensor
     num_bins: int = 0
     num_unreadable: int = 0
+    suspects: Suspects | None = None
 
     def __post_init__(self) -> None:
         if self.num_bins == 0:
@@ -112,11 +138,13 @@ class Selection:
         index: int64 [M], ascending positions in the source.
         bin: int16 [M], bin that each kept sample came from.
         num_unreadable: number of samples of the source that could not be read and were skipped.
+        suspects: samples that were left out because of their scores; None if none were looked for.
     """
 
     index: Tensor
     bin: Tensor
     num_unreadable: int = 0
+    suspects: Suspects | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -315,6 +343,8 @@ class StoreInfo:
         encoding: how the images were encoded anew: `codec`, `quality`, `longest_side` in pixels, `psnr` in dB (estimated
             from a few images; None if nothing was lost or it was not measured), and the budget `max_bytes` in bytes or
             None; None for a set whose samples are stored as the dataset has them.
+        suspects: samples of the whole dataset that were left out because of their scores, such as those whose labels
+            seem wrong; None if none were looked for.
     """
 
     path: str
@@ -332,6 +362,7 @@ class StoreInfo:
     unpatched_bytes: int | None = None
     num_unreadable: int = 0
     encoding: dict[str, Any] | None = None
+    suspects: Suspects | None = None
 
     @property
     def data_keep_ratio(self) -> float:
@@ -339,8 +370,10 @@ class StoreInfo:
         return self.num_samples / self.num_source_samples * self.patch_keep_ratio
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the attributes as a dict of plain values, which JSON can hold."""
-        return asdict(self)
+        """Return the attributes as a dict of plain values, which JSON can hold; of suspects only their number."""
+        plain = asdict(replace(self, suspects=None))
+        plain["suspects"] = None if self.suspects is None else len(self.suspects)
+        return plain
 
 
 ImageCodec = Literal["raw", "png", "jpeg", "webp"]

@@ -7,9 +7,9 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, cast
+from typing import Any, Literal, TypedDict, TypeVar, cast
 
-from dq_lightning.core.config import AnyConfig, OnError, StoreKind, VerifyPolicy
+from dq_lightning.core.config import AnyConfig, Balance, OnError, StoreKind, VerifyPolicy
 from dq_lightning.loading.loaders import AutoBool, AutoInt
 from dq_lightning.selection.given import Indices
 
@@ -49,6 +49,9 @@ class DataModuleOptions(RunOptions, total=False):
     classifier: Any
     labels: Any
     indices: Indices
+    scores: Any
+    drop_worst: float | Literal["auto"] | None
+    balance: Balance | None
     store: StoreKind | None
     fingerprint: str | None
     on_error: OnError | None

@@ -2,11 +2,19 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
-from dq_lightning.core.config import AnyConfig, OnError, QuantizeConfig, StoreKind, replace_fields, with_short_forms
+from dq_lightning.core.config import (
+    AnyConfig,
+    Balance,
+    OnError,
+    QuantizeConfig,
+    StoreKind,
+    replace_fields,
+    with_short_forms,
+)
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.pipeline.plan import Plan, make_plan
 from dq_lightning.selection.given import Indices, check_alone, read_indices
@@ -28,6 +36,7 @@ class Wanted:
         classifier: a network, or `(network, preprocessing)`; None uses the name in the config.
         reconstructor: a `ViTMAEForPreTraining`; None uses the name in the config.
         indices: int64 [M], the positions to keep if the user gave them, else None.
+        scores: numbers [N] that the user gave, or None, where the config says which scores are used.
     """
 
     config: QuantizeConfig
@@ -40,6 +49,7 @@ class Wanted:
     classifier: Any = None
     reconstructor: Any = None
     indices: Tensor | None = None
+    scores: Any = None
 
     @property
     def fills_late(self) -> bool:
@@ -57,6 +67,7 @@ class Wanted:
             reconstructor=self.reconstructor,
             labels=self.labels,
             indices=self.indices,
+            scores=self.scores,
             transform=self.transform,
             target_transform=self.target_transform,
             fingerprint=self.fingerprint,
@@ -81,16 +92,29 @@ def want(
     reconstructor: Any = None,
     on_error: OnError | None = None,
     max_bytes: int | str | None = None,
+    scores: Any = None,
+    drop_worst: float | Literal["auto"] | None = None,
+    balance: Balance | None = None,
 ) -> Wanted:
     """Combine the keywords of a data module and its config; the arguments are those of `QuantizedDataModule`.
 
     Raises:
         ConfigError: a keyword contradicts another keyword or the config, or a value is invalid.
     """
-    check_alone(indices, keep_ratio=keep_ratio, num_bins=num_bins, encoder=encoder)
+    check_alone(
+        indices,
+        keep_ratio=keep_ratio,
+        num_bins=num_bins,
+        encoder=encoder,
+        scores=scores,
+        drop_worst=drop_worst,
+        balance=balance,
+    )
     short_forms: dict[str, Any] = {
         "selection.keep_ratio": keep_ratio,
         "selection.seed": seed,
+        "selection.balance": balance,
+        "quality.drop_worst": drop_worst,
         "bins.num_bins": num_bins,
         "patches.drop_ratio": drop_ratio,
         "max_bytes": max_bytes,
@@ -103,6 +127,8 @@ def want(
     for name, value in (("classifier", classifier), ("reconstructor", reconstructor)):
         if isinstance(value, str | Path):
             short_forms[f"patches.{name}"] = str(value)
+    if isinstance(scores, str | Path):
+        short_forms["quality.score"] = str(scores)
     config = with_short_forms(config, short_forms)
     check_alone(indices, config)
     return Wanted(
@@ -117,6 +143,7 @@ def want(
         seed=config.selection.seed,
         classifier=None if isinstance(classifier, str | Path) else classifier,
         reconstructor=None if isinstance(reconstructor, str | Path) else reconstructor,
+        scores=None if isinstance(scores, str | Path) else scores,
     )
 
 

@@ -12,6 +12,7 @@ from dq_lightning.core.console import get_logger
 from dq_lightning.core.records import Bins, Features
 from dq_lightning.features.whitening import whiten
 from dq_lightning.pipeline.plan import Plan
+from dq_lightning.pipeline.scores import find_suspects
 from dq_lightning.pipeline.step import Task
 
 
@@ -23,7 +24,7 @@ def make_bins_entry(task: Task, features: Features) -> None:
 def bins_of(plan: Plan, features: Features, *, device: str, progress: bool) -> Bins:
     """Make the bins of all N samples of a plan from their features.
 
-    Samples that could not be read and near-duplicates get the bin -1.
+    Samples that could not be read, samples of low scores and near-duplicates get the bin -1.
 
     Args:
         plan: plan of the run.
@@ -35,10 +36,14 @@ def bins_of(plan: Plan, features: Features, *, device: str, progress: bool) -> B
     grouping = plan.labels if settings.by_label else None
     labels = grouping.values if grouping is not None else None
     kept, total, skipped = None, len(features), len(features.unreadable)
-    if skipped:
-        readable = torch.ones(total, dtype=torch.bool)
-        readable[features.unreadable] = False
-        kept = readable.nonzero().flatten()
+    classes = plan.labels if plan.config.quality.drops else None
+    suspects = find_suspects(plan.config.quality, plan.scores, plan.source, classes, features, device=device)
+    if skipped or suspects is not None:
+        usable = torch.ones(total, dtype=torch.bool)
+        usable[features.unreadable] = False
+        if suspects is not None:
+            usable[suspects.index] = False
+        kept = usable.nonzero().flatten()
     if settings.deduplicate is not None:
         candidates = torch.arange(total) if kept is None else kept
         originals = find_duplicates(
@@ -63,7 +68,7 @@ def bins_of(plan: Plan, features: Features, *, device: str, progress: bool) -> B
         device=device,
         progress=None if progress else False,
     )
-    return bins if kept is None else replace(spread_bins(bins, kept, total), num_unreadable=skipped)
+    return bins if kept is None else replace(spread_bins(bins, kept, total), num_unreadable=skipped, suspects=suspects)
 
 
 def _refined(features: Features, kept: Tensor | None, *, whitened: bool) -> Features:

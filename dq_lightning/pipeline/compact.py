@@ -202,6 +202,7 @@ def open_compact(
             content_hash=selection.content_hash(),
             num_classes=described["num_classes"],
             num_unreadable=selection.num_unreadable,
+            suspects=selection.suspects,
             reused=reused,
             encoding=described.get("encoding"),
             **(_costs(patches) if patches else {}),

@@ -17,6 +17,7 @@ from dq_lightning.core.records import DigestMemory, Labels, Selection
 from dq_lightning.features.choose import EncoderSpec, choose_encoder
 from dq_lightning.patches.reconstructors import ReconstructorSpec
 from dq_lightning.pipeline.patch_plan import PatchPlan, check_modality, make_patch_plan
+from dq_lightning.pipeline.scores import GivenScores, given_scores
 from dq_lightning.selection.given import read_indices
 from dq_lightning.sources.adapt import as_source, grouping_id
 from dq_lightning.sources.base import Source
@@ -31,6 +32,8 @@ FILLED = "6-filled"
 BUDGET = "budget"
 # Increase the number of a station whenever what it computes changes, so that its old entries are never reused.
 ALGORITHM_VERSIONS = {FEATURES: 1, BINS: 1, SELECTION: 1, PATCHES: 2, STORE: 2, FILLED: 3, BUDGET: 1}
+# Version of what the scores of samples leave out of the bins.
+QUALITY_VERSION = 1
 SIZE_SAMPLES = 16
 # This prefix distinguishes an identity of the data that the user gave from a digest of their content.
 GIVEN = "given:"
@@ -51,6 +54,7 @@ class Plan:
         patches: the plan of the step on patches, or None while all patches are kept.
         chosen: int64 [M], the positions that are kept, where no features and bins are needed to choose them, because
             the user gave the positions or all samples are kept; else None.
+        scores: scores that the user gave; None where margins are used, or none are needed.
     """
 
     source: Source
@@ -60,6 +64,7 @@ class Plan:
     labels_id: str | None = None
     patches: PatchPlan | None = None
     chosen: Tensor | None = None
+    scores: GivenScores | None = None
     _identities: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -120,6 +125,7 @@ def make_plan(
     reconstructor: Any = None,
     labels: Any = None,
     indices: Any = None,
+    scores: Any = None,
     transform: Any = "keep",
     target_transform: Any = "keep",
     fingerprint: str | None = None,
@@ -136,6 +142,7 @@ def make_plan(
         reconstructor: as in `quantize`.
         labels: as in `quantize`.
         indices: as in `quantize`.
+        scores: numbers [N] as in `quantize`; None uses `config.quality.score`.
         transform: `"keep"`, or the transform that replaces the dataset's own; None means no transform.
         target_transform: `"keep"`, or the transform that replaces the dataset's own target transform; None means none.
         fingerprint: identity of the dataset given by the user, in place of its content digest.
@@ -173,7 +180,8 @@ def make_plan(
         patches = make_patch_plan(
             config.patches, (size[1], size[0]), classifier=classifier, reconstructor=reconstructor
         )
-    return Plan(source, spec, config, fingerprint, grouping_id(source), patches, chosen)
+    given = given_scores(scores, config.quality, len(source)) if chosen is None else None
+    return Plan(source, spec, config, fingerprint, grouping_id(source), patches, chosen, given)
 
 
 def keeps_all(config: QuantizeConfig) -> bool:
@@ -290,7 +298,14 @@ def _parts_of_choice(plan: Plan, data: dict[str, Any], identities: dict[str, str
     # The regime changes how long the picks take, not which they are.
     settings = {name: value for name, value in config.bins.to_dict().items() if name != "engine"}
     bins = features | settings | grouped
-    selection = bins | config.selection.to_dict() | {"selection_version": version[SELECTION]}
+    # Settings that change nothing are left out, so that entries of versions without them are found.
+    if config.quality.drops:
+        bins["quality"] = config.quality.to_dict() | {"score": plan.scores.identity if plan.scores else "margin"}
+        bins["quality_version"] = QUALITY_VERSION
+    drawn = config.selection.to_dict()
+    if config.selection.balance == "proportional":
+        del drawn["balance"]
+    selection = bins | drawn | {"selection_version": version[SELECTION]}
     return {FEATURES: features, BINS: bins, SELECTION: selection}
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dq_lightning.cache.entries import Cache, default_cache_dir
 from dq_lightning.cache.tensors import read_bins
@@ -29,6 +29,8 @@ def quantize(
     reconstructor: Any = None,
     labels: Any = None,
     indices: Indices = None,
+    scores: Any = None,
+    drop_worst: float | Literal["auto"] | None = None,
     cache_dir: str | Path | None = None,
     device: str = "auto",
     fingerprint: str | None = None,
@@ -52,6 +54,10 @@ def quantize(
             labels.
         indices: positions of the samples to keep, in place of features, bins and a draw: an integer array, tensor or
             list [M], or an `.npy` file of these (such as the published `select_indices_*.npy`).
+        scores: what each sample is worth, higher is better: numbers [N], or a value of `config.quality.score`, for
+            which it is the short form.
+        drop_worst: share of each class that is left out for its low scores, or `"auto"`; short form of
+            `config.quality.drop_worst`. None uses the value of the config.
         cache_dir: folder of the cache; None uses `DQ_LIGHTNING_CACHE` or the platform's cache folder.
         device: device that the networks and the bins run on: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, ...
         fingerprint: identity of the dataset given by the user, in place of the digest of its content.
@@ -67,8 +73,10 @@ def quantize(
     Raises:
         DQError: anything that keeps the compact set from being made; the message says what was seen and what to do.
     """
-    check_alone(indices, encoder=encoder)
-    settings = with_short_forms(config, {"on_error": on_error})
+    check_alone(indices, encoder=encoder, scores=scores, drop_worst=drop_worst)
+    named = isinstance(scores, str | Path)
+    short_forms = {"quality.score": str(scores) if named else None, "quality.drop_worst": drop_worst}
+    settings = with_short_forms(config, {"on_error": on_error} | short_forms)
     check_alone(indices, settings)
     cache = Cache(cache_dir or default_cache_dir(), verify=verify)
     with isolated_random_state():
@@ -80,6 +88,7 @@ def quantize(
             reconstructor=reconstructor,
             labels=labels,
             indices=indices,
+            scores=None if named else scores,
             fingerprint=fingerprint,
         )
         return find_or_build(plan, cache, device=device, force=force_recompute, progress=progress).info

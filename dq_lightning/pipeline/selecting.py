@@ -8,7 +8,9 @@ from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.records import Bins, Selection
 from dq_lightning.features.readable import find_unreadable
 from dq_lightning.pipeline.plan import Plan, keeps_all
+from dq_lightning.pipeline.scores import with_enough
 from dq_lightning.pipeline.step import Task
+from dq_lightning.selection.allocate import count_kept
 from dq_lightning.selection.select import select
 
 
@@ -30,8 +32,15 @@ def make_selection(task: Task, bins: Bins | None = None) -> None:
 def drawn_selection(task: Task, bins: Bins, keep_ratio: float) -> Selection:
     """Draw a share of the samples from bins, and warn of classes of which none is kept."""
     settings = task.plan.config.selection
+    grouping = task.plan.labels if task.plan.config.bins.by_label else None
+    bins = with_enough(bins, grouping, count_kept(len(bins), keep_ratio))
     selection = select(
-        bins, keep_ratio=keep_ratio, seed=settings.seed, draw=settings.draw, bin_weights=settings.bin_weights
+        bins,
+        keep_ratio=keep_ratio,
+        seed=settings.seed,
+        draw=settings.draw,
+        bin_weights=settings.bin_weights,
+        balance=settings.balance,
     )
     _tell_lost_classes(task.plan, bins, selection)
     return selection

@@ -19,7 +19,7 @@ _COLUMNS = 256
 _TRIAL_ROWS = 8192
 # Ridges that are tried, as multiples of the mean eigenvalue of the Gram matrix.
 _RIDGES = tuple(10.0 ** (half / 2) for half in range(-12, 5))
-# Above this many multiplications on a CPU, predictions are computed in float32, which takes half the time.
+# Above this many multiplications on a CPU, products of rows are computed in float32, which takes half the time.
 _WIDE_WORK = 1 << 33
 
 
@@ -93,8 +93,8 @@ def leave_one_out(
     rows spread evenly over all.
 
     Time is O(N D^2 + N D C + D^3), memory besides the arguments and the results is O(D^2 + (D + 8192) C) and 256 MiB. Features
-    are centred and the Gram matrix summed in float64. Predictions are computed in float64 too; on a CPU beyond 2**33
-    multiplications they are computed in float32, where they differ by about 1e-6.
+    are centred, and all sums over blocks of rows are made, in float64. So are the products of rows; on a CPU beyond
+    2**33 multiplications these are computed in float32, and margins differ by about 1e-5.
 
     Args:
         features: floating [N, D] with finite values.
@@ -143,6 +143,8 @@ class _Regression:
         counts = torch.bincount(own).double()
         self.classes = len(counts)
         # With the weights N / (C n) every class has the weight N / C, and all samples together have the weight N.
+        work = self.total * self.width * (self.width + self.classes)
+        self.dtype = torch.float64 if device.type != "cpu" or work <= _WIDE_WORK else torch.float32
         self.weight = (self.total / self.classes / counts)[own]
         self.mean = self._mean()
         gram, self.class_sums = self._moments()
@@ -176,6 +178,7 @@ class _Regression:
             rows = self._centred(block)
             weighted = rows * self.weight[block, None]
             sums.index_add_(0, self.own[block], weighted)
+            rows, weighted = rows.to(self.dtype), weighted.to(self.dtype)
             for start in range(0, self.width, _COLUMNS):
                 stop = start + _COLUMNS
                 gram[:stop, start:stop] += rows[:, :stop].T @ weighted[:, start:stop]
@@ -189,13 +192,11 @@ class _Regression:
         """
         ridge, rows, outputs_of_rows = self._best_ridge()
         shrunk = 1 / (self.spectrum + ridge)
-        wide = self.device.type != "cpu" or self.total * self.width * (self.width + self.classes) <= _WIDE_WORK
-        dtype = torch.float64 if wide else torch.float32
-        root = (self.directions * shrunk.sqrt()).to(dtype)
-        weights = (self.directions * shrunk @ (self.directions.T @ self.class_sums.T)).to(dtype)
+        root = (self.directions * shrunk.sqrt()).to(self.dtype)
+        weights = (self.directions * shrunk @ (self.directions.T @ self.class_sums.T)).to(self.dtype)
         found = []
         for block in self._blocks():
-            inputs = self._centred(block).to(dtype)
+            inputs = self._centred(block).to(self.dtype)
             leverage = (inputs @ root).square_().sum(dim=1, dtype=torch.float64)
             outputs = self._without(block, inputs @ weights + 1 / self.classes, leverage)
             (first, second), best = outputs.topk(2, dim=1)[0].double().unbind(dim=1), outputs.argmax(dim=1)
@@ -227,7 +228,8 @@ class _Regression:
             The ridge, the trial rows int64 [R], and their leave-one-out predictions float32 [R, C] for it, on the CPU.
         """
         rows = torch.arange(0, self.total, -(-self.total // _TRIAL_ROWS), device=self.device)
-        turned = self._centred(rows.to(self.values.device)) @ self.directions
+        inputs = self._centred(rows.to(self.values.device)).to(self.dtype)
+        turned = (inputs @ self.directions.to(self.dtype)).double()
         sums = self.directions.T @ self.class_sums.T
         truth, weight = self.own[rows], self.weight[rows]
         best, least, kept = 0.0, float("inf"), torch.empty(0)

@@ -22,44 +22,60 @@ def count_kept(total: int, ratio: float) -> int:
 class Shares:
     """The ideal share of every party (a group or bin) when m units are given out, 0 <= m <= sum of the sizes.
 
-    Party b of size n_b and weight w_b has the share `n_b * min(1, level * w_b)`: it is proportional to weight times
-    size until the party is exhausted. The level is determined by the sum of the shares, which is m. All arithmetic is
-    exact.
+    Party b of size n_b and pull p_b has the share `min(n_b, level * p_b)`: it is proportional to the pull until the
+    party is exhausted. The level is determined by the sum of the shares, which is m. All arithmetic is exact.
 
     Args:
         sizes: number of units that each party can give at most.
-        weights: one non-negative weight for each party; None gives all parties the same weight.
+        weights: one non-negative weight for each party, whose pull is weight times size; None gives all parties the
+            same weight.
+        pulls: one pull for each party, a whole number and not negative, in place of `weights`.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None = None) -> None:
-        fractions = [Fraction(1)] * len(sizes) if weights is None else [Fraction(repr(float(w))) for w in weights]
-        scale = lcm(*(f.denominator for f in fractions)) if fractions else 1
+    def __init__(
+        self, sizes: Sequence[int], weights: Sequence[float] | None = None, *, pulls: Sequence[int] | None = None
+    ) -> None:
         self.sizes = list(sizes)
-        self.weights = [int(f * scale) for f in fractions]
-        heaviest = sorted(set(self.weights), reverse=True)
-        # While the level is in (1/heaviest[i-1], 1/heaviest[i]], the parties heavier than heaviest[i] are exhausted.
-        self._segments = [
-            (
-                weight,
-                sum(n for n, w in zip(self.sizes, self.weights, strict=True) if w > weight),
-                sum(n * w for n, w in zip(self.sizes, self.weights, strict=True) if w <= weight),
-            )
-            for weight in heaviest
-            if weight > 0
-        ]
+        if pulls is None:
+            fractions = [Fraction(1)] * len(sizes) if weights is None else [Fraction(repr(float(w))) for w in weights]
+            scale = lcm(*(f.denominator for f in fractions)) if fractions else 1
+            pulls = [int(f * scale) * n for f, n in zip(fractions, self.sizes, strict=True)]
+        self.pulls = list(pulls)
+        pairs = [(n, pull) for n, pull in zip(self.sizes, self.pulls, strict=True) if n > 0 and pull > 0]
+        # The shares grow at the same rate until a party is exhausted, which happens at the level size / pull.
+        ends: dict[Fraction, tuple[int, int]] = {}
+        for n, pull in pairs:
+            size, pulled = ends.get(Fraction(n, pull), (0, 0))
+            ends[Fraction(n, pull)] = size + n, pulled + pull
+        exhausted, slope = 0, sum(pull for _, pull in pairs)
+        self._segments = []
+        for end in sorted(ends):
+            self._segments.append((end, exhausted, slope))
+            exhausted, slope = exhausted + ends[end][0], slope - ends[end][1]
+
+    @property
+    def proportional(self) -> bool:
+        """Whether the shares are proportional to the sizes for every m."""
+        return len(self._segments) == 1 and all(self.pulls[p] > 0 for p, n in enumerate(self.sizes) if n > 0)
 
     def reached(self, party: int, units: int) -> tuple[int, int]:
         """Return the count m at which the share of a party reaches `units`, as numerator and denominator.
 
         Args:
-            party: number of the party, whose weight must be positive.
+            party: number of the party, whose pull must be positive.
             units: number of units, at most the size of the party.
         """
-        base = self.sizes[party] * self.weights[party]  # level = units / base
-        for weight, exhausted, slope in self._segments:
-            if units * weight <= base:
-                return exhausted * base + units * slope, base
-        raise AssertionError("a share never exceeds the party's size")
+        pull = self.pulls[party]  # level = units / pull
+        low, high = 0, len(self._segments) - 1
+        while low < high:
+            middle = (low + high) // 2
+            end = self._segments[middle][0]
+            if units * end.denominator <= end.numerator * pull:
+                high = middle
+            else:
+                low = middle + 1
+        _, exhausted, slope = self._segments[low]
+        return exhausted * pull + units * slope, pull
 
 
 def apportion(shares: Shares, count: int, tie_keys: Sequence[int]) -> list[int]:
@@ -72,24 +88,24 @@ def apportion(shares: Shares, count: int, tie_keys: Sequence[int]) -> list[int]:
 
     Args:
         shares: ideal shares of P parties.
-        count: number of units to give out, at most what the parties of positive weight have.
+        count: number of units to give out, at most what the parties of positive pull have.
         tie_keys: P distinct keys; among equal deadlines the party with the smaller key goes first.
 
     Returns:
         P counts that add up to `count`; 0 <= counts[p] <= sizes[p].
 
     Raises:
-        ConfigError: `count` is larger than what the parties of positive weight have.
+        ConfigError: `count` is larger than what the parties of positive pull have.
 
-    Complexity: O(count log P), where count is at most one period of the shares if the weights are equal.
+    Complexity: O(count log P), where count is at most one period of the shares if they are proportional to the sizes.
 
     >>> apportion(Shares([6, 3, 1]), 5, tie_keys=[0, 1, 2])
     [3, 2, 0]
     """
     sizes = shares.sizes
     counts = [0] * len(sizes)
-    if len(set(shares.weights)) == 1 and any(shares.weights) and any(sizes):
-        # With equal weights all shares are whole numbers again after sum/gcd steps, so the schedule is periodic.
+    if shares.proportional:
+        # Shares that are proportional to the sizes are whole numbers again after sum/gcd steps, so the schedule is periodic.
         period = sum(sizes) // gcd(*sizes)
         counts = [count // period * size // gcd(*sizes) for size in sizes]
     waiting: list[tuple[int, int]] = []
@@ -97,7 +113,7 @@ def apportion(shares: Shares, count: int, tie_keys: Sequence[int]) -> list[int]:
 
     def announce(party: int) -> None:
         given = counts[party]
-        if given < sizes[party] and shares.weights[party] > 0:
+        if given < sizes[party] and shares.pulls[party] > 0:
             numerator, denominator = shares.reached(party, given)
             heapq.heappush(waiting, (numerator // denominator + 1, party))
 

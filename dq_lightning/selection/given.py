@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dq_lightning.core.config import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig
+from dq_lightning.core.config import BinConfig, FeatureConfig, QualityConfig, QuantizeConfig, SelectionConfig
 from dq_lightning.core.errors import ConfigError, StoreError
 from dq_lightning.core.records import Selection
 
@@ -34,6 +34,7 @@ def check_alone(indices: Any, config: QuantizeConfig | None = None, **given: Any
     named = [f"{name}=" for name, value in given.items() if value is not None]
     if config is not None:
         parts: dict[str, Any] = {"features": FeatureConfig(), "bins": BinConfig(), "selection": SelectionConfig()}
+        parts["quality"] = QualityConfig()
         named = [
             f"config.{part}.{name}"
             for part, default in parts.items()

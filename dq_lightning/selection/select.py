@@ -1,12 +1,13 @@
 """Draws the selection: the exact number of samples from every group and bin. All functions are pure."""
 
 from collections.abc import Iterator, Sequence
+from math import isqrt
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dq_lightning.core.config import Draw, SelectionConfig
+from dq_lightning.core.config import Balance, Draw, SelectionConfig
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.records import Bins, Selection
 from dq_lightning.selection.allocate import Shares, apportion, count_kept
@@ -22,6 +23,7 @@ def select(
     seed: int = 0,
     draw: Draw = "seeded",
     bin_weights: Sequence[float] | None = None,
+    balance: Balance = "proportional",
 ) -> Selection:
     """Draw the wanted share of samples from every bin (Zhou et al. 2023, section 3.2).
 
@@ -37,6 +39,9 @@ def select(
         draw: `"seeded"` draws uniformly inside a bin, `"rank"` takes the samples of lowest rank.
         bin_weights: num_bins weights, not negative; the share of a bin is proportional to weight times size until the
             bin is used up. None gives all bins the same weight.
+        balance: whether the groups share the kept samples in proportion to their sizes (`"proportional"`), to the square
+            roots of their sizes (`"sqrt"`), or in equal numbers (`"equal"`). A group gives at most the samples that it
+            has in bins; the others share the rest in the same way.
 
     Returns:
         Selection of M samples: `index` int64 [M] ascending, `bin` int16 [M].
@@ -47,7 +52,7 @@ def select(
 
     Complexity: O(N log N + M log K).
     """
-    SelectionConfig(keep_ratio=keep_ratio, seed=seed, draw=draw, bin_weights=None)
+    SelectionConfig(keep_ratio=keep_ratio, seed=seed, draw=draw, bin_weights=None, balance=balance)
     _check_weights(bin_weights, bins.num_bins)
     wanted = _wanted(len(bins), keep_ratio)
     present = np.flatnonzero(bins.assignment.cpu().numpy() >= 0)
@@ -58,11 +63,21 @@ def select(
         )
     order, groups, sizes = _sort(bins, present)
     group_sizes = [int(n) for n in sizes.sum(axis=1)]
-    quotas = apportion(Shares(group_sizes), wanted, _ranks(seed, _GROUP_TIES, 0, 0, len(groups)))
+    quotas = apportion(_group_shares(group_sizes, balance), wanted, _ranks(seed, _GROUP_TIES, 0, 0, len(groups)))
     kept = list(_take(order, groups, sizes, quotas, seed, draw, bin_weights))
     index = np.sort(np.concatenate(kept))
     bin_of_each = bins.assignment.cpu()[torch.from_numpy(index)].to(torch.int16)
-    return Selection(torch.from_numpy(index), bin_of_each, bins.num_unreadable)
+    return Selection(torch.from_numpy(index), bin_of_each, bins.num_unreadable, bins.suspects)
+
+
+def _group_shares(sizes: list[int], balance: Balance) -> Shares:
+    """Return the shares of groups of the given sizes, all positive."""
+    if balance == "equal":
+        return Shares(sizes, pulls=[1] * len(sizes))
+    if balance == "sqrt":
+        # Square roots to 20 binary digits after the point, so that all arithmetic stays in whole numbers.
+        return Shares(sizes, pulls=[isqrt(size << 40) for size in sizes])
+    return Shares(sizes)
 
 
 def _check_weights(weights: Sequence[float] | None, num_bins: int) -> None:

@@ -67,8 +67,8 @@ def test_blocks_and_precision_change_nothing_but_the_last_digits(monkeypatch):
     monkeypatch.setattr(margin_file, "_COLUMNS", 7)
     monkeypatch.setattr(margin_file, "_WIDE_WORK", 0)
     parts = leave_one_out(torch.from_numpy(features + 1000), own.tolist())
-    torch.testing.assert_close(parts.margin, whole.margin, atol=1e-5, rtol=0)
-    torch.testing.assert_close(parts.outputs, whole.outputs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(parts.margin, whole.margin, atol=1e-4, rtol=0)
+    torch.testing.assert_close(parts.outputs, whole.outputs, atol=1e-4, rtol=0)
 
 
 def test_large_classes_do_not_outvote_small_ones():

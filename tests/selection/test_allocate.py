@@ -78,3 +78,17 @@ def test_weighted_shares_fill_up_to_the_size(parties, data):
 )
 def test_halves_are_rounded_up_as_written(total, ratio, kept):
     assert count_kept(total, ratio) == kept
+
+
+@settings(max_examples=examples(100), deadline=None)
+@given(parties=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), min_size=1, max_size=7), data=st.data())
+def test_pulls_are_shared_out_like_the_weights_that_they_stand_for(parties, data):
+    sizes, pulls = zip(*parties, strict=True)
+    room = sum(n for n, pull in parties if pull)
+    count = data.draw(st.integers(0, room))
+    counts = apportion(Shares(sizes, pulls=pulls), count, list(range(len(sizes))))
+    weights = [Fraction(pull, max(n, 1)) for n, pull in parties]
+    assert sum(counts) == count
+    for given_out, size, share in zip(counts, sizes, ideal(sizes, weights, count), strict=True):
+        assert 0 <= given_out <= size
+        assert abs(given_out - share) < 1 + Fraction(1, 10**9)

@@ -106,6 +106,42 @@ def test_weights_replace_the_even_share():
         select(bins, keep_ratio=0.6, bin_weights=[0, 0, 0, 0])
 
 
+@settings(max_examples=examples(60), deadline=None)
+@given(
+    sizes=UNEQUAL,
+    ratios=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)),
+    seed=st.integers(0, 5),
+    balance=st.sampled_from(["equal", "sqrt"]),
+)
+def test_balanced_groups_share_what_the_small_ones_lack(sizes, ratios, seed, balance):
+    bins = made_up_bins(sizes, 4, seed)
+    small, large = sorted(max(ratio, 1 / len(bins)) for ratio in ratios)
+    chosen = [select(bins, keep_ratio=ratio, seed=seed, balance=balance) for ratio in (small, large)]
+    assert set(chosen[0].index.tolist()) <= set(chosen[1].index.tolist())
+    goals = [1.0 if balance == "equal" else size**0.5 for size in sizes]
+    for ratio, selection in zip((small, large), chosen, strict=True):
+        kept = count_kept(len(bins), ratio)
+        counts = torch.bincount(bins.group[selection.index].long(), minlength=len(sizes)).tolist()
+        assert sum(counts) == kept
+        # The level is found by halving: every group has min(size, level * goal), to within one.
+        low, high = 0.0, float(kept + max(sizes))
+        for _ in range(60):
+            level = (low + high) / 2
+            enough = sum(min(n, level * goal) for n, goal in zip(sizes, goals, strict=True)) >= kept
+            low, high = (low, level) if enough else (level, high)
+        for count, size, goal in zip(counts, sizes, goals, strict=True):
+            assert abs(count - min(size, high * goal)) < 1 + 1e-3
+
+
+def test_equal_groups_of_a_long_tail():
+    bins = made_up_bins([1000, 100, 10], 5)
+    kept = {
+        balance: torch.bincount(bins.group[select(bins, keep_ratio=0.2, balance=balance).index].long()).tolist()
+        for balance in ("proportional", "sqrt", "equal")
+    }
+    assert kept == {"proportional": [200, 20, 2], "sqrt": [161, 51, 10], "equal": [112, 100, 10]}
+
+
 def test_cifar_counts():
     bins = made_up_bins([5000] * 10, 10)
     chosen = select(bins, keep_ratio=0.125)

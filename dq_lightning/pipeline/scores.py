@@ -1,0 +1,183 @@
+"""Scores of samples: where they come from, and which samples are left out of the bins because theirs are low."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dq_lightning.core.config import QualityConfig
+from dq_lightning.core.console import get_logger
+from dq_lightning.core.devices import named_device
+from dq_lightning.core.errors import ConfigError
+from dq_lightning.core.records import Bins, Features, Labels, Suspects
+from dq_lightning.quality.margin import leave_one_out
+from dq_lightning.quality.mislabelled import drop_worst, find_mislabelled
+from dq_lightning.sources.base import Source
+from dq_lightning.sources.columns import number_column
+
+
+@dataclass(frozen=True, eq=False)
+class GivenScores:
+    """Scores that the user gave.
+
+    Attributes:
+        values: float64 [N]; None where they are a column of the dataset, which is read when it is needed.
+        identity: hexadecimal digest of the scores, or the name of the column.
+    """
+
+    values: NDArray[np.float64] | None
+    identity: str
+
+
+def given_scores(scores: Any, config: QualityConfig, total: int) -> GivenScores | None:
+    """Read the scores that the user gave, or None where there are none or they have no use.
+
+    Args:
+        scores: array, tensor or list of N numbers, or None, where `config.score` says what to use.
+        config: settings.
+        total: N, the number of samples.
+
+    Raises:
+        ConfigError: the scores are not N finite numbers, a file cannot be read, or settings contradict each other.
+    """
+    if scores is None and (not config.drops or config.score == "margin"):
+        return None
+    if scores is not None and config.drop_worst == "auto":
+        raise ConfigError(
+            'drop_worst="auto" estimates how many labels are wrong from margins, and scores= are others: pass the share to '
+            "leave out, such as drop_worst=0.2"
+        )
+    if scores is None and not config.score.endswith(".npy"):
+        return GivenScores(None, f"column:{config.score}")
+    name = "scores=" if scores is not None else config.score
+    try:
+        read = np.load(Path(config.score).expanduser(), allow_pickle=False) if scores is None else scores
+        values = np.asarray(read.detach().cpu() if isinstance(read, Tensor) else read)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"{name} cannot be read as numbers [N]: {error}") from error
+    if values.shape != (total,) or values.dtype.kind not in "iuf":
+        raise ConfigError(f"{name} holds {values.dtype} {list(values.shape)}, expected one number a sample, [{total}]")
+    values = _finite(values.astype(np.float64), name)
+    return GivenScores(values, hashlib.sha256(values.tobytes()).hexdigest())
+
+
+def _finite(values: NDArray[np.float64], name: str) -> NDArray[np.float64]:
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        raise ConfigError(
+            f"{name} holds {values[bad[0]]} for sample {bad[0]}, and {len(bad)} such values; give numbers"
+        )
+    return values
+
+
+def find_suspects(
+    config: QualityConfig,
+    given: GivenScores | None,
+    source: Source,
+    labels: Labels | None,
+    features: Features,
+    *,
+    device: str,
+) -> Suspects | None:
+    """Find the samples that are left out of the bins because of their scores; one line of the log tells of them.
+
+    Args:
+        config: settings.
+        given: scores that the user gave; None takes margins.
+        source: source of the N samples.
+        labels: classes of the samples, or None.
+        features: features of the samples.
+        device: device that margins are computed on.
+
+    Returns:
+        The suspects, or None where the settings leave nothing out, or where `"auto"` can find nothing since there are
+        no classes to compare.
+
+    Raises:
+        ConfigError: margins were asked for without two classes, or given scores are not finite.
+    """
+    if not config.drops:
+        return None
+    usable = torch.ones(len(features), dtype=torch.bool)
+    usable[features.unreadable] = False
+    if given is None:
+        if labels is not None and labels.unlabeled:
+            usable &= labels.values != labels.num_classes
+        if labels is None or len(set(labels.values[usable].tolist())) < 2:
+            if config.drop_worst == "auto":
+                return None
+            raise ConfigError(
+                f"drop_worst={config.drop_worst} compares labels with features, but {source.describe()} has not two classes: "
+                "pass scores= or labels=, or leave it out"
+            )
+    place = usable.nonzero().flatten()
+    classes = labels.values[place] if labels is not None else torch.full((len(place),), -1)
+    suggested, noise = torch.full((len(place),), -1), None
+    if given is not None:
+        values = given.values
+        if values is None:
+            values = _finite(number_column(source, given.identity.removeprefix("column:")), given.identity)
+        score = torch.from_numpy(values)[place]
+    else:
+        predicted = leave_one_out(features.embedding[place], classes, device=_device(device))
+        score, suggested = predicted.margin, predicted.suggested
+    if config.drop_worst == "auto":
+        shown = find_mislabelled(predicted, classes)
+        found, noise = shown.found, shown.share if np.isfinite(shown.share) else None
+        _tell(shown.share, shown.error, int(found.sum()), len(place))
+    else:
+        found = torch.from_numpy(drop_worst(score.numpy(), config.drop_worst, classes.numpy()))
+        get_logger().info(f"{int(found.sum()):,} of {len(place):,} samples are left out for their low scores")
+    left_out = found.nonzero().flatten()
+    left_out = left_out[score[left_out].argsort(stable=True)]
+    names = None if labels is None else labels.names
+    return Suspects(place[left_out], score[left_out], classes[left_out], suggested[left_out], names, noise)
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return named_device(device)
+
+
+def _tell(share: float, error: float, count: int, total: int) -> None:
+    if not np.isfinite(share):
+        get_logger().warning(
+            'drop_worst="auto" leaves nothing out: these features do not tell the classes apart well enough to judge labels; '
+            "try another encoder="
+        )
+    elif count:
+        get_logger().info(
+            f"about {share:.1%} (+- {error:.1%}) of {total:,} labels seem wrong: {count:,} samples whose labels fit their "
+            "features least are left out (info.suspects)"
+        )
+    else:
+        get_logger().info(f"the labels of {total:,} samples seem clean (about {share:.1%} wrong): none is left out")
+
+
+def with_enough(bins: Bins, labels: Labels | None, wanted: int) -> Bins:
+    """Return bins that hold at least `wanted` samples: the suspects of highest score are put into the last bin.
+
+    Args:
+        bins: bins of N samples.
+        labels: classes of the samples where bins were made inside classes, else None.
+        wanted: number of samples that will be kept.
+    """
+    short = wanted - int((bins.assignment >= 0).sum())
+    if bins.suspects is None or short <= 0:
+        return bins
+    back = bins.suspects.index.flip(0)
+    back = back[bins.assignment[back] < 0][:short]
+    assignment, rank, group = bins.assignment.clone(), bins.rank.clone(), bins.group.clone()
+    assignment[back], rank[back] = bins.num_bins - 1, len(bins) + torch.arange(len(back), dtype=torch.int32)
+    group[back] = 0 if labels is None else labels.values[back].to(torch.int32)
+    get_logger().warning(
+        f"keep_ratio wants {short:,} samples more than are left without suspects: the {len(back):,} suspects of highest score "
+        "are kept too; lower keep_ratio to keep none of them"
+    )
+    return replace(bins, assignment=assignment, rank=rank, group=group)

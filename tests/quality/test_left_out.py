@@ -1,0 +1,128 @@
+"""Samples of low scores are left out of the set: found, told, stored and listed."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+from dq_lightning import QualityConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig, load_selection, quantize
+from dq_lightning.cli import main
+from dq_lightning.core.errors import ConfigError, SourceError
+from dq_lightning.exports.suspects import write_suspects
+from tests.quality.test_margin import clusters
+from tests.quality.test_mislabelled import changed
+
+FEATURES, TRUE = clusters(400, 8, 4, spread=2.0)
+GIVEN = changed(TRUE, 0.2, 4)
+WRONG = GIVEN != TRUE
+
+
+class Pictures(torch.utils.data.Dataset):
+    targets = GIVEN.tolist()
+
+    def __len__(self):
+        return 400
+
+    def __getitem__(self, index):
+        return torch.full((3, 8, 8), index % 256, dtype=torch.uint8), self.targets[index]
+
+
+@pytest.fixture
+def config(tmp_path):
+    np.save(tmp_path / "features.npy", FEATURES.astype(np.float32))
+    return QuantizeConfig.from_dict(
+        {"features": {"encoder": str(tmp_path / "features.npy")}, "selection": {"keep_ratio": 0.25}}
+    )
+
+
+def test_wrong_labels_are_left_out_and_listed_with_the_set(tmp_path, config, caplog):
+    caplog.set_level("INFO", "dq_lightning")
+    info = quantize(Pictures(), config, drop_worst="auto", cache_dir=tmp_path / "cache")
+    suspects = info.suspects
+    assert "labels seem wrong" in caplog.text
+    assert info.num_samples == 100
+    assert WRONG[suspects.index].mean() > 0.8
+    assert WRONG[load_selection(info.path).index].mean() < 0.05
+    assert torch.equal(suspects.score, suspects.score.sort().values)
+    assert np.array_equal(suspects.label, GIVEN[suspects.index])
+    assert (suspects.suggested.numpy() == TRUE[suspects.index]).mean() > 0.9
+    again = quantize(Pictures(), config, drop_worst="auto", cache_dir=tmp_path / "cache")
+    assert again.reused
+    assert torch.equal(again.suspects.index, suspects.index)
+    assert again.to_dict()["suspects"] == len(suspects)
+    rows = list(csv.DictReader(write_suspects(suspects, tmp_path / "s.csv").open()))
+    assert [int(row["position"]) for row in rows] == suspects.index.tolist()
+    assert [int(row["suggested"]) for row in rows] == suspects.suggested.tolist()
+
+
+def test_too_many_wanted_take_the_best_suspects_too(tmp_path, config, caplog):
+    large = QuantizeConfig(config.features, selection=SelectionConfig(keep_ratio=0.95))
+    some = quantize(Pictures(), config, drop_worst="auto", cache_dir=tmp_path)
+    most = QuantizedDataModule(Pictures(), config=large, drop_worst="auto", cache_dir=tmp_path)
+    most.prepare_data()
+    most.setup()
+    assert len(most.selection) == 380
+    assert "suspects of highest score are kept too" in caplog.text
+    left_out = set(range(400)) - set(most.selection.index.tolist())
+    assert left_out == set(some.suspects.index[:20].tolist())
+
+
+def test_own_scores_leave_out_the_lowest_of_each_class(tmp_path, config):
+    scores = np.random.default_rng(0).normal(size=400)
+    info = quantize(Pictures(), config, scores=scores, drop_worst=0.5, cache_dir=tmp_path)
+    for label in range(4):
+        members = np.flatnonzero(label == GIVEN)
+        lowest = members[np.argsort(scores[members])[: int(len(members) * 0.5 + 0.5)]]
+        assert set(info.suspects.index[info.suspects.label == label].tolist()) == set(lowest.tolist())
+    np.save(tmp_path / "scores.npy", scores)
+    same = quantize(Pictures(), config, scores=str(tmp_path / "scores.npy"), drop_worst=0.5, cache_dir=tmp_path)
+    assert same.reused
+    other = quantize(Pictures(), config, scores=-scores, drop_worst=0.5, cache_dir=tmp_path)
+    assert not other.reused
+
+
+def test_rows_of_text_are_scored_by_a_column(tmp_path, config):
+    rows = [{"text": f"row {number}", "worth": number / 400, "kind": number % 2} for number in range(400)]
+    options = {"config": config, "cache_dir": tmp_path, "drop_worst": 0.25}
+    info = quantize(rows, scores="worth", **options)
+    assert info.suspects.index.tolist() == list(range(100))
+    with pytest.raises(SourceError, match="no column 'nothing'"):
+        quantize(rows, scores="nothing", **options)
+    with pytest.raises(ConfigError, match="has not two classes"):
+        quantize(rows, **options)
+    assert quantize(rows, config=config, cache_dir=tmp_path, drop_worst="auto").suspects is None
+
+
+def test_what_contradicts_itself_is_refused(tmp_path, config):
+    with pytest.raises(ConfigError, match=r"drop_worst=0\.8 leaves 0\.2"):
+        quantize(Pictures(), config, drop_worst=0.8, cache_dir=tmp_path)
+    with pytest.raises(ConfigError, match="one number a sample"):
+        quantize(Pictures(), config, scores=np.zeros(3), drop_worst=0.1, cache_dir=tmp_path)
+    with pytest.raises(ConfigError, match="and 1 such values"):
+        quantize(Pictures(), config, scores=[float("nan"), *range(399)], drop_worst=0.1, cache_dir=tmp_path)
+    with pytest.raises(ConfigError, match="pass the share"):
+        quantize(Pictures(), config, scores=np.zeros(400), drop_worst="auto", cache_dir=tmp_path)
+    for wrong in ({"drop_worst": 1.0}, {"drop_worst": "some"}, {"score": "worth", "drop_worst": "auto"}):
+        with pytest.raises(ConfigError):
+            QualityConfig(**wrong)
+
+
+def test_the_command_lists_suspects(tmp_path, config, capsys):
+    images = tmp_path / "photos"
+    from PIL import Image
+
+    for number in range(40):
+        folder = images / ("dark" if number % 2 else "light")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number,) * 3).save(folder / f"{number:02}.png")
+    # Class folders are read by name: all dark ones come first.
+    features = np.concatenate([np.full(20, 0.0), np.full(20, 5.0)])[:, None] + np.linspace(0, 1, 40)[:, None]
+    features[3] = 5.5
+    np.save(tmp_path / "two.npy", features.astype(np.float32))
+    options = ["--data_path", str(images), "--encoder", str(tmp_path / "two.npy"), "--cache_dir", str(tmp_path / "c")]
+    main(["suspects", "ImageFolder", *options, "--drop_worst", "0.05", "--output", str(tmp_path / "out.csv")])
+    rows = list(csv.DictReader((tmp_path / "out.csv").open()))
+    assert "2 of 40 samples" in capsys.readouterr().out
+    assert (rows[0]["position"], rows[0]["label"], rows[0]["suggested"]) == ("3", "dark", "light")
+    assert rows[0]["name"] == "dark/07.png"
