@@ -78,10 +78,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"dq-lightning: {error}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        print(f"dq-lightning: {error.strerror or error}: {error.filename or 'see above'}", file=sys.stderr)
+        place = f": {error.filename}" if error.filename else ""
+        print(f"dq-lightning: {error.strerror or error}{place}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("dq-lightning: stopped; what was finished stays in the cache", file=sys.stderr)
+        print("dq-lightning: stopped; finished work stays in the cache, and the next run uses it", file=sys.stderr)
         sys.exit(130)
     finally:
         with suppress(ValueError):
@@ -89,7 +90,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _end(number: int, frame: object) -> NoReturn:
-    print("dq-lightning: ended by a signal; what was finished stays in the cache", file=sys.stderr)
+    print(
+        "dq-lightning: ended by a signal; finished work stays in the cache, and the next run uses it", file=sys.stderr
+    )
     sys.exit(128 + number)
 
 

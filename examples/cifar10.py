@@ -63,7 +63,9 @@ def cifar10(args: argparse.Namespace, train: bool, transform: v2.Transform) -> C
     try:
         return CIFAR10(args.data, train=train, transform=transform)
     except RuntimeError as error:
-        raise SystemExit(f"{args.data} holds no CIFAR-10 ({error})") from error
+        raise SystemExit(
+            f"{args.data} holds no CIFAR-10 ({error}): pass the folder that cifar-10-batches-py is in"
+        ) from error
 
 
 def chosen_part(args: argparse.Namespace, file: Path) -> Dataset:
@@ -76,7 +78,7 @@ def chosen_part(args: argparse.Namespace, file: Path) -> Dataset:
     folder, positions = open_image_folder(args.data_dir, transform=AUGMENT)
     items = np.flatnonzero(np.isin(positions, rows))
     if len(items) != len(rows):
-        raise SystemExit(f"{args.data_dir} has {len(items):,} of the {len(rows):,} images that {file} names")
+        raise SystemExit(f"{args.data_dir} has only {len(items):,} of the {len(rows):,} images that {file} names")
     return Subset(folder, items.tolist())
 
 
@@ -123,7 +125,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of torchvision's CIFAR10")
     parser.add_argument("--data_dir", help="folder of reconstructed images, CLASS/NAME.png with index.npy")
-    parser.add_argument("--select_indices", type=Path, nargs="+", help=".npy files of row numbers; DQ chooses without")
+    parser.add_argument(
+        "--select_indices", type=Path, nargs="+", help=".npy files of row numbers; DQ chooses if left out"
+    )
     parser.add_argument("--keep_ratio", type=float, default=0.125)
     parser.add_argument("--num_bins", type=int, default=10)
     parser.add_argument("--batch_size", type=int, help="128, or 16 for at most 5,000 images")
@@ -135,9 +139,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="32-true", help="bf16-mixed is twice as fast on new GPUs")
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="folder of checkpoints, one folder a run; nothing is saved without")
+    parser.add_argument("--output", type=Path, help="folder of checkpoints, one folder a run; none if left out")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoints in --output")
-    parser.add_argument("--limit_batches", type=int, help="to try it out")
+    parser.add_argument("--limit_batches", type=int, help="batches per epoch, for a trial")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
     if args.data_dir is not None and args.select_indices is None:

@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--classifier", default="auto")
     parser.add_argument("--weights")
     parser.add_argument("--reconstructor", default="auto")
-    parser.add_argument("--side", type=int, default=128, help="of a panel in pixels")
+    parser.add_argument("--side", type=int, default=128, help="width and height of a panel in pixels")
     args = parser.parse_args()
     if args.photos is None:
         chosen, labels = sample_images(args.count)

@@ -112,7 +112,8 @@ def make_data(tokenizer, args: argparse.Namespace) -> L.LightningDataModule:
     held_out = [others[i] for i, _ in zip(unseen, range(args.held_out), strict=False)]
     if not held_out:
         raise SystemExit(
-            "all rows are in the training set: pass --rows with some of them, or --held-out-data alpaca_data.json"
+            "all rows are in the training set, so none are left to measure the loss on: "
+            "pass --rows with some of them, or --held-out-data alpaca_data.json"
         )
     print(f"{len(chosen):,} training rows, {len(held_out):,} held out")
     return InstructionData([rows[i] for i in chosen.tolist()], held_out, tokenizer, args)
@@ -158,7 +159,9 @@ def decoder_layers(network: torch.nn.Module) -> set[type]:
     names = set(network._no_split_modules or [])
     found = {type(module) for module in network.modules() if type(module).__name__ in names}
     if not found:
-        raise SystemExit(f"{type(network).__name__} names no decoder layers; use --strategy ddp")
+        raise SystemExit(
+            f"{type(network).__name__} has no layers of the decoder that FSDP could wrap: pass --strategy ddp"
+        )
     return found
 
 
@@ -188,15 +191,15 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="name or folder of a causal language model of transformers")
     parser.add_argument("--data", type=Path, required=True, help="Alpaca JSON or JSON lines, or either with .xz")
-    parser.add_argument("--rows", type=Path, help=".npy of the rows to train on; all of them without")
+    parser.add_argument("--rows", type=Path, help=".npy of the rows to train on; all rows if left out")
     parser.add_argument(
         "--keep-ratio", type=float, help="quantize the file to this share of its rows, in place of --rows"
     )
     parser.add_argument(
-        "--encoder", default="auto", help="with --keep-ratio: what embeds the rows, or .npy of embeddings"
+        "--encoder", default="auto", help="with --keep-ratio: the encoder of the rows, or .npy of embeddings"
     )
     parser.add_argument("--held-out", type=int, default=500, help="rows that the loss is measured on, never trained on")
-    parser.add_argument("--held-out-data", type=Path, help="another file to take them from")
+    parser.add_argument("--held-out-data", type=Path, help="another file that these rows are taken from")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=9)
     parser.add_argument("--batch-size", type=int, default=4, help="rows of a batch on each device")

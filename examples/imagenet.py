@@ -110,7 +110,7 @@ class KeptImages(L.LightningDataModule):
         if self.args.data_dir is None:
             images = self.folder("train", transform)
             if len(rows) and rows[-1] >= len(images):
-                raise DQError(f"{self.args.select_indices} has row {rows[-1]:,} of {len(images):,} images")
+                raise DQError(f"{self.args.select_indices} has row {rows[-1]:,}, but there are {len(images):,} images")
             return images, rows
         folder, positions = open_image_folder(self.args.data_dir, transform=transform)
         items = np.flatnonzero(np.isin(positions, rows))
@@ -179,7 +179,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="folder with train/ and val/, each of class folders")
     parser.add_argument("--data_dir", help="folder of reconstructed images with index.npy, in place of DATA/train")
-    parser.add_argument("--select_indices", help=".npy of positions in ImageFolder(train); DQ chooses without")
+    parser.add_argument("--select_indices", help=".npy of positions in ImageFolder(train); DQ chooses if left out")
     parser.add_argument("--keep_ratio", type=float, default=0.125)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="resnet50")
@@ -189,7 +189,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.6)
     parser.add_argument("--weight_decay", type=float, default=2e-5)
     parser.add_argument("--smoothing", type=float, default=0.1)
-    parser.add_argument("--batch_size", type=int, default=128, help="of each device")
+    parser.add_argument("--batch_size", type=int, default=128, help="images of a batch on each device")
     parser.add_argument("--aa", default="rand-m9-mstd0.5-inc1")
     parser.add_argument("--reprob", type=float, default=0.6)
     parser.add_argument("--remode", default="pixel")
@@ -202,7 +202,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num_nodes", type=int, default=1)
     parser.add_argument("--output", default="results/training_logs")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    parser.add_argument("--limit_batches", type=int, help="to try it out")
+    parser.add_argument("--limit_batches", type=int, help="batches per epoch, for a trial")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser.parse_args()
 

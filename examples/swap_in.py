@@ -40,7 +40,9 @@ class Classifier(L.LightningModule):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder that holds cifar-10-batches-py, or where it goes")
+    parser.add_argument(
+        "--data", required=True, help="folder that holds cifar-10-batches-py, or that it is downloaded into"
+    )
     parser.add_argument("--download", action="store_true")
     parser.add_argument("--keep-ratio", type=float, default=0.125)
     parser.add_argument("--epochs", type=int, default=200)

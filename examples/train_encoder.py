@@ -80,7 +80,7 @@ def cifar10_tensors(root: str, train: bool) -> TensorDataset:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder that holds cifar-10-batches-py")
-    parser.add_argument("--output", type=Path, required=True, help="where the .safetensors file goes")
+    parser.add_argument("--output", type=Path, required=True, help="the .safetensors file that is written")
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=0.4)

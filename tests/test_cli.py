@@ -184,7 +184,7 @@ def test_info_and_verify(tmp_path, ready, capsys):
     run("info", out)
     assert json.loads(capsys.readouterr().out)["config"]["selection"]["keep_ratio"] == 0.125
     run("verify", out)
-    assert "1 entry is as written" in capsys.readouterr().out
+    assert "1 entry is intact" in capsys.readouterr().out
     run("export", out, "indices", tmp_path / "indices.npy")
     assert len(np.load(tmp_path / "indices.npy")) == 250
     capsys.readouterr()
@@ -198,7 +198,7 @@ def test_info_and_verify(tmp_path, ready, capsys):
     assert "column-0.npy has another content than was written" in said
     cache = os.environ["DQ_LIGHTNING_CACHE"]
     run("verify", cache)
-    assert "4 entries are as written" in capsys.readouterr().out
+    assert "4 entries are intact" in capsys.readouterr().out
 
 
 def test_without_a_command_the_help_is_shown(capsys):
@@ -263,7 +263,7 @@ def age(entries, days: float) -> None:
         (["quantize", "--dataset", "CIFAR10", "--data_path", "nowhere"], "nowhere does not exist"),
         (["quantize", "--dataset", "CIFAR10", "--data_path", "."], "CIFAR10 cannot be opened"),
         (["quantize"], "no dataset was named: pass dataset=, data_path="),
-        (["quantize", *SAMPLE, "--device", "gpu7"], "is no device of torch; pass auto, cpu"),
+        (["quantize", *SAMPLE, "--device", "gpu7"], "is not a device of torch: pass auto, cpu"),
         (["quantize", *SAMPLE, "--output", "/dev/null/results"], "cannot be written"),
         (["quantize", *SAMPLE, "--keep_ratio", "2"], "must be in (0, 1]"),
         (
@@ -272,10 +272,10 @@ def age(entries, days: float) -> None:
         ),
         (["sample", "."], "select_indices_NAME_exp0.npy"),
         (["info", "."], "no compact set"),
-        (["verify", "."], "no compact set and no cache"),
-        (["prune"], "needs a bound"),
-        (["prune", "--max_size", "much"], "is no size"),
-        (["reconstruct", "out", *SAMPLE, "--drop_ratio", "0"], "drops no patch"),
+        (["verify", "."], "neither a compact set nor a cache"),
+        (["prune"], "prune has no limit"),
+        (["prune", "--max_size", "much"], "is not a size"),
+        (["reconstruct", "out", *SAMPLE, "--drop_ratio", "0"], "drops no patches"),
         (["export", "no.npy", "parquet", "out.parquet"], "cannot be read as row numbers"),
         (["embed", "rows.txt"], "does not exist"),
     ],
@@ -309,9 +309,9 @@ def test_bins_that_do_not_tell_the_classes(tmp_path, ready, caplog):
     run(*draw)
     (tmp_path / "bins" / "bins.npz").unlink()
     run(*draw, "--dataset", "dq_lightning.demo.sample_data.SampleCIFAR10")
-    assert "does not tell the classes" not in caplog.text
+    assert "classes of the samples are not known" not in caplog.text
     run(*draw)
-    assert "does not tell the classes" in caplog.text
+    assert "classes of the samples are not known" in caplog.text
 
 
 @pytest.mark.parametrize(("command", "function"), cli.COMMANDS.items())
@@ -402,16 +402,18 @@ def test_merging_looks_at_the_rows(tmp_path, rows_file, capsys):
     run("embed", rows_file, "--output", tmp_path / "pieces", "--encoder", tmp_path / "embeds.npy")
     other = tmp_path / "other.json"
     other.write_text(json.dumps([row | {"output": "another"} for row in ROWS]))
-    assert "foreign" in fails(capsys, "embed", other, "--output", tmp_path / "pieces", "--merge")
+    assert "does not belong to these pieces" in fails(
+        capsys, "embed", other, "--output", tmp_path / "pieces", "--merge"
+    )
     assert not (tmp_path / "pieces" / "alpaca_embeds.npy").exists()
     small = ["--encoder", tmp_path / "embeds.npy", "--nums", "10"]
-    assert "is of pieces of 10" in fails(capsys, "embed", rows_file, "--output", tmp_path / "pieces", *small)
+    assert "nums=10 was given" in fails(capsys, "embed", rows_file, "--output", tmp_path / "pieces", *small)
     run("embed", rows_file, "--output", tmp_path / "pieces", "--merge")
 
 
 def test_rows_are_written_under_names_that_fit(tmp_path, rows_file, capsys):
     ready = ["--embeds", tmp_path / "embeds.npy"]
-    assert "written as .json or .jsonl" in fails(capsys, "sample-text", rows_file, tmp_path / "out.npy", *ready)
+    assert "must end in .json or .jsonl" in fails(capsys, "sample-text", rows_file, tmp_path / "out.npy", *ready)
     assert "leave embeds= out" in fails(capsys, "sample-text", rows_file, tmp_path / "o.json", *ready, "--random")
 
 
@@ -428,7 +430,7 @@ def test_a_signal_ends_a_command_without_leftovers(tmp_path, folder):
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
-    assert done.stderr.strip().endswith("what was finished stays in the cache")
+    assert done.stderr.strip().endswith("finished work stays in the cache, and the next run uses it")
     assert not list(tmp_path.glob(".images*"))
     assert not (tmp_path / "images").exists()
 

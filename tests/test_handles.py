@@ -35,7 +35,7 @@ ROW = SIDE * SIDE * 3
 
 @pytest.fixture(autouse=True)
 def untold():
-    handles._told.clear()
+    handles._warned.clear()
 
 
 @pytest.fixture

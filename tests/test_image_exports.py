@@ -204,7 +204,7 @@ def test_litdata_missing_is_told(tmp_path, images, monkeypatch):
 def test_foreign_folders_are_left_alone(tmp_path, images):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
-    with pytest.raises(StoreError, match="holds something else"):
+    with pytest.raises(StoreError, match="was not written by this export"):
         write_image_folder(images, tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 
@@ -261,7 +261,7 @@ def test_dropped_patches_are_filled_or_not(tmp_path):
 
 def test_sets_and_datasets_that_do_not_belong_together(tmp_path):
     path = make_set(tmp_path)
-    with pytest.raises(StoreError, match="belongs to a dataset of 60 samples, the given one has 2,000"):
+    with pytest.raises(StoreError, match="was made from a dataset of 60 samples, but the given dataset has 2,000"):
         export_set(path, "imagefolder", str(tmp_path / "out"), dataset=SampleCIFAR10())
     np.save(tmp_path / "rows.npy", np.arange(3))
     with pytest.raises(StoreError, match="pass --dataset"):

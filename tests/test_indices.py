@@ -109,7 +109,7 @@ def test_patches_and_store_as_asked_for(tmp_path, no_encoder, store):
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        ([1, 1], "twice"),
+        ([1, 1], "repeated"),
         ([-1, 2], "-1"),
         ([40], "40"),
         ([], "nothing"),

@@ -118,7 +118,7 @@ def test_imagenet_recipe_on_small_photos(photos, tmp_path):
     ("arguments", "said"),
     [
         (["imagenet.py", "photos", "--select_indices", "rows.npy"], "fill no batch of 128"),
-        (["cifar10.py", "--data", ".", "--select_indices", "twice.npy"], "1 of them twice"),
+        (["cifar10.py", "--data", ".", "--select_indices", "twice.npy"], "with 1 of them repeated"),
         (["cifar10.py", "--data", "nowhere", "--select_indices", "rows.npy"], "nowhere holds no CIFAR-10"),
     ],
 )
@@ -183,12 +183,12 @@ def test_the_published_folder_of_reconstructed_images(tmp_path):
     assert seen == {4: (4, 9), 2: (2, 10), 7: (7, 10), 11: (11, 100)}
     assert images.targets == [label for _, label in images.samples]
     (tmp_path / "pixel" / "9" / "x.png").write_bytes((tmp_path / "pixel" / "9" / "4.png").read_bytes())
-    with pytest.raises(StoreError, match=r"9/x\.png is no position"):
+    with pytest.raises(StoreError, match=r"9/x\.png is not a position"):
         open_image_folder(tmp_path / "pixel")
     np.save(tmp_path / "pixel" / "index.npy", np.arange(4))
-    with pytest.raises(StoreError, match="5 images and 4 positions"):
+    with pytest.raises(StoreError, match="5 images, but 4 different positions"):
         open_image_folder(tmp_path / "pixel")
-    with pytest.raises(StoreError, match="no folder of class folders"):
+    with pytest.raises(StoreError, match="no class folders with images"):
         open_image_folder(tmp_path / "nowhere")
 
 

@@ -451,9 +451,9 @@ def test_a_damaged_shard_of_a_killed_run(tmp_path, undisturbed, caplog):
     path.write_bytes(data)
     with caplog.at_level("INFO", "dq_lightning"):
         image_run(tmp_path)
-    dropped = [message for message in caplog.messages if message.startswith("features: dropping a shard")]
+    dropped = [message for message in caplog.messages if message.startswith("features: a file of finished work")]
     assert len(dropped) == 1
-    assert "resuming features: 40 of 60 samples are there" in caplog.messages
+    assert "resuming features: 40 of 60 samples are done already" in caplog.messages
     assert content(tmp_path) == undisturbed.content(image_run)
 
 

@@ -60,7 +60,7 @@ def test_best_fit():
 
 
 def test_a_row_longer_than_a_sequence():
-    with pytest.raises(ConfigError, match="row 1 has 9 tokens, a packed sequence 8"):
+    with pytest.raises(ConfigError, match="row 1 has 9 tokens, but a packed sequence holds 8"):
         pack([3, 9], 8)
 
 

@@ -342,7 +342,7 @@ def test_a_packed_sequence_too_short_names_the_row_of_the_data():
     from dq_lightning.tokens.batches import PackedRows
 
     rows = encode_rows([pair("ask", "say"), pair("ask", "say " * 9)], word_tokenizer(), positions=[3, 77])
-    with pytest.raises(ConfigError, match="row 77 has 12 tokens, a packed sequence 8"):
+    with pytest.raises(ConfigError, match="row 77 has 12 tokens, but a packed sequence holds 8"):
         PackedRows(rows, 8)
 
 

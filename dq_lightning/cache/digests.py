@@ -154,7 +154,7 @@ def _try_replace(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.replace_bytes(path, data)
     except OSError as error:
-        logger.debug("digests are not remembered in %s: %s", path, error)
+        logger.debug("digests cannot be stored in %s: %s", path, error)
 
 
 class _Table:
@@ -174,7 +174,9 @@ class _Table:
                 names, stamps, digests = stored["names"].tobytes(), stored["stamps"], stored["digests"]
         except Exception as error:
             # zipfile and numpy raise many kinds of errors on damaged bytes; a table that cannot be read is made again.
-            logger.debug("digests in %s are made again: %s: %s", path, type(error).__name__, error)
+            logger.debug(
+                "digests in %s cannot be used and are computed again: %s: %s", path, type(error).__name__, error
+            )
             return
         rows = names.count(b"\0") + 1 if names else 0
         shapes_fit = stamps.shape == (rows, STAMP_SIZE) and digests.shape == (rows, 32)

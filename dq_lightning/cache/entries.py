@@ -81,7 +81,7 @@ def require_space(path: str | Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise CacheError(
-            f"{needed:,} bytes are needed under {path}, {free:,} are free: make room, or pass another cache_dir="
+            f"{needed:,} bytes are needed under {path}, but only {free:,} are free: make room, or pass another cache_dir="
         )
 
 
@@ -125,7 +125,7 @@ class Cache:
             CacheError: the station is unknown, or `parts` is not plain JSON.
         """
         if station not in STATIONS:
-            raise CacheError(f"{station!r} is no station; they are {', '.join(STATIONS)}")
+            raise CacheError(f"{station!r} is not a station: the stations are {', '.join(STATIONS)}")
         return self.root / station / self.key(station, parts)
 
     def find(self, station: str, parts: dict[str, Any]) -> Path | None:
@@ -146,7 +146,7 @@ class Cache:
         except NotADirectoryError:
             # The folder of the station or that of the entry is not a folder.
             if os.path.lexists(target):
-                self._move_aside(target, "it is no folder")
+                self._move_aside(target, "it is not a folder")
             return None
         except Damage as damage:
             if not os.path.lexists(target):
@@ -156,7 +156,7 @@ class Cache:
         except OSError as error:
             if error.errno in READ_ONLY_ERRORS:
                 raise CacheError(
-                    f"{target} cannot be read ({error}): repair its permissions, or pass cache_dir="
+                    f"{target} cannot be read ({error}): repair its permissions, or pass another folder as cache_dir="
                 ) from error
             self._move_aside(target, f"it cannot be read ({error})")
             return None
@@ -178,7 +178,12 @@ class Cache:
         except OSError as error:
             if target not in self._reported:
                 self._reported.add(target)
-                logger.warning("%s is not used: %s. It could not be moved aside (%s).", target, reason, error)
+                logger.warning(
+                    "%s is damaged and not used: %s. It cannot be renamed (%s): remove it by hand.",
+                    target,
+                    reason,
+                    error,
+                )
             return
         try:
             check_entry(aside, self.verify, station=target.parent.name, key=target.name)
@@ -310,11 +315,11 @@ class Cache:
                 elif self._find(target):
                     return
                 elif os.path.lexists(target):
-                    raise CacheError(f"{target} is damaged and cannot be moved aside: remove it") from error
+                    raise CacheError(f"{target} is damaged and cannot be renamed: remove it by hand") from error
             else:
                 files.fsync_folder(target.parent)
                 return
-        raise CacheError(f"{target} could not be put in place: other processes keep replacing it")
+        raise CacheError(f"{target} could not be put in place, because other processes keep replacing it: start again")
 
     def retire(self, target: Path) -> None:
         """Remove an entry. Open files of it stay readable, because files are never rewritten in place."""

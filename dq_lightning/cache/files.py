@@ -248,7 +248,7 @@ def open_plain(path: Path) -> io.BufferedReader:
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return os.fdopen(descriptor, "rb")
 
 
@@ -306,8 +306,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
         # A foreign JSON file may hold anything, including nesting that exhausts the stack.
         whole = isinstance(values, dict) and values.pop("digest", None) is not None and seal(values) == text
     except (ValueError, RecursionError) as error:
-        raise DQError(f"{path.name} is not JSON of ours ({type(error).__name__})") from error
+        raise DQError(f"{path.name} is not JSON that this package wrote ({type(error).__name__})") from error
     if not whole:
-        raise DQError(f"{path.name} does not match its own digest")
+        raise DQError(f"{path.name} does not match the digest that it holds")
     assert isinstance(values, dict)
     return values

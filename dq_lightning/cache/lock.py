@@ -92,7 +92,7 @@ def economy_lock(path: Path, finished: Callable[[], bool]) -> Iterator[bool]:
 def _wait(lock: FileLock, owner: Path, finished: Callable[[], bool]) -> bool:
     """Wait until the lock is held (True), or until the work is finished or the owner counts as dead (False)."""
     beat, since = None, time.monotonic()
-    told = False
+    logged = False
     while True:
         try:
             with contextlib.suppress(Timeout):
@@ -106,8 +106,8 @@ def _wait(lock: FileLock, owner: Path, finished: Callable[[], bool]) -> bool:
         seen = _read_beat(owner)
         if seen != beat:
             beat, since = seen, time.monotonic()
-        if seen and not told:
-            told = True
+        if seen and not logged:
+            logged = True
             logger.info("waiting for process %d on %s, which makes the same entry (%s)", seen[1], seen[0], owner.name)
         silent = time.monotonic() - since
         dead_here = bool(seen and seen[0] == host_name() and not process_alive(seen[1]))

@@ -112,7 +112,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise Damage(str(error)) from error
     if values.get("format") != FORMAT or values.get("version") != FORMAT_VERSION:
         seen = f"{values.get('format')!r} version {values.get('version')!r}"
-        raise Damage(f"its manifest is {seen}, this package reads {FORMAT!r} version {FORMAT_VERSION}")
+        raise Damage(f"its manifest is {seen}, but this package reads {FORMAT!r} version {FORMAT_VERSION}")
     listed = values.get("files")
     if not isinstance(listed, dict) or not isinstance(values.get("parts"), dict):
         raise Damage("its manifest has no files or no parts")
@@ -135,7 +135,7 @@ def check_entry(folder: Path, verify: VerifyPolicy, *, station: str, key: str) -
     """
     values = read_manifest(folder)
     if (values.get("station"), values.get("key")) != (station, key):
-        raise Damage(f"its manifest belongs to {values.get('station')}/{values.get('key')}")
+        raise Damage(f"its manifest belongs to another entry, {values.get('station')}/{values.get('key')}")
     doubted = os.path.lexists(folder / DOUBT)
     if verify == "off" and not doubted:
         return values
@@ -165,8 +165,8 @@ def check_copied_entry(folder: Path, verify: VerifyPolicy, *, station: str) -> N
         check_entry(folder, verify, station=station, key=str(values.get("key")))
     except (Damage, OSError) as error:
         raise StoreError(
-            f"{folder} is no compact set that can be used: {error}. Pass the folder that StoreInfo.path names, or a whole "
-            "copy of it; copy a damaged one again"
+            f"{folder} holds no compact set that can be used: {error}. Pass the folder that StoreInfo.path names, or a whole "
+            "copy of it; make a damaged copy again"
         ) from error
 
 

@@ -54,7 +54,7 @@ def describe_change(station: str, wanted: dict[str, Any], existing: list[dict[st
         pairs = [(path, old.get(path, missing), new.get(path, missing)) for path in paths]
         return [(path, a, b) for path, a, b in pairs if type(a) is not type(b) or a != b]
 
-    def is_told(change: tuple[str, Any, Any]) -> bool:
+    def is_listed(change: tuple[str, Any, Any]) -> bool:
         path, a, b = change
         return not (missing in (a, b) and path != DROP_RATIO and path.startswith(OF_PATCHES))
 
@@ -63,19 +63,19 @@ def describe_change(station: str, wanted: dict[str, Any], existing: list[dict[st
         (changes(parts) for parts in existing), key=lambda found: (any(c[0] == DATA for c in found), len(found))
     )
     if not nearest:
-        return f"computing {noun}: asked to make it again"
+        return f"computing {noun} again: force_recompute is set, or the cached entry cannot be used"
     for path, a, b in nearest:
         if path == DATA:
             seen = f"{_short(path, a, missing)} -> {_short(path, b, missing)}"
-            return f"computing {noun}: no entry is of these data, which are new here or were changed ({seen})"
-    listed = list(filter(is_told, nearest))
-    told = [
+            return f"computing {noun}: the cache has none for these data, which are new or were changed ({seen})"
+    listed = list(filter(is_listed, nearest))
+    texts = [
         f"{NAMES.get(path, path)} changed ({_short(path, a, missing)} -> {_short(path, b, missing)})"
         for path, a, b in listed[:MAX_CHANGES]
     ]
     if len(listed) > MAX_CHANGES:
-        told.append(f"and {len(listed) - MAX_CHANGES} more")
-    return f"computing {noun} because {', '.join(told)}"
+        texts.append(f"and {len(listed) - MAX_CHANGES} more")
+    return f"computing {noun} because {', '.join(texts)}"
 
 
 def _short(path: str, value: Any, missing: object) -> str:

@@ -87,8 +87,8 @@ class PaidRows:
             stored = read_arrays(path, self._identity)
             keys, rows = stored["key"], stored["row"]
             if keys.ndim != 2 or rows.ndim != 2 or len(keys) != len(rows) or not np.isfinite(rows).all():
-                raise StoreError("it holds something else than rows")
+                raise StoreError("it does not hold rows of finite numbers with their keys")
         except (OSError, StoreError, KeyError, TypeError) as error:
-            logger.warning("features: passing over %s, which cannot be used (%s)", path, error)
+            logger.warning("features: %s cannot be used (%s), so its embeddings are requested again", path, error)
             return
         self._rows.update((key.tobytes(), row) for key, row in zip(keys, rows, strict=True))

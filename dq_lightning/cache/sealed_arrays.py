@@ -79,11 +79,11 @@ def read_arrays(path: Path, identity: Any) -> dict[str, Array]:
             header = file.read(length)
             values = json.loads(header)
             if values["identity"] != identity:
-                raise StoreError("it belongs to something else, or was made from something else")
+                raise StoreError("it belongs to other work, or was made from other data")
             # The arrays are read only after the file size was checked, because a damaged header may claim any size.
             content = _content_bytes(values["arrays"])
             if size != ALIGNMENT + length + content + DIGEST_BYTES:
-                raise StoreError("it is cut, or longer than what was written")
+                raise StoreError("it is shorter or longer than what was written")
             data = np.fromfile(file, np.uint8, content)
             digest = hashlib.sha256(first + header)
             digest.update(data.data)
@@ -123,7 +123,7 @@ def _arrays(data: NDArray[np.uint8], listed: list[Any]) -> dict[str, Array]:
     for name, dtype, shape in listed:
         size = math.prod(plain_shape(shape)) * np.dtype(_known(dtype)).itemsize
         if size > len(data) - at:
-            raise StoreError("its arrays are cut")
+            raise StoreError("its arrays are incomplete")
         found[str(name)] = data[at : at + size].view(dtype).reshape(plain_shape(shape))
         at += size + -size % ALIGNMENT
     return found

@@ -117,13 +117,15 @@ class KeptShards:
                 # Another builder has finished the entry and removed its shards.
                 continue
             except (OSError, StoreError) as error:
-                logger.warning("%s: dropping a shard of finished work (%s: %s)", self._noun, found, error)
+                logger.warning(
+                    "%s: a file of finished work cannot be used and is removed (%s: %s)", self._noun, found, error
+                )
                 files.remove(found)
                 continue
             yield arrays
             self._done = stop
         if self._done:
-            logger.info("resuming %s: %s of %s samples are there", self._noun, f"{self._done:,}", f"{total:,}")
+            logger.info("resuming %s: %s of %s samples are done already", self._noun, f"{self._done:,}", f"{total:,}")
 
     def is_due(self) -> bool:
         """Return whether enough time has passed to write a shard; see `resuming.Shards`."""
@@ -144,7 +146,7 @@ class KeptShards:
             except OSError as error:
                 self._given_up = True
                 logger.warning(
-                    "%s: finished work cannot be kept (%s); if this run is killed, the next begins after %s samples",
+                    "%s: finished work cannot be saved (%s), so if this run is killed, the next one continues after %s samples",
                     *(self._noun, error, f"{self._done:,}"),
                 )
             self._done += count

@@ -95,7 +95,9 @@ def read_tensor_folder(folder: Path, verify: VerifyPolicy = "size") -> tuple[dic
     try:
         values = files.read_sealed(folder / TENSORS_FILE)
         if values.get("format") != FORMAT or values.get("version") != FORMAT_VERSION:
-            raise StoreError(f"it is {values.get('format')!r:.40} version {values.get('version')!r:.40}")
+            raise StoreError(
+                f"its format is {values.get('format')!r:.40} version {values.get('version')!r:.40}, which is not known"
+            )
         if not isinstance(values.get("tensors"), dict) or not isinstance(values.get("attributes"), dict):
             raise StoreError("tensors.json lacks tensors or attributes")
         tensors = {name: _load(folder, name, facts, verify) for name, facts in values["tensors"].items()}

@@ -17,7 +17,7 @@ from dq_lightning.cache.paid import PAID_FOLDER
 from dq_lightning.core.errors import CacheError, ConfigError, StoreError
 
 # An entry that was made or opened within this time may be about to be opened by the run that asked for it.
-YOUNG_SECONDS = 60.0
+RECENT_SECONDS = 60.0
 # Readers keep this file of an entry open.
 VALUES_FILE = "values.bin"
 
@@ -51,8 +51,8 @@ def verify_folder(path: str | Path) -> list[Finding]:
     entries = [place] if (place / MANIFEST).exists() else list(_entries_below(place))
     if not entries:
         raise StoreError(
-            f"{place} holds no compact set and no cache of ours (no {MANIFEST}): pass StoreInfo.path, a copy of it, or the "
-            "folder of the cache"
+            f"{place} is neither a compact set nor a cache of this package (there is no {MANIFEST}): pass StoreInfo.path, a "
+            "copy of that folder, or the folder of the cache"
         )
     return [_finding(entry) for entry in entries]
 
@@ -115,12 +115,18 @@ def prune(
         CacheError: there is no cache at `root`, or an entry cannot be removed.
     """
     if older_than_days is None and max_bytes is None:
-        raise ConfigError("prune needs a bound: older_than_days=, max_bytes= (--max_size), or both")
+        raise ConfigError(
+            "prune has no limit to go by: pass older_than_days=, max_bytes= (on the command line --max_size), or both"
+        )
     if (older_than_days or 0) < 0 or (max_bytes or 0) < 0:
-        raise ConfigError(f"a bound is negative: older_than_days={older_than_days}, max_bytes={max_bytes}")
+        raise ConfigError(
+            f"the limits of prune must not be negative, got older_than_days={older_than_days}, max_bytes={max_bytes}"
+        )
     cache = Cache(root)
     if not cache.root.is_dir():
-        raise CacheError(f"there is no cache at {cache.root}: pass cache_dir=, or set DQ_LIGHTNING_CACHE")
+        raise CacheError(
+            f"there is no cache at {cache.root}: pass the folder of the cache as cache_dir=, or set DQ_LIGHTNING_CACHE"
+        )
     now = _now(cache)
     entries = cache.entries()
     used = {entry.path: last_used(entry) for entry in entries}
@@ -132,7 +138,7 @@ def prune(
         if not old and (max_bytes is None or total <= max_bytes):
             continue
         # The time of last use is read again, because a run may have found the entry in the meantime.
-        if now - last_used(entry) > YOUNG_SECONDS and _remove(cache, entry, dry_run):
+        if now - last_used(entry) > RECENT_SECONDS and _remove(cache, entry, dry_run):
             removed.append(entry)
             total -= entry.bytes
         else:

@@ -37,14 +37,13 @@ def verify(path: str) -> None:
     for finding in findings:
         print(f"{'DAMAGED' if finding.problem else 'ok':8} {finding.path}")
     good = sum(not finding.problem for finding in findings)
-    print(f"{good} of {len(findings)} {'entry is' if len(findings) == 1 else 'entries are'} as written")
+    print(f"{good} of {len(findings)} {'entry is' if len(findings) == 1 else 'entries are'} intact")
     damaged = [f"{finding.path}: {finding.problem}" for finding in findings if finding.problem]
     if damaged:
         raise StoreError(
-            f"{len(damaged)} of {len(findings)} damaged. "
+            f"{len(damaged)} of {len(findings)} entries are damaged. "
             + "; ".join(damaged)
-            + ". In a cache the next run makes it again; copy "
-            "any other one anew"
+            + ". The next run makes damaged entries of a cache again; a damaged copy of a compact set has to be copied again"
         )
 
 
@@ -129,8 +128,8 @@ def prune(
     for entry in done.removed:
         print(f"{'would remove' if dry_run else 'removed'} {entry.station}/{entry.key} ({entry.bytes:,} bytes)")
     for entry in done.busy:
-        print(f"in use: {entry.station}/{entry.key} ({entry.bytes:,} bytes)")
-    print(f"{done.left_bytes:,} bytes in use")
+        print(f"kept, because it is in use: {entry.station}/{entry.key} ({entry.bytes:,} bytes)")
+    print(f"{done.left_bytes:,} bytes {'would remain' if dry_run else 'remain'} in the cache")
 
 
 def demo(progress: bool = True) -> None:

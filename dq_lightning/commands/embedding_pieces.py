@@ -54,11 +54,13 @@ def embed_rows(
         SourceError: the data cannot be read.
     """
     if features.selection_epochs:
-        raise FeatureError("selection_epochs trains a network of images: leave it out of embed")
+        raise FeatureError(
+            "selection_epochs trains an encoder of images, but embed reads text: leave selection_epochs out"
+        )
     source = as_source(open_dataset(None, data), text=text)
     if source.modality != "text":
         raise FeatureError(
-            f"{source.describe()} holds images: embed reads rows of text; quantize makes features of images"
+            f"{source.describe()} holds images, but embed reads rows of text: use quantize to make features of images"
         )
     memory = Cache(cache_dir or default_cache_dir()).memory
     spec = choose_encoder(encoder, modality="text", text=text).resolve(memory)
@@ -107,7 +109,7 @@ def merge_rows(data: str, folder: str | Path, *, name: str, text: TextConfig, ca
         merged = _published(folder, name)
     if len(merged) != len(source):
         raise FeatureError(
-            f"the pieces have {len(merged):,} rows, {data} has {len(source):,}: one is of another dataset"
+            f"the pieces have {len(merged):,} rows, but {data} has {len(source):,}: pass the data that they were made from"
         )
 
     def save(place: Path) -> None:
@@ -130,13 +132,22 @@ def _published(folder: Path, name: str) -> NDArray[np.float32]:
         )
     missing = [number for number in range(max(found)) if number not in found]
     if missing:
-        raise FeatureError(f"{folder / f'{name}_{missing[0]}.npy'} is missing: embed this piece, too")
-    get_logger().warning(f"the pieces in {folder} have no descriptions: their content is taken as it is")
+        raise FeatureError(
+            f"{folder / f'{name}_{missing[0]}.npy'} is missing: make this piece, too, with "
+            f"`dq-lightning embed DATA --index {missing[0]}` and the same --nums"
+        )
+    get_logger().warning(
+        f"the pieces in {folder} have no .json files that describe them, so they are used without checking that they were made "
+        "from these data"
+    )
     try:
         parts = [np.load(found[number], allow_pickle=False) for number in sorted(found)]
         merged = np.concatenate([np.asarray(part, dtype=np.float32) for part in parts])
     except (OSError, ValueError) as error:
-        raise FeatureError(f"the pieces in {folder} do not fit together: {error}") from error
+        raise FeatureError(f"the pieces in {folder} do not fit together ({error}): make them again") from error
     if merged.ndim != 2 or not np.isfinite(merged).all():
-        raise FeatureError(f"the pieces in {folder} are {list(merged.shape)}, expected finite numbers [N, D]")
+        raise FeatureError(
+            f"the pieces in {folder} must together be a matrix of finite numbers [N, D], but they are of shape "
+            f"{list(merged.shape)} or hold NaN or infinity: make them again"
+        )
     return merged

@@ -26,7 +26,7 @@ TABLES = (".parquet", ".arrow", ".csv")
 KINDS = (
     "a torchvision class (CIFAR10, torchvision.datasets.SVHN), ImageNet or ImageFolder with data_path=, hub:OWNER/NAME, "
     "a class of your own (package.module.Class), or in data_path= a folder of class folders, a .json, .jsonl, .parquet, "
-    ".arrow or .csv file, or a folder that datasets saved"
+    ".arrow or .csv file, or a folder that Dataset.save_to_disk of Hugging Face datasets wrote"
 )
 
 
@@ -64,9 +64,9 @@ def _needed(place: Path | None, dataset: str | None) -> Path:
         missing = (
             f"{dataset} needs data_path=" if dataset else "no dataset was named: pass dataset=, data_path=, or both"
         )
-        raise SourceError(f"{missing}; a dataset is {KINDS}")
+        raise SourceError(f"{missing}. A dataset is {KINDS}")
     if not place.exists():
-        raise SourceError(f"{place} does not exist; a dataset is {KINDS}")
+        raise SourceError(f"{place} does not exist. A dataset is {KINDS}")
     return place
 
 
@@ -156,7 +156,7 @@ def _hub(name: str, split: str) -> Any:
 
 def _split_of(found: Any, split: str) -> Any:
     if split not in found:
-        raise SourceError(f"there is no split {split!r}, only {', '.join(found)}; pass split=")
+        raise SourceError(f"there is no split {split!r}: pass one of {', '.join(found)} as split=")
     return found[split]
 
 
@@ -196,7 +196,7 @@ def _class(path: str) -> Callable[..., Any]:
         found: Callable[..., Any] = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         meant = _similar(name) if module in ("", TORCHVISION) else None
-        advice = f": did you mean {meant}?" if meant else ";"
+        advice = f": did you mean {meant}?" if meant else "."
         raise SourceError(f"there is no {path} ({error}){advice} A dataset is {KINDS}") from error
     return found
 
@@ -207,4 +207,6 @@ def _opened(make: Callable[[], Any], name: str) -> Any:
     except DQError:
         raise
     except Exception as error:
-        raise SourceError(f"{name} cannot be opened: {type(error).__name__}: {error}") from error
+        raise SourceError(
+            f"{name} cannot be opened ({type(error).__name__}: {error}): check its name, its path and the split"
+        ) from error

@@ -179,4 +179,4 @@ def quantize_dataset(
     if info.num_unreadable:
         print(f"{info.num_unreadable:,} samples could not be read and were skipped")
     share = info.num_samples / info.num_source_samples
-    print(f"{info.num_samples:,} of {info.num_source_samples:,} samples ({share:.2%}): {output or info.path}")
+    print(f"kept {info.num_samples:,} of {info.num_source_samples:,} samples ({share:.2%}): {output or info.path}")

@@ -54,7 +54,9 @@ def reconstruct_images(
         PatchError: the classifier or the reconstructor cannot be found or does not fit.
     """
     if not config.drops:
-        raise ConfigError("drop_ratio=0 drops no patch: pass a share between 0 and 1, as published 0.2")
+        raise ConfigError(
+            "drop_ratio=0 drops no patches, so there is nothing to fill: pass a share between 0 and 1 (0.2 in the paper)"
+        )
     if config.reconstruct == "batch":
         config = replace(config, reconstruct="prepare")
     selection = SelectionConfig(keep_ratio=1.0) if indices is None else SelectionConfig()

@@ -71,7 +71,7 @@ def bins(
     place = {"dataset": dataset, "data_path": data_path, "split": split, "labels": labels}
     settings = config.to_dict()
     write_config(folder / CONFIG, place | {key: settings[key] for key in ("features", "bins", "text")})
-    print(f"{len(made):,} samples in {made.num_bins} bins: {folder}/select_indices_{name}_exp*.npy")
+    print(f"put {len(made):,} samples into {made.num_bins} bins: {folder}/select_indices_{name}_exp*.npy")
 
 
 def suspects(
@@ -177,7 +177,7 @@ def sample(
         balance=balance,
     )
     path = write_index(selection.index, Path(output or bins_path).expanduser() / selection_file(name, keep_ratio))
-    print(f"{len(selection):,} samples: {path}")
+    print(f"kept {len(selection):,} samples: {path}")
 
 
 def reconstruct(
@@ -233,4 +233,4 @@ def reconstruct(
         device=device,
         progress=progress,
     )
-    print(f"{len(images):,} images: {write_image_folder(images, Path(output).expanduser())}")
+    print(f"filled {len(images):,} images: {write_image_folder(images, Path(output).expanduser())}")

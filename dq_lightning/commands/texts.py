@@ -99,10 +99,10 @@ def sample_text(
     """
     if not output.endswith((".json", ".jsonl")):
         raise ConfigError(
-            f"output={output!r}: rows are written as .json or .jsonl, and their numbers as .npy beside it"
+            f"output={output!r} must end in .json or .jsonl: the rows are written there, and their numbers beside it as .npy"
         )
     if random and embeds is not None:
-        raise ConfigError("random=True looks at no embeddings: leave embeds= out")
+        raise ConfigError("random=True draws rows without looking at embeddings: leave embeds= out")
     from pathlib import Path
 
     from dq_lightning.commands.opening import open_dataset
@@ -123,4 +123,4 @@ def sample_text(
         index = load_selection(quantize(rows, config, cache_dir=cache_dir, device=device, progress=progress).path).index
     path = write_json(rows, index, Path(output).expanduser())
     write_index(index, path.with_suffix(".npy"))
-    print(f"{len(index):,} of {len(rows):,} rows: {path}, {path.with_suffix('.npy').name}")
+    print(f"kept {len(index):,} of {len(rows):,} rows: {path}, {path.with_suffix('.npy').name}")

@@ -35,5 +35,5 @@ def plain_shape(value: Any) -> tuple[int, ...]:
         and math.prod(max(n, 1) for n in value) < MAX_ELEMENTS
     )
     if not sizes_fit:
-        raise StoreError(f"{value!r:.80} is no shape")
+        raise StoreError(f"{value!r:.80} is not a shape")
     return tuple(value)

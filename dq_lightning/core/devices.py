@@ -17,7 +17,9 @@ def named_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"device={str(name)!r} is no device of torch; pass auto, cpu, cuda, cuda:0, ...") from error
+        raise ConfigError(
+            f"device={str(name)!r} is not a device of torch: pass auto, cpu, cuda, cuda:0, ..."
+        ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={str(name)!r} was asked for, but torch sees no CUDA device; pass device='cpu'")
+        raise ConfigError(f"device={str(name)!r} was asked for, but torch finds no CUDA device: pass device='cpu'")
     return device

@@ -33,9 +33,7 @@ def check_local(name: str, path: str | Path | None) -> None:
     """
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+(?=:/)", str(path or ""))
     if scheme is not None:
-        advice = (
-            "leave file: and the slashes behind it out" if scheme[0] == "file" else "mount it, and pass that folder"
-        )
+        advice = "leave out file: and the slashes after it" if scheme[0] == "file" else "mount it, and pass that folder"
         raise ConfigError(
             f"{name}={str(path)!r} is an address, and only folders of this machine can be written: {advice}"
         )

@@ -50,7 +50,9 @@ def unpatchify(patches: Tensor, grid: Grid) -> Tensor:
     """
     size = grid.patch_size
     if patches.ndim != 5 or patches.shape[1] != grid.num_patches or patches.shape[3:] != (size, size):
-        raise PatchError(f"patches {tuple(patches.shape)} do not fit {grid}, which has {grid.num_patches}")
+        raise PatchError(
+            f"patches of shape {tuple(patches.shape)} do not fit {grid}, which has {grid.num_patches} patches"
+        )
     batch, _, channels = patches.shape[:3]
     laid = patches.reshape(batch, grid.rows, grid.columns, channels, size, size).permute(0, 3, 1, 4, 2, 5)
     return laid.reshape(batch, channels, grid.rows * size, grid.columns * size)[..., : grid.height, : grid.width]
@@ -63,7 +65,9 @@ def pixel_mask(mask: Tensor, grid: Grid) -> Tensor:
         PatchError: L is not the number of patches of the grid.
     """
     if mask.shape[-1] != grid.num_patches:
-        raise PatchError(f"a mask of {mask.shape[-1]} patches does not fit {grid}, which has {grid.num_patches}")
+        raise PatchError(
+            f"a mask of {mask.shape[-1]} patches does not fit {grid}, which has {grid.num_patches} patches"
+        )
     wide = mask.view(-1, 1, grid.rows, grid.columns).repeat_interleave(grid.patch_size, 2)
     return wide.repeat_interleave(grid.patch_size, 3)[..., : grid.height, : grid.width]
 

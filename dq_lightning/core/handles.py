@@ -30,7 +30,7 @@ _FILE_LIBRARIES = ("h5py", "tables", "netCDF4", "decord", "torchcodec", "lmdb", 
 # their objects so that several processes can hold them.
 _NOT_LOOKED_INTO = ("logging", "multiprocessing", "torch", "numpy", "pyarrow")
 _STANDARD_STREAMS = 2
-_told: set[str] = set()
+_warned: set[str] = set()
 
 FORK = "fork" if sys.platform.startswith("linux") else None
 """Start method of the processes of this library's own passes over a dataset.
@@ -65,7 +65,7 @@ def loader_processes(
     name = name or multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     if name != "fork":
         if not asked and (problem := _pickling_problem((dataset, also))) is not None:
-            _tell(f"the dataset can't be sent to loader processes ({problem}): it is read in one process")
+            _warn_once(f"the dataset can't be sent to loader processes ({problem}), so it is read in one process")
             return dataset, 0
         return dataset, num_workers
     held = find_open_handle((dataset, also))
@@ -76,13 +76,13 @@ def loader_processes(
             return fresh, num_workers
     advice = "open it at the first read of each process, and leave it out in __getstate__"
     if asked:
-        _tell(
+        _warn_once(
             f"num_workers={num_workers} was asked for, but the dataset holds {held}, which forked processes share: samples may "
             f"come out wrong or not at all. Pass num_workers=0, or {advice}"
         )
         return dataset, num_workers
-    _tell(
-        f"the dataset holds {held}, which forked processes would share: it is read in one process. For several, {advice}"
+    _warn_once(
+        f"the dataset holds {held}, which forked processes would share, so it is read in one process. To use several, {advice}"
     )
     return dataset, 0
 
@@ -251,10 +251,10 @@ def _pickling_problem(value: Any) -> str | None:
     return None
 
 
-def _tell(text: str) -> None:
+def _warn_once(text: str) -> None:
     """Log a warning once in the life of the process, since several passes read the same dataset."""
-    if text not in _told:
-        _told.add(text)
+    if text not in _warned:
+        _warned.add(text)
         logger.warning("%s", text)
 
 

@@ -21,7 +21,9 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?)\s*", text.upper())
     if match is None or match[2] not in UNITS:
-        raise ConfigError(f"{text!r} is no size: write a number of bytes, or one with KB, MB, GB or TB behind")
+        raise ConfigError(
+            f"{text!r} is not a size: write a number of bytes, or a number with KB, MB, GB or TB, such as 20GB"
+        )
     return round(float(match[1]) * UNITS[match[2]])
 
 
@@ -47,7 +49,7 @@ def budget_bytes(budget: int | str, source_bytes: int) -> int:
             size = budget if isinstance(budget, int) else parse_bytes(budget)
     except (ValueError, ZeroDivisionError) as error:
         raise ConfigError(
-            f'max_bytes={budget!r} is no budget: write a number of bytes, a size ("15MB"), or a share of the source\'s '
+            f'max_bytes={budget!r} is not a budget: write a number of bytes, a size ("15MB"), or a share of the source\'s '
             'bytes ("10%")'
         ) from error
     if size <= 0 and source_bytes > 0:

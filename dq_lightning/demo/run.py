@@ -109,8 +109,8 @@ def run_demo(progress: bool = True) -> dict[str, list[float]]:
         source_bytes = SampleCIFAR10().data.nbytes
         print(
             f"   kept {info.num_samples} of {info.num_source_samples:,} samples in {seconds:.1f} s; "
-            f"{info.num_samples * 32 * 32 * 3:,} of {source_bytes:,} bytes of pixels; {info.bytes:,} bytes on the disk (row "
-            "numbers alone)"
+            f"{info.num_samples * 32 * 32 * 3:,} of {source_bytes:,} bytes of pixels; {info.bytes:,} bytes on the disk (only "
+            "the row numbers are stored)"
         )
         print("2. The second run finds them in the cache")
         seconds = _prepare(_quantized(cache_dir, SEEDS[0]))
@@ -135,7 +135,7 @@ def run_demo(progress: bool = True) -> dict[str, list[float]]:
     for name, values in accuracies.items():
         mean, spread = statistics.mean(values), statistics.stdev(values)
         print(f"   {NAMES[name]:18} {mean:.1f} % +- {spread:.1f} (mean and standard deviation of {len(SEEDS)} seeds)")
-    print("   Differences of about 2 points are noise with 500 test images; README tells what to expect")
+    print("   Differences of about 2 points are noise with 500 test images; the README says what to expect")
     print(f"done in {time.perf_counter() - started:.0f} s")
     return accuracies
 

@@ -50,7 +50,7 @@ def baseline_selection(
         raise ConfigError(f"keep_ratio must be in (0, 1], got {keep_ratio!r}")
     wanted = count_kept(len(data), keep_ratio)
     if wanted == 0:
-        raise ConfigError(f"keep_ratio={keep_ratio} of {len(data)} rows keeps none")
+        raise ConfigError(f"keep_ratio={keep_ratio} of {len(data)} rows keeps none: pass a larger share")
     if name == "random":
         keys = np.random.PCG64(np.random.SeedSequence([seed])).random_raw(len(data))
         chosen = np.argsort(keys, kind="stable")[:wanted]

@@ -101,8 +101,8 @@ def _opened(path: Path, dataset: Any) -> tuple[Selection, PackedDataset | None, 
     source = as_source(dataset, text=text, on_error=config.get("on_error", "raise"), **columns)
     if (total is not None and len(source) != total) or (len(selection) and int(selection.index[-1]) >= len(source)):
         raise StoreError(
-            f"{path} belongs to a dataset of {total or int(selection.index[-1]) + 1:,} samples, the given one "
-            f"has {len(source):,}"
+            f"{path} was made from a dataset of {total or int(selection.index[-1]) + 1:,} samples, but the given dataset "
+            f"has {len(source):,}: pass the dataset that it was made from"
         )
     if total is not None:
         _check_content(path, source)
@@ -119,8 +119,8 @@ def _check_content(path: Path, source: Source) -> None:
     seen = seen or source.digest(memory)
     if seen != made_of:
         raise StoreError(
-            f"{path} was made from other data than {source.describe()} ({made_of[:8]} -> {seen[:8]}): pass the dataset as it "
-            "was then, or quantize again"
+            f"{path} was made from other content than {source.describe()} has now (digest {made_of[:8]} then, {seen[:8]} now): "
+            "pass the dataset as it was then, or quantize again"
         )
 
 
@@ -139,7 +139,7 @@ def _write_indices(
     if source is not None:
         names = [source.sample_id(position) for position in selection.index.tolist()]
     if names is None:
-        return f"{path} (without ids: pass the dataset for those)"
+        return f"{path} (without a file of ids: pass --dataset or --data_path to write one, too)"
     write_ids(list(names), path.with_suffix(".ids.txt"))
     return f"{path}, {path.with_suffix('.ids.txt').name}"
 
@@ -148,7 +148,9 @@ def _write_rows(
     format: str, output: str, selection: Selection, packed: PackedDataset | None, source: Source | None
 ) -> str:
     if source is not None and source.modality != "text":
-        raise StoreError(f"json holds rows of text, {source.describe()} holds images: choose another format")
+        raise StoreError(
+            f"json is a format for rows of text, but {source.describe()} holds images: choose another format"
+        )
     rows: Any
     if packed is not None:
         rows, index = packed, torch.arange(len(packed))
@@ -157,12 +159,14 @@ def _write_rows(
     else:
         raise _needs_dataset("this set")
     if len(rows) and not hasattr(rows[int(index[0])], "keys"):
-        raise StoreError("the samples are no rows of named fields: choose another format than json")
+        raise StoreError(
+            f"{format} needs samples that are dicts of named fields, which these are not: choose another format"
+        )
     if format == "json":
         return str(write_json(rows, index, output))
     if format == "huggingface":
         return str(write_dataset(rows, index, output))
-    raise StoreError(f"rows of text are exported as json, huggingface or indices, not as {format}")
+    raise StoreError(f"rows of text are exported as json, huggingface or indices, not as {format}: choose one of these")
 
 
 def _needs_dataset(path: Any) -> StoreError:

@@ -25,7 +25,10 @@ def write_image_dataset(images: KeptImages, folder: str | Path) -> Path:
     """
     target = Path(folder)
     if target.exists() and not (target / "dataset_info.json").is_file():
-        raise StoreError(f"{target} exists and is no dataset of ours; pass another folder")
+        raise StoreError(
+            f"{target} exists already and is not a saved dataset (it has no dataset_info.json), so it is not replaced: pass "
+            "another folder"
+        )
 
     def write(place: Path) -> None:
         with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
@@ -52,8 +55,8 @@ def push_images(images: KeptImages, repository: str, *, private: bool = True, sp
             made.push_to_hub(repository, private=private, split=split)
         except Exception as error:
             raise StoreError(
-                f"{repository} could not be written ({type(error).__name__}: {error}): log in with `hf auth login`, or "
-                "upload what `dq-lightning export SET parquet FILE` writes"
+                f"the repository {repository} could not be written ({type(error).__name__}: {error}): log in with "
+                "`hf auth login`, or upload the file that `dq-lightning export SET parquet FILE` writes"
             ) from error
 
 

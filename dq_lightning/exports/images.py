@@ -59,7 +59,8 @@ def write_image_folder(images: KeptImages, folder: str | Path) -> Path:
         write_index(torch.tensor([facts[1] for _, _, facts in rows], dtype=torch.int64), place / INDEX)
         if empty := [name for name in names if not any((place / name).iterdir())]:
             get_logger().warning(
-                f"no image of {', '.join(empty[:5])} was kept: open with ImageFolder(..., allow_empty=True)"
+                f"no image of the classes {', '.join(empty[:5])}{' and others' if empty[5:] else ''} was kept, so their "
+                "folders are empty: open the folder with torchvision's ImageFolder(..., allow_empty=True)"
             )
 
     return whole(target, write)
@@ -87,7 +88,7 @@ def _put(image: KeptImage, names: list[str], place: Path) -> tuple[tuple[str, st
     label = image.label if image.label is not None else 0
     if not 0 <= label < len(names):
         raise StoreError(
-            f"sample {image.position} has no class ({label}): a folder of class folders has no place for it"
+            f"sample {image.position} has no class ({label}), so it fits into no class folder: choose another format"
         )
     file = f"{image.position:09d}{image.suffix}"
     (place / names[label] / file).write_bytes(image.data)
@@ -246,4 +247,6 @@ def check_free(folder: Path, marker: str) -> None:
         StoreError: the folder is not empty and lacks the marker.
     """
     if folder.exists() and not (folder / marker).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StoreError(f"{folder} exists and holds something else (no {marker}): pass another folder")
+        raise StoreError(
+            f"{folder} exists already and was not written by this export (it has no {marker}): pass another folder"
+        )

@@ -79,24 +79,29 @@ def read_bin_files(folder: str | Path, labels: Tensor | None = None) -> tuple[Bi
     together = np.concatenate(parts)
     positions, counts = np.unique(together, return_counts=True)
     if len(positions) and counts.max() > 1:
-        raise StoreError(f"{folder}: sample {positions[counts.argmax()]} is in two bins; bins must be disjoint")
+        raise StoreError(
+            f"{folder}: sample {positions[counts.argmax()]} is in two bins, but bins must be disjoint: make them again"
+        )
     if (folder / BINS_FILE).is_file():
         bins = _read_whole(folder, parts)
         return bins, np.arange(len(bins)), name
     if not len(positions):
-        raise StoreError(f"{folder}: the bins hold no sample: make them again")
+        raise StoreError(f"{folder}: the bins hold no samples: make them again")
     if not np.array_equal(positions, np.arange(len(positions))):
         get_logger().warning(
-            f"{folder}: the bins hold {len(positions):,} of at least {positions[-1] + 1:,} samples; the keep ratio is of these"
+            f"{folder}: the bins hold only {len(positions):,} of at least {positions[-1] + 1:,} samples, and keep_ratio is the "
+            "share of the samples in the bins that is kept"
         )
     if labels is not None and len(labels) <= positions[-1]:
         raise StoreError(
-            f"{folder} has sample {positions[-1]}, but the dataset has {len(labels):,} samples: pass its own"
+            f"{folder} has sample {positions[-1]}, but the dataset has only {len(labels):,} samples: pass the dataset that "
+            "the bins were made from"
         )
     if labels is None:
         get_logger().warning(
-            f"{folder} does not tell the classes (there is no {BINS_FILE}), so the shares are even by bin alone and "
-            "classes may come out unequal: name the dataset (--dataset, --data_path), or make the bins with `dq-lightning bins`"
+            f"the classes of the samples are not known (there is no {BINS_FILE} in {folder}), so every bin gives the same "
+            "share, but the shares of the classes may differ: name the dataset (--dataset, --data_path), or make the bins with "
+            "`dq-lightning bins`"
         )
     assignment = np.empty(len(positions), np.int16)
     rank = np.empty(len(positions), np.int32)
@@ -169,7 +174,9 @@ def open_image_folder(folder: str | Path, transform: Any = None) -> tuple[Any, N
     try:
         images = ImageFolder(str(root), transform=transform, allow_empty=True)
     except FileNotFoundError as error:
-        raise StoreError(f"{root} holds no folder of class folders with images: {error}") from error
+        raise StoreError(
+            f"{root} has no class folders with images ({error}): pass the folder that holds one folder for each class"
+        ) from error
     if all(name.isdecimal() for name in images.classes):
         # ImageFolder sorts the names as text, which puts "10" before "9", so the labels are taken from the names.
         labels = [int(name) for name in images.classes]
@@ -185,13 +192,13 @@ def open_image_folder(folder: str | Path, transform: Any = None) -> tuple[Any, N
     else:
         odd = next(name for name in names if not name.stem.isdecimal())
         raise StoreError(
-            f"{root} has no index.npy, and the name of {odd.relative_to(root)} is no position in the original dataset: make "
-            "the folder with `dq-lightning reconstruct` or `dq-lightning export`"
+            f"{root} has no index.npy, and the name of {odd.relative_to(root)} is not a position in the original dataset: "
+            "make the folder with `dq-lightning reconstruct` or `dq-lightning export`"
         )
     if len(positions) != len(images) or len(np.unique(positions)) != len(positions):
         raise StoreError(
-            f"{root} has {len(images):,} images and {len(np.unique(positions)):,} positions of them: files were added, removed "
-            "or named alike; make the folder again"
+            f"{root} has {len(images):,} images, but {len(np.unique(positions)):,} different positions of images: files were "
+            "added or removed, or have equal names; make the folder again"
         )
     return images, positions
 
@@ -203,9 +210,9 @@ def _parts(folder: Path) -> tuple[str, list[NDArray[np.int64]]]:
         if match := re.fullmatch(r"select_indices_(.+)_exp(\d+)\.npy", path.name):
             found.setdefault(match[1], {})[int(match[2])] = path
     if len(found) != 1:
-        seen = f"of {', '.join(sorted(found))}" if found else "none"
+        seen = f"those of {', '.join(sorted(found))}" if found else "none of them"
         raise StoreError(
-            f"{folder} should hold the files select_indices_NAME_exp0.npy, ... of one dataset, there are {seen}: pass the "
+            f"{folder} must hold the files select_indices_NAME_exp0.npy, ... of one dataset, but it holds {seen}: pass the "
             "folder that `dq-lightning bins` wrote"
         )
     ((name, files),) = found.items()
@@ -232,6 +239,6 @@ def _read_whole(folder: Path, parts: list[NDArray[np.int64]]) -> Bins:
     if not same:
         raise StoreError(
             f"{folder / BINS_FILE} and the files select_indices_*_exp*.npy beside it hold different bins: make them again, or "
-            "remove the one that is not meant"
+            f"remove {BINS_FILE} to use the other files"
         )
     return bins

@@ -68,7 +68,10 @@ def write_dataset(rows: Any, index: Tensor, path: str | Path) -> Path:
     """
     target = Path(path)
     if target.exists() and not (target / "dataset_info.json").is_file():
-        raise StoreError(f"{target} exists and is no dataset of ours; pass another folder")
+        raise StoreError(
+            f"{target} exists already and is not a saved dataset (it has no dataset_info.json), so it is not replaced: pass "
+            "another folder"
+        )
     if hub_kind(rows) == "Dataset":
         _check(rows, index)
         # Without flatten_indices the whole table would be written, together with a list of positions.
@@ -103,7 +106,7 @@ def _table(columns: dict[str, list[Any]]) -> Any:
     for name, feature in made.features.items():
         # A value that JSON cannot express would be written as some text, so what is read back is compared.
         if "Json(" in repr(feature) and json.loads(json.dumps(columns[name])) != columns[name]:
-            raise ValueError("it has no one type, and holds what JSON has no words for")
+            raise ValueError("its values are of several types, and some of them cannot be written as JSON")
     return made
 
 
@@ -126,8 +129,8 @@ def _kept(rows: Any, index: Tensor) -> Iterator[tuple[int, Any]]:
 def _check(rows: Any, index: Tensor) -> None:
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(rows):
         raise StoreError(
-            f"the selection has rows {int(index.min())} to {int(index.max())}, but there are {len(rows)}: it was made from "
-            "another dataset"
+            f"the selection has rows {int(index.min())} to {int(index.max())}, but there are {len(rows)} rows: pass the "
+            "dataset that it was made from"
         )
 
 
@@ -139,7 +142,8 @@ def _as_json(row: Any, number: int, indent: int | None = None) -> str:
         return _HALVES.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
     except (TypeError, ValueError) as error:
         raise StoreError(
-            f"row {number} cannot be written as JSON ({error}); leave the column out, or write a dataset instead"
+            f"row {number} cannot be written as JSON ({error}): leave out the column with this value, or write a Hugging Face "
+            "dataset instead"
         ) from error
 
 
@@ -168,7 +172,7 @@ def whole(target: Path, write: Callable[[Path], Any]) -> Path:
         write(place)
         if target.exists() and place.is_dir() != target.is_dir():
             kinds = ("a folder", "a file") if target.is_dir() else ("a file", "a folder")
-            raise StoreError(f"{target} is {kinds[0]}, and {kinds[1]} is to be written there; pass another output")
+            raise StoreError(f"{target} is {kinds[0]}, but {kinds[1]} has to be written there: pass another output")
         if place.is_dir() and target.exists():
             target.rename(folder / "before")
         os.replace(place, target)  # noqa: PTH105

@@ -189,7 +189,9 @@ def as_png(leaf: Any) -> bytes:
     if image.mode == "P":
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
     if image.mode not in PNG_MODES:
-        raise StoreError(f"an image of mode {image.mode} has no exact PNG: deliver RGB, L, RGBA or LA (image.convert)")
+        raise StoreError(
+            f"an image of mode {image.mode} cannot be written as PNG without loss: convert it to RGB, L, RGBA or LA"
+        )
     exif, dpi = exif_beside(image) or image.info.get("exif"), image.info.get("dpi")
     known: dict[str, Any] = {"exif": exif} if isinstance(exif, bytes) else {}
     if isinstance(dpi, tuple) and len(dpi) == 2 and all(0 < float(side) < math.inf for side in dpi):
@@ -204,7 +206,8 @@ def _from_array(leaf: Any) -> Image.Image:
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
         seen = f"{getattr(leaf, 'dtype', '')} {tuple(getattr(leaf, 'shape', ()))}".strip()
         raise StoreError(
-            f"the image is a {type(leaf).__name__} {seen}: only Pillow images and uint8 arrays are written as files"
+            f"the image is a {type(leaf).__name__} {seen}: only Pillow images and uint8 arrays can be written as files; "
+            "convert it in the dataset"
         )
     if isinstance(leaf, Tensor) and pixels.ndim == 3:
         pixels = pixels.transpose(1, 2, 0)
@@ -232,5 +235,7 @@ def _label(value: Any, names: list[str]) -> int:
     """Return the class number of a stored target, which is a number or a name."""
     number = names.index(value) if value in names else value
     if type(number) is str or not 0 <= int(number) < len(names):
-        raise StoreError(f"the target {value!r:.40} is none of the {len(names)} classes that the set lists")
+        raise StoreError(
+            f"the target {value!r:.40} is not one of the {len(names)} classes that the set lists: quantize again"
+        )
     return int(number)

@@ -132,16 +132,18 @@ def choose_encoder(
     """
     if is_ready_made(encoder):
         if weights is not None:
-            raise FeatureError("weights= goes with a timm name; ready-made embeddings need none")
+            raise FeatureError("weights= goes with a timm name; leave it out, since ready-made embeddings need none")
         ready = ready_origin(encoder)
         return EncoderSpec("ready-made", ready.describe(), ready)
     if modality == "text":
         return _text_spec(encoder, weights, text or TextConfig())
     if modality != "image":
-        raise FeatureError(f"there are encoders of images and of text, got modality {modality!r}")
+        raise FeatureError(f"modality must be 'image' or 'text', got {modality!r}")
     if isinstance(encoder, nn.Module) or (isinstance(encoder, tuple) and len(encoder) == 2):
         if weights is not None:
-            raise FeatureError("weights= goes with a timm name; a network that is passed as an object has its own")
+            raise FeatureError(
+                "weights= goes with a timm name; leave it out, since a given network has its own weights"
+            )
         return _module_spec(*encoder) if isinstance(encoder, tuple) else _module_spec(encoder, None)
     if not isinstance(encoder, str | Path):
         raise FeatureError(
@@ -149,7 +151,7 @@ def choose_encoder(
         )
     path = _existing_weights(weights)
     if encoder == "auto" and path is not None:
-        raise FeatureError('weights= needs the timm name it belongs to as encoder, not "auto"')
+        raise FeatureError('weights= needs encoder= to be the timm name that the weights belong to, not "auto"')
     if encoder == "auto":
         longer = max(image_size)
         if longer <= AUTO_SMALL_SIDE:
@@ -163,7 +165,7 @@ def choose_encoder(
 def _text_spec(encoder: Any, weights: str | Path | None, text: TextConfig) -> EncoderSpec:
     if not isinstance(encoder, str | Path) or encoder == "bundled" or weights is not None:
         seen = "weights=" if weights is not None else repr(encoder) if encoder == "bundled" else type(encoder).__name__
-        raise FeatureError(f"{seen} does not go with text: {TEXT_INSTEAD}")
+        raise FeatureError(f"{seen} is for images, but the samples are text: {TEXT_INSTEAD}")
     name, reason = (AUTO_TEXT_ENCODER, " (auto: text)") if encoder == "auto" else (str(encoder), "")
     if name.startswith(OPENAI):
         return EncoderSpec(name, f"OpenAI's {name.removeprefix(OPENAI)}", openai_origin(name, text))
@@ -197,17 +199,21 @@ def _timm_spec(name: str, weights: Path | None, reason: str) -> EncoderSpec:
         if folder.is_file():
             raise FeatureError(f'{name} is a file: pass encoder="NAME OF ITS timm MODEL", weights={name!r}')
         if not (folder / "config.json").is_file():
-            raise FeatureError(f"{folder} is no timm model folder: it must have a config.json and weights")
+            raise FeatureError(
+                f"{folder} is not the folder of a timm model: such a folder has a config.json and weights"
+            )
         if weights is not None:
-            raise FeatureError("weights= goes with a timm name; a folder has its own weights")
+            raise FeatureError("weights= goes with a timm name; leave it out, since a folder has its own weights")
         return EncoderSpec(f"local-dir:{folder}", f"timm model in {folder}", TimmFolderOrigin(folder.absolute()))
     if name.startswith("hf-hub:"):
         if weights is not None:
-            raise FeatureError("weights= goes with a timm name; hf-hub: names a repository with its own weights")
+            raise FeatureError(
+                "weights= goes with a timm name; leave it out, since an hf-hub: repository has its own weights"
+            )
         return EncoderSpec(name, f"{name}{reason}", TimmHubOrigin(name))
     if "/" in name or "\\" in name or ":" in name:
         raise FeatureError(
-            f"{name!r} is no existing folder and no timm name; for the Hugging Face hub pass 'hf-hub:{name}'"
+            f"{name!r} is neither an existing folder nor a timm name: for the Hugging Face hub pass 'hf-hub:{name}'"
         )
     if weights is not None:
         return EncoderSpec(name, f"timm {name}, weights {weights}{reason}", TimmFileOrigin(name, weights))

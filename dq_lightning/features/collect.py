@@ -75,7 +75,7 @@ def collect(
             bar.update(len(rows.positions))
         table.copy()
     if not table.seen.all():
-        raise FeatureError(f"the encoder gave no features of {int((~table.seen).sum())} of {num_samples} samples")
+        raise FeatureError(f"the encoder gave no features for {int((~table.seen).sum())} of {num_samples} samples")
     bad = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *table.not_finite]))
     _check_finite(bad[~torch.isin(bad, skipped)], num_samples, advice)
     for tensor in table.filled.values():

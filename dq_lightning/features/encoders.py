@@ -258,7 +258,7 @@ class NetworkEncoder:
             FeatureError: the encoder has no linear head.
         """
         if self._head is None:
-            raise FeatureError("this encoder has no linear head")
+            raise FeatureError("this encoder has no linear head, so it gives no logits")
         with torch.no_grad():
             output: Tensor = self._head(embedding.to(self._device).float())
         return output

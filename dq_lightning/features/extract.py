@@ -120,7 +120,7 @@ def _check_head(
     encoder: Encoder | TextEncoder | RowEncoder, labels: Tensor, num_samples: int, num_classes: int | None
 ) -> None:
     if len(labels) != num_samples:
-        raise FeatureError(f"{len(labels)} labels for {num_samples} samples")
+        raise FeatureError(f"there are {len(labels)} labels for {num_samples} samples: pass one label for each sample")
     seen = int(labels.max()) + 1
     classes = seen if num_classes is None else num_classes
     advice = (
@@ -182,4 +182,4 @@ def _images_to_rows(
     if warnings:
         first = "; ".join(f"sample {index}: {text}" for index, text in warnings[:NAMED_SAMPLES])
         more = f"; and {len(warnings) - NAMED_SAMPLES} more" if len(warnings) > NAMED_SAMPLES else ""
-        logger.warning("%d of %d images were decoded doubtfully: %s%s", len(warnings), done, first, more)
+        logger.warning("%d of %d images may have been decoded wrongly: %s%s", len(warnings), done, first, more)

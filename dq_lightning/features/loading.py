@@ -179,7 +179,9 @@ def iterate_batches(
     try:
         iterator = iter(loader)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        logger.warning("features: the dataset cannot be sent to loader processes (%s); going on without them", error)
+        logger.warning(
+            "features: the dataset cannot be sent to loader processes (%s), so it is read in this process", error
+        )
         iterator = iter(DataLoader(batches, batch_size=None, generator=torch.Generator().manual_seed(0)))
     yield from iterator
 

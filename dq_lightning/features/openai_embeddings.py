@@ -106,7 +106,8 @@ def openai_origin(name: str, settings: TextConfig) -> OpenAIOrigin:
     for setting in ("pooling", "max_length", "prompt"):
         if getattr(settings, setting) != getattr(TextConfig(), setting):
             raise FeatureError(
-                f"config.text.{setting} does not go with {name!r}: pooling, length and prompt are the server's own"
+                f"config.text.{setting} cannot be used with {name!r}, because the server decides about pooling, length and "
+                "prompt: leave it out"
             )
     return OpenAIOrigin(model)
 
@@ -115,7 +116,7 @@ class OpenAIRows:
     """An encoder that requests the embeddings of all texts of a source; see `encoders.RowEncoder`."""
 
     num_classes: None = None
-    advice = "The server gave them: try again, or pass another model"
+    advice = "The server sent them: try again, or pass another model"
 
     def __init__(self, origin: OpenAIOrigin) -> None:
         self._origin = origin
@@ -189,7 +190,8 @@ class OpenAIRows:
         if isinstance(answer, _UnorderedError):
             self._most = 1
             logger.warning(
-                "features: %s does not say which embedding belongs to which text; going on with one text a request",
+                "features: the server (see %s) does not say which embedding belongs to which text, so continuing with one text "
+                "in each request",
                 SERVER,
             )
             return self._request(texts)
@@ -222,12 +224,14 @@ class OpenAIRows:
             if most < size and (most == TOKENS_PER_INPUT or _SPEAKS_OF_LENGTH.search(_message(refusal))):
                 answer = self._try([cut_bytes(text, most)])
                 if isinstance(answer, np.ndarray):
-                    logger.warning("features: a text of %d bytes was refused; it is cut to %d", size, most)
+                    logger.warning(
+                        "features: the server refused a text of %d bytes, so it is cut to %d bytes", size, most
+                    )
                     return answer
                 refusal = answer
         raise FeatureError(
             f"{self._origin.model} refuses the text {text[:40]!r} ({size:,} bytes): {_message(refusal)}. Leave the row out, or "
-            f"pass another model; {SERVER} names the server"
+            f"pass another model; the environment variable {SERVER} names the server"
         ) from None
 
     def _try(self, texts: list[str]) -> "Array | Exception":
@@ -246,8 +250,8 @@ class OpenAIRows:
                 rows = self._embed(texts, options)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 # Some servers do not support the client's default encoding; one that has answered before does.
-                told = len(texts) == 1 or _SPEAKS_OF_ENCODING.search(_message(error))
-                if options is self._options and (options or self._answered or not told):
+                about_encoding = len(texts) == 1 or _SPEAKS_OF_ENCODING.search(_message(error))
+                if options is self._options and (options or self._answered or not about_encoding):
                     raise
                 # Another thread may have set the options in the meantime.
                 options = self._options or {"encoding_format": "float"}
@@ -259,14 +263,14 @@ class OpenAIRows:
             return error
         except openai.AuthenticationError as error:
             # The server's message repeats a part of the key, so it is not shown.
-            raise FeatureError(f"{model}: the key in {KEY} is refused ({error.status_code})") from None
+            raise FeatureError(f"{model}: the key in {KEY} is refused ({error.status_code}): set a valid key") from None
         except openai.APIStatusError as error:
             if error.status_code in _REFUSED:
                 return error
             if error.status_code < 500 and error.status_code not in _PASSING:
                 raise FeatureError(
-                    f"{model} refuses a request ({error.status_code}): {_message(error)}. Pass another model, or look at "
-                    f"{SERVER}"
+                    f"{model} refuses a request ({error.status_code}): {_message(error)}. Pass another model, or check "
+                    f"the server in {SERVER}"
                 ) from None
             raise self._failed(error) from None
         except openai.APIError as error:
@@ -275,7 +279,7 @@ class OpenAIRows:
     def _failed(self, error: Exception) -> FeatureError:
         return FeatureError(
             f"{self._origin.model} fails, after up to {self._origin.retries} further attempts ({type(error).__name__}: "
-            f"{_message(error)}). What has arrived is kept: start again later"
+            f"{_message(error)}). The embeddings that have arrived are stored: start again later"
         )
 
     def _embed(self, texts: list[str], options: dict[str, Any]) -> Array:
@@ -292,11 +296,12 @@ class OpenAIRows:
             )
         except (ValueError, TypeError, AttributeError) as error:
             raise FeatureError(
-                f"{model} answered with something else than embeddings ({error}): look at {SERVER}"
+                f"{model} did not answer with embeddings ({error}): check the server in {SERVER}"
             ) from error
         if len(data) != len(texts) or len(widths) != 1 or 0 in widths:
             raise FeatureError(
-                f"{model} answered {len(texts)} texts with {len(data)} embeddings of the widths {sorted(widths)}"
+                f"{model} answered {len(texts)} texts with {len(data)} embeddings of the widths {sorted(widths)}: try "
+                "again, or pass another model"
             )
         # If such numbers were recorded, every later run would find them again.
         if not np.isfinite(rows).all():
@@ -315,8 +320,8 @@ class OpenAIRows:
         """
         if len(widths) > 1:
             raise FeatureError(
-                f"{self._origin.model} now gives embeddings of another width than before ({sorted(widths)}): name a version of "
-                "it, or pass another cache_dir="
+                f"{self._origin.model} now gives embeddings of another width than before ({sorted(widths)}): name a fixed "
+                "version of the model, or pass another cache_dir="
             )
 
 

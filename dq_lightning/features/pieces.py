@@ -24,7 +24,7 @@ from dq_lightning.features.extract import extract_features
 from dq_lightning.features.samples import SampleSource
 
 NAME = "embeds"
-AGAIN = "make the piece again, or remove its .npy and .json when it is none of these"
+AGAIN = "make it again, or remove its .npy and .json files if it belongs to other data"
 
 
 class Part:
@@ -104,7 +104,7 @@ def embed_piece(
     total = len(source)
     if nums < 1 or not 0 <= index * nums < total:
         raise FeatureError(
-            f"piece {index} of {nums} rows lies outside of the {total:,} samples: there are the pieces 0 to "
+            f"piece {index} of {nums} rows lies outside of the {total:,} samples: the pieces are 0 to "
             f"{-(-total // max(nums, 1)) - 1}"
         )
     rows = range(index * nums, min((index + 1) * nums, total))
@@ -145,7 +145,7 @@ def _check_neighbours(folder: Path, name: str, nums: int) -> None:
         other = _read_facts(path)
         if other is not None and other["nums"] != nums:
             raise FeatureError(
-                f"{path} describes a piece of {other['nums']:,} rows, and this one is of pieces of {nums:,}: pass the same "
+                f"{path} describes a piece of {other['nums']:,} rows, but nums={nums} was given: pass the same "
                 f"nums=, or another folder, or remove the pieces in {folder} first"
             )
 
@@ -169,7 +169,7 @@ def merge_pieces(
     folder = Path(folder)
     found = {path: _read_facts(path) for path in sorted(folder.glob(f"{name}_*.json"))}
     if not found:
-        raise FeatureError(f"there is no piece {name}_*.npy with its {name}_*.json in {folder}")
+        raise FeatureError(f"there is no piece {name}_*.npy with its {name}_*.json in {folder}: make the pieces first")
     damaged = [path for path, facts in found.items() if facts is None]
     if damaged:
         raise FeatureError(f"{damaged[0]} can't be read: {AGAIN}")
@@ -178,7 +178,7 @@ def merge_pieces(
     shared = {key: first[key] for key in ("identity", "nums", "num_samples")}
     if identity is not None:
         asked = first["identity"] | _plain(identity)
-        _check_same(first_path, first, {"identity": asked}, "what was asked for")
+        _check_same(first_path, first, {"identity": asked}, "the given data and encoder")
     for path, facts in pieces.items():
         _check_same(path, facts, shared, first_path.name)
     by_index = {facts["index"]: path for path, facts in pieces.items()}
@@ -195,7 +195,7 @@ def _joined(paths: Sequence[Path], pieces: Mapping[Path, Mapping[str, Any]], tot
     for path in paths:
         facts = pieces[path]
         if not _is_whole(path, facts):
-            raise FeatureError(f"{path} is missing or not what its .json describes: {AGAIN}")
+            raise FeatureError(f"{path} is missing, or is not what its .json file describes: {AGAIN}")
         part = np.load(path, mmap_mode="r", allow_pickle=False)
         if merged is None:
             merged = np.empty((total, part.shape[1]), np.float32)
@@ -215,13 +215,13 @@ def _check_same(path: Path, facts: Mapping[str, Any], shared: Mapping[str, Any],
             key = next(k for k in {*seen, *wanted} if seen.get(k) != wanted.get(k))
             seen, wanted = seen.get(key), wanted.get(key)
         raise FeatureError(
-            f"{path} is a foreign piece: its {key} is {seen!r}, but that of {reference} is {wanted!r}; {AGAIN}"
+            f"{path} does not belong to these pieces: its {key} is {seen!r}, but that of {reference} is {wanted!r}; {AGAIN}"
         )
     rows = range(facts["index"] * facts["nums"], min((facts["index"] + 1) * facts["nums"], facts["num_samples"]))
     numbered = path.stem.rpartition("_")[2] == str(facts["index"])
     if not numbered or not len(rows) or (facts["first"], facts["last"]) != (rows[0], rows[-1]):
         raise FeatureError(
-            f"{path} is a foreign piece: it describes itself as piece {facts['index']}, rows {facts['first']} to "
+            f"{path} does not belong to these pieces: it describes itself as piece {facts['index']}, rows {facts['first']} to "
             f"{facts['last']}; {AGAIN}"
         )
 

@@ -76,7 +76,7 @@ def with_selection_epochs(
         return spec
     if labels is None:
         raise FeatureError(
-            "selection_epochs trains the encoder on the classes of the dataset, and it has none: pass labels=, or leave "
+            "selection_epochs trains the encoder on the classes of the dataset, but it has none: pass labels=, or leave "
             "selection_epochs out"
         )
     return TrainedSpec(spec.name, spec.description, spec.origin, source, labels, settings, progress)
@@ -149,14 +149,14 @@ def train_encoder(
     """
     if not isinstance(encoder, NetworkEncoder):
         raise FeatureError(
-            "selection_epochs trains a network of images, and this encoder is none: leave selection_epochs out, or pass a "
+            "selection_epochs trains an encoder of images, which this encoder is not: leave selection_epochs out, or pass a "
             "timm name or a network as the encoder"
         )
     labelled = torch.nonzero((labels.values >= 0) & (labels.values < labels.num_classes)).flatten()
     if len(labelled) < 2 or labels.num_classes < 2:
         raise FeatureError(
-            f"selection_epochs needs classes to learn, and there are {len(labelled)} labelled samples of "
-            f"{labels.num_classes} classes: leave it out, or pass labels="
+            f"selection_epochs needs classes to learn, but there are {len(labelled)} labelled samples of "
+            f"{labels.num_classes} classes: leave selection_epochs out, or pass labels="
         )
     with isolated():
         torch.manual_seed(settings.selection_seed)
@@ -276,7 +276,7 @@ class _Training:
         self.head.requires_grad_(False)
         if not loss_sum.isfinite():
             raise FeatureError(
-                f"the training of the encoder diverged with selection_lr={settings.selection_lr}: pass a smaller one"
+                f"the training of the encoder diverged with selection_lr={settings.selection_lr}: pass a smaller selection_lr"
             )
         accuracy = hits.item() / seen
-        logger.info("%s: %.1f %% of the last epoch's images classified", description, 100 * accuracy)
+        logger.info("%s: %.1f %% of the last epoch's images were classified correctly", description, 100 * accuracy)

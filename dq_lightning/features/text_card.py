@@ -85,7 +85,9 @@ def read_card(read: Callable[[str], Any], place: str, *, whole: bool = True) -> 
     for module in modules:
         kind, path = str(module.get("type", "")).rsplit(".", 1)[-1], str(module.get("path", ""))
         if path.startswith("/") or ".." in path.split("/"):
-            raise FeatureError(f"{place} names the folder {path!r}, which is none of its own: download the model again")
+            raise FeatureError(
+                f"{place} names the folder {path!r}, which is not a folder inside the model: download the model again"
+            )
         if kind == "Transformer":
             _check_network(path, network, place)
         elif kind == "Dropout" or not whole:
@@ -118,7 +120,8 @@ def _check_network(path: str, network: Mapping[str, Any], place: str) -> None:
         "last_hidden_state",
     ):
         raise FeatureError(
-            f"{place} takes {used} of its network, which is not supported: pass another encoder, or ready-made embeddings"
+            f"{place} uses the output {used} of its network, which is not supported: pass another encoder, or "
+            "ready-made embeddings"
         )
 
 

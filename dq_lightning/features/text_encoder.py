@@ -123,7 +123,8 @@ class TextHubOrigin:
                 return None
             raise FeatureError(
                 f"{name} of {repository}, which says how it wants to be used, is not in the local Hugging Face cache and "
-                "cannot be downloaded: connect once, or set config.text.pooling, config.text.max_length and config.text.prompt"
+                "cannot be downloaded: connect to the internet once, or set config.text.pooling, "
+                "config.text.max_length and config.text.prompt"
             ) from error
 
 
@@ -143,7 +144,7 @@ def text_origin(name: str, settings: TextConfig) -> TextFolderOrigin | TextHubOr
     repository = name.removeprefix("hf-hub:")
     parts = repository.partition("@")[0].split("/")
     if name.startswith(("local-dir:", "/", ".", "~")) or "\\" in name or len(parts) > 2 or not all(parts):
-        raise FeatureError(f"{name!r} is no folder with a transformers model (config.json and weights): {INSTEAD}")
+        raise FeatureError(f"{name!r} is not a folder with a transformers model (config.json and weights): {INSTEAD}")
     return TextHubOrigin(repository, settings)
 
 
@@ -176,7 +177,7 @@ def _load(
         try:
             return None if file is None else json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise FeatureError(f"{file} is no valid JSON ({error}): download the model again") from error
+            raise FeatureError(f"{file} is not valid JSON ({error}): download the model again") from error
 
     known = settings.pooling != "auto" and None not in (settings.max_length, settings.prompt)
     card = Card() if known else read_card(read, place, whole=settings.pooling == "auto")
@@ -197,7 +198,8 @@ def _load(
     prompted = bool(card.prompt if settings.prompt is None else settings.prompt)
     if prompted and pooling == "cls" and not card.pools_prompt:
         raise FeatureError(
-            f"{place} takes the first token and does not pool its prompt: releases of sentence-transformers disagree on which "
+            f"{place} takes the first token, but leaves the prompt out of the pooling: "
+            "releases of sentence-transformers disagree on which "
             'token that is. Set config.text.pooling="cls" for the very first one, or config.text.prompt="" for no prompt'
         )
     heads = [_head(layer, locate, place) for layer in card.layers]

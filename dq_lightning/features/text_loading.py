@@ -70,7 +70,7 @@ def iterate_text_batches(
                 yield TextBatch(window[torch.from_numpy(places)], pad([tokens[place] for place in places]))
     if full:
         logger.info(
-            "features: %d of %d texts fill the %d tokens that the encoder reads",
+            "features: %d of %d texts have as many tokens as the encoder reads (%d) or more; what goes beyond is not used",
             full,
             len(positions),
             encoder.max_length,

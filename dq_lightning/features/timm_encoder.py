@@ -160,12 +160,16 @@ def registry_config(name: str) -> Any:
 
     if not timm.is_model(name.split(".")[0]):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        advice = "similar: " + ", ".join(close) if close else 'timm.list_models() names all; "auto" chooses one'
+        advice = (
+            "similar names are " + ", ".join(close)
+            if close
+            else 'timm.list_models() lists all names, and encoder="auto" chooses one'
+        )
         raise FeatureError(f"timm knows no model {name!r}; {advice}")
     try:
         config = get_pretrained_cfg(name)
     except Exception as error:
-        raise FeatureError(f"timm has no weights {name!r}: {error}") from error
+        raise FeatureError(f"timm has no weights {name!r} ({error}): {INSTEAD}") from error
     if config is None:
         raise FeatureError(f"timm has no weights {name!r}; see timm.list_pretrained({name.split('.')[0] + '*'!r})")
     return config

@@ -242,7 +242,7 @@ class CodeDescriber(Describer):
         if isinstance(value, functools.partial | functools.partialmethod):
             return digest_text(type(value).__name__, *self.all((value.func, value.args, value.keywords)))
         if isinstance(value, functools._lru_cache_wrapper):
-            self.unresolved(f"{value.__name__} remembers what it gave (lru_cache)")
+            self.unresolved(f"{value.__name__} keeps earlier results (lru_cache)")
             return digest_text("remembering", self.describe(value.__wrapped__))
         return None
 
@@ -266,7 +266,7 @@ class CodeDescriber(Describer):
     def _module(self, module: types.ModuleType) -> str:
         library = self.library(module)
         if library is None or not _is_trusted(module.__name__):
-            self.unresolved(f"all of module {module.__name__} is used")
+            self.unresolved(f"the whole module {module.__name__} is used")
         return library or digest_text("module", module.__name__.replace("__mp_main__", "__main__"), _content_of(module))
 
     def _class(self, kind: type) -> str:
@@ -285,7 +285,7 @@ class CodeDescriber(Describer):
         """Add a reason if a library's function or class that may be called may depend on more than its arguments."""
         name = f"{module_of(value)}.{value.__name__}"
         if not self.trusts_libraries and (not _is_trusted(name) or _reads(value)):
-            self.unresolved(f"{name} is used")
+            self.unresolved(f"{name} is used, which may read more than its arguments")
 
     def _replaced_near(self, value: Any) -> list[tuple[str, Any]]:
         """Return name and value of functions that other code has put into a library's modules near a function or class.
@@ -324,7 +324,7 @@ class CodeDescriber(Describer):
             if not isinstance(one, types.FunctionType) and hasattr(type(one), "__get__"):
                 self._computed.add(name)
         if {"__getattr__", "__getattribute__"} & members.keys():
-            self.unresolved(f"{kind.__name__} makes up attributes")
+            self.unresolved(f"{kind.__name__} computes attributes in __getattr__")
         if "__getitem__" in members and not issubclass(kind, torch.utils.data.Dataset):
             self._computed.add("[]")
         return digest_text(*parts)
@@ -371,7 +371,7 @@ class CodeDescriber(Describer):
         if code.node is None:
             text = self._bytecode(function.__code__)
             if function.__name__ not in _WRITTEN_BY_CODE:
-                self.unresolved(f"no source fits {code.name}")
+                self.unresolved(f"the source of {code.name} cannot be found")
         defaults = self.all((function.__defaults__, function.__kwdefaults__, vars(function)))
         return digest_text(function.__qualname__, text, *defaults, *self._referred(code))
 
@@ -388,7 +388,7 @@ class CodeDescriber(Describer):
             if value is _MISSING:
                 value = getattr(builtins, chain[0], _MISSING)
                 if value is _MISSING:
-                    self.unresolved(f"{code.name} uses {chain[0]}, which is not there")
+                    self.unresolved(f"{code.name} uses {chain[0]}, which is not defined")
                 elif chain[0] not in _TRUSTED_BUILTINS and not (
                     isinstance(value, type) and issubclass(value, BaseException)
                 ):
@@ -399,7 +399,7 @@ class CodeDescriber(Describer):
                 value = getattr(value, rest.pop(0), _MISSING)
             name = ".".join(chain[: len(chain) - len(rest)])
             if value is _MISSING:
-                self.unresolved(f"{code.name} uses {name}, which is not there")
+                self.unresolved(f"{code.name} uses {name}, which is not defined")
                 continue
             texts[name] = self._use(value, name, rest, code, called=chain not in code.handed)
         for name in code.attributes:
@@ -427,7 +427,7 @@ class CodeDescriber(Describer):
             if not trusted or value.__name__ in _AMBIENT_NAMES or not _READERS.isdisjoint(rest):
                 self.unresolved(f"{code.name} uses {'.'.join((name, *rest))}")
             elif isinstance(value, types.ModuleType) or (_reads(value) and not called):
-                self.unresolved(f"{code.name} hands {name} on")
+                self.unresolved(f"{code.name} passes {name} to other code")
             elif _reads(value):
                 self._readers.add(name.rpartition(".")[2])
             # A function that reads a file is described by its name if it is only called here: it is not held, so
@@ -506,7 +506,7 @@ def described(function: Any) -> tuple[str, list[str]]:
     if describer.opaque:
         value, why = describer.opaque[0]
         raise FeatureError(
-            f"the preprocessing cannot be identified: it holds {value!r}, which {why}; give the preprocessing a string "
+            f"the preprocessing cannot be identified: it holds {value!r}, which {why}. Give it a string "
             "attribute `identity` that you change whenever its behaviour changes"
         )
     return text, describer.unknown

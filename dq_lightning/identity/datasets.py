@@ -71,15 +71,15 @@ class StateDescriber(CodeDescriber):
         if stat.S_ISDIR(seen.st_mode):
             return ""
         if str(value).endswith(_DATABASES):
-            self.unresolved(f"{value!r} is a database")
+            self.unresolved(f"{value!r} is a database, which may change without a new file time")
         if max(seen.st_mtime_ns, seen.st_ctime_ns) > time.time_ns() - _RACY_NANOSECONDS:
-            self.unresolved(f"{value!r} was changed just now")
+            self.unresolved(f"{value!r} was changed less than two seconds ago")
         # Tools that copy or unpack files restore the modification time but not the status change time (ctime). The
         # inode number is included because a link may come to name another file with equal times.
         return f" {seen.st_size} {seen.st_mtime_ns} {seen.st_ctime_ns} {seen.st_ino}"
 
     def stream(self, value: Any) -> str:
-        self.unresolved(f"a {type(value).__name__} is drawn from")
+        self.unresolved(f"the random generator {type(value).__name__} is used")
         return super().stream(value)
 
     def used(self, value: Any) -> str:
@@ -97,7 +97,7 @@ class StateDescriber(CodeDescriber):
             self._offered.update(dir(type(value)))
             self._computed.add("[]")
             if "decode=" in repr(getattr(value, "features", "")):
-                self.unresolved("a table may name files")
+                self.unresolved("the table may name files, whose content is not covered")
             if not is_untouched(type(value)):
                 self.unresolved(f"a {type(value).__name__} may give other rows than its table")
             return digest_text("hub", value._fingerprint)
@@ -105,7 +105,11 @@ class StateDescriber(CodeDescriber):
 
     @property
     def unknown(self) -> list[str]:
-        beside = [f"{self._beside} is a file beside those of the list"] if self._beside and self._readers else []
+        beside = (
+            [f"{self._beside} is a file that the list of samples does not name"]
+            if self._beside and self._readers
+            else []
+        )
         return super().unknown + beside
 
     def attributes(self, value: Any, held: dict[str, Any]) -> dict[str, Any]:
@@ -207,5 +211,5 @@ def find_state(
     steady = sorted((name, digest) for name, (digest, _) in after.items() if name not in changed)
     # A number that changes by reading counts what was read, which is no reason for uncertainty.
     kept = [name for name in sorted(changed & after.keys()) if not isinstance(after[name][1], int | float)]
-    unknown += [f"{name.rpartition('/')[2]} changes by reading" for name in kept]
+    unknown += [f"{name.rpartition('/')[2]} changes when items are read" for name in kept]
     return State(digest_text(*(text for pair in steady for text in pair), sampled), tuple(dict.fromkeys(unknown)))

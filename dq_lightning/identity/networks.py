@@ -188,8 +188,9 @@ def probe(module: nn.Module, preprocess: Callable[..., Any] | None, unknown: lis
                 answers += _answer(network, given)
     if not answers:
         logger.warning(
-            "%s is not known in full (%s), and it could not be tried out: if it changes, old results may be reused. Give it a "
-            "string attribute `identity` that you change whenever its behaviour changes",
+            "the code of %s cannot be followed completely (%s), and the network fails on test images, so a change of it may go "
+            "unnoticed and old results may be reused. Give it a string attribute `identity` that you change whenever its "
+            "behaviour changes",
             type(module).__name__,
             unknown[0],
         )
@@ -274,7 +275,7 @@ def find_commit(repository: str, revision: str | None, files: tuple[str, ...]) -
                 break
     raise DQError(
         f"{' or '.join(files)} of the hub repository {repository}, which is not in the local Hugging Face cache and cannot "
-        f"be downloaded ({type(reason).__name__}): connect once"
+        f"be downloaded ({type(reason).__name__}): connect to the internet once"
     ) from reason
 
 

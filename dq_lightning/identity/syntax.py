@@ -309,7 +309,7 @@ def composed_names(calls: list[Call], library: set[str], computed: set[str], pla
         users |= more  # a function that passes its argument to a function that reads files also reads files
     return list(
         dict.fromkeys(
-            f"{call.code.name} gives {call.name} a name that it makes" for call in calls if reads(call, "made")
+            f"{call.code.name} passes {call.name} a name that it computes" for call in calls if reads(call, "made")
         )
     )
 

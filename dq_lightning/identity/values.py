@@ -110,8 +110,8 @@ class Describer:
     def unseen(self, value: Any, why: str) -> str:
         """Handle a value that cannot be described; here by raising SourceError. `why` completes "which ..."."""
         raise SourceError(
-            f"The items hold a {type(value).__module__}.{type(value).__qualname__}, which {why}, so it gives the dataset no "
-            "identity. Pass fingerprint= with a name of your own for this version of the data."
+            f"The items hold a {type(value).__module__}.{type(value).__qualname__}, which {why}, so a later run could not tell "
+            "whether the data are the same. Pass fingerprint= with a name of your own for this version of the data."
         )
 
     # content
@@ -236,7 +236,7 @@ class Describer:
             try:
                 kept: Any = reducer(value) if reducer else value.__reduce_ex__(4)
             except Exception:
-                return self.unseen(value, "cannot be looked into")
+                return self.unseen(value, "has no attributes that can be read")
             parts += [kept] if isinstance(kept, str) else self._reduced(kept, held)
         return digest_text(*parts)
 
@@ -313,4 +313,4 @@ def _dense_parts(tensor: Tensor) -> Iterator[Tensor]:
     elif tensor.layout == torch.strided:
         yield tensor.cpu().as_subclass(Tensor).resolve_conj().resolve_neg()
     else:
-        raise DQError(f"a tensor of layout {tensor.layout} is not known here")
+        raise DQError(f"tensors of layout {tensor.layout} are not supported: convert them with to_dense()")

@@ -109,10 +109,12 @@ class TargetChoice:
         table = torch.arange(outputs) if self.class_map is None else self.class_map
         table = table.to(logits.device)
         if len(table) and not 0 <= int(table.min()) <= int(table.max()) < outputs:
-            raise PatchError(f"class_map names outputs outside 0 ... {outputs - 1}: {table.tolist()[:20]}")
+            raise PatchError(
+                f"class_map must name outputs of the classifier, 0 ... {outputs - 1}, got {table.tolist()[:20]}"
+            )
         inside = (labels >= 0) & (labels < len(table))
         if self.target == "label" and not bool(inside.all()):
-            raise PatchError(f'target="label", but a label is outside 0 ... {len(table) - 1}; use target="auto"')
+            raise PatchError(f'target="label", but a label is outside 0 ... {len(table) - 1}: use target="auto"')
         return torch.where(inside, table[labels.clamp(0, len(table) - 1)], own)
 
 
@@ -140,7 +142,7 @@ class ActivationMaps:
         target_layer: str | None = None,
     ) -> None:
         if method not in METHODS:
-            raise PatchError(f"unknown saliency method {method!r}; here are {', '.join(METHODS)}")
+            raise PatchError(f"unknown saliency method {method!r}: pass one of {', '.join(METHODS)}")
         self._module = module
         self._combine = METHODS[method]
         self._targets = targets or TargetChoice()

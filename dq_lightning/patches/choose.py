@@ -86,10 +86,15 @@ def spread_budget(scores: Sequence[Tensor], total: int, least: Sequence[int] | N
     Complexity: O(n log n) time and O(n) memory for n patches in all.
     """
     lengths = torch.tensor([len(row) for row in scores], dtype=torch.int64)
-    owed = torch.zeros_like(lengths) if least is None else torch.tensor(least, dtype=torch.int64)
-    if bool((owed > lengths).any()) or bool((owed < 0).any()) or not int(owed.sum()) <= total <= int(lengths.sum()):
+    minimum = torch.zeros_like(lengths) if least is None else torch.tensor(least, dtype=torch.int64)
+    if (
+        bool((minimum > lengths).any())
+        or bool((minimum < 0).any())
+        or not int(minimum.sum()) <= total <= int(lengths.sum())
+    ):
         raise PatchError(
-            f"cannot keep {total} of {int(lengths.sum())} patches in all with at least {int(owed.sum())} owed to single images"
+            f"cannot keep {total} of {int(lengths.sum())} patches when the images' own minimums add up to {int(minimum.sum())} "
+            "patches"
         )
     if not len(scores):
         return []
@@ -103,9 +108,9 @@ def spread_budget(scores: Sequence[Tensor], total: int, least: Sequence[int] | N
     starts = lengths.cumsum(0) - lengths
     rank = torch.empty_like(by_image)
     rank[by_image] = torch.arange(len(flat)) - starts[image[by_image]]
-    mask = rank < owed[image]
-    open_places = by_score[~mask[by_score]]
-    mask[open_places[: total - int(owed.sum())]] = True
+    mask = rank < minimum[image]
+    remaining = by_score[~mask[by_score]]
+    mask[remaining[: total - int(minimum.sum())]] = True
     return list(torch.split(mask, lengths.tolist()))
 
 
@@ -178,4 +183,7 @@ def _best_of_each(scores: Sequence[Tensor], counts: Sequence[int]) -> list[Tenso
 
 def _check_finite(scores: Tensor) -> None:
     if not bool(torch.isfinite(scores).all()):
-        raise PatchError("patch scores are not finite: the classifier gives NaN or infinity on these images")
+        raise PatchError(
+            "patch scores are not finite: the classifier gives NaN or infinity on these images. "
+            'Pass another classifier=, or saliency="variance"'
+        )

@@ -23,7 +23,7 @@ from dq_lightning.core.workers import one_thread
 # In float32 a residual can be reduced to about 1e-6 of its first size.
 SINGLE_PRECISION_TOLERANCE = 1e-5
 # Checking whether all images are solved makes the processor wait for the device, so it is done once in so many steps.
-STEPS_PER_QUESTION = 4
+STEPS_PER_CHECK = 4
 # Most values of the images that are solved together on a CPU, so that they stay in the processor's cache.
 VALUES_AT_ONCE = 1 << 18
 
@@ -182,7 +182,7 @@ def _solve(patches: _Patches, laplacian: Tensor, tolerance: float) -> Tensor:
     # In exact arithmetic, conjugate gradients need at most as many steps as there are unknowns.
     for step in range(patches.grid.height * patches.grid.width):
         running = patches.dot(residual, residual) > wanted
-        if step % STEPS_PER_QUESTION == 0 and not bool(running.any()):
+        if step % STEPS_PER_CHECK == 0 and not bool(running.any()):
             break
         scaled = patches.precondition(residual)
         new_energy = patches.dot(residual, scaled)

@@ -148,7 +148,8 @@ class MaskedAutoencoder:
             )
         if not torch.equal(output.mask.bool(), ~mask.to(self.device)):
             raise PatchError(
-                "the masked autoencoder did not keep the chosen patches; this version of transformers is not known"
+                "the masked autoencoder did not keep the chosen patches, so this version of transformers is not supported: "
+                "install another one"
             )
         pixels = output.logits.float().view(len(images), total, size, size, -1).permute(0, 1, 4, 2, 3)
         return unpatchify(pixels, grid)
@@ -224,7 +225,10 @@ def load_mae(
     if path.is_file():
         return MaskedAutoencoder(_from_original(path, num_heads, decoder_num_heads)).to(device)
     if num_heads or decoder_num_heads:
-        raise PatchError(f"{path_or_name!r} is no checkpoint file: its configuration tells the number of heads")
+        raise PatchError(
+            f"num_heads= and decoder_num_heads= are only for checkpoint files, and {path_or_name!r} is not one: leave them "
+            "out, since its configuration holds the numbers of heads"
+        )
     name = str(path) if path.is_dir() else str(path_or_name)
     return MaskedAutoencoder(_from_pretrained(name, revision), **_preprocessing(name, revision)).to(device)
 
@@ -237,7 +241,10 @@ def _from_original(path: Path, num_heads: int | None, decoder_num_heads: int | N
     network = _from_pretrained(None, None, config=config, state_dict=convert_keys(state), what=str(path))
     sizes = [sum(tensor.numel() for tensor in tensors) for tensors in (network.parameters(), state.values())]
     if sizes[0] != sizes[1]:
-        raise PatchError(f"{path} has {sizes[1]} weights, of which {sizes[0]} are known: it is of another architecture")
+        raise PatchError(
+            f"{path} has {sizes[1]} weights, but a masked autoencoder of this size has {sizes[0]}: it is of another "
+            f"architecture; {INSTEAD}"
+        )
     return network
 
 
@@ -261,7 +268,8 @@ def _from_pretrained(name: str | None, revision: str | None, what: str | None = 
     absent = [key for kind in ("missing_keys", "mismatched_keys") for key in report[kind]]
     if absent:
         raise PatchError(
-            f"{what or name} is no whole masked autoencoder: it lacks {', '.join(map(str, sorted(absent)[:5]))}"
+            f"{what or name} is not a complete masked autoencoder: it lacks the weights "
+            f"{', '.join(map(str, sorted(absent)[:5]))}; {INSTEAD}"
         )
     network: nn.Module = model
     return network

@@ -71,7 +71,9 @@ def read_original(path: Path) -> dict[str, Tensor]:
         str(key).removeprefix("module."): value for key, value in dict(state).items() if isinstance(value, Tensor)
     }
     if "patch_embed.proj.weight" not in tensors:
-        raise PatchError(f"{path} is no masked autoencoder of the original format: it has no patch_embed.proj.weight")
+        raise PatchError(
+            f"{path} is not a masked autoencoder of the original format: it has no patch_embed.proj.weight"
+        )
     if "decoder_pred.weight" not in tensors:
         raise PatchError(
             f"{path} has an encoder but no decoder, so it cannot fill patches; those named mae_visualize_* have both"
@@ -101,7 +103,8 @@ def read_sizes(state: dict[str, Tensor], num_heads: int | None, decoder_num_head
     for name, value, size in (("num_heads", heads, width), ("decoder_num_heads", decoder_heads, decoder_width)):
         if value is None:
             raise PatchError(
-                f"a checkpoint does not tell its number of heads, and width {size} is not official: pass {name}="
+                f"the checkpoint does not record its number of heads, and its width {size} is not that of a published "
+                f"model: pass {name}="
             )
         if size % value:
             raise PatchError(f"{name}={value} does not divide the width {size} of the checkpoint")

@@ -50,7 +50,7 @@ class PackageMaps:
         target_layer: str | None = None,
     ) -> None:
         if method not in PACKAGE_METHODS:
-            raise PatchError(f"unknown saliency method {method!r}; the package has {', '.join(PACKAGE_METHODS)}")
+            raise PatchError(f"unknown saliency method {method!r}: pytorch-grad-cam has {', '.join(PACKAGE_METHODS)}")
         # Shapley-CAM differentiates the gradient, which may be a constant if the parameters are not in the graph.
         self._module = copy.deepcopy(module).float().eval().requires_grad_(method == "shapleycam")
         self._method = method
@@ -86,7 +86,8 @@ class PackageMaps:
             raise
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise PatchError(
-                f"pytorch-grad-cam's {self._method} fails on {type(self._module).__name__}: {error}"
+                f"pytorch-grad-cam's {self._method} fails on {type(self._module).__name__} ({error}): choose "
+                "another saliency="
             ) from error
         finally:
             tool.activations_and_grads.release()

@@ -159,5 +159,7 @@ def choose_reconstructor(
     if path.exists():
         return ReconstructorSpec(name, path.absolute(), num_heads=num_heads, decoder_num_heads=decoder_num_heads)
     if path.is_absolute() or path.suffix in (".pth", ".pt", ".bin", ".safetensors") or name.count("/") != 1:
-        raise PatchError(f"reconstructor={name!r} is no existing file or folder, and no hub name OWNER/NAME")
+        raise PatchError(
+            f"reconstructor={name!r} is neither an existing file or folder nor a hub name OWNER/NAME: {INSTEAD}"
+        )
     return ReconstructorSpec(name)

@@ -141,7 +141,7 @@ class ClassifierScorer:
         if whole.dtype != torch.uint8:
             return images
         if self._mean is None or self._std is None:
-            raise PatchError("uint8 images need mean= and std= of the classifier, or pass them normalised")
+            raise PatchError("the images are uint8: pass mean= and std= of the classifier, or pass normalised images")
         mean = torch.tensor(self._mean, device=images.device)[:, None, None]
         return (images - mean) / torch.tensor(self._std, device=images.device)[:, None, None]
 

@@ -147,7 +147,8 @@ def find_target_layer(module: nn.Module, images: Tensor, name: str | None = None
     shapes = _shapes(module, images[:1].expand(2, -1, -1, -1))
     if name is not None and name not in shapes:
         raise PatchError(
-            f"target_layer={name!r} gives no tensor in {type(module).__name__}; layers: {_last_names(shapes)}"
+            f"target_layer={name!r} gives no tensor in {type(module).__name__}: name "
+            f"another layer, such as {_last_names(shapes)}"
         )
     sizes = _Sizes(module, images)
     # Two images were passed. In the output of window attention, for example, the first dimension is not the batch.
@@ -176,13 +177,14 @@ def find_target_layer(module: nn.Module, images: Tensor, name: str | None = None
             _check_looks(module, images)
     if name is not None:
         raise PatchError(
-            f"the output {tuple(shapes[name])} of target_layer={name!r} of {type(module).__name__} is no map of images of "
-            f"{tuple(images.shape[2:])} pixels: when something moves in the image, the change of the output moves along in "
-            f"none of the layouts [B, C, h, w], [B, h, w, C] and [B, tokens, C]. Name another; the last: {_last_names(shapes)}"
+            f"the output {tuple(shapes[name])} of target_layer={name!r} of {type(module).__name__} is not a feature map of "
+            f"images of {tuple(images.shape[2:])} pixels: when something moves in the image, the change of the output moves "
+            "along in none of the layouts [B, C, h, w], [B, h, w, C] and [B, tokens, C]. Name another layer; the last ones are "
+            f"{_last_names(shapes)}"
         )
     raise PatchError(
-        f"no layer of {type(module).__name__} could be proved to be a map of images of {tuple(images.shape[2:])} pixels: pass "
-        f"larger images, or {HOW_TO_NAME}. The last layers are {_last_names(shapes)}"
+        f"no layer of {type(module).__name__} was found to be a feature map of images of {tuple(images.shape[2:])} pixels: "
+        f"pass larger images, or {HOW_TO_NAME}. The last layers are {_last_names(shapes)}"
     )
 
 
@@ -236,7 +238,7 @@ def activation_and_gradient(
             handle.remove()
         score = logits.gather(1, choose(logits.detach())[:, None]).sum()
         if not score.requires_grad:
-            raise PatchError(f"the logits do not depend on layer {layer.name!r}; pass another target_layer")
+            raise PatchError(f"the logits do not depend on layer {layer.name!r}: pass another target_layer")
         gradient = torch.autograd.grad(score, leaves[-1], allow_unused=True)[0]
     if gradient is None or not bool(layer.to_map(gradient).any()):
         raise PatchError(

@@ -125,7 +125,10 @@ def apportion(shares: Shares, count: int, tie_keys: Sequence[int]) -> list[int]:
             numerator, denominator = shares.reached(party, counts[party] + 1)
             heapq.heappush(ready, (-(-numerator // denominator), tie_keys[party], party))
         if not ready:
-            raise ConfigError(f"only {step - 1} samples lie in bins of positive weight, but {count} are wanted there")
+            raise ConfigError(
+                f"{count} samples are to be kept, but only {step - 1} are in bins of positive weight: lower keep_ratio, or "
+                "give more bins a weight"
+            )
         party = heapq.heappop(ready)[2]
         counts[party] += 1
         announce(party)

@@ -43,8 +43,8 @@ def check_alone(indices: Any, config: QuantizeConfig | None = None, **given: Any
         ]
     if named:
         raise ConfigError(
-            f"indices= and {', '.join(named)} were both given: indices= is a finished choice, for which no features, bins or "
-            "draw are made. Leave one of the two out"
+            f"indices= and {', '.join(named)} were both given: indices= names the samples to keep, so no features or bins are "
+            "made and nothing is drawn. Leave one of the two out"
         )
 
 
@@ -66,17 +66,17 @@ def read_indices(indices: Any, total: int | None = None) -> Tensor:
     if isinstance(indices, str | Path):
         index = read_index(indices, total)
         if not len(index):
-            raise StoreError(f"{indices} holds no position: nothing would be kept")
+            raise StoreError(f"{indices} holds no positions, so nothing would be kept: pass at least one")
         return torch.from_numpy(index)
     given = indices.index if isinstance(indices, Selection) else indices
     try:
         values = np.asarray(given.detach().cpu().numpy() if isinstance(given, Tensor) else given)
     except ValueError as error:  # lists of different lengths
-        raise ConfigError(f"indices= holds no integers [M]: {error}") from error
+        raise ConfigError(f"indices= must be integers [M], in one flat list or array: {error}") from error
     if not values.size:
-        raise ConfigError("indices= holds no position: nothing would be kept")
+        raise ConfigError("indices= holds no positions, so nothing would be kept: pass at least one")
     if values.ndim != 1 or values.dtype.kind not in "iu":
-        advice = "; of a mask pass the positions, mask.nonzero()[0]" if values.dtype.kind == "b" else ""
+        advice = "; turn a mask into positions with mask.nonzero()[0]" if values.dtype.kind == "b" else ""
         raise ConfigError(
             f"indices= holds {values.dtype} {list(values.shape)}, expected positions in the dataset, integers [M]{advice}"
         )
@@ -118,7 +118,9 @@ def _checked(
     index: NDArray[np.int64] = np.sort(values.astype(np.int64))
     if len(index) and (index[0] < 0 or (np.diff(index) == 0).any() or (total is not None and index[-1] >= total)):
         raise kind(
-            f"{name} has the rows {index[0]} to {index[-1]}, {len(index) - len(np.unique(index))} of them twice"
-            + (f", for a dataset of {total:,}: it belongs to another one" if total is not None else "")
+            f"{name} must hold different row numbers from 0"
+            + (f" to {total - 1}, since the dataset has {total:,} samples" if total is not None else "")
+            + f", but its row numbers are {index[0]} to {index[-1]}, with {len(index) - len(np.unique(index))} of them repeated"
+            + (": it was made from another dataset" if total is not None else ": make it again")
         )
     return index

@@ -43,7 +43,9 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         capacity = rows.report.max_length if capacity is None else capacity
         if len(rows) and (longest := int(rows.lengths.max())) > capacity:
             row = int(rows.positions[int(rows.lengths.argmax())])
-            raise ConfigError(f"row {row} has {longest} tokens, a packed sequence {capacity}: lower max_length")
+            raise ConfigError(
+                f"row {row} has {longest} tokens, but a packed sequence holds {capacity}: lower max_length"
+            )
         self.packs = pack(rows.lengths.tolist(), capacity)
         self.lengths = torch.tensor([int(rows.lengths[members].sum()) for members in self.packs], dtype=torch.int64)
 
@@ -87,7 +89,9 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     open_packs: list[tuple[int, int]] = []
     for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if lengths[row] > capacity:
-            raise ConfigError(f"row {row} has {lengths[row]} tokens, a packed sequence {capacity}: lower max_length")
+            raise ConfigError(
+                f"row {row} has {lengths[row]} tokens, but a packed sequence holds {capacity}: lower max_length"
+            )
         place = bisect.bisect_left(open_packs, (lengths[row], -1))
         if place == len(open_packs):
             packs.append([row])

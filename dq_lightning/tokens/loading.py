@@ -110,7 +110,8 @@ class TokenLoading:
         """
         if settings.weights is not None or settings.replacement:
             raise ConfigError(
-                "a weighted sampler cannot be carried over to batches of tokens: leave it out, or tokenizer="
+                "tokenizer= makes batches of tokens, which cannot be drawn by weights or with replacement: leave the weighted "
+                "sampler or tokenizer= out"
             )
         collate = None if settings.collate_fn in (None, default_collate) else settings.collate_fn
         own = {

@@ -162,7 +162,7 @@ def encode_rows(
             message names the row.
     """
     if max_length < 8:
-        raise ConfigError(f"max_length={max_length} leaves no room for a prompt and a response; pass at least 8")
+        raise ConfigError(f"max_length={max_length} is too short for a prompt and a response: pass at least 8")
     writer = RowWriter(rows, load_tokenizer(tokenizer), template, columns, use_chat_template=use_chat_template)
     encoder = _Encoder(writer)
     places, ids, learn = [], [], []
@@ -322,19 +322,19 @@ class RowWriter:
         if self.missed:
             log.warning(
                 f"{self.missed:,} of the assistant's messages, in {self._rows_missed:,} rows, could not be found in what the "
-                "tokenizer's chat template writes, so they are not learned; a template with {% generation %} marks tells where "
-                "they are"
+                "tokenizer's chat template writes, so nothing is learned from them; use a chat template with {% generation %} "
+                "marks, which show where they are"
             )
         if self._unwritten:
             names = ", ".join(map(repr, self._unwritten))
             log.warning(
-                f"the messages hold {names}, which only a chat template could write, and the tokenizer has none or "
-                "use_chat_template=False: they are left out"
+                f"the messages hold {names}, which only a chat template could write. They are left out, because the tokenizer "
+                "has no chat template or use_chat_template=False"
             )
 
     def _segments(self, row: Any, index: int) -> list[Segment]:
         if not isinstance(row, Mapping):
-            raise SourceError(f"row {index} is no dict of fields but a {type(row).__name__}; leave it out")
+            raise SourceError(f"row {index} must be a dict of fields, but it is a {type(row).__name__}: leave it out")
         options = self.template.chat_options(row, index)
         if self._chat is not None:
             found = self._chat.conversation(self.template.messages(row, index), options, index)
@@ -344,7 +344,7 @@ class RowWriter:
         if "tools" in options:
             raise SourceError(
                 f"row {index}, column 'tools': only a chat template can write the tools that a conversation may use, and the "
-                "tokenizer has none or use_chat_template=False; set tokenizer.chat_template, or remove the column"
+                "tokenizer has no chat template or use_chat_template=False; set tokenizer.chat_template, or remove the column"
             )
         if self.template.name == "chat":
             for message in self.template.messages(row, index):
@@ -427,9 +427,9 @@ class _Encoder:
 
 def _leading_tokens(tokenizer: Any) -> list[int]:
     """Return the ids of the special tokens that the tokenizer puts before a text."""
-    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    dressed = list(tokenizer("a")["input_ids"])
-    for start in range(len(dressed) - len(bare) + 1):
-        if dressed[start : start + len(bare)] == bare:
-            return dressed[:start]
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    with_special = list(tokenizer("a")["input_ids"])
+    for start in range(len(with_special) - len(plain) + 1):
+        if with_special[start : start + len(plain)] == plain:
+            return with_special[:start]
     return []

@@ -66,7 +66,7 @@ def test_a_piece_that_is_whole_is_not_made_again(made, spec, monkeypatch):
     again()
     again(identity=IDENTITY | {"encoder": "other"})
     assert len(calls) == 2
-    with pytest.raises(FeatureError, match=r"embeds_1\.npy.*foreign.*encoder.*'other'"):
+    with pytest.raises(FeatureError, match=r"embeds_1\.npy does not belong to these pieces.*encoder.*'other'"):
         merge_pieces(folder)
 
 
@@ -104,12 +104,14 @@ def test_a_foreign_piece_is_named(made, change):
     _, folder = made
     path = folder / "embeds_1.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(FeatureError, match=r"embeds_1\.npy is a foreign piece"):
+    with pytest.raises(FeatureError, match=r"embeds_1\.npy does not belong to these pieces"):
         merge_pieces(folder)
 
 
 def test_pieces_of_other_data_than_asked_for(made):
-    with pytest.raises(FeatureError, match=r"embeds_0\.npy is a foreign piece: its source is 'abc'.*'xyz'"):
+    with pytest.raises(
+        FeatureError, match=r"embeds_0\.npy does not belong to these pieces: its source is 'abc'.*'xyz'"
+    ):
         merge_pieces(made[1], identity=IDENTITY | {"source": "xyz"})
 
 
@@ -117,7 +119,7 @@ def test_a_piece_under_another_number(made):
     _, folder = made
     for suffix in (".npy", ".json"):
         shutil.copy(folder / f"embeds_0{suffix}", folder / f"embeds_7{suffix}")
-    with pytest.raises(FeatureError, match=r"embeds_7\.npy is a foreign piece"):
+    with pytest.raises(FeatureError, match=r"embeds_7\.npy does not belong to these pieces"):
         merge_pieces(folder)
 
 

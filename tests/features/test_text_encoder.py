@@ -312,7 +312,7 @@ def test_a_file_that_the_hub_does_not_have_is_not_asked_for_again(tmp_path, memo
     model = save_model(home / "snapshots" / commit)
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text(commit)
-    with pytest.raises(FeatureError, match=r"modules\.json of me/plain.*connect once"):
+    with pytest.raises(FeatureError, match=r"modules\.json of me/plain.*connect to the internet once"):
         embed(choose("me/plain").resolve(memory))
     missing = home / ".no_exist" / commit
     missing.mkdir(parents=True)
@@ -324,7 +324,9 @@ def test_nothing_cached_and_no_network(tmp_path, memory, monkeypatch, no_network
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     auto = choose("auto")
     assert AUTO_TEXT_ENCODER in auto.description
-    with pytest.raises(FeatureError, match=r"model\.safetensors.*all-MiniLM-L6-v2.*connect once.*ready-made"):
+    with pytest.raises(
+        FeatureError, match=r"model\.safetensors.*all-MiniLM-L6-v2.*connect to the internet once.*ready-made"
+    ):
         auto.resolve(memory)
 
 

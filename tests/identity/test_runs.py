@@ -151,4 +151,4 @@ def test_the_cost_of_reading_again_is_told_once(tmp_path, caplog):
             )
         said = [text for text in caplog.messages if "fingerprint=" in text]
         assert len(said) == 1
-        assert "gives load a name that it makes" in said[0]
+        assert "passes load a name that it computes" in said[0]

@@ -259,9 +259,9 @@ def test_what_cannot_be_proved_is_an_error_that_says_what_to_pass():
     images = torch.randn(2, 3, 64, 64)
     # the layer before it is a map, and is taken
     assert find_target_layer(Scattered(), images).name == "patches"
-    with pytest.raises(PatchError, match="target_layer='scatter' of Scattered is no map of images"):
+    with pytest.raises(PatchError, match="target_layer='scatter' of Scattered is not a feature map of images"):
         find_target_layer(Scattered(), images, "scatter")
-    with pytest.raises(PatchError, match=r"could be proved .* PatchConfig\(target_layer=NAME\)"):
+    with pytest.raises(PatchError, match=r"was found to be a feature map .* PatchConfig\(target_layer=NAME\)"):
         find_target_layer(OnlyScattered(), images)
 
 

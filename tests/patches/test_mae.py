@@ -147,7 +147,7 @@ def test_a_hub_name_without_network_says_what_to_pass():
     with pytest.raises(PatchError, match="a folder with"):
         load_mae("facebook/vit-mae-base")
     spec = choose_reconstructor("facebook/vit-mae-base", image_size=(224, 224))
-    with pytest.raises(PatchError, match="connect once"):
+    with pytest.raises(PatchError, match="connect to the internet once"):
         spec.resolve(DictMemory())
 
 
@@ -268,7 +268,7 @@ def test_choices_that_do_not_fit_are_refused(tiny):
             tiny.reconstruct(images, kept)
     with pytest.raises(PatchError, match="norm_pix_loss"):
         load_mae(tiny_model(norm_pix_loss=True))
-    with pytest.raises(PatchError, match="no checkpoint file"):
+    with pytest.raises(PatchError, match="only for checkpoint files"):
         load_mae("facebook/vit-mae-base", num_heads=12)
 
 

@@ -215,7 +215,7 @@ def content_of_whole_entries(root: Path) -> dict[str, str]:
 def run_machine(monkeypatch: pytest.MonkeyPatch, examples: int, steps: int) -> None:
     # large files are compared when they are read, and what was just made may be pruned
     monkeypatch.setattr(manifest, "SMALL_BYTES", 200)
-    monkeypatch.setattr(cache_care, "YOUNG_SECONDS", -1.0)
+    monkeypatch.setattr(cache_care, "RECENT_SECONDS", -1.0)
     truth = Truth()
     machine = type("Machine", (CacheMachine,), {"truth": truth})
     bounds = settings(

@@ -154,7 +154,7 @@ def test_prune_leaves_what_loader_processes_have_open(place: Path, monkeypatch: 
 def test_prune_beside_builders(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = place / "cache"
     RUNS["packed"](root)
-    monkeypatch.setattr(cache_care, "YOUNG_SECONDS", 1.0)
+    monkeypatch.setattr(cache_care, "RECENT_SECONDS", 1.0)
     expected = {seed: delivered(image_run(place / "alone", store="packed", seed=seed)) for seed in range(3)}
 
     def builder() -> None:

@@ -75,7 +75,7 @@ def test_find_build_force_and_move(tmp_path: Path) -> None:
     assert entry.bytes == 10 + (3 << 20)
     shutil.move(tmp_path / "one", tmp_path / "two")
     assert Cache(tmp_path / "two", verify="hash").find("2-bins", PARTS)
-    with pytest.raises(CacheError, match="no station"):
+    with pytest.raises(CacheError, match="is not a station"):
         cache.find("9-else", PARTS)
     with pytest.raises(ConfigError):
         Cache(tmp_path, verify="maybe")  # type: ignore[arg-type]
@@ -240,7 +240,7 @@ def test_misses_are_explained_by_the_nearest_entry(tmp_path: Path) -> None:
     less = patched | {"stored_patches": {"drop_ratio": 0.5, "codec": "raw"}}
     assert cache.explain_miss("2-bins", less) == "computing bins because drop_ratio changed (0.2 -> 0.5)"
     other = cache.explain_miss("2-bins", {**PARTS, "source": "other", "algorithm": 7})
-    assert other == "computing bins: no entry is of these data, which are new here or were changed (abc -> other)"
+    assert other == "computing bins: the cache has none for these data, which are new or were changed (abc -> other)"
     # what changed is told of an entry of the same data, also where one of other data has more in common
     build(cache, {**PARTS, "source": "other"})
     same = cache.explain_miss("2-bins", {**PARTS, "algorithm": 7, "config": {"num_bins": 3, "lam": 0.5}})
@@ -346,7 +346,7 @@ def test_a_file_in_the_place_of_an_entry_is_moved_aside(tmp_path: Path, caplog: 
     file_in_place(build(cache))
     with caplog.at_level(logging.WARNING, logger="dq_lightning"):
         assert (build(cache) / "a.bin").read_bytes() == b"some bytes"
-    assert "it is no folder" in caplog.text
+    assert "it is not a folder" in caplog.text
 
 
 def test_a_memory_that_cannot_be_written_still_answers(tmp_path: Path) -> None:
@@ -371,7 +371,7 @@ def test_an_entry_that_cannot_be_looked_at(
 
     monkeypatch.setattr("dq_lightning.cache.entries.check_entry", refuse)
     if stays:
-        with pytest.raises(CacheError, match=r"repair its permissions, or pass cache_dir="):
+        with pytest.raises(CacheError, match=r"repair its permissions, or pass another folder as cache_dir="):
             cache.find("2-bins", PARTS)
     else:
         assert cache.find("2-bins", PARTS) is None

@@ -147,7 +147,7 @@ def test_arrays_of_another_length_than_their_header_says(tmp_path: Path) -> None
         with pytest.raises(StoreError):
             read_arrays(path, "x")
     path.write_bytes(whole)
-    with pytest.raises(StoreError, match="something else"):
+    with pytest.raises(StoreError, match="belongs to other work"):
         read_arrays(path, "y")
 
 

@@ -81,7 +81,7 @@ def test_what_is_kept_comes_back_in_order(entry: Path, caplog: pytest.LogCapture
     kept(entry, [30, 35, 60])
     with caplog.at_level("INFO", "dq_lightning"):
         assert restored(entry) == [(0, 30), (30, 35), (35, 60)]
-        assert caplog.messages == ["resuming features: 60 of 100 samples are there"]
+        assert caplog.messages == ["resuming features: 60 of 100 samples are done already"]
         kept(entry, [90], start=60)
         assert restored(entry)[-1] == (60, 90)
     assert len(listed(entry)) == 4
@@ -139,8 +139,8 @@ def test_a_damaged_or_foreign_shard_is_dropped_with_a_line(
     with caplog.at_level("INFO", "dq_lightning"):
         assert restored(entry) == [(0, 30)]
     assert not path.exists()
-    assert caplog.messages[0].startswith(f"features: dropping a shard of finished work ({path}: ")
-    assert caplog.messages[1:] == ["resuming features: 30 of 100 samples are there"]
+    assert caplog.messages[0].startswith(f"features: a file of finished work cannot be used and is removed ({path}: ")
+    assert caplog.messages[1:] == ["resuming features: 30 of 100 samples are done already"]
     # with its samples done again, what lies behind it is of use again
     kept(entry, [35], start=30)
     assert restored(entry) == [(0, 30), (30, 35), (35, 60)]
@@ -252,7 +252,7 @@ def test_a_disk_that_refuses_costs_no_more_than_the_shards(
         assert listed(place) == []
         (message,) = caplog.messages
         assert os.strerror(code) in message
-        assert "the next begins after 0 samples" in message
+        assert "the next one continues after 0 samples" in message
         monkeypatch.setattr(shards, "LEAST_SECONDS", 0.0)
         assert not made.is_due()
 
@@ -342,4 +342,4 @@ def test_messages_name_the_work(entry: Path, caplog: pytest.LogCaptureFixture) -
     kept(entry, [30])
     with caplog.at_level(logging.INFO, "dq_lightning"):
         assert len(list(KeptShards(entry, "filling").restore(50_000))) == 1
-    assert caplog.messages == ["resuming filling: 30 of 50,000 samples are there"]
+    assert caplog.messages == ["resuming filling: 30 of 50,000 samples are done already"]
