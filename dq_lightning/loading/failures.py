@@ -42,8 +42,8 @@ class FailureNotes:
 
     def __init__(self, cache_root: Path, since: float) -> None:
         self._folder, self._since = cache_root / FOLDER, since
-        known = [os.environ.get(name, "") for name in RUN_VARIABLES]
-        self._run = hashlib.sha256("\n".join([*known, str(world_size())]).encode()).hexdigest()[:16]
+        variables = [os.environ.get(name, "") for name in RUN_VARIABLES]
+        self._run = hashlib.sha256("\n".join([*variables, str(world_size())]).encode()).hexdigest()[:16]
 
     def explain(self, error: BaseException) -> str | None:
         """Leave a note about this rank's error, or, if the error is a lost connection, return the notes of other ranks.

@@ -32,6 +32,18 @@ from dq_lightning.sources.hub import hub_kind
 from dq_lightning.sources.items import evenly_spaced
 
 COLLATED_SAMPLES = 3
+SHARED_ARGUMENTS = (
+    "batch_size",
+    "num_workers",
+    "pin_memory",
+    "persistent_workers",
+    "drop_last",
+    "collate_fn",
+    "worker_init_fn",
+    "prefetch_factor",
+    "multiprocessing_context",
+    "timeout",
+)
 AutoInt = int | Literal["auto"]
 AutoBool = bool | Literal["auto"]
 
@@ -159,22 +171,19 @@ def make_loader(dataset: Any, settings: LoaderSettings, facts: TrainerFacts, see
     context = worker_context(settings.multiprocessing_context, workers)
     asked = settings.num_workers != "auto"
     dataset, workers = loader_processes(dataset, workers, asked=asked, context=context, also=settings.collate_fn)
-    return DataLoader(
-        dataset,
-        batch_size=settings.batch_size,
-        shuffle=None if sampler is not None else settings.shuffle,
-        sampler=sampler,
-        num_workers=workers,
-        pin_memory=pin,
-        persistent_workers=persist and workers > 0,
-        drop_last=settings.drop_last,
-        collate_fn=settings.collate_fn,
-        worker_init_fn=settings.worker_init_fn,
-        prefetch_factor=settings.prefetch_factor if workers > 0 else None,
-        multiprocessing_context=context if workers > 0 else None,
-        timeout=settings.timeout if workers > 0 else 0,
-        generator=settings.generator,
-    )
+    options = _shared_arguments(settings) | {"num_workers": workers, "pin_memory": pin, "generator": settings.generator}
+    if workers > 0:
+        options |= {"persistent_workers": persist, "multiprocessing_context": context}
+    else:
+        # torch refuses these arguments without loader processes.
+        options |= dict.fromkeys(("multiprocessing_context", "prefetch_factor"))
+        options |= {"persistent_workers": False, "timeout": 0}
+    return DataLoader(dataset, shuffle=None if sampler is not None else settings.shuffle, sampler=sampler, **options)
+
+
+def _shared_arguments(of: DataLoader[Any] | LoaderSettings) -> dict[str, Any]:
+    """Return the arguments that a loader and `LoaderSettings` hold under the same names."""
+    return {name: getattr(of, name) for name in SHARED_ARGUMENTS}
 
 
 def make_eval_loaders(
@@ -294,17 +303,8 @@ def read_loader(loader: Any) -> tuple[Dataset[Any], LoaderSettings]:
             f"the train loader draws {draws} samples per epoch without replacement: use Trainer(limit_train_batches=...)"
         )
     settings = LoaderSettings(
-        batch_size=loader.batch_size,
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-        persistent_workers=loader.persistent_workers,
-        drop_last=loader.drop_last,
+        **_shared_arguments(loader),
         shuffle=shuffle,
-        collate_fn=loader.collate_fn,
-        worker_init_fn=loader.worker_init_fn,
-        prefetch_factor=loader.prefetch_factor,
-        multiprocessing_context=loader.multiprocessing_context,
-        timeout=loader.timeout,
         weights=weights,
         replacement=replacement,
         num_draws=draws,

@@ -6,6 +6,7 @@ This file does not import Lightning.
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dq_lightning.loading.batch_filling import UnfilledCollate
 from dq_lightning.loading.failures import FailureNotes
 from dq_lightning.loading.loaders import LoaderSettings, check_collatable
 from dq_lightning.loading.ranks import call_on_all, check_equal_on_all, gather_from_all, raise_on_all, world_size
-from dq_lightning.loading.train_set import BuildOptions, Known, Opened, TrainSet
+from dq_lightning.loading.train_set import BuildOptions, Located, Opened, PeerIdentity, TrainSet
 from dq_lightning.loading.trainer_facts import TrainerFacts
 from dq_lightning.pipeline.compact import Compact
 
@@ -63,6 +64,7 @@ class Preparation:
         self.train, self.inner = train, inner
         self.cache_dir, self.verify, self.device, self.force, self.seed = cache_dir, verify, device, force, seed
         self.expected_hash: str | None = None
+        self._located: Located | None = None
         self._opened: Opened | None = None
         self._failure: BaseException | None = None
         self._started = time.time()
@@ -121,7 +123,7 @@ class Preparation:
                 device = facts.device if self.device == "auto" else self.device
                 with isolated_random_state():
                     options = BuildOptions(device, self.force, facts.progress, self.check, collates)
-                    self.train.prepare(self.cache(), options)
+                    self._located = self.train.prepare(self.cache(), options)
                 self.force = False
         except (Exception, SystemExit) as error:
             # Lightning's barrier lets the other ranks continue after this failure, so the error is kept until `open`,
@@ -150,24 +152,22 @@ class Preparation:
         raise_on_all(failure, "preparing the compact set")
         wanted = stage in (None, "fit")
 
-        def find() -> None:
+        prepared = self._located if wanted else None
+        peer_identity = self._peer_identity(prepared) if wanted else None
+
+        def locate() -> Located | None:
             # Both calls run in one random state, as in `prepare`, because some data modules make their split in `setup`
             # and others in `train_dataloader`.
             with isolated_random_state(None if self.inner is None else self.seed):
                 if self.inner is not None:
                     self.inner.trainer = trainer
                     self.inner.setup(stage)
-                if wanted:
-                    self.train.find(self.cache(), peer)
+                return self.train.locate(self.cache(), prepared, peer_identity) if wanted else None
 
-        def open_found() -> None:
-            with isolated_random_state():
-                self._opened = self.train.open(self.cache())
-
-        peer = self._known_to_peer() if wanted else None
-        call_on_all(find, "looking for the compact set")
-        if wanted:
-            call_on_all(open_found, "opening the compact set")
+        located = call_on_all(locate, "looking for the compact set")
+        if located is not None:
+            self._located = None  # The dataset may change before it is prepared for another run.
+            self._opened = call_on_all(partial(self._open, located), "opening the compact set")
             check_equal_on_all(
                 self.info.content_hash,
                 "compact sets",
@@ -178,21 +178,27 @@ class Preparation:
                 self._check_resumed()
         return wanted
 
-    def _known_to_peer(self) -> Known | None:
-        """Return what the first rank that prepared knows of the data, or None.
+    def _open(self, located: Located) -> Opened:
+        with isolated_random_state():
+            return self.train.open(self.cache(), located)
+
+    def _peer_identity(self, prepared: Located | None) -> PeerIdentity | None:
+        """Return the identity of the data from the first rank that prepared; None in a run of one process.
 
         With it the other ranks need not look at every file of the dataset again.
-        """
-        known: list[Known | None] = [None]
 
-        def tell() -> None:
+        Args:
+            prepared: what this rank prepared, or None.
+        """
+
+        def compute() -> PeerIdentity | None:
             with isolated_random_state():
-                known[0] = self.train.known()
+                return None if prepared is None else prepared.peer_identity()
 
         if world_size() == 1:
             return None
-        call_on_all(tell, "telling what the data are")
-        return next((one for one in gather_from_all(known[0]) if one is not None), None)
+        sent = gather_from_all(call_on_all(compute, "computing the identity of the data"))
+        return next((one for one in sent if one is not None), None)
 
     def explain(self, error: BaseException) -> str | None:
         """Return what ended this run on another rank, if this rank's error says only that a connection was lost.
@@ -216,8 +222,8 @@ class Preparation:
             given: other settings by name; None stands for a setting that was not given.
         """
         own = self._opened.settings if self._opened is not None else None
-        known = {name: value for name, value in given.items() if value is not None}
-        settings = replace(own or LoaderSettings(), **known)
+        named = {name: value for name, value in given.items() if value is not None}
+        settings = replace(own or LoaderSettings(), **named)
         if self._opened is not None and self._opened.patches is not None:
             settings = replace(settings, collate_fn=UnfilledCollate(settings.collate_fn))
         return replace(settings, batch_size=settings.batch_size if batch_size is None else batch_size)
@@ -258,4 +264,4 @@ class Preparation:
         if self._opened is not None:
             return self.info.num_classes
         with isolated_random_state():
-            return self.train.num_classes()
+            return self.train.num_classes

@@ -4,11 +4,13 @@ All functions also work in a single process in which torch.distributed is not in
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from dq_lightning.core.errors import DistributedError
+
+Result = TypeVar("Result")
 
 
 def world_size() -> int:
@@ -55,23 +57,27 @@ def raise_on_all(error: BaseException | None, doing: str) -> None:
         raise DistributedError(f"rank {rank} failed while {doing}{more}: {message}")
 
 
-def call_on_all(action: Callable[[], None], doing: str) -> None:
+def call_on_all(action: Callable[[], Result], doing: str) -> Result:
     """Call a function on every rank, and raise on every rank if it fails on any of them. Every rank must call it.
 
     Args:
         action: function to call; it must not contain a call that waits for other ranks.
         doing: what the function does, for the message.
 
+    Returns:
+        What the function returned on this rank.
+
     Raises:
         BaseException: this rank's own error, unchanged.
         DistributedError: another rank's error, by rank and message.
     """
-    error: BaseException | None = None
     try:
-        action()
-    except (Exception, SystemExit) as caught:
-        error = caught
-    raise_on_all(error, doing)
+        result = action()
+    except (Exception, SystemExit) as error:
+        raise_on_all(error, doing)
+        raise
+    raise_on_all(None, doing)
+    return result
 
 
 def check_equal_on_all(value: str, what: str, advice: str) -> None:

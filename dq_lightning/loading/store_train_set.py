@@ -19,8 +19,9 @@ from dq_lightning.loading.train_set import (
     BuildOptions,
     DataModuleTrainSet,
     DatasetTrainSet,
-    Known,
+    Located,
     Opened,
+    PeerIdentity,
     TrainSet,
     filled_late,
     patched_dataset,
@@ -72,13 +73,13 @@ class StoreTrainSet:
     def fills_late(self) -> bool:
         return filled_late(self._patches) is not None
 
-    def prepare(self, cache: Cache, options: BuildOptions) -> None:
+    def prepare(self, cache: Cache, options: BuildOptions) -> Located:
         patches = self._patches
         if options.default_collate and not self.fills_late:
             finisher = self._finisher(open_compact(self._path, verify="off").config)
             check_collatable(open_packed(self._path, finisher=finisher, verify="off"), "the train set")
         if patches is None or not patches.fills_ahead:
-            return
+            return self.locate(cache)
         assert patches.reconstructor is not None
         resolved = replace(patches, reconstructor=patches.reconstructor.resolve(cache.memory))
 
@@ -90,15 +91,26 @@ class StoreTrainSet:
 
         parts = self._filled_parts(resolved, cache)
         cache.build(FILLED, parts, write, force=options.force)
+        return self.locate(cache)
 
-    def find(self, cache: Cache, peer: Known | None = None) -> None:
-        """Do nothing, because the folder of the compact set is given."""
-
-    def known(self) -> Known | None:
-        return None
-
-    def open(self, cache: Cache) -> Opened:
+    def locate(
+        self, cache: Cache, prepared: Located | None = None, peer_identity: PeerIdentity | None = None
+    ) -> Located:
+        if prepared is not None:
+            return prepared
         compact = open_compact(self._path, verify=cache.verify)
+        if self._patches is None or not self._patches.fills_ahead:
+            return Located(compact)
+        filled = cache.find(FILLED, self._filled_parts(self._patches, cache))
+        if filled is None:
+            raise CacheError(
+                f"the filled images of {self._path} are not in {cache.root}: prepare_data makes them; on several nodes "
+                "pass a shared cache_dir=, or set prepare_data_per_node=True"
+            )
+        return Located(replace(compact, filled=filled))
+
+    def open(self, cache: Cache, located: Located) -> Opened:
+        compact = located.compact
         # The folder may hold another store by now, so its digest is compared with that of the store that was opened
         # first.
         PackedDataset(self._path, verify=cache.verify).require(self._samples.digest)
@@ -108,16 +120,9 @@ class StoreTrainSet:
                 self._samples if finisher is None else open_packed(self._path, finisher=finisher, verify=cache.verify)
             )
             return Opened(compact, dataset)
-        if patches.fills_ahead:
-            filled = cache.find(FILLED, self._filled_parts(patches, cache))
-            if filled is None:
-                raise CacheError(
-                    f"the filled images of {self._path} are not in {cache.root}: prepare_data makes them; on several nodes "
-                    "pass a shared cache_dir=, or set prepare_data_per_node=True"
-                )
-            compact = replace(compact, filled=filled)
         return Opened(compact, patched_dataset(compact, patches, finisher, cache.verify), patches=filled_late(patches))
 
+    @property
     def num_classes(self) -> int | None:
         return open_compact(self._path).info.num_classes
 

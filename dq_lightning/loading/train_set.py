@@ -5,13 +5,14 @@ The implementation for a packed store is in `store_train_set.py`. This file does
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 
 from dq_lightning.cache.entries import Cache
 from dq_lightning.core.config import VerifyPolicy
-from dq_lightning.core.errors import CacheError, ConfigError, DQError, SourceError
+from dq_lightning.core.errors import CacheError, ConfigError, SourceError
 from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.loading.batch_filling import UnfilledDataset
 from dq_lightning.loading.inner import probe_train_loader
@@ -67,56 +68,84 @@ class BuildOptions:
 
 
 @dataclass(frozen=True)
-class Known:
-    """What one process knows about a dataset and sends to the other ranks.
+class PeerIdentity:
+    """Identity of a dataset, which a rank that prepared sends to the other ranks, so that they need not compute it.
 
     Attributes:
         source: identity of the dataset's content.
         length: number of samples.
-        spots: digest of a few items, with which another process checks that its dataset is the same; empty if the
-            source cannot compute it.
+        sample_digest: digest of a few items, with which another process checks that its dataset is the same; empty if
+            the source cannot compute it.
     """
 
     source: str
     length: int
-    spots: str
+    sample_digest: str
+
+    def fits(self, source: Source) -> bool:
+        """Whether the length and a few items of a source agree with this identity."""
+        same = bool(self.sample_digest) and len(source) == self.length
+        return same and source.sample_digest() == self.sample_digest
+
+
+@dataclass(frozen=True)
+class Located:
+    """A compact set that was made or found, and what this process needs to open it.
+
+    Attributes:
+        compact: the compact set.
+        plan: plan for the data of this process; None for a packed store, which is opened without its dataset.
+        settings: settings of the wrapped data module's own train loader; None without a wrapped data module.
+    """
+
+    compact: Compact
+    plan: Plan | None = None
+    settings: LoaderSettings | None = None
+
+    def peer_identity(self) -> PeerIdentity | None:
+        """Return the identity of the data for the other ranks.
+
+        It is None where they do not need it, because the user gave the identity of the data or the folder of a store.
+        """
+        if self.plan is None or self.plan.fingerprint is not None:
+            return None
+        source = self.plan.source
+        return PeerIdentity(str(self.compact.parts[STORE]["source"]), len(source), source.sample_digest())
 
 
 class TrainSet(Protocol):
-    """The methods of a training set that a data module calls, in the order `prepare`, `known`, `find`, `open`."""
+    """The methods of a training set that a data module calls.
 
-    def prepare(self, cache: Cache, options: BuildOptions) -> None:
+    Processes that prepare call `prepare`; later every process calls `locate`, and then `open` with what it located.
+    """
+
+    def prepare(self, cache: Cache, options: BuildOptions) -> Located:
         """Make the compact set if it is not in the cache."""
         ...
 
-    def known(self) -> Known | None:
-        """Return what `prepare` found out about the data.
-
-        The result is None in a process that has not prepared, and where other processes do not need it because the user
-        gave the identity of the data or its folder.
-        """
-        ...
-
-    def find(self, cache: Cache, peer: Known | None = None) -> None:
-        """Look for the compact set and remember it for `open`; nothing is built.
+    def locate(
+        self, cache: Cache, prepared: Located | None = None, peer_identity: PeerIdentity | None = None
+    ) -> Located:
+        """Look for the compact set; nothing is built.
 
         Args:
             cache: cache that is searched.
-            peer: what a process that prepared knows about the data, or None. If length and a few items of this
-                process's dataset agree with it, its identity is used, and this process does not compute it.
-        """
-        ...
-
-    def open(self, cache: Cache) -> Opened:
-        """Open the compact set that `find` found.
+            prepared: what `prepare` returned in this process, or None if it did not run here.
+            peer_identity: identity of the data from a rank that prepared, or None. If it fits this process's dataset,
+                this process does not compute the identity.
 
         Raises:
-            CacheError: `find` found none.
+            CacheError: the compact set is not in the cache.
         """
         ...
 
+    def open(self, cache: Cache, located: Located) -> Opened:
+        """Open a compact set that `locate` returned."""
+        ...
+
+    @property
     def num_classes(self) -> int | None:
-        """Return the number of classes before anything is prepared; None if there are no classes.
+        """Number of classes before anything is prepared; None if there are no classes.
 
         Raises:
             DQError: the number cannot be known yet.
@@ -129,57 +158,26 @@ class TrainSet(Protocol):
         ...
 
 
-class _FoundTrainSet:
+class _PlannedTrainSet:
     """Base class of training sets whose compact set is found through a plan.
 
-    Attributes:
-        plan: plan for the data as they are now; None before `find` and after `take`.
-        compact: the compact set that was found, or None.
-        prepared: plan and compact set that `prepare` made in this process, or None.
-    """
-
-    plan: Plan | None = None
-    compact: Compact | None = None
-    # `prepare` keeps its result for the `find` that follows in the same process, so that the data are not hashed again.
-    prepared: tuple[Plan, Compact] | None = None
-
-    def known(self) -> Known | None:
-        if self.prepared is None:
-            return None
-        plan, compact = self.prepared
-        return None if plan.fingerprint is not None else _known(plan, str(compact.parts[STORE]["source"]))
-
-    def take(self, cache: Cache) -> tuple[Plan, Compact]:
-        """Return the plan and its compact set, and forget both.
-
-        Raises:
-            CacheError: no compact set was found.
-        """
-        plan, compact, self.plan, self.compact = self.plan, self.compact, None, None
-        if plan is None or compact is None:
-            raise _missing(cache)
-        return plan, compact
-
-
-def found_with(plan: Plan, cache: Cache, peer: Known | None) -> Compact | None:
-    """Return the compact set of a plan from the cache, or None if it is not there.
-
-    If `peer` describes the same data, its identity of the data is tried first, and otherwise the identity that this
-    process can look up.
-
     Args:
-        plan: plan of the set.
-        cache: cache that is searched.
-        peer: what a process that prepared knows about the data, or None.
+        wanted: everything that the user asked for.
     """
-    if peer is not None and peer.spots and len(plan.source) == peer.length and _known(plan, peer.source) == peer:
-        compact = find_compact(plan, cache, source=peer.source)
-        if compact is not None:
-            return compact
-    return find_compact(plan, cache)
+
+    def __init__(self, wanted: Wanted) -> None:
+        self._wanted = without_transform(wanted)
+        self.fills_late = wanted.fills_late
+
+    def open(self, cache: Cache, located: Located) -> Opened:
+        plan, compact, settings = located.plan, located.compact, located.settings
+        assert plan is not None
+        dataset = compact_dataset(plan, compact, cache.verify)
+        own = None if settings is None else cut_down(settings, compact)
+        return Opened(compact, dataset, own, filled_late(plan.patches))
 
 
-class DatasetTrainSet(_FoundTrainSet):
+class DatasetTrainSet(_PlannedTrainSet):
     """A training set that is a dataset.
 
     Args:
@@ -188,35 +186,31 @@ class DatasetTrainSet(_FoundTrainSet):
     """
 
     def __init__(self, dataset: Any, wanted: Wanted) -> None:
-        self._dataset, self._wanted = dataset, without_transform(wanted)
-        self.fills_late = wanted.fills_late
-        self._num_classes: tuple[int | None] | None = None
+        super().__init__(wanted)
+        self._dataset = dataset
 
-    def prepare(self, cache: Cache, options: BuildOptions) -> None:
+    def prepare(self, cache: Cache, options: BuildOptions) -> Located:
         # The plan is made again at each call, because the user may have changed the dataset since the last one.
         plan = self._wanted.plan(self._dataset)
         if options.default_collate and not self.fills_late:
-            check_collatable(Delivered(plan.source), "the train set")
-        check_deliverable(plan)
-        self.prepared = plan, build(plan, cache, options)
+            check_collatable(_all_samples(plan), "the train set")
+        return _build(plan, cache, options)
 
-    def find(self, cache: Cache, peer: Known | None = None) -> None:
-        prepared, self.prepared = self.prepared, None
-        self.plan, self.compact = prepared or (self._wanted.plan(self._dataset), None)
-        self.compact = self.compact or found_with(self.plan, cache, peer)
+    def locate(
+        self, cache: Cache, prepared: Located | None = None, peer_identity: PeerIdentity | None = None
+    ) -> Located:
+        if prepared is not None:
+            return prepared
+        plan = self._wanted.plan(self._dataset)
+        return Located(_find(plan, cache, peer_identity), plan)
 
-    def open(self, cache: Cache) -> Opened:
-        plan, compact = self.take(cache)
-        return Opened(compact, compact_dataset(plan, compact, cache.verify), patches=filled_late(plan.patches))
-
+    @cached_property
     def num_classes(self) -> int | None:
-        if self._num_classes is None:
-            labels = self._wanted.plan(self._dataset).labels
-            self._num_classes = (labels.num_classes if labels is not None else None,)
-        return self._num_classes[0]
+        labels = self._wanted.plan(self._dataset).labels
+        return labels.num_classes if labels is not None else None
 
 
-class DataModuleTrainSet(_FoundTrainSet):
+class DataModuleTrainSet(_PlannedTrainSet):
     """The training set of a wrapped data module; it exists only after the module's own `setup("fit")`.
 
     Args:
@@ -225,75 +219,83 @@ class DataModuleTrainSet(_FoundTrainSet):
     """
 
     def __init__(self, datamodule: Any, wanted: Wanted) -> None:
-        self._datamodule, self._wanted = datamodule, without_transform(wanted)
-        self.fills_late = wanted.fills_late
-        self._settings = LoaderSettings()
+        super().__init__(wanted)
+        self._datamodule = datamodule
 
-    def prepare(self, cache: Cache, options: BuildOptions) -> None:
+    def prepare(self, cache: Cache, options: BuildOptions) -> Located:
         with isolated_random_state(self._wanted.seed):
             dataset, _ = read_loader(probe_train_loader(self._datamodule))
-        plan = self._wanted.plan(dataset)
-        check_deliverable(plan)
-        self.prepared = plan, build(plan, cache, options)
+        return _build(self._wanted.plan(dataset), cache, options)
 
-    def find(self, cache: Cache, peer: Known | None = None) -> None:
-        made, self.prepared = self.prepared, None
-        dataset, self._settings = read_loader(self._datamodule.train_dataloader())
-        self.plan = self._wanted.plan(dataset)
-        # The process that prepared ignores `peer`, because it compares this split with the split of its preparation.
-        self.compact = found_with(self.plan, cache, None if made is not None else peer)
-        if made is None:
-            return
-        _, prepared = made
-        if self.compact is None or self.compact.parts != prepared.parts:
+    def locate(
+        self, cache: Cache, prepared: Located | None = None, peer_identity: PeerIdentity | None = None
+    ) -> Located:
+        dataset, settings = read_loader(self._datamodule.train_dataloader())
+        plan = self._wanted.plan(dataset)
+        if prepared is None:
+            return Located(_find(plan, cache, peer_identity), plan, settings)
+        # The process that prepared compares this split with the split of its preparation.
+        found = find_compact(plan, cache)
+        if found is None or found.parts != prepared.compact.parts:
             # The state of the dataset may differ only because it remembers what was read during preparation. Therefore
             # the identity is now computed from the content of all items.
-            self.compact = find_compact(self.plan, cache, source=source_identity(self.plan, cache.memory, full=True))
-        if self.compact is None or self.compact.parts != prepared.parts:
-            raise self._changed_split()
-        self.compact = prepared
+            found = find_compact(plan, cache, source=source_identity(plan, cache.memory, full=True))
+        if found is None or found.parts != prepared.compact.parts:
+            raise SourceError(
+                f"{type(self._datamodule).__name__}.setup('fit') gave another train set than in prepare_data: its split "
+                "depends on more than the seeded random state. Give the split a generator with a seed of its own"
+            )
+        return Located(prepared.compact, plan, settings)
 
-    def open(self, cache: Cache) -> Opened:
-        plan, compact = self.take(cache)
-        dataset = compact_dataset(plan, compact, cache.verify)
-        return Opened(compact, dataset, cut_down(self._settings, compact), filled_late(plan.patches))
-
+    @property
     def num_classes(self) -> int | None:
-        known: int | None = getattr(self._datamodule, "num_classes", None)
-        if known is None:
+        own: int | None = getattr(self._datamodule, "num_classes", None)
+        if own is None:
             raise ConfigError("num_classes of a wrapped data module is known after setup('fit')")
-        return known
-
-    def _changed_split(self) -> DQError:
-        return SourceError(
-            f"{type(self._datamodule).__name__}.setup('fit') gave another train set than in prepare_data: its split depends "
-            "on more than the seeded random state. Give the split a generator with a seed of its own"
-        )
+        return own
 
 
-class Delivered:
-    """A map-style dataset of the items that a source delivers, transforms included."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._source.delivered(index)
+def _all_samples(plan: Plan) -> Any:
+    """Return the whole dataset of a plan as a map-style dataset, transforms included."""
+    return plan.source.subset(torch.arange(len(plan.source)))
 
 
-def build(plan: Plan, cache: Cache, options: BuildOptions) -> Compact:
-    """Return the compact set of a plan, found in the cache or made."""
+def _build(plan: Plan, cache: Cache, options: BuildOptions) -> Located:
+    """Find the compact set of a plan in the cache or make it."""
 
     def check() -> None:
         if options.check is not None:
-            options.check(plan.source.subset(torch.arange(len(plan.source))))
+            options.check(_all_samples(plan))
 
-    return find_or_build(
+    check_deliverable(plan)
+    made = find_or_build(
         plan, cache, device=options.device, force=options.force, progress=options.progress, before=check
     )
+    return Located(made, plan)
+
+
+def _find(plan: Plan, cache: Cache, peer_identity: PeerIdentity | None) -> Compact:
+    """Return the compact set of a plan from the cache.
+
+    If `peer_identity` fits the plan's source, it is tried first, and otherwise the identity that this process can look
+    up.
+
+    Raises:
+        CacheError: the compact set is not in the cache.
+    """
+    compact = None
+    if peer_identity is not None and peer_identity.fits(plan.source):
+        compact = find_compact(plan, cache, source=peer_identity.source)
+    compact = compact or find_compact(plan, cache)
+    if compact is None:
+        raise CacheError(
+            f"no compact set for these data and settings in {cache.root} on rank {global_rank()}. If prepare_data ran on "
+            "another node, this one cannot see that folder: pass a shared cache_dir=, or set prepare_data_per_node=True. If "
+            "the train set is made by a random split, give the split a seed of its own. If the dataset keeps state that "
+            "differs between processes (a time, a cache, a counter), pass fingerprint= with a name of your own for this "
+            "version of the data"
+        )
+    return compact
 
 
 def filled_late(patches: PatchPlan | None) -> PatchPlan | None:
@@ -362,16 +364,3 @@ def cut_down(settings: LoaderSettings, compact: Compact) -> LoaderSettings:
         kept = compact.info.num_samples / compact.info.num_source_samples
         settings = replace(settings, num_draws=max(1, round(settings.num_draws * kept)))
     return settings
-
-
-def _known(plan: Plan, source: str) -> Known:
-    return Known(source, len(plan.source), plan.source.sample_digest())
-
-
-def _missing(cache: Cache) -> CacheError:
-    return CacheError(
-        f"no compact set for these data and settings in {cache.root} on rank {global_rank()}. If prepare_data ran on another "
-        "node, this one cannot see that folder: pass a shared cache_dir=, or set prepare_data_per_node=True. If the train set "
-        "is made by a random split, give the split a seed of its own. If the dataset keeps state that differs between "
-        "processes (a time, a cache, a counter), pass fingerprint= with a name of your own for this version of the data"
-    )

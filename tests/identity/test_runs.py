@@ -12,7 +12,7 @@ from torchvision.datasets import ImageFolder
 from dq_lightning import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig, quantize
 from dq_lightning.cache.digests import FileDigestMemory
 from dq_lightning.cache.entries import Cache
-from dq_lightning.core.errors import ChangedError
+from dq_lightning.core.errors import CacheError, ChangedError
 from dq_lightning.loading.train_set import BuildOptions, DatasetTrainSet
 from dq_lightning.loading.wanted import Wanted
 from dq_lightning.pipeline import extracting
@@ -93,7 +93,7 @@ def test_data_that_change_and_change_back_while_a_run_reads_them(kind, store, tm
     assert run("known").content_hash == run("other").content_hash
 
 
-def test_another_rank_is_told_and_reads_no_list_of_files(tmp_path, monkeypatch):
+def test_another_rank_gets_the_identity_and_reads_no_list_of_files(tmp_path, monkeypatch):
     for index in range(COUNT):
         place = tmp_path / "images" / str(index % 2)
         place.mkdir(parents=True, exist_ok=True)
@@ -104,23 +104,22 @@ def test_another_rank_is_told_and_reads_no_list_of_files(tmp_path, monkeypatch):
 
     cache = Cache(tmp_path / "cache")
     first, second = train_set(tmp_path / "images"), train_set(tmp_path / "images")
-    first.prepare(cache, BuildOptions("cpu", progress=False))
-    peer = first.known()
-    assert second.known() is None
+    prepared = first.prepare(cache, BuildOptions("cpu", progress=False))
+    assert first.locate(cache, prepared) is prepared
+    peer = prepared.peer_identity()
     looked = []
     real = FileDigestMemory.files
     monkeypatch.setattr(FileDigestMemory, "files", lambda self, paths: looked.append(len(paths)) or real(self, paths))
-    second.find(cache, peer)
+    located = second.locate(cache, peer_identity=peer)
     assert looked == []
-    assert second.open(cache).compact.info.path == first.prepared[1].info.path
-    # without anybody to tell, or where the items are others, it looks by itself
-    train_set(tmp_path / "images").find(cache)
+    assert second.open(cache, located).compact.info.path == prepared.compact.info.path
+    # without the identity, or where the items are others, it looks by itself
+    train_set(tmp_path / "images").locate(cache)
     assert looked == [COUNT]
     Image.new("RGB", (6, 5), (200, 7, 0)).save(tmp_path / "images" / "0" / "00.png")
-    other = train_set(tmp_path / "images")
-    other.find(cache, peer)
+    with pytest.raises(CacheError, match="no compact set for these data and settings"):
+        train_set(tmp_path / "images").locate(cache, peer_identity=peer)
     assert looked == [COUNT, COUNT]
-    assert other.compact is None
 
 
 def test_a_process_that_only_waited_says_so(tmp_path, monkeypatch, caplog):

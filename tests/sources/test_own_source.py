@@ -92,8 +92,7 @@ def test_a_source_of_the_users_own_trains(tmp_path):
     cache, own = Cache(tmp_path), Own(photos(40))
     first, second = (DatasetTrainSet(own, Wanted(SETTINGS, encoder=(Mean(), to_tensor))) for _ in range(2))
     first.prepare(cache, BuildOptions("cpu", progress=False))
-    second.find(cache)
-    opened = second.open(cache)
+    opened = second.open(cache, second.locate(cache))
     index = opened.compact.selection.index
     expected = Subset(photos(40), index.tolist())
     assert all(torch.equal(opened.dataset[i][0], expected[i][0]) for i in range(len(index)))
