@@ -150,10 +150,11 @@ class Preparation:
         """
         failure, self._failure = self._failure, None
         raise_on_all(failure, "preparing the compact set")
-        wanted = stage in (None, "fit")
-
-        prepared = self._located if wanted else None
-        peer_identity = self._peer_identity(prepared) if wanted else None
+        wanted, prepared, peer_identity = stage in (None, "fit"), None, None
+        if wanted:
+            # The dataset may change before the next call, so what was prepared is used once.
+            prepared, self._located = self._located, None
+            peer_identity = self._peer_identity(prepared)
 
         def locate() -> Located | None:
             # Both calls run in one random state, as in `prepare`, because some data modules make their split in `setup`
@@ -166,7 +167,6 @@ class Preparation:
 
         located = call_on_all(locate, "looking for the compact set")
         if located is not None:
-            self._located = None  # The dataset may change before it is prepared for another run.
             self._opened = call_on_all(partial(self._open, located), "opening the compact set")
             check_equal_on_all(
                 self.info.content_hash,
