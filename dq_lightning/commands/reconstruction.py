@@ -9,7 +9,7 @@ from dq_lightning.cache.entries import Cache, default_cache_dir
 from dq_lightning.core.config import PatchConfig, QuantizeConfig, SelectionConfig
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.isolation import isolated_random_state
-from dq_lightning.exports.samples import KeptImages, kept_of_items
+from dq_lightning.exports.samples import KeptImages, kept_of_source
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.pipeline.compact import open_packed
 from dq_lightning.pipeline.patching import check_packable
@@ -75,4 +75,4 @@ def reconstruct_images(
     def samples() -> Iterator[Any]:
         return iter(open_packed(compact.info.path) if compact.filled is None else PackedDataset(compact.filled))
 
-    return kept_of_items(plan.source, compact.selection, samples, name)
+    return kept_of_source(plan.source, compact.selection, name, samples)

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,45 +76,34 @@ def text_of(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def kept_of_source(source: Source, selection: Selection, name: str = "dataset") -> KeptImages:
+def kept_of_source(
+    source: Source,
+    selection: Selection,
+    name: str = "dataset",
+    samples: Callable[[], Iterator[Any]] | None = None,
+) -> KeptImages:
     """Return the kept images of a dataset; image files keep their bytes.
 
     Args:
         source: source of images, from `as_source`.
         selection: positions in the source.
         name: name of the set, for files.
+        samples: function that returns an iterator over M other samples, in order, such as filled ones, whose images are
+            encoded as PNG; labels and names are those of the source. None reads the samples from the source.
     """
     labels = source.labels()
 
     def items() -> Iterator[KeptImage]:
-        for number, position in enumerate(selection.index.tolist()):
-            data, suffix = _file_of(
-                source.encoded(position), lambda p=position: at(source.plain(p), source.image_leaf())
-            )
+        others = [None] * len(selection) if samples is None else samples()
+        for position, bin_number, other in zip(selection.index.tolist(), selection.bin.tolist(), others, strict=True):
+            if samples is None:
+                data, suffix = _file_of(
+                    source.encoded(position), lambda p=position: at(source.plain(p), source.image_leaf())
+                )
+            else:
+                data, suffix = as_png(at(other, source.image_leaf())), ".png"
             label = None if labels is None else int(labels.values[position])
-            name = text_of(source.sample_id(position))
-            yield KeptImage(position, int(selection.bin[number]), name, label, data, suffix)
-
-    return KeptImages(selection, _names(labels), items, name)
-
-
-def kept_of_items(source: Source, selection: Selection, samples: Any, name: str = "dataset") -> KeptImages:
-    """Return kept images whose samples come from elsewhere, such as filled ones; they are encoded as PNG.
-
-    Args:
-        source: source from `as_source` that gives labels and names.
-        selection: positions in the source.
-        samples: function that returns an iterator over the M samples, in order.
-        name: name of the set, for files.
-    """
-    labels = source.labels()
-
-    def items() -> Iterator[KeptImage]:
-        pairs = zip(selection.index.tolist(), selection.bin.tolist(), samples(), strict=True)
-        for position, bin_number, sample in pairs:
-            label = None if labels is None else int(labels.values[position])
-            data = as_png(at(sample, source.image_leaf()))
-            yield KeptImage(position, bin_number, text_of(source.sample_id(position)), label, data, ".png")
+            yield KeptImage(position, bin_number, text_of(source.sample_id(position)), label, data, suffix)
 
     return KeptImages(selection, _names(labels), items, name)
 

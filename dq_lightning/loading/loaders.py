@@ -3,7 +3,7 @@
 import multiprocessing
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import Any, Literal
 
@@ -32,18 +32,8 @@ from dq_lightning.sources.hub import hub_kind
 from dq_lightning.sources.items import evenly_spaced
 
 COLLATED_SAMPLES = 3
-SHARED_ARGUMENTS = (
-    "batch_size",
-    "num_workers",
-    "pin_memory",
-    "persistent_workers",
-    "drop_last",
-    "collate_fn",
-    "worker_init_fn",
-    "prefetch_factor",
-    "multiprocessing_context",
-    "timeout",
-)
+# Settings that are not taken over from a loader as they are, because they depend on its sampler.
+OWN_SETTINGS = ("shuffle", "weights", "replacement", "num_draws", "generator")
 AutoInt = int | Literal["auto"]
 AutoBool = bool | Literal["auto"]
 
@@ -183,7 +173,7 @@ def make_loader(dataset: Any, settings: LoaderSettings, facts: TrainerFacts, see
 
 def _shared_arguments(of: DataLoader[Any] | LoaderSettings) -> dict[str, Any]:
     """Return the arguments that a loader and `LoaderSettings` hold under the same names."""
-    return {name: getattr(of, name) for name in SHARED_ARGUMENTS}
+    return {one.name: getattr(of, one.name) for one in fields(LoaderSettings) if one.name not in OWN_SETTINGS}
 
 
 def make_eval_loaders(

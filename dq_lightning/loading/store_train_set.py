@@ -93,9 +93,7 @@ class StoreTrainSet:
         cache.build(FILLED, parts, write, force=options.force)
         return self.locate(cache)
 
-    def locate(
-        self, cache: Cache, prepared: Located | None = None, peer_identity: PeerIdentity | None = None
-    ) -> Located:
+    def locate(self, cache: Cache, prepared: Located | None = None, peer: PeerIdentity | None = None) -> Located:
         if prepared is not None:
             return prepared
         compact = open_compact(self._path, verify=cache.verify)

@@ -123,15 +123,13 @@ class TrainSet(Protocol):
         """Make the compact set if it is not in the cache."""
         ...
 
-    def locate(
-        self, cache: Cache, prepared: Located | None = None, peer_identity: PeerIdentity | None = None
-    ) -> Located:
+    def locate(self, cache: Cache, prepared: Located | None = None, peer: PeerIdentity | None = None) -> Located:
         """Look for the compact set; nothing is built.
 
         Args:
             cache: cache that is searched.
             prepared: what `prepare` returned in this process, or None if it did not run here.
-            peer_identity: identity of the data from a rank that prepared, or None. If it fits this process's dataset,
+            peer: identity of the data from a rank that prepared, or None. If it fits this process's dataset,
                 this process does not compute the identity.
 
         Raises:
@@ -196,13 +194,11 @@ class DatasetTrainSet(_PlannedTrainSet):
             check_collatable(_all_samples(plan), "the train set")
         return _build(plan, cache, options)
 
-    def locate(
-        self, cache: Cache, prepared: Located | None = None, peer_identity: PeerIdentity | None = None
-    ) -> Located:
+    def locate(self, cache: Cache, prepared: Located | None = None, peer: PeerIdentity | None = None) -> Located:
         if prepared is not None:
             return prepared
         plan = self._wanted.plan(self._dataset)
-        return Located(_find(plan, cache, peer_identity), plan)
+        return Located(_find(plan, cache, peer), plan)
 
     @cached_property
     def num_classes(self) -> int | None:
@@ -227,13 +223,11 @@ class DataModuleTrainSet(_PlannedTrainSet):
             dataset, _ = read_loader(probe_train_loader(self._datamodule))
         return _build(self._wanted.plan(dataset), cache, options)
 
-    def locate(
-        self, cache: Cache, prepared: Located | None = None, peer_identity: PeerIdentity | None = None
-    ) -> Located:
+    def locate(self, cache: Cache, prepared: Located | None = None, peer: PeerIdentity | None = None) -> Located:
         dataset, settings = read_loader(self._datamodule.train_dataloader())
         plan = self._wanted.plan(dataset)
         if prepared is None:
-            return Located(_find(plan, cache, peer_identity), plan, settings)
+            return Located(_find(plan, cache, peer), plan, settings)
         # The process that prepared compares this split with the split of its preparation.
         found = find_compact(plan, cache)
         if found is None or found.parts != prepared.compact.parts:
@@ -274,18 +268,18 @@ def _build(plan: Plan, cache: Cache, options: BuildOptions) -> Located:
     return Located(made, plan)
 
 
-def _find(plan: Plan, cache: Cache, peer_identity: PeerIdentity | None) -> Compact:
+def _find(plan: Plan, cache: Cache, peer: PeerIdentity | None) -> Compact:
     """Return the compact set of a plan from the cache.
 
-    If `peer_identity` fits the plan's source, it is tried first, and otherwise the identity that this process can look
+    If `peer` fits the plan's source, it is tried first, and otherwise the identity that this process can look
     up.
 
     Raises:
         CacheError: the compact set is not in the cache.
     """
     compact = None
-    if peer_identity is not None and peer_identity.fits(plan.source):
-        compact = find_compact(plan, cache, source=peer_identity.source)
+    if peer is not None and peer.fits(plan.source):
+        compact = find_compact(plan, cache, source=peer.source)
     compact = compact or find_compact(plan, cache)
     if compact is None:
         raise CacheError(

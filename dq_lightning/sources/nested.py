@@ -1,6 +1,7 @@
 """Adapters for torch's `Subset` and `ConcatDataset`, which contain other datasets."""
 
 import copy
+from abc import abstractmethod
 from typing import Any, Self
 
 import numpy as np
@@ -19,7 +20,43 @@ from dq_lightning.sources.reading import ItemSource
 from dq_lightning.sources.targets import Targets, join
 
 
-class SubsetSource(ItemSource):
+class NestedSource(ItemSource):
+    """Base class of sources whose items are those of other sources."""
+
+    @abstractmethod
+    def place(self, index: int) -> tuple[ItemSource, int]:
+        """The source that holds a sample, and the position of the sample in it."""
+
+    def read_plain(self, index: int) -> Any:
+        source, position = self.place(index)
+        return source.read_plain(position)
+
+    def read_image(self, index: int) -> Any:
+        source, position = self.place(index)
+        return source.read_image(position)
+
+    def path(self, index: int) -> str | None:
+        source, position = self.place(index)
+        return source.path(position)
+
+    def decode_problem(self, index: int) -> str | None:
+        source, position = self.place(index)
+        return source.decode_problem(position)
+
+    def encoded(self, index: int) -> EncodedImage | None:
+        source, position = self.place(index)
+        return source.encoded(position)
+
+    def sample_id(self, index: int) -> str:
+        source, position = self.place(index)
+        return source.sample_id(position)
+
+    def note(self, index: int, digest: str) -> None:
+        source, position = self.place(index)
+        source.note(position, digest)
+
+
+class SubsetSource(NestedSource):
     """Adapter for a `Subset`: some samples of another source, in the order of its indices.
 
     Args:
@@ -48,29 +85,14 @@ class SubsetSource(ItemSource):
         fresh.given = fresh.dataset = Subset(fresh.inner.dataset, self.positions)
         return fresh
 
-    def read_plain(self, index: int) -> Any:
-        return self.inner.read_plain(self.positions[index])
-
-    def read_image(self, index: int) -> Any:
-        return self.inner.read_image(self.positions[index])
+    def place(self, index: int) -> tuple[ItemSource, int]:
+        return self.inner, self.positions[index]
 
     def image_leaf(self) -> Leaf:
         return self.inner.image_leaf()
 
     def target_leaf(self) -> Leaf | None:
         return self.inner.target_leaf()
-
-    def path(self, index: int) -> str | None:
-        return self.inner.path(self.positions[index])
-
-    def decode_problem(self, index: int) -> str | None:
-        return self.inner.decode_problem(self.positions[index])
-
-    def encoded(self, index: int) -> EncodedImage | None:
-        return self.inner.encoded(self.positions[index])
-
-    def sample_id(self, index: int) -> str:
-        return self.inner.sample_id(self.positions[index])
 
     def finisher(self, index: Tensor) -> Finisher:
         return self.inner.finisher(torch.from_numpy(self.positions.array[np.asarray(index, dtype=np.int64)]))
@@ -82,9 +104,6 @@ class SubsetSource(ItemSource):
     @property
     def by_items(self) -> bool:  # type: ignore[override]
         return self.inner.by_items
-
-    def note(self, index: int, digest: str) -> None:
-        self.inner.note(self.positions[index], digest)
 
     def plain_view(self) -> Any:
         return Parts([self.inner.plain_view(), self.positions.array])
@@ -103,7 +122,7 @@ def filled_parts(dataset: Any) -> list[Any]:
     return [part for part in dataset.datasets if len(part)]
 
 
-class ConcatSource(ItemSource):
+class ConcatSource(NestedSource):
     """Adapter for a `ConcatDataset`: several sources, one after the other.
 
     Args:
@@ -128,35 +147,19 @@ class ConcatSource(ItemSource):
         fresh.given = fresh.dataset = ConcatDataset([part.dataset for part in fresh.parts])
         return fresh
 
-    def _place(self, index: int) -> tuple[ItemSource, int]:
+    def place(self, index: int) -> tuple[ItemSource, int]:
         part = int(np.searchsorted(self._ends, index, side="right"))
         return self.parts[part], index - (int(self._ends[part - 1]) if part else 0)
 
-    def read_plain(self, index: int) -> Any:
-        part, place = self._place(index)
-        return part.read_plain(place)
-
     def read_image(self, index: int) -> Any:
-        part, place = self._place(index)
+        part, place = self.place(index)
         part.image_leaf()
         leaf = part.read_image(place)
         # The parts may differ in the range of their pixel values, so each uses its own scale.
         return to_rgb(leaf, part.scale()) if needs_scale(leaf) else leaf
 
-    def path(self, index: int) -> str | None:
-        part, place = self._place(index)
-        return part.path(place)
-
-    def decode_problem(self, index: int) -> str | None:
-        part, place = self._place(index)
-        return part.decode_problem(place)
-
-    def encoded(self, index: int) -> EncodedImage | None:
-        part, place = self._place(index)
-        return part.encoded(place)
-
     def sample_id(self, index: int) -> str:
-        part, place = self._place(index)
+        part, place = self.place(index)
         # The number of the part is included, because two folders may hold the same relative path.
         return f"{self.parts.index(part)}/{part.sample_id(place)}"
 
@@ -182,10 +185,6 @@ class ConcatSource(ItemSource):
     @property
     def by_items(self) -> bool:  # type: ignore[override]
         return any(part.by_items for part in self.parts)
-
-    def note(self, index: int, digest: str) -> None:
-        part, place = self._place(index)
-        part.note(place, digest)
 
     def plain_view(self) -> Any:
         return Parts([part.plain_view() for part in self.parts])

@@ -110,7 +110,7 @@ def test_another_rank_gets_the_identity_and_reads_no_list_of_files(tmp_path, mon
     looked = []
     real = FileDigestMemory.files
     monkeypatch.setattr(FileDigestMemory, "files", lambda self, paths: looked.append(len(paths)) or real(self, paths))
-    located = second.locate(cache, peer_identity=peer)
+    located = second.locate(cache, peer=peer)
     assert looked == []
     assert second.open(cache, located).compact.info.path == prepared.compact.info.path
     # without the identity, or where the items are others, it looks by itself
@@ -118,7 +118,7 @@ def test_another_rank_gets_the_identity_and_reads_no_list_of_files(tmp_path, mon
     assert looked == [COUNT]
     Image.new("RGB", (6, 5), (200, 7, 0)).save(tmp_path / "images" / "0" / "00.png")
     with pytest.raises(CacheError, match="no compact set for these data and settings"):
-        train_set(tmp_path / "images").locate(cache, peer_identity=peer)
+        train_set(tmp_path / "images").locate(cache, peer=peer)
     assert looked == [COUNT, COUNT]
 
 
