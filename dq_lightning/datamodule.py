@@ -146,6 +146,21 @@ class QuantizedHooks(Base):
 
     Raises:
         ConfigError: an argument is invalid, or arguments contradict each other.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from dq_lightning import QuantizedDataModule
+        >>> dataset = [(torch.full((3, 8, 8), i / 40), i % 2) for i in range(40)]
+        >>> features = torch.rand(40, 5).numpy()  # in place of an encoder
+        >>> with tempfile.TemporaryDirectory() as cache:
+        ...     data = QuantizedDataModule(
+        ...         dataset, keep_ratio=0.25, num_bins=5, encoder=features, batch_size=5, num_workers=0, cache_dir=cache
+        ...     )
+        ...     data.prepare_data()  # the Trainer calls these two
+        ...     data.setup("fit")
+        >>> images, targets = next(iter(data.train_dataloader()))
+        >>> data.info.num_samples, images.shape
+        (10, torch.Size([5, 3, 8, 8]))
     """
 
     def __init__(

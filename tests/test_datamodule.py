@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
+import dq_lightning
 from dq_lightning import BinConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig
 from dq_lightning.core.errors import CacheError, ConfigError
 from dq_lightning.loading.options import DataModuleOptions, StoreOptions
@@ -428,3 +429,9 @@ def test_a_keyword_that_a_way_in_does_not_take(tmp_path):
         QuantizedDataModule.from_store(tmp_path, keep_ratio=0.5)
     with pytest.raises(TypeError, match=r"from_datamodule\(\) got an unexpected keyword argument 'val'"):
         QuantizedDataModule.from_datamodule(L.LightningDataModule(), val=photos())
+
+
+@pytest.mark.parametrize("name", dq_lightning.__all__)
+def test_every_public_name_shows_an_example(name):
+    """The examples themselves run as doctests."""
+    assert ">>> " in getattr(dq_lightning, name).__doc__

@@ -87,6 +87,12 @@ def make_bins(
         ConfigError: a setting is unknown or out of range, needs more memory than is free, or does not fit the features.
         FeatureError: `features` is not a floating matrix or holds values that are not finite.
         DQError: `labels` are not N integers or strings.
+
+    Example:
+        >>> import torch
+        >>> features = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [0.5, 0.5]])
+        >>> make_bins(features, num_bins=2).assignment.tolist()
+        [1, 0, 0, 1, 0]
     """
     config = BinConfig(
         num_bins, objective, maximizer, similarity, lam, True, clusters, gamma, epsilon, beta, search_seed, None, engine

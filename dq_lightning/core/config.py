@@ -51,6 +51,10 @@ class PatchConfig(JsonFields):
         codec: format of the stored patches; `"auto"` is raw for small images and PNG for others.
         quality: quality of JPEG and WebP, 1 to 100.
         batch_size: number of images that are scored in one step. It does not enter the cache key.
+
+    Example:
+        >>> PatchConfig(drop_ratio=0.25, codec="webp", reconstruct="batch").drops
+        True
     """
 
     drop_ratio: float = 0.0
@@ -137,6 +141,10 @@ class FeatureConfig(JsonFields):
         selection_lr: initial learning rate of that training, which falls to zero along a cosine.
         selection_batch_size: number of images in one step of that training, at least 2.
         selection_seed: seed of the order of the batches and of the initial weights of a new head.
+
+    Example:
+        >>> FeatureConfig(encoder="resnet18.a1_in1k", kind="gradient", selection_epochs=10).precision
+        'auto'
     """
 
     encoder: str = "auto"
@@ -204,6 +212,10 @@ class BinConfig(JsonFields):
             out of the bins; None keeps near-duplicates.
         engine: regime of the exact graph cut, see `dq_lightning.bins.graph_cut`: `"auto"` chooses by size, memory and
             what the picks turn out to cost. All make the same picks, so it is not part of the cache key.
+
+    Example:
+        >>> BinConfig(num_bins=5, lam=0.5).to_dict()["objective"]
+        'graph_cut'
     """
 
     num_bins: int = 10
@@ -255,6 +267,10 @@ class SelectionConfig(JsonFields):
         balance: how the kept samples are shared out among the classes: `"proportional"` to their sizes, to the
             square roots of the sizes (`"sqrt"`), or in `"equal"` numbers. A class gives at most what it has, and
             the others share what is missing.
+
+    Example:
+        >>> SelectionConfig(keep_ratio=0.1, seed=1).draw
+        'seeded'
     """
 
     keep_ratio: float = 0.125
@@ -339,6 +355,10 @@ class TextConfig(JsonFields):
         use_chat_template: write rows for training with the tokenizer's chat template: None does so for conversations,
             if the tokenizer has a template; True does so for all rows; False for none, and the published wording is
             used.
+
+    Example:
+        >>> TextConfig(template="prompt", columns=("question", "answer"), embed="instruction").max_length is None
+        True
     """
 
     template: Template = "auto"
@@ -424,6 +444,11 @@ class QuantizeConfig(JsonFields):
             dataset's bytes (`"10%"`). The number of samples and, for images, codec, quality and longest side are then
             chosen, unless they are fixed in `encoding`, or by a `keep_ratio` other than the default. None sets no bound.
         quality: which samples are left out before the bins, because their labels seem wrong or their scores are low.
+
+    Example:
+        >>> config = QuantizeConfig(bins=BinConfig(num_bins=5), selection=SelectionConfig(keep_ratio=0.1))
+        >>> config == QuantizeConfig.from_dict({"bins": {"num_bins": 5}, "selection": {"keep_ratio": 0.1}})
+        True
     """
 
     features: FeatureConfig = field(default_factory=FeatureConfig)

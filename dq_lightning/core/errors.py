@@ -11,7 +11,16 @@ _PASSING = {getattr(errno, name) for name in _PASSING_NAMES if hasattr(errno, na
 
 
 class DQError(Exception):
-    """Base of all errors that dq_lightning raises on purpose."""
+    """Base of all errors that dq_lightning raises on purpose.
+
+    Example:
+        >>> from dq_lightning import DQError, SelectionConfig
+        >>> try:
+        ...     SelectionConfig(keep_ratio=1.5)
+        ... except DQError as error:
+        ...     print(error)
+        SelectionConfig.keep_ratio must be in (0, 1], got 1.5; 1.5 % is 0.015
+    """
 
 
 class ConfigError(DQError, ValueError):

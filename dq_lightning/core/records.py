@@ -28,6 +28,12 @@ class Features:
 
     Raises:
         DQError: a tensor is not a floating matrix, or the two tensors differ in their number of rows.
+
+    Example:
+        >>> import torch
+        >>> features = Features(torch.rand(100, 16), head_gradient=torch.rand(100, 10))
+        >>> len(features)
+        100
     """
 
     embedding: Tensor
@@ -112,6 +118,13 @@ class Bins:
         num_bins: K, the number of bins; 0 stands for the largest assignment plus one.
         num_unreadable: number of samples that could not be read and were skipped.
         suspects: samples that were left out because of their scores; None if none were looked for.
+
+    Example:
+        >>> import torch
+        >>> from dq_lightning import make_bins
+        >>> bins = make_bins(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]]), num_bins=2)
+        >>> bins.assignment.tolist(), bins.rank.tolist()
+        ([1, 0, 1, 0], [0, 0, 1, 1])
     """
 
     assignment: Tensor
@@ -139,6 +152,12 @@ class Selection:
         bin: int16 [M], bin that each kept sample came from.
         num_unreadable: number of samples of the source that could not be read and were skipped.
         suspects: samples that were left out because of their scores; None if none were looked for.
+
+    Example:
+        >>> import torch
+        >>> kept = Selection(index=torch.tensor([2, 5, 7]), bin=torch.tensor([0, 0, 1], dtype=torch.int16))
+        >>> len(kept), kept.content_hash()[:8]
+        (3, '25be7bad')
     """
 
     index: Tensor
@@ -172,6 +191,13 @@ class PatchChoice:
     Raises:
         DQError: `sizes` has another shape, the patch size is below 1, or `packed` does not have the length that the
             sizes need.
+
+    Example:
+        >>> import torch
+        >>> packed = torch.tensor([0b1101, 0b0100], dtype=torch.uint8)  # the masks of two images of 2 x 2 patches
+        >>> choice = PatchChoice(4, torch.tensor([[8, 8], [8, 8]], dtype=torch.int32), packed)
+        >>> choice.kept(0).tolist(), choice.counts.tolist(), choice.keep_ratio
+        ([0, 2, 3], [3, 1], 0.5)
     """
 
     patch_size: int
@@ -345,6 +371,11 @@ class StoreInfo:
             None; None for a set whose samples are stored as the dataset has them.
         suspects: samples of the whole dataset that were left out because of their scores, such as those whose labels
             seem wrong; None if none were looked for.
+
+    Example:
+        >>> info = StoreInfo("/cache/5-store/0f", "packed", 125, 1000, 1 << 20, "9d", patch_keep_ratio=0.8)
+        >>> info.data_keep_ratio
+        0.1
     """
 
     path: str

@@ -65,6 +65,16 @@ class PackedDataset(Dataset[Any]):
         ids: M names of the samples.
         attributes: plain JSON that was given to the writer.
         has_patches: whether the store has patched images, which are images that may lack some patches.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from dq_lightning import quantize
+        >>> dataset = [(torch.full((3, 8, 8), i / 40), i % 2) for i in range(40)]
+        >>> with tempfile.TemporaryDirectory() as cache:
+        ...     info = quantize(dataset, {"store": "packed"}, indices=[3, 1, 7], cache_dir=cache, progress=False)
+        ...     store = PackedDataset(info.path)
+        ...     len(store), store.index.tolist(), store[0][1]
+        (3, [1, 3, 7], 1)
     """
 
     digest: str

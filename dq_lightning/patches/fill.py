@@ -89,6 +89,12 @@ class MeanFill:
 
     Attributes:
         patch_size: P, side of a patch in pixels, for calls that give none.
+
+    Example:
+        >>> image = torch.tensor([[2.0, 2.0, 9.0, 9.0], [4.0, 4.0, 9.0, 9.0]])[None, None]
+        >>> MeanFill(patch_size=2).reconstruct(image, kept=torch.tensor([[0]]))[0, 0]
+        tensor([[2., 2., 3., 3.],
+                [4., 4., 3., 3.]])
     """
 
     patch_size: int
@@ -104,6 +110,11 @@ class HarmonicFill:
 
     Attributes:
         patch_size: P, side of a patch in pixels, for calls that give none.
+
+    Example:
+        >>> image = torch.tensor([[1.0, 1.0, 9.0, 9.0, 4.0, 4.0]])[None, None].expand(1, 1, 2, 6)
+        >>> HarmonicFill(patch_size=2).reconstruct(image, kept=torch.tensor([[0, 2]]))[0, 0, 0]
+        tensor([1., 1., 2., 3., 4., 4.])
     """
 
     patch_size: int

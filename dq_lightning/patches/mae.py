@@ -218,6 +218,12 @@ def load_mae(
     Raises:
         PatchError: if the model cannot be found or read, its number of heads is not known, weights are missing, or it
             was trained for normalised patches.
+
+    Example:
+        >>> mae = load_mae("bundled")  # trained on CIFAR-10
+        >>> images, kept = torch.zeros(1, 3, 32, 32), torch.arange(48)[None]
+        >>> mae.reconstruct(images, kept).shape
+        torch.Size([1, 3, 32, 32])
     """
     if isinstance(path_or_name, nn.Module):
         return MaskedAutoencoder(path_or_name).to(device)

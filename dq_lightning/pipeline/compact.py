@@ -325,6 +325,15 @@ def load_selection(path: str | Path) -> Selection:
 
     Raises:
         StoreError: the folder holds no compact set, or a damaged one.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from dq_lightning import quantize
+        >>> dataset = [(torch.full((3, 8, 8), i / 40), i % 2) for i in range(40)]
+        >>> with tempfile.TemporaryDirectory() as cache:
+        ...     info = quantize(dataset, indices=[3, 1, 7], cache_dir=cache)
+        ...     load_selection(info.path).index
+        tensor([1, 3, 7])
     """
     return open_compact(Path(path)).selection
 

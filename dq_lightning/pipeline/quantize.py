@@ -72,6 +72,16 @@ def quantize(
 
     Raises:
         DQError: anything that keeps the compact set from being made; the message says what was seen and what to do.
+
+    Example:
+        >>> import tempfile, torch
+        >>> dataset = [(torch.full((3, 8, 8), i / 40), i % 2) for i in range(40)]
+        >>> features = torch.rand(40, 5).numpy()  # in place of an encoder
+        >>> with tempfile.TemporaryDirectory() as cache:
+        ...     settings = {"selection": {"keep_ratio": 0.25}, "bins": {"num_bins": 5}}
+        ...     info = quantize(dataset, settings, encoder=features, cache_dir=cache, progress=False)
+        >>> info.kind, info.num_samples, info.data_keep_ratio
+        ('indices', 10, 0.25)
     """
     check_alone(indices, encoder=encoder, scores=scores, drop_worst=drop_worst)
     named = isinstance(scores, str | Path)

@@ -51,6 +51,14 @@ def select(
             bins of positive weight are too small.
 
     Complexity: O(N log N + M log K).
+
+    Example:
+        >>> import torch
+        >>> from dq_lightning import make_bins
+        >>> bins = make_bins(torch.rand(100, 8), num_bins=5)
+        >>> kept = select(bins, keep_ratio=0.1)
+        >>> len(kept), torch.bincount(kept.bin).tolist()
+        (10, [2, 2, 2, 2, 2])
     """
     SelectionConfig(keep_ratio=keep_ratio, seed=seed, draw=draw, bin_weights=None, balance=balance)
     _check_weights(bin_weights, bins.num_bins)

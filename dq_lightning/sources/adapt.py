@@ -67,6 +67,12 @@ def as_source(
         SourceError: the dataset is empty, is a stream, or has no split, image or column that can be identified; an
             option does not fit this kind of dataset; or `labels` does not hold one class for each sample.
         ConfigError: a column, transform or grouping is given for a source that was made without it.
+
+    Example:
+        >>> from PIL import Image
+        >>> source = as_source([(Image.new("RGB", (8, 8)), i % 3) for i in range(6)])
+        >>> source.modality, source.image(0).size, source.labels().values.tolist()
+        ('image', (8, 8), [0, 1, 2, 0, 1, 2])
     """
     if isinstance(labels, str):
         label_column, labels = labels, None
