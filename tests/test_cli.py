@@ -229,7 +229,7 @@ def test_prune_by_age_and_size(tmp_path, ready, capsys):
     run("prune", "--older_than_days", "3")
     assert len(cache.entries()) == 4
     # the features were used last
-    os.utime(entries[0].path / "embedding.bin")
+    os.utime(entries[0].path / "tensors.safetensors")
     age(entries[:1], days=1)
     run("prune", "--max_size", f"{entries[0].bytes + 10}B")
     assert [entry.key for entry in cache.entries()] == [entries[0].key]

@@ -197,8 +197,7 @@ def test_positions_of_another_selection_are_refused(tmp_path):
     store = made(tmp_path / "elsewhere")
     selection = tensors.read_selection(store)
     shifted = Selection(selection.index.flip(0), selection.bin)
-    for name in ("index.bin", "bin.bin", "tensors.json"):
-        (store / name).unlink()
+    (store / tensors.TENSORS_FILE).unlink()
     tensors.write_selection(store, shifted)
     reseal(store)
     with pytest.raises(StoreError, match="samples of another selection"):

@@ -156,9 +156,7 @@ def store(tmp_path):
     return Path(shutil.copytree(path, tmp_path / "copy"))
 
 
-@pytest.mark.parametrize(
-    "name", ["compact.json", "manifest.json", "store.json", "index.bin", "tensors.json", "ids.bin"]
-)
+@pytest.mark.parametrize("name", ["compact.json", "manifest.json", "store.json", "tensors.safetensors", "ids.bin"])
 def test_damage_is_noticed_outside_the_cache_too(store, name):
     data = bytearray((store / name).read_bytes())
     data[len(data) // 2] ^= 1
@@ -244,12 +242,12 @@ def test_what_cannot_be_packed_is_told_before_the_work(tmp_path, monkeypatch):
 
 def test_damage_inside_the_cache_is_repaired(tmp_path, caplog):
     path = Path(ready(photos(COUNT), tmp_path).info.path)
-    before = (path / "index.bin").read_bytes()
+    before = (path / "tensors.safetensors").read_bytes()
     (path / "compact.json").write_text("{}")
     again = ready(photos(COUNT), tmp_path)
     assert not again.info.reused
     assert "damaged" in caplog.text
-    assert (path / "index.bin").read_bytes() == before
+    assert (path / "tensors.safetensors").read_bytes() == before
 
 
 def test_a_full_disk_is_told_before_the_work(tmp_path, monkeypatch):

@@ -294,20 +294,32 @@ def read_sealed(path: Path) -> dict[str, Any]:
         OSError: the file cannot be read.
     """
     with open_plain(path) as file:
-        text = file.read(MAX_JSON_BYTES + 1)
+        return unseal(file.read(MAX_JSON_BYTES + 1), path.name)
+
+
+def unseal(text: bytes, name: str) -> dict[str, Any]:
+    """Return the values that `seal` made a text of.
+
+    Args:
+        text: the text.
+        name: what holds the text, for messages.
+
+    Raises:
+        DQError: the text differs from what `seal` writes for its values, or is too large.
+    """
     if len(text) > MAX_JSON_BYTES:
-        raise DQError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
+        raise DQError(f"{name} is larger than {MAX_JSON_BYTES} bytes")
     # The values are counted before they are parsed, because millions of empty lists take thirty times the memory of
     # their text.
     if sum(map(text.count, (b",", b":", b"[", b"{"))) > MAX_JSON_VALUES:
-        raise DQError(f"{path.name} holds more than {MAX_JSON_VALUES:,} values")
+        raise DQError(f"{name} holds more than {MAX_JSON_VALUES:,} values")
     try:
         values = json.loads(text)
         # A foreign JSON file may hold anything, including nesting that exhausts the stack.
         whole = isinstance(values, dict) and values.pop("digest", None) is not None and seal(values) == text
     except (ValueError, RecursionError) as error:
-        raise DQError(f"{path.name} is not JSON that this package wrote ({type(error).__name__})") from error
+        raise DQError(f"{name} is not JSON that this package wrote ({type(error).__name__})") from error
     if not whole:
-        raise DQError(f"{path.name} does not match the digest that it holds")
+        raise DQError(f"{name} does not match the digest that it holds")
     assert isinstance(values, dict)
     return values

@@ -1,6 +1,6 @@
 """Storage for rows of a paid embeddings API: one file for each finished request, found by the digests of the texts.
 
-    ROOT/0-paid/MODEL/KEYS-COUNT.rows    see `cache/sealed_arrays.py`; KEYS is the beginning of a digest of the texts
+    ROOT/0-paid/MODEL/KEYS-COUNT.rows    see `cache/tensor_files.py`; KEYS is the beginning of a digest of the texts
 
 The files stay when the cache is pruned.
 """
@@ -11,17 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dq_lightning.cache import files
 from dq_lightning.cache.disk_errors import explained
-from dq_lightning.cache.sealed_arrays import read_arrays, write_arrays
+from dq_lightning.cache.tensor_files import read_tensor_file, replace_tensor_file
 from dq_lightning.core.errors import StoreError
 
 logger = logging.getLogger("dq_lightning")
 
 PAID_FOLDER = "0-paid"
-FORMAT = "dq_lightning paid rows 1"
+FORMAT = "dq_lightning paid rows 2"
 Rows = NDArray[np.float32]
 
 
@@ -72,20 +73,20 @@ class PaidRows:
             CacheError: the rows cannot be written, for example on a full disk; later ones could not be stored either.
         """
         path = self._folder / f"{hashlib.sha256(b''.join(keys)).hexdigest()[:16]}-{len(keys)}.rows"
-        places = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
+        digests = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(len(keys), -1)
         with explained(path):
             files.make_folder(self._folder)
-            write_arrays(path, self._identity, {"key": places, "row": rows})
+            replace_tensor_file(path, {"key": digests, "row": torch.from_numpy(rows)}, self._identity)
             files.fsync_folder(self._folder)
 
     @property
-    def _identity(self) -> list[str]:
-        return [FORMAT, self._folder.name]
+    def _identity(self) -> dict[str, str]:
+        return {"format": FORMAT, "model": self._folder.name}
 
     def _read(self, path: Path) -> None:
         try:
-            stored = read_arrays(path, self._identity)
-            keys, rows = stored["key"], stored["row"]
+            stored, _ = read_tensor_file(path, attributes=self._identity)
+            keys, rows = stored["key"].numpy(), stored["row"].numpy()
             if keys.ndim != 2 or rows.ndim != 2 or len(keys) != len(rows) or not np.isfinite(rows).all():
                 raise StoreError("it does not hold rows of finite numbers with their keys")
         except (OSError, StoreError, KeyError, TypeError) as error:

@@ -3,7 +3,7 @@
 A shard is one file under ROOT/0-partial/STATION/KEY/ (for preparatory work under KEY/PART/). It holds the arrays that
 the work on some consecutive samples gave, in the order of the work: samples START to STOP.
 
-    START-STOP-RANDOM.shard    see `cache/sealed_arrays.py`
+    START-STOP-RANDOM.shard    see `cache/tensor_files.py`
 
 Shards are cut by time, not by count. Work that is soon done writes none, and a killed run loses `LEAST_SECONDS` of
 work, or up to `MOST_SECONDS` where the disk is so slow that shorter shards would cost over 2 %. Where a shard ends
@@ -27,17 +27,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from numpy.typing import NDArray
 
 from dq_lightning.cache import files
-from dq_lightning.cache.sealed_arrays import MAX_HEADER_BYTES, read_arrays, write_arrays
+from dq_lightning.cache.tensor_files import MAX_HEADER_BYTES, read_tensor_file, replace_tensor_file
 from dq_lightning.core.errors import StoreError
 from dq_lightning.core.resuming import Array
 
 logger = logging.getLogger("dq_lightning")
 
 PARTIAL_FOLDER = "0-partial"
-FORMAT = "dq_lightning shard 2"
+FORMAT = "dq_lightning shard 3"
 LEAST_SECONDS, MOST_SECONDS = 20.0, 60.0
 # The work between two shards takes at least this many times as long as writing one.
 WORK_PER_COST = 50.0
@@ -112,7 +113,7 @@ class KeptShards:
             listed.remove(found)
             stop = _stop(found)
             try:
-                arrays = read_arrays(found, self._identity(found.parent, self._done, stop))
+                tensors, _ = read_tensor_file(found, attributes=self._identity(found.parent, self._done, stop))
             except FileNotFoundError:
                 # Another builder has finished the entry and removed its shards.
                 continue
@@ -122,7 +123,8 @@ class KeptShards:
                 )
                 files.remove(found)
                 continue
-            yield arrays
+            # Another builder may remove the file at any time, and on a network its mapped pages would be gone with it.
+            yield {name: tensor.clone().numpy() for name, tensor in tensors.items()}
             self._done = stop
         if self._done:
             logger.info("resuming %s: %s of %s samples are done already", self._noun, f"{self._done:,}", f"{total:,}")
@@ -137,7 +139,7 @@ class KeptShards:
         """Write a shard of the next `count` samples, as in `resuming.Shards`; a failure of the disk is only a warning.
 
         Raises:
-            StoreError: an array has another dtype than `sealed_arrays.DTYPES`, which is a programming error.
+            StoreError: an array has another dtype than `tensor_files.DTYPES`, which is a programming error.
         """
         started = time.monotonic()
         if count and not self._given_up:
@@ -159,11 +161,12 @@ class KeptShards:
         if shutil.disk_usage(self._folder).free < size + self.reserve_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
         name = f"{start:012}-{stop:012}-{os.urandom(4).hex()}.shard"
-        write_arrays(self._folder / name, self._identity(self._folder, start, stop), arrays)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        replace_tensor_file(self._folder / name, tensors, self._identity(self._folder, start, stop))
 
-    def _identity(self, folder: Path, start: int, stop: int) -> list[Any]:
+    def _identity(self, folder: Path, start: int, stop: int) -> dict[str, Any]:
         made_from = hashlib.sha256(f"{self.made_from} {self._loop_made_from}".encode()).hexdigest()
-        return [FORMAT, self._keys[folder], made_from, start, stop]
+        return {"format": FORMAT, "key": self._keys[folder], "made_from": made_from, "samples": [start, stop]}
 
 
 def _stop(path: Path) -> int:

@@ -1,132 +1,45 @@
-"""Storing tensors in a folder without pickle; they are memory-mapped when read.
+"""Features, bins, selections and scores as tensors in a folder: one file, `tensors.safetensors`."""
 
-`NAME.bin` holds each tensor's bytes in C order. `tensors.json`, which contains a digest of itself, holds dtype, shape,
-attributes, and a crc32 of every 16 MiB. These checksums are verified when the tensors are loaded, because bit rot in
-features would silently change the bins.
-"""
-
-import json
-import math
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dq_lightning.cache import files
-from dq_lightning.cache.manifest import cast_doubt, is_plain_name
-from dq_lightning.core.arrays import TENSOR_DTYPES, plain_shape
+from dq_lightning.cache.manifest import cast_doubt
+from dq_lightning.cache.tensor_files import read_tensor_file, write_tensor_file
 from dq_lightning.core.config import VerifyPolicy
-from dq_lightning.core.errors import DQError, StoreError
+from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import Bins, Features, Selection, Suspects
 
-TENSORS_FILE = "tensors.json"
-FORMAT = "dq_lightning tensors"
-FORMAT_VERSION = 1
-CHUNK_BYTES = 16 << 20
+TENSORS_FILE = "tensors.safetensors"
 _SUSPECT_DTYPES = {"index": torch.int64, "score": torch.float64, "label": torch.int64, "suggested": torch.int64}
 
 
-def save_tensors(folder: str | Path, **tensors: Tensor) -> None:
-    """Write tensors on the CPU or a GPU into a folder, under their names.
-
-    Args:
-        folder: folder that holds no tensors yet; created when it is missing.
-        **tensors: tensors of any shape, of a dtype in `TENSOR_DTYPES`, by name.
-
-    Raises:
-        StoreError: a dtype or a name cannot be stored.
-        OSError: a file exists or cannot be written.
-    """
-    write_tensor_folder(Path(folder), tensors, {})
-
-
-def load_tensors(folder: str | Path, *, verify: VerifyPolicy = "size") -> dict[str, Tensor]:
-    """Load the tensors of a folder by name. They are memory-mapped, and writing to them does not change the disk.
-
-    Args:
-        folder: folder that `save_tensors` wrote.
-        verify: "off" skips the checksums; "size" and "hash" verify them.
-
-    Raises:
-        StoreError: the folder holds no tensors, or damaged ones.
-    """
-    return read_tensor_folder(Path(folder), verify)[0]
-
-
 def write_tensor_folder(folder: Path, tensors: dict[str, Tensor], attributes: dict[str, Any]) -> None:
-    """Write tensors and plain JSON attributes into a folder that holds no tensors yet.
+    """Write tensors and plain JSON attributes into a folder that holds no tensors yet; it is created when missing.
 
     Raises:
         StoreError: a dtype or a name cannot be stored.
-        OSError: a file exists or cannot be written.
+        OSError: the file exists or cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    listed = {}
-    for name, tensor in tensors.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if not name.isidentifier() or dtype not in TENSOR_DTYPES:
-            raise StoreError(f"a tensor {name!r} of {tensor.dtype} cannot be stored")
-        flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
-        data = memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
-        pieces = [data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES)]
-        with files.Writer(folder / f"{name}.bin") as file:
-            for piece in pieces:
-                file.write(piece)
-        listed[name] = {
-            "dtype": dtype,
-            "shape": list(tensor.shape),
-            "checksums": [zlib.crc32(piece) for piece in pieces],
-        }
-    values = {"format": FORMAT, "version": FORMAT_VERSION, "tensors": listed, "attributes": attributes}
-    json.dumps(values, allow_nan=False)
-    files.write_bytes(folder / TENSORS_FILE, files.seal(values))
+    write_tensor_file(folder / TENSORS_FILE, tensors, attributes)
 
 
 def read_tensor_folder(folder: Path, verify: VerifyPolicy = "size") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the attributes of a folder.
+    """Return the tensors and the attributes of a folder; the tensors are as those of `read_tensor_file`.
 
     Raises:
         StoreError: the folder holds no tensors, or damaged ones.
     """
     try:
-        values = files.read_sealed(folder / TENSORS_FILE)
-        if values.get("format") != FORMAT or values.get("version") != FORMAT_VERSION:
-            raise StoreError(
-                f"its format is {values.get('format')!r:.40} version {values.get('version')!r:.40}, which is not known"
-            )
-        if not isinstance(values.get("tensors"), dict) or not isinstance(values.get("attributes"), dict):
-            raise StoreError("tensors.json lacks tensors or attributes")
-        tensors = {name: _load(folder, name, facts, verify) for name, facts in values["tensors"].items()}
-    except (OSError, DQError) as error:
+        return read_tensor_file(folder / TENSORS_FILE, verify=verify)
+    except (OSError, StoreError) as error:
         cast_doubt(folder)
         raise StoreError(
             f"the tensors in {folder} cannot be used: {error}. The next run over the data makes them again"
         ) from error
-    return tensors, values["attributes"]
-
-
-def _load(folder: Path, name: str, facts: Any, verify: VerifyPolicy) -> Tensor:
-    whole = isinstance(facts, dict) and facts.get("dtype") in TENSOR_DTYPES and isinstance(facts.get("checksums"), list)
-    if not is_plain_name(name) or not whole:
-        raise StoreError(f"tensors.json describes {name!r:.80} as {facts!r:.80}")
-    dtype, shape = TENSOR_DTYPES[facts["dtype"]], plain_shape(facts.get("shape"))
-    size, path = math.prod(shape) * dtype.itemsize, folder / f"{name}.bin"
-    if path.stat().st_size != size:
-        raise StoreError(f"{path.name} has {path.stat().st_size} bytes instead of {size}")
-    if not size:
-        return torch.empty(shape, dtype=dtype)
-    data = np.memmap(path, np.uint8, "c")
-    if verify != "off":
-        starts = range(0, size, CHUNK_BYTES)
-        with ThreadPoolExecutor(4) as pool:
-            seen = list(pool.map(lambda start: zlib.crc32(data[start : start + CHUNK_BYTES].data), starts))
-        if seen != facts["checksums"]:
-            raise StoreError(f"{path.name} has another content than was written")
-    return torch.from_numpy(data).view(dtype).reshape(shape)
 
 
 def _expect(folder: Path, verify: VerifyPolicy, *names: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from dq_lightning.cache import files, manifest
-from dq_lightning.cache.tensors import read_features, write_tensor_folder
+from dq_lightning.cache.tensors import TENSORS_FILE, read_features, write_tensor_folder
 from dq_lightning.core.errors import DQError
 from dq_lightning.packed import values
 from dq_lightning.packed.npy import npy_header
@@ -153,17 +153,29 @@ def tensor_folders(root: Path) -> dict[str, Path]:
         "huge and empty": {"shape": [0, 1 << 47, 1 << 47]},
         "negative": {"shape": [-1, 4]},
         "dtype": {"dtype": "object"},
+        "another dtype": {"dtype": "I32"},
         "text": {"shape": "44"},
         "path": {"name": "../embedding"},
     }.items():
         folder = made[case] = root / f"tensors-{case}"
         write_tensor_folder(folder, {"embedding": torch.ones(4, 4)}, {})
-        listed = json.loads((folder / "tensors.json").read_text())
-        del listed["digest"]
+        path = folder / TENSORS_FILE
+        data = path.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:end])
+        sealed = json.loads(header["__metadata__"]["dq_lightning"])
+        del sealed["digest"]
         name = facts.pop("name", "embedding")
-        listed["tensors"] = {name: listed["tensors"]["embedding"] | facts}
-        (folder / "tensors.json").write_bytes(files.seal(listed))
+        listed = header.pop("embedding") | facts
+        sealed["tensors"] = {name: [listed["dtype"], listed["shape"], sealed["tensors"]["embedding"][2]]}
+        header = {"__metadata__": {"dq_lightning": files.seal(sealed).decode()}, name: listed}
+        path.write_bytes(with_header(json.dumps(header).encode()) + data[end:])
     return made
+
+
+def with_header(header: bytes) -> bytes:
+    """The beginning of a file of tensors."""
+    return len(header).to_bytes(8, "little") + header
 
 
 def largest_png() -> bytes:
@@ -189,10 +201,13 @@ def many_patched() -> tuple[object, bytes]:
 def crowded(root: Path) -> dict[str, Path]:
     """Sealed JSON whose values take far more memory than its text."""
     made = {}
-    for case in ("manifest.json", "store.json", "tensors.json"):
+    for case in ("manifest.json", "store.json", TENSORS_FILE):
         folder = made[case] = root / f"crowded-{case}"
         folder.mkdir()
-        text = b'{"a": [' + b"[]," * (11 << 20) + b"[]]}"
+        count = 300_000 if case == TENSORS_FILE else 11 << 20
+        text = b'{"a": [' + b"[]," * count + b"[]]}"
+        if case == TENSORS_FILE:
+            text = with_header(json.dumps({"__metadata__": {"dq_lightning": text.decode()}}).encode())
         (folder / case).write_bytes(text)
     return made
 
@@ -244,7 +259,7 @@ def main() -> None:
         opened(case, lambda path=path: read_features(path))
     opened("crowded manifest", lambda: manifest.read_manifest(crowds["manifest.json"]))
     opened("crowded store", lambda: read_all(crowds["store.json"]))
-    opened("crowded tensors", lambda: read_features(crowds["tensors.json"]))
+    opened("crowded tensors", lambda: read_features(crowds[TENSORS_FILE]))
     with contextlib.suppress(OSError):
         shutil.rmtree(root)
     small = growth(before)

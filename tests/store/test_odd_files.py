@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from dq_lightning.cache import files, lock
 from dq_lightning.cache.digests import FileDigestMemory
@@ -17,8 +19,8 @@ from dq_lightning.cache.entries import Cache
 from dq_lightning.cache.leftovers import remove_stale
 from dq_lightning.cache.manifest import MANIFEST
 from dq_lightning.cache.paid import PaidFolder
-from dq_lightning.cache.sealed_arrays import read_arrays, write_arrays
 from dq_lightning.cache.shards import KeptShards, partial_folder
+from dq_lightning.cache.tensor_files import read_tensor_file, write_tensor_file
 from dq_lightning.core.errors import StoreError
 from dq_lightning.pipeline.compact import open_compact
 from tests.robustness.worlds import ended, forked
@@ -51,7 +53,8 @@ def hole(path: Path) -> None:
 def hole_with_a_header(path: Path) -> None:
     """It claims to hold all of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = json.dumps({"identity": "x", "arrays": [["key", "|u1", [1 << 40]]]}).encode()
+    facts = {"dtype": "U8", "shape": [(1 << 40) - 512], "data_offsets": [0, (1 << 40) - 512]}
+    header = json.dumps({"key": facts}).encode().ljust(504)
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     os.truncate(path, 1 << 40)
 
@@ -135,20 +138,29 @@ def test_absurd_numbers_of_processes(tmp_path: Path) -> None:
     remove_stale(tmp_path, files.clock_of(tmp_path) + 100)
 
 
-def test_arrays_of_another_length_than_their_header_says(tmp_path: Path) -> None:
-    path = tmp_path / "arrays"
-    write_arrays(path, "x", {"a": np.arange(3), "b": np.zeros((2, 0), np.float32)})
-    found = read_arrays(path, "x")
-    assert found["a"].tolist() == [0, 1, 2]
-    assert found["b"].shape == (2, 0)
+def test_tensors_of_another_length_than_their_header_says(tmp_path: Path) -> None:
+    path = tmp_path / "tensors"
+    written = {"a": torch.arange(3), "b": torch.zeros(2, 0), "c": torch.tensor(True), "d": torch.arange(5).bfloat16()}
+    write_tensor_file(path, written, {"of": "x"})
+    for found in (read_tensor_file(path)[0], load_file(path)):
+        assert all(
+            torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in written.items()
+        )
     whole = path.read_bytes()
     for content in (whole + b"\0", whole[:-1], whole[:8], b""):
         path.write_bytes(content)
         with pytest.raises(StoreError):
-            read_arrays(path, "x")
+            read_tensor_file(path)
     path.write_bytes(whole)
     with pytest.raises(StoreError, match="belongs to other work"):
-        read_arrays(path, "y")
+        read_tensor_file(path, attributes={"of": "y"})
+    assert read_tensor_file(path, attributes={"of": "x"})[1] == {"of": "x"}
+    for tensor in (torch.zeros(1, dtype=torch.complex64), torch.zeros(1, dtype=torch.uint16)):
+        with pytest.raises(StoreError, match="cannot be stored"):
+            write_tensor_file(tmp_path / "other", {"a": tensor}, {})
+    save_file(written, path)
+    with pytest.raises(StoreError):
+        read_tensor_file(path)
 
 
 def test_who_may_only_read_still_sees_that_a_file_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

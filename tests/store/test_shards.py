@@ -1,7 +1,6 @@
 """Finished work of an unfinished entry: what is kept comes back, whatever else is there is dropped, and nothing is an error."""
 
 import errno
-import hashlib
 import logging
 import os
 import shutil
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dq_lightning.cache import files, sealed_arrays, shards
+from dq_lightning.cache import files, shards
 from dq_lightning.cache.entries import Cache
 from dq_lightning.cache.shards import KeptShards, partial_folder, remove_abandoned
 from dq_lightning.commands.cache_care import prune
@@ -64,7 +63,7 @@ def restored(entry: Path, **attributes: Any) -> list[tuple[int, int]]:
     for piece in opened(entry, **attributes).restore(TOTAL):
         start, stop = int(piece["places"][0]), int(piece["places"][-1]) + 1
         wanted = arrays(start, stop)
-        assert list(piece) == list(wanted)
+        assert sorted(piece) == sorted(wanted)
         for name, array in wanted.items():
             assert piece[name].dtype == array.dtype
             np.testing.assert_array_equal(piece[name], array)
@@ -157,21 +156,17 @@ def test_every_changed_byte_is_noticed(entry: Path) -> None:
     assert restored(entry) == [(0, 4)]
 
 
-@pytest.mark.parametrize("header", [b"[]", b"{}", b"[" * 5000, b'{"identity": 1, "arrays": 2}', b"\xff"])
-def test_a_sealed_file_of_others_is_no_shard(entry: Path, header: bytes) -> None:
+@pytest.mark.parametrize("header", [b"[]", b"{}", b"[" * 5000, b'{"__metadata__": {"dq_lightning": "{}"}}', b"\xff"])
+def test_a_file_of_others_is_no_shard(entry: Path, header: bytes) -> None:
     kept(entry, [4])
     (path,) = listed(entry)
-    body = len(header).to_bytes(8, "little") + header
-    path.write_bytes(body + hashlib.sha256(body).digest())
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
     assert restored(entry) == []
 
 
-def test_claimed_sizes_are_checked(entry: Path) -> None:
-    for dtype, shape in (("<f4", [1 << 40]), ("|O8", [1]), ("<f4", [-1]), ("<i8", "x")):
-        with pytest.raises(StoreError):
-            sealed_arrays._arrays(np.zeros(64, np.uint8), [["a", dtype, shape]])
-    with pytest.raises(StoreError, match="float64"):
-        opened(entry).keep(1, {"float64": np.zeros(1)})
+def test_dtypes_that_cannot_be_kept(entry: Path) -> None:
+    with pytest.raises(StoreError, match="complex64"):
+        opened(entry).keep(1, {"complex": np.zeros(1, np.complex64)})
 
 
 def test_shards_made_from_something_else_are_not_used(entry: Path) -> None:
