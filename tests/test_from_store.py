@@ -13,7 +13,7 @@ from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms import v2
 
 from dq_lightning import PackedDataset, QuantizeConfig, QuantizedDataModule, as_source, load_selection, quantize
-from dq_lightning.core.errors import CacheError, DQError, SourceError, StoreError
+from dq_lightning.core.errors import CacheError, ConfigError, DQError, SourceError, StoreError
 from dq_lightning.demo.sample_data import SampleCIFAR10
 from tests.lightning_scripts.common import Recorder, held_out, name_of, photos, to_tensor, trainer
 
@@ -286,3 +286,8 @@ def test_same_images_by_torchvision_and_hugging_face(folder, tmp_path):
     assert torch.equal(by_folder.bins.assignment, by_hub.bins.assignment)
     first, second = (read_features(next((tmp_path / name / "1-features").glob("[0-9a-f]*"))) for name in "ab")
     assert torch.equal(first.embedding, second.embedding)
+
+
+def test_a_store_is_a_finished_choice(store):
+    with pytest.raises(ConfigError, match=r"a finished choice: leave out keep_ratio=, labels=, or"):
+        QuantizedDataModule(store, keep_ratio=0.5, labels=False)

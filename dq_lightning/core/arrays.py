@@ -1,4 +1,4 @@
-"""Dtypes and shapes of arrays and tensors, as the files of the cache and of packed sets describe them."""
+"""Dtypes and shapes of arrays and tensors, as the files of packed sets describe them."""
 
 import math
 from typing import Any

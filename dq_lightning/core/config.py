@@ -304,6 +304,10 @@ class QualityConfig(JsonFields):
             estimates how many labels are wrong and leaves out as many samples as it takes until about 1 % of the other
             labels are wrong (only for margins; nothing on clean data, or without classes). Other samples are then fewer,
             but `keep_ratio` remains a share of all.
+
+    Example:
+        >>> QualityConfig(drop_worst=0.05).score
+        'margin'
     """
 
     score: str = "margin"

@@ -61,10 +61,16 @@ class StoreTrainSet:
         verify: how the store is checked when it is opened: `"size"`, `"hash"` or `"off"`.
 
     Raises:
+        ConfigError: a keyword was given that chooses among the samples of a dataset.
         StoreError: the folder holds no packed set, or a damaged one.
     """
 
     def __init__(self, folder: StoreFolder, wanted: Wanted, verify: VerifyPolicy) -> None:
+        if wanted.choosing:
+            named = ", ".join(f"{name}=" for name in wanted.choosing)
+            raise ConfigError(
+                f"{folder.path} is a packed compact set, a finished choice: leave out {named}, or pass the original dataset"
+            )
         self._path, self._wanted, self._reconstruct = set_folder(folder.path), wanted, folder.reconstruct
         self._samples = open_packed(self._path, verify=verify)
         self._patches = self._patch_plan()

@@ -37,6 +37,7 @@ class Wanted:
         reconstructor: a `ViTMAEForPreTraining`; None uses the name in the config.
         indices: int64 [M], the positions to keep if the user gave them, else None.
         scores: numbers [N] that the user gave, or None, where the config says which scores are used.
+        choosing: names of those keywords that the user gave which choose among the samples of a dataset.
     """
 
     config: QuantizeConfig
@@ -50,6 +51,7 @@ class Wanted:
     reconstructor: Any = None
     indices: Tensor | None = None
     scores: Any = None
+    choosing: tuple[str, ...] = ()
 
     @property
     def fills_late(self) -> bool:
@@ -110,6 +112,17 @@ def want(
         drop_worst=drop_worst,
         balance=balance,
     )
+    choosing = {"keep_ratio": keep_ratio, "num_bins": num_bins, "drop_ratio": drop_ratio, "encoder": encoder}
+    choosing |= {
+        "classifier": classifier,
+        "labels": labels,
+        "indices": indices,
+        "store": store,
+        "fingerprint": fingerprint,
+        "scores": scores,
+        "drop_worst": drop_worst,
+        "balance": balance,
+    }
     short_forms: dict[str, Any] = {
         "selection.keep_ratio": keep_ratio,
         "selection.seed": seed,
@@ -144,6 +157,7 @@ def want(
         classifier=None if isinstance(classifier, str | Path) else classifier,
         reconstructor=None if isinstance(reconstructor, str | Path) else reconstructor,
         scores=None if isinstance(scores, str | Path) else scores,
+        choosing=tuple(name for name, value in choosing.items() if value is not None),
     )
 
 
