@@ -281,7 +281,7 @@ def test_a_run_that_stopped_at_a_sample_is_continued_by_one_that_leaves_it_out(t
     found = run("cache", on_error="skip")
     assert done == [3] + [4] * 3
     assert found.content_hash == expected.content_hash
-    (one,), (other,) = ((tmp_path / name / FEATURES).glob("*/embedding.bin") for name in ("undisturbed", "cache"))
+    (one,), (other,) = ((tmp_path / name / FEATURES).glob("*/tensors.safetensors") for name in ("undisturbed", "cache"))
     assert one.read_bytes() == other.read_bytes()
 
 
