@@ -161,7 +161,9 @@ class KeptShards:
         if shutil.disk_usage(self._folder).free < size + self.reserve_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
         name = f"{start:012}-{stop:012}-{os.urandom(4).hex()}.shard"
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        # torch warns of arrays that cannot be written to.
+        writable = {name: array if array.flags.writeable else array.copy() for name, array in arrays.items()}
+        tensors = {name: torch.from_numpy(array) for name, array in writable.items()}
         replace_tensor_file(self._folder / name, tensors, self._identity(self._folder, start, stop))
 
     def _identity(self, folder: Path, start: int, stop: int) -> dict[str, Any]:
