@@ -402,6 +402,10 @@ class EncodingConfig(JsonFields):
             images of more than 64 pixels a side are reduced), and keeps every size without it.
         least_psnr: floor for the choice that `max_bytes` makes, in dB: images are not stored more coarsely, fewer
             samples are kept instead.
+
+    Example:
+        >>> EncodingConfig(codec="webp", quality=60, longest_side=256).encodes
+        True
     """
 
     codec: WholeCodec = "auto"
