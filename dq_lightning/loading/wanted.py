@@ -121,6 +121,7 @@ def want(
         "fingerprint": fingerprint,
         "scores": scores,
         "drop_worst": drop_worst,
+        "max_bytes": max_bytes,
         "balance": balance,
     }
     short_forms: dict[str, Any] = {
