@@ -19,6 +19,7 @@ from dq_lightning.cache.lock import host_name
 from dq_lightning.demo.sample_data import SampleCIFAR10
 from dq_lightning.pipeline.compact import load_selection
 from dq_lightning.selection.given import read_index
+from tests import warm_processes
 
 SAMPLE = ["--dataset", "dq_lightning.demo.sample_data.SampleCIFAR10", "--progress", "false"]
 ROWS = [{"instruction": f"Say {i} in words.", "input": "", "output": "x" * (i % 7 + 1)} for i in range(40)]
@@ -427,8 +428,8 @@ def test_a_signal_ends_a_command_without_leftovers(tmp_path, folder):
     )
     run("quantize", *folder, "--keep_ratio", "0.5", "--output", tmp_path / "out")
     arguments = ["export", tmp_path / "out", "imagefolder", tmp_path / "images", *folder[:2]]
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    (tmp_path / "stopped.py").write_text(code)
+    done = warm_processes.run([tmp_path / "stopped.py", *arguments], os.environ)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
     assert done.stderr.strip().endswith("finished work stays in the cache, and the next run uses it")
     assert not list(tmp_path.glob(".images*"))

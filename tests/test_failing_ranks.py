@@ -11,9 +11,12 @@ from tests.lightning_scripts import failing_ranks
 CAUSES = {"error": "disk on fire", "exit": "asked to stop", "kill": NO_NOTE}
 PLACES = ("prepare", "override", "setup", "train")
 TWO = [f"{place}-{kind}-{rank}" for place in PLACES for kind in CAUSES for rank in (0, 1)]
-# one of each pair, so that every place, way and rank is there
-SOME = [name for number, name in enumerate(TWO) if (number // 2 + number) % 2]
-FOUR = ["prepare-error-2", "setup-kill-0", "train-error-3"]
+# every place with an error; the two other ways at two places each; either rank
+SOME = [
+    *("prepare-error-0", "override-error-1", "setup-error-0", "train-error-1"),
+    *("prepare-kill-1", "train-kill-0", "setup-exit-1", "override-exit-0"),
+]
+FOUR = ["prepare-error-2", "setup-kill-0"]
 ALL_FOUR = [f"{place}-{kind}-{rank}" for place in PLACES for kind in CAUSES for rank in (0, 3)]
 
 

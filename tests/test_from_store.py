@@ -1,8 +1,6 @@
 """Packed compact sets: the same items as the wrapped dataset gives, alone, elsewhere, and verified."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +13,9 @@ from torchvision.transforms import v2
 from dq_lightning import PackedDataset, QuantizeConfig, QuantizedDataModule, as_source, load_selection, quantize
 from dq_lightning.core.errors import CacheError, ConfigError, DQError, SourceError, StoreError
 from dq_lightning.demo.sample_data import SampleCIFAR10
+from tests import warm_processes
 from tests.lightning_scripts.common import Recorder, held_out, name_of, photos, to_tensor, trainer
 
-ROOT = Path(__file__).resolve().parents[1]
 AUGMENT = v2.Compose([v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 COUNT = 60
 
@@ -144,10 +142,9 @@ def test_trains_without_the_original_data_elsewhere(folder, tmp_path):
         "module.setup('fit')\n"
         "print(sorted(zlib.crc32(numpy.asarray(i).tobytes()) for b in module.train_dataloader() for i, _ in b))\n"
     )
-    output = subprocess.run(
-        [sys.executable, "-c", script, str(copied)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
-    ).stdout
-    assert output.strip() == str(sorted(expected))
+    (tmp_path / "elsewhere.py").write_text(script)
+    done = warm_processes.run([tmp_path / "elsewhere.py", copied], warm_processes.environment())
+    assert done.stdout.strip() == str(sorted(expected)), done.stderr
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ def test_examples_say_what_is_wrong(arguments, said, photos, tmp_path):
 
 
 def test_lightning_cli_example(tmp_path):
-    write_small_cifar10(tmp_path)
+    write_small_cifar10(tmp_path, every=10)
     trainer = {
         "max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1, "accelerator": "cpu",
         "enable_progress_bar": "false", "default_root_dir": tmp_path,

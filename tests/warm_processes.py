@@ -29,8 +29,9 @@ ADDRESS = "DQ_LIGHTNING_TESTS_WARM_PROCESSES"
 # set by what launches several processes
 OF_LAUNCHERS = ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED")
 HEAVY = (
-    "lightning", "torchvision.datasets", "torchvision.transforms.v2", "transformers", "timm", "dq_lightning.datamodule",
-    "dq_lightning.pipeline.build", "dq_lightning.cli",
+    "lightning", "torchvision.datasets", "torchvision.transforms.v2", "timm", "transformers.models.llama.modeling_llama",
+    "transformers.models.vit_mae.modeling_vit_mae", "dq_lightning.datamodule", "dq_lightning.pipeline.build",
+    "dq_lightning.cli",
 )  # fmt: skip
 
 
