@@ -47,8 +47,8 @@ def test_the_bundled_images_are_those_of_cifar10(cifar_root, train):
 
 
 def test_sheets_come_back_bit_for_bit():
-    images = np.random.default_rng(0).integers(0, 256, (73, 32, 32, 3), dtype=np.uint8)
-    assert np.array_equal(cut_sheet(decode_sheet(encode_sheet(make_sheet(images))), 73), images)
+    images = np.random.default_rng(0).integers(0, 256, (53, 32, 32, 3), dtype=np.uint8)
+    assert np.array_equal(cut_sheet(decode_sheet(encode_sheet(make_sheet(images))), 53), images)
 
 
 def test_balanced_choice_takes_as_many_of_each_class():
