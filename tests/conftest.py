@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import warm_processes
+from tests.full_count import FULL
 
 # a test must never reach a hub, nor leave anything in the user's cache
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,8 +18,11 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 # tests run side by side: one thread each, and each of the processes that they start
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# how long an example takes says more about what else the machine does than about the code
-settings.register_profile("any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# how long an example takes says more about what else the machine does than about the code; the examples are the same in every
+# default run, and the full count looks for new ones
+settings.register_profile(
+    "any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=not FULL
+)
 settings.load_profile("any_machine")
 
 WARM = pytest.StashKey()
