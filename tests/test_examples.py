@@ -111,7 +111,10 @@ def write_small_cifar10(root: Path, every: int = 1) -> None:
         rows = slice(part * every, None, 5 * every)
         pixels = train.data[rows].transpose(0, 3, 1, 2).reshape(-1, 3072)
         write(f"data_batch_{part + 1}", {"data": pixels, "labels": train.targets[rows]})
-    write("test_batch", {"data": test.data[::every].transpose(0, 3, 1, 2).reshape(-1, 3072), "labels": test.targets[::every]})
+    write(
+        "test_batch",
+        {"data": test.data[::every].transpose(0, 3, 1, 2).reshape(-1, 3072), "labels": test.targets[::every]},
+    )
     write("batches.meta", {"label_names": train.classes})
     patch = [
         "from torchvision.datasets import CIFAR10",
