@@ -383,7 +383,8 @@ def test_positions_are_not_exported_from_other_data(tmp_path, folder, capsys):
     images = sorted((tmp_path / "photos").rglob("*.png"))
     images[0].rename(images[0].with_name("zz.png"))
     said = fails(capsys, "export", tmp_path / "out", "imagefolder", tmp_path / "images", *folder[:2])
-    assert "was made from other data" in said
+    assert "was made from other" in said
+    assert "pass the dataset as it was then, or quantize again" in said
     assert not (tmp_path / "images").exists()
 
 

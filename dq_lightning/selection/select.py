@@ -142,7 +142,7 @@ def _take(
         try:
             counts = apportion(Shares([int(n) for n in bin_sizes], weights), quota, ties)
         except ConfigError as error:
-            raise ConfigError(f"group {group}: {error}; lower keep_ratio or give more bins a weight") from error
+            raise ConfigError(f"group {group}: {error}") from error
         for number, (size, count) in enumerate(zip(bin_sizes, counts, strict=True)):
             members = order[start : start + size]
             start += size

@@ -228,7 +228,7 @@ def test_targets():
             choice.choose(logits, given)
     with pytest.raises(PatchError, match="outside 0"):
         TargetChoice("label", 3).choose(logits, labels)
-    with pytest.raises(PatchError, match="outside 0"):
+    with pytest.raises(PatchError, match="class_map must name outputs of the classifier, 0"):
         TargetChoice("auto", 3, [0, 1, 3]).choose(logits, labels)
 
 

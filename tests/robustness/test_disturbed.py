@@ -295,7 +295,7 @@ def test_a_full_disk_is_told_before_the_work(place: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(files, "observer", lambda operation, path: written.append(path))
     room = shutil.disk_usage(place.parent)._replace(free=50)
     monkeypatch.setattr("dq_lightning.cache.entries.shutil.disk_usage", lambda path: room)
-    with pytest.raises(CacheError, match=r"bytes are needed under .*, 50 are free: make room"):
+    with pytest.raises(CacheError, match=r"bytes are needed under .*, but only 50 are free: make room"):
         image_run(place, store="packed")
     # the trial with a few samples is made elsewhere
     inside = [path for path in written if place in path.parents]

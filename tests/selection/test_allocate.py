@@ -68,7 +68,7 @@ def test_weighted_shares_fill_up_to_the_size(parties, data):
         shares = ideal(sizes, [Fraction(str(w)) for w in weights], count)
         assert all(abs(c - s) < 1 + Fraction(1, 10**9) for c, s in zip(counts, shares, strict=True))
     if room < sum(sizes):
-        with pytest.raises(ConfigError, match=f"only {room} samples"):
+        with pytest.raises(ConfigError, match=f"only {room} are in bins of positive weight"):
             apportion(Shares(sizes, weights), room + 1, list(range(len(sizes))))
 
 
