@@ -98,7 +98,9 @@ def test_weights_replace_the_even_share():
     assert torch.bincount(chosen.bin.long(), minlength=4).tolist() == [75, 25, 0, 0]
     crowded = select(bins, keep_ratio=0.45, bin_weights=[3, 1, 0, 0])
     assert torch.bincount(crowded.bin.long(), minlength=4).tolist() == [250, 200, 0, 0]
-    with pytest.raises(ConfigError, match="group 0: 600 samples are to be kept, but only 500 are in bins of positive weight"):
+    with pytest.raises(
+        ConfigError, match="group 0: 600 samples are to be kept, but only 500 are in bins of positive weight"
+    ):
         select(bins, keep_ratio=0.6, bin_weights=[3, 1, 0, 0])
     with pytest.raises(ConfigError, match="2 values for 4 bins"):
         select(bins, keep_ratio=0.6, bin_weights=[3, 1])
