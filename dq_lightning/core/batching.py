@@ -62,7 +62,11 @@ class HalvedBatches:
                     f'{self._work}: one sample alone exceeds the GPU\'s memory; free some, or pass device="cpu"'
                 )
             self._limit = piece.numel() // 2
-            logger.warning("%s: GPU memory is short; going on with %d samples a step", self._work, len(piece) // 2)
+            logger.warning(
+                "%s: the batch does not fit the device's memory; from now on a step takes %d samples",
+                self._work,
+                len(piece) // 2,
+            )
             release_memory()
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 

@@ -91,6 +91,12 @@ class Suspects:
         suggested: int64 [S], class that the features suggest in its place; -1 where the scores are not margins.
         names: name of each class, if the dataset knows the names.
         noise: estimated share of wrong labels in the whole dataset, if it was estimated.
+
+    Example:
+        >>> import torch
+        >>> one = torch.tensor([7])
+        >>> Suspects(one, torch.tensor([-0.5]), torch.tensor([0]), torch.tensor([1]), ("cat", "dog"), 0.02)
+        Suspects(1 sample, about 2.0% of all labels wrong; first: position 7, score -0.50, label cat, suggested dog)
     """
 
     index: Tensor
@@ -102,6 +108,19 @@ class Suspects:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def __repr__(self) -> str:
+        """Describe the suspects in one line: how many there are, and the one with the lowest score."""
+        text = f"{len(self):,} sample{'' if len(self) == 1 else 's'}"
+        if self.noise is not None:
+            text += f", about {self.noise:.1%} of all labels wrong"
+        if len(self):
+            text += f"; first: position {int(self.index[0])}, score {float(self.score[0]):.2f}"
+            for word, numbers in (("label", self.label), ("suggested", self.suggested)):
+                number = int(numbers[0])
+                if number >= 0:
+                    text += f", {word} {self.names[number] if self.names is not None else number}"
+        return f"Suspects({text})"
 
 
 @dataclass(frozen=True, eq=False)

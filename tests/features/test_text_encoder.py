@@ -215,7 +215,7 @@ def test_memory_that_is_short_halves_the_batch_and_goes_on(folder, monkeypatch, 
 
     monkeypatch.setattr(TokenEncoder, "embed", short)
     torch.testing.assert_close(embed(choose(folder)), whole)
-    assert "memory is short" in caplog.text
+    assert "does not fit the device" in caplog.text
     assert max(sizes[1:]) > 64  # more than one row went at a time
     monkeypatch.setattr(TokenEncoder, "embed", lambda self, tokens: (_ for _ in ()).throw(torch.OutOfMemoryError()))
     with pytest.raises(FeatureError, match="one sample alone"):
