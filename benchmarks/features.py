@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torchvision.datasets import CIFAR10, ImageFolder
 
+from dq_lightning.core.devices import resolve_device
 from dq_lightning.core.isolation import isolated
 from dq_lightning.features.choose import choose_encoder
-from dq_lightning.features.encoders import resolve_device
 from dq_lightning.features.extract import extract_features
 from dq_lightning.features.loading import ImageBatches, choose_num_workers
 

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from torchvision.datasets import CIFAR10
 
 from dq_lightning import PatchConfig, load_mae
+from dq_lightning.core.devices import resolve_device
 from dq_lightning.core.grid import pixel_mask
 from dq_lightning.core.records import Grid
 from dq_lightning.features.bundled import CIFAR10_MEAN, CIFAR10_STD, load_small_resnet
-from dq_lightning.features.encoders import resolve_device
 from dq_lightning.patches.choose import choose_kept, kept_count, mask_of
 from dq_lightning.patches.fill import HarmonicFill, MeanFill
 from dq_lightning.patches.mae import bundled_folder

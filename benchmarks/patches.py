@@ -23,9 +23,9 @@ from torchvision.transforms import v2
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from dq_lightning import BinConfig, PatchConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig, quantize
+from dq_lightning.core.devices import resolve_device
 from dq_lightning.demo.sample_data import SampleCIFAR10
 from dq_lightning.features.bundled import load_small_resnet
-from dq_lightning.features.encoders import resolve_device
 from dq_lightning.patches.mae import bundled_folder
 
 DROP = 0.2

@@ -14,8 +14,8 @@ import torchvision
 from pytorch_grad_cam import GradCAM, GradCAMPlusPlus
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
+from dq_lightning.core.devices import resolve_device
 from dq_lightning.core.grid import pool_to_patches
-from dq_lightning.features.encoders import resolve_device
 from dq_lightning.patches.activation_maps import ActivationMaps, TargetChoice
 
 ROUNDS = 3

@@ -12,9 +12,10 @@ import time
 
 import torch
 
+from dq_lightning.core.devices import resolve_device
 from dq_lightning.core.isolation import isolated
 from dq_lightning.features.choose import choose_encoder
-from dq_lightning.features.encoders import resolve_device, resolve_precision
+from dq_lightning.features.encoders import resolve_precision
 from dq_lightning.features.extract import extract_features
 from dq_lightning.features.text_loading import batches_by_length, pad
 from dq_lightning.sources.adapt import as_source

@@ -377,7 +377,7 @@ def killed(run, root, count, at):
     child = os.fork()
     if child == 0:
         try:
-            shards.LEAST_SECONDS = shards.MOST_SECONDS = 0.0
+            shards.MIN_SECONDS = shards.MAX_SECONDS = 0.0
             done = [0]
 
             def call(samples):
@@ -493,8 +493,8 @@ def test_two_builders_where_no_lock_holds(tmp_path, undisturbed):
         if child == 0:
             code = 1
             try:
-                cache.economy_lock = lambda *given: contextlib.nullcontext()
-                shards.LEAST_SECONDS = shards.MOST_SECONDS = 0.0
+                cache.work_lock = lambda *given: contextlib.nullcontext()
+                shards.MIN_SECONDS = shards.MAX_SECONDS = 0.0
                 dropped_run(tmp_path)
                 code = 0
             finally:

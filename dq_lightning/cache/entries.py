@@ -20,10 +20,8 @@ import platformdirs
 
 from dq_lightning.cache import files
 from dq_lightning.cache.digests import FileDigestMemory
-from dq_lightning.cache.disk_errors import READ_ONLY_ERRORS, explained
-from dq_lightning.cache.keys import canonical_parts
 from dq_lightning.cache.leftovers import remove_stale
-from dq_lightning.cache.lock import economy_lock, host_name
+from dq_lightning.cache.lock import host_name, work_lock
 from dq_lightning.cache.manifest import MANIFEST, Damage, check_entry, read_manifest, write_manifest
 from dq_lightning.cache.misses import describe_change
 from dq_lightning.cache.shards import remove_shards
@@ -116,7 +114,7 @@ class Cache:
         Raises:
             CacheError: `parts` is not plain JSON.
         """
-        return hashlib.sha256(f"{station}\n{canonical_parts(station, parts)}".encode()).hexdigest()[:32]
+        return hashlib.sha256(f"{station}\n{_canonical_parts(station, parts)}".encode()).hexdigest()[:32]
 
     def place(self, station: str, parts: dict[str, Any]) -> Path:
         """Return the folder where the entry is or would be.
@@ -154,7 +152,7 @@ class Cache:
             self._move_aside(target, str(damage))
             return None
         except OSError as error:
-            if error.errno in READ_ONLY_ERRORS:
+            if error.errno in files.READ_ONLY_ERRORS:
                 raise CacheError(
                     f"{target} cannot be read ({error}): repair its permissions, or pass another folder as cache_dir="
                 ) from error
@@ -215,7 +213,7 @@ class Cache:
         target = self.place(station, parts)
         if not force and (found := self._find(target)):
             return found
-        with explained(target):
+        with files.explained(target):
             files.make_folder(target.parent)
         locks = self.root / ".locks"
         with contextlib.suppress(OSError):
@@ -224,7 +222,7 @@ class Cache:
         def finished() -> bool:
             return not force and (target / MANIFEST).exists()
 
-        with economy_lock(locks / f"{station}-{target.name}", finished):
+        with work_lock(locks / f"{station}-{target.name}", finished):
             if not force and (found := self._find(target)):
                 return found
             return self._make(target, parts, write, force)
@@ -245,8 +243,7 @@ class Cache:
         try:
             return None if path is None else read(path)
         except StoreError:
-            # The reader marked the entry as doubtful, or it was removed meanwhile, so this call compares all of its
-            # files.
+            # The reader requested a full check, or the entry was removed meanwhile, so this call compares all files.
             path = self.find(station, parts)
             return None if path is None else read(path)
 
@@ -279,20 +276,19 @@ class Cache:
         try:
             return read(path)
         except StoreError:
-            # The reader marked the entry as doubtful, or it was removed meanwhile, so this call compares all of its
-            # files.
+            # The reader requested a full check, or the entry was removed meanwhile, so this call compares all files.
             return read(self.build(station, parts, write))
 
     def _make(self, target: Path, parts: dict[str, Any], write: Callable[[Path], None], force: bool) -> Path:
         temp = target.with_name(f".tmp-{host_name()}-{os.getpid()}-{target.name}-{os.urandom(4).hex()}")
         try:
-            with explained(target, temp):
+            with files.explained(target, temp):
                 files.make_folder(temp, new=True)
                 # The age of leftovers is measured by the clock that stamped them, which may differ from this process's
                 # clock.
                 remove_stale(target.parent, temp.stat().st_mtime)
                 write(temp)
-            with explained(target):
+            with files.explained(target):
                 write_manifest(
                     temp, station=target.parent.name, key=target.name, parts=json.loads(files.canonical_json(parts))
                 )
@@ -330,7 +326,7 @@ class Cache:
 
     def explain_miss(self, station: str, parts: dict[str, Any]) -> str:
         """Return one line that says how the nearest entry of the station differs from `parts`, or that none exists."""
-        wanted = json.loads(canonical_parts(station, parts))
+        wanted = json.loads(_canonical_parts(station, parts))
         return describe_change(station, wanted, [entry.parts for entry in self._entries(station)])
 
     def entries(self) -> list[EntryInfo]:
@@ -350,3 +346,26 @@ class Cache:
                 continue
             size = sum(facts["size"] for facts in values["files"].values())
             yield EntryInfo(station, path.name, path, size, str(values.get("created")), values["parts"])
+
+
+def _canonical_parts(station: str, parts: dict[str, Any]) -> str:
+    """Return the canonical JSON of a key's parts.
+
+    Raises:
+        CacheError: a part is not plain JSON, or a dict has keys other than text.
+    """
+    try:
+        text = files.canonical_json(parts)
+        same = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CacheError(f"the key of {station} needs plain JSON values, got {parts!r:.200}: {error}") from error
+    # json converts other dict keys to text, so two different parts could have the same key.
+    if files.canonical_json(same) != text or _has_other_keys(parts):
+        raise CacheError(f"the key of {station} needs text as dict keys: {parts!r:.200}")
+    return text
+
+
+def _has_other_keys(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(not isinstance(key, str) or _has_other_keys(inner) for key, inner in value.items())
+    return isinstance(value, list | tuple) and any(map(_has_other_keys, value))

@@ -12,13 +12,12 @@ import json
 import os
 import shutil
 import stat
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from dq_lightning.core.errors import DQError
+from dq_lightning.core.errors import CacheError, DQError
 
 # Only tests set this function; it is called with the operation's name and the path before each operation.
 observer: Callable[[str, Path], None] | None = None
@@ -27,6 +26,8 @@ BUFFER_BYTES = 1 << 20
 MAX_JSON_BYTES = 64 << 20
 # This bound is large enough for half a million class names, or for the files of 30,000 columns.
 MAX_JSON_VALUES = 1 << 20
+READ_ONLY_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS)
+FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _observe(operation: str, path: Path) -> None:
@@ -43,6 +44,33 @@ def _named(path: Path) -> Iterator[None]:
         if error.filename is None:
             raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
+
+
+@contextlib.contextmanager
+def explained(target: Path, only_under: Path | None = None) -> Iterator[None]:
+    """Turn an OSError in the block into a CacheError.
+
+    Args:
+        target: file or folder that is being written, for the message.
+        only_under: errors about paths outside of this folder are raised unchanged, unless a disk is full; None
+            translates all.
+
+    Raises:
+        CacheError: the block raised an OSError that is translated.
+    """
+    try:
+        yield
+    except OSError as error:
+        seen = str(error.filename or "")
+        ours = only_under is None or seen.startswith(str(only_under)) or error.errno in FULL_ERRORS
+        if not ours:
+            raise
+        advice = f"cannot write {target} ({error})"
+        if error.errno in READ_ONLY_ERRORS:
+            advice += ": pass cache_dir= (or set DQ_LIGHTNING_CACHE) to a folder that you may write"
+        elif error.errno in FULL_ERRORS:
+            advice += ": make room, or pass cache_dir= on another disk"
+        raise CacheError(advice) from error
 
 
 class Writer:
@@ -256,12 +284,6 @@ def file_digest(path: Path) -> str:
     """Return the hexadecimal sha256 of a file's content, which is read in pieces."""
     with open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def file_checksums(path: Path, chunk_bytes: int) -> list[int]:
-    """Return the crc32 of each chunk of `chunk_bytes` bytes of a file; the last chunk may be shorter."""
-    with open_plain(path) as file:
-        return [zlib.crc32(chunk) for chunk in iter(lambda: file.read(chunk_bytes), b"")]
 
 
 def canonical_json(value: Any) -> str:

@@ -40,7 +40,7 @@ def clean(folders: Iterable[Path]) -> None:
     """Remove stale temporary folders, and damaged entries that were moved aside, from some folders.
 
     Args:
-        folders: folders of stations or of paid rows; missing ones are skipped.
+        folders: folders of stations, or of the embeddings of an API; missing ones are skipped.
     """
     for folder in folders:
         if folder.is_dir():

@@ -62,8 +62,8 @@ def process_alive(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def economy_lock(path: Path, finished: Callable[[], bool]) -> Iterator[bool]:
-    """Hold the lock at `path`, or continue without it when it cannot be acquired.
+def work_lock(path: Path, finished: Callable[[], bool]) -> Iterator[bool]:
+    """Hold the lock at `path` while an entry is made, or continue without it when it cannot be acquired.
 
     Args:
         path: path of the lock file, whose folder exists; `path` + ".owner" holds the owner's heartbeat.

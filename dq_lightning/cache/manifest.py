@@ -1,8 +1,8 @@
 """The manifest that makes a folder an entry: names, sizes and digests of its files, written last.
 
 Large files are not compared completely each time an entry is found; instead, their readers compare what they read. A
-reader that meets other bytes than were written puts a doubt mark, the file `.doubt`, into the entry. The next process
-that finds the entry then compares all files, under any verification policy.
+reader that meets other bytes than were written requests a full check by putting the file `.check` into the entry. The
+next process that finds the entry then compares all files, under any verification policy.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from dq_lightning.core.config import VerifyPolicy
 from dq_lightning.core.errors import CacheError, DQError, StoreError
 
 MANIFEST = "manifest.json"
-# This empty file beside the manifest is the doubt mark; by its leading dot it is not taken for a file of the entry.
-DOUBT = ".doubt"
+# This empty file beside the manifest requests a full check; by its leading dot it is not taken for a file of the entry.
+FULL_CHECK = ".check"
 FORMAT = "dq_lightning entry"
 FORMAT_VERSION = 1
 # Files up to this size are always hashed, because that costs almost nothing.
@@ -90,11 +90,11 @@ def write_manifest(folder: Path, *, station: str, key: str, parts: dict[str, Any
     files.fsync_folder(folder)
 
 
-def cast_doubt(folder: Path) -> None:
-    """Put a doubt mark into an entry, so that its next finder compares all files; a failure to write it is ignored."""
+def request_full_check(folder: Path) -> None:
+    """Let the next process that finds an entry compare all its files; a failure to write the request is ignored."""
     if (folder / MANIFEST).exists():
         with contextlib.suppress(OSError):
-            files.write_bytes(folder / DOUBT, b"")
+            files.write_bytes(folder / FULL_CHECK, b"")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def check_entry(folder: Path, verify: VerifyPolicy, *, station: str, key: str) -
     """Verify an entry and return its manifest.
 
     The manifest is always checked. Names, sizes and the content of small files are compared unless `verify` is "off";
-    the content of all files is compared if it is "hash", or if the entry has a doubt mark.
+    the content of all files is compared if it is "hash", or if a reader requested a full check.
 
     Raises:
         Damage: the entry does not match its manifest, or belongs to another station or key.
@@ -136,8 +136,8 @@ def check_entry(folder: Path, verify: VerifyPolicy, *, station: str, key: str) -
     values = read_manifest(folder)
     if (values.get("station"), values.get("key")) != (station, key):
         raise Damage(f"its manifest belongs to another entry, {values.get('station')}/{values.get('key')}")
-    doubted = os.path.lexists(folder / DOUBT)
-    if verify == "off" and not doubted:
+    requested = os.path.lexists(folder / FULL_CHECK)
+    if verify == "off" and not requested:
         return values
     listed = values["files"]
     # Network file systems and desktops leave files whose names begin with a dot; no reader opens them.
@@ -145,10 +145,10 @@ def check_entry(folder: Path, verify: VerifyPolicy, *, station: str, key: str) -
     if foreign:
         raise Damage(f"it holds files that its manifest does not name: {', '.join(sorted(foreign)[:3])}")
     for name, facts in listed.items():
-        check_file(folder, name, facts, hashed=doubted or verify == "hash" or facts["size"] <= SMALL_BYTES)
-    if doubted:
+        check_file(folder, name, facts, hashed=requested or verify == "hash" or facts["size"] <= SMALL_BYTES)
+    if requested:
         with contextlib.suppress(OSError):
-            (folder / DOUBT).unlink()
+            (folder / FULL_CHECK).unlink()
     return values
 
 

@@ -5,8 +5,8 @@ the work on some consecutive samples gave, in the order of the work: samples STA
 
     START-STOP-RANDOM.shard    see `cache/tensor_files.py`
 
-Shards are cut by time, not by count. Work that is soon done writes none, and a killed run loses `LEAST_SECONDS` of
-work, or up to `MOST_SECONDS` where the disk is so slow that shorter shards would cost over 2 %. Where a shard ends
+Shards are cut by time, not by count. Work that is soon done writes none, and a killed run loses `MIN_SECONDS` of
+work, or up to `MAX_SECONDS` where the disk is so slow that shorter shards would cost over 2 %. Where a shard ends
 depends on the clock, but its content does not: loops cut between their batches, and continue with the batches of an
 undisturbed run.
 
@@ -39,7 +39,7 @@ logger = logging.getLogger("dq_lightning")
 
 PARTIAL_FOLDER = "0-partial"
 FORMAT = "dq_lightning shard 3"
-LEAST_SECONDS, MOST_SECONDS = 20.0, 60.0
+MIN_SECONDS, MAX_SECONDS = 20.0, 60.0
 # The work between two shards takes at least this many times as long as writing one.
 WORK_PER_COST = 50.0
 ABANDONED_SECONDS = 14 * 24 * 3600.0
@@ -102,7 +102,7 @@ class KeptShards:
         self._loop_made_from = ""
         self._done = 0
         self._since: float | None = None
-        self._interval = LEAST_SECONDS
+        self._interval = MIN_SECONDS
         self._given_up = False
 
     def restore(self, total: int, made_from: str = "") -> Iterator[dict[str, Array]]:
@@ -153,7 +153,7 @@ class KeptShards:
                 )
             self._done += count
         self._since = time.monotonic()
-        self._interval = min(max(LEAST_SECONDS, WORK_PER_COST * (self._since - started)), MOST_SECONDS)
+        self._interval = min(max(MIN_SECONDS, WORK_PER_COST * (self._since - started)), MAX_SECONDS)
 
     def _write(self, start: int, stop: int, arrays: Mapping[str, NDArray[Any]]) -> None:
         size = MAX_HEADER_BYTES + sum(array.nbytes for array in arrays.values())

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dq_lightning.cache.manifest import cast_doubt
+from dq_lightning.cache.manifest import request_full_check
 from dq_lightning.cache.tensor_files import read_tensor_file, write_tensor_file
 from dq_lightning.core.config import VerifyPolicy
 from dq_lightning.core.errors import StoreError
@@ -36,7 +36,7 @@ def read_tensor_folder(folder: Path, verify: VerifyPolicy = "size") -> tuple[dic
     try:
         return read_tensor_file(folder / TENSORS_FILE, verify=verify)
     except (OSError, StoreError) as error:
-        cast_doubt(folder)
+        request_full_check(folder)
         raise StoreError(
             f"the tensors in {folder} cannot be used: {error}. The next run over the data makes them again"
         ) from error
@@ -66,7 +66,7 @@ def _count(folder: Path, attributes: dict[str, Any], name: str) -> int:
 
 
 def _unfit(folder: Path, seen: str) -> StoreError:
-    cast_doubt(folder)
+    request_full_check(folder)
     return StoreError(
         f"the tensors in {folder} cannot be used: it holds {seen}. The next run over the data makes them again"
     )

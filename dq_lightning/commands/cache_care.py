@@ -10,10 +10,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dq_lightning.cache import files
+from dq_lightning.cache.api_embeddings import API_FOLDER
 from dq_lightning.cache.entries import STATIONS, Cache, EntryInfo
 from dq_lightning.cache.leftovers import clean
 from dq_lightning.cache.manifest import MANIFEST, Damage, check_entry, read_manifest
-from dq_lightning.cache.paid import PAID_FOLDER
 from dq_lightning.core.errors import CacheError, ConfigError, StoreError
 
 # An entry that was made or opened within this time may be about to be opened by the run that asked for it.
@@ -145,7 +145,7 @@ def prune(
             busy.append(entry)
     if not dry_run:
         named = [cache.root / name for name in (*STATIONS, ".locks", cache.memory.folder.name)]
-        clean([*named, *(cache.root / PAID_FOLDER).glob("*")])
+        clean([*named, *(cache.root / API_FOLDER).glob("*")])
     return Pruned(removed, busy, total)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dq_lightning.cache.api_embeddings import api_embeddings_in
 from dq_lightning.cache.entries import Cache, default_cache_dir
-from dq_lightning.cache.paid import PaidFolder
 from dq_lightning.commands.opening import open_dataset
 from dq_lightning.core.config import FeatureConfig, TextConfig
 from dq_lightning.core.console import get_logger
@@ -78,7 +78,7 @@ def embed_rows(
         batch_size=features.batch_size,
         num_workers=features.num_workers,
         progress=progress,
-        paid=PaidFolder(Path(output).expanduser() / "paid"),
+        api_embeddings=api_embeddings_in(Path(output).expanduser() / "paid"),
     )
 
 

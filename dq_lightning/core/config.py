@@ -1,11 +1,11 @@
 """All settings of the library: frozen dataclasses, validated when they are made, that convert to and from JSON."""
 
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from dq_lightning.core.errors import ConfigError
-from dq_lightning.core.fields import JsonFields, check_choice, check_ratio
+from dq_lightning.core.fields import JsonFields, check_ratio
 from dq_lightning.core.sizes import budget_bytes
 
 Saliency = Literal[
@@ -85,20 +85,12 @@ class PatchConfig(JsonFields):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ratio("PatchConfig", "drop_ratio", self.drop_ratio, zero=True)
-        for name, choices in (("saliency", Saliency), ("target", SaliencyTarget), ("codec", PatchCodec)):
-            check_choice("PatchConfig", name, getattr(self, name), choices)
-        check_choice("PatchConfig", "reconstruct", self.reconstruct, Reconstruct)
-        for name, good in (
-            ("patch_size", self.patch_size is None or self.patch_size >= 1),
-            ("max_bytes", self.max_bytes is None or self.max_bytes >= 1),
-            ("least_ratio", 0 <= self.least_ratio <= 1),
-            ("class_map", self.class_map is None or min(self.class_map, default=-1) >= 0),
-            ("seed", 0 <= self.seed < 2**64),
-            ("quality", 1 <= self.quality <= 100),
-            ("batch_size", self.batch_size >= 1),
-        ):
-            if not good:
-                raise ConfigError(f"PatchConfig.{name} is out of range: {getattr(self, name)!r}")
+        self._require_at_least(patch_size=1, max_bytes=1, batch_size=1)
+        self._require("least_ratio", 0 <= self.least_ratio <= 1, "between 0 and 1")
+        outputs_exist = self.class_map is None or min(self.class_map, default=-1) >= 0
+        self._require("class_map", outputs_exist, "a list of outputs, counted from 0")
+        self._require("seed", 0 <= self.seed < 2**64, "between 0 and 2**64 - 1")
+        self._require("quality", 1 <= self.quality <= 100, "between 1 and 100")
 
 
 FeatureKind = Literal["embedding", "gradient"]
@@ -162,19 +154,8 @@ class FeatureConfig(JsonFields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("FeatureConfig", "kind", self.kind, FeatureKind)
-        check_choice("FeatureConfig", "precision", self.precision, Precision)
-        check_choice("FeatureConfig", "selection_train", self.selection_train, SelectionTrain)
-        for name, least in (
-            ("batch_size", 1),
-            ("selection_epochs", 0),
-            ("selection_batch_size", 2),
-            ("selection_seed", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ConfigError(f"FeatureConfig.{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 < self.selection_lr < float("inf"):
-            raise ConfigError(f"FeatureConfig.selection_lr must be a positive number, got {self.selection_lr}")
+        self._require_at_least(batch_size=1, selection_epochs=0, selection_batch_size=2, selection_seed=0)
+        self._require("selection_lr", 0 < self.selection_lr < float("inf"), "a positive number")
         if self.selection_epochs and self.selection_train == "head" and self.kind == "embedding":
             raise ConfigError(
                 'training the head changes no embedding: with selection_epochs and selection_train="head" pass '
@@ -234,24 +215,13 @@ class BinConfig(JsonFields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("BinConfig", "objective", self.objective, Objective)
-        check_choice("BinConfig", "engine", self.engine, Engine)
-        check_choice("BinConfig", "maximizer", self.maximizer, Maximizer)
-        check_choice("BinConfig", "similarity", self.similarity, Similarity)
-        if not 1 <= self.num_bins <= 32767:
-            raise ConfigError(f"BinConfig.num_bins must be between 1 and 32767, got {self.num_bins}")
-        if self.clusters is not None and self.clusters < 1:
-            raise ConfigError(f"BinConfig.clusters must be at least 1 or None, got {self.clusters}")
-        for name, value, good in (
-            ("lam", self.lam, 0 <= self.lam < float("inf")),
-            ("gamma", self.gamma, self.gamma is None or 0 < self.gamma < float("inf")),
-            ("epsilon", self.epsilon, 0 < self.epsilon < 1),
-            ("beta", self.beta, 0 < self.beta <= 1),
-            ("search_seed", self.search_seed, self.search_seed >= 0),
-            ("deduplicate", self.deduplicate, self.deduplicate is None or 0 < self.deduplicate <= 1),
-        ):
-            if not good:
-                raise ConfigError(f"BinConfig.{name} is out of range: {value!r}")
+        self._require_at_least(clusters=1, search_seed=0)
+        self._require("num_bins", 1 <= self.num_bins <= 32767, "between 1 and 32767")
+        self._require("lam", 0 <= self.lam < float("inf"), "a number of at least 0")
+        self._require("gamma", self.gamma is None or 0 < self.gamma < float("inf"), "a positive number or None")
+        self._require("epsilon", 0 < self.epsilon < 1, "in (0, 1)")
+        self._require("beta", 0 < self.beta <= 1, "in (0, 1]")
+        self._require("deduplicate", self.deduplicate is None or 0 < self.deduplicate <= 1, "in (0, 1] or None")
 
 
 @dataclass(frozen=True)
@@ -282,10 +252,7 @@ class SelectionConfig(JsonFields):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ratio("SelectionConfig", "keep_ratio", self.keep_ratio)
-        if self.seed < 0:
-            raise ConfigError(f"SelectionConfig.seed must be at least 0, got {self.seed}")
-        check_choice("SelectionConfig", "draw", self.draw, Draw)
-        check_choice("SelectionConfig", "balance", self.balance, Balance)
+        self._require_at_least(seed=0)
 
 
 # The share of the worst samples that is left out where the user says nothing.
@@ -382,12 +349,7 @@ class TextConfig(JsonFields):
             object.__setattr__(self, "columns", (self.columns,))
         if self.columns is not None and not (self.columns and all(isinstance(name, str) for name in self.columns)):
             raise ConfigError(f"TextConfig.columns must be names of columns, got {self.columns!r}")
-        if self.train_length < 8:
-            raise ConfigError(f"TextConfig.train_length must be at least 8 tokens, got {self.train_length}")
-        for name, choices in (("template", Template), ("embed", EmbeddedText), ("pooling", Pooling)):
-            check_choice("TextConfig", name, getattr(self, name), choices)
-        if self.max_length is not None and self.max_length < 1:
-            raise ConfigError(f"TextConfig.max_length must be at least 1 or None, got {self.max_length}")
+        self._require_at_least(train_length=8, max_length=1)
 
 
 @dataclass(frozen=True)
@@ -420,14 +382,9 @@ class EncodingConfig(JsonFields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("EncodingConfig", "codec", self.codec, WholeCodec)
-        for name, good in (
-            ("quality", self.quality is None or 1 <= self.quality <= 100),
-            ("longest_side", self.longest_side is None or self.longest_side >= 1),
-            ("least_psnr", 0 <= self.least_psnr < float("inf")),
-        ):
-            if not good:
-                raise ConfigError(f"EncodingConfig.{name} is out of range: {getattr(self, name)!r}")
+        self._require_at_least(longest_side=1)
+        self._require("quality", self.quality is None or 1 <= self.quality <= 100, "between 1 and 100, or None")
+        self._require("least_psnr", 0 <= self.least_psnr < float("inf"), "a number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -480,8 +437,6 @@ class QuantizeConfig(JsonFields):
                 f"drop_worst={share} leaves {1 - share:.4g} of the samples, but keep_ratio={keep_ratio} wants more: lower one "
                 "of the two"
             )
-        check_choice("QuantizeConfig", "store", self.store, StoreKind)
-        check_choice("QuantizeConfig", "on_error", self.on_error, OnError)
         if self.max_bytes is not None:
             budget_bytes(self.max_bytes, 1 << 60)
         for name, asked in (("max_bytes", self.max_bytes is not None), ("encoding.codec", self.encoding.encodes)):
@@ -496,7 +451,7 @@ class QuantizeConfig(JsonFields):
                 )
 
 
-# what a user may pass as `config=`
+# What a user may pass as `config=`.
 AnyConfig = QuantizeConfig | dict[str, Any] | str | Path
 # Names in the file written by `dq-lightning quantize --output` that say which dataset was used. They are no settings.
 PLACES = ("dataset", "data_path", "split")
@@ -578,15 +533,7 @@ def replace_fields(config: QuantizeConfig, values: dict[str, Any]) -> QuantizeCo
     for path, value in values.items():
         if value is not None:
             owner, _, name = path.rpartition(".")
-            changed = _replaced(getattr(config, owner), name, value) if owner else value
-            config = _replaced(config, owner or name, changed)
+            part: Any = getattr(config, owner) if owner else config
+            changed: Any = replace(part, **{name: value})
+            config = replace(config, **{owner: changed}) if owner else changed
     return config
-
-
-def _replaced(config: Any, name: str, value: Any) -> Any:
-    return replace(config, **{name: value})
-
-
-def config_fields(config: Any) -> list[str]:
-    """Return the field names of a config dataclass in order; an empty list for anything else."""
-    return [f.name for f in fields(config)] if is_dataclass(config) else []

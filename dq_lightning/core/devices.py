@@ -1,4 +1,4 @@
-"""Checks the name of a device and returns the device."""
+"""Finds the device that a name stands for."""
 
 import torch
 
@@ -23,3 +23,16 @@ def named_device(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={str(name)!r} was asked for, but torch finds no CUDA device: pass device='cpu'")
     return device
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Return the named device; `"auto"` is the current GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: torch knows no such device, or it is a CUDA device and torch finds none.
+    """
+    if str(device) != "auto":
+        return named_device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

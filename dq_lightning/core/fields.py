@@ -5,7 +5,7 @@ import re
 from dataclasses import asdict
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from dq_lightning.core.errors import ConfigError
 
@@ -50,9 +50,15 @@ class JsonFields:
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def __post_init__(self) -> None:
-        """Convert numbers to the types of their fields, so that 1, 1.0 and NumPy's 1 are the same setting."""
+        """Check choices, and convert numbers to the types of their fields, so that 1 and NumPy's 1 are the same setting.
+
+        Raises:
+            ConfigError: a field of a Literal type has another value.
+        """
         for name, hint in _hints(type(self)).items():
             value = getattr(self, name)
+            if get_origin(hint) is Literal:
+                check_choice(type(self).__name__, name, value, hint)
             kinds = get_args(hint) or (hint,)
             if isinstance(value, bool):
                 continue
@@ -63,6 +69,18 @@ class JsonFields:
             elif isinstance(value, list | tuple):
                 number: Any = int if tuple[int, ...] in kinds else float
                 object.__setattr__(self, name, tuple(number(v) if isinstance(v, Real) else v for v in value))
+
+    def _require(self, name: str, good: bool, allowed: str) -> None:
+        """Raise ConfigError unless the value of a field is good; `allowed` completes "it must be ..."."""
+        if not good:
+            raise ConfigError(f"{type(self).__name__}.{name} must be {allowed}, got {getattr(self, name)!r}")
+
+    def _require_at_least(self, **smallest: int) -> None:
+        """Raise ConfigError if a named field has a smaller value; a field whose default is None may be None."""
+        for name, number in smallest.items():
+            value, optional = getattr(self, name), self.__dataclass_fields__[name].default is None
+            if not (optional and value is None):
+                self._require(name, value >= number, f"at least {number}{' or None' if optional else ''}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as nested dicts, lists and scalars, which JSON can hold."""

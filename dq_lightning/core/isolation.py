@@ -19,7 +19,7 @@ def isolated_random_state(seed: int | None = None) -> Iterator[None]:
     """
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     # Asking for the state of an uninitialised CUDA would create a context, and a cache hit must not touch the GPU.
-    cuda_before: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda_before = _gpu_in_use()
     cuda_states = torch.cuda.get_rng_state_all() if cuda_before else []
     try:
         if seed is not None:
@@ -39,35 +39,17 @@ def isolated_random_state(seed: int | None = None) -> Iterator[None]:
             torch.cuda.manual_seed_all(torch.initial_seed())
 
 
-def _precision_owners() -> tuple[Any, ...]:
-    """Return the objects whose `fp32_precision` decides whether float32 products are rounded to TF32 or bfloat16."""
-    # The type annotations of torch do not list these attributes.
-    backends: Any = torch.backends
-    return (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
-
-
 def _gpu_in_use() -> bool:
     cuda: Any = torch.cuda
     return bool(cuda.is_initialized())
 
 
 @contextmanager
-def _own_gpu_seed() -> Iterator[None]:
-    """Give GPUs that were not in use before the block the seed that the process had before it."""
-    before = _gpu_in_use()
-    try:
-        yield
-    finally:
-        # torch queues a seed until there is a CUDA context; this call replaces the one that was queued inside the
-        # block.
-        if not before:
-            torch.cuda.manual_seed_all(torch.initial_seed())
-
-
-@contextmanager
 def exact_products() -> Iterator[None]:
     """Compute products of float32 matrices in float32 inside the block, whatever precision the user has set."""
-    owners = _precision_owners()
+    # The type annotations of torch do not list the attributes that decide about rounding to TF32 or bfloat16.
+    backends: Any = torch.backends
+    owners = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
     precisions = [owner.fp32_precision for owner in owners]
     try:
         for owner in owners:
@@ -89,26 +71,18 @@ def isolated() -> Iterator[None]:
     cudnn = torch.backends.cudnn
     flags = (cudnn.benchmark, cudnn.deterministic)
     default_dtype = torch.get_default_dtype()
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    # An uninitialised GPU has no state worth keeping, and asking for it would create a context.
-    devices = list(range(torch.cuda.device_count())) if _gpu_in_use() else []
-    with exact_products(), _own_gpu_seed(), torch.random.fork_rng(devices), torch.no_grad():
+    with exact_products(), isolated_random_state(0), torch.no_grad():
         try:
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
             cudnn.benchmark, cudnn.deterministic = False, True
             torch.set_default_dtype(torch.float32)
             yield
         finally:
             torch.set_default_dtype(default_dtype)
             cudnn.benchmark, cudnn.deterministic = flags
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
 
 
 def release_memory() -> None:
-    """Collect unreachable objects, and return cached GPU memory to the driver."""
-    gc.collect()
+    """Collect unreachable objects and return cached GPU memory to the driver; nothing happens while no GPU is in use."""
     if _gpu_in_use():
+        gc.collect()
         torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
 """Protocols through which long-running loops save finished work, so that a killed run can continue."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,7 +35,7 @@ class Shards(Protocol):
         ...
 
 
-class NothingKept:
+class NoShards:
     """Implementation of `Shards` that saves nothing: a killed run starts again from the beginning."""
 
     def restore(self, total: int, made_from: str = "") -> Iterator[dict[str, Array]]:
@@ -50,8 +50,8 @@ class NothingKept:
         """Do nothing."""
 
 
-class PaidRows(Protocol):
-    """Protocol of the embeddings of one model that a paid API has returned. See `cache/paid.py`.
+class ApiEmbeddings(Protocol):
+    """Protocol of the stored embeddings that an API has returned for one model. See `cache/api_embeddings.py`.
 
     An implementation is safe to use from several threads and processes.
     """
@@ -66,32 +66,11 @@ class PaidRows(Protocol):
         """Save the embeddings of a finished request, before anything else is done with them.
 
         Args:
-            keys: SHA-256 digest of each text.
+            keys: SHA-256 digest of each of B texts.
             rows: float32 [B, D], the embeddings in the order of the keys.
         """
         ...
 
 
-class Paid(Protocol):
-    """Protocol of the embeddings of all models that a paid API has returned."""
-
-    def of(self, model: str, /) -> PaidRows:
-        """Return the embeddings of one model, whose name must be usable in a path."""
-        ...
-
-
-class NothingPaid:
-    """Implementation of `Paid` and `PaidRows` that holds no embeddings and saves none."""
-
-    def of(self, model: str) -> "NothingPaid":
-        """Return the same object, which holds nothing for any model."""
-        return self
-
-    def __contains__(self, key: bytes) -> bool:
-        return False
-
-    def __getitem__(self, key: bytes) -> NDArray[np.float32]:
-        raise KeyError(key)
-
-    def record(self, keys: Sequence[bytes], rows: NDArray[np.float32]) -> None:
-        """Do nothing."""
+# Opens the stored embeddings of the model whose name it is given.
+OpenApiEmbeddings = Callable[[str], ApiEmbeddings]

@@ -10,9 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dq_lightning.core.config import Precision
-from dq_lightning.core.devices import named_device
 from dq_lightning.core.errors import FeatureError
-from dq_lightning.core.resuming import Paid
+from dq_lightning.core.resuming import OpenApiEmbeddings
 from dq_lightning.features.collect import Rows
 from dq_lightning.features.preprocessing import Preprocessing
 from dq_lightning.features.samples import TextSource
@@ -73,7 +72,12 @@ class RowEncoder(Protocol):
     """Advice to the user about rows that are not finite, for messages."""
 
     def rows(
-        self, source: TextSource, batch_size: int, num_workers: int | Literal["auto"], paid: Paid, /
+        self,
+        source: TextSource,
+        batch_size: int,
+        num_workers: int | Literal["auto"],
+        api_embeddings: OpenApiEmbeddings | None,
+        /,
     ) -> Iterator[Rows]:
         """Yield the features of every sample once, in any order.
 
@@ -81,18 +85,10 @@ class RowEncoder(Protocol):
             source: dataset of N samples.
             batch_size: largest number of samples in one request.
             num_workers: number of concurrent requests.
-            paid: store of rows that cost money; rows found in it are not requested again, and new ones are added.
+            api_embeddings: function that opens the stored embeddings of an API; those that are found are not requested
+                again, and new ones are added. None stores nothing.
         """
         ...
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """Return the named device; `"auto"` is the current GPU if there is one, else the CPU."""
-    if str(device) != "auto":
-        return named_device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:

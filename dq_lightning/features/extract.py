@@ -10,13 +10,14 @@ from torch import Tensor
 
 from dq_lightning.core.batching import HalvedBatches
 from dq_lightning.core.config import FeatureKind, Precision
+from dq_lightning.core.devices import resolve_device
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.isolation import isolated, release_memory
 from dq_lightning.core.records import Features
-from dq_lightning.core.resuming import NothingKept, NothingPaid, Paid, Shards
+from dq_lightning.core.resuming import NoShards, OpenApiEmbeddings, Shards
 from dq_lightning.features.choose import EncoderSpec
 from dq_lightning.features.collect import NAMED_SAMPLES, Allocate, Rows, allocate_in_memory, collect
-from dq_lightning.features.encoders import Encoder, RowEncoder, TextEncoder, resolve_device
+from dq_lightning.features.encoders import Encoder, RowEncoder, TextEncoder
 from dq_lightning.features.gradient import HeadLoss, head_gradient
 from dq_lightning.features.loading import ImageBatches, iterate_batches, telling_of_lost_loaders
 from dq_lightning.features.readable import Blanked
@@ -43,7 +44,7 @@ def extract_features(
     progress: bool = True,
     out: Allocate | None = None,
     loss: HeadLoss = "softmax_cross_entropy",
-    paid: Paid | None = None,
+    api_embeddings: OpenApiEmbeddings | None = None,
     shards: Shards | None = None,
     left_out: Tensor | None = None,
 ) -> Features:
@@ -70,10 +71,10 @@ def extract_features(
         out: function that makes the float32 CPU tensor to fill, given its name (`"embedding"` or `"head_gradient"`) and
             its shape; a memory-mapped tensor keeps large features out of main memory.
         loss: loss that the gradient is taken of, see `head_gradient`.
-        paid: store in which an encoder that costs money for each row records the rows it has received; None records
-            nothing.
-        shards: store for finished rows, from which a killed run can be resumed; it is not used for ready-made or paid
-            rows. None stores nothing.
+        api_embeddings: function that opens the stored embeddings that an API returned in earlier runs, to which new
+            ones are added; None stores nothing.
+        shards: store for finished rows, from which a killed run can be resumed; it is not used for ready-made
+            embeddings and those of an API. None stores nothing.
         left_out: positions of unreadable samples, int64 [U]; their rows are zero.
 
     Returns:
@@ -97,12 +98,12 @@ def extract_features(
             if kind == "gradient" and labels is not None:
                 _check_head(encoder, labels, len(source), num_classes)
                 wanted = labels
-            advice, kept = LOOK_AT_SAMPLES, shards or NothingKept()
+            advice, kept = LOOK_AT_SAMPLES, shards or NoShards()
             rows_of: Callable[[Tensor], Iterator[Rows]]
             if isinstance(encoder, RowEncoder):
                 whole = source if left_out is None else Blanked(source, left_out)
-                rows_of = partial(_all_rows, encoder, whole, batch_size, num_workers, paid or NothingPaid())
-                advice, kept = encoder.advice, NothingKept()
+                rows_of = partial(_all_rows, encoder, whole, batch_size, num_workers, api_embeddings)
+                advice, kept = encoder.advice, NoShards()
             elif isinstance(encoder, TextEncoder):
                 rows_of = partial(_text_to_rows, encoder, source, batch_size)
             else:
@@ -141,10 +142,10 @@ def _all_rows(
     source: TextSource,
     batch_size: int,
     num_workers: int | Literal["auto"],
-    paid: Paid,
+    api_embeddings: OpenApiEmbeddings | None,
     missing: Tensor,
 ) -> Iterator[Rows]:
-    return encoder.rows(source, batch_size, num_workers, paid)
+    return encoder.rows(source, batch_size, num_workers, api_embeddings)
 
 
 def _text_to_rows(encoder: TextEncoder, source: TextSource, batch_size: int, missing: Tensor) -> Iterator[Rows]:

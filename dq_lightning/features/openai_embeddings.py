@@ -1,4 +1,4 @@
-"""Text embeddings from OpenAI's API, requested in parallel; every paid row is recorded as soon as it arrives.
+"""Text embeddings from OpenAI's API, requested in parallel; each is recorded as soon as it arrives.
 
 The official client repeats a request after the status codes 408, 409, 429 and 5xx, timeouts and broken connections. It
 waits as long as the server's `Retry-After` says, else with exponential backoff and jitter.
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from dq_lightning.core.config import Precision, TextConfig
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.records import DigestMemory
-from dq_lightning.core.resuming import Paid
+from dq_lightning.core.resuming import OpenApiEmbeddings
 from dq_lightning.features.collect import Rows
 from dq_lightning.features.samples import TextSource
 from dq_lightning.features.text_loading import read_texts
@@ -38,7 +38,7 @@ TIMEOUT_SECONDS = 60.0
 REQUESTS_AT_ONCE = 8
 # The API limits the inputs of a request, the tokens of an input and the tokens of a request. A token is at least one
 # byte, so bytes are counted instead.
-MOST_INPUTS, TOKENS_PER_INPUT, BYTES_PER_REQUEST = 2048, 8191, 280_000
+MAX_INPUTS, TOKENS_PER_INPUT, BYTES_PER_REQUEST = 2048, 8191, 280_000
 # When the run is stopped, requests that were already sent have this long to finish.
 GRACE_SECONDS = 5.0
 # Servers answer with these status codes if a request is too large or invalid, and if a failure is temporary.
@@ -121,23 +121,27 @@ class OpenAIRows:
     def __init__(self, origin: OpenAIOrigin) -> None:
         self._origin = origin
         self._client = origin.client()
-        self._most = MOST_INPUTS
+        self._most = MAX_INPUTS
         self._options: dict[str, Any] = {}
         self._answered = False
         self._stopped = threading.Event()
 
     def rows(
-        self, source: TextSource, batch_size: int, num_workers: int | Literal["auto"], paid: Paid
+        self,
+        source: TextSource,
+        batch_size: int,
+        num_workers: int | Literal["auto"],
+        api_embeddings: OpenApiEmbeddings | None,
     ) -> Iterator[Rows]:
         """Yield the embeddings of every sample, batch by batch as they arrive; equal texts are sent only once.
 
-        Every batch is recorded in `paid` before it is used, so an interrupted run continues where it stopped.
+        Every batch is stored before it is used, so an interrupted run continues where it stopped.
 
         Args:
             source: dataset of N texts.
             batch_size: largest number of texts in one request.
             num_workers: number of concurrent requests; `"auto"` or 0 makes 8.
-            paid: store of embeddings that were paid for.
+            api_embeddings: function that opens the stored embeddings of a model; None stores nothing.
 
         Raises:
             FeatureError: the server rejects a request or still fails after all retries.
@@ -148,16 +152,16 @@ class OpenAIRows:
         for position, text in enumerate(texts):
             places.setdefault(_key(text), []).append(position)
         name = digest_text(self._origin.model, os.environ.get(SERVER, ""))[:32]
-        had = paid.of(f"openai-{name}")
-        known = [key for key in places if key in had]
-        waiting = [key for key in places if key not in had]
-        widths = {len(had[key]) for key in known}
-        for start in range(0, len(known) if len(widths) == 1 else 0, MOST_INPUTS):
-            part = known[start : start + MOST_INPUTS]
-            yield _spread([places[key] for key in part], np.stack([had[key] for key in part]))
+        stored = _Unstored() if api_embeddings is None else api_embeddings(f"openai-{name}")
+        known = [key for key in places if key in stored]
+        waiting = [key for key in places if key not in stored]
+        widths = {len(stored[key]) for key in known}
+        for start in range(0, len(known) if len(widths) == 1 else 0, MAX_INPUTS):
+            part = known[start : start + MAX_INPUTS]
+            yield _spread([places[key] for key in part], np.stack([stored[key] for key in part]))
         self._check_one(widths)
         sizes = [len(texts[places[key][0]].encode()) for key in waiting]
-        batches = [[waiting[i] for i in batch] for batch in split(sizes, min(batch_size, MOST_INPUTS))]
+        batches = [[waiting[i] for i in batch] for batch in split(sizes, min(batch_size, MAX_INPUTS))]
         # 0 asks for the dataset to be read in this process, which is always the case here, so 0 sets no limit.
         threads = REQUESTS_AT_ONCE if num_workers == "auto" or num_workers < 1 else num_workers
 
@@ -168,7 +172,7 @@ class OpenAIRows:
             with lock:
                 widths.add(rows.shape[1])
                 self._check_one(widths)
-            had.record(keys, rows)
+            stored.record(keys, rows)
             return keys, rows
 
         for keys, rows in in_threads(request, batches, threads, self._stopped):
@@ -408,6 +412,13 @@ def _key(text: str) -> bytes:
 def _message(error: Exception) -> str:
     # Servers may repeat the key in their message, so it is removed.
     return str(getattr(error, "message", None) or error).replace(os.environ.get(KEY) or KEY, "...")
+
+
+class _Unstored(dict[bytes, Array]):
+    """No embeddings, for calls without a store; implements `resuming.ApiEmbeddings`."""
+
+    def record(self, keys: Sequence[bytes], rows: Array) -> None:
+        """Do nothing."""
 
 
 class _UnorderedError(Exception):

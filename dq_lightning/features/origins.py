@@ -7,9 +7,10 @@ from typing import Protocol, Self
 from torch import nn
 
 from dq_lightning.core.config import Precision
+from dq_lightning.core.devices import resolve_device
 from dq_lightning.core.records import DigestMemory
 from dq_lightning.features.bundled import BUNDLED_ENCODER_FILE, CIFAR10_MEAN, CIFAR10_STD, load_small_resnet
-from dq_lightning.features.encoders import Encoder, NetworkEncoder, RowEncoder, TextEncoder, resolve_device
+from dq_lightning.features.encoders import Encoder, NetworkEncoder, RowEncoder, TextEncoder
 from dq_lightning.features.preprocessing import Preprocessing, ResizeToSquare
 from dq_lightning.identity.networks import digest_encoder
 from dq_lightning.identity.values import digest_text

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dq_lightning.core.config import Precision
 from dq_lightning.core.errors import FeatureError
-from dq_lightning.core.resuming import Paid
+from dq_lightning.core.resuming import OpenApiEmbeddings
 from dq_lightning.features.choose import EncoderSpec
 from dq_lightning.features.extract import extract_features
 from dq_lightning.features.samples import SampleSource
@@ -73,7 +73,7 @@ def embed_piece(
     batch_size: int = 256,
     num_workers: int | Literal["auto"] = "auto",
     progress: bool = True,
-    paid: Paid | None = None,
+    api_embeddings: OpenApiEmbeddings | None = None,
 ) -> Path:
     """Embed at most `nums` rows from row `index * nums` on and write them; a complete existing piece is kept.
 
@@ -91,7 +91,7 @@ def embed_piece(
         batch_size: number of samples in one batch.
         num_workers: number of loader processes or of concurrent requests, see `extract_features`.
         progress: whether to show a progress bar.
-        paid: store of rows that cost money, see `extract_features`.
+        api_embeddings: function that opens the stored embeddings of an API, see `extract_features`.
 
     Returns:
         Path of the `.npy` file.
@@ -124,7 +124,7 @@ def embed_piece(
         batch_size=batch_size,
         num_workers=num_workers,
         progress=progress,
-        paid=paid,
+        api_embeddings=api_embeddings,
     ).embedding.numpy()
     # A piece without a description counts as missing, so the old description is removed first and the new one is
     # written last.

@@ -14,7 +14,7 @@ from torch import Tensor
 from dq_lightning.core.console import progress_bar
 from dq_lightning.core.errors import FeatureError, SourceError, may_pass
 from dq_lightning.core.records import Labels
-from dq_lightning.core.resuming import NothingKept, Shards
+from dq_lightning.core.resuming import NoShards, Shards
 from dq_lightning.features.collect import NAMED_SAMPLES
 from dq_lightning.features.loading import ImageBatch, ImageBatches, iterate_batches
 from dq_lightning.features.samples import CheckedSource, TextSource
@@ -48,7 +48,7 @@ def find_unreadable(
         SourceError: the failure may be temporary (a stale network file, no memory) and so is not due to the sample.
     """
     samples = torch.arange(len(source)) if positions is None else positions
-    found = _found_in_all(source, samples, num_workers, progress, shards or NothingKept())
+    found = _found_in_all(source, samples, num_workers, progress, shards or NoShards())
     if not found:
         return torch.empty(0, dtype=torch.int64)
     named = "; ".join(f"sample {index}: {text}" for index, text in found[:NAMED_SAMPLES])

@@ -13,7 +13,7 @@ from torch import Tensor
 from dq_lightning.core.config import Precision
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.records import DigestMemory
-from dq_lightning.core.resuming import Paid
+from dq_lightning.core.resuming import OpenApiEmbeddings
 from dq_lightning.features.collect import Rows
 from dq_lightning.features.samples import TextSource
 
@@ -79,7 +79,11 @@ class ReadyRows:
         self.advice = f"Repair these rows of {name}, or leave the samples out"
 
     def rows(
-        self, source: TextSource, batch_size: int, num_workers: int | Literal["auto"], paid: Paid
+        self,
+        source: TextSource,
+        batch_size: int,
+        num_workers: int | Literal["auto"],
+        api_embeddings: OpenApiEmbeddings | None,
     ) -> Iterator[Rows]:
         """Yield the rows in order, 4096 at a time.
 

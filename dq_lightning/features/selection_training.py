@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from dq_lightning.core.batching import HalvedBatches
 from dq_lightning.core.config import FeatureConfig, Precision
 from dq_lightning.core.console import progress_bar
+from dq_lightning.core.devices import resolve_device
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.isolation import isolated
 from dq_lightning.core.records import Labels
 from dq_lightning.features.choose import EncoderSpec
-from dq_lightning.features.encoders import Encoder, NetworkEncoder, RowEncoder, TextEncoder, resolve_device
+from dq_lightning.features.encoders import Encoder, NetworkEncoder, RowEncoder, TextEncoder
 from dq_lightning.features.loading import ImageBatches, iterate_batches
 from dq_lightning.features.preprocessing import Preprocessing
 from dq_lightning.features.samples import ImageSource

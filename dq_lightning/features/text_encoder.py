@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dq_lightning.core.config import Precision, TextConfig
+from dq_lightning.core.devices import resolve_device
 from dq_lightning.core.errors import DQError, FeatureError
 from dq_lightning.core.records import DigestMemory
-from dq_lightning.features.encoders import resolve_device, resolve_precision
+from dq_lightning.features.encoders import resolve_precision
 from dq_lightning.features.text_card import MODULES, Card, Layer, read_card
 from dq_lightning.identity.callables import library_version
 from dq_lightning.identity.networks import find_commit

@@ -11,9 +11,10 @@ from typing import Any, Self
 from torch import nn
 
 from dq_lightning.core.config import Precision
+from dq_lightning.core.devices import resolve_device
 from dq_lightning.core.errors import DQError, FeatureError
 from dq_lightning.core.records import DigestMemory
-from dq_lightning.features.encoders import NetworkEncoder, resolve_device
+from dq_lightning.features.encoders import NetworkEncoder
 from dq_lightning.features.preprocessing import Preprocessing
 from dq_lightning.identity.callables import library_version
 from dq_lightning.identity.networks import find_commit

@@ -22,7 +22,7 @@ HELD_BYTES = 32 << 20
 # A row of at least this size is read into memory of its own, which a tensor can take over without a copy.
 OWN_MEMORY_BYTES = 4096
 # Linux reads at most 2 GiB in one call.
-MOST_BYTES_PER_READ = 1 << 30
+MAX_BYTES_PER_READ = 1 << 30
 
 Row = bytes | memoryview
 
@@ -145,7 +145,7 @@ def read_piece(descriptor: int, size: int, at: int, name: str) -> Row:
         Damage: if the file ends before.
         OSError: if the file cannot be read.
     """
-    data = os.pread(descriptor, size, at) if size <= MOST_BYTES_PER_READ else b""
+    data = os.pread(descriptor, size, at) if size <= MAX_BYTES_PER_READ else b""
     if len(data) == size:
         return data
     return _read_exactly(descriptor, size, at, name).data.toreadonly()
@@ -156,7 +156,7 @@ def _read_exactly(descriptor: int, size: int, at: int, name: str) -> NDArray[np.
     view: Any = whole.data
     done = 0
     while done < size:
-        step = os.preadv(descriptor, [view[done : done + MOST_BYTES_PER_READ]], at + done)
+        step = os.preadv(descriptor, [view[done : done + MAX_BYTES_PER_READ]], at + done)
         if not step:
             raise Damage(f"{name} ends at {os.fstat(descriptor).st_size} bytes, it was cut while it was open")
         done += step

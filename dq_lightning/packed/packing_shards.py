@@ -10,7 +10,7 @@ from dq_lightning.cache import files
 from dq_lightning.core.resuming import Array, Shards
 
 # A shard is held in memory until it is saved, so its size is limited.
-MOST_BYTES = 256 << 20
+MAX_BYTES = 256 << 20
 
 
 class Unkept:
@@ -49,7 +49,7 @@ class Unkept:
         if len(self._lengths) % self._grain:
             return
         size = len(self._values) + sum(map(len, self._columns.values()))
-        if size >= MOST_BYTES or self._shards.is_due():
+        if size >= MAX_BYTES or self._shards.is_due():
             arrays = {
                 "facts": np.frombuffer(files.canonical_json(facts()).encode(), np.uint8),
                 "lengths": np.array(self._lengths, "<i8"),

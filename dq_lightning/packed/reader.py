@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dq_lightning.cache import files
-from dq_lightning.cache.manifest import Damage, cast_doubt, check_file
+from dq_lightning.cache.manifest import Damage, check_file, request_full_check
 from dq_lightning.cache.tensors import TENSORS_FILE
 from dq_lightning.core.config import VerifyPolicy
 from dq_lightning.core.errors import DQError, StoreError
@@ -141,7 +141,7 @@ class PackedDataset(Dataset[Any]):
             raise self._unusable(str(error) or type(error).__name__) from error
 
     def _unusable(self, reason: str) -> StoreError:
-        cast_doubt(self.path)
+        request_full_check(self.path)
         remedy = "A store in the cache is made again by the next run; copy any other one anew"
         return StoreError(f"the packed store {self.path} cannot be used: {reason}. {remedy}")
 

@@ -15,7 +15,7 @@ from dq_lightning.core.console import progress_bar
 from dq_lightning.core.errors import PatchError
 from dq_lightning.core.handles import FORK
 from dq_lightning.core.records import Grid
-from dq_lightning.core.resuming import NothingKept, Shards
+from dq_lightning.core.resuming import NoShards, Shards
 from dq_lightning.patches.saliency import PatchScorer
 
 # An image whose size differs from the others waits until a batch of its size is full. This limits the waiting images.
@@ -92,7 +92,7 @@ def score_images(
         PatchError: if scores are not finite, and the message names the sample; or if one image alone exceeds the GPU's
             memory.
     """
-    table = _Scores(len(index), patch_size, shards or NothingKept())
+    table = _Scores(len(index), patch_size, shards or NoShards())
     halved = HalvedBatches("saliency", PatchError)
 
     def scores_of(images: Tensor, positions: Tensor, labels: Tensor | None) -> Tensor:

@@ -19,19 +19,19 @@ from dq_lightning.core.errors import PatchError
 # Names of the norm before the attention of a transformer block: timm and torchvision's Swin, torchvision's ViT,
 # transformers.
 FIRST_NORMS = ("norm1", "ln_1", "layernorm_before")
-MOST_PREFIX_TOKENS = 16
+MAX_PREFIX_TOKENS = 16
 # The image is divided into 3 x 3 equal parts, and the square is put into each of them.
 PARTS_A_SIDE = 3
 # If a network accepts images of any size, larger images are used: in a map of 2 x 2 places, the places hardly differ.
 PROBE_SIDE = 128
 # Least correlation between the change of an output and the position of the square. Random networks of 70 families of
 # timm gave 0.3 to 1 in the right layout, and in a wrong one at most 0.25 for tokens and 0.1 for four dimensions.
-LEAST_CORRELATION = 0.3
+MIN_CORRELATION = 0.3
 # Least correlation for an output with four dimensions whose shape admits only one layout.
-LEAST_WHERE_ONE_FITS = 0.15
+MIN_CORRELATION_OF_ONE_LAYOUT = 0.15
 # Least correlation if taller and wider images have already shown the dimensions. Then the square must just not
 # contradict, as it would if the map were rolled over. A network that mixes all places of a small map gives about 0.
-LEAST_AFTER_SIZES = -0.2
+MIN_CORRELATION_AFTER_SIZES = -0.2
 # Number of layers whose outputs are held in memory at the same time.
 LAYERS_AT_ONCE = 8
 HOW_TO_NAME = (
@@ -313,8 +313,8 @@ class _Sizes:
     def needed(self, layers: list[TargetLayer], shape: torch.Size) -> dict[TargetLayer, float]:
         """Return the layouts that the sizes do not contradict, with the correlation that each of them needs."""
         left = [layer for layer in layers if not self._tell(layer, shape) or self._show(layer, shape)]
-        unproved = LEAST_WHERE_ONE_FITS if len(left) == 1 and len(shape) == 4 else LEAST_CORRELATION
-        return {layer: LEAST_AFTER_SIZES if self._show(layer, shape) else unproved for layer in left}
+        unproved = MIN_CORRELATION_OF_ONE_LAYOUT if len(left) == 1 and len(shape) == 4 else MIN_CORRELATION
+        return {layer: MIN_CORRELATION_AFTER_SIZES if self._show(layer, shape) else unproved for layer in left}
 
     def _show(self, layer: TargetLayer, shape: torch.Size) -> bool:
         """Return whether the output's shape for taller and wider images confirms this layout."""
@@ -357,7 +357,7 @@ def _layouts(name: str, shape: torch.Size, images: Tensor) -> Iterator[TargetLay
         yield TargetLayer(name, "NCHW", shape[2], shape[3])
     if len(shape) == 4 and fits(shape[1], shape[2]):
         yield TargetLayer(name, "NHWC", shape[1], shape[2])
-    for prefix in range(MOST_PREFIX_TOKENS + 1) if len(shape) == 3 else ():
+    for prefix in range(MAX_PREFIX_TOKENS + 1) if len(shape) == 3 else ():
         count = shape[1] - prefix
         if 2 * prefix > count:
             # Any number of tokens is some small grid behind enough others, but class and register tokens are few.

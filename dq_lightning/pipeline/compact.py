@@ -9,7 +9,7 @@ import torch
 
 from dq_lightning.cache.entries import Cache
 from dq_lightning.cache.files import read_sealed, seal, sealed_digest, write_bytes
-from dq_lightning.cache.manifest import MANIFEST, cast_doubt, check_copied_entry
+from dq_lightning.cache.manifest import MANIFEST, check_copied_entry, request_full_check
 from dq_lightning.cache.tensors import TENSORS_FILE, read_bins, read_selection
 from dq_lightning.core.config import PatchConfig, Reconstruct, VerifyPolicy
 from dq_lightning.core.errors import CacheError, DQError, StoreError
@@ -209,7 +209,7 @@ def open_compact(
         )
         digest = sealed_digest(read_sealed(path / STORE_FILE)) if patches else None
     except (OSError, DQError, KeyError, TypeError, ValueError) as error:
-        cast_doubt(path)
+        request_full_check(path)
         raise StoreError(
             f"{path} holds no compact set that can be used ({error}): in a cache the next run makes it again, a copy must be "
             "copied again"
@@ -407,7 +407,7 @@ def check_same_samples(samples: PackedDataset, selection: Selection) -> None:
         StoreError: they differ, so the store belongs to another compact set.
     """
     if not torch.equal(samples.index, selection.index) or not torch.equal(samples.bin, selection.bin):
-        cast_doubt(samples.path)
+        request_full_check(samples.path)
         raise StoreError(
             f"{samples.path} holds samples of another selection than its compact set: in a cache the next run makes it again, "
             "a copy must be copied again"

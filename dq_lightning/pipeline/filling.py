@@ -13,10 +13,10 @@ from dq_lightning.cache.entries import require_space
 from dq_lightning.cache.shards import KeptShards
 from dq_lightning.core.batching import HalvedBatches
 from dq_lightning.core.console import progress_bar
+from dq_lightning.core.devices import resolve_device
 from dq_lightning.core.errors import PatchError, StoreError
 from dq_lightning.core.isolation import isolated, release_memory
 from dq_lightning.core.records import PatchedImage
-from dq_lightning.features.encoders import resolve_device
 from dq_lightning.packed.patches import image_leaf, unpack_image
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.packed.writer import Item, write_packed

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from dq_lightning.cache.tensors import write_scores
+from dq_lightning.core.devices import resolve_device
 from dq_lightning.core.handles import FORK, loader_processes
 from dq_lightning.core.isolation import isolated, release_memory
 from dq_lightning.core.records import Selection
 from dq_lightning.core.resuming import Shards
 from dq_lightning.core.workers import automatic_workers
-from dq_lightning.features.encoders import resolve_device
 from dq_lightning.patches.saliency import ClassifierScorer
 from dq_lightning.patches.score import score_images
 from dq_lightning.pipeline.patching import patches_of

@@ -273,8 +273,8 @@ def test_a_run_that_stopped_at_a_sample_is_continued_by_one_that_leaves_it_out(t
 
     expected = run("undisturbed", on_error="skip")
     assert done == [4] * 6 + [3] + [4] * 3
-    monkeypatch.setattr(shards, "LEAST_SECONDS", 0.0)
-    monkeypatch.setattr(shards, "MOST_SECONDS", 0.0)
+    monkeypatch.setattr(shards, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(shards, "MAX_SECONDS", 0.0)
     with pytest.raises(SourceError, match=r"25\.jpg"):
         run("cache")
     assert done == [4] * 6

@@ -23,7 +23,7 @@ from tests.robustness.worlds import RUNS, content, image_run
 def locked(monkeypatch):
     """Stations whose entries were locked, in order; no two locks are ever held together."""
     stations, held = [], []
-    real = cache.economy_lock
+    real = cache.work_lock
 
     @contextmanager
     def watched(path, finished):
@@ -36,7 +36,7 @@ def locked(monkeypatch):
             finally:
                 held.pop()
 
-    monkeypatch.setattr(cache, "economy_lock", watched)
+    monkeypatch.setattr(cache, "work_lock", watched)
     return stations
 
 

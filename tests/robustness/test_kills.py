@@ -36,8 +36,8 @@ from tests.robustness.worlds import (
 @pytest.fixture
 def every_batch_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long stages keep finished work by the clock; here always, so that points do not depend on it."""
-    monkeypatch.setattr(shards, "LEAST_SECONDS", 0.0)
-    monkeypatch.setattr(shards, "MOST_SECONDS", 0.0)
+    monkeypatch.setattr(shards, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(shards, "MAX_SECONDS", 0.0)
 
 
 def kill_at_points(place: Path, name: str, start: Path | None, every: bool) -> None:

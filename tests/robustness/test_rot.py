@@ -149,7 +149,7 @@ def damage_and_read(place: Path, name: str, times: int) -> tuple[int, int]:
                     assert found == seen, f"{DAMAGES[number % 3].__name__} in {station}/{file.name}"
                     harmless += 1
                 file.write_bytes(original)
-                (entry / manifest.DOUBT).unlink(missing_ok=True)
+                (entry / manifest.FULL_CHECK).unlink(missing_ok=True)
     return noticed, harmless
 
 

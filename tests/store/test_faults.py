@@ -145,7 +145,7 @@ def test_who_waits_says_so_once(
     with (
         caplog.at_level("INFO", "dq_lightning"),
         filelock.FileLock(place, thread_local=False),
-        lock.economy_lock(place, lambda: False) as held,
+        lock.work_lock(place, lambda: False) as held,
     ):
         assert not held
     assert [m for m in caplog.messages if "waiting for process 7 on elsewhere" in m] == caplog.messages[:1]

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dq_lightning.cache import files, lock
+from dq_lightning.cache.api_embeddings import api_embeddings_in
 from dq_lightning.cache.digests import FileDigestMemory
 from dq_lightning.cache.entries import Cache
 from dq_lightning.cache.leftovers import remove_stale
 from dq_lightning.cache.manifest import MANIFEST
-from dq_lightning.cache.paid import PaidFolder
 from dq_lightning.cache.shards import KeptShards, partial_folder
 from dq_lightning.cache.tensor_files import read_tensor_file, write_tensor_file
 from dq_lightning.core.errors import StoreError
@@ -70,7 +70,7 @@ def test_in_place_of_shards_and_paid_rows(kind: str, tmp_path: Path) -> None:
 
     def read() -> None:
         assert list(KeptShards(entry, "features").restore(5)) == []
-        assert b"" not in PaidFolder(tmp_path / "paid").of("model")
+        assert b"" not in api_embeddings_in(tmp_path / "paid")("model")
         assert not list(partial_folder(entry).iterdir())
 
     in_time_and_memory(read)

@@ -248,7 +248,7 @@ def test_a_disk_that_refuses_costs_no_more_than_the_shards(
         (message,) = caplog.messages
         assert os.strerror(code) in message
         assert "the next one continues after 0 samples" in message
-        monkeypatch.setattr(shards, "LEAST_SECONDS", 0.0)
+        monkeypatch.setattr(shards, "MIN_SECONDS", 0.0)
         assert not made.is_due()
 
 
@@ -274,15 +274,15 @@ def test_when_a_shard_is_due(entry: Path, monkeypatch: pytest.MonkeyPatch) -> No
         made.keep(1, {})
         return now[0] - since
 
-    assert waits() == pytest.approx(shards.LEAST_SECONDS + cost, abs=0.6)
-    assert waits() == pytest.approx(shards.LEAST_SECONDS + cost, abs=0.6)
+    assert waits() == pytest.approx(shards.MIN_SECONDS + cost, abs=0.6)
+    assert waits() == pytest.approx(shards.MIN_SECONDS + cost, abs=0.6)
     cost = 0.6
     waits()
     # at most two percent of the time goes into them
     assert waits() == pytest.approx(50 * 0.6 + 0.6, abs=0.6)
     cost = 30.0
     waits()
-    assert waits() == pytest.approx(shards.MOST_SECONDS + 30, abs=0.6)
+    assert waits() == pytest.approx(shards.MAX_SECONDS + 30, abs=0.6)
 
 
 def write(folder: Path) -> None:

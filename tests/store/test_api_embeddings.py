@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dq_lightning.cache import files
-from dq_lightning.cache.paid import PAID_FOLDER, PaidFolder, PaidRows
+from dq_lightning.cache.api_embeddings import API_FOLDER, StoredEmbeddings, api_embeddings_in
 from dq_lightning.commands.cache_care import prune
 from dq_lightning.core.errors import CacheError
 from tests.robustness.worlds import ended, forked, paid_run
@@ -20,8 +20,8 @@ KEYS = [bytes([i]) * 32 for i in range(6)]
 ROWS = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
 
 
-def model(root: Path) -> PaidRows:
-    return PaidFolder(root).of("openai-model")
+def model(root: Path) -> StoredEmbeddings:
+    return api_embeddings_in(root)("openai-model")
 
 
 def recorded(root: Path) -> Path:
@@ -31,7 +31,7 @@ def recorded(root: Path) -> Path:
     return path
 
 
-def assert_right(found: PaidRows, expected: range | None = None) -> None:
+def assert_right(found: StoredEmbeddings, expected: range | None = None) -> None:
     for number, (key, row) in enumerate(zip(KEYS, ROWS, strict=True)):
         if key in found:
             np.testing.assert_array_equal(found[key], row)
@@ -47,7 +47,7 @@ def test_rows_are_found_by_the_next_run(tmp_path: Path) -> None:
     found = model(tmp_path)
     assert_right(found, range(6))
     assert found[KEYS[0]].dtype == np.float32
-    assert KEYS[0] not in PaidFolder(tmp_path).of("openai-another-model")
+    assert KEYS[0] not in api_embeddings_in(tmp_path)("openai-another-model")
 
 
 def test_no_flipped_bit_gives_a_row(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_file_of_another_model_is_passed_over(tmp_path: Path, caplog: pytest.L
     other = tmp_path / "another" / path.name
     other.parent.mkdir()
     path.rename(other)
-    assert_right(PaidFolder(tmp_path).of("another"), range(0))
+    assert_right(api_embeddings_in(tmp_path)("another"), range(0))
     assert str(other) in caplog.text
 
 
@@ -109,13 +109,13 @@ def disturbed(root: Path, observer) -> None:
 
 
 def test_prune_sweeps_up_after_the_killed_and_leaves_what_was_paid_for(tmp_path: Path) -> None:
-    path = recorded(tmp_path / PAID_FOLDER)
+    path = recorded(tmp_path / API_FOLDER)
     left = path.with_name(".tmp-another-host-1-ab")
     left.write_bytes(b"half")
     os.utime(left, (time.time() - 30 * 86400,) * 2)
     prune(tmp_path, older_than_days=0)
     assert not left.exists()
-    assert_right(model(tmp_path / PAID_FOLDER), range(4))
+    assert_right(model(tmp_path / API_FOLDER), range(4))
 
 
 def test_nothing_is_paid_twice_after_a_kill_but_what_was_under_way(tmp_path: Path) -> None:

@@ -1,13 +1,13 @@
-"""Storage for rows of a paid embeddings API: one file for each finished request, found by the digests of the texts.
+"""Storage for the embeddings that an API has returned: one file for each finished request, found by digests of texts.
 
     ROOT/0-paid/MODEL/KEYS-COUNT.rows    see `cache/tensor_files.py`; KEYS is the beginning of a digest of the texts
 
-The files stay when the cache is pruned.
+The files stay when the cache is pruned, because the embeddings were paid for.
 """
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,36 +15,29 @@ import torch
 from numpy.typing import NDArray
 
 from dq_lightning.cache import files
-from dq_lightning.cache.disk_errors import explained
 from dq_lightning.cache.tensor_files import read_tensor_file, replace_tensor_file
 from dq_lightning.core.errors import StoreError
 
 logger = logging.getLogger("dq_lightning")
 
-PAID_FOLDER = "0-paid"
+API_FOLDER = "0-paid"
 FORMAT = "dq_lightning paid rows 2"
 Rows = NDArray[np.float32]
 
 
-class PaidFolder:
-    """The paid rows of all models; implements `resuming.Paid`.
+def api_embeddings_in(root: Path) -> Callable[[str], "StoredEmbeddings"]:
+    """Return a function that opens the stored embeddings of a model, whose name must be usable in a path.
 
     Args:
-        root: folder of the rows, created when the first rows are stored.
+        root: folder of the embeddings of all models, created when the first ones are stored.
     """
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    def of(self, model: str) -> "PaidRows":
-        """Return the rows of one model, by a name that can be part of a path; see `resuming.Paid`."""
-        return PaidRows(self._root / model)
+    return lambda model: StoredEmbeddings(root / model)
 
 
-class PaidRows:
-    """The paid rows of one model; implements `resuming.PaidRows`.
+class StoredEmbeddings:
+    """The embeddings that an API has returned for one model; implements `resuming.ApiEmbeddings`.
 
-    Rows of a damaged file are ignored, and paid for again.
+    Embeddings in a damaged file are ignored, and requested again.
 
     Args:
         folder: folder of the model.
@@ -63,18 +56,14 @@ class PaidRows:
         return self._rows[key]
 
     def record(self, keys: Sequence[bytes], rows: Rows) -> None:
-        """Store the rows of a finished request, as in `resuming.PaidRows`.
-
-        Args:
-            keys: sha256 of each text, B digests.
-            rows: float32 [B, D].
+        """Store the embeddings of a finished request, as in `resuming.ApiEmbeddings`.
 
         Raises:
-            CacheError: the rows cannot be written, for example on a full disk; later ones could not be stored either.
+            CacheError: they cannot be written, for example on a full disk; later ones could not be stored either.
         """
         path = self._folder / f"{hashlib.sha256(b''.join(keys)).hexdigest()[:16]}-{len(keys)}.rows"
         digests = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(len(keys), -1)
-        with explained(path):
+        with files.explained(path):
             files.make_folder(self._folder)
             replace_tensor_file(path, {"key": digests, "row": torch.from_numpy(rows)}, self._identity)
             files.fsync_folder(self._folder)
