@@ -16,6 +16,7 @@ import argparse
 import io
 import json
 import multiprocessing
+import shutil
 import statistics
 import time
 from collections import defaultdict
@@ -84,38 +85,54 @@ class Job:
 
 
 DIRTY = ("wrong20", "wrong40", "swapped20", "swapped40", "duplicates", "foreign")
-CODED = (*(f"jpeg {quality}" for quality in (10, 20, 30, 50, 75, 90)), "webp 10", "webp 30", "webp 75")
+MAIN = ("random", "published", "auto", "auto, stratified", "margin 50", "margin 50, stratified")
+# Ways at other ratios than a tenth. A larger part is trained for as many more steps.
+RATIOS = {
+    0.05: ("random", "published", "margin 30, stratified", "margin 50, stratified", "margin 70, stratified"),
+    0.2: ("random", "published", "margin 50, stratified", "margin 70, stratified", "margin 80, stratified"),
+    0.5: ("random", "published", "margin 70, stratified", "margin 80, stratified", "margin 90, stratified"),
+}
+# Codecs and qualities that are compared at a share of the raw bytes.
+BYTES = {
+    0.1: ("jpeg 30", "jpeg 75", "webp 75"),
+    0.05: ("jpeg 10", "jpeg 30", "webp 75"),
+    0.02: ("jpeg 10", "jpeg 30", "webp 10"),
+    0.2: ("jpeg 75", "jpeg 90"),
+}
+CODED = tuple(sorted({way for ways in BYTES.values() for way in ways}))
 
 
 def plan_rows(name: str, seeds: int) -> Iterator[Job]:
     """Yield the jobs of a plan in the order in which they are done, the most telling first."""
     for seed in range(seeds):
         if name == "search":
-            tried = ("random", "stratified", "published", *worth_ways.SEARCHED)
-            for condition in ("clean", "wrong20", "long_tail", "duplicates", "foreign"):
-                for way in (*tried, *worth_ways.ALSO.get(condition, ())):
+            for condition in ("clean", "wrong20", "duplicates", "foreign", "long_tail"):
+                for way in (*worth_ways.SEARCHED, *worth_ways.SEARCHED_TOO.get(condition, ())):
                     yield Job("search", condition, way, 0.1, 100 + seed)
+            for ratio, ways in RATIOS.items():
+                for way in ways:
+                    yield Job("search", "clean", way, ratio, 100 + seed, steps=round(STEPS * max(1, ratio / 0.1)))
         elif name == "main":
-            ways = ("random", "published", "margin 50", "margin 50, stratified")
             for condition in ("clean", *DIRTY, "long_tail"):
-                for way in (*ways, *worth_ways.ALSO.get(condition, ())):
+                for way in (*MAIN, *worth_ways.BALANCED[2:] * (condition == "long_tail")):
                     yield Job("test", condition, way, 0.1, seed)
                 yield Job("test", condition, "whole", 1.0, seed)
-            for ratio in (0.05, 0.2, 0.5):
+        elif name == "ratios":
+            for ratio, ways in RATIOS.items():
                 for way in ways:
                     yield Job("test", "clean", way, ratio, seed, steps=round(STEPS * max(1, ratio / 0.1)))
         elif name == "bytes":
-            for ratio in (0.1, 0.05, 0.02, 0.2):
-                for way in ("random", "published", *CODED):
+            for ratio, codecs in BYTES.items():
+                for way in ("random", "margin 50, stratified", *codecs):
                     yield Job("test", "bytes", way, ratio, seed)
             for way in ("random", "whole", "jpeg 75"):
-                yield Job("test", "bytes", way, 0.1, seed, steps=10 * STEPS)
+                yield Job("test", "bytes", way, 0.1, seed, steps=5 * STEPS)
         elif name == "resnet18":
             for condition in ("clean", "wrong20"):
-                for way in ("random", "published", "margin 50"):
+                for way in ("random", "published", "margin 50, stratified"):
                     yield Job("test", condition, way, 0.1, seed, "resnet18", 200 * 5000 // 128)
         else:
-            raise SystemExit(f"no plan {name!r}; plans: search, main, bytes, resnet18")
+            raise SystemExit(f"no plan {name!r}; plans: search, main, ratios, bytes, resnet18")
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
@@ -138,37 +155,46 @@ def prepare(args: argparse.Namespace) -> None:
     work: Path = args.work
     work.mkdir(parents=True, exist_ok=True)
     train, test = CIFAR10(args.cifar), CIFAR10(args.cifar, train=False)
-    encode = worth_conditions.Lite0(args.weights, args.device, args.side)
     if not (work / "features.npy").exists():
+        encode = worth_conditions.Lite0(args.weights, args.device, args.side)
         features = np.load(args.features) if args.features is not None else encode(train.data)
         whole = worth_conditions.as_condition(train.data, np.array(train.targets), features)
         for name in ("images", "labels", "truth", "origin", "features"):
             np.save(work / f"{name}.npy", getattr(whole, name))
         np.save(work / "test_images.npy", test.data)
         np.save(work / "test_labels.npy", np.array(test.targets))
-    whole = worth_conditions.as_condition(train.data, np.array(train.targets), np.load(work / "features.npy"))
-    held_out: dict[int, NDArray[np.int64]] = {}
-    for job in jobs_of(args):
-        folder = work / job.data
-        if folder.exists():
-            continue
-        started, clean = time.perf_counter(), whole
-        if job.split == "search":
-            order = np.random.default_rng([job.seed, worth_ways.DRAW, 3]).permutation(len(whole.labels))
-            held_out[job.seed] = order[:VALIDATION]
-            np.save(work / f"held_out-{job.seed}.npy", order[:VALIDATION])
-            clean = whole.at(np.sort(order[VALIDATION:]))
-        name = "clean" if job.condition == "bytes" else job.condition
-        made = worth_conditions.damage(clean, name, job.seed, encode=encode, foreign=args.foreign)
-        folder.mkdir()
-        for field in Condition.__dataclass_fields__:
-            value = getattr(made, field)
-            if value is not getattr(whole, field) and (name == "clean" or value is not getattr(clean, field)):
-                np.save(folder / f"{field}.npy", value)
-        print(f"{job.data}: {len(made.labels)} samples, {time.perf_counter() - started:.1f} s", flush=True)
-    if any(job.condition == "bytes" for job in jobs_of(args)):
-        with ProcessPoolExecutor(args.processes) as pool:
+    wanted = {job.data: job for job in jobs_of(args) if not (work / job.data).exists()}
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+        for line in pool.map(_prepare, [args] * len(wanted), wanted.values()):
+            print(line, flush=True)
+        if any(job.condition == "bytes" for job in jobs_of(args)):
             list(pool.map(_recode, [work] * len(CODED), CODED))
+
+
+def _prepare(args: argparse.Namespace, job: Job) -> str:
+    """Write the data of one condition and seed, and return a line of text."""
+    started, work = time.perf_counter(), args.work
+    fields = {name: np.load(work / f"{name}.npy", mmap_mode="r") for name in Condition.__dataclass_fields__}
+    clean = whole = Condition(**fields)
+    if job.split == "search":
+        order = np.random.default_rng([job.seed, worth_ways.DRAW, 3]).permutation(len(whole.labels))
+        np.save(work / f"held_out-{job.seed}.npy", order[:VALIDATION])
+        clean = whole.at(np.sort(order[VALIDATION:]))
+    name = "clean" if job.condition == "bytes" else job.condition
+
+    def encode(images: NDArray[np.uint8]) -> NDArray[np.floating]:
+        return worth_conditions.Lite0(args.weights, args.device, args.side)(images)
+
+    made = worth_conditions.damage(clean, name, job.seed, encode=encode, foreign=args.foreign)
+    folder = work / f"{job.data}.partial"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for field in fields:
+        value = getattr(made, field)
+        if value is not getattr(whole, field) and (name == "clean" or value is not getattr(clean, field)):
+            np.save(folder / f"{field}.npy", value)
+    folder.rename(work / job.data)
+    return f"{job.data}: {len(made.labels)} samples, {time.perf_counter() - started:.1f} s"
 
 
 def _recode(work: Path, name: str) -> None:
@@ -267,7 +293,8 @@ def _run(args: argparse.Namespace, job: Job) -> tuple[worth_training.Run, dict[s
         "smallest_class": int(np.bincount(labels, minlength=10).min()),
     }
     data = worth_training.Data(images[index], labels, device)
-    return worth_training.Run(data, job.steps, job.seed, job.network, device, args.precision == "bfloat16"), facts
+    bfloat16 = args.precision == "bfloat16"
+    return worth_training.Run(data, job.steps, job.seed, job.network, device, bfloat16, args.compile), facts
 
 
 _cached: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -382,7 +409,7 @@ def main() -> None:
     parser.add_argument("stage", choices=("prepare", "choose", "train", "table", "plot"))
     parser.add_argument("--output", type=Path, default=Path("worth.svg"), help="file that `plot` writes")
     parser.add_argument("--work", type=Path, required=True, help="folder of everything that is made; keep it to resume")
-    parser.add_argument("--plan", nargs="+", default=["main"], help="search, main, bytes, resnet18")
+    parser.add_argument("--plan", nargs="+", default=["main"], help="search, main, ratios, bytes, resnet18")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cifar", help="torchvision's data folder of CIFAR-10")
     parser.add_argument("--weights", help="safetensors file of timm's tf_efficientnet_lite0")
@@ -400,6 +427,7 @@ def main() -> None:
         default="bfloat16",
         help="float32 for processors without bfloat16",
     )
+    parser.add_argument("--compile", action="store_true", help="compile the networks with torch.compile")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--part", default="0/1", help="i/n: train every n-th job from the i-th on")
     parser.add_argument("--lanes", type=int, default=6, help="small networks that are trained side by side on a GPU")

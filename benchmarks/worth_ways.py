@@ -9,8 +9,10 @@ import torch
 from numpy.typing import NDArray
 from worth_conditions import Condition
 
-from dq_lightning import Bins, make_bins, margin_scores, select
+from dq_lightning import Bins, make_bins, select
 from dq_lightning.features.whitening import whiten
+from dq_lightning.quality.margin import LeaveOneOut, leave_one_out
+from dq_lightning.quality.mislabelled import find_mislabelled
 
 Index = NDArray[np.int64]
 # Number of the random stream of the ways. The conditions use other streams of the same seeds: with the same one, a random
@@ -36,9 +38,19 @@ class Choosing:
         return len(self.labels)
 
     @cached_property
+    def predicted(self) -> LeaveOneOut:
+        """What the classifier that never saw a sample predicts for it."""
+        return leave_one_out(self.features, torch.from_numpy(self.labels))
+
+    @cached_property
     def margin(self) -> NDArray[np.float64]:
         """Leave-one-out margin of every sample, float64 [N]."""
-        return margin_scores(self.features, torch.from_numpy(self.labels)).numpy()
+        return self.predicted.margin.numpy()
+
+    @cached_property
+    def credible(self) -> Index:
+        """Positions of the samples whose labels `drop_worst="auto"` does not find wrong."""
+        return np.flatnonzero(~find_mislabelled(self.predicted, self.labels).found.numpy())
 
     def bins(self, kept: Index, num_bins: int, whitened: bool) -> Bins:
         """Return the bins of the samples at `kept`, class by class."""
@@ -102,6 +114,16 @@ def stratified(data: Choosing, count: int, seed: int, **options) -> Index:
 def margin(share: float, then: Callable, **options) -> Callable:
     """Return the way that leaves out all but a share of the best margins of each class, and then goes on."""
     return lambda data, count, seed: then(data, count, seed, kept=data.best(share), **options)
+
+
+def automatic(then: Callable, share: float = 1.0) -> Callable:
+    """Return the way that leaves out what `drop_worst="auto"` finds and all but a share of the best margins, and goes on."""
+
+    def way(data: Choosing, count: int, seed: int) -> Index:
+        kept = data.credible if share == 1 else np.intersect1d(data.credible, data.best(share))
+        return then(data, count, seed, kept=kept)
+
+    return way
 
 
 def hard(share: float, then: Callable) -> Callable:
@@ -200,9 +222,14 @@ WAYS: dict[str, Callable[[Choosing, int, int], Index]] = {
     "margin 50": margin(0.5, binned),
     "margin 50, late bins": margin(0.5, binned, bin_weights=LATE),
     "margin 50, stratified": margin(0.5, stratified),
+    "margin 30, stratified": margin(0.3, stratified),
+    "margin 70, stratified": margin(0.7, stratified),
+    "margin 80, stratified": margin(0.8, stratified),
     "margin 70": margin(0.7, binned),
     "margin 90": margin(0.9, binned),
     "margin 90, stratified": margin(0.9, stratified),
+    "auto": automatic(binned),
+    "auto, stratified": automatic(stratified),
     "hard 50": hard(0.5, binned),
     "moderate": moderate,
     "spread 5": spread(5),
@@ -214,13 +241,20 @@ WAYS: dict[str, Callable[[Choosing, int, int], Index]] = {
     "no copies 0.9": deduplicated(0.9, binned),
     "no copies 0.9, margin 50": deduplicated(0.9, binned, 0.5),
     "no copies 0.9, stratified": deduplicated(0.9, stratified),
+    "no copies 0.9, margin 50, stratified": deduplicated(0.9, stratified, 0.5),
+    "no copies 0.95, stratified": deduplicated(0.95, stratified),
     "equal": lambda data, count, seed: binned(data, count, seed, balance="equal"),
     "sqrt": lambda data, count, seed: binned(data, count, seed, balance="sqrt"),
     "equal, stratified": lambda data, count, seed: stratified(data, count, seed, balance="equal"),
     "equal, margin 50": margin(0.5, binned, balance="equal"),
 }
-# Ways that are compared in the search.
+# Ways that only the long tail needs.
 BALANCED = ("equal", "sqrt", "equal, stratified", "equal, margin 50")
-SEARCHED = tuple(name for name in WAYS if name not in ("random", "stratified", "published", "whole", *BALANCED))
-# Ways that only some conditions of the main table need.
-ALSO = {"long_tail": BALANCED}
+# Ways that are compared in the search on every condition, and those that one condition needs beside them.
+SEARCHED = (
+    *("random", "stratified", "published", "auto", "auto, stratified", "margin 50", "margin 50, stratified"),
+    *("margin 30, stratified", "margin 70, stratified", "margin 50, spread 5", "margin 50, k-means"),
+)
+DRAWS = ("early bins", "late bins", "whitened", "margin 50, late bins", "hard 50", "moderate", "spread 20", "k-means")
+COPIES = tuple(name for name in WAYS if name.startswith("no copies"))
+SEARCHED_TOO = {"clean": (*DRAWS, *COPIES[1:3]), "duplicates": (*COPIES, "spread 20", "k-means"), "long_tail": BALANCED}
