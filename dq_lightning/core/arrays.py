@@ -1,9 +1,12 @@
-"""Dtypes and shapes of arrays and tensors, as the files of packed sets describe them."""
+"""Dtypes and shapes of arrays and tensors, as the files of packed sets describe them, and pixels of images as tensors."""
 
 import math
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 from dq_lightning.core.errors import StoreError
 
@@ -37,3 +40,8 @@ def plain_shape(value: Any) -> tuple[int, ...]:
     if not sizes_fit:
         raise StoreError(f"{value!r:.80} is not a shape")
     return tuple(value)
+
+
+def image_to_uint8(image: Image.Image) -> Tensor:
+    """Return an RGB image as a tensor uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -3,17 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
+from dq_lightning.core.arrays import image_to_uint8
+
 Preprocessing = Callable[[Image.Image], Tensor]
-
-
-def image_to_uint8(image: Image.Image) -> Tensor:
-    """Return an RGB image as a tensor uint8 [3, H, W]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)

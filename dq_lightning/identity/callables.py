@@ -34,9 +34,9 @@ _INSTALLED = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "pl
 # Folders of other installations: one that this one builds on, the user's, or the distribution's.
 _INSTALL_FOLDERS = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
 # Packages that count as libraries wherever their files are.
-_NAMED = ("dq_lightning", "torch", "torchvision", "numpy", "PIL")
-STREAMS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator, torch.Generator)
-_FUNCTIONS_BELOW = (
+_LIBRARIES = ("dq_lightning", "torch", "torchvision", "numpy", "PIL")
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator, torch.Generator)
+_BUILTIN_FUNCTIONS = (
     *(types.BuiltinFunctionType, types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType),
     *(types.MethodDescriptorType, types.MethodWrapperType, types.ClassMethodDescriptorType, np.ufunc),
 )
@@ -46,15 +46,15 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_DEFINED = (type, types.FunctionType, types.ModuleType, *_FUNCTIONS_BELOW)
+_DEFINED = (type, types.FunctionType, types.ModuleType, *_BUILTIN_FUNCTIONS)
 # Modules whose functions are trusted to depend on their arguments alone. `_TRUSTED_BUILTINS` holds such builtins, and
-# `_AMBIENT` the exceptions among the modules.
+# `_UNTRUSTED` the exceptions among the modules.
 _TRUSTED = re.compile(
     r"(abc|array|base64|bisect|cmath|_?collections|colorsys|copy|copyreg|dataclasses|datetime|decimal|enum|fractions|_?functools"
     r"|heapq|itertools|logging|math|numbers|_?operator|re|statistics|string|_?struct|types|typing|unicodedata|uuid|warnings|zlib"
     r"|numpy|torch|torchvision\.(transforms|tv_tensors|ops|datasets)|PIL\.Image\w*|dq_lightning)(\.|$)"
 )
-_AMBIENT = re.compile(
+_UNTRUSTED = re.compile(
     r"(torch\.(hub|distributed|utils\.cpp_extension)|numpy\.(ctypeslib|f2py)|PIL\.Image(Grab|Font|Show|Tk|Qt))(\.|$)"
 )
 _TRUSTED_BUILTINS = _words(
@@ -66,7 +66,7 @@ _TRUSTED_BUILTINS = _words(
 # Names under which functions of trusted modules read files. They may be given a name that is described as it is, but
 # not a name that the code composes.
 _READERS = frozenset(("open", "load", "fromfile", "memmap", "loadtxt", "genfromtxt"))
-_AMBIENT_NAMES = frozenset(("from_file", "open_memmap", "DataSource", "load_library", "attrgetter", "methodcaller"))
+_INDIRECT_NAMES = frozenset(("from_file", "open_memmap", "DataSource", "load_library", "attrgetter", "methodcaller"))
 # Types whose attributes any code may use on the values that it is given.
 _VALUES = (
     *(object, str, bytes, int, float, complex, list, tuple, dict, set, slice, range, type(None), re.Pattern, re.Match),
@@ -76,19 +76,19 @@ _ATTRIBUTES = frozenset(name for kind in _VALUES for name in dir(kind)).union(
     ("name", "stem", "suffix", "__name__", "info"), *(dir(kind) for kind in (nn.Module, torch.Size, torch.finfo))
 )
 # Attributes through which code can get at anything, so that its references cannot be resolved.
-_ANYTHING = _words(
+_INTROSPECTION = _words(
     "__getattribute__ __getattr__ __dict__ __globals__ __builtins__ __subclasses__ __closure__ __code__ __module__"
 )
 # Methods that run when an object is made. Their effect on an object that exists already is in its attributes.
-_STARTS = ("__init__", "__new__", "__post_init__")
+_CONSTRUCTORS = ("__init__", "__new__", "__post_init__")
 # Attributes that Python keeps on a class and that do not change what the class does.
-_NOTES = _words(
+_NEUTRAL_MEMBERS = _words(
     "__module__ __dict__ __weakref__ __doc__ __annotations__ __firstlineno__ __static_attributes__ __parameters__ "
     "__orig_bases__ __abstractmethods__ __dataclass_params__ __dataclass_fields__ __match_args__ __annotate__ "
     "__annotate_func__ __annotations_cache__ __slots__ __slotnames__ _abc_impl"
 )
 # Methods that dataclasses and named tuples generate for a class from its fields, which are described anyway.
-_WRITTEN_BY_CODE = _words(
+_GENERATED_METHODS = _words(
     "__eq__ __repr__ __hash__ __lt__ __le__ __gt__ __ge__ __setattr__ __delattr__ __replace__ __init__ __new__"
 )
 _MODULE_NAMES = frozenset(vars(nn.Module()))
@@ -119,7 +119,7 @@ def module_of(value: Any) -> str:
 def is_library(value: Any) -> bool:
     """Whether an installed library or Python itself defines a function, class or module."""
     name = module_of(value)
-    if name.partition(".")[0] in _NAMED:
+    if name.partition(".")[0] in _LIBRARIES:
         return True
     code = getattr(value, "__code__", None)
     if isinstance(code, types.CodeType) and not code.co_filename.startswith("<"):
@@ -133,11 +133,11 @@ def is_library(value: Any) -> bool:
 def patches_of(kind: type) -> list[tuple[str, Any]]:
     """Return name and value of the functions that other code has put into an installed class or its installed bases."""
     members = [(owner, name) for owner in kind.__mro__ if is_library(owner) for name in vars(owner)]
-    found = [(f"{owner.__name__}.{name}", _inside(vars(owner)[name])) for owner, name in members]
+    found = [(f"{owner.__name__}.{name}", _wrapped_function(vars(owner)[name])) for owner, name in members]
     return [(name, one) for name, one in found if not is_library(one if isinstance(one, _DEFINED) else type(one))]
 
 
-def _inside(member: Any) -> Any:
+def _wrapped_function(member: Any) -> Any:
     """Return the function inside a method, a property or a wrapper of `functools`."""
     while not isinstance(member, _DEFINED):
         inner = [getattr(member, name, None) for name in ("__func__", "fget", "func", "__wrapped__")]
@@ -171,22 +171,30 @@ class CodeDescriber(Describer):
         super().__init__()
         self.opaque: list[tuple[Any, str]] = []
         self._unknown: dict[str, None] = {}
-        self._offered = set(known_names)  # names of the attributes of everything that was described
-        self._asked: dict[str, str] = {}  # names of the attributes that code uses, each with the name of that code
+        self._known_attributes = set(known_names)  # names of the attributes of everything that was described
+        self._used_attributes: dict[
+            str, str
+        ] = {}  # names of the attributes that code uses, each with the name of that code
         self._calls: list[Call] = []
         self._readers: set[str] = set()
         self._computed: set[str] = set()  # names of attributes that code sets, or that are computed when they are used
         # names under which only functions of the same name are called
-        self._plain = set(known_names) | _ATTRIBUTES | _TRUSTED_BUILTINS
+        self._own_names = set(known_names) | _ATTRIBUTES | _TRUSTED_BUILTINS
         self._aliases: set[str] = set()  # names under which functions of another name are called
         self._versions: dict[str, str | None] = {}
-        self._looked_at: set[int] = set()  # ids of the modules that were searched for replaced functions
+        self._searched_modules: set[int] = set()  # ids of the modules that were searched for replaced functions
 
     @property
     def unknown(self) -> list[str]:
         found = [*self._unknown, *(f"a {type(value).__name__}, which {why}" for value, why in self.opaque)]
-        asked = [f"{where} uses .{name}" for name, where in self._asked.items() if name not in self._offered]
-        return found + asked + composed_names(self._calls, self._readers, self._computed, self._plain - self._aliases)
+        asked = [
+            f"{where} uses .{name}"
+            for name, where in self._used_attributes.items()
+            if name not in self._known_attributes
+        ]
+        return (
+            found + asked + composed_names(self._calls, self._readers, self._computed, self._own_names - self._aliases)
+        )
 
     def unresolved(self, why: str) -> None:
         """Add a reason why equal texts do not guarantee equal behaviour."""
@@ -194,15 +202,15 @@ class CodeDescriber(Describer):
 
     # methods that subclasses override
 
-    def unseen(self, value: Any, why: str) -> str:
+    def opaque_value(self, value: Any, why: str) -> str:
         self.opaque.append((value, why))
-        return f"unseen:{type(value).__qualname__}"
+        return f"opaque:{type(value).__qualname__}"
 
-    def stream(self, value: Any) -> str:
+    def random_generator(self, value: Any) -> str:
         """Describe a random generator; here by its class alone, without its state."""
         return type(value).__qualname__
 
-    def used(self, value: Any) -> str:
+    def referred(self, value: Any) -> str:
         """Describe a value that code refers to."""
         return self.describe(value)
 
@@ -219,8 +227,8 @@ class CodeDescriber(Describer):
             return self._class(value)
         if isinstance(value, enum.Enum):
             return digest_text("enum", self.kind(type(value)), value.name, self.describe(value.value))
-        if isinstance(value, STREAMS):
-            return self.stream(value)
+        if isinstance(value, GENERATORS):
+            return self.random_generator(value)
         if isinstance(value, torch.device | weakref.ref):
             return type(value).__qualname__
         if isinstance(value, types.ModuleType):
@@ -231,7 +239,7 @@ class CodeDescriber(Describer):
             return digest_text("method", *self.all((value.__self__, value.__func__)))
         if isinstance(value, types.MemberDescriptorType | types.GetSetDescriptorType):
             return f"slot:{value.__name__}"
-        if isinstance(value, _FUNCTIONS_BELOW):
+        if isinstance(value, _BUILTIN_FUNCTIONS):
             self._check_held(value)
             owner = getattr(value, "__self__", None)
             held = [] if owner is None or isinstance(owner, types.ModuleType) else [self.describe(owner)]
@@ -276,7 +284,7 @@ class CodeDescriber(Describer):
         patches = patches_of(kind)
         for name, _ in patches:
             self.unresolved(f"{name} was replaced")
-        self._offered.update(dir(kind))
+        self._known_attributes.update(dir(kind))
         self._check_held(kind)
         replaced = patches + self._replaced_near(kind)
         return digest_text(library, *(text for name, one in replaced for text in (name, self.describe(one))))
@@ -297,8 +305,8 @@ class CodeDescriber(Describer):
         near = [] if module is None else [module, *(m for m in vars(module).values() if type(m) is types.ModuleType)]
         found = []
         for one in near:
-            if one.__name__.startswith(top) and id(one) not in self._looked_at:
-                self._looked_at.add(id(one))
+            if one.__name__.startswith(top) and id(one) not in self._searched_modules:
+                self._searched_modules.add(id(one))
                 functions = [(name, f) for name, f in list(vars(one).items()) if type(f) is types.FunctionType]
                 found += [
                     (f"{one.__name__}.{name}", function) for name, function in functions if not is_library(function)
@@ -309,7 +317,7 @@ class CodeDescriber(Describer):
 
     def _written_class(self, kind: type) -> str:
         members = dict(vars(kind))
-        self._offered.update(members)
+        self._known_attributes.update(members)
         parts = [kind.__qualname__, *self.all(kind.__bases__)]
         if not is_library(type(kind)):
             parts.append(self.describe(type(kind)))
@@ -317,7 +325,7 @@ class CodeDescriber(Describer):
             values = {name: member.value for name, member in kind.__members__.items()}
             members = {name: one for name, one in members.items() if isinstance(one, types.FunctionType)} | values
         for name, one in sorted(members.items()):
-            if name in _NOTES or name in _STARTS:
+            if name in _NEUTRAL_MEMBERS or name in _CONSTRUCTORS:
                 continue
             parts += [name, self.describe(one)]
             self.note_name(name, one)
@@ -329,23 +337,23 @@ class CodeDescriber(Describer):
             self._computed.add("[]")
         return digest_text(*parts)
 
-    def made(self, kind: type) -> list[str]:
+    def constructors(self, kind: type) -> list[str]:
         """Describe the methods of the user's code that run when an object of a class is made."""
         return [
             self.describe(vars(owner)[name])
             for owner in kind.__mro__
-            for name in _STARTS
+            for name in _CONSTRUCTORS
             if name in vars(owner) and self.library(owner) is None
         ]
 
     def attributes(self, value: Any, held: dict[str, Any]) -> dict[str, Any]:
-        self._offered.update(held)
+        self._known_attributes.update(held)
         for name, one in held.items():
             self.note_name(name, one)
         if not isinstance(value, nn.Module):
             return held
         parts: dict[str, Any] = {name: dict(held.get(name) or {}) for name in ("_parameters", "_buffers", "_modules")}
-        self._offered.update(*parts.values())
+        self._known_attributes.update(*parts.values())
         # The keys of hooks are numbers that count up through the process, so only the hooks themselves are described.
         hooks = {name: list((held.get(name) or {}).values()) for name in ("_forward_hooks", "_forward_pre_hooks")}
         own = {} if is_library(type(value)) else {"training": value.training}
@@ -354,7 +362,7 @@ class CodeDescriber(Describer):
     def note_name(self, name: str, value: Any) -> None:
         """Record whether a function is held under its own name or under another one."""
         if callable(value) or isinstance(value, staticmethod | classmethod):
-            (self._plain if getattr(value, "__name__", None) == name else self._aliases).add(name)
+            (self._own_names if getattr(value, "__name__", None) == name else self._aliases).add(name)
 
     # functions
 
@@ -364,13 +372,13 @@ class CodeDescriber(Describer):
         if library is not None:
             self._check_held(function)
             replaced = [*world.items(), *self._replaced_near(function)]
-            return digest_text(library, *(text for name, one in replaced for text in (name, self.used(one))))
-        self._offered.update(vars(function))
+            return digest_text(library, *(text for name, one in replaced for text in (name, self.referred(one))))
+        self._known_attributes.update(vars(function))
         code = Code(function)
         text = code.text
         if code.node is None:
             text = self._bytecode(function.__code__)
-            if function.__name__ not in _WRITTEN_BY_CODE:
+            if function.__name__ not in _GENERATED_METHODS:
                 self.unresolved(f"the source of {code.name} cannot be found")
         defaults = self.all((function.__defaults__, function.__kwdefaults__, vars(function)))
         return digest_text(function.__qualname__, text, *defaults, *self._referred(code))
@@ -384,7 +392,7 @@ class CodeDescriber(Describer):
         """Describe all values that a function refers to: name and text of each, in the order of the names."""
         texts = {}
         for chain in sorted(set(code.chains)):
-            value, rest = code.world.get(chain[0], _MISSING), list(chain[1:])
+            value, rest = code.scope.get(chain[0], _MISSING), list(chain[1:])
             if value is _MISSING:
                 value = getattr(builtins, chain[0], _MISSING)
                 if value is _MISSING:
@@ -393,7 +401,7 @@ class CodeDescriber(Describer):
                     isinstance(value, type) and issubclass(value, BaseException)
                 ):
                     self.unresolved(f"{code.name} uses {chain[0]}")
-                self._ask(rest, code)
+                self._use_attributes(rest, code)
                 continue
             while rest and isinstance(value, types.ModuleType):
                 value = getattr(value, rest.pop(0), _MISSING)
@@ -401,30 +409,30 @@ class CodeDescriber(Describer):
             if value is _MISSING:
                 self.unresolved(f"{code.name} uses {name}, which is not defined")
                 continue
-            texts[name] = self._use(value, name, rest, code, called=chain not in code.handed)
+            texts[name] = self._describe_use(value, name, rest, code, called=chain not in code.passed_on)
         for name in code.attributes:
-            self._ask([name], code)
+            self._use_attributes([name], code)
         for why in code.unresolved:
             self.unresolved(why)
-        self._offered.update(code.stored)
+        self._known_attributes.update(code.stored)
         self._computed |= code.stored
-        self._plain.add(code.short)
+        self._own_names.add(code.function_name)
         self._calls += code.calls
         return [text for pair in sorted(texts.items()) for text in pair]
 
-    def _ask(self, names: list[str], code: Code) -> None:
+    def _use_attributes(self, names: list[str], code: Code) -> None:
         for name in names:
-            if name in _ANYTHING:
+            if name in _INTROSPECTION:
                 self.unresolved(f"{code.name} uses .{name}")
             elif name not in _ATTRIBUTES:
-                self._asked.setdefault(name, code.name)
+                self._used_attributes.setdefault(name, code.name)
 
-    def _use(self, value: Any, name: str, rest: list[str], code: Code, *, called: bool) -> str:
+    def _describe_use(self, value: Any, name: str, rest: list[str], code: Code, *, called: bool) -> str:
         library = self.library(value) if isinstance(value, _DEFINED) else None
         if library is not None:
-            self._plain.add(name.rpartition(".")[2])
+            self._own_names.add(name.rpartition(".")[2])
             trusted = _is_trusted(f"{module_of(value)}.{value.__name__}") or value is io.BytesIO
-            if not trusted or value.__name__ in _AMBIENT_NAMES or not _READERS.isdisjoint(rest):
+            if not trusted or value.__name__ in _INDIRECT_NAMES or not _READERS.isdisjoint(rest):
                 self.unresolved(f"{code.name} uses {'.'.join((name, *rest))}")
             elif isinstance(value, types.ModuleType) or (_reads(value) and not called):
                 self.unresolved(f"{code.name} passes {name} to other code")
@@ -433,12 +441,12 @@ class CodeDescriber(Describer):
             # A function that reads a file is described by its name if it is only called here: it is not held, so
             # nothing else can call it with a name that is not described.
             return library if _reads(value) or value is io.BytesIO else self.describe(value)
-        self._ask(rest, code)
+        self._use_attributes(rest, code)
         if not rest:
             self.note_name(name.rpartition(".")[2], value)
         if isinstance(value, type):
-            return digest_text(self.describe(value), *self.made(value))
-        return self.used(value)
+            return digest_text(self.describe(value), *self.constructors(value))
+        return self.referred(value)
 
 
 def _version(top: str) -> str | None:
@@ -458,13 +466,13 @@ def library_version(name: str) -> str:
 
 
 def _is_trusted(name: str) -> bool:
-    return name.startswith("builtins.") or (_TRUSTED.match(name) is not None and _AMBIENT.match(name) is None)
+    return name.startswith("builtins.") or (_TRUSTED.match(name) is not None and _UNTRUSTED.match(name) is None)
 
 
 def _reads(value: Any) -> bool:
     """Whether a function of a trusted library reads the file whose name it is given."""
     names = {value.__name__, getattr(value, "__qualname__", "").partition(".")[0]}
-    return not names.isdisjoint(_READERS | _AMBIENT_NAMES)
+    return not names.isdisjoint(_READERS | _INDIRECT_NAMES)
 
 
 def _content_of(module: types.ModuleType) -> str:
@@ -473,7 +481,7 @@ def _content_of(module: types.ModuleType) -> str:
     return digest_text(*linecache.getlines(getattr(module, "__file__", None) or ""))
 
 
-def describe_callable(function: Any) -> str:
+def describe_callable(function: Any) -> tuple[str, list[str]]:
     """Return a text that changes if a preprocessing callable changes, and that is equal in every process.
 
     A string attribute `identity` is used in place of a description, both of the callable and of any object that it
@@ -483,20 +491,8 @@ def describe_callable(function: Any) -> str:
     Args:
         function: the callable, such as a transform.
 
-    Raises:
-        FeatureError: something that the callable holds cannot be described.
-    """
-    return described(function)[0]
-
-
-def described(function: Any) -> tuple[str, list[str]]:
-    """Return the text of `describe_callable`, and the reasons why equal texts do not guarantee equal behaviour.
-
-    Args:
-        function: the callable, such as a transform.
-
     Returns:
-        The text, and a list of reasons, which is empty if everything was resolved.
+        The text, and the reasons why equal texts do not guarantee equal behaviour; none if everything was resolved.
 
     Raises:
         FeatureError: something that the callable holds cannot be described.

@@ -20,7 +20,7 @@ _RACY_NANOSECONDS = 2_000_000_000
 # Suffixes of databases (SQLite, LMDB and similar). Their latest changes may be in another file, or may leave the times
 # of the file as they were.
 _DATABASES = (".db", ".db3", ".sqlite", ".sqlite3", ".mdb", ".lmdb", ".gpkg")
-_LONGEST_PATH = 4096
+_MAX_PATH_BYTES = 4096
 _FOLDERS = "torchvision.datasets."
 
 
@@ -52,17 +52,17 @@ class StateDescriber(CodeDescriber):
         super().__init__(known_names)
         self._root = root
         self.order_of_keys = root is None
-        self._beside = ""  # the first file that is named besides those whose contents are identified elsewhere
+        self._extra_file = ""  # the first file that is named besides those whose contents are identified elsewhere
         self.values: list[tuple[Any, str]] = []
 
     def text(self, value: Any) -> str:
         if self._root is not None:
-            self._beside = self._beside or (os.path.isfile(value) and str(value)) or ""  # noqa: PTH113
+            self._extra_file = self._extra_file or (os.path.isfile(value) and str(value)) or ""  # noqa: PTH113
             return super().text(value if isinstance(value, bytes) else str(value).removeprefix(self._root))
         return super().text(value) + self._file(value)
 
     def _file(self, value: str | bytes | PurePath) -> str:
-        if not value or (isinstance(value, bytes) and len(value) > _LONGEST_PATH):
+        if not value or (isinstance(value, bytes) and len(value) > _MAX_PATH_BYTES):
             return ""
         try:
             seen = os.stat(value)  # noqa: PTH116 (there may be a million of them)
@@ -78,11 +78,11 @@ class StateDescriber(CodeDescriber):
         # inode number is included because a link may come to name another file with equal times.
         return f" {seen.st_size} {seen.st_mtime_ns} {seen.st_ctime_ns} {seen.st_ino}"
 
-    def stream(self, value: Any) -> str:
+    def random_generator(self, value: Any) -> str:
         self.unresolved(f"the random generator {type(value).__name__} is used")
-        return super().stream(value)
+        return super().random_generator(value)
 
-    def used(self, value: Any) -> str:
+    def referred(self, value: Any) -> str:
         # The value is not a part of the object. It is described separately, since reading may change it while the
         # object stays the same.
         self.values.append((value, self.describe(value)))
@@ -94,7 +94,7 @@ class StateDescriber(CodeDescriber):
         if isinstance(getattr(value, "_fingerprint", None), str) and hasattr(value, "_indices"):
             # The fingerprint of a Hugging Face dataset covers the history of its table, but not files that the table
             # names.
-            self._offered.update(dir(type(value)))
+            self._known_attributes.update(dir(type(value)))
             self._computed.add("[]")
             if "decode=" in repr(getattr(value, "features", "")):
                 self.unresolved("the table may name files, whose content is not covered")
@@ -105,12 +105,10 @@ class StateDescriber(CodeDescriber):
 
     @property
     def unknown(self) -> list[str]:
-        beside = (
-            [f"{self._beside} is a file that the list of samples does not name"]
-            if self._beside and self._readers
-            else []
-        )
-        return super().unknown + beside
+        found = super().unknown
+        if self._extra_file and self._readers:
+            found.append(f"{self._extra_file} is a file that the list of samples does not name")
+        return found
 
     def attributes(self, value: Any, held: dict[str, Any]) -> dict[str, Any]:
         self.check_folders(value, held)
@@ -125,27 +123,28 @@ class StateDescriber(CodeDescriber):
                 self.unresolved(f"a {type(value).__name__} may read any file in {one}")
 
 
-def _parts(view: Any, without: Collection[str], prefix: str = "") -> dict[str, Any]:
-    """The attributes by name of a dataset object, or of all objects in a `Parts`, without the names in `without`."""
-    if isinstance(view, Parts):
-        inner = [_parts(part, without, f"{prefix}{place}/") for place, part in enumerate(view)]
-        return {name: value for part in inner for name, value in part.items()}
-    if not hasattr(view, "__dict__") or hasattr(view, "_fingerprint") or isinstance(view, list | tuple | dict):
-        return {prefix: view}
-    held = vars(view) | {name: getattr(view, name) for name in slots_of(type(view)) if hasattr(view, name)}
-    kept = {f"{prefix}{name}": value for name, value in held.items() if name not in without}
-    return {f"{prefix}class": type(view), **kept}
-
-
 def _objects(view: Any) -> list[Any]:
     return [one for part in view for one in _objects(part)] if isinstance(view, Parts) else [view]
+
+
+def _parts(objects: list[Any], without: Collection[str]) -> dict[str, Any]:
+    """Return the attributes of dataset objects by name, without the names in `without`; some objects are one part."""
+    parts: dict[str, Any] = {}
+    for place, one in enumerate(objects):
+        if not hasattr(one, "__dict__") or hasattr(one, "_fingerprint") or isinstance(one, list | tuple | dict):
+            parts[f"{place}/"] = one
+            continue
+        held = vars(one) | {name: getattr(one, name) for name in slots_of(type(one)) if hasattr(one, name)}
+        parts[f"{place}/class"] = type(one)
+        parts |= {f"{place}/{name}": value for name, value in held.items() if name not in without}
+    return parts
 
 
 class Parts(list[Any]):
     """Several dataset objects that form one dataset together."""
 
 
-def _seen(view: Any, root: str | None, names: set[str]) -> tuple[dict[str, tuple[str, Any]], list[str]]:
+def _describe_parts(view: Any, root: str | None, names: set[str]) -> tuple[dict[str, tuple[str, Any]], list[str]]:
     """Describe the parts of a dataset and the values that its code uses.
 
     Args:
@@ -156,9 +155,10 @@ def _seen(view: Any, root: str | None, names: set[str]) -> tuple[dict[str, tuple
     Returns:
         Digest and value by the name of the part or use, and the reasons why equal digests do not guarantee equal items.
     """
-    parts = _parts(view, names)
+    objects = _objects(view)
+    parts = _parts(objects, names)
     describer = StateDescriber(names | {name.rpartition("/")[2] for name in parts}, root)
-    for one in _objects(view):
+    for one in objects:
         held = getattr(one, "__dict__", {})
         describer.check_folders(one, held)
         for name in held.keys() - names:
@@ -174,7 +174,7 @@ def _seen(view: Any, root: str | None, names: set[str]) -> tuple[dict[str, tuple
 
 # Names of the parts that were once seen to change by reading, by dataset. A cache that is full stops growing, so a
 # later look alone would not find it.
-_unsteady: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+_changing_parts: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
 
 def find_state(
@@ -200,16 +200,16 @@ def find_state(
     """
     names = set(without)
     read(False)  # whatever is opened or filled by the first read is there from now on
-    before, _ = _seen(view, root, names)
+    before, _ = _describe_parts(view, root, names)
     read(True)
     sampled = read(False)
-    after, unknown = _seen(view, root, names)
+    after, unknown = _describe_parts(view, root, names)
     changed = {name for name, (digest, _) in after.items() if before.get(name, ("",))[0] != digest}
     with contextlib.suppress(TypeError):  # raised if weak references cannot point to objects of this class
-        changed |= _unsteady.setdefault(owner, set())
-        _unsteady[owner] = changed
+        changed |= _changing_parts.setdefault(owner, set())
+        _changing_parts[owner] = changed
     steady = sorted((name, digest) for name, (digest, _) in after.items() if name not in changed)
     # A number that changes by reading counts what was read, which is no reason for uncertainty.
     kept = [name for name in sorted(changed & after.keys()) if not isinstance(after[name][1], int | float)]
-    unknown += [f"{name.rpartition('/')[2]} changes when items are read" for name in kept]
+    unknown += [f"{name.rpartition('/')[2] or 'the dataset'} changes when items are read" for name in kept]
     return State(digest_text(*(text for pair in steady for text in pair), sampled), tuple(dict.fromkeys(unknown)))

@@ -9,10 +9,9 @@ entry is made again; a wrong entry is never used.
 
 import contextlib
 import copy
-import hashlib
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dq_lightning.core.arrays import image_to_uint8
 from dq_lightning.core.errors import DQError
 from dq_lightning.core.isolation import isolated_random_state
-from dq_lightning.identity.callables import CodeDescriber, described, is_library
-from dq_lightning.identity.values import digest_text, tensor_bytes
+from dq_lightning.core.workers import one_thread
+from dq_lightning.identity.callables import CodeDescriber, describe_callable, is_library
+from dq_lightning.identity.values import digest_tensor, digest_text
 
 logger = logging.getLogger("dq_lightning")
 
@@ -33,8 +34,8 @@ logger = logging.getLogger("dq_lightning")
 _ORIGINS = frozenset(
     ("name_or_path", "device", "dtype", "torch_dtype", "transformers_version", "pretrained_cfg", "default_cfg")
 )
-_SIDES = (32, 224)
-_NUMBERS = 64
+_PROBE_SIDES = (32, 224)
+_NUM_PROBED = 64
 
 
 class _NetworkDescriber(CodeDescriber):
@@ -108,15 +109,11 @@ def described_module(module: nn.Module, without: Collection[str] = ()) -> tuple[
             texts.append(part.code)
     tensors = dict((*module.named_parameters(), *module.named_buffers()))
     for name, tensor in tensors.items():
-        content = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-        texts += [name, str(tensor.dtype), str(tuple(tensor.shape)), content]
+        texts += [name, str(tensor.dtype), str(tuple(tensor.shape)), digest_tensor(tensor)]
     # Some weights are neither parameters nor buffers, such as those of quantized networks.
-    texts += [
-        text
-        for name, value in module.state_dict().items()
-        if name not in tensors
-        for text in (name, describer.describe(value))
-    ]
+    for name, value in module.state_dict().items():
+        if name not in tensors:
+            texts += [name, describer.describe(value)]
     return digest_text(*texts), describer.unknown
 
 
@@ -127,7 +124,7 @@ def _compiled(part: torch.jit.ScriptModule) -> str:
     texts = [re.sub(r"___torch_mangle_\d+", "", graph.str(False))]
     for node in graph.findAllNodes("prim::Constant", True):
         if "value" in node.attributeNames() and node.kindOf("value") == "t":
-            texts.append(hashlib.sha256(tensor_bytes(node.t("value"))).hexdigest())
+            texts.append(digest_tensor(node.t("value")))
     return digest_text(*texts)
 
 
@@ -163,7 +160,7 @@ def digest_encoder(module: nn.Module, preprocess: Callable[..., Any], text: str 
     """
     unknown: list[str] = []
     if text is None:
-        text, unknown = described(preprocess)
+        text, unknown = describe_callable(preprocess)
     weights, unresolved = described_module(module)
     unknown += unresolved
     return digest_text(weights, text, *([probe(module, preprocess, unknown)] if unknown else []))
@@ -179,11 +176,11 @@ def probe(module: nn.Module, preprocess: Callable[..., Any] | None, unknown: lis
             warning that is logged if the network accepts no input.
     """
     answers: list[str] = []
-    with isolated_random_state(0), _one_thread(), torch.no_grad():
+    with isolated_random_state(0), one_thread(), torch.no_grad():
         network = copy.deepcopy(module).cpu().eval()
-        for side in _SIDES:
+        for side in _PROBE_SIDES:
             with contextlib.suppress(Exception):
-                given = torch.stack([(preprocess or image_to_pixels)(image) for image in _images(side)]).cpu()
+                given = torch.stack([(preprocess or image_to_uint8)(image) for image in _images(side)]).cpu()
                 answers += _rounded(given)
                 answers += _answer(network, given)
     if not answers:
@@ -197,11 +194,6 @@ def probe(module: nn.Module, preprocess: Callable[..., Any] | None, unknown: lis
     return digest_text("probe", *answers)
 
 
-def image_to_pixels(image: Image.Image) -> Tensor:
-    """Return an RGB image as uint8 [3, H, W]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
 def _answer(network: nn.Module, given: Tensor) -> list[str]:
     given = given.double() / 255 if given.dtype == torch.uint8 else given
     for dtype in (torch.float64, torch.float32):
@@ -213,12 +205,11 @@ def _answer(network: nn.Module, given: Tensor) -> list[str]:
 def _rounded(answer: Any) -> list[str]:
     """Return evenly spaced values of all tensors in an output as texts, rounded to four digits of the largest value."""
     if isinstance(answer, Tensor):
-        values = answer.detach().double().flatten()
-        spread = (
-            values[torch.linspace(0, len(values) - 1, min(_NUMBERS, len(values))).long()] if len(values) else values
-        )
-        whole = torch.stack([values.mean(), values.abs().mean()]) if len(values) else values
-        chosen = torch.cat([spread, whole]).numpy()
+        shown = values = answer.detach().double().flatten()
+        if len(values):
+            spread = values[torch.linspace(0, len(values) - 1, min(_NUM_PROBED, len(values))).long()]
+            shown = torch.cat([spread, torch.stack([values.mean(), values.abs().mean()])])
+        chosen = shown.numpy()
         finite = np.abs(chosen[np.isfinite(chosen)])
         step = 1e-4 * 2.0 ** np.ceil(np.log2(finite.max())) if finite.size and finite.max() > 0 else 1.0
         return [str(tuple(answer.shape)), f"{step:.3e}", *(f"{value:.0f}" for value in np.round(chosen / step) + 0.0)]
@@ -234,16 +225,6 @@ def _images(side: int) -> list[Image.Image]:
     rows, columns = np.mgrid[0:side, 0:side]
     waves = [np.stack([(rows * a + columns * b * (c + 1)) % 256 for c in range(3)], -1) for a, b in ((1, 3), (7, 2))]
     return [Image.fromarray(wave.astype(np.uint8)) for wave in waves]
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def find_commit(repository: str, revision: str | None, files: tuple[str, ...]) -> str:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 # Methods that put something into a container.
 _CHANGES = frozenset(("append", "appendleft", "extend", "insert", "update", "setdefault", "add", "__setitem__"))
+# Functions whose result holds nothing but what their argument holds.
+_CONVERSIONS = ("str", "Path", "fspath", "enumerate", "zip", "list", "tuple", "sorted")
 # Names of the arguments in which functions take the file that they read. It may also be their first argument.
 _FILE_ARGUMENTS = ("fp", "file", "f", "fname", "filename", "path")
 
@@ -76,20 +78,35 @@ def _dumped(node: Any, *, top: bool = False) -> str:
     return f"{type(node).__name__}({','.join(f'{name}={_dumped(value)}' for name, value in fields)})"
 
 
+def _assignments(node: Any) -> list[tuple[ast.expr, ast.expr]]:
+    """Return the targets that a syntax node assigns to, each with an expression of what is assigned."""
+    if isinstance(node, ast.Assign):
+        return [(target, node.value) for target in node.targets]
+    if isinstance(node, ast.AugAssign):
+        return [(node.target, ast.BinOp(node.target, node.op, node.value))]
+    if isinstance(node, ast.AnnAssign | ast.NamedExpr):
+        return [] if node.value is None else [(node.target, node.value)]
+    if isinstance(node, ast.For | ast.comprehension):
+        return [(node.target, node.iter)]
+    if isinstance(node, ast.withitem):
+        return [] if node.optional_vars is None else [(node.optional_vars, node.context_expr)]
+    return []
+
+
 class Code(ast.NodeVisitor):
     """Syntax visitor that collects what the code of a function refers to.
 
     Attributes:
         name: qualified name of the function, for messages.
-        short: name of the function.
+        function_name: name of the function.
         node: syntax of the function; None if no source fits its code.
         text: the syntax as text; empty without a node.
-        world: values by name, of the function's module and of the functions around it.
-        chains: names of the world or of builtins that the code uses, each with the attributes that are taken from it.
+        scope: values by name, of the function's module and of the functions around it.
+        chains: names of the scope or of builtins that the code uses, each with the attributes that are taken from it.
         attributes: names of the attributes that are taken from anything else.
         stored: names of the attributes that the code sets.
         calls: every call with each of its arguments.
-        handed: those of the chains that are used for more than being called.
+        passed_on: those of the chains that are used for more than being called.
         unresolved: reasons why the code could not be resolved completely.
         arguments: names of all arguments, also those of inner functions.
         assigned: expressions that are assigned to each local name.
@@ -97,15 +114,15 @@ class Code(ast.NodeVisitor):
 
     def __init__(self, function: types.FunctionType) -> None:
         self.name = function.__qualname__.replace("<locals>.", "")
-        self.short = function.__name__
-        self.world: Mapping[str, Any] = collections.ChainMap(cells_of(function), function.__globals__)
+        self.function_name = function.__name__
+        self.scope: Mapping[str, Any] = collections.ChainMap(cells_of(function), function.__globals__)
         self.node = _node_of(function.__code__)
         self.text = "" if self.node is None else _dumped(self.node, top=True)
         self.chains: list[tuple[str, ...]] = []
         self.attributes: list[str] = []
         self.stored: set[str] = set()
         self.calls: list[Call] = []
-        self.handed: set[tuple[str, ...]] = set()
+        self.passed_on: set[tuple[str, ...]] = set()
         self._function: ast.expr | None = None
         self.unresolved: list[str] = []
         self.arguments: set[str] = set()
@@ -120,47 +137,16 @@ class Code(ast.NodeVisitor):
     def visit_arg(self, node: ast.arg) -> None:
         self.arguments.add(node.arg)
 
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        self._assign(node.target, node.value)
-
-    def visit_Assign(self, node: ast.Assign) -> None:
-        for target in node.targets:
-            self._assign(target, node.value)
-
-    def visit_NamedExpr(self, node: ast.NamedExpr) -> None:
-        self._assign(node.target, node.value)
-
-    def visit_For(self, node: ast.For) -> None:
-        self._assign(node.target, node.iter)
-        for part in (*node.body, *node.orelse):
-            self.visit(part)
-
-    def visit_comprehension(self, node: ast.comprehension) -> None:
-        self._assign(node.target, node.iter)
-        for part in node.ifs:
-            self.visit(part)
-
-    def visit_withitem(self, node: ast.withitem) -> None:
-        self.visit(node.context_expr)
-        if node.optional_vars is not None:
-            self._assign(node.optional_vars, node.context_expr, visit=False)
-
-    def visit_AugAssign(self, node: ast.AugAssign) -> None:
-        self._assign(node.target, ast.BinOp(node.target, node.op, node.value), visit=False)
-        self.visit(node.value)
-
-    def _assign(self, target: ast.expr, value: ast.expr | None, *, visit: bool = True) -> None:
-        for part in ast.walk(target):
-            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store) and value is not None:
-                self.assigned.setdefault(part.id, []).append(value)
-        self.visit(target)
-        if visit and value is not None:
-            self.visit(value)
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        self.arguments.update(one.arg for one in ast.walk(node.args) if isinstance(one, ast.arg))
-        for part in (*node.decorator_list, node.args, *node.body):
-            self.visit(part)
+    def generic_visit(self, node: ast.AST) -> None:
+        for target, value in _assignments(node):
+            for part in ast.walk(target):
+                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                    self.assigned.setdefault(part.id, []).append(value)
+        for name, field in ast.iter_fields(node):
+            if name not in _NO_EFFECT:
+                for part in field if isinstance(field, list) else [field]:
+                    if isinstance(part, ast.AST):
+                        self.visit(part)
 
     def visit_Import(self, node: Any) -> None:
         self.unresolved.append(f"{self.name} imports inside a function")
@@ -175,7 +161,7 @@ class Code(ast.NodeVisitor):
     def _refer(self, node: ast.expr, chain: tuple[str, ...]) -> None:
         self.chains.append(chain)
         if node is not self._function:
-            self.handed.add(chain)
+            self.passed_on.add(chain)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         names, base = [node.attr], node.value
@@ -231,41 +217,38 @@ class Code(ast.NodeVisitor):
             seen: local names that are being resolved.
 
         Returns:
-            "held" for a value that is described as it is, "given" for an argument, "made" for a value that code
+            "described" for a value that is described as it is, "argument" for an argument, "composed" for a value that code
             composes.
         """
         while isinstance(value, ast.Subscript | ast.Attribute | ast.Starred):
             if (value.attr if isinstance(value, ast.Attribute) else "[]") in computed:
-                return "made"
+                return "composed"
             value = value.value
         if isinstance(value, ast.Call):
             name = value.func.attr if isinstance(value.func, ast.Attribute) else getattr(value.func, "id", "")
             if name == "BytesIO":
-                return "held"
-            if (
-                name in ("str", "Path", "fspath", "enumerate", "zip", "list", "tuple", "sorted")
-                and len(value.args) == 1
-            ):
+                return "described"
+            if name in _CONVERSIONS and len(value.args) == 1:
                 return self.origin(value.args[0], computed, seen)
             if name == "get" and isinstance(value.func, ast.Attribute) and len(value.args) == 1:
                 return self.origin(value.func.value, computed, seen)
-            return "made"
+            return "composed"
         if isinstance(value, ast.Tuple | ast.List) and value.elts:
             return _worst([self.origin(part, computed, seen) for part in value.elts])
         if isinstance(value, ast.IfExp):
             return _worst([self.origin(part, computed, seen) for part in (value.body, value.orelse)])
         if not isinstance(value, ast.Name) or value.id in seen:
-            return "made"
+            return "composed"
         found = [self.origin(one, computed, (*seen, value.id)) for one in self.assigned.get(value.id, [])]
         if value.id in self.arguments:
-            found.append("held" if value.id == "self" else "given")
+            found.append("described" if value.id == "self" else "argument")
         elif not found:
-            found.append("held" if value.id in self._global else "made")
+            found.append("described" if value.id in self._global else "composed")
         return _worst(found)
 
 
 def _worst(origins: list[str]) -> str:
-    return next((one for one in ("made", "given") if one in origins), "held")
+    return next((one for one in ("composed", "argument") if one in origins), "described")
 
 
 class Call(NamedTuple):
@@ -305,11 +288,11 @@ def composed_names(calls: list[Call], library: set[str], computed: set[str], pla
         return of_file and not constant and call.code.origin(call.argument, computed) == origin
 
     users: set[str] = set()
-    while more := {call.code.short for call in calls if reads(call, "given")} - users:
+    while more := {call.code.function_name for call in calls if reads(call, "argument")} - users:
         users |= more  # a function that passes its argument to a function that reads files also reads files
     return list(
         dict.fromkeys(
-            f"{call.code.name} passes {call.name} a name that it computes" for call in calls if reads(call, "made")
+            f"{call.code.name} passes {call.name} a name that it computes" for call in calls if reads(call, "composed")
         )
     )
 

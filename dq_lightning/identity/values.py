@@ -21,9 +21,9 @@ _COMPRESSED = {
     torch.sparse_bsc: ("ccol_indices", "row_indices"),
 }
 _ROWS_AT_ONCE = 256
-_SHORT = 64
-_AT_ONCE = 4096
-_DEEPEST = 100
+_MAX_SHORT_LENGTH = 64
+_VALUES_AT_ONCE = 4096
+_MAX_DEPTH = 100
 _NUMBERS = (type(None), type(Ellipsis), bool, int, float, complex)
 
 
@@ -78,8 +78,8 @@ class Describer:
         if id(value) in self._open:  # a cycle is described by the number of levels up to where it closes
             return f"above:{len(self._open) - self._open.index(id(value))}"
         if id(value) not in self._known:
-            if len(self._open) > _DEEPEST:
-                return self.unseen(value, "is nested too deeply")
+            if len(self._open) > _MAX_DEPTH:
+                return self.opaque_value(value, "is nested too deeply")
             self._open.append(id(value))
             try:
                 self._known[id(value)] = value, self._compound(value)
@@ -96,7 +96,9 @@ class Describer:
     def text(self, value: Any) -> str:
         """Describe a string, bytes or a path."""
         if isinstance(value, bytes):
-            return f"bytes:{value!r}" if len(value) <= _SHORT else f"bytes:{hashlib.sha256(value).hexdigest()}"
+            return (
+                f"bytes:{value!r}" if len(value) <= _MAX_SHORT_LENGTH else f"bytes:{hashlib.sha256(value).hexdigest()}"
+            )
         return f"path:{value.as_posix()!r}" if isinstance(value, PurePath) else f"{type(value).__name__}:{str(value)!r}"
 
     def kind(self, kind: type) -> str:
@@ -107,7 +109,7 @@ class Describer:
         """Describe a value that needs more than its content; return None for other values."""
         return self.kind(value) if isinstance(value, type) else None
 
-    def unseen(self, value: Any, why: str) -> str:
+    def opaque_value(self, value: Any, why: str) -> str:
         """Handle a value that cannot be described; here by raising SourceError. `why` completes "which ..."."""
         raise SourceError(
             f"The items hold a {type(value).__module__}.{type(value).__qualname__}, which {why}, so a later run could not tell "
@@ -127,7 +129,7 @@ class Describer:
                 if type(self) is Describer:
                     # The value belongs to an item: the caller adds the number of the item to the message.
                     raise
-                return self.unseen(value, f"has no values that can be read ({error})")
+                return self.opaque_value(value, f"has no values that can be read ({error})")
         if isinstance(value, Image.Image):
             return self._image(value)
         if isinstance(value, Mapping):
@@ -154,11 +156,11 @@ class Describer:
     def _sequence(self, value: Any) -> list[str]:
         # A million integers need not be described one by one.
         held = list(value)
-        if len(held) > _SHORT and set(map(type, held)) <= {int}:
+        if len(held) > _MAX_SHORT_LENGTH and set(map(type, held)) <= {int}:
             return [repr(held)]
         # The texts of a million other values need not be in memory all at once.
-        starts = range(0, len(held), _AT_ONCE) if len(held) > _AT_ONCE else ()
-        return [digest_text(*self.all(held[at : at + _AT_ONCE])) for at in starts] or self.all(held)
+        starts = range(0, len(held), _VALUES_AT_ONCE) if len(held) > _VALUES_AT_ONCE else ()
+        return [digest_text(*self.all(held[at : at + _VALUES_AT_ONCE])) for at in starts] or self.all(held)
 
     def _array(self, value: Any) -> str:
         """Describe an array or tensor by kind, dtype, shape and bytes in row order, whatever its layout in memory."""
@@ -169,7 +171,7 @@ class Describer:
                 if type(value) in (Tensor, torch.nn.Parameter)
                 else [type(value).__name__, self.describe(vars(value))]
             )
-            return digest_text("tensor", value.dtype, shape, digest_bytes(tensor_bytes(value)), *beside)
+            return digest_text("tensor", value.dtype, shape, digest_tensor(value), *beside)
         if value.dtype.hasobject:
             return digest_text("objects", value.shape, self.describe(value.tolist()))
         if isinstance(value, np.ma.MaskedArray):
@@ -184,15 +186,13 @@ class Describer:
             # Pillow's decoders may raise any exception, and a closed image raises ValueError.
             if type(self) is Describer:
                 raise
-            return self.unseen(value, f"cannot be decoded ({error})")
+            return self.opaque_value(value, f"cannot be decoded ({error})")
         palette = value.getpalette("RGBA") if value.mode in ("P", "PA") else None
         # Information beside the pixels, such as orientation or transparency, may decide what a transform does.
         plain = (str, bytes, bool, int, float, tuple)
-        said = {str(name): held for name, held in value.info.items() if isinstance(held, plain)}
-        return digest_text("image", value.mode, value.size, pixels, palette, self._info(said))
-
-    def _info(self, said: dict[str, Any]) -> str:
-        return digest_text(*(f"{name}={held!r}" for name, held in sorted(said.items())))
+        info = {str(name): held for name, held in value.info.items() if isinstance(held, plain)}
+        texts = digest_text(*(f"{name}={held!r}" for name, held in sorted(info.items())))
+        return digest_text("image", value.mode, value.size, pixels, palette, texts)
 
     def _table(self, value: Any) -> str:
         """Describe a table or column of pandas, polars or pyarrow column by column.
@@ -215,7 +215,7 @@ class Describer:
         except SourceError:
             raise
         except Exception as error:
-            return self.unseen(value, f"gives no arrays ({error})")
+            return self.opaque_value(value, f"gives no arrays ({error})")
         return digest_text(*texts)
 
     def _object(self, value: Any) -> str:
@@ -229,14 +229,14 @@ class Describer:
         if isinstance(value, logging.Logger):
             return digest_text(*parts, value.name)
         if hasattr(value, "fileno"):
-            return self.unseen(value, "is an open file")
+            return self.opaque_value(value, "is an open file")
         for name, one in sorted(self.attributes(value, held).items()):
             parts += [name, self.describe(one)]
         if own or not held:
             try:
                 kept: Any = reducer(value) if reducer else value.__reduce_ex__(4)
             except Exception:
-                return self.unseen(value, "has no attributes that can be read")
+                return self.opaque_value(value, "has no attributes that can be read")
             parts += [kept] if isinstance(kept, str) else self._reduced(kept, held)
         return digest_text(*parts)
 
@@ -276,16 +276,18 @@ def digest_bytes(value: Any) -> str:
     return digest.hexdigest()
 
 
-def tensor_bytes(tensor: Tensor) -> Any:
-    """Return all values of a tensor as a contiguous uint8 array [bytes], for dense tensors in row order.
+def digest_tensor(tensor: Tensor) -> str:
+    """Return the hexadecimal SHA-256 of all values of a tensor, for dense tensors in row order.
 
     The device and gradients have no influence.
 
     Raises:
         DQError: the tensor has no values (meta, lazy), or has a layout that is not supported.
     """
-    parts = [part.contiguous().reshape(-1).view(torch.uint8) for part in _dense_parts(tensor.detach())]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).numpy()
+    digest = hashlib.sha256()
+    for part in _dense_parts(tensor.detach()):
+        digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _dense_parts(tensor: Tensor) -> Iterator[Tensor]:

@@ -4,12 +4,12 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dq_lightning.core.arrays import image_to_uint8
 from dq_lightning.core.batching import HalvedBatches
 from dq_lightning.core.console import progress_bar
 from dq_lightning.core.errors import PatchError
@@ -46,8 +46,7 @@ class _Images(Dataset[_Read]):
 
     def __getitem__(self, place: int) -> _Read:
         try:
-            pixels = np.array(self._source.image(int(self._index[place])))
-            return _Read(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), None)
+            return _Read(image_to_uint8(self._source.image(int(self._index[place]))).contiguous(), None)
         except Exception as error:
             # The error is returned, because a DataLoader would wrap a raised one in its own traceback.
             return _Read(None, error)

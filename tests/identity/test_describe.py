@@ -147,7 +147,7 @@ def test_what_cannot_be_looked_into_is_refused_and_an_identity_believed():
         describe_callable(closure(handle))
     step = Shift(lambda: None)
     step.identity = "shift-1"
-    assert describe_callable(step) == "shift-1"
+    assert describe_callable(step)[0] == "shift-1"
     assert describe_callable(steps(step)) != describe_callable(steps(Shift(0.1)))
 
 
