@@ -76,8 +76,17 @@ class Leaf:
 
     @property
     def row_bytes(self) -> int:
-        """Number of bytes that one sample takes in the column."""
-        return _ROW_BYTES[self.kind](self)
+        """Number of bytes that one sample takes in the column; 0 for kinds without a column."""
+        if self.kind in WITHOUT_COLUMN:
+            return 0
+        if self.kind == "patches":
+            return _mask_bytes(self) + self.shape[3]
+        if self.kind == "image":
+            return raw_bytes_of(self.dtype, (self.shape[0], self.shape[1]))
+        if self.kind == "tensor":
+            return math.prod(self.shape) * TENSOR_DTYPES[self.dtype].itemsize
+        dtype, shape = self.column_type()
+        return math.prod(shape) * numpy_dtype(dtype).itemsize
 
     def column_type(self) -> tuple[str, tuple[int, ...]]:
         """Return the dtype and the shape of one row of the npy file that holds the column."""
@@ -93,27 +102,15 @@ class Leaf:
         if self.kind == "tensor":
             known = _NUMPY_OF_TENSOR.get(self.dtype)
             return (known, self.shape) if known else ("|u1", (self.row_bytes,))
-        return {"bool": "|b1", "int": "<i8", "float": "<f8"}[self.kind], ()
+        return _NUMBER_DTYPES[self.kind], ()
 
 
 _NUMPY_OF_TENSOR = {
     name: f"<{c}{n}" for name, c, n in (("int16", "i", 2), ("int32", "i", 4), ("int64", "i", 8), ("float16", "f", 2))
 }
 _NUMPY_OF_TENSOR |= {"float32": "<f4", "float64": "<f8", "uint8": "|u1", "int8": "|i1", "bool": "|b1"}
-_ROW_BYTES: dict[str, Callable[[Leaf], int]] = {
-    "none": lambda leaf: 0,
-    VALUE_KIND: lambda leaf: 0,
-    STREAM_KIND: lambda leaf: 0,
-    FILE_KIND: lambda leaf: 0,
-    "patches": lambda leaf: _mask_bytes(leaf) + leaf.shape[3],
-    "bool": lambda leaf: 1,
-    "int": lambda leaf: 8,
-    "float": lambda leaf: 8,
-    "scalar": lambda leaf: numpy_dtype(leaf.dtype).itemsize,
-    "array": lambda leaf: math.prod(leaf.shape) * numpy_dtype(leaf.dtype).itemsize,
-    "tensor": lambda leaf: math.prod(leaf.shape) * TENSOR_DTYPES[leaf.dtype].itemsize,
-    "image": lambda leaf: raw_bytes_of(leaf.dtype, (leaf.shape[0], leaf.shape[1])),
-}
+_NUMBER_DTYPES = {"bool": "|b1", "int": "<i8", "float": "<f8"}
+_KINDS = (*WITHOUT_COLUMN, *_NUMBER_DTYPES, "scalar", "array", "tensor", "image", "patches")
 
 
 def describe_leaf(value: Any, raw_images: bool = False) -> Leaf:
@@ -294,7 +291,7 @@ def leaf_from_json(value: Any) -> Leaf:
     Raises:
         StoreError: if the kind, dtype, mode or size is unknown or impossible.
     """
-    if not isinstance(value, dict) or not isinstance(value.get("kind"), str) or value["kind"] not in _ROW_BYTES:
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str) or value["kind"] not in _KINDS:
         raise StoreError(f"store.json has an unknown column {value!r:.80}")
     hexadecimal = {name: _bytes_of(value, name) for name in ("shared", "properties")}
     shape = plain_shape(value.get("shape", []))

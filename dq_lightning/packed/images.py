@@ -9,6 +9,7 @@ Only decoders of common raster formats are allowed, because some of Pillow's oth
 unbounded time or memory. The disk is touched only to read the file that an image was opened from.
 """
 
+import contextlib
 import io
 import os
 from pathlib import Path
@@ -203,6 +204,19 @@ def _as_hub(image: Image.Image, decoder: str) -> Image.Image:
     if image.getexif().get(_EXIF_ORIENTATION) is not None:
         image = ImageOps.exif_transpose(image)
     return image.convert(mode) if mode and mode != image.mode else image
+
+
+def decode_plain_jpeg(data: bytes, mode: str, size: tuple[int, int]) -> Image.Image | None:
+    """Decode a JPEG whose mode and size are known, without Pillow's slow parsing of its head; None if that fails.
+
+    Args:
+        data: content of a file that `jpeg_head` can parse.
+        mode: `"RGB"` or `"L"`.
+        size: (width, height) in pixels.
+    """
+    with contextlib.suppress(ValueError):
+        return Image.frombytes(mode, size, data, "jpeg", mode, "", 1, 0)
+    return None
 
 
 def memory_bytes(data: bytes) -> int:

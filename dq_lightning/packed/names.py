@@ -4,7 +4,7 @@ The code is pure: it reads and writes no files.
 """
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,13 +25,7 @@ class PositionNames(Sequence[str]):
     def __len__(self) -> int:
         return len(self._index)
 
-    @overload
-    def __getitem__(self, position: int) -> str: ...
-
-    @overload
-    def __getitem__(self, position: slice) -> list[str]: ...
-
-    def __getitem__(self, position: int | slice) -> str | list[str]:
+    def __getitem__(self, position: Any) -> Any:
         found = self._index[position]
         return list(map(str, found.tolist())) if isinstance(position, slice) else str(int(found))
 
@@ -51,13 +45,7 @@ class Names(Sequence[str]):
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    @overload
-    def __getitem__(self, position: int) -> str: ...
-
-    @overload
-    def __getitem__(self, position: slice) -> list[str]: ...
-
-    def __getitem__(self, position: int | slice) -> str | list[str]:
+    def __getitem__(self, position: Any) -> Any:
         if isinstance(position, slice):
             return [self[i] for i in range(*position.indices(len(self)))]
         at = range(len(self))[position]

@@ -13,7 +13,7 @@ from dq_lightning.core.resuming import Array, Shards
 MAX_BYTES = 256 << 20
 
 
-class Unkept:
+class UnsavedSamples:
     """Samples that are written to the store but not yet saved in a shard.
 
     Args:

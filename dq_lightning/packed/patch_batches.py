@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from dq_lightning.core.records import PatchedImage, unpack_mask
 from dq_lightning.packed.columns import Leaf, leaf_reader
 from dq_lightning.packed.images import images_from_raw
+from dq_lightning.packed.layouts import leaf_of
 from dq_lightning.packed.patch_layout import Layout, Pixels
 from dq_lightning.packed.patches import layout_of
 from dq_lightning.packed.values import properties_setter
@@ -68,18 +68,8 @@ class BatchDecoder:
             for image in images if facts.properties else ():
                 self.give_properties(image)
             return images
-        return [self._array(image) for image in pixels]
-
-    def _array(self, pixels: Pixels) -> Any:
-        facts = self.whole
-        flat = pixels[..., 0] if facts.mode == "L" else pixels
-        if facts.layout in ("array_hw1", "tensor_1hw"):
-            flat = flat[..., None] if facts.layout == "array_hw1" else flat[None]
-        elif facts.layout == "tensor" and facts.mode == "RGB":
-            flat = flat.transpose(2, 0, 1)
-        # This is a copy, because a view would keep the memory of the whole batch for one of its images.
-        own = np.array(flat, order="C")
-        return torch.from_numpy(own) if facts.layout.startswith("tensor") else own
+        # Each image is copied, because a view would keep the memory of the whole batch for one of its images.
+        return [leaf_of(facts.layout, facts.mode, image.copy()) for image in pixels]
 
 
 def _place_all(data: Pixels, masks: np.ndarray[Any, np.dtype[np.bool_]], layout: Layout) -> Pixels:

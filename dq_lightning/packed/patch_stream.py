@@ -145,7 +145,7 @@ def take_squeezed(data: bytes, at: int, shared: bytes, most: int, what: str) -> 
     return _expand(data[at : at + length], shared, most, what) if length else b"", at + length
 
 
-def facts_of(dtype: str, patch_size: int) -> Facts:
+def stream_facts(dtype: str, patch_size: int) -> Facts:
     """Return mode, layout, codec and patch size of a stream from its stored description."""
     mode, layout, codec = dtype.split("/")
     return mode, layout, codec, patch_size

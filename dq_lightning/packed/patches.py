@@ -25,7 +25,6 @@ once.
 The code is pure: it reads and writes no files.
 """
 
-import contextlib
 import io
 from dataclasses import replace
 from functools import lru_cache
@@ -37,6 +36,7 @@ from torch import Tensor
 
 from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import CHANNELS, PatchedImage, pack_mask, unpack_mask
+from dq_lightning.packed.images import decode_plain_jpeg
 from dq_lightning.packed.layouts import leaf_of, pixels_of
 from dq_lightning.packed.patch_layout import (
     Layout,
@@ -52,6 +52,7 @@ from dq_lightning.packed.patch_layout import (
     strip_of,
 )
 from dq_lightning.packed.patch_stream import jpeg_head
+from dq_lightning.packed.trees import map_leaves
 from dq_lightning.packed.values import encode_properties, properties_setter
 
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
@@ -179,13 +180,7 @@ def _layout(height: int, width: int, channels: int, patch_size: int, in_blocks: 
 
 def map_patched(value: Any, change: Any) -> Any:
     """Return a sample with `change` applied to every patched image in its tuples, lists and dicts."""
-    if isinstance(value, PatchedImage):
-        return change(value)
-    if type(value) in (tuple, list):
-        return type(value)(map_patched(inner, change) for inner in value)
-    if type(value) is dict:
-        return {key: map_patched(inner, change) for key, inner in value.items()}
-    return value
+    return map_leaves(value, lambda leaf: change(leaf) if isinstance(leaf, PatchedImage) else leaf)
 
 
 def patched_images(value: Any) -> list[PatchedImage]:
@@ -236,13 +231,10 @@ def _decode(patched: PatchedImage, size: tuple[int, int]) -> Pixels:
     """Decode pixels [height, width, C] of exactly this size; other sizes are refused before the pixels are decoded."""
     channels = CHANNELS[patched.mode]
     if patched.codec == "jpeg" and jpeg_head(patched.data)[1] == (*size, channels):
-        # This calls Pillow's decoder directly. Pillow would parse the file's head in Python, but that is known and
-        # compared already. If the decoder fails, the call of Image.open below finds the reason.
-        with contextlib.suppress(ValueError):
-            decoded = np.asarray(
-                Image.frombytes(patched.mode, size[::-1], patched.data, "jpeg", patched.mode, "", 1, 0)
-            )
-            return decoded.reshape(*size, channels)
+        # If this fails, the call of Image.open below finds the reason.
+        whole = decode_plain_jpeg(patched.data, patched.mode, size[::-1])
+        if whole is not None:
+            return np.asarray(whole).reshape(*size, channels)
     try:
         with Image.open(io.BytesIO(patched.data), formats=[FORMATS[patched.codec]]) as image:
             grey_webp = patched.codec == "webp" and patched.mode == "L" and image.mode == "RGB"

@@ -41,9 +41,9 @@ from dq_lightning.packed.names import Names, PositionNames
 from dq_lightning.packed.npy import npy_header
 from dq_lightning.packed.open_files import OpenFiles, Row, read_piece
 from dq_lightning.packed.patch_batches import BatchDecoder
-from dq_lightning.packed.patch_stream import facts_of, read_stream, take_streams
+from dq_lightning.packed.patch_stream import read_stream, stream_facts, take_streams
 from dq_lightning.packed.patches import map_patched, mean_filled, patched_images
-from dq_lightning.packed.small_arrays import small_from_bytes
+from dq_lightning.packed.small_arrays import SmallArrays, small_from_bytes
 from dq_lightning.packed.trees import tree_builder, tree_from_json
 from dq_lightning.packed.values import BYTES_PER_PIXEL, check_decoded_size, decode_value, most_decoded_bytes
 from dq_lightning.packed.whole_images import FileReader
@@ -130,10 +130,13 @@ class PackedDataset(Dataset[Any]):
                 for name, facts in description["files"].items():
                     check_file(self.path, name, facts, hashed=True)
             self._narrow: dict[int, NDArray[np.uint8]] = {}
-            if description["version"] == VERSION_SQUEEZED:
-                self._set_squeezed(description)
-            else:
-                self._set_small({name: self._read_small(name, description["files"][name]) for name in SMALL_FILES})
+            squeezed = description["version"] == VERSION_SQUEEZED
+            small = self._squeezed_arrays(description) if squeezed else self._plain_arrays(description["files"])
+            self.index, self.bin = torch.from_numpy(small.index), torch.from_numpy(small.bin)
+            self.ids = PositionNames(small.index)
+            if small.ids is not None and small.id_offsets is not None:
+                self.ids = Names(small.ids.data, _numbers(small.id_offsets, "q"))
+            self._offsets, self._checksums = _numbers(small.offsets, "q"), _numbers(small.checksums, "I")
             self._set_columns(description)
         except StoreError:
             raise
@@ -159,14 +162,20 @@ class PackedDataset(Dataset[Any]):
         }[name]
         return self._files.read(name, rows * int(dtype[2:]), npy_header(dtype, (rows,)), sha256)
 
-    def _set_small(self, small: dict[str, NDArray[np.uint8]]) -> None:
-        self.index = torch.from_numpy(small["index.npy"].view("<i8"))
-        self.bin = torch.from_numpy(small["bin.npy"].view("<i2"))
-        self.ids = Names(small["ids.bin"].data, _numbers(small["id_offsets.npy"], "q"))
-        self._offsets = _numbers(small["value_offsets.npy"], "q")
-        self._checksums = _numbers(small["checksums.npy"], "I")
+    def _plain_arrays(self, listed: dict[str, Any]) -> SmallArrays:
+        """Read the small arrays, each from a file of its own."""
+        held = {name: self._read_small(name, listed[name]) for name in SMALL_FILES}
+        return SmallArrays(
+            index=held["index.npy"].view("<i8"),
+            bin=held["bin.npy"].view("<i2"),
+            offsets=held["value_offsets.npy"].view("<i8"),
+            checksums=held["checksums.npy"].view("<u4"),
+            id_offsets=held["id_offsets.npy"].view("<i8"),
+            ids=held["ids.bin"],
+        )
 
-    def _set_squeezed(self, description: dict[str, Any]) -> None:
+    def _squeezed_arrays(self, description: dict[str, Any]) -> SmallArrays:
+        """Read the small arrays and the narrow columns from their one file."""
         facts, squeezed = description["files"][SMALL_FILE], description["squeezed"]
         sha256 = None if self.verify == "off" else facts["sha256"]
         data = self._files.read(SMALL_FILE, facts["size"], sha256=sha256)
@@ -176,13 +185,8 @@ class PackedDataset(Dataset[Any]):
             small = small_from_bytes(data.data, self._num_samples, squeezed["ids_bytes"], widths)
         except StoreError as error:
             raise Damage(f"{SMALL_FILE}: {error}") from error
-        self.index, self.bin = torch.from_numpy(small.index), torch.from_numpy(small.bin)
-        self.ids = PositionNames(small.index)
-        if small.ids is not None and small.id_offsets is not None:
-            self.ids = Names(small.ids.data, _numbers(small.id_offsets.view(np.uint8), "q"))
-        self._offsets = _numbers(small.offsets.view(np.uint8), "q")
-        self._checksums = _numbers(small.checksums.view(np.uint8), "I")
         self._narrow = dict(zip(numbers, small.columns, strict=True))
+        return small
 
     def _set_columns(self, description: dict[str, Any]) -> None:
         described = description.get("columns")
@@ -364,11 +368,11 @@ def _rows_of(rows: NDArray[np.uint8]) -> Callable[[int], Row]:
 
 
 def _stream_reader(leaf: Leaf) -> Callable[[bytes, int], tuple[Any, int]]:
-    facts, shared = facts_of(leaf.dtype, leaf.shape[0]), leaf.shared
+    facts, shared = stream_facts(leaf.dtype, leaf.shape[0]), leaf.shared
     # The pixels of patched images are decoded, and counted, later.
     return lambda data, most_pixels: (read_stream(data, facts, shared), 0)
 
 
-def _numbers(data: NDArray[np.uint8], code: str) -> memoryview:
-    """View bytes as an array of numbers; `code` is the format character of `struct`."""
-    return memoryview(data.data if len(data) else b"").cast(code)  # type: ignore[call-overload, no-any-return]
+def _numbers(values: NDArray[Any], code: str) -> memoryview:
+    """View an array as numbers that are quick to read one by one; `code` is the format character of `struct`."""
+    return memoryview(values.view(np.uint8).data if len(values) else b"").cast(code)  # type: ignore[call-overload, no-any-return]

@@ -45,6 +45,15 @@ def same_container(value: Any, kind: str | None, keys: tuple[str, ...], length: 
     return container(value) == kind and len(value) == length and (kind != "dict" or tuple(value) == keys)
 
 
+def map_leaves(sample: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a sample with `change` applied to every value in its tuples, lists and dicts that is none of these."""
+    if type(sample) in (tuple, list):
+        return type(sample)(map_leaves(inner, change) for inner in sample)
+    if isinstance(sample, dict):
+        return {key: map_leaves(inner, change) for key, inner in sample.items()}
+    return change(sample)
+
+
 def leaves_of(sample: Any, tree: Tree) -> Iterator[Any] | None:
     """Return the leaves of a sample in order, or None if the sample does not have the shape of this tree."""
     found: list[Any] = []

@@ -161,17 +161,7 @@ def decode_value(data: Any, images: bool = True) -> Any:
         value = decoder.value(json.loads(bytes(view[4 : 4 + length])), 0)
     except StoreError:
         raise
-    except (
-        ValueError,
-        TypeError,
-        IndexError,
-        KeyError,
-        struct.error,
-        RecursionError,
-        OverflowError,
-        MemoryError,
-        ArithmeticError,
-    ) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError, struct.error, RecursionError, MemoryError) as error:
         raise StoreError(f"a stored value cannot be decoded ({type(error).__name__}: {error})") from error
     if decoder.at != len(decoder.view):
         raise StoreError(f"{len(decoder.view) - decoder.at} bytes are left over after a stored value")
@@ -336,93 +326,64 @@ class _Decoder:
             raise StoreError(f"a stored value is nested deeper than {MAX_DEPTH} levels")
         if node is None or type(node) in (bool, str):
             return node
-        if type(node) is not list or not node or type(node[0]) is not str:
-            raise StoreError(f"a stored value has an unknown node {node!r:.80}")
-        return self._BY_TAG.get(node[0], _Decoder._unknown)(self, node, depth)
+        match node:
+            case ["i", text]:
+                return int(text, 16)
+            case ["f", length]:
+                return float(struct.unpack("<d", self._take(length))[0])
+            case ["c", length]:
+                return complex(*struct.unpack("<dd", self._take(length)))
+            case ["y", length]:
+                return bytes(self._take(length))
+            case ["t", *inner]:
+                return tuple(self.value(part, depth + 1) for part in inner)
+            case ["l", *inner]:
+                return [self.value(part, depth + 1) for part in inner]
+            case ["d", *inner]:
+                pairs = zip(inner[::2], inner[1::2], strict=True)
+                return {self.value(key, depth + 1): self.value(part, depth + 1) for key, part in pairs}
+            case ["g", dtype, length]:
+                return array_from(self._take(length), numpy_dtype(dtype), ())[()]
+            case ["a", dtype, shape, length]:
+                return array_from(self._take(length), numpy_dtype(dtype), plain_shape(shape))
+            case ["T", dtype, shape, length]:
+                return self._tensor(dtype, plain_shape(shape), self._take(length))
+            case ["p", facts, length, properties_length]:
+                return self._image(facts, self._take(length), properties_length)
+            case ["q", facts, *lengths]:
+                return self._patched(facts, *(bytes(self._take(length)) for length in lengths))
+            case ["R", numerator, denominator]:
+                from PIL.TiffImagePlugin import IFDRational
 
-    def _unknown(self, node: list[Any], _: int) -> Any:
-        raise StoreError(f"a stored value has an unknown tag {node[0]!r:.40}")
+                return IFDRational(self.value(numerator, depth + 1), self.value(denominator, depth + 1))
+            case ["x", *parts]:
+                from PIL.PngImagePlugin import iTXt
 
-    def _integer(self, node: list[Any], _: int) -> int:
-        return int(node[1], 16)
+                return iTXt(*(self.value(part, depth + 1) for part in parts))
+        raise StoreError(f"a stored value has an unknown node {node!r:.80}")
 
-    def _float(self, node: list[Any], _: int) -> float:
-        return float(struct.unpack("<d", self._take(node[1]))[0])
-
-    def _complex(self, node: list[Any], _: int) -> complex:
-        return complex(*struct.unpack("<dd", self._take(node[1])))
-
-    def _bytes(self, node: list[Any], _: int) -> bytes:
-        return bytes(self._take(node[1]))
-
-    def _tuple(self, node: list[Any], depth: int) -> tuple[Any, ...]:
-        return tuple(self.value(inner, depth + 1) for inner in node[1:])
-
-    def _list(self, node: list[Any], depth: int) -> list[Any]:
-        return [self.value(inner, depth + 1) for inner in node[1:]]
-
-    def _dict(self, node: list[Any], depth: int) -> dict[Any, Any]:
-        pairs = zip(node[1::2], node[2::2], strict=True)
-        return {self.value(key, depth + 1): self.value(inner, depth + 1) for key, inner in pairs}
-
-    def _scalar(self, node: list[Any], _: int) -> Any:
-        return array_from(self._take(node[2]), numpy_dtype(node[1]), ())[()]
-
-    def _array(self, node: list[Any], _: int) -> Any:
-        return array_from(self._take(node[3]), numpy_dtype(node[1]), plain_shape(node[2]))
-
-    def _tensor(self, node: list[Any], _: int) -> torch.Tensor:
-        dtype, shape = TENSOR_DTYPES[node[1]], plain_shape(node[2])
-        data = self._take(node[3])
+    def _tensor(self, name: str, shape: tuple[int, ...], data: memoryview) -> torch.Tensor:
+        dtype = TENSOR_DTYPES[name]
         if math.prod(shape) * dtype.itemsize != len(data):
-            raise StoreError(f"a stored tensor {node[1]} {shape} claims {len(data)} bytes")
+            raise StoreError(f"a stored tensor {name} {shape} claims {len(data)} bytes")
         return tensor_from(data, dtype, shape)
 
-    def _image(self, node: list[Any], _: int) -> Image.Image:
-        most = min(MAX_PIXELS, self.image_bytes // BYTES_PER_PIXEL)
-        image = decode_node(node[1], self._take(node[2]), most)
+    def _image(self, facts: Any, data: memoryview, properties_length: Any) -> Image.Image:
+        image = decode_node(facts, data, min(MAX_PIXELS, self.image_bytes // BYTES_PER_PIXEL))
         self._count(image.size[0] * image.size[1])
-        properties_setter(bytes(self._take(node[3])))(image)
+        properties_setter(bytes(self._take(properties_length)))(image)
+        return image
+
+    def _patched(self, facts: Any, mask: bytes, data: bytes, properties: bytes) -> PatchedImage:
+        height, width, mode, layout, patch_size, codec = facts
+        image = PatchedImage(height, width, mode, layout, patch_size, mask, codec, data, properties)
+        self._count(height * width)
         return image
 
     def _count(self, pixels: int) -> None:
         self.image_bytes -= pixels * BYTES_PER_PIXEL
         if self.image_bytes < 0:
             raise StoreError("the images of one sample take far more memory than what is stored of them can explain")
-
-    def _patched(self, node: list[Any], _: int) -> PatchedImage:
-        height, width, mode, layout, patch_size, codec = node[1]
-        mask, data, properties = (bytes(self._take(length)) for length in node[2:5])
-        image = PatchedImage(height, width, mode, layout, patch_size, mask, codec, data, properties)
-        self._count(height * width)
-        return image
-
-    def _fraction(self, node: list[Any], depth: int) -> Any:
-        from PIL.TiffImagePlugin import IFDRational
-
-        return IFDRational(self.value(node[1], depth + 1), self.value(node[2], depth + 1))
-
-    def _png_text(self, node: list[Any], depth: int) -> Any:
-        from PIL.PngImagePlugin import iTXt
-
-        return iTXt(*(self.value(part, depth + 1) for part in node[1:4]))
-
-    _BY_TAG: dict[str, Callable[["_Decoder", list[Any], int], Any]] = {  # noqa: RUF012 (a constant)
-        "i": _integer,
-        "f": _float,
-        "c": _complex,
-        "y": _bytes,
-        "t": _tuple,
-        "l": _list,
-        "d": _dict,
-        "g": _scalar,
-        "a": _array,
-        "T": _tensor,
-        "p": _image,
-        "q": _patched,
-        "R": _fraction,
-        "x": _png_text,
-    }
 
 
 def numpy_dtype(text: Any) -> np.dtype[Any]:

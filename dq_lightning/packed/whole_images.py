@@ -3,7 +3,6 @@
 The code reads the disk only to take the file that an image was opened from, see `packed/images.py`.
 """
 
-import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +14,10 @@ from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import CHANNELS, EncodedImage, StoredImage
 from dq_lightning.packed.columns import VALUE_KIND, Leaf, describe_leaf, file_facts
 from dq_lightning.packed.file_stream import Start, join_file, read_file
-from dq_lightning.packed.images import MAX_PIXELS, decode_image, encode_image, without_properties
+from dq_lightning.packed.images import MAX_PIXELS, decode_image, decode_plain_jpeg, encode_image, without_properties
 from dq_lightning.packed.layouts import leaf_of
 from dq_lightning.packed.patch_stream import jpeg_head
-from dq_lightning.packed.trees import container
+from dq_lightning.packed.trees import container, map_leaves
 from dq_lightning.packed.values import MAX_DEPTH, encode_properties, properties_setter
 
 Give = Callable[[Image.Image], None]
@@ -65,12 +64,9 @@ def _as_file(image: Image.Image, original: EncodedImage | None, place: str) -> A
 
 def without_array_files(sample: Any) -> Any:
     """Return a sample in which files of images that are no Pillow images are replaced by the decoded arrays."""
-    kind = container(sample)
-    if kind == "dict":
-        return {key: without_array_files(inner) for key, inner in sample.items()}
-    if kind is not None:
-        return type(sample)(map(without_array_files, sample))
-    return decode_stored(sample) if isinstance(sample, StoredImage) and sample.layout != "pil" else sample
+    return map_leaves(
+        sample, lambda leaf: decode_stored(leaf) if isinstance(leaf, StoredImage) and leaf.layout != "pil" else leaf
+    )
 
 
 def decode_stored(image: StoredImage) -> Any:
@@ -142,9 +138,7 @@ def _quickly(data: bytes, decoder: str, most_pixels: int) -> Image.Image | None:
     mode = {3: "RGB", 1: "L"}.get(channels)
     if mode is None or not 0 < width * height <= most_pixels or (mode == "L" and decoder == "pil_rgb"):
         return None
-    with contextlib.suppress(ValueError):
-        return Image.frombytes(mode, (width, height), data, "jpeg", mode, "", 1, 0)
-    return None
+    return decode_plain_jpeg(data, mode, (width, height))
 
 
 def _shaped(image: Image.Image, layout: str) -> Any:

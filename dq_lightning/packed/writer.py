@@ -23,6 +23,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from dq_lightning.packed.columns import (
 )
 from dq_lightning.packed.file_stream import write_file
 from dq_lightning.packed.npy import npy_header
-from dq_lightning.packed.packing_shards import Unkept, facts_of, samples_of
+from dq_lightning.packed.packing_shards import UnsavedSamples, facts_of, samples_of
 from dq_lightning.packed.patch_stream import uvarint, write_stream
 from dq_lightning.packed.patches import patched_images
 from dq_lightning.packed.small_arrays import MAX_COLUMNS, SmallArrays
@@ -157,7 +158,7 @@ class _StoreWriter:
         self.count = 0
 
     def samples(self, items: Callable[[int], Iterator[Item]], shards: Shards | None, grain: int) -> None:
-        unkept = Unkept(shards, grain)
+        unsaved = UnsavedSamples(shards, grain)
         with ExitStack() as stack:
             for piece in shards.restore(self.num_samples) if shards is not None else ():
                 if not self._take(piece, stack):
@@ -180,12 +181,16 @@ class _StoreWriter:
                 except StoreError as error:
                     raise StoreError(f"sample {self.count}: {error}") from error
                 self._put(rows, value)
-                unkept.add(rows, value, self._layout)
+                unsaved.add(rows, value, self._layout)
         if self.count != self.num_samples:
             raise StoreError(f"there are {self.count} samples but {self.num_samples} ids")
         for written in (*self.columns, self.values):
             if written is not None:
-                self.files[written.path.name] = {"size": written.size, "sha256": written.sha256()}
+                self._list(written)
+
+    def _list(self, written: files.Writer) -> None:
+        """Remember size and digest of a file that is written, for store.json."""
+        self.files[written.path.name] = {"size": written.size, "sha256": written.sha256()}
 
     def plain(self, index: Any, bins: Any, ids: Sequence[str]) -> None:
         """Write each small array into a file of its own."""
@@ -205,23 +210,17 @@ class _StoreWriter:
             columns.append(np.asarray(rows, np.uint8).reshape(self.num_samples, width))
             path.unlink()
             del self.files[path.name]
-        names = None
+        small = SmallArrays(index, bins, self.offsets, self.checksums, tuple(columns))
         if not all(name == str(position) for name, position in zip(ids, index.tolist(), strict=True)):
             names = [str(name).encode(errors="surrogatepass") for name in ids]
-        whole = b"".join(names or ())
-        small = SmallArrays(
-            index,
-            bins,
-            self.offsets,
-            self.checksums,
-            tuple(columns),
-            None if names is None else np.cumsum([0, *map(len, names)], dtype=np.int64),
-            None if names is None else np.frombuffer(whole, np.uint8),
-        )
+            ends = np.cumsum([0, *map(len, names)], dtype=np.int64)
+            small = replace(small, id_offsets=ends, ids=np.frombuffer(b"".join(names), np.uint8))
         with files.Writer(self.folder / SMALL_FILE) as file:
             file.write(small.to_bytes())
-        self.files[SMALL_FILE] = {"size": file.size, "sha256": file.sha256()}
-        self.squeezed_facts = {"squeezed": {"ids_bytes": None if names is None else len(whole), "columns": narrow}}
+        self._list(file)
+        self.squeezed_facts = {
+            "squeezed": {"ids_bytes": None if small.ids is None else len(small.ids), "columns": narrow}
+        }
 
     def _every_image(self, leaves: list[Leaf]) -> bool:
         """Return whether small plain images are stored as files too, since their sizes differ."""
@@ -323,7 +322,7 @@ class _StoreWriter:
         with files.Writer(self.folder / f"{name}.npy") as file:
             file.write(npy_header(values.dtype.str, values.shape))
             file.write(values.tobytes())
-        self.files[file.path.name] = {"size": file.size, "sha256": file.sha256()}
+        self._list(file)
 
     def names(self, ids: Sequence[str]) -> None:
         offsets = np.zeros(self.num_samples + 1, "<i8")
@@ -332,7 +331,7 @@ class _StoreWriter:
                 # Ids can be file names, which may hold bytes that are not valid UTF-8.
                 file.write(str(name).encode(errors="surrogatepass"))
                 offsets[number] = file.size
-        self.files["ids.bin"] = {"size": file.size, "sha256": file.sha256()}
+        self._list(file)
         self.small_array("id_offsets", offsets)
 
     def finish(self, attributes: dict[str, Any]) -> None:
