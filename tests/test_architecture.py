@@ -34,7 +34,7 @@ DOORS = {
     "timm": ("features/timm_encoder.py",),
     "datasets": (
         "sources/hub.py",
-        "sources/hub_formats.py",
+        "sources/finish.py",
         "exports/rows.py",
         "exports/hub.py",
         "commands/opening.py",

@@ -108,7 +108,7 @@ def _wait(lock: FileLock, owner: Path, finished: Callable[[], bool]) -> bool:
             beat, since = seen, time.monotonic()
         if seen and not logged:
             logged = True
-            logger.info("waiting for process %d on %s, which makes the same entry (%s)", seen[1], seen[0], owner.name)
+            logger.info("waiting until process %d on %s has made the same entry (%s)", seen[1], seen[0], owner.name)
         silent = time.monotonic() - since
         dead_here = bool(seen and seen[0] == host_name() and not process_alive(seen[1]))
         # A new owner may not have written its name yet, so even a dead owner is given one heartbeat of time.

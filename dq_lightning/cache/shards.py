@@ -119,7 +119,8 @@ class KeptShards:
                 continue
             except (OSError, StoreError) as error:
                 logger.warning(
-                    "%s: a file of finished work cannot be used and is removed (%s: %s)", self._noun, found, error
+                    "%s: a file of finished work cannot be used and is removed (%s: %s), so this work is done again",
+                    *(self._noun, found, error),
                 )
                 files.remove(found)
                 continue

@@ -56,7 +56,9 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], attributes: Map
     # The largest elements come first, so that every tensor begins at a multiple of its element's size.
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
         if tensor.dtype not in DTYPES or name == METADATA:
-            raise StoreError(f"a tensor {name!r} of {tensor.dtype} cannot be stored")
+            raise StoreError(
+                f"a tensor {name!r} of {tensor.dtype} cannot be stored: convert it to another dtype or name"
+            )
         content = _bytes_of(tensor.detach().cpu().resolve_neg().contiguous())
         start, end = end, end + len(content)
         dtype, shape = DTYPES[tensor.dtype], list(tensor.shape)
@@ -104,7 +106,7 @@ def read_tensor_file(
     """
     with files.open_plain(path) as start:
         if not 0 < int.from_bytes(start.read(ALIGNMENT), "little") <= MAX_HEADER_BYTES:
-            raise StoreError(f"{path.name} has no header")
+            raise StoreError(f"{path.name} does not begin with the header of a safetensors file")
     try:
         with safe_open(path, "pt") as file:
             values = files.unseal((file.metadata() or {}).get(SEALED, "").encode(), path.name)
@@ -113,7 +115,7 @@ def read_tensor_file(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
         facts = {name: [DTYPES.get(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
         if facts != {name: [dtype, shape] for name, (dtype, shape, _) in values["tensors"].items()}:
-            raise StoreError(f"{path.name} holds other tensors than were written")
+            raise StoreError(f"{path.name} does not hold the tensors that were written")
         if verify != "off":
             for name, tensor in tensors.items():
                 _compare(path, name, tensor, values["tensors"][name][2])

@@ -38,7 +38,7 @@ def plain_shape(value: Any) -> tuple[int, ...]:
         and math.prod(max(n, 1) for n in value) < MAX_ELEMENTS
     )
     if not sizes_fit:
-        raise StoreError(f"{value!r:.80} is not a shape")
+        raise StoreError(f"{value!r:.80} is not the shape of an array that can be stored")
     return tuple(value)
 
 

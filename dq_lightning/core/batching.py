@@ -59,7 +59,8 @@ class HalvedBatches:
                 continue
             if len(piece) == 1:
                 raise self._error(
-                    f'{self._work}: one sample alone exceeds the GPU\'s memory; free some, or pass device="cpu"'
+                    f"{self._work}: one sample alone does not fit the GPU's memory: end other programs that use it, or pass "
+                    'device="cpu"'
                 )
             self._limit = piece.numel() // 2
             logger.warning(

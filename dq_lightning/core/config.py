@@ -158,8 +158,8 @@ class FeatureConfig(JsonFields):
         self._require("selection_lr", 0 < self.selection_lr < float("inf"), "a positive number")
         if self.selection_epochs and self.selection_train == "head" and self.kind == "embedding":
             raise ConfigError(
-                'training the head changes no embedding: with selection_epochs and selection_train="head" pass '
-                'kind="gradient", or selection_train="all"'
+                'selection_train="head" trains only the head, which changes no embedding: pass kind="gradient", which uses '
+                'the head, or selection_train="all"'
             )
 
     def selection_training(self) -> dict[str, Any]:

@@ -41,11 +41,15 @@ def torch_threads(count: int, name: str = "") -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix=name)
 
 
+def available_cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
 def automatic_workers(processes_on_node: int = 1) -> int:
     """Return the number of loader processes that leaves one core to each training process, at most 8.
 
     Args:
         processes_on_node: number of training processes on this machine.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return max(0, min(8, cores // max(1, processes_on_node) - 1))
+    return max(0, min(8, available_cores() // max(1, processes_on_node) - 1))

@@ -131,8 +131,7 @@ def choose_encoder(
         FeatureError: the choice is unknown or incomplete, or a local file is missing.
     """
     if is_ready_made(encoder):
-        if weights is not None:
-            raise FeatureError("weights= goes with a timm name; leave it out, since ready-made embeddings need none")
+        _refuse_weights(weights, "ready-made embeddings need none")
         ready = ready_origin(encoder)
         return EncoderSpec("ready-made", ready.describe(), ready)
     if modality == "text":
@@ -140,10 +139,7 @@ def choose_encoder(
     if modality != "image":
         raise FeatureError(f"modality must be 'image' or 'text', got {modality!r}")
     if isinstance(encoder, nn.Module) or (isinstance(encoder, tuple) and len(encoder) == 2):
-        if weights is not None:
-            raise FeatureError(
-                "weights= goes with a timm name; leave it out, since a given network has its own weights"
-            )
+        _refuse_weights(weights, "a given network has its own weights")
         return _module_spec(*encoder) if isinstance(encoder, tuple) else _module_spec(encoder, None)
     if not isinstance(encoder, str | Path):
         raise FeatureError(
@@ -160,6 +156,11 @@ def choose_encoder(
     if encoder == "bundled":
         return _bundled_spec(path, "")
     return _timm_spec(str(encoder), path, "")
+
+
+def _refuse_weights(weights: str | Path | None, reason: str) -> None:
+    if weights is not None:
+        raise FeatureError(f"weights= goes with a timm name; leave it out, since {reason}")
 
 
 def _text_spec(encoder: Any, weights: str | Path | None, text: TextConfig) -> EncoderSpec:
@@ -202,14 +203,10 @@ def _timm_spec(name: str, weights: Path | None, reason: str) -> EncoderSpec:
             raise FeatureError(
                 f"{folder} is not the folder of a timm model: such a folder has a config.json and weights"
             )
-        if weights is not None:
-            raise FeatureError("weights= goes with a timm name; leave it out, since a folder has its own weights")
+        _refuse_weights(weights, "a folder has its own weights")
         return EncoderSpec(f"local-dir:{folder}", f"timm model in {folder}", TimmFolderOrigin(folder.absolute()))
     if name.startswith("hf-hub:"):
-        if weights is not None:
-            raise FeatureError(
-                "weights= goes with a timm name; leave it out, since an hf-hub: repository has its own weights"
-            )
+        _refuse_weights(weights, "an hf-hub: repository has its own weights")
         return EncoderSpec(name, f"{name}{reason}", TimmHubOrigin(name))
     if "/" in name or "\\" in name or ":" in name:
         raise FeatureError(
@@ -224,13 +221,11 @@ def _module_spec(module: Any, preprocess: Callable[..., Any] | None) -> EncoderS
     name = type(module).__name__
     if not isinstance(module, nn.Module):
         raise FeatureError(f"encoder=(network, preprocessing): the network must be an nn.Module, got {name}")
+    mean = std = text = None
     if preprocess is None and getattr(module, "pretrained_cfg", None):
         from dq_lightning.features.timm_encoder import module_preprocessing
 
-        transform, mean, std, text = module_preprocessing(module)
-        spec = EncoderSpec(name, f"the given {name}", ModuleOrigin(module, transform, mean, std, text))
-        _check_channels(spec, module, transform)
-        return spec
+        preprocess, mean, std, text = module_preprocessing(module)
     preprocess = preprocess or getattr(module, "preprocess", None)
     if not callable(preprocess):
         raise FeatureError(
@@ -238,7 +233,7 @@ def _module_spec(module: Any, preprocess: Callable[..., Any] | None) -> EncoderS
             "turns one RGB PIL image into a tensor, for instance torchvision's Compose([Resize(..), ToTensor(), "
             "Normalize(mean, std)]), or give the network a `preprocess` attribute"
         )
-    spec = EncoderSpec(name, f"the given {name}", ModuleOrigin(module, preprocess))
+    spec = EncoderSpec(name, f"the given {name}", ModuleOrigin(module, preprocess, mean, std, text))
     _check_channels(spec, module, preprocess)
     return spec
 

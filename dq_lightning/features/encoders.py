@@ -187,7 +187,7 @@ class NetworkEncoder:
         # Convolutions are fastest in the channels-last layout, both on CPUs and on GPUs.
         self._module: Any = own.to(memory_format=torch.channels_last)
         self._head = find_head(self._module)
-        self._has_timm_vocabulary = hasattr(module, "forward_features") and hasattr(module, "forward_head")
+        self._has_timm_methods = hasattr(module, "forward_features") and hasattr(module, "forward_head")
         self._mean = self._std = None
         if mean is not None and std is not None:
             self._mean = 255 * torch.tensor(mean, device=device)[:, None, None]
@@ -235,7 +235,9 @@ class NetworkEncoder:
         if batch.ndim == 4:
             batch = batch.contiguous(memory_format=torch.channels_last)
         try:
-            return self._timm_features(batch) if self._has_timm_vocabulary else self._hooked_features(batch)
+            if self._has_timm_methods:
+                return pool(self._module.forward_head(self._module.forward_features(batch), pre_logits=True))
+            return self._hooked_features(batch)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -263,10 +265,6 @@ class NetworkEncoder:
         if self._dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self._device.type, self._dtype)
-
-    def _timm_features(self, batch: Tensor) -> Tensor:
-        features = self._module.forward_head(self._module.forward_features(batch), pre_logits=True)
-        return pool(features)
 
     def _hooked_features(self, batch: Tensor) -> Tensor:
         seen: list[tuple[Tensor, Tensor]] = []

@@ -5,7 +5,6 @@ The order of the samples is kept, warnings are collected, and errors reach the m
 
 import logging
 import multiprocessing
-import os
 import pickle
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dq_lightning.core.errors import DQError, FeatureError
 from dq_lightning.core.handles import FORK, loader_processes, with_dataset
+from dq_lightning.core.workers import available_cores
 from dq_lightning.features.preprocessing import Preprocessing
 from dq_lightning.features.samples import ImageSource
 
@@ -144,9 +144,9 @@ def choose_num_workers(batches: ImageBatches, device: torch.device) -> int:
         # The same error occurs again, and is reported, when the sample is read in its turn.
         return 0
     seconds = (time.perf_counter() - started) / max(len(tried), 1) * total
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if seconds < WORKER_START_SECONDS:
         return 0
+    cores = available_cores()
     # If the network runs on the CPU, it needs the cores itself, so the loader processes get only half of them.
     return min(MAX_WORKERS, cores if device.type != "cpu" else max(1, cores // 2))
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.records import DigestMemory
 from dq_lightning.core.resuming import OpenApiEmbeddings
 from dq_lightning.features.collect import Rows
+from dq_lightning.features.origins import Origin
 from dq_lightning.features.samples import TextSource
 from dq_lightning.features.text_loading import read_texts
 from dq_lightning.identity.values import digest_text
@@ -48,7 +49,7 @@ _SPEAKS_OF_ENCODING = re.compile(r"base64|encoding.?format", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class OpenAIOrigin:
+class OpenAIOrigin(Origin):
     """A model behind the API, identified by its name and, if `OPENAI_BASE_URL` is set, the address of the server.
 
     Attributes:
@@ -63,9 +64,6 @@ class OpenAIOrigin:
 
     def identity(self, memory: DigestMemory) -> str | None:
         return digest_text("openai 2", self.model, os.environ.get(SERVER, ""))
-
-    def resolve(self, memory: DigestMemory) -> Self:
-        return self
 
     def load(self, device: str, precision: Precision) -> "OpenAIRows":
         return OpenAIRows(self)

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,13 +15,14 @@ from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.records import DigestMemory
 from dq_lightning.core.resuming import OpenApiEmbeddings
 from dq_lightning.features.collect import Rows
+from dq_lightning.features.origins import Origin
 from dq_lightning.features.samples import TextSource
 
 ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
-class ReadyOrigin:
+class ReadyOrigin(Origin):
     """Ready-made embeddings as an array in memory or as a file.
 
     Attributes:
@@ -35,9 +36,6 @@ class ReadyOrigin:
     def identity(self, memory: DigestMemory) -> str | None:
         """Return a digest of the content; an array has the digest of the file that `numpy.save` would write of it."""
         return f"ready-made:{memory.file(self.path) if self.path is not None else digest_of_npy(self._open())}"
-
-    def resolve(self, memory: DigestMemory) -> Self:
-        return self
 
     def load(self, device: str, precision: Precision) -> "ReadyRows":
         return ReadyRows(self._open(), self.describe())

@@ -3,9 +3,9 @@
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -17,6 +17,7 @@ from dq_lightning.core.devices import resolve_device
 from dq_lightning.core.errors import DQError, FeatureError
 from dq_lightning.core.records import DigestMemory
 from dq_lightning.features.encoders import resolve_precision
+from dq_lightning.features.origins import HubOrigin, Origin
 from dq_lightning.features.text_card import MODULES, Card, Layer, read_card
 from dq_lightning.identity.callables import library_version
 from dq_lightning.identity.networks import find_commit
@@ -37,7 +38,7 @@ DEFAULT_LENGTH = 512
 
 
 @dataclass(frozen=True)
-class TextFolderOrigin:
+class TextFolderOrigin(Origin):
     """A local folder with a transformers model and its tokenizer.
 
     Attributes:
@@ -58,9 +59,6 @@ class TextFolderOrigin:
         version = library_version("transformers")
         return digest_text("text_folder 2", version, *names, *digests, *_relevant(self.settings))
 
-    def resolve(self, memory: DigestMemory) -> Self:
-        return self
-
     def load(self, device: str, precision: Precision) -> "TokenEncoder":
         def locate(name: str) -> Path | None:
             file = self.path / name
@@ -70,8 +68,8 @@ class TextFolderOrigin:
 
 
 @dataclass(frozen=True)
-class TextHubOrigin:
-    """A model on the Hugging Face hub, pinned to a commit before it is loaded; see `TimmHubOrigin`.
+class TextHubOrigin(HubOrigin):
+    """A transformers model on the Hugging Face hub.
 
     Attributes:
         name: name of the model, `OWNER/NAME[@REVISION]`.
@@ -84,25 +82,20 @@ class TextHubOrigin:
     commit: str | None = None
 
     def identity(self, memory: DigestMemory) -> str | None:
-        commit = self.commit or memory.recall(f"hub:{self.name}")
+        commit = self.known_commit(memory)
+        if commit is None:
+            return None
         version = library_version("transformers")
-        return (
-            None if commit is None else digest_text("text_hub 2", version, self.name, commit, *_relevant(self.settings))
-        )
-
-    def resolve(self, memory: DigestMemory) -> Self:
-        commit = self.commit or memory.recall(f"hub:{self.name}") or self._find_commit()
-        memory.remember(f"hub:{self.name}", commit)
-        return replace(self, commit=commit)
+        return digest_text("text_hub 2", version, self.name, commit, *_relevant(self.settings))
 
     def load(self, device: str, precision: Precision) -> "TokenEncoder":
         repository = self.name.partition("@")[0]
-        commit = self.commit or self._find_commit()
+        commit = self.commit or self.find_commit()
         return _load(
             repository, commit, lambda name: self._locate(repository, commit, name), self.settings, device, precision
         )
 
-    def _find_commit(self) -> str:
+    def find_commit(self) -> str:
         repository, _, revision = self.name.partition("@")
         try:
             return find_commit(repository, revision or None, WEIGHT_FILES)

@@ -3,10 +3,10 @@
 import difflib
 import json
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from dq_lightning.core.devices import resolve_device
 from dq_lightning.core.errors import DQError, FeatureError
 from dq_lightning.core.records import DigestMemory
 from dq_lightning.features.encoders import NetworkEncoder
+from dq_lightning.features.origins import HubOrigin, Origin
 from dq_lightning.features.preprocessing import Preprocessing
 from dq_lightning.identity.callables import library_version
 from dq_lightning.identity.networks import find_commit
@@ -26,7 +27,7 @@ INSTEAD = 'pass weights="FILE.safetensors" (or .pth) with a timm name, a folder 
 
 
 @dataclass(frozen=True)
-class TimmFileOrigin:
+class TimmFileOrigin(Origin):
     """A timm architecture with a local weight file; no hub is contacted.
 
     Attributes:
@@ -41,9 +42,6 @@ class TimmFileOrigin:
         return digest_text(
             "timm_file", library_version("timm"), self.name, memory.file(self.path), registry_digest(self.name, memory)
         )
-
-    def resolve(self, memory: DigestMemory) -> Self:
-        return self
 
     def load(self, device: str, precision: Precision) -> NetworkEncoder:
         from timm.models import load_state_dict
@@ -65,7 +63,7 @@ class TimmFileOrigin:
 
 
 @dataclass(frozen=True)
-class TimmFolderOrigin:
+class TimmFolderOrigin(Origin):
     """A local folder with timm's `config.json` and a weight file, which timm calls `local-dir:`.
 
     Attributes:
@@ -79,21 +77,14 @@ class TimmFolderOrigin:
         names = [p.name for p in files]
         return digest_text("timm_folder", library_version("timm"), *names, *memory.files([str(p) for p in files]))
 
-    def resolve(self, memory: DigestMemory) -> Self:
-        return self
-
     def load(self, device: str, precision: Precision) -> NetworkEncoder:
         module = create(f"local-dir:{self.path}", f"the folder {self.path}")
         return timm_network_encoder(module, device, precision)
 
 
 @dataclass(frozen=True)
-class TimmHubOrigin:
-    """Weights on the Hugging Face hub, pinned to a commit before they are loaded.
-
-    A commit that was used before is used again. Otherwise a commit in the local Hugging Face cache is taken, and the
-    hub is contacted only if there is none. So the same name gives the same features until the cache or the name
-    (`@revision`) changes.
+class TimmHubOrigin(HubOrigin):
+    """A timm network whose weights are on the Hugging Face hub.
 
     Attributes:
         name: timm name, or `hf-hub:OWNER/NAME[@REVISION]`.
@@ -104,20 +95,15 @@ class TimmHubOrigin:
     commit: str | None = None
 
     def identity(self, memory: DigestMemory) -> str | None:
-        commit = self.commit or memory.recall(f"hub:{self.name}")
+        commit = self.known_commit(memory)
         if commit is None:
             return None
         # The preprocessing of an `hf-hub:` name is part of its commit; that of a timm name is stored in timm.
         config = "" if self._is_repository else registry_digest(self.name, memory)
         return digest_text("timm_hub", library_version("timm"), self.name, commit, config)
 
-    def resolve(self, memory: DigestMemory) -> Self:
-        commit = self.commit or memory.recall(f"hub:{self.name}") or self._find_commit()
-        memory.remember(f"hub:{self.name}", commit)
-        return replace(self, commit=commit)
-
     def load(self, device: str, precision: Precision) -> NetworkEncoder:
-        commit = self.commit or self._find_commit()
+        commit = self.commit or self.find_commit()
         repository, _, _ = self._repository().partition("@")
         what = f"the files of {repository} at commit {commit}"
         if self._is_repository:
@@ -142,7 +128,7 @@ class TimmHubOrigin:
         own = None if self._is_repository else registry_config(self.name).hf_hub_filename
         return (own,) if own else WEIGHT_FILES
 
-    def _find_commit(self) -> str:
+    def find_commit(self) -> str:
         repository, _, revision = self._repository().partition("@")
         try:
             return find_commit(repository, revision or None, self._weight_files())

@@ -172,9 +172,8 @@ class CodeDescriber(Describer):
         self.opaque: list[tuple[Any, str]] = []
         self._unknown: dict[str, None] = {}
         self._known_attributes = set(known_names)  # names of the attributes of everything that was described
-        self._used_attributes: dict[
-            str, str
-        ] = {}  # names of the attributes that code uses, each with the name of that code
+        # Names of the attributes that code uses, each with the name of that code.
+        self._used_attributes: dict[str, str] = {}
         self._calls: list[Call] = []
         self._readers: set[str] = set()
         self._computed: set[str] = set()  # names of attributes that code sets, or that are computed when they are used
@@ -187,14 +186,11 @@ class CodeDescriber(Describer):
     @property
     def unknown(self) -> list[str]:
         found = [*self._unknown, *(f"a {type(value).__name__}, which {why}" for value, why in self.opaque)]
-        asked = [
-            f"{where} uses .{name}"
-            for name, where in self._used_attributes.items()
-            if name not in self._known_attributes
-        ]
-        return (
-            found + asked + composed_names(self._calls, self._readers, self._computed, self._own_names - self._aliases)
-        )
+        for name, where in self._used_attributes.items():
+            if name not in self._known_attributes:
+                found.append(f"{where} uses .{name}, which was not found")
+        plain = self._own_names - self._aliases
+        return found + composed_names(self._calls, self._readers, self._computed, plain)
 
     def unresolved(self, why: str) -> None:
         """Add a reason why equal texts do not guarantee equal behaviour."""
@@ -283,7 +279,7 @@ class CodeDescriber(Describer):
             return self._written_class(kind)
         patches = patches_of(kind)
         for name, _ in patches:
-            self.unresolved(f"{name} was replaced")
+            self.unresolved(f"{name} was replaced by other code")
         self._known_attributes.update(dir(kind))
         self._check_held(kind)
         replaced = patches + self._replaced_near(kind)
@@ -312,7 +308,7 @@ class CodeDescriber(Describer):
                     (f"{one.__name__}.{name}", function) for name, function in functions if not is_library(function)
                 ]
         for name, _ in found:
-            self.unresolved(f"{name} was replaced")
+            self.unresolved(f"{name} was replaced by other code")
         return found
 
     def _written_class(self, kind: type) -> str:
@@ -400,7 +396,7 @@ class CodeDescriber(Describer):
                 elif chain[0] not in _TRUSTED_BUILTINS and not (
                     isinstance(value, type) and issubclass(value, BaseException)
                 ):
-                    self.unresolved(f"{code.name} uses {chain[0]}")
+                    self.unresolved(f"{code.name} uses {chain[0]}, which may depend on more than its arguments")
                 self._use_attributes(rest, code)
                 continue
             while rest and isinstance(value, types.ModuleType):

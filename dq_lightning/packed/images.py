@@ -119,7 +119,7 @@ def exif_beside(image: Image.Image) -> bytes | None:
     except Exception as error:
         raise _exif_error(f"{type(error).__name__}: {error}") from error
     if not same:
-        raise _exif_error("they come back as others")
+        raise _exif_error("they change when they are written and read back")
     return data
 
 
@@ -360,13 +360,13 @@ def decode_node(facts: Any, data: memoryview, most_pixels: int = MAX_PIXELS) -> 
         StoreError: if description and bytes do not give an image.
     """
     if not isinstance(facts, list) or not facts:
-        raise StoreError("a stored image has no facts")
+        raise StoreError("a stored image lacks its description")
     if facts[0] == "e" and len(facts) == 2 and isinstance(facts[1], str):
         return decode_image(data, facts[1], most_pixels)
     if facts[0] == "f" and len(facts) == 2 and isinstance(facts[1], str):
         return without_properties(decode_image(data, facts[1], most_pixels))
     if facts[0] != "r" or len(facts) != 5:
-        raise StoreError(f"a stored image has unknown facts {facts!r:.80}")
+        raise StoreError(f"a stored image has an unknown description {facts!r:.80}")
     _, mode, width, height, palette = facts
     sizes_fit = type(width) is int and type(height) is int and min(width, height) >= 0
     if (

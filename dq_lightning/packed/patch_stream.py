@@ -199,7 +199,7 @@ def _expand(data: bytes, shared: bytes, most: int, what: str) -> bytes:
     except zlib.error as error:
         raise StoreError(f"the {what} of a stored image is damaged ({error})") from error
     if not expander.eof or expander.unused_data:
-        raise StoreError(f"the {what} of a stored image is damaged (it has another end)")
+        raise StoreError(f"the {what} of a stored image is damaged (it does not end where it should)")
     return whole
 
 
@@ -235,4 +235,4 @@ def read_uvarint(data: Any, at: int) -> tuple[int, int]:
         number |= (byte & 0x7F) << shift
         if byte < 0x80:
             return number, at
-    raise StoreError("a stored count has no end")
+    raise StoreError("a stored number does not end where it should")

@@ -322,13 +322,13 @@ class PackedDataset(Dataset[Any]):
         """Decode the values that are in no column, and put them into their places among the leaves."""
         beside = decode_value(data)
         if not isinstance(beside, dict):
-            raise StoreError("it is no dict")
+            raise StoreError("its values are not named by their places in the sample")
         if "whole" in beside:
             return beside["whole"]
         for number, value in beside.items():
             leaves[number] = value
         if not beside.keys() >= missing.union(self._value_leaves):
-            raise StoreError("a leaf is missing")
+            raise StoreError("a part of the sample is missing")
         return self._build(leaves)
 
     def _suspects(self, value: Row) -> str:

@@ -83,7 +83,7 @@ def small_from_bytes(data: Any, count: int, ids_bytes: int | None, row_bytes: Se
     except zlib.error as error:
         raise StoreError(f"it is damaged ({error})") from error
     if len(whole) != sum(sizes) or not expander.eof or expander.unused_data:
-        raise StoreError("it has another size than its samples need")
+        raise StoreError("its size does not fit the number of its samples")
     parts = [np.frombuffer(piece, np.uint8) for piece in _cut(whole, sizes)]
     named = parts[3:5] if ids_bytes is not None else []
     columns = parts[3 + len(named) :]

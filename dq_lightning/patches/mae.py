@@ -243,7 +243,7 @@ def _from_original(path: Path, num_heads: int | None, decoder_num_heads: int | N
     from transformers import ViTMAEConfig
 
     state = read_original(path)
-    config = ViTMAEConfig(**read_sizes(state, num_heads, decoder_num_heads).values)
+    config = ViTMAEConfig(**read_sizes(state, num_heads, decoder_num_heads))
     network = _from_pretrained(None, None, config=config, state_dict=convert_keys(state), what=str(path))
     sizes = [sum(tensor.numel() for tensor in tensors) for tensors in (network.parameters(), state.values())]
     if sizes[0] != sizes[1]:

@@ -2,7 +2,6 @@
 
 import argparse
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +32,6 @@ RENAMES = (
     (r"\.mlp\.fc1\.", ".intermediate.dense."),
     (r"\.mlp\.fc2\.", ".output.dense."),
 )
-
-
-@dataclass(frozen=True)
-class OriginalSizes:
-    """Sizes of a model: those that the shapes of a checkpoint show, and the numbers of heads, which they do not show.
-
-    Attributes:
-        values: arguments of `ViTMAEConfig`.
-    """
-
-    values: dict[str, Any]
 
 
 def read_original(path: Path) -> dict[str, Tensor]:
@@ -81,8 +69,8 @@ def read_original(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_sizes(state: dict[str, Tensor], num_heads: int | None, decoder_num_heads: int | None) -> OriginalSizes:
-    """Determine the sizes of a model from the shapes of its weights.
+def read_sizes(state: dict[str, Tensor], num_heads: int | None, decoder_num_heads: int | None) -> dict[str, Any]:
+    """Determine the arguments of `ViTMAEConfig` from the shapes of a model's weights.
 
     Args:
         state: weights that `read_original` returned.
@@ -108,24 +96,22 @@ def read_sizes(state: dict[str, Tensor], num_heads: int | None, decoder_num_head
             )
         if size % value:
             raise PatchError(f"{name}={value} does not divide the width {size} of the checkpoint")
-    return OriginalSizes(
-        {
-            "image_size": side * patch_size,
-            "patch_size": patch_size,
-            "num_channels": channels,
-            "hidden_size": width,
-            "num_hidden_layers": depth,
-            "num_attention_heads": heads,
-            "intermediate_size": state["blocks.0.mlp.fc1.weight"].shape[0],
-            "decoder_hidden_size": decoder_width,
-            "decoder_num_hidden_layers": decoder_depth,
-            "decoder_num_attention_heads": decoder_heads,
-            "decoder_intermediate_size": state["decoder_blocks.0.mlp.fc1.weight"].shape[0],
-            # This is the original's value; the default of transformers is 1e-12.
-            "layer_norm_eps": 1e-6,
-            "qkv_bias": "blocks.0.attn.qkv.bias" in state,
-        }
-    )
+    return {
+        "image_size": side * patch_size,
+        "patch_size": patch_size,
+        "num_channels": channels,
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "intermediate_size": state["blocks.0.mlp.fc1.weight"].shape[0],
+        "decoder_hidden_size": decoder_width,
+        "decoder_num_hidden_layers": decoder_depth,
+        "decoder_num_attention_heads": decoder_heads,
+        "decoder_intermediate_size": state["decoder_blocks.0.mlp.fc1.weight"].shape[0],
+        # This is the original's value; the default of transformers is 1e-12.
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+    }
 
 
 def _count(state: dict[str, Tensor], prefix: str) -> int:

@@ -54,28 +54,16 @@ class ReconstructorSpec:
         """
         if self.module is not None:
             return digest_text("mae_module", digest_module(self.module, without=MASK_SHARE))
+        version = library_version("transformers")
         if self.path is not None and self.path.is_file():
-            return digest_text(
-                "mae_file",
-                library_version("transformers"),
-                memory.file(self.path),
-                self.num_heads,
-                self.decoder_num_heads,
-            )
+            content = memory.file(self.path)
+            return digest_text("mae_file", version, content, self.num_heads, self.decoder_num_heads)
         if self.path is not None:
             files = sorted(path for path in self.path.iterdir() if path.suffix in FOLDER_FILES)
-            return digest_text(
-                "mae_folder",
-                library_version("transformers"),
-                *[path.name for path in files],
-                *memory.files([str(path) for path in files]),
-            )
+            names = [path.name for path in files]
+            return digest_text("mae_folder", version, *names, *memory.files([str(path) for path in files]))
         commit = self.commit or memory.recall(f"hub:{self.name}")
-        return (
-            None
-            if commit is None
-            else digest_text("mae_hub", library_version("transformers"), self.name.partition("@")[0], commit)
-        )
+        return None if commit is None else digest_text("mae_hub", version, self.name.partition("@")[0], commit)
 
     def resolve(self, memory: DigestMemory) -> "ReconstructorSpec":
         """Return the same choice with its hub commit, and record that in `memory`; no other method may ask the hub.

@@ -28,7 +28,7 @@ PROBE_SIDE = 128
 # timm gave 0.3 to 1 in the right layout, and in a wrong one at most 0.25 for tokens and 0.1 for four dimensions.
 MIN_CORRELATION = 0.3
 # Least correlation for an output with four dimensions whose shape admits only one layout.
-MIN_CORRELATION_OF_ONE_LAYOUT = 0.15
+MIN_CORRELATION_OF_ONE = 0.15
 # Least correlation if taller and wider images have already shown the dimensions. Then the square must just not
 # contradict, as it would if the map were rolled over. A network that mixes all places of a small map gives about 0.
 MIN_CORRELATION_AFTER_SIZES = -0.2
@@ -113,16 +113,16 @@ class TargetLayers:
         """
         shape = tuple(images.shape[1:])
         if shape not in self._known:
-            layer = self._resized(images) or find_target_layer(self._module, images, self._name)
+            layer = self._known_layer(images) or find_target_layer(self._module, images, self._name)
             self._known[shape] = layer
         return self._known[shape]
 
-    def _resized(self, images: Tensor) -> TargetLayer | None:
+    def _known_layer(self, images: Tensor) -> TargetLayer | None:
         first = next(iter(self._known.values()), None)
         if first is None:
             return None
         output = _outputs(self._module, images[:1], [first.name])[first.name]
-        return next((layer for layer in _layouts(first.name, output.shape, images) if _alike(layer, first)), None)
+        return next((layer for layer in _layouts(first.name, output.shape, images) if _same_layout(layer, first)), None)
 
 
 def find_target_layer(module: nn.Module, images: Tensor, name: str | None = None) -> TargetLayer:
@@ -150,10 +150,12 @@ def find_target_layer(module: nn.Module, images: Tensor, name: str | None = None
             f"target_layer={name!r} gives no tensor in {type(module).__name__}: name "
             f"another layer, such as {_last_names(shapes)}"
         )
-    sizes = _Sizes(module, images)
+    sizes = _ResizedShapes(module, images)
     # Two images were passed. In the output of window attention, for example, the first dimension is not the batch.
     fitting = {
-        key: sizes.needed(list(_layouts(key, shape, images)), shape) for key, shape in shapes.items() if shape[0] == 2
+        key: sizes.required_correlations(list(_layouts(key, shape, images)), shape)
+        for key, shape in shapes.items()
+        if shape[0] == 2
     }
     order = [key for key in reversed(fitting) if fitting[key] and name in (None, key)]
     if name is None and order:
@@ -169,12 +171,12 @@ def find_target_layer(module: nn.Module, images: Tensor, name: str | None = None
         some = order[start : start + LAYERS_AT_ONCE]
         outputs = _outputs(module, probes, some)
         for key in some:
-            layer = _follower(fitting[key], outputs[key], probes, places)
+            layer = _best_layout(fitting[key], outputs[key], probes, places)
             if layer is None or (name is None and _is_first_norm(key) and layer.layout == "NCHW"):
                 continue
-            if name is not None or _is_reached(module, layer, images[:1]):
+            if name is not None or _has_gradient(module, layer, images[:1]):
                 return layer
-            _check_looks(module, images)
+            _check_depends_on_image(module, images)
     if name is not None:
         raise PatchError(
             f"the output {tuple(shapes[name])} of target_layer={name!r} of {type(module).__name__} is not a feature map of "
@@ -289,7 +291,7 @@ def _run_with(hooks: dict[str, Any], module: nn.Module, images: Tensor) -> None:
             handle.remove()
 
 
-class _Sizes:
+class _ResizedShapes:
     """Compares output shapes for images of twice the height, and of twice the width, to identify dimensions.
 
     Attributes:
@@ -310,16 +312,16 @@ class _Sizes:
             # A network for one size only can fail in many ways: at position embeddings, windows, or linear layers.
             self._tall = self._wide = {}
 
-    def needed(self, layers: list[TargetLayer], shape: torch.Size) -> dict[TargetLayer, float]:
+    def required_correlations(self, layers: list[TargetLayer], shape: torch.Size) -> dict[TargetLayer, float]:
         """Return the layouts that the sizes do not contradict, with the correlation that each of them needs."""
-        left = [layer for layer in layers if not self._tell(layer, shape) or self._show(layer, shape)]
-        unproved = MIN_CORRELATION_OF_ONE_LAYOUT if len(left) == 1 and len(shape) == 4 else MIN_CORRELATION
-        return {layer: MIN_CORRELATION_AFTER_SIZES if self._show(layer, shape) else unproved for layer in left}
+        left = [layer for layer in layers if not self._depends_on_size(layer, shape) or self._confirms(layer, shape)]
+        unproved = MIN_CORRELATION_OF_ONE if len(left) == 1 and len(shape) == 4 else MIN_CORRELATION
+        return {layer: MIN_CORRELATION_AFTER_SIZES if self._confirms(layer, shape) else unproved for layer in left}
 
-    def _show(self, layer: TargetLayer, shape: torch.Size) -> bool:
+    def _confirms(self, layer: TargetLayer, shape: torch.Size) -> bool:
         """Return whether the output's shape for taller and wider images confirms this layout."""
         tall, wide = self._tall.get(layer.name), self._wide.get(layer.name)
-        if not self._tell(layer, shape) or tall is None or wide is None:
+        if not self._depends_on_size(layer, shape) or tall is None or wide is None:
             return False
         if layer.layout == "tokens":
             higher, further = tall[1] - layer.prefix, wide[1] - layer.prefix
@@ -330,18 +332,18 @@ class _Sizes:
                 and tall[2] == wide[2] == shape[2]
             )
         row = 2 if layer.layout == "NCHW" else 1
-        return _changed(shape, tall) == [row] and _changed(shape, wide) == [row + 1]
+        return _changed_axes(shape, tall) == [row] and _changed_axes(shape, wide) == [row + 1]
 
-    def _tell(self, layer: TargetLayer, shape: torch.Size) -> bool:
+    def _depends_on_size(self, layer: TargetLayer, shape: torch.Size) -> bool:
         """Return whether the output's shape changes with the image size; pooling to a fixed size prevents that."""
         return any(
-            len(other) != len(shape) or _changed(shape, other)
+            len(other) != len(shape) or _changed_axes(shape, other)
             for shapes in (self._tall, self._wide)
             if (other := shapes.get(layer.name)) is not None
         )
 
 
-def _changed(shape: torch.Size, other: torch.Size) -> list[int]:
+def _changed_axes(shape: torch.Size, other: torch.Size) -> list[int]:
     """Return the dimensions after the batch dimension in which two shapes differ."""
     return [axis for axis in range(1, len(shape)) if len(other) == len(shape) and other[axis] != shape[axis]]
 
@@ -368,7 +370,7 @@ def _layouts(name: str, shape: torch.Size, images: Tensor) -> Iterator[TargetLay
                 yield TargetLayer(name, "tokens", rows, count // rows, prefix)
 
 
-def _alike(one: TargetLayer, other: TargetLayer) -> bool:
+def _same_layout(one: TargetLayer, other: TargetLayer) -> bool:
     """Return whether two layouts are equal except for the size of the map."""
     return (one.layout, one.prefix) == (other.layout, other.prefix)
 
@@ -413,20 +415,22 @@ def make_probes(images: Tensor, times: int = 1) -> tuple[Tensor, Tensor]:
     return torch.cat([plain, torch.where(places > 0, square, plain)]), places
 
 
-def _follower(needed: dict[TargetLayer, float], output: Tensor, probes: Tensor, places: Tensor) -> TargetLayer | None:
+def _best_layout(
+    required_correlations: dict[TargetLayer, float], output: Tensor, probes: Tensor, places: Tensor
+) -> TargetLayer | None:
     """Return the layout in which the output [1 + 9, ...] for the probes follows the square best.
 
     The result is None if the best correlation is lower than this layout needs.
     """
     best, found = -1.0, None
-    for layer in needed:
+    for layer in required_correlations:
         for probed in _layouts(layer.name, output.shape, probes):
-            if _alike(layer, probed) and (correlation := follows(probed, output, places)) > best:
+            if _same_layout(layer, probed) and (correlation := square_correlation(probed, output, places)) > best:
                 best, found = correlation, layer
-    return found if found is not None and best >= needed[found] else None
+    return found if found is not None and best >= required_correlations[found] else None
 
 
-def follows(layer: TargetLayer, output: Tensor, places: Tensor) -> float:
+def square_correlation(layer: TargetLayer, output: Tensor, places: Tensor) -> float:
     """Return the correlation between where an output changes and where the square is, over all places of the square.
 
     Args:
@@ -450,7 +454,8 @@ def follows(layer: TargetLayer, output: Tensor, places: Tensor) -> float:
     return float((change * covered).sum()) / scale if scale > 0 else 0.0
 
 
-def _is_reached(module: nn.Module, layer: TargetLayer, images: Tensor) -> bool:
+def _has_gradient(module: nn.Module, layer: TargetLayer, images: Tensor) -> bool:
+    """Return whether the class score has a nonzero gradient at a layer."""
     try:
         activation_and_gradient(module, layer, images, lambda logits: logits.argmax(1))
     except PatchError:
@@ -458,7 +463,7 @@ def _is_reached(module: nn.Module, layer: TargetLayer, images: Tensor) -> bool:
     return True
 
 
-def _check_looks(module: nn.Module, images: Tensor) -> None:
+def _check_depends_on_image(module: nn.Module, images: Tensor) -> None:
     """Check that the class scores depend on the image at all.
 
     Raises:

@@ -12,6 +12,7 @@ from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.sources.base import CompletedSource, Source, dataset_length, is_source
 from dq_lightning.sources.files import FileSource, file_list
 from dq_lightning.sources.hub import HubSource, hub_kind
+from dq_lightning.sources.items import quoted
 from dq_lightning.sources.jsonl import NAMES, is_rows_file, read_rows
 from dq_lightning.sources.mapped import ArraySource, MapSource, arrays_of, getter_module, reads_as_installed
 from dq_lightning.sources.nested import ConcatSource, SubsetSource, filled_parts
@@ -151,9 +152,8 @@ def _adapt(dataset: Any, text: TextConfig, *options: Any) -> ItemSource:
     kind = hub_kind(dataset)
     if kind == "DatasetDict":
         if "train" not in dataset:
-            splits = ", ".join(map(repr, dataset))
             raise SourceError(
-                f"The DatasetDict has no 'train' split but {splits or 'none'}: pass one split, dataset[name]"
+                f"The DatasetDict has no 'train' split but {quoted(dataset)}: pass one split, dataset[name]"
             )
         return _adapt(dataset["train"], text, *options)
     if kind in ("IterableDataset", "IterableDatasetDict"):

@@ -11,6 +11,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from dq_lightning.core.errors import SourceError
 from dq_lightning.core.records import DigestMemory
+from dq_lightning.sources.skipping import digest_files
 
 
 class ColumnDigest:
@@ -22,13 +23,14 @@ class ColumnDigest:
 
     Args:
         memory: computes and remembers digests of files, for images that are stored as paths.
+        skips: whether files that cannot be opened are skipped, see `skipping.digest_files`.
 
     Attributes:
         saw_files: whether the content of files outside the table is part of the digest.
     """
 
-    def __init__(self, memory: DigestMemory) -> None:
-        self._memory = memory
+    def __init__(self, memory: DigestMemory, *, skips: bool = False) -> None:
+        self._memory, self._skips = memory, skips
         self._streams: dict[str, Any] = {}
         self.saw_files = False
         self._rows = 0
@@ -101,7 +103,7 @@ class ColumnDigest:
         if paths:
             self.saw_files = True
             try:
-                digests = self._memory.files(paths)
+                digests = digest_files(self._memory, paths, skips=self._skips)
             except OSError as error:
                 raise self._unreadable(only_path, paths, name) from error
             for digest in digests:
@@ -151,18 +153,21 @@ def _characters(array: Any) -> Any:
     return memoryview(data)[int(ends[array.offset]) : int(ends[array.offset + len(array)])]
 
 
-def digest_tables(tables: Iterable[Any], columns: list[str], memory: DigestMemory) -> tuple[str, bool]:
+def digest_tables(
+    tables: Iterable[Any], columns: list[str], memory: DigestMemory, *, skips: bool = False
+) -> tuple[str, bool]:
     """Digest of the content of a table that comes in pieces.
 
     Args:
         tables: pieces with the same columns, in order.
         columns: names of the columns; their order does not change the digest.
         memory: computes and remembers digests of files.
+        skips: whether files that cannot be opened are skipped, see `skipping.digest_files`.
 
     Returns:
         The hexadecimal digest, and whether the content of files outside the table is part of it.
     """
-    digests = {name: ColumnDigest(memory) for name in columns}
+    digests = {name: ColumnDigest(memory, skips=skips) for name in columns}
     for table in tables:
         # A table that is read through a list of rows comes in chunks of one row each.
         whole_columns = table.combine_chunks()

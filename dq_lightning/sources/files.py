@@ -18,7 +18,7 @@ from dq_lightning.sources.base import relative_paths
 from dq_lightning.sources.items import Leaf
 from dq_lightning.sources.mapped import MapSource, getter_module, reads_as_installed
 from dq_lightning.sources.pixels import header_problem
-from dq_lightning.sources.skipping import ForgivingMemory
+from dq_lightning.sources.skipping import digest_files
 from dq_lightning.sources.strip import TRANSFORM_NAMES
 from dq_lightning.sources.targets import Targets, as_targets
 
@@ -140,7 +140,7 @@ class FileSource(MapSource):
 
     def _file_digests(self, paths: list[str], memory: DigestMemory) -> list[str]:
         try:
-            return memory.files(paths)
+            return digest_files(memory, paths, skips=self.skips)
         except OSError as error:
             index = next((place for place, path in enumerate(paths) if not os.access(path, os.R_OK)), None)
             if index is None:
@@ -176,7 +176,7 @@ class FileSource(MapSource):
             return super().digest(memory)
         paths = self._paths()
         targets = self.listed_targets()
-        content = "\n".join(self._file_digests(paths, ForgivingMemory(memory) if self.skips else memory))
+        content = "\n".join(self._file_digests(paths, memory))
         reading = "" if self._exact else self._beside().digest
         # Values that are not classes are delivered too, so they are part of the identity.
         values = targets.values if targets is not None else digest_of(self._listed())

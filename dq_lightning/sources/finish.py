@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from dq_lightning.core.errors import SourceError
 from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.identity.values import digest_of
-from dq_lightning.sources.hub_formats import tensor_format
 from dq_lightning.sources.items import Leaf, at, with_value
 
 
@@ -41,49 +40,36 @@ class TransformFinisher:
 
 
 @dataclass(frozen=True)
-class BatchFinisher:
-    """Applies a Hugging Face `set_transform` function, which takes and returns a dict of lists.
+class HubFinisher:
+    """Applies the format of a Hugging Face dataset to one row.
 
     Attributes:
-        transform: the function.
-        columns: names of the columns that the function receives; None for all.
-        others: whether the other columns are delivered too.
+        kind: name of the format (torch, numpy, ...), `"custom"` for a function of `set_transform`, or None for a choice
+            of columns alone.
+        settings: keyword arguments of the format; for `"custom"` the function, which takes and returns a dict of lists.
+        columns: names of the columns that the format applies to; None for all.
+        others: whether the other columns are delivered too, unchanged.
     """
 
-    transform: Callable[[dict[str, list[Any]]], Mapping[str, Sequence[Any]]]
+    kind: str | None
+    settings: Mapping[str, Any]
     columns: tuple[str, ...] | None = None
     others: bool = False
 
     def __call__(self, position: int, plain_item: Any) -> Any:
-        seen = {k: [v] for k, v in plain_item.items() if self.columns is None or k in self.columns}
-        made = {key: values[0] for key, values in self.transform(seen).items()}
+        columns = tuple(plain_item) if self.columns is None else self.columns
+        row = {name: value for name, value in plain_item.items() if name in columns}
+        if self.kind == "custom":
+            batch = self.settings["transform"]({name: [value] for name, value in row.items()})
+            row = {name: values[0] for name, values in batch.items()}
+        elif self.kind is not None:
+            from datasets.formatting import get_formatter
+
+            formatter: Any = get_formatter(self.kind, **self.settings)
+            row = formatter.recursive_tensorize(row)
         if self.others:
-            made |= {k: v for k, v in plain_item.items() if k not in (self.columns or plain_item)}
-        return made
-
-
-@dataclass(frozen=True)
-class FormatFinisher:
-    """Applies a Hugging Face `set_format` (torch, numpy, ...) to one row.
-
-    Attributes:
-        kind: name of the format.
-        settings: keyword arguments of the format, as sorted pairs of name and value.
-        columns: names of the columns that are formatted; None for all.
-        others: whether the other columns are delivered too, unformatted.
-    """
-
-    kind: str
-    settings: tuple[tuple[str, Any], ...] = ()
-    columns: tuple[str, ...] | None = None
-    others: bool = False
-
-    def __call__(self, position: int, plain_item: Any) -> Any:
-        seen = {k: v for k, v in plain_item.items() if self.columns is None or k in self.columns}
-        made = tensor_format(self.kind, dict(self.settings))(seen)
-        if self.others:
-            made |= {k: v for k, v in plain_item.items() if k not in (self.columns or plain_item)}
-        return made
+            row |= {name: value for name, value in plain_item.items() if name not in columns}
+        return row
 
 
 @dataclass(frozen=True)

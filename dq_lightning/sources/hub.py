@@ -14,11 +14,10 @@ from dq_lightning.core.records import DigestMemory, EncodedImage
 from dq_lightning.identity.callables import is_untouched
 from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.base import Finisher, dataset_length
-from dq_lightning.sources.finish import BatchFinisher, FormatFinisher, TransformFinisher, check_finisher
-from dq_lightning.sources.items import IMAGE_NAMES, TARGET_NAMES, Leaf
+from dq_lightning.sources.finish import HubFinisher, TransformFinisher, check_finisher
+from dq_lightning.sources.items import IMAGE_NAMES, TARGET_NAMES, Leaf, quoted
 from dq_lightning.sources.pixels import header_problem
 from dq_lightning.sources.reading import ItemSource
-from dq_lightning.sources.skipping import ForgivingMemory
 from dq_lightning.sources.strip import KEEP
 from dq_lightning.sources.targets import Targets, as_targets
 from dq_lightning.sources.traced import TRACED_SAMPLES
@@ -104,7 +103,7 @@ class HubSource(ItemSource):
         if self.image_column is not None:
             if self.image_column not in features:
                 raise SourceError(
-                    f"image_column={self.image_column!r}: the columns are {_listed(features)}; pass one of them"
+                    f"image_column={self.image_column!r}: the columns are {quoted(features)}; pass one of them"
                 )
             return self.image_column
         for kinds in (("Image",), ("Array2D", "Array3D")):
@@ -113,11 +112,9 @@ class HubSource(ItemSource):
             if len(found) == 1 or len(usual) == 1:
                 return str(found[0] if len(found) == 1 else usual[0])
             if found:
-                raise SourceError(
-                    f"Several columns hold images ({_listed(found)}): pass image_column= with one of them"
-                )
+                raise SourceError(f"Several columns hold images ({quoted(found)}): pass image_column= with one of them")
         raise SourceError(
-            f"No column is of the Image type; the columns are {_listed(features)}. Pass image_column=, or cast the column "
+            f"No column is of the Image type; the columns are {quoted(features)}. Pass image_column=, or cast the column "
             "first: dataset.cast_column(name, datasets.Image())"
         )
 
@@ -126,14 +123,14 @@ class HubSource(ItemSource):
         if self.label_column is not None:
             if self.label_column not in features:
                 raise SourceError(
-                    f"label_column={self.label_column!r}: the columns are {_listed(features)}; pass one of them"
+                    f"label_column={self.label_column!r}: the columns are {quoted(features)}; pass one of them"
                 )
             return self.label_column
         found = [name for name, feature in features.items() if type(feature).__name__ == "ClassLabel"]
         usual = [name for name in features if name.lower() in TARGET_NAMES]
         if len(found) > 1 and len(set(found) & set(usual)) != 1:
             raise SourceError(
-                f"Several columns hold classes ({_listed(found)}): pass label_column= with one of them, or labels=False"
+                f"Several columns hold classes ({quoted(found)}): pass label_column= with one of them, or labels=False"
             )
         if found:
             usual = [name for name in found if name in usual] if len(found) > 1 else found
@@ -189,19 +186,11 @@ class HubSource(ItemSource):
     # The following method applies the user's transforms.
 
     def finisher(self, index: Tensor) -> Finisher:
-        how = self.dataset.format
-        columns, others = self.dataset._format_columns, bool(how["output_all_columns"])
-        kept = tuple(columns) if columns is not None else None
-        settings = dict(how["format_kwargs"])
-        if how["type"] is None and kept is None:
+        how, columns = self.dataset.format, self.dataset._format_columns
+        if how["type"] is None and columns is None:
             return TransformFinisher()
-        finisher: Finisher
-        if how["type"] == "custom":
-            finisher = BatchFinisher(settings["transform"], kept, others)
-        elif how["type"] is None:
-            finisher = BatchFinisher(_same, kept, others)
-        else:
-            finisher = FormatFinisher(how["type"], tuple(sorted(settings.items())), kept, others)
+        chosen = None if columns is None else tuple(columns)
+        finisher = HubFinisher(how["type"], dict(how["format_kwargs"]), chosen, bool(how["output_all_columns"]))
         check_finisher(finisher, self.plain, self.delivered, self.readable(index, TRACED_SAMPLES), self.describe())
         return finisher
 
@@ -237,7 +226,7 @@ class HubSource(ItemSource):
 
         names = list(self.plain_dataset.column_names)
         rows = self.plain_dataset.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE)
-        content, saw_files = digest_tables(rows, names, ForgivingMemory(memory) if self.skips else memory)
+        content, saw_files = digest_tables(rows, names, memory, skips=self.skips)
         schema = json.dumps(self.plain_dataset.features.to_dict(), sort_keys=True, default=str)
         digest = digest_of("hub", self.image_leaf(), schema, content)
         if key is not None and not saw_files:  # Files outside the table can change while the table does not.
@@ -270,11 +259,3 @@ def _history(table: Any) -> list[Any] | None:
     if hasattr(table, "path") and hasattr(table, "replays"):
         return [str(table.path), repr(table.replays)]
     return None
-
-
-def _same(batch: dict[str, Any]) -> dict[str, Any]:
-    return batch
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(map(repr, names))

@@ -15,8 +15,8 @@ from dq_lightning.sources.items import at, evenly_spaced, image_leaves
 from dq_lightning.sources.skipping import Unreadable
 
 SAMPLED_ITEMS = 16
-# The number of positions that are tried, at most, to find a few readable items.
-_SEARCHED = 256
+# Most positions that are tried to find a few readable items.
+_MAX_TRIED = 256
 
 
 class ItemReader(Source):
@@ -106,11 +106,7 @@ class ItemReader(Source):
             SourceError: the item cannot be read, and `skips` is not set or the failure may be temporary; or the item
                 holds a value of which no digest can be made.
         """
-        try:
-            item = self.plain(index)
-        except SourceError as error:
-            missing = self._or_unreadable(error)
-            return missing, digest_of(missing)
+        item = self.tried(index)
         try:
             return item, digest_of(item)
         except SourceError:
@@ -129,12 +125,10 @@ class ItemReader(Source):
         spread = [int(index[place]) for place in evenly_spaced(len(index), count)]
         if not self.skips:
             return spread
-        more = [int(index[place]) for place in evenly_spaced(len(index), _SEARCHED)]
-        found = (position for position in dict.fromkeys([*spread, *more]) if self._can_be_read(position))
+        more = [int(index[place]) for place in evenly_spaced(len(index), _MAX_TRIED)]
+        candidates = dict.fromkeys([*spread, *more])
+        found = (place for place in candidates if not isinstance(self.tried(place), Unreadable))
         return list(itertools.islice(found, count))
-
-    def _can_be_read(self, index: int) -> bool:
-        return not isinstance(self.tried(index), Unreadable)
 
     def first_item(self, fits: Callable[[Any], object] = id) -> Any:
         """A plain item that shows the structure of all items; other unreadable items are reported when they are read.

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,15 +18,14 @@ values that such paths lead to are called leaves."""
 
 IMAGE_NAMES = ("image", "img", "pixel_values", "pixels")
 TARGET_NAMES = ("label", "labels", "target", "targets", "class", "y", "gt_label")
-MISSING = object()
-_LONGEST_WALKED = 64
+_MAX_WALKED = 64
 MANY_CHANNELS = (
     "Arrays of more than 4 channels are no images for an encoder. Quantize a view of the dataset that shows three of them, "
     "info = quantize(view, config), and train on Subset(dataset, load_selection(info.path).index); or name the arrays with "
     "image_column= and pass features of your own, encoder=array [N, D]."
 )
 # The smallest side of an array [H, W] that is taken for an image: scikit-learn's digits have 8 x 8 pixels.
-_SMALLEST_PLANE = 8
+_MIN_PLANE_SIDE = 8
 
 
 def evenly_spaced(length: int, count: int) -> list[int]:
@@ -66,7 +65,7 @@ def looks_like_image(value: Any) -> bool:
     shape = tuple(value.shape)
     if len(shape) == 2:
         unsigned = value.dtype in (torch.uint8, torch.uint16, np.uint8, np.uint16)
-        return bool(min(shape) >= (2 if unsigned else _SMALLEST_PLANE))
+        return bool(min(shape) >= (2 if unsigned else _MIN_PLANE_SIDE))
     return bool(min(shape[1:] if shape[0] <= 4 else shape[:-1]) > 1)
 
 
@@ -120,7 +119,7 @@ def children(value: Any) -> Iterator[tuple[str | int, Any]]:
         for field in dataclasses.fields(value):
             if hasattr(value, field.name):
                 yield field.name, getattr(value, field.name)
-    elif isinstance(value, tuple | list) and len(value) <= _LONGEST_WALKED:
+    elif isinstance(value, tuple | list) and len(value) <= _MAX_WALKED:
         yield from enumerate(value)
 
 
@@ -174,6 +173,22 @@ def outline(value: Any, depth: int = 2) -> str:
     return type(value).__name__
 
 
+def quoted(names: Iterable[object]) -> str:
+    """Return names in quotes as one text for messages; `none` if there are none."""
+    return ", ".join(map(repr, names)) or "none"
+
+
+def short_repr(value: Any) -> str:
+    """Return type and representation of a value for messages, cut to 40 characters.
+
+    Example:
+        >>> short_repr([1, 2])
+        'list [1, 2]'
+    """
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
+
+
 def named_leaf(item: Any, name: str, option: str) -> Leaf:
     """The path that an option names.
 
@@ -188,12 +203,12 @@ def named_leaf(item: Any, name: str, option: str) -> Leaf:
     if isinstance(item, Mapping):
         if name in item:
             return (name,)
-        raise SourceError(f"{option}={name!r}: the items have {', '.join(map(repr, item))}; pass one of these")
+        raise SourceError(f"{option}={name!r}: the items have {quoted(item)}; pass one of these")
     if is_dataclass(item):
         names = [key for key, _ in children(item)]
         if name in names:
             return (name,)
-        raise SourceError(f"{option}={name!r}: the items have {', '.join(map(repr, names))}; pass one of these")
+        raise SourceError(f"{option}={name!r}: the items have {quoted(names)}; pass one of these")
     if isinstance(item, tuple | list) and name.isdigit() and int(name) < len(item):
         return (int(name),)
     raise SourceError(f"{option}={name!r} names nothing in {outline(item)}; pass a position such as {option}='0'")
@@ -241,7 +256,7 @@ def _advice(item: Any, leaves: list[Leaf]) -> str:
         return MANY_CHANNELS
     if any(may_be_image(array) for array in arrays):
         return (
-            f"Numbers [H, W] of a side under {_SMALLEST_PLANE} may be sound or a table. If it is an image, pass image_column= "
+            f"Numbers [H, W] of a side under {_MIN_PLANE_SIDE} may be sound or a table. If it is an image, pass image_column= "
             "with its key or position; if not, compute features of your own and pass them to select(make_bins(features))."
         )
     return (

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dq_lightning.core.errors import SourceError
+from dq_lightning.sources.items import short_repr
 
 _OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 _KINDS = (".json", ".jsonl")
@@ -62,7 +63,9 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     rows = _parsed_list(text, path) if text.lstrip().startswith("[") else _lines(text, path)
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            raise SourceError(f"{path}, row {number}: expected an object {{field: value}}, got {_shown(row)}")
+            raise SourceError(
+                f"{path}, row {number}: expected an object {{field: value}}, got {short_repr(row)}; repair it"
+            )
     return rows
 
 
@@ -70,7 +73,7 @@ def _parsed_list(text: str, path: Path) -> list[Any]:
     try:
         rows: list[Any] = json.loads(text)
     except _NO_JSON as error:
-        raise SourceError(f"{path} is no valid JSON: {error}") from error
+        raise SourceError(f"{path} is not valid JSON: {error}; repair the file") from error
     return rows
 
 
@@ -85,7 +88,7 @@ def _lines(text: str, path: Path) -> list[Any]:
         except _NO_JSON as error:
             _check_not_one_object(text, path)
             raise SourceError(
-                f"{path}, line {number} is no valid JSON: {error}; repair the line or remove it"
+                f"{path}, line {number} is not valid JSON: {error}; repair the line or remove it"
             ) from error
     return rows
 
@@ -101,8 +104,3 @@ def _check_not_one_object(text: str, path: Path) -> None:
         f"{path} holds one JSON {type(whole).__name__}, not a list of rows: "
         + (f"save its list {' or '.join(lists)} as a file of its own" if lists else "save the rows as a JSON list")
     )
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"

@@ -12,6 +12,7 @@ from typing import Any, get_args
 from dq_lightning.core.config import EmbeddedText
 from dq_lightning.core.config import Template as TemplateName
 from dq_lightning.core.errors import ConfigError, SourceError
+from dq_lightning.sources.items import quoted, short_repr
 
 Row = Mapping[str, Any]
 
@@ -151,16 +152,16 @@ class Template:
         if tools:
             if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
                 raise SourceError(
-                    f"{_place(index)}, column 'tools': expected a list of JSON schemas of tools, got {_shown(tools)}; repair "
-                    "the row or remove the column"
+                    f"{_place(index)}, column 'tools': expected a list of JSON schemas of tools, got {short_repr(tools)}; "
+                    "repair the row or remove the column"
                 )
             options["tools"] = [_without_nulls(tool) for tool in tools]
         given = _parsed(row.get("chat_template_kwargs"))
         if given:
             if not isinstance(given, Mapping):
                 raise SourceError(
-                    f"{_place(index)}, column 'chat_template_kwargs': expected {{name: value}}, got {_shown(given)}; repair "
-                    "the row or remove the column"
+                    f"{_place(index)}, column 'chat_template_kwargs': expected {{name: value}}, got {short_repr(given)}; "
+                    "repair the row or remove the column"
                 )
             options |= {name: value for name, value in given.items() if value is not None}
         return options
@@ -227,7 +228,9 @@ class Template:
         if earlier is None or earlier == "":
             return turns
         if not isinstance(earlier, Sequence) or isinstance(earlier, str | bytes):
-            raise SourceError(f"{where}: expected a list of [question, answer], got {_shown(earlier)}; repair the row")
+            raise SourceError(
+                f"{where}: expected a list of [question, answer], got {short_repr(earlier)}; repair the row"
+            )
         for number, entry in enumerate(earlier):
             if isinstance(entry, Mapping):
                 turns.append(_message(entry, f"{where}, message {number}"))
@@ -235,7 +238,7 @@ class Template:
                 turns += [_turn("user", entry[0]), _turn("assistant", entry[1])]
             else:
                 raise SourceError(
-                    f"{where}, entry {number}: expected [question, answer], got {_shown(entry)}; repair the row"
+                    f"{where}, entry {number}: expected [question, answer], got {short_repr(entry)}; repair the row"
                 )
         return turns
 
@@ -262,7 +265,7 @@ class Template:
         if not isinstance(seen, Sequence) or isinstance(seen, str | bytes):
             raise SourceError(
                 f"{_place(index)}, column {column!r}: expected a list of messages {{role, content}} or {{from, value}}, got "
-                f"{_shown(seen)}; repair the row or leave it out"
+                f"{short_repr(seen)}; repair the row or leave it out"
             )
         turns = [
             _message(message, f"{_place(index)}, column {column!r}, message {n}") for n, message in enumerate(seen)
@@ -354,7 +357,7 @@ def choose_template(
             return Template(name, (*required, *optional))
     needs = "; ".join(f"{name}: {' + '.join(required)}" for name, required, _ in layouts)
     raise SourceError(
-        f"the columns are {_listed(columns)}, which is no layout of the template {wanted!r} ({needs}). Name the columns that "
+        f"the columns are {quoted(columns)}, which is no layout of the template {wanted!r} ({needs}). Name the columns that "
         "hold the text with config.text.columns, "
         'for instance TextConfig(columns=("review",)) or TextConfig(template="prompt", columns=("question", "reply"))'
     )
@@ -363,11 +366,11 @@ def choose_template(
 def _named_template(name: TemplateName, named: tuple[str, ...], columns: Sequence[str]) -> Template:
     least, most, what = _NAMED[name]
     if not least <= len(named) <= most:
-        raise ConfigError(f"config.text.columns names {_listed(named)}, but the template {name!r} reads {what}")
+        raise ConfigError(f"config.text.columns names {quoted(named)}, but the template {name!r} reads {what}")
     missing = [column for column in named[: len(named) if name == "plain" else least] if column not in columns]
     if missing:
         raise SourceError(
-            f"config.text.columns names {_listed(missing)}, but the columns are {_listed(columns)}; pass some of these"
+            f"config.text.columns names {quoted(missing)}, but the columns are {quoted(columns)}; pass some of these"
         )
     return Template(name, named)
 
@@ -416,20 +419,24 @@ def _turn(role: str, content: str) -> Message:
 def _message(given: Any, where: str) -> Message:
     """Convert a message of a row, which may use ShareGPT's `from` and `value`, to a `Message`."""
     if not isinstance(given, Mapping):
-        raise SourceError(f"{where}: expected {{role, content}}, got {_shown(given)}; repair the row or leave it out")
+        raise SourceError(
+            f"{where}: expected {{role, content}}, got {short_repr(given)}; repair the row or leave it out"
+        )
     rest = {key: value for key, value in given.items() if value is not None}
     rest |= {key: _without_nulls(rest[key]) for key in _CALLS if key in rest}
     shared = "role" not in rest and "from" in rest
     role_key, content_key = ("from", "value") if shared else ("role", "content")
     role, content = rest.pop(role_key, None), rest.pop(content_key, None)
     if not isinstance(role, str):
-        raise SourceError(f"{where}: its {role_key!r} must be text, got {_shown(role)}; repair the row or leave it out")
+        raise SourceError(
+            f"{where}: its {role_key!r} must be text, got {short_repr(role)}; repair the row or leave it out"
+        )
     if shared:
         role = _SPEAKERS.get(role.lower(), role)
     calls = content is None and any(rest.get(key) for key in _CALLS)
     if not (isinstance(content, str) or calls or _is_text_parts(content)):
         raise SourceError(
-            f"{where}: its {content_key!r} must be text, got {_shown(content)}; repair the row or leave it out"
+            f"{where}: its {content_key!r} must be text, got {short_repr(content)}; repair the row or leave it out"
         )
     made = {"role": role, "content": content, **rest}
     _check_characters(content if isinstance(content, str) else "", where)
@@ -450,7 +457,7 @@ def _text(row: Row, column: str, index: int | None, *, optional: bool = False) -
         return ""
     if not isinstance(value, str):
         raise SourceError(
-            f"{_place(index)}, column {column!r}: expected text, got {_shown(value)}; repair the row or leave it out"
+            f"{_place(index)}, column {column!r}: expected text, got {short_repr(value)}; repair the row or leave it out"
         )
     _check_characters(value, f"{_place(index)}, column {column!r}")
     return value
@@ -473,14 +480,5 @@ def _check_characters(text: str, where: str) -> None:
         ) from error
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names)) or "none"
-
-
 def _place(index: int | None) -> str:
     return "a row" if index is None else f"row {index}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"

@@ -42,12 +42,12 @@ logger = logging.getLogger("dq_lightning")
 
 OTHER_ITEMS = 4
 _SCALE_SAMPLES = 64
-_LONG_PASS = 1000
+_MIN_SAMPLES_FOR_BAR = 1000
 # In a dataset of fewer samples, many different classes are no sign of a mistake.
-_FEW = 20
-# If random numbers are drawn while plain items are read, `_READ_OFTEN` positions are read again, each `_OFTEN` times.
-_READ_OFTEN = 4
-_OFTEN = 64
+_MIN_SAMPLES_TO_JUDGE = 20
+# If random numbers are drawn while plain items are read, `_REREAD_POSITIONS` positions are read again, each `_REREADS` times.
+_REREAD_POSITIONS = 4
+_REREADS = 64
 
 
 class ItemSource(ItemReader):
@@ -165,7 +165,7 @@ class ItemSource(ItemReader):
             self._check_classes(labels, has_names=targets is not None and targets.names is not None)
         if labels is None and not self._logged_no_classes:
             self._logged_no_classes = True
-            logger.info("%s: no classes found: bins over the whole set", self.describe())
+            logger.info("%s: no classes found, so bins are made over the whole set", self.describe())
         return labels
 
     def _check_classes(self, labels: Labels | None, *, has_names: bool) -> None:
@@ -184,7 +184,7 @@ class ItemSource(ItemReader):
         if named is (labels is not None):
             return
         different = 0 if labels is None else len(np.unique(labels.values.numpy()))
-        if labels is not None and (has_names or len(self) < _FEW or different <= len(self) / 2):
+        if labels is not None and (has_names or len(self) < _MIN_SAMPLES_TO_JUDGE or different <= len(self) / 2):
             return
         item, leaf = self.first_item(), self.target_leaf()
         place = leaf[-1] if leaf else None
@@ -272,8 +272,10 @@ class ItemSource(ItemReader):
             content = hashlib.sha256(repr(self.image_leaf()).encode())
             values: list[Any] = []
             started = time.perf_counter()
-            logger.info("%s: reading every item once for its content digest", self.describe())
-            show = self.shows_progress and len(self) >= _LONG_PASS
+            logger.info(
+                "%s: reading every item once, to find out whether the cache has results for these data", self.describe()
+            )
+            show = self.shows_progress and len(self) >= _MIN_SAMPLES_FOR_BAR
             with progress_bar(show, total=len(self), unit="item", description="reading items") as bar:
                 for index in range(len(self)):
                     item, digest = self.digested(index)
@@ -284,8 +286,8 @@ class ItemSource(ItemReader):
                     bar.update()
             if self.state().unknown:
                 logger.info(
-                    "%s: this took %.1f s and is done at every start, because what the items depend on is not all seen (%s). "
-                    "fingerprint= with a name of your own for this version of the data takes its place",
+                    "%s: reading took %.1f s and is repeated at every start, because a change of the data could go unnoticed "
+                    "otherwise (%s). To skip it, pass fingerprint= with a name of your own for this version of the data",
                     self.describe(),
                     time.perf_counter() - started,
                     "; ".join(self.state().unknown[:3]),
@@ -371,7 +373,7 @@ class ItemSource(ItemReader):
             self._compare_reads(first, sampled)
             if random_states(generators) != before:
                 # The numbers drawn may change an item only rarely, so a few items are read many times.
-                self._compare_reads(first, evenly_spaced(len(self), _READ_OFTEN) * _OFTEN)
+                self._compare_reads(first, evenly_spaced(len(self), _REREAD_POSITIONS) * _REREADS)
         self._repeatable = True
 
     def _compare_reads(self, first: dict[int, str], again: list[int]) -> None:

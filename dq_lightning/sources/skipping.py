@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dq_lightning.core.errors import SourceError, may_pass
@@ -44,34 +43,26 @@ def readable_items(source: Source, positions: Iterable[int]) -> Iterator[tuple[i
         yield position, item
 
 
-class ForgivingMemory:
-    """A `DigestMemory` that returns the name of the exception in place of the digest of a file that cannot be opened.
+def digest_files(memory: DigestMemory, paths: list[str], *, skips: bool) -> list[str]:
+    """Return the hexadecimal digests of the contents of files, in order.
 
     Args:
-        memory: the memory that computes and remembers the other digests.
+        memory: computes and remembers the digests.
+        paths: paths of the files.
+        skips: whether the name of an exception takes the place of the digest of a file that cannot be opened.
+
+    Raises:
+        OSError: a file cannot be opened, and `skips` is not set.
     """
-
-    def __init__(self, memory: DigestMemory) -> None:
-        self._memory = memory
-
-    def file(self, path: str | Path) -> str:
-        """See `DigestMemory.file`."""
+    try:
+        return memory.files(paths)
+    except OSError:
+        if not skips:
+            raise
+    digests = []
+    for path in paths:
         try:
-            return self._memory.file(path)
+            digests.append(memory.file(path))
         except OSError as error:
-            return f"unreadable: {type(error).__name__}"
-
-    def files(self, paths: list[str]) -> list[str]:
-        """See `DigestMemory.files`."""
-        try:
-            return self._memory.files(paths)
-        except OSError:
-            return [self.file(path) for path in paths]
-
-    def recall(self, key: str) -> str | None:
-        """See `DigestMemory.recall`."""
-        return self._memory.recall(key)
-
-    def remember(self, key: str, digest: str) -> None:
-        """See `DigestMemory.remember`."""
-        self._memory.remember(key, digest)
+            digests.append(f"unreadable: {type(error).__name__}")
+    return digests

@@ -12,8 +12,8 @@ from dq_lightning.identity.values import digest_of
 
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _VALUES = (str, bytes, int, float, complex, Tensor, np.ndarray, type)
-_DEEPEST = 4
-_LONGEST = 64
+_MAX_DEPTH = 4
+_MAX_LENGTH = 64
 
 
 def generators_in(value: Any) -> list[Any]:
@@ -25,13 +25,13 @@ def generators_in(value: Any) -> list[Any]:
     seen: set[int] = set()
 
     def walk(inner: Any, depth: int) -> None:
-        if id(inner) in seen or depth > _DEEPEST or isinstance(inner, _VALUES):
+        if id(inner) in seen or depth > _MAX_DEPTH or isinstance(inner, _VALUES):
             return
         seen.add(id(inner))
         if isinstance(inner, _GENERATORS):
             found[id(inner)] = inner
         elif isinstance(inner, Mapping | list | tuple):
-            if len(inner) <= _LONGEST:
+            if len(inner) <= _MAX_LENGTH:
                 for child in inner.values() if isinstance(inner, Mapping) else inner:
                     walk(child, depth + 1)
         elif isinstance(getattr(inner, "__dict__", None), dict):

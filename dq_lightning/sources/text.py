@@ -10,7 +10,7 @@ from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.core.records import DigestMemory, EncodedImage, Labels
 from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.hub import HubSource
-from dq_lightning.sources.items import IMAGE_NAMES, Leaf, image_leaves
+from dq_lightning.sources.items import IMAGE_NAMES, Leaf, image_leaves, quoted
 from dq_lightning.sources.mapped import MapSource
 from dq_lightning.sources.nested import ConcatSource, SubsetSource
 from dq_lightning.sources.prompts import Template, choose_template
@@ -105,8 +105,9 @@ class TextRows(ItemSource):
         if self.label_column is None and self.grouping is None:
             return None
         if self.grouping is None and self.label_column not in self.columns():
-            listed = ", ".join(map(repr, self.columns()))
-            raise SourceError(f"labels={self.label_column!r}: the columns are {listed}; pass one of them")
+            raise SourceError(
+                f"labels={self.label_column!r}: the columns are {quoted(self.columns())}; pass one of them"
+            )
         found = super().labels()
         if found is None and self.grouping is None:
             raise SourceError(

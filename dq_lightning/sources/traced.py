@@ -29,7 +29,7 @@ from dq_lightning.sources.strip import replaced, with_attributes
 # Number of items that are traced, each under a random seed of its own.
 TRACED_SAMPLES = 8
 _SCALARS = (type(None), bool, int, float, str)
-_LONGEST = 64
+_MAX_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Trace:
         streams: function that returns a digest of the states of all random number generators.
         delivered: the item as the dataset delivered it.
         calls: the recorded calls of transforms, in order.
-        doubt: reason why the record may not show everything that the dataset does with its transforms; empty when there
+        problem: reason why the record may not show everything that the dataset does with its transforms; empty when there
             is none.
     """
 
@@ -150,7 +150,7 @@ class Trace:
     streams: Callable[[], str] = str
     delivered: Any = None
     calls: list[SeenCall] = field(default_factory=list)
-    doubt: str = ""
+    problem: str = ""
     _mark: str = ""
 
     def leave(self) -> None:
@@ -160,10 +160,10 @@ class Trace:
     def enter(self) -> None:
         """Compare the random state with the noted one when a transform is called or the reading ends.
 
-        If it changed in between, the dataset itself drew numbers or set a seed, which is recorded as `doubt`.
+        If it changed in between, the dataset itself drew numbers or set a seed, which is recorded as `problem`.
         """
         if self._mark != self.streams():
-            self.doubt = self.doubt or (
+            self.problem = self.problem or (
                 "it draws random numbers or sets a seed beside its transforms (to change image and mask alike, call one joint "
                 "transform with both: torchvision's v2, albumentations)"
             )
@@ -171,13 +171,14 @@ class Trace:
     def copied(self, value: Any) -> Any:
         """A deep copy of a value, since the transform or the dataset may change the value in place afterwards.
 
-        A value that cannot be copied is returned itself, and `doubt` is set.
+        A value that cannot be copied is returned itself, and `problem` is set.
         """
         try:
             return copy.deepcopy(value)
         except Exception as error:
-            self.doubt = (
-                self.doubt or f"what its transform is given or gives can't be copied ({type(error).__name__}: {error})"
+            self.problem = (
+                self.problem
+                or f"what its transform is given or gives can't be copied ({type(error).__name__}: {error})"
             )
             return value
 
@@ -202,7 +203,7 @@ class _Recorder:
         transform, _, trace = self._recorded
         value = getattr(transform, name)
         if callable(value) and not name.startswith("__"):
-            trace.doubt = trace.doubt or f"it does more with its transform than to call it: .{name}"
+            trace.problem = trace.problem or f"it does more with its transform than to call it: .{name}"
         return value
 
     @property  # type: ignore[misc]
@@ -257,12 +258,12 @@ def explain(traces: Sequence[Trace], usual: Sequence[Leaf]) -> CallingFinisher:
         usual: paths that are preferred where parts of an item are equal: those of image and target.
 
     Raises:
-        SourceError: no finisher reproduces all traces, two different ones do, or a trace is incomplete (`Trace.doubt`).
+        SourceError: no finisher reproduces all traces, two different ones do, or a trace is incomplete (`Trace.problem`).
             The message says what was seen.
     """
     for seen in traces:
-        if seen.doubt:
-            raise SourceError(seen.doubt)
+        if seen.problem:
+            raise SourceError(seen.problem)
     problem: SourceError | None = None
     for seen in traces:
         try:
@@ -349,7 +350,8 @@ class _Explanation:
             values, named = call.given
             given = tuple(self._argument(value, number) for value in values)
             by_name = tuple(self._argument(value, number) for value in named.values())
-            arguments = Built(tuple, (0, 1), (_tuple_of(given), Built(dict, tuple(named), by_name)))
+            in_order, named_ones = Built(tuple, tuple(range(len(given))), given), Built(dict, tuple(named), by_name)
+            arguments = Built(tuple, (0, 1), (in_order, named_ones))
             calls.append(Call(call.place, call.transform, arguments))
         return CallingFinisher(tuple(calls), self._delivered(self._seen.delivered, ()))
 
@@ -392,11 +394,15 @@ class _Explanation:
         found: Any = self._live_result(value, number)
         if found is None:
             touched = any(leaf[: len(place)] == place or place[: len(leaf)] == leaf for leaf in self._touched)
-            kept = None if touched and _is_container(value) else self._plain_at(value, place)
+            kept: Any = None
+            if not (touched and _is_container(value)):
+                same_place = (Taken(0, leaf) for leaf, part in self._plain if leaf == place and same(part, value))
+                kept = next(same_place, None)
             given = self._result_like(value, number)
             original = any(part is value for call in self._seen.calls for _, part in _parts(call.live_given))
-            # While a transform changes nothing, a delivered copy may be a copy of its argument or of its result.
-            first = touched and not (original and not isinstance(value, _SCALARS)) and not self._prefers_plain(value)
+            # While a transform changes nothing, a delivered copy may be a copy of its argument or of its result. Numbers
+            # and strings cannot be distinguished by object identity, so the result of a transform is preferred.
+            first = touched and (isinstance(value, _SCALARS) or not (original or self._plain_first))
             found = (given or kept) if first else (kept or given)
         if found is None:
             found = _container(value, lambda part, key: self._delivered(part, (*place, key)))
@@ -408,10 +414,6 @@ class _Explanation:
                 "transform gives"
             )
         return found
-
-    def _prefers_plain(self, value: Any) -> bool:
-        # Numbers and strings cannot be distinguished by object identity, so the result of a transform is preferred.
-        return self._plain_first and not isinstance(value, _SCALARS)
 
     def _live_result(self, value: Any, before: int) -> Taken | None:
         """The part of a result of the first `before` calls that is this object, unchanged; latest call first."""
@@ -431,9 +433,6 @@ class _Explanation:
                 if same(part, value):
                     return Taken(number, leaf)
         return None
-
-    def _plain_at(self, value: Any, place: Leaf) -> Taken | None:
-        return next((Taken(0, leaf) for leaf, part in self._plain if leaf == place and same(part, value)), None)
 
     def _plain_like(self, value: Any, place: Leaf | None = None) -> Taken | None:
         """The part of the plain item that is equal to the value, or is equal after conversion to the value's type.
@@ -461,10 +460,6 @@ def _is_container(value: Any) -> bool:
     return isinstance(value, Mapping | list | tuple) or is_dataclass(value)
 
 
-def _tuple_of(parts: tuple[Any, ...]) -> Built:
-    return Built(tuple, tuple(range(len(parts))), parts)
-
-
 def _container(value: Any, place: Callable[[Any, Any], Any]) -> Built | None:
     """Describe how a container is built, or return None for other values and for sequences of more than 64 values.
 
@@ -472,7 +467,7 @@ def _container(value: Any, place: Callable[[Any, Any], Any]) -> Built | None:
         value: the container.
         place: function of a part and its key that returns where the part comes from.
     """
-    if not _is_container(value) or (isinstance(value, list | tuple) and len(value) > _LONGEST):
+    if not _is_container(value) or (isinstance(value, list | tuple) and len(value) > _MAX_LENGTH):
         return None
     found = list(children(value))
     keys, parts = tuple(key for key, _ in found), tuple(place(part, key) for key, part in found)

@@ -86,7 +86,7 @@ def test_official_sizes_know_their_heads(width, depth, heads):
     }
     state |= {f"blocks.{i}.norm1.weight": torch.empty(1) for i in range(depth)}
     state |= {f"decoder_blocks.{i}.norm1.weight": torch.empty(1) for i in range(8)}
-    values = read_sizes(state, None, None).values
+    values = read_sizes(state, None, None)
     assert (values["num_attention_heads"], values["decoder_num_attention_heads"]) == (heads, 16)
     assert (values["image_size"], values["patch_size"], values["hidden_size"]) == (224, 16, width)
 
