@@ -20,7 +20,7 @@ from dq_lightning.core.grid import pixel_mask
 from dq_lightning.core.records import Grid
 from dq_lightning.features.bundled import CIFAR10_MEAN, CIFAR10_STD, load_small_resnet
 from dq_lightning.patches.choose import choose_kept, kept_count, mask_of
-from dq_lightning.patches.fill import HarmonicFill, MeanFill
+from dq_lightning.patches.harmonic import fill_harmonically, fill_with_mean
 from dq_lightning.patches.mae import bundled_folder
 from dq_lightning.patches.saliency import PatchScorer, make_scorer
 
@@ -44,14 +44,15 @@ def errors(mae, images: Tensor, scores: Tensor, ratio: float) -> tuple[list[floa
     mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (mae.mean, mae.std))
     grid = Grid(*plain.shape[2:], PATCH)
     kept = choose_kept(scores, kept_count(grid.num_patches, ratio))
-    dropped = ~pixel_mask(mask_of(kept, grid.num_patches), grid)
+    mask = mask_of(kept, grid.num_patches)
+    stays = pixel_mask(mask, grid)
     filled = (
         (mae.reconstruct((plain - mean) / std, kept) * std + mean).clamp(0, 1),
-        HarmonicFill(PATCH).reconstruct(plain, kept),
-        MeanFill(PATCH).reconstruct(plain, kept),
+        fill_harmonically(plain, mask, PATCH),
+        fill_with_mean(plain, stays),
     )
-    sums = [float(F.mse_loss(image * dropped, plain * dropped, reduction="sum")) for image in filled]
-    return sums, 3 * int(dropped.sum())
+    sums = [float(F.mse_loss(image * ~stays, plain * ~stays, reduction="sum")) for image in filled]
+    return sums, 3 * int((~stays).sum())
 
 
 def main() -> None:

@@ -30,8 +30,7 @@ from dq_lightning.core.grid import pixel_mask
 from dq_lightning.core.records import Grid
 from dq_lightning.features.bundled import CIFAR10_MEAN, CIFAR10_STD
 from dq_lightning.patches.choose import choose_kept, kept_count, mask_of
-from dq_lightning.patches.fill import HarmonicFill, MeanFill
-from dq_lightning.patches.harmonic import fill_harmonically
+from dq_lightning.patches.harmonic import fill_harmonically, fill_with_mean
 
 PATCH = 4
 NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1))
@@ -186,15 +185,16 @@ def test_errors(folder: Path, images: Tensor, device: torch.device) -> dict[str,
             grid = Grid(*plain.shape[2:], PATCH)
             scores = torch.rand(len(plain), grid.num_patches, generator=generator).to(device)
             kept = choose_kept(scores, kept_count(grid.num_patches, ratio))
-            dropped = ~pixel_mask(mask_of(kept, grid.num_patches), grid)
+            mask = mask_of(kept, grid.num_patches)
+            stays = pixel_mask(mask, grid)
             filled = {
                 "autoencoder": (mae.reconstruct((plain - mean) / std, kept) * std + mean).clamp(0, 1),
-                "harmonic": HarmonicFill(PATCH).reconstruct(plain, kept),
-                "mean colour": MeanFill(PATCH).reconstruct(plain, kept),
+                "harmonic": fill_harmonically(plain, mask, PATCH),
+                "mean colour": fill_with_mean(plain, stays),
             }
-            pixels += 3 * int(dropped.sum())
+            pixels += 3 * int((~stays).sum())
             for name, image in filled.items():
-                sums[name] += float(((image - plain) ** 2 * dropped).sum())
+                sums[name] += float(((image - plain) ** 2 * ~stays).sum())
         for name, total in sums.items():
             errors.setdefault(name, []).append(total / pixels)
     return errors

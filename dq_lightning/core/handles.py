@@ -1,11 +1,10 @@
-"""Finds open files in a dataset that forked processes would share, and decides how many loader processes are safe.
+"""Finds open files in a dataset that forked processes would share, and reads a dataset in as many as are safe.
 
 A forked process inherits the open files of its parent, and both share one file position. A dataset that seeks in such a
 file would read the rows of another process, or nothing at all. An object whose position is in memory (a memory map, a
 `BytesIO`) is copied by the fork and is safe, and so is a file that each process opens for itself.
 """
 
-import copy
 import functools
 import gc
 import logging
@@ -19,7 +18,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 logger = logging.getLogger("dq_lightning")
 
@@ -258,16 +259,20 @@ def _warn_once(text: str) -> None:
         logger.warning("%s", text)
 
 
-def with_dataset(batches: Any, name: str, dataset: Any) -> Any:
-    """Return a shallow copy of an object with another dataset, or the object itself if it holds that dataset already.
+def read_in_order(dataset: Any, num_workers: int, *, pin_memory: bool = False) -> Iterator[Any]:
+    """Yield all items of a map-style dataset in order.
 
     Args:
-        batches: object that holds the dataset.
-        name: name of the attribute that holds the dataset.
-        dataset: dataset that the copy holds.
+        dataset: dataset that `num_workers` processes may read, see `loader_processes`.
+        num_workers: number of processes that read the items; 0 reads them in this process.
+        pin_memory: whether tensors are put into pinned memory, from which they are copied to a GPU faster.
     """
-    if getattr(batches, name) is dataset:
-        return batches
-    changed = copy.copy(batches)
-    setattr(changed, name, dataset)
-    return changed
+    options: dict[str, Any] = {}
+    if num_workers:
+        # Python 3.14 no longer forks by default, but datasets with local classes and lambdas need it.
+        options = {"multiprocessing_context": multiprocessing.get_context(FORK), "prefetch_factor": 4}
+    # Without a generator of its own, the loader would draw its seed from the global random state.
+    generator = torch.Generator().manual_seed(0)
+    yield from DataLoader(
+        dataset, batch_size=None, num_workers=num_workers, pin_memory=pin_memory, generator=generator, **options
+    )

@@ -18,7 +18,7 @@ from dq_lightning.core.resuming import NoShards, OpenApiEmbeddings, Shards
 from dq_lightning.features.choose import EncoderSpec
 from dq_lightning.features.collect import NAMED_SAMPLES, Allocate, Rows, allocate_in_memory, collect
 from dq_lightning.features.encoders import Encoder, RowEncoder, TextEncoder
-from dq_lightning.features.gradient import HeadLoss, head_gradient
+from dq_lightning.features.gradient import head_gradient
 from dq_lightning.features.loading import ImageBatches, iterate_batches, telling_of_lost_loaders
 from dq_lightning.features.readable import Blanked
 from dq_lightning.features.samples import ImageSource, SampleSource, TextSource
@@ -43,7 +43,6 @@ def extract_features(
     num_workers: int | Literal["auto"] = "auto",
     progress: bool = True,
     out: Allocate | None = None,
-    loss: HeadLoss = "softmax_cross_entropy",
     api_embeddings: OpenApiEmbeddings | None = None,
     shards: Shards | None = None,
     left_out: Tensor | None = None,
@@ -70,7 +69,6 @@ def extract_features(
         progress: whether to show a progress bar; the environment variable `TQDM_DISABLE` switches it off in any case.
         out: function that makes the float32 CPU tensor to fill, given its name (`"embedding"` or `"head_gradient"`) and
             its shape; a memory-mapped tensor keeps large features out of main memory.
-        loss: loss that the gradient is taken of, see `head_gradient`.
         api_embeddings: function that opens the stored embeddings that an API returned in earlier runs, to which new
             ones are added; None stores nothing.
         shards: store for finished rows, from which a killed run can be resumed; it is not used for ready-made
@@ -107,7 +105,7 @@ def extract_features(
             elif isinstance(encoder, TextEncoder):
                 rows_of = partial(_text_to_rows, encoder, source, batch_size)
             else:
-                rows_of = partial(_images_to_rows, encoder, source, batch_size, wanted, loss, target, num_workers)
+                rows_of = partial(_images_to_rows, encoder, source, batch_size, wanted, target, num_workers)
             made_from = encoder.digest() if isinstance(encoder, TrainedEncoder) and shards is not None else ""
             out = out or allocate_in_memory
             features = collect(rows_of, len(source), progress, out, advice, kept, made_from, left_out)
@@ -159,7 +157,6 @@ def _images_to_rows(
     source: ImageSource,
     batch_size: int,
     labels: Tensor | None,
-    loss: HeadLoss,
     device: torch.device,
     num_workers: int | Literal["auto"],
     missing: Tensor,
@@ -177,7 +174,7 @@ def _images_to_rows(
         embedding = halved.run(encoder.embed, batch.images)
         gradient = None
         if labels is not None:
-            gradient = head_gradient(encoder.logits(embedding), labels[positions], loss)
+            gradient = head_gradient(encoder.logits(embedding), labels[positions])
         done += len(positions)
         yield Rows(positions, embedding, gradient)
     if warnings:

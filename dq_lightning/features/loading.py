@@ -3,25 +3,22 @@
 The order of the samples is kept, warnings are collected, and errors reach the main process unchanged.
 """
 
-import logging
-import multiprocessing
-import pickle
+import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dq_lightning.core.errors import DQError, FeatureError
-from dq_lightning.core.handles import FORK, loader_processes, with_dataset
+from dq_lightning.core.handles import FORK, loader_processes, read_in_order
 from dq_lightning.core.workers import available_cores
 from dq_lightning.features.preprocessing import Preprocessing
 from dq_lightning.features.samples import ImageSource
 
-logger = logging.getLogger("dq_lightning")
 # Starting and stopping loader processes takes about this long, so they do not pay off for less work.
 WORKER_START_SECONDS = 2.0
 MAX_WORKERS = 8
@@ -162,28 +159,9 @@ def iterate_batches(
     workers = choose_num_workers(batches, device) if num_workers == "auto" else num_workers
     # The result is stored in the cache, so unsafe sharing is not allowed even if the user set the number of processes.
     source, workers = loader_processes(batches.source, workers, asked=False, context=FORK, also=batches.preprocess)
-    batches = with_dataset(batches, "source", source)
-    options: dict[str, Any] = {}
-    if workers > 0:
-        # Python 3.14 no longer forks by default, but datasets with local classes and lambdas need it
-        options = {"multiprocessing_context": multiprocessing.get_context(FORK), "prefetch_factor": 4}
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        # Without a generator of its own, the loader would draw its seed from the global random state.
-        generator=torch.Generator().manual_seed(0),
-        **options,
-    )
-    try:
-        iterator = iter(loader)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        logger.warning(
-            "features: the dataset cannot be sent to loader processes (%s), so it is read in this process", error
-        )
-        iterator = iter(DataLoader(batches, batch_size=None, generator=torch.Generator().manual_seed(0)))
-    yield from iterator
+    batches = copy.copy(batches)
+    batches.source = source
+    yield from read_in_order(batches, workers, pin_memory=device.type == "cuda")
 
 
 @contextmanager

@@ -1,15 +1,11 @@
-"""Fills dropped patches: by the mean colour or harmonically without a network, or by any reconstructor in a batch."""
+"""Fills the dropped patches of a batch with any reconstructor."""
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dq_lightning.core.errors import PatchError
 from dq_lightning.core.grid import grid_of, pixel_mask
-from dq_lightning.patches.choose import mask_of
-from dq_lightning.patches.harmonic import fill_harmonically, fill_with_mean
 
 
 class Reconstructor(Protocol):
@@ -81,50 +77,3 @@ def fill_pixels(
         pixels = pixels.mean(1, keepdim=True)
     stays = pixel_mask(mask.to(images.device), grid_of(images, patch_size))
     return torch.where(stays, images, pixels.round().clamp(0, 255).to(torch.uint8))
-
-
-@dataclass(frozen=True)
-class MeanFill:
-    """Fills every dropped patch with the mean colour of its image's kept pixels, or with 0 if nothing is kept.
-
-    Attributes:
-        patch_size: P, side of a patch in pixels, for calls that give none.
-
-    Example:
-        >>> image = torch.tensor([[2.0, 2.0, 9.0, 9.0], [4.0, 4.0, 9.0, 9.0]])[None, None]
-        >>> MeanFill(patch_size=2).reconstruct(image, kept=torch.tensor([[0]]))[0, 0]
-        tensor([[2., 2., 3., 3.],
-                [4., 4., 3., 3.]])
-    """
-
-    patch_size: int
-
-    def reconstruct(self, images: Tensor, kept: Tensor, patch_size: int | None = None) -> Tensor:
-        size = patch_size or self.patch_size
-        return fill_with_mean(images, pixel_mask(_kept_patches(images, kept, size), grid_of(images, size)))
-
-
-@dataclass(frozen=True)
-class HarmonicFill:
-    """Fills dropped pixels by solving Laplace's equation with the kept ones as boundary values: the smoothest filling.
-
-    Attributes:
-        patch_size: P, side of a patch in pixels, for calls that give none.
-
-    Example:
-        >>> image = torch.tensor([[1.0, 1.0, 9.0, 9.0, 4.0, 4.0]])[None, None].expand(1, 1, 2, 6)
-        >>> HarmonicFill(patch_size=2).reconstruct(image, kept=torch.tensor([[0, 2]]))[0, 0, 0]
-        tensor([1., 1., 2., 3., 4., 4.])
-    """
-
-    patch_size: int
-
-    def reconstruct(self, images: Tensor, kept: Tensor, patch_size: int | None = None) -> Tensor:
-        size = patch_size or self.patch_size
-        return fill_harmonically(images, _kept_patches(images, kept, size), size)
-
-
-def _kept_patches(images: Tensor, kept: Tensor, patch_size: int) -> Tensor:
-    if kept.ndim != 2 or len(kept) != len(images):
-        raise PatchError(f"kept must be int64 [{len(images)}, k], got {tuple(kept.shape)}")
-    return mask_of(kept, grid_of(images, patch_size).num_patches)

@@ -2,18 +2,18 @@
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dq_lightning.core.arrays import image_to_uint8
 from dq_lightning.core.batching import HalvedBatches
 from dq_lightning.core.console import progress_bar
 from dq_lightning.core.errors import PatchError
-from dq_lightning.core.handles import FORK
+from dq_lightning.core.handles import read_in_order
 from dq_lightning.core.records import Grid
 from dq_lightning.core.resuming import NoShards, Shards
 from dq_lightning.patches.saliency import PatchScorer
@@ -101,7 +101,7 @@ def score_images(
     with progress_bar(progress, total=len(index), unit="img", description="saliency") as bar:
         missing = table.restore(made_from=hashlib.sha256(index.numpy().tobytes()).hexdigest())
         bar.update(len(index) - len(missing))
-        reads = zip(missing, _read_all(_Images(source, index[missing]), num_workers), strict=True)
+        reads = zip(missing, read_in_order(_Images(source, index[missing]), num_workers), strict=True)
         for places, images in _batches(reads, batch_size):
             chosen = torch.tensor(places)
             batch_labels = None if labels is None else labels[chosen]
@@ -169,18 +169,6 @@ def split_scores(scores: Tensor, sizes: Tensor, patch_size: int) -> list[Tensor]
     """
     counts = [Grid(height, width, patch_size).num_patches for height, width in sizes.tolist()]
     return list(torch.split(scores, counts)) if counts else []
-
-
-def _read_all(images: _Images, num_workers: int) -> Iterator[_Read]:
-    context: Any = FORK if num_workers else None
-    yield from DataLoader(
-        images,
-        batch_size=None,
-        num_workers=num_workers,
-        multiprocessing_context=context,
-        # Without a generator of its own, the loader would draw its seed from the global random state.
-        generator=torch.Generator().manual_seed(0),
-    )
 
 
 def _batches(reads: Iterator[tuple[int, _Read]], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:

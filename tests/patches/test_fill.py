@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from dq_lightning.core.grid import pixel_mask
 from dq_lightning.core.records import Grid
-from dq_lightning.patches.choose import choose_kept
-from dq_lightning.patches.fill import HarmonicFill, MeanFill, fill_by_mask
+from dq_lightning.patches.choose import choose_kept, mask_of
+from dq_lightning.patches.fill import fill_by_mask
 from dq_lightning.patches.harmonic import fill_harmonically, fill_with_mean
 from tests.reference import patch_twin
 
@@ -34,16 +34,29 @@ def test_harmonic_filling_is_the_solution_of_the_dense_system(height, width, pat
             np.testing.assert_allclose(solved, patch_twin.harmonic(plane, mask[0].numpy()), atol=1e-8)
 
 
-@pytest.mark.parametrize("fill", [MeanFill(4), HarmonicFill(4)])
+def mean_fill(images, mask, patch_size):
+    return fill_with_mean(images, pixel_mask(mask, Grid(*images.shape[2:], patch_size)))
+
+
+class Harmonic:
+    """A reconstructor that fills harmonically."""
+
+    def reconstruct(self, images, kept, patch_size=4):
+        mask = mask_of(kept, Grid(*images.shape[2:], patch_size).num_patches)
+        return fill_harmonically(images, mask, patch_size)
+
+
+@pytest.mark.parametrize("fill", [mean_fill, fill_harmonically])
 def test_kept_pixels_are_untouched_and_dropped_ones_are_never_seen(fill):
     images = torch.rand(3, 3, 30, 22)
     grid = Grid(30, 22, 4)
     kept = choose_kept(torch.rand(3, grid.num_patches), 17)
-    stays = pixel_mask(torch.zeros(3, grid.num_patches).scatter(1, kept, 1).bool(), grid).expand_as(images)
-    filled = fill.reconstruct(images, kept)
+    mask = mask_of(kept, grid.num_patches)
+    stays = pixel_mask(mask, grid).expand_as(images)
+    filled = fill(images, mask, 4)
     assert torch.equal(filled[stays], images[stays])
     spoiled = torch.where(stays, images, torch.nan)
-    assert torch.equal(fill.reconstruct(spoiled, kept), filled)
+    assert torch.equal(fill(spoiled, mask, 4), filled)
     # both stay between the darkest and the brightest kept pixel
     assert float(filled[~stays].min()) >= float(images[stays].min()) - 1e-6
     assert float(filled[~stays].max()) <= float(images[stays].max()) + 1e-6
@@ -69,9 +82,9 @@ def test_images_that_keep_nothing_or_everything():
 def test_images_with_unequal_counts_are_filled_as_each_alone():
     images = torch.rand(5, 3, 16, 16)
     mask = torch.rand(5, 16) < torch.tensor([0.0, 0.3, 0.6, 0.6, 1.0])[:, None]
-    filled = fill_by_mask(HarmonicFill(4), images, mask, 4)
+    filled = fill_by_mask(Harmonic(), images, mask, 4)
     for position in range(5):
-        alone = HarmonicFill(4).reconstruct(images[position][None], mask[position].nonzero().T)
+        alone = Harmonic().reconstruct(images[position][None], mask[position].nonzero().T)
         torch.testing.assert_close(filled[position], alone[0])
 
 

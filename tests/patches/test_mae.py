@@ -15,7 +15,8 @@ from dq_lightning.core.errors import PatchError
 from dq_lightning.core.grid import pixel_mask
 from dq_lightning.core.records import Grid
 from dq_lightning.patches.choose import choose_kept, mask_of
-from dq_lightning.patches.fill import HarmonicFill, fill_by_mask
+from dq_lightning.patches.fill import fill_by_mask
+from dq_lightning.patches.harmonic import fill_harmonically
 from dq_lightning.patches.original_checkpoint import convert_keys, read_sizes
 from dq_lightning.patches.reconstructors import choose_reconstructor
 from tests.memories import DictMemory
@@ -232,7 +233,7 @@ def test_a_model_of_the_difference_adds_the_harmonic_filling(tiny, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"harmonic": True}))
     images, kept = torch.randn(2, 3, 16, 16), choose_kept(torch.rand(2, 16), 8)
     filled = load_mae(tmp_path).reconstruct(images, kept)
-    torch.testing.assert_close(filled, HarmonicFill(4).reconstruct(images, kept))
+    torch.testing.assert_close(filled, fill_harmonically(images, mask_of(kept, 16), 4))
     stays = stays_of(images, kept, 4)
     assert torch.equal(filled[stays], images[stays])
 
