@@ -406,7 +406,7 @@ def test_any_bytes_are_an_image_or_an_error(data: bytes) -> None:
 @given(st.integers(0, (1 << 63) - 1))
 def test_counts_come_back(number: int) -> None:
     assert read_uvarint(uvarint(number), 0) == (number, len(uvarint(number)))
-    with pytest.raises(StoreError, match="no end"):
+    with pytest.raises(StoreError, match="does not end"):
         read_uvarint(uvarint(number)[:-1], 0)
 
 
