@@ -117,14 +117,14 @@ def find_open_handle(value: Any) -> str | None:
                 continue
             # The object is kept, so that no other object can get the same id.
             seen[id(one)] = one
-            if (found := _described(one)) is not None:
+            if (found := _describe_open(one)) is not None:
                 return found
-            following.append(_held_by(one))
+            following.append(_referents(one))
         level = [child for children in following for child in children if type(child) not in _LEAVES]
     return None
 
 
-def _held_by(value: Any) -> Iterable[Any]:
+def _referents(value: Any) -> Iterable[Any]:
     """The objects that a value refers to and may use."""
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
@@ -150,7 +150,7 @@ def _used_globals(function: types.FunctionType) -> Iterator[Any]:
     """Global objects that the user's code names, and the attributes that it uses of the user's own modules."""
     if _is_library(function.__module__):
         return
-    names = set(_names(function.__code__))
+    names = set(_code_names(function.__code__))
     for name in names:
         if name in function.__globals__:
             found = function.__globals__[name]
@@ -159,11 +159,11 @@ def _used_globals(function: types.FunctionType) -> Iterator[Any]:
                 yield from (vars(found)[one] for one in names if one in vars(found))
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
+def _code_names(code: types.CodeType) -> Iterator[str]:
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+            yield from _code_names(constant)
 
 
 @functools.lru_cache(4096)
@@ -179,10 +179,10 @@ def _root(kind: type) -> str:
     return kind.__module__.partition(".")[0]
 
 
-def _described(value: Any) -> str | None:
+def _describe_open(value: Any) -> str | None:
     """Describe a value in words if it is itself an open object that forked processes would share; otherwise None."""
     kind: Any = type(value)
-    why = _suspicion(kind)
+    why = _open_check(kind)
     if why is None:
         return None
     what = f"an open {kind.__module__}.{kind.__qualname__}"
@@ -206,7 +206,7 @@ def _described(value: Any) -> str | None:
 
 
 @functools.lru_cache(4096)
-def _suspicion(kind: type[Any]) -> str | None:
+def _open_check(kind: type[Any]) -> str | None:
     """The kind of check that tells whether an object of a class is open: "thread", "library", "descriptor" or "closes".
 
     None means that objects of this class are never open files.

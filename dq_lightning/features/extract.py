@@ -19,8 +19,8 @@ from dq_lightning.features.choose import EncoderSpec
 from dq_lightning.features.collect import NAMED_SAMPLES, Allocate, Rows, allocate_in_memory, collect
 from dq_lightning.features.encoders import Encoder, RowEncoder, TextEncoder
 from dq_lightning.features.gradient import head_gradient
-from dq_lightning.features.loading import ImageBatches, iterate_batches, telling_of_lost_loaders
-from dq_lightning.features.readable import Blanked
+from dq_lightning.features.loading import ImageBatches, explaining_lost_loaders, iterate_batches
+from dq_lightning.features.readable import WithBlankTexts
 from dq_lightning.features.samples import ImageSource, SampleSource, TextSource
 from dq_lightning.features.selection_training import TrainedEncoder
 from dq_lightning.features.text_loading import iterate_text_batches
@@ -90,7 +90,7 @@ def extract_features(
         raise FeatureError('kind="gradient" needs class labels; pass labels=, or use kind="embedding"')
     target = resolve_device(device)
     try:
-        with isolated(), telling_of_lost_loaders():
+        with isolated(), explaining_lost_loaders():
             encoder = spec.load(str(target), precision)
             wanted = None
             if kind == "gradient" and labels is not None:
@@ -99,7 +99,7 @@ def extract_features(
             advice, kept = LOOK_AT_SAMPLES, shards or NoShards()
             rows_of: Callable[[Tensor], Iterator[Rows]]
             if isinstance(encoder, RowEncoder):
-                whole = source if left_out is None else Blanked(source, left_out)
+                whole = source if left_out is None else WithBlankTexts(source, left_out)
                 rows_of = partial(_all_rows, encoder, whole, batch_size, num_workers, api_embeddings)
                 advice, kept = encoder.advice, NoShards()
             elif isinstance(encoder, TextEncoder):

@@ -57,7 +57,7 @@ class ImageBatches(Dataset[ImageBatch]):
         self.source = source
         self.preprocess = preprocess
         self.batch_size = batch_size
-        self.batches = stretches(torch.arange(len(source)) if positions is None else positions, batch_size)
+        self.batches = split_at_multiples(torch.arange(len(source)) if positions is None else positions, batch_size)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -101,10 +101,10 @@ class ImageBatches(Dataset[ImageBatch]):
         return tensor
 
 
-def stretches(positions: Tensor, size: int) -> list[Tensor]:
+def split_at_multiples(positions: Tensor, size: int) -> list[Tensor]:
     """Split ascending positions into runs, so that no run crosses a multiple of `size`.
 
-    >>> [part.tolist() for part in stretches(torch.tensor([0, 3, 4, 9]), 4)]
+    >>> [part.tolist() for part in split_at_multiples(torch.tensor([0, 3, 4, 9]), 4)]
     [[0, 3], [4], [9]]
     """
     _, counts = torch.unique_consecutive(positions // size, return_counts=True)
@@ -165,7 +165,7 @@ def iterate_batches(
 
 
 @contextmanager
-def telling_of_lost_loaders() -> Iterator[None]:
+def explaining_lost_loaders() -> Iterator[None]:
     """Explain torch's error about a loader process that ended, which torch raises at whatever code runs then.
 
     Raises:

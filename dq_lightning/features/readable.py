@@ -68,7 +68,7 @@ def without_labels(labels: Labels, samples: Tensor) -> Labels:
     return Labels(values, labels.names, unlabeled=True)
 
 
-class Blanked:
+class WithBlankTexts:
     """A source of text in which some samples are empty strings, for encoders that read all samples.
 
     Args:

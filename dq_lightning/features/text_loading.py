@@ -12,7 +12,7 @@ from torch import Tensor
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.workers import torch_threads
 from dq_lightning.features.encoders import TextEncoder
-from dq_lightning.features.loading import stretches
+from dq_lightning.features.loading import split_at_multiples
 from dq_lightning.features.samples import TextSource
 
 logger = logging.getLogger("dq_lightning")
@@ -51,7 +51,7 @@ def iterate_text_batches(
         positions: int64 [n], positions of the samples to read, ascending.
     """
     size = batch_size * BATCHES_PER_WINDOW
-    windows = stretches(positions, size)
+    windows = split_at_multiples(positions, size)
     full = 0
 
     def tokenized(window: Tensor) -> list[list[int]]:

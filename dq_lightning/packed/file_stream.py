@@ -20,10 +20,10 @@ from dq_lightning.core.records import StoredImage
 from dq_lightning.packed.patch_stream import (
     MAX_HEAD_BYTES,
     MAX_PROPERTIES_BYTES,
+    compress,
     jpeg_head,
+    read_compressed,
     read_uvarint,
-    squeeze,
-    take_squeezed,
     uvarint,
 )
 
@@ -82,7 +82,7 @@ def write_file(image: StoredImage, starts: tuple[Start, ...]) -> bytes:
     number = _numbers(starts).get((properties, beginning), 0)
     if number:
         return uvarint(number) + rest
-    pieces = [squeeze(piece, _dictionary(starts)) for piece in (properties, beginning)]
+    pieces = [compress(piece, _dictionary(starts)) for piece in (properties, beginning)]
     return b"".join([b"\0", *(part for piece in pieces for part in (uvarint(len(piece)), piece)), rest])
 
 
@@ -101,8 +101,8 @@ def read_file(data: bytes, starts: tuple[Start, ...]) -> tuple[bytes, bytes, byt
     if number:
         return *starts[number - 1], data[at:]
     shared = _dictionary(starts)
-    properties, at = take_squeezed(data, at, shared, MAX_PROPERTIES_BYTES, "properties")
-    beginning, at = take_squeezed(data, at, shared, MAX_HEAD_BYTES, "head")
+    properties, at = read_compressed(data, at, shared, MAX_PROPERTIES_BYTES, "properties")
+    beginning, at = read_compressed(data, at, shared, MAX_HEAD_BYTES, "head")
     return properties, beginning, data[at:]
 
 

@@ -164,13 +164,13 @@ def _palette(image: Image.Image) -> tuple[str, bytes] | None:
     return mode, bytes(image.getpalette(mode) or [])
 
 
-def decode_image(data: Any, decoder: str, most_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(data: Any, decoder: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image as described in `records.EncodedImage`.
 
     Args:
         data: bytes of an encoded image file.
         decoder: name of the decoder, see `records.EncodedImage.decoder`.
-        most_pixels: an image with more pixels than this is refused before its pixels are decoded.
+        max_pixels: an image with more pixels than this is refused before its pixels are decoded.
 
     Raises:
         StoreError: if the bytes are no image of an allowed format, or the image is too large.
@@ -179,7 +179,7 @@ def decode_image(data: Any, decoder: str, most_pixels: int = MAX_PIXELS) -> Imag
         # The stream stays open, because a transform may read other frames, as it may in the dataset.
         stream = io.BytesIO(data)
         image = Image.open(stream, formats=FORMATS)
-        if image.size[0] * image.size[1] > most_pixels:
+        if image.size[0] * image.size[1] > max_pixels:
             raise StoreError(f"an image claims {image.size[0]} x {image.size[1]} pixels")
         image.load()
         # Pillow drops its stream after loading. It is put back, so that packing this image again can reuse its bytes.
@@ -348,13 +348,13 @@ def images_from_raw(mode: str, size: tuple[int, int], rows: Any) -> list[Image.I
     return made
 
 
-def decode_node(facts: Any, data: memoryview, most_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_node(facts: Any, data: memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode what `encode_image` or `raw_image` returned, without the properties that are stored separately.
 
     Args:
         facts: description of the encoding (plain JSON).
         data: bytes of the encoded image.
-        most_pixels: an encoded file with more pixels than this is refused before they are decoded.
+        max_pixels: an encoded file with more pixels than this is refused before they are decoded.
 
     Raises:
         StoreError: if description and bytes do not give an image.
@@ -362,9 +362,9 @@ def decode_node(facts: Any, data: memoryview, most_pixels: int = MAX_PIXELS) -> 
     if not isinstance(facts, list) or not facts:
         raise StoreError("a stored image lacks its description")
     if facts[0] == "e" and len(facts) == 2 and isinstance(facts[1], str):
-        return decode_image(data, facts[1], most_pixels)
+        return decode_image(data, facts[1], max_pixels)
     if facts[0] == "f" and len(facts) == 2 and isinstance(facts[1], str):
-        return without_properties(decode_image(data, facts[1], most_pixels))
+        return without_properties(decode_image(data, facts[1], max_pixels))
     if facts[0] != "r" or len(facts) != 5:
         raise StoreError(f"a stored image has an unknown description {facts!r:.80}")
     _, mode, width, height, palette = facts

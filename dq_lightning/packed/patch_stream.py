@@ -100,11 +100,11 @@ def check_facts(kind: str, dtype: str, shape: tuple[int, ...]) -> None:
 
 def write_stream(image: PatchedImage, shared: bytes) -> bytes:
     """Encode size, mask, properties and data of a patched image; store.json holds everything else about it."""
-    properties = squeeze(image.properties, shared)
+    properties = compress(image.properties, shared)
     parts = [uvarint(image.height), uvarint(image.width), image.mask, uvarint(len(properties)), properties]
     if image.codec != "raw":
         length = head_bytes(image.codec, image.data)
-        head = squeeze(image.data[:length], shared)
+        head = compress(image.data[:length], shared)
         parts += [uvarint(len(head)), head, image.data[length:]]
     else:
         parts.append(image.data)
@@ -130,19 +130,19 @@ def read_stream(data: bytes, facts: Facts, shared: bytes) -> PatchedImage:
     if mask_end > len(data):
         raise StoreError(f"a patched image claims {height} x {width} pixels, its mask is not there")
     mask, at = data[at:mask_end], mask_end
-    properties, at = take_squeezed(data, at, shared, MAX_PROPERTIES_BYTES, "properties")
+    properties, at = read_compressed(data, at, shared, MAX_PROPERTIES_BYTES, "properties")
     head = b""
     if codec != "raw":
-        head, at = take_squeezed(data, at, shared, MAX_HEAD_BYTES, "head")
+        head, at = read_compressed(data, at, shared, MAX_HEAD_BYTES, "head")
     return PatchedImage(height, width, mode, layout, patch_size, mask, codec, head + data[at:], properties)
 
 
-def take_squeezed(data: bytes, at: int, shared: bytes, most: int, what: str) -> tuple[bytes, int]:
+def read_compressed(data: bytes, at: int, shared: bytes, max_bytes: int, what: str) -> tuple[bytes, int]:
     """Decompress what is stored at a position; return it and the position after it."""
     length, at = read_uvarint(data, at)
     if length > len(data) - at:
         raise StoreError(f"a stored image claims {what} of {length} bytes, {len(data) - at} are there")
-    return _expand(data[at : at + length], shared, most, what) if length else b"", at + length
+    return _decompress(data[at : at + length], shared, max_bytes, what) if length else b"", at + length
 
 
 def stream_facts(dtype: str, patch_size: int) -> Facts:
@@ -155,7 +155,7 @@ def take_streams(
     streams: Sequence[tuple[int, Callable[[bytes, int], tuple[Any, int]]]],
     leaves: list[Any],
     value: bytes | memoryview,
-    most_pixels: int,
+    max_pixels: int,
 ) -> tuple[bytes | memoryview, set[int]]:
     """Decode the images at the start of a sample's value, and put them into their places among the leaves.
 
@@ -164,7 +164,7 @@ def take_streams(
             the bytes and the number of pixels that it may decode, and returns the image and how many it did.
         leaves: all leaves of the sample; the decoded images are written into this list.
         value: bytes of the sample in values.bin.
-        most_pixels: number of pixels that may be decoded for this sample.
+        max_pixels: number of pixels that may be decoded for this sample.
 
     Returns:
         The rest of the value, and the numbers of the leaves whose images are stored in that rest.
@@ -178,27 +178,27 @@ def take_streams(
         if length > len(value) - start:
             raise StoreError(f"a stored image claims {length} bytes, {len(value) - start} are there")
         if length:
-            leaves[number], pixels = read(bytes(value[start : start + length]), most_pixels)
-            most_pixels -= pixels
+            leaves[number], pixels = read(bytes(value[start : start + length]), max_pixels)
+            max_pixels -= pixels
         else:
             missing.add(number)
         start += length
     return value[start:] if start else value, missing
 
 
-def squeeze(data: bytes, shared: bytes) -> bytes:
+def compress(data: bytes, shared: bytes) -> bytes:
     """Compress bytes with DEFLATE; empty input gives empty output."""
-    squeezer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_DEFAULT_STRATEGY, shared)
-    return squeezer.compress(data) + squeezer.flush() if data else b""
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_DEFAULT_STRATEGY, shared)
+    return compressor.compress(data) + compressor.flush() if data else b""
 
 
-def _expand(data: bytes, shared: bytes, most: int, what: str) -> bytes:
-    expander = zlib.decompressobj(-zlib.MAX_WBITS, zdict=shared)
+def _decompress(data: bytes, shared: bytes, max_bytes: int, what: str) -> bytes:
+    decompressor = zlib.decompressobj(-zlib.MAX_WBITS, zdict=shared)
     try:
-        whole = expander.decompress(data, most)
+        whole = decompressor.decompress(data, max_bytes)
     except zlib.error as error:
         raise StoreError(f"the {what} of a stored image is damaged ({error})") from error
-    if not expander.eof or expander.unused_data:
+    if not decompressor.eof or decompressor.unused_data:
         raise StoreError(f"the {what} of a stored image is damaged (it does not end where it should)")
     return whole
 

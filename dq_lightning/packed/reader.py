@@ -310,8 +310,8 @@ class PackedDataset(Dataset[Any]):
         try:
             for (number, _, reader), row in zip(self._columns, rows, strict=True):
                 leaves[number] = ready[number] if number in ready else reader(row)
-            most_pixels = most_decoded_bytes(len(value)) // BYTES_PER_PIXEL
-            rest, missing = take_streams(self._streams, leaves, bytes(value) if self._streams else value, most_pixels)
+            max_pixels = most_decoded_bytes(len(value)) // BYTES_PER_PIXEL
+            rest, missing = take_streams(self._streams, leaves, bytes(value) if self._streams else value, max_pixels)
             if not rest and not self._value_leaves and not missing:
                 return self._build(leaves)
             return self._with_values(leaves, rest, missing)
@@ -370,7 +370,7 @@ def _rows_of(rows: NDArray[np.uint8]) -> Callable[[int], Row]:
 def _stream_reader(leaf: Leaf) -> Callable[[bytes, int], tuple[Any, int]]:
     facts, shared = stream_facts(leaf.dtype, leaf.shape[0]), leaf.shared
     # The pixels of patched images are decoded, and counted, later.
-    return lambda data, most_pixels: (read_stream(data, facts, shared), 0)
+    return lambda data, max_pixels: (read_stream(data, facts, shared), 0)
 
 
 def _numbers(values: NDArray[Any], code: str) -> memoryview:

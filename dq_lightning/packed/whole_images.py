@@ -20,7 +20,7 @@ from dq_lightning.packed.patch_stream import jpeg_head
 from dq_lightning.packed.trees import container, map_leaves
 from dq_lightning.packed.values import MAX_DEPTH, encode_properties, properties_setter
 
-Give = Callable[[Image.Image], None]
+SetProperties = Callable[[Image.Image], None]
 
 
 def with_files(sample: Any, encoded: EncodedImage | None, raw_images: bool = False, every: bool = False) -> Any:
@@ -91,12 +91,12 @@ class FileReader:
         self.starts: tuple[Start, ...] = leaf.starts
         self.give = {start[0]: properties_setter(start[0]) for start in leaf.starts}
 
-    def __call__(self, data: bytes, most_pixels: int) -> tuple[Any, int]:
+    def __call__(self, data: bytes, max_pixels: int) -> tuple[Any, int]:
         """Decode what `file_stream.write_file` returned.
 
         Args:
             data: bytes of one image in the store.
-            most_pixels: an image with more pixels is refused before they are decoded.
+            max_pixels: an image with more pixels is refused before they are decoded.
 
         Returns:
             The image, and the number of its pixels.
@@ -105,29 +105,29 @@ class FileReader:
             StoreError: if the bytes do not give an image of at most this size.
         """
         properties, beginning, rest = read_file(data, self.starts)
-        give: Give | None = None
+        give: SetProperties | None = None
         if self.has_properties:
             give = self.give.get(properties) or properties_setter(properties)
         elif properties:
             raise StoreError("a stored image has format and info beside a file that holds them itself")
-        image = _decode(join_file(beginning, rest), self.decoder, self.layout, give, most_pixels)
+        image = _decode(join_file(beginning, rest), self.decoder, self.layout, give, max_pixels)
         size = image.size if self.layout == "pil" else image.shape
         return image, math.prod(size)
 
 
-def _decode(data: bytes, decoder: str, layout: str, give: Give | None, most_pixels: int) -> Any:
+def _decode(data: bytes, decoder: str, layout: str, give: SetProperties | None, max_pixels: int) -> Any:
     if give is None:
-        return _shaped(decode_image(data, decoder, most_pixels), layout)
-    image = _quickly(data, decoder, most_pixels)
+        return _shaped(decode_image(data, decoder, max_pixels), layout)
+    image = _decode_plain(data, decoder, max_pixels)
     if image is None:
-        image = without_properties(decode_image(data, decoder, most_pixels))
+        image = without_properties(decode_image(data, decoder, max_pixels))
     if layout != "pil":
         return _shaped(image, layout)
     give(image)
     return image
 
 
-def _quickly(data: bytes, decoder: str, most_pixels: int) -> Image.Image | None:
+def _decode_plain(data: bytes, decoder: str, max_pixels: int) -> Image.Image | None:
     """Decode the pixels of a plain JPEG without Pillow's parsing of its head; None for any other file.
 
     Where the decoder fails, `decode_image` finds the reason.
@@ -136,7 +136,7 @@ def _quickly(data: bytes, decoder: str, most_pixels: int) -> Image.Image | None:
         return None
     height, width, channels = jpeg_head(data)[1]
     mode = {3: "RGB", 1: "L"}.get(channels)
-    if mode is None or not 0 < width * height <= most_pixels or (mode == "L" and decoder == "pil_rgb"):
+    if mode is None or not 0 < width * height <= max_pixels or (mode == "L" and decoder == "pil_rgb"):
         return None
     return decode_plain_jpeg(data, mode, (width, height))
 

@@ -19,7 +19,7 @@ from dq_lightning.cache.tensors import read_bins, read_features, read_scores, re
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import CacheError, StoreError
 from dq_lightning.core.records import Bins
-from dq_lightning.features.loading import telling_of_lost_loaders
+from dq_lightning.features.loading import explaining_lost_loaders
 from dq_lightning.pipeline.binning import make_bins_entry
 from dq_lightning.pipeline.compact import Compact, filled_key, open_compact
 from dq_lightning.pipeline.extracting import make_features
@@ -207,7 +207,7 @@ class Build:
                 self.has_made = True
                 self._begin(missing, targets, parts)
             started = time.perf_counter()
-            with telling_of_lost_loaders():
+            with explaining_lost_loaders():
                 step.make(self._task(step, parts, folder), *(self._results[name] for name in step.needs))
             self._spent(step, started)
 

@@ -101,11 +101,7 @@ class HubSource(ItemSource):
     def _image_column(self) -> str:
         features = self.dataset.features
         if self.image_column is not None:
-            if self.image_column not in features:
-                raise SourceError(
-                    f"image_column={self.image_column!r}: the columns are {quoted(features)}; pass one of them"
-                )
-            return self.image_column
+            return self._existing_column("image_column", self.image_column)
         for kinds in (("Image",), ("Array2D", "Array3D")):
             found = [name for name, feature in features.items() if type(feature).__name__ in kinds]
             usual = [name for name in found if name.lower() in IMAGE_NAMES]
@@ -118,14 +114,15 @@ class HubSource(ItemSource):
             "first: dataset.cast_column(name, datasets.Image())"
         )
 
+    def _existing_column(self, option: str, name: str) -> str:
+        if name not in self.dataset.features:
+            raise SourceError(f"{option}={name!r}: the columns are {quoted(self.dataset.features)}; pass one of them")
+        return name
+
     def _target_column(self) -> str | None:
         features = self.dataset.features
         if self.label_column is not None:
-            if self.label_column not in features:
-                raise SourceError(
-                    f"label_column={self.label_column!r}: the columns are {quoted(features)}; pass one of them"
-                )
-            return self.label_column
+            return self._existing_column("label_column", self.label_column)
         found = [name for name, feature in features.items() if type(feature).__name__ == "ClassLabel"]
         usual = [name for name in features if name.lower() in TARGET_NAMES]
         if len(found) > 1 and len(set(found) & set(usual)) != 1:

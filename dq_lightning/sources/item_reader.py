@@ -88,7 +88,7 @@ class ItemReader(Source):
             raise error
         return Unreadable(type(error.__cause__ or error).__name__)
 
-    def tried(self, index: int) -> Any:
+    def plain_or_unreadable(self, index: int) -> Any:
         """The plain item, or with `skips` an `Unreadable` in place of an item that cannot be read.
 
         Raises:
@@ -99,14 +99,14 @@ class ItemReader(Source):
         except SourceError as error:
             return self._or_unreadable(error)
 
-    def digested(self, index: int) -> tuple[Any, str]:
+    def plain_and_digest(self, index: int) -> tuple[Any, str]:
         """The plain item and its digest; with `skips`, an `Unreadable` takes the place of an unreadable item.
 
         Raises:
             SourceError: the item cannot be read, and `skips` is not set or the failure may be temporary; or the item
                 holds a value of which no digest can be made.
         """
-        item = self.tried(index)
+        item = self.plain_or_unreadable(index)
         try:
             return item, digest_of(item)
         except SourceError:
@@ -127,7 +127,7 @@ class ItemReader(Source):
             return spread
         more = [int(index[place]) for place in evenly_spaced(len(index), _MAX_TRIED)]
         candidates = dict.fromkeys([*spread, *more])
-        found = (place for place in candidates if not isinstance(self.tried(place), Unreadable))
+        found = (place for place in candidates if not isinstance(self.plain_or_unreadable(place), Unreadable))
         return list(itertools.islice(found, count))
 
     def first_item(self, fits: Callable[[Any], object] = id) -> Any:

@@ -200,11 +200,7 @@ def named_leaf(item: Any, name: str, option: str) -> Leaf:
     Raises:
         SourceError: the item has no such key or position.
     """
-    if isinstance(item, Mapping):
-        if name in item:
-            return (name,)
-        raise SourceError(f"{option}={name!r}: the items have {quoted(item)}; pass one of these")
-    if is_dataclass(item):
+    if isinstance(item, Mapping) or is_dataclass(item):
         names = [key for key, _ in children(item)]
         if name in names:
             return (name,)

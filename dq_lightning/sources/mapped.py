@@ -25,7 +25,7 @@ from dq_lightning.sources.strip import (
     without_transforms,
 )
 from dq_lightning.sources.targets import Targets, as_targets
-from dq_lightning.sources.traced import TRACED_SAMPLES, InTurn, Trace, explain, same, trace
+from dq_lightning.sources.traced import TRACED_SAMPLES, ChainedFinisher, Trace, explain, same, trace
 
 
 def getter_module(dataset: Any) -> str:
@@ -36,7 +36,7 @@ def getter_module(dataset: Any) -> str:
     return ""
 
 
-_NOTED_BYTES = 8
+_DIGEST_BYTES = 8
 CHANGED = "changed while it was read: start again when nothing writes to it any more. What was made of it was not kept"
 
 
@@ -71,9 +71,9 @@ class MapSource(ItemSource):
         target_transform: Any = KEEP,
     ) -> None:
         super().__init__(dataset, image_column, label_column)
-        self._noted: NDArray[np.uint8] | None = None
+        self._read_digests: NDArray[np.uint8] | None = None
         self._name = type(dataset).__name__
-        self._before = copy_of_attributes(dataset)
+        self._unread_dataset = copy_of_attributes(dataset)
         self.plain_dataset = without_transforms(dataset)
         self.dataset = with_transforms(dataset, self.plain_dataset, transform, target_transform, self._leaf_finisher)
 
@@ -82,22 +82,22 @@ class MapSource(ItemSource):
 
     def read_plain(self, index: int) -> Any:
         item = self.plain_dataset[index]
-        noted = None if self._noted is None else self._noted[index]
-        if noted is not None and noted.any() and noted.tobytes().hex() != digest_of(item)[: 2 * _NOTED_BYTES]:
+        noted = None if self._read_digests is None else self._read_digests[index]
+        if noted is not None and noted.any() and noted.tobytes().hex() != digest_of(item)[: 2 * _DIGEST_BYTES]:
             raise ChangedError(f"item {index} of {self.describe()} {CHANGED}")
         return item
 
-    def note(self, index: int, digest: str) -> None:
-        if self._noted is None:
-            self._noted = np.zeros((len(self), _NOTED_BYTES), np.uint8)
-        self._noted[index] = np.frombuffer(bytes.fromhex(digest)[:_NOTED_BYTES], np.uint8)
+    def remember_digest(self, index: int, digest: str) -> None:
+        if self._read_digests is None:
+            self._read_digests = np.zeros((len(self), _DIGEST_BYTES), np.uint8)
+        self._read_digests[index] = np.frombuffer(bytes.fromhex(digest)[:_DIGEST_BYTES], np.uint8)
 
     def unread(self) -> Self:
-        if self._before is None:
+        if self._unread_dataset is None:
             return self
         fresh = copy.copy(self)
-        fresh.given = fresh.dataset = self._before
-        fresh.plain_dataset = with_attributes(self._before, own_transforms(self.plain_dataset))
+        fresh.given = fresh.dataset = self._unread_dataset
+        fresh.plain_dataset = with_attributes(self._unread_dataset, own_transforms(self.plain_dataset))
         return fresh
 
     # The following methods apply the user's transforms.
@@ -106,26 +106,26 @@ class MapSource(ItemSource):
         return TransformFinisher(transform, target_transform, self.image_leaf(), self.target_leaf())
 
     def finisher(self, index: Tensor) -> Finisher:
-        late = getattr(self.dataset, "finisher", None)
-        late = late if isinstance(late, TransformFinisher) else None
+        added = getattr(self.dataset, "finisher", None)
+        added = added if isinstance(added, TransformFinisher) else None
         now, neutral = own_transforms(self.dataset), own_transforms(self.plain_dataset)
         used = {name: value for name, value in now.items() if value is not None and value is not neutral.get(name)}
-        calling = late is None and bool(used)
+        calls_transforms = added is None and bool(used)
         traces = []
         for seed, position in enumerate(self.readable(index, TRACED_SAMPLES)):
             plain = self.plain(position)
             stored = plain_parts(plain)
-            if not calling:
+            if not calls_transforms:
                 traces.append(Trace(stored, delivered=plain))
                 continue
             with self.explaining(position):
                 traces.append(trace(self.dataset, used, position, stored, seed))
-        if not calling and all(same(one.plain, one.delivered) for one in traces):
-            return late or TransformFinisher()
+        if not calls_transforms and all(same(one.plain, one.delivered) for one in traces):
+            return added or TransformFinisher()
         names = ", ".join(used) or "parts"
         try:
             found = explain(traces, [leaf for leaf in (self.image_leaf(), self.target_leaf()) if leaf is not None])
-            return found if late is None else InTurn(found, late)
+            return found if added is None else ChainedFinisher(found, added)
         except SourceError as error:
             raise SourceError(
                 f"What {self.describe()} delivers can't be made from its plain items by its {names}: {error}. Use "

@@ -51,9 +51,9 @@ class NestedSource(ItemSource):
         source, position = self.place(index)
         return source.sample_id(position)
 
-    def note(self, index: int, digest: str) -> None:
+    def remember_digest(self, index: int, digest: str) -> None:
         source, position = self.place(index)
-        source.note(position, digest)
+        source.remember_digest(position, digest)
 
 
 class SubsetSource(NestedSource):

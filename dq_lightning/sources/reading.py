@@ -220,15 +220,6 @@ class ItemSource(ItemReader):
         """The path of keys and positions that leads to the target inside an item, or None without a target."""
         return find_target(self.first_item(), self.image_leaf(), self.label_column)
 
-    def sampled_targets(self, leaf: Leaf) -> dict[int, Any]:
-        """The targets of 16 evenly spaced items by position; with `skips`, unreadable items among them are left out.
-
-        Args:
-            leaf: path that leads to the target inside an item.
-        """
-        items = {index: self.tried(index) for index in evenly_spaced(len(self), SAMPLED_ITEMS)}
-        return {index: target_of(item, leaf) for index, item in items.items() if not isinstance(item, Unreadable)}
-
     def targets(self) -> Targets | None:
         """The dataset's own classes, or None when it has none.
 
@@ -242,7 +233,8 @@ class ItemSource(ItemReader):
         leaf = self.target_leaf()
         if leaf is None:
             return None
-        sampled = self.sampled_targets(leaf)
+        items = {index: self.plain_or_unreadable(index) for index in evenly_spaced(len(self), SAMPLED_ITEMS)}
+        sampled = {i: target_of(item, leaf) for i, item in items.items() if not isinstance(item, Unreadable)}
         seen = as_targets(list(sampled.values()))
         if seen is None and any(value is not None for value in sampled.values()):
             return None
@@ -267,7 +259,7 @@ class ItemSource(ItemReader):
             SourceError: an item cannot be read, or two reads of the same item differ.
         """
         if self._scan is None:
-            self._check_reads()  # Randomness inside the dataset is found before the long pass, not after it.
+            self._check_same_reads()  # Randomness inside the dataset is found before the long pass, not after it.
             leaf = self.target_leaf()
             content = hashlib.sha256(repr(self.image_leaf()).encode())
             values: list[Any] = []
@@ -278,10 +270,10 @@ class ItemSource(ItemReader):
             show = self.shows_progress and len(self) >= _MIN_SAMPLES_FOR_BAR
             with progress_bar(show, total=len(self), unit="item", description="reading items") as bar:
                 for index in range(len(self)):
-                    item, digest = self.digested(index)
+                    item, digest = self.plain_and_digest(index)
                     content.update(bytes.fromhex(digest))
                     if not isinstance(item, Unreadable):
-                        self.note(index, digest)
+                        self.remember_digest(index, digest)
                     values.append(item if isinstance(item, Unreadable) else target_of(item, leaf))
                     bar.update()
             if self.state().unknown:
@@ -301,7 +293,7 @@ class ItemSource(ItemReader):
             self._scan = content.hexdigest(), as_targets(values, names)
         return self._scan
 
-    def note(self, index: int, digest: str) -> None:
+    def remember_digest(self, index: int, digest: str) -> None:
         """Remember the digest of an item, so that a later read of other content raises `ChangedError`.
 
         This base class remembers nothing.
@@ -356,20 +348,20 @@ class ItemSource(ItemReader):
         sampled = evenly_spaced(len(self), SAMPLED_ITEMS)
         if others:
             sampled = sorted(set(evenly_spaced(len(self), 2 * SAMPLED_ITEMS)).difference(sampled))[:OTHER_ITEMS]
-        return digest_of([self.digested(index)[1] for index in sampled])
+        return digest_of([self.plain_and_digest(index)[1] for index in sampled])
 
     def check_repeatable(self) -> None:
-        self._check_reads()
+        self._check_same_reads()
         with contextlib.suppress(SourceError):  # An unreadable item is reported when its turn comes.
             self.image(self.first)  # This decides the scale before worker processes are started.
 
-    def _check_reads(self) -> None:
+    def _check_same_reads(self) -> None:
         if self._repeatable:
             return
         generators, sampled = generators_in(self.plain_view()), evenly_spaced(len(self), SAMPLED_ITEMS)
         with isolated_random_state():
             before = random_states(generators)
-            first = {index: self.digested(index)[1] for index in sampled}
+            first = {index: self.plain_and_digest(index)[1] for index in sampled}
             self._compare_reads(first, sampled)
             if random_states(generators) != before:
                 # The numbers drawn may change an item only rarely, so a few items are read many times.
@@ -378,7 +370,7 @@ class ItemSource(ItemReader):
 
     def _compare_reads(self, first: dict[int, str], again: list[int]) -> None:
         for index in again:
-            if first.setdefault(index, self.digested(index)[1]) != self.digested(index)[1]:
+            if first.setdefault(index, self.plain_and_digest(index)[1]) != self.plain_and_digest(index)[1]:
                 raise SourceError(
                     f"Two reads of item {index} of {self.describe()} differ, though its transforms were taken off: "
                     "something random is hidden inside. Features are made once from the plain image, so give the "

@@ -91,7 +91,7 @@ class TextRows(ItemSource):
         self.template()
 
     def check_repeatable(self) -> None:
-        self._check_reads()
+        self._check_same_reads()
 
     # Rows of text have no groups unless a column is named or labels are given.
 

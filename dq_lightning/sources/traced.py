@@ -112,7 +112,7 @@ class CallingFinisher:
 
 
 @dataclass
-class SeenCall:
+class RecordedCall:
     """One recorded call of a transform.
 
     Attributes:
@@ -149,15 +149,15 @@ class Trace:
     plain: Any
     streams: Callable[[], str] = str
     delivered: Any = None
-    calls: list[SeenCall] = field(default_factory=list)
+    calls: list[RecordedCall] = field(default_factory=list)
     problem: str = ""
     _mark: str = ""
 
-    def leave(self) -> None:
+    def note_random_state(self) -> None:
         """Note the random state when the reading of the item begins or a transform has returned."""
         self._mark = self.streams()
 
-    def enter(self) -> None:
+    def check_random_state(self) -> None:
         """Compare the random state with the noted one when a transform is called or the reading ends.
 
         If it changed in between, the dataset itself drew numbers or set a seed, which is recorded as `problem`.
@@ -191,12 +191,12 @@ class _Recorder:
 
     def __call__(self, *values: Any, **named: Any) -> Any:
         transform, place, trace = self._recorded
-        trace.enter()
-        seen = SeenCall(place, transform, trace.copied((values, named)), (values, named))
+        trace.check_random_state()
+        seen = RecordedCall(place, transform, trace.copied((values, named)), (values, named))
         result = transform(*values, **named)
         seen.result, seen.live_result = trace.copied(result), trace.copied(result)
         trace.calls.append(seen)
-        trace.leave()
+        trace.note_random_state()
         return seen.live_result
 
     def __getattr__(self, name: str) -> Any:
@@ -228,14 +228,14 @@ def trace(dataset: Any, used: dict[str, Any], index: int, plain: Any, seed: int)
         name: replaced(value, lambda one, place: _Recorder(one, place, seen), (name,)) for name, value in used.items()
     }
     with isolated_random_state(seed):
-        seen.leave()
+        seen.note_random_state()
         seen.delivered = with_attributes(dataset, recorders)[index]
-        seen.enter()
+        seen.check_random_state()
     return seen
 
 
 @dataclass(frozen=True)
-class InTurn:
+class ChainedFinisher:
     """A finisher that applies two finishers one after the other.
 
     Attributes:
