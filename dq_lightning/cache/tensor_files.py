@@ -20,7 +20,6 @@ from torch import Tensor
 
 from dq_lightning.cache import files
 from dq_lightning.cache.lock import host_name
-from dq_lightning.core.config import VerifyPolicy
 from dq_lightning.core.errors import DQError, StoreError
 
 DTYPES = {
@@ -91,14 +90,13 @@ def replace_tensor_file(path: Path, tensors: Mapping[str, Tensor], attributes: M
 
 
 def read_tensor_file(
-    path: Path, *, attributes: Mapping[str, Any] | None = None, verify: VerifyPolicy = "size"
+    path: Path, *, attributes: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the attributes of a file. The tensors are mapped; writing to them leaves the disk alone.
 
     Args:
         path: path of the file.
         attributes: what the attributes have to be; None takes any.
-        verify: "off" compares no tensor with its checksums; "size" and "hash" do.
 
     Raises:
         StoreError: the file is damaged, made by others, or has other attributes.
@@ -116,9 +114,8 @@ def read_tensor_file(
         facts = {name: [DTYPES.get(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
         if facts != {name: [dtype, shape] for name, (dtype, shape, _) in values["tensors"].items()}:
             raise StoreError(f"{path.name} does not hold the tensors that were written")
-        if verify != "off":
-            for name, tensor in tensors.items():
-                _compare(path, name, tensor, values["tensors"][name][2])
+        for name, tensor in tensors.items():
+            _compare(path, name, tensor, values["tensors"][name][2])
         return tensors, dict(values["attributes"])
     except (SafetensorError, DQError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise error if isinstance(error, StoreError) else StoreError(f"{path.name} cannot be read: {error}") from error

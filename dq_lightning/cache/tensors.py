@@ -8,12 +8,14 @@ from torch import Tensor
 
 from dq_lightning.cache.manifest import request_full_check
 from dq_lightning.cache.tensor_files import read_tensor_file, write_tensor_file
-from dq_lightning.core.config import VerifyPolicy
 from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import Bins, Features, Selection, Suspects
 
 TENSORS_FILE = "tensors.safetensors"
-_SUSPECT_DTYPES = {"index": torch.int64, "score": torch.float64, "label": torch.int64, "suggested": torch.int64}
+# The columns [N] of a record, each with its dtype.
+_BINS = {"assignment": torch.int16, "rank": torch.int32, "gain": torch.float32, "group": torch.int32}
+_SELECTION = {"index": torch.int64, "bin": torch.int16}
+_SUSPECTS = {"index": torch.int64, "score": torch.float64, "label": torch.int64, "suggested": torch.int64}
 
 
 def write_tensor_folder(folder: Path, tensors: dict[str, Tensor], attributes: dict[str, Any]) -> None:
@@ -27,49 +29,49 @@ def write_tensor_folder(folder: Path, tensors: dict[str, Tensor], attributes: di
     write_tensor_file(folder / TENSORS_FILE, tensors, attributes)
 
 
-def read_tensor_folder(folder: Path, verify: VerifyPolicy = "size") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensor_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the attributes of a folder; the tensors are as those of `read_tensor_file`.
 
     Raises:
         StoreError: the folder holds no tensors, or damaged ones.
     """
     try:
-        return read_tensor_file(folder / TENSORS_FILE, verify=verify)
+        return read_tensor_file(folder / TENSORS_FILE)
     except (OSError, StoreError) as error:
-        request_full_check(folder)
-        raise StoreError(
-            f"the tensors in {folder} cannot be used: {error}. The next run over the data makes them again"
-        ) from error
+        raise _unusable(folder, str(error)) from error
 
 
-def _expect(folder: Path, verify: VerifyPolicy, *names: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors, attributes = read_tensor_folder(folder, verify)
-    if missing := [name for name in names if name not in tensors]:
-        raise StoreError(f"{folder} holds {', '.join(tensors) or 'nothing'}, but no {', '.join(missing)}")
-    return tensors, attributes
+def _unusable(folder: Path, reason: str) -> StoreError:
+    request_full_check(folder)
+    return StoreError(f"the tensors in {folder} cannot be used: {reason}. The next run over the data makes them again")
 
 
-def _check_columns(folder: Path, tensors: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> None:
-    """Raise StoreError unless the tensors are columns [N] of these dtypes, all of the same length."""
-    first = next(iter(dtypes))
+def _tensor(folder: Path, tensors: dict[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise StoreError(f"{folder} holds {', '.join(tensors) or 'nothing'}, but no {name}")
+    return tensors[name]
+
+
+def _columns(folder: Path, tensors: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> list[Tensor]:
+    """Return the columns [N] with these names.
+
+    Raises:
+        StoreError: a column is missing, or has another dtype or length.
+    """
+    found: list[Tensor] = []
     for name, dtype in dtypes.items():
-        seen = tensors[name]
-        if seen.ndim != 1 or seen.dtype != dtype or len(seen) != tensors[first].numel():
-            raise _unfit(folder, f"a {name} of {seen.dtype} {tuple(seen.shape)}")
+        column = _tensor(folder, tensors, name)
+        if column.ndim != 1 or column.dtype != dtype or (found and len(column) != len(found[0])):
+            raise _unusable(folder, f"it holds a {name} of {column.dtype} {tuple(column.shape)}")
+        found.append(column)
+    return found
 
 
 def _count(folder: Path, attributes: dict[str, Any], name: str) -> int:
     count = attributes.get(name, 0)
     if type(count) is not int or count < 0:
-        raise _unfit(folder, f"a {name} of {count!r:.40}")
+        raise _unusable(folder, f"it holds a {name} of {count!r:.40}")
     return count
-
-
-def _unfit(folder: Path, seen: str) -> StoreError:
-    request_full_check(folder)
-    return StoreError(
-        f"the tensors in {folder} cannot be used: it holds {seen}. The next run over the data makes them again"
-    )
 
 
 def write_features(folder: Path, features: Features) -> None:
@@ -82,72 +84,64 @@ def write_features(folder: Path, features: Features) -> None:
     write_tensor_folder(folder, tensors, {})
 
 
-def read_features(folder: Path, *, verify: VerifyPolicy = "size") -> Features:
+def read_features(folder: Path) -> Features:
     """Read what `write_features` wrote; StoreError when it is damaged."""
-    tensors, _ = _expect(folder, verify, "embedding")
+    tensors, _ = read_tensor_folder(folder)
     unreadable = tensors.get("unreadable", torch.empty(0, dtype=torch.int64))
-    return Features(tensors["embedding"], tensors.get("head_gradient"), unreadable)
+    return Features(_tensor(folder, tensors, "embedding"), tensors.get("head_gradient"), unreadable)
 
 
 def write_bins(folder: Path, bins: Bins) -> None:
-    """Write bins as four tensors and the number of bins, and suspects where there are any."""
-    tensors = {"assignment": bins.assignment, "rank": bins.rank, "gain": bins.gain, "group": bins.group}
-    doubtful, facts = _suspects(bins.suspects)
-    write_tensor_folder(folder, tensors | doubtful, {"num_bins": bins.num_bins} | _skipped(bins.num_unreadable) | facts)
+    """Write bins as four tensors and the number of bins, and what was left out of them."""
+    tensors, attributes = _left_out(bins)
+    columns = {name: getattr(bins, name) for name in _BINS}
+    write_tensor_folder(folder, columns | tensors, {"num_bins": bins.num_bins} | attributes)
 
 
-def read_bins(folder: Path, *, verify: VerifyPolicy = "size") -> Bins:
+def read_bins(folder: Path) -> Bins:
     """Read what `write_bins` wrote; StoreError when it is damaged."""
-    tensors, attributes = _expect(folder, verify, "assignment", "rank", "gain", "group")
-    facts = {"assignment": torch.int16, "rank": torch.int32, "gain": torch.float32, "group": torch.int32}
-    _check_columns(folder, tensors, facts)
-    counts = _count(folder, attributes, "num_bins"), _count(folder, attributes, "num_unreadable")
-    four = (tensors["assignment"], tensors["rank"], tensors["gain"], tensors["group"])
-    return Bins(*four, *counts, _read_suspects(folder, tensors, attributes))
+    tensors, attributes = read_tensor_folder(folder)
+    assignment, rank, gain, group = _columns(folder, tensors, _BINS)
+    num_bins = _count(folder, attributes, "num_bins")
+    return Bins(assignment, rank, gain, group, num_bins, *_read_left_out(folder, tensors, attributes))
 
 
 def write_selection(folder: Path, selection: Selection) -> None:
-    """Write a selection as the tensors `index` and `bin`, and suspects where there are any."""
-    tensors = {"index": selection.index, "bin": selection.bin}
-    doubtful, facts = _suspects(selection.suspects)
-    write_tensor_folder(folder, tensors | doubtful, _skipped(selection.num_unreadable) | facts)
+    """Write a selection as the tensors `index` and `bin`, and what was left out of it."""
+    tensors, attributes = _left_out(selection)
+    write_tensor_folder(folder, {"index": selection.index, "bin": selection.bin} | tensors, attributes)
 
 
-def read_selection(folder: Path, *, verify: VerifyPolicy = "size") -> Selection:
+def read_selection(folder: Path) -> Selection:
     """Read what `write_selection` wrote; StoreError when it is damaged."""
-    tensors, attributes = _expect(folder, verify, "index", "bin")
-    _check_columns(folder, tensors, {"index": torch.int64, "bin": torch.int16})
-    count, suspects = _count(folder, attributes, "num_unreadable"), _read_suspects(folder, tensors, attributes)
-    return Selection(tensors["index"], tensors["bin"], count, suspects)
+    tensors, attributes = read_tensor_folder(folder)
+    index, bin_of_each = _columns(folder, tensors, _SELECTION)
+    return Selection(index, bin_of_each, *_read_left_out(folder, tensors, attributes))
 
 
-def _suspects(suspects: Suspects | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and attributes that hold suspects; none of them for None."""
+def _left_out(record: Bins | Selection) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors and attributes for the unreadable samples and the suspects of a record; none if there are none."""
+    attributes: dict[str, Any] = {"num_unreadable": record.num_unreadable} if record.num_unreadable else {}
+    suspects = record.suspects
     if suspects is None:
-        return {}, {}
-    tensors = {f"suspect_{name}": getattr(suspects, name) for name in _SUSPECT_DTYPES}
-    return tensors, {
-        "suspects": {"names": None if suspects.names is None else list(suspects.names), "noise": suspects.noise}
-    }
+        return {}, attributes
+    names = None if suspects.names is None else list(suspects.names)
+    tensors = {f"suspect_{name}": getattr(suspects, name) for name in _SUSPECTS}
+    return tensors, attributes | {"suspects": {"names": names, "noise": suspects.noise}}
 
 
-def _read_suspects(folder: Path, tensors: dict[str, Tensor], attributes: dict[str, Any]) -> Suspects | None:
-    facts = attributes.get("suspects")
+def _read_left_out(folder: Path, tensors: dict[str, Tensor], attributes: dict[str, Any]) -> tuple[int, Suspects | None]:
+    """Return the number of unreadable samples and the suspects that `_left_out` described."""
+    count, facts = _count(folder, attributes, "num_unreadable"), attributes.get("suspects")
     if facts is None:
-        return None
-    dtypes = {f"suspect_{name}": dtype for name, dtype in _SUSPECT_DTYPES.items()}
-    whole = isinstance(facts, dict) and {"names", "noise"} <= set(facts) and set(dtypes) <= set(tensors)
+        return count, None
+    whole = isinstance(facts, dict) and {"names", "noise"} <= set(facts)
     if not whole or not isinstance(facts["names"], list | None) or not isinstance(facts["noise"], float | None):
-        raise _unfit(folder, f"suspects of {facts!r:.40}")
-    _check_columns(folder, tensors, dtypes)
+        raise _unusable(folder, f"it holds suspects of {facts!r:.40}")
+    dtypes = {f"suspect_{name}": dtype for name, dtype in _SUSPECTS.items()}
+    index, score, label, suggested = _columns(folder, tensors, dtypes)
     names = None if facts["names"] is None else tuple(map(str, facts["names"]))
-    index, score, label, suggested = (tensors[name] for name in dtypes)
-    return Suspects(index, score, label, suggested, names, facts["noise"])
-
-
-def _skipped(count: int) -> dict[str, Any]:
-    # The attribute is left out when it is zero, so that such entries keep the bytes that earlier versions wrote.
-    return {"num_unreadable": count} if count else {}
+    return count, Suspects(index, score, label, suggested, names, facts["noise"])
 
 
 def write_scores(folder: Path, scores: Tensor, sizes: Tensor) -> None:
@@ -155,9 +149,10 @@ def write_scores(folder: Path, scores: Tensor, sizes: Tensor) -> None:
     write_tensor_folder(folder, {"scores": scores, "sizes": sizes}, {})
 
 
-def read_scores(folder: Path, *, verify: VerifyPolicy = "size") -> tuple[Tensor, Tensor]:
+def read_scores(folder: Path) -> tuple[Tensor, Tensor]:
     """Read what `write_scores` wrote: scores of one dimension, and sizes [M, 2]; StoreError when it is damaged."""
-    tensors, _ = _expect(folder, verify, "scores", "sizes")
-    if tensors["scores"].ndim != 1 or tensors["sizes"].shape[1:] != (2,):
-        raise _unfit(folder, "scores or sizes of another shape")
-    return tensors["scores"], tensors["sizes"]
+    tensors, _ = read_tensor_folder(folder)
+    scores, sizes = (_tensor(folder, tensors, name) for name in ("scores", "sizes"))
+    if scores.ndim != 1 or sizes.shape[1:] != (2,):
+        raise _unusable(folder, "it holds scores or sizes of another shape")
+    return scores, sizes

@@ -5,7 +5,6 @@ The file `NAME_{index}.json` beside it, which is written last, says which rows o
 made them.
 """
 
-import hashlib
 import json
 import os
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from dq_lightning.cache.files import file_digest
 from dq_lightning.core.config import Precision
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.resuming import OpenApiEmbeddings
@@ -130,7 +130,7 @@ def embed_piece(
     # written last.
     target.with_suffix(".json").unlink(missing_ok=True)
     _write(target, lambda file: np.save(file, made, allow_pickle=False))
-    facts["sha256"] = _digest(target)
+    facts["sha256"] = file_digest(target)
     _write(target.with_suffix(".json"), lambda file: file.write(json.dumps(facts, indent=2).encode()))
     return target
 
@@ -259,12 +259,7 @@ def _read_facts(path: Path) -> dict[str, Any] | None:
 
 
 def _is_whole(path: Path, facts: Mapping[str, Any]) -> bool:
-    return path.is_file() and facts.get("sha256") == _digest(path)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return path.is_file() and facts.get("sha256") == file_digest(path)
 
 
 def _write(path: Path, put: Callable[[Any], Any]) -> None:

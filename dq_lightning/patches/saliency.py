@@ -13,6 +13,7 @@ from dq_lightning.core.config import PatchConfig
 from dq_lightning.core.errors import DQError, PatchError
 from dq_lightning.core.grid import grid_of, pool_to_patches
 from dq_lightning.patches.activation_maps import METHODS, ActivationMaps, TargetChoice
+from dq_lightning.patches.package_maps import PackageMaps
 from dq_lightning.patches.target_layer import HOW_TO_NAME
 
 
@@ -30,20 +31,6 @@ class PatchScorer(Protocol):
 
         Returns:
             float32 [B, L] on the images' device; a patch with a higher score is more informative.
-        """
-        ...
-
-
-class SaliencyMaps(Protocol):
-    """Computes saliency maps float32 [B, H, W] in [0, 1] for images [B, 3, h, w], where `size` is (H, W)."""
-
-    def __call__(self, images: Tensor, labels: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor: ...
-
-    def check(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Check that maps can be computed for images like these.
-
-        Raises:
-            PatchError: if they cannot.
         """
         ...
 
@@ -93,7 +80,7 @@ class ClassifierScorer:
 
     def __init__(
         self,
-        maps: SaliencyMaps,
+        maps: ActivationMaps | PackageMaps,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         input_size: tuple[int, int] | None = None,
@@ -178,11 +165,5 @@ def make_scorer(
     if classifier is None:
         raise PatchError(f'saliency={method!r} needs a classifier; "variance" and "random" need none')
     targets = TargetChoice(config.target, num_classes, config.class_map)
-    make: Callable[..., SaliencyMaps]
-    if method in METHODS:
-        make = ActivationMaps
-    else:
-        from dq_lightning.patches.package_maps import PackageMaps
-
-        make = PackageMaps
+    make = ActivationMaps if method in METHODS else PackageMaps
     return ClassifierScorer(make(classifier, method, targets, config.target_layer), mean, std, input_size, preprocess)

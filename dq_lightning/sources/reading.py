@@ -1,10 +1,13 @@
-"""The base class of all adapters: it finds images and targets in items, and computes identities from the items read."""
+"""The base class of all adapters: it reads items, finds images and targets in them, and computes identities of datasets."""
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import time
 from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
 
@@ -14,13 +17,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from dq_lightning.core.console import progress_bar
-from dq_lightning.core.errors import SourceError
+from dq_lightning.core.errors import ChangedError, SourceError, may_pass
 from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.core.records import DigestMemory, EncodedImage, Labels
 from dq_lightning.identity.datasets import State, find_state
 from dq_lightning.identity.values import digest_of
-from dq_lightning.sources.base import Positions
-from dq_lightning.sources.item_reader import SAMPLED_ITEMS, ItemReader
+from dq_lightning.sources.base import Positions, Source, dataset_length
 from dq_lightning.sources.items import (
     MANY_CHANNELS,
     Leaf,
@@ -40,7 +42,10 @@ from dq_lightning.sources.targets import Targets, as_targets, given_labels, targ
 
 logger = logging.getLogger("dq_lightning")
 
+SAMPLED_ITEMS = 16
 OTHER_ITEMS = 4
+# Most positions that are tried to find a few readable items.
+_MAX_TRIED = 256
 _SCALE_SAMPLES = 64
 _MIN_SAMPLES_FOR_BAR = 1000
 # In a dataset of fewer samples, many different classes are no sign of a mistake.
@@ -50,7 +55,7 @@ _REREAD_POSITIONS = 4
 _REREADS = 64
 
 
-class ItemSource(ItemReader):
+class ItemSource(Source):
     """The base class of all adapters. A subclass defines how an item is read, finished and identified.
 
     A leaf is the path of keys and positions that leads from an item to a value inside it; see `items.Leaf`.
@@ -59,15 +64,24 @@ class ItemSource(ItemReader):
         dataset: dataset that items are delivered from, with the transforms that were asked for.
         image_column: key or position of the image in an item; it is looked for when None.
         label_column: key or position of the target in an item; it is looked for when None.
+
+    Attributes:
+        given: the dataset that the user passed.
+        dataset: the dataset that items are delivered from; it may have other transforms.
+        first: position of a readable item that shows the structure of all items.
     """
 
+    skips = False
+    """Whether unreadable items are left out, so that they do not stop a pass over the whole dataset."""
     shows_progress = True
     """Whether a pass over all items shows a progress bar (on a terminal)."""
     trusts_list = False
     """Whether `listed_targets` is known to agree with the targets inside the items, so that no items are compared."""
 
     def __init__(self, dataset: Any, image_column: str | None, label_column: str | None) -> None:
-        super().__init__(dataset)
+        self.given = self.dataset = dataset
+        self.first = 0
+        self._length = dataset_length(dataset)
         self.image_column = image_column
         self.label_column = label_column
         self._leaf: Leaf | None = None
@@ -79,11 +93,21 @@ class ItemSource(ItemReader):
         self._logged_no_classes = False
         self._repeatable = False
 
+    def __len__(self) -> int:
+        return self._length
+
+    def describe(self) -> str:
+        return f"{type(self.dataset).__name__} with {len(self):,} samples"
+
     @property
     def identity_is_certain(self) -> bool:
         return not self.by_items or not self.state().unknown
 
     # A subclass defines the abstract methods below and may override the others of this part.
+
+    @abstractmethod
+    def read_plain(self, index: int) -> Any:
+        """Read the plain item. The method may raise any exception."""
 
     @abstractmethod
     def listed_targets(self) -> Targets | None:
@@ -108,7 +132,111 @@ class ItemSource(ItemReader):
         """
         return self
 
-    # The methods below use those above.
+    # The methods below use those above. The following read items.
+
+    @contextmanager
+    def explaining(self, index: int) -> Iterator[None]:
+        """Convert exceptions raised inside to errors that name the item and say what to do.
+
+        Raises:
+            SourceError: any exception other than `ChangedError` was raised inside.
+        """
+        try:
+            yield
+        except ChangedError:
+            raise
+        except Exception as error:
+            place = self.path(index)
+            skipping = "" if self.skips else ', or pass on_error="skip", which leaves out and counts all such items'
+            raise SourceError(
+                f"Item {index} of {self.describe()}{f' ({place})' if place else ''} can't be read: "
+                f"{type(error).__name__}: {error}. Repair it, or leave it out with torch.utils.data.Subset{skipping}."
+            ) from error
+
+    def plain(self, index: int) -> Any:
+        with self.explaining(index):
+            item = self.read_plain(index)
+            # Pillow opens files without decoding them. Decoding here reports damage while the item is known.
+            for leaf in image_leaves(item):
+                image = at(item, leaf)
+                if isinstance(image, Image.Image):
+                    stream = getattr(image, "fp", None)
+                    image.load()
+                    # `load` drops the reference to a file that the dataset opened, but packing needs its bytes.
+                    if not getattr(stream, "closed", True):
+                        image.fp = stream  # type: ignore[attr-defined]
+            return item
+
+    def _or_unreadable(self, error: SourceError) -> Unreadable:
+        """The placeholder for an unreadable item; without `skips`, or if the failure may be temporary, raise it."""
+        if not self.skips or may_pass(error):
+            raise error
+        return Unreadable(type(error.__cause__ or error).__name__)
+
+    def plain_or_unreadable(self, index: int) -> Any:
+        """The plain item, or with `skips` an `Unreadable` in place of an item that cannot be read.
+
+        Raises:
+            SourceError: the item cannot be read, and `skips` is not set or the failure may be temporary.
+        """
+        try:
+            return self.plain(index)
+        except SourceError as error:
+            return self._or_unreadable(error)
+
+    def plain_and_digest(self, index: int) -> tuple[Any, str]:
+        """The plain item and its digest; with `skips`, an `Unreadable` takes the place of an unreadable item.
+
+        Raises:
+            SourceError: the item cannot be read, and `skips` is not set or the failure may be temporary; or the item
+                holds a value of which no digest can be made.
+        """
+        item = self.plain_or_unreadable(index)
+        try:
+            return item, digest_of(item)
+        except SourceError:
+            raise  # No digest can be made of this type of value, which is no fault of this one item.
+        except Exception as error:
+            failure = error
+        try:
+            with self.explaining(index):
+                raise failure
+        except SourceError as error:
+            missing = self._or_unreadable(error)
+            return missing, digest_of(missing)
+
+    def readable(self, index: Any, count: int) -> list[int]:
+        """At most `count` evenly spaced positions out of `index`; with `skips`, only positions of readable items."""
+        spread = [int(index[place]) for place in evenly_spaced(len(index), count)]
+        if not self.skips:
+            return spread
+        more = [int(index[place]) for place in evenly_spaced(len(index), _MAX_TRIED)]
+        candidates = dict.fromkeys([*spread, *more])
+        found = (place for place in candidates if not isinstance(self.plain_or_unreadable(place), Unreadable))
+        return list(itertools.islice(found, count))
+
+    def first_item(self, fits: Callable[[Any], object] = id) -> Any:
+        """A plain item that shows the structure of all items; other unreadable items are reported when they are read.
+
+        Args:
+            fits: function that raises `SourceError` for an item that does not have the structure.
+
+        Raises:
+            SourceError: none of the items that were tried can be read and fits.
+        """
+        problems = []
+        for index in (self.first, *evenly_spaced(len(self), SAMPLED_ITEMS)):
+            try:
+                item = self.plain(index)
+                fits(item)
+            except SourceError as error:
+                problems.append(error)
+            else:
+                self.first = index
+                return item
+        raise problems[0]
+
+    # images
 
     def image_leaf(self) -> Leaf:
         if self._leaf is None:
