@@ -49,7 +49,7 @@ def seconds_of(function, device):
 def compare(name, source, spec, device, batch_size, num_workers):
     with isolated():
         encoder = spec.load(str(device))
-        batches = ImageBatches(source, encoder.preprocess, batch_size)
+        batches = ImageBatches(source, encoder.preprocess, list(torch.arange(len(source)).split(batch_size)))
         workers = choose_num_workers(batches, device) if num_workers == "auto" else num_workers
         started = time.perf_counter()
         ready = [batches[b].images for b in range(len(batches))]

@@ -19,7 +19,7 @@ from dq_lightning.features.choose import EncoderSpec
 from dq_lightning.features.collect import NAMED_SAMPLES, Allocate, Rows, allocate_in_memory, collect
 from dq_lightning.features.encoders import Encoder, RowEncoder, TextEncoder
 from dq_lightning.features.gradient import head_gradient
-from dq_lightning.features.loading import ImageBatches, explaining_lost_loaders, iterate_batches
+from dq_lightning.features.loading import ImageBatches, explaining_lost_loaders, iterate_batches, split_at_multiples
 from dq_lightning.features.readable import WithBlankTexts
 from dq_lightning.features.samples import ImageSource, SampleSource, TextSource
 from dq_lightning.features.selection_training import TrainedEncoder
@@ -162,7 +162,7 @@ def _images_to_rows(
     missing: Tensor,
 ) -> Iterator[Rows]:
     """Yield the rows of the samples `missing`, batch by batch in order; the tensors stay on the device."""
-    batches = ImageBatches(source, encoder.preprocess, batch_size, missing)
+    batches = ImageBatches(source, encoder.preprocess, split_at_multiples(missing, batch_size))
     warnings: list[tuple[int, str]] = []
     halved = HalvedBatches("features", FeatureError)
     done = 0

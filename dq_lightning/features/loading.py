@@ -41,23 +41,14 @@ class ImageBatch(NamedTuple):
 class ImageBatches(Dataset[ImageBatch]):
     """Batches of a source as a map-style dataset: item b is the batch of the samples `batches[b]`.
 
-    The source is divided into sections of `batch_size` consecutive samples, and each batch lies within one section. So
-    samples that are left out change no other batch.
-
     Args:
         source: dataset of N images.
         preprocess: function from an RGB image to a tensor.
-        batch_size: largest number of samples in a batch.
-        positions: int64 [n], positions of the samples to read, ascending; None reads all.
+        batches: int64 [B] for each batch, the positions of its samples.
     """
 
-    def __init__(
-        self, source: ImageSource, preprocess: Preprocessing, batch_size: int, positions: Tensor | None = None
-    ) -> None:
-        self.source = source
-        self.preprocess = preprocess
-        self.batch_size = batch_size
-        self.batches = split_at_multiples(torch.arange(len(source)) if positions is None else positions, batch_size)
+    def __init__(self, source: ImageSource, preprocess: Preprocessing, batches: list[Tensor]) -> None:
+        self.source, self.preprocess, self.batches = source, preprocess, batches
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -103,6 +94,8 @@ class ImageBatches(Dataset[ImageBatch]):
 
 def split_at_multiples(positions: Tensor, size: int) -> list[Tensor]:
     """Split ascending positions into runs, so that no run crosses a multiple of `size`.
+
+    So positions that are left out change no other run.
 
     >>> [part.tolist() for part in split_at_multiples(torch.tensor([0, 3, 4, 9]), 4)]
     [[0, 3], [4], [9]]

@@ -133,13 +133,8 @@ class OpenAIRows:
     ) -> Iterator[Rows]:
         """Yield the embeddings of every sample, batch by batch as they arrive; equal texts are sent only once.
 
-        Every batch is stored before it is used, so an interrupted run continues where it stopped.
-
-        Args:
-            source: dataset of N texts.
-            batch_size: largest number of texts in one request.
-            num_workers: number of concurrent requests; `"auto"` or 0 makes 8.
-            api_embeddings: function that opens the stored embeddings of a model; None stores nothing.
+        Every batch is stored before it is used, so an interrupted run continues where it stopped. With `num_workers`
+        `"auto"` or 0, up to 8 requests run at the same time.
 
         Raises:
             FeatureError: the server rejects a request or still fails after all retries.

@@ -16,7 +16,7 @@ from dq_lightning.core.errors import FeatureError, SourceError, may_pass
 from dq_lightning.core.records import Labels
 from dq_lightning.core.resuming import NoShards, Shards
 from dq_lightning.features.collect import NAMED_SAMPLES
-from dq_lightning.features.loading import ImageBatch, ImageBatches, iterate_batches
+from dq_lightning.features.loading import ImageBatch, ImageBatches, iterate_batches, split_at_multiples
 from dq_lightning.features.samples import CheckedSource, TextSource
 
 logger = logging.getLogger("dq_lightning")
@@ -121,7 +121,7 @@ def _problems(
             rows = samples[start : start + SAMPLES_AT_ONCE]
             yield len(rows), _problems_of_texts(source, rows.tolist())
     elif len(samples):
-        tried = _TriedImages(source, _nothing, SAMPLES_AT_ONCE, samples)
+        tried = _TriedImages(source, _nothing, split_at_multiples(samples, SAMPLES_AT_ONCE))
         for members, batch in zip(tried.batches, iterate_batches(tried, num_workers, torch.device("cpu")), strict=True):
             if batch.error is not None:
                 raise batch.error

@@ -108,14 +108,6 @@ class TrainedEncoder:
         return output
 
 
-class _ChosenBatches(ImageBatches):
-    """Image batches with given sample positions instead of consecutive samples of the source."""
-
-    def __init__(self, source: ImageSource, preprocess: Preprocessing, batches: list[Tensor]) -> None:
-        super().__init__(source, preprocess, max(len(batch) for batch in batches), batches[0])
-        self.batches = batches
-
-
 def train_encoder(
     encoder: Encoder | TextEncoder | RowEncoder,
     source: ImageSource,
@@ -210,7 +202,7 @@ class _Training:
     def _images(
         self, batches: list[Tensor], device: torch.device, num_workers: int | Literal["auto"]
     ) -> Iterator[Tensor]:
-        chosen = _ChosenBatches(self.source, self.encoder.preprocess, batches)
+        chosen = ImageBatches(self.source, self.encoder.preprocess, batches)
         for batch in iterate_batches(chosen, num_workers, device):
             if batch.error is not None:
                 raise batch.error

@@ -39,12 +39,12 @@ class OpenFiles:
         self._descriptors: list[int] = []
         self._held = 0
 
-    def open(self, name: str, size: int | None = None) -> int:
+    def open(self, name: str, size: int) -> int:
         """Open a file and return its descriptor, which stays open as long as this object exists.
 
         Args:
             name: name of the file.
-            size: size in bytes that the file must have; None accepts every size.
+            size: size in bytes that the file must have.
 
         Raises:
             Damage: if the file has another size, or is no plain file.
@@ -61,14 +61,9 @@ class OpenFiles:
         seen = os.fstat(descriptor)
         if not stat.S_ISREG(seen.st_mode):
             raise Damage(f"{name} is not a plain file")
-        if size is not None and seen.st_size != size:
+        if seen.st_size != size:
             raise Damage(f"{name} does not have the {size} bytes of its content")
         return descriptor
-
-    def close(self, descriptor: int) -> None:
-        """Close the file of a descriptor."""
-        self._descriptors.remove(descriptor)
-        os.close(descriptor)
 
     def read(self, name: str, size: int, header: bytes = b"", sha256: str | None = None) -> NDArray[np.uint8]:
         """Read the bytes of a file that follow its header into memory, and close the file.
@@ -90,7 +85,8 @@ class OpenFiles:
         try:
             whole = _read_exactly(descriptor, len(header) + size, 0, name)
         finally:
-            self.close(descriptor)
+            self._descriptors.remove(descriptor)
+            os.close(descriptor)
         if sha256 is not None and hashlib.sha256(whole.data).hexdigest() != sha256:
             raise Damage(f"{name} has another content than was written")
         if whole[: len(header)].tobytes() != header:

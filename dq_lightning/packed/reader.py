@@ -295,7 +295,7 @@ class PackedDataset(Dataset[Any]):
             for row in rows:
                 checksum = crc32(row, checksum)
             if crc32(value, checksum) != self._checksums[at]:
-                raise self._unusable(f"sample {at} ({self.ids[at]}) does not match its checksum{self._suspects(value)}")
+                raise self._unusable(f"sample {at} ({self.ids[at]}) does not match its checksum{self._files_of(value)}")
         return rows, value
 
     def _value(self, start: int, end: int) -> Row:
@@ -331,7 +331,8 @@ class PackedDataset(Dataset[Any]):
             raise StoreError("a part of the sample is missing")
         return self._build(leaves)
 
-    def _suspects(self, value: Row) -> str:
+    def _files_of(self, value: Row) -> str:
+        """Return the names of the files that hold a sample, for messages."""
         return f" ({', '.join([f'column-{n}.npy' for n, *_ in self._columns] + ['values.bin'] * bool(value))})"
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Chooses the adapter that presents a given dataset as a `Source`. No other module makes this choice."""
 
 import copy
-import hashlib
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +8,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from dq_lightning.core.config import OnError, TextConfig
 from dq_lightning.core.errors import ConfigError, SourceError
+from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.base import CompletedSource, Source, dataset_length, is_source
 from dq_lightning.sources.files import FileSource, file_list
 from dq_lightning.sources.hub import HubSource, hub_kind
@@ -129,10 +129,7 @@ def grouping_id(source: Source) -> str | None:
         return "none"
     if grouping is not None:
         given = given_labels(grouping, len(source))
-        digest = hashlib.sha256(given.values.numpy().tobytes())
-        digest.update(repr(given.names).encode() if given.names is not None else b"")
-        digest.update(b"unlabeled" if given.unlabeled else b"")
-        return digest.hexdigest()
+        return digest_of(given.values, given.names, given.unlabeled)
     # The values of the column are already part of the source's own identity, so the name of the column is enough.
     return None if column is None else f"column:{column}"
 

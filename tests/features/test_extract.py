@@ -307,7 +307,7 @@ def test_loaders_are_forked_so_unpicklable_datasets_work(spec, make_source, capl
 
 def test_processes_are_started_only_for_work_worth_it(make_source, to_float, monkeypatch):
     cpu = torch.device("cpu")
-    batches = ImageBatches(make_source(8), to_float, 4)
+    batches = ImageBatches(make_source(8), to_float, list(torch.arange(8).split(4)))
     assert choose_num_workers(batches, cpu) == 0
     monkeypatch.setattr(loading, "WORKER_START_SECONDS", 0.0)
     workers = choose_num_workers(batches, cpu)
