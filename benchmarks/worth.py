@@ -85,12 +85,12 @@ class Job:
 
 
 DIRTY = ("wrong20", "wrong40", "swapped20", "swapped40", "duplicates", "foreign")
-MAIN = ("random", "published", "auto", "auto, stratified", "margin 50", "margin 50, stratified")
+MAIN = ("random", "published", "auto", "auto, stratified", "margin 50", "margin 50, stratified", "bins, best 50")
 # Ways at other ratios than a tenth. A larger part is trained for as many more steps.
 RATIOS = {
-    0.05: ("random", "published", "margin 30, stratified", "margin 50, stratified", "margin 70, stratified"),
-    0.2: ("random", "published", "margin 50, stratified", "margin 70, stratified", "margin 80, stratified"),
-    0.5: ("random", "published", "margin 70, stratified", "margin 80, stratified", "margin 90, stratified"),
+    0.05: ("random", "published", "bins, best 50", *(f"margin {best}, stratified" for best in (30, 50, 70))),
+    0.2: ("random", "published", "bins, best 70", *(f"margin {best}, stratified" for best in (50, 70, 80))),
+    0.5: ("random", "published", "bins, best 90", *(f"margin {best}, stratified" for best in (70, 80, 90))),
 }
 # Codecs and qualities that are compared at a share of the raw bytes.
 BYTES = {

@@ -126,6 +126,24 @@ def automatic(then: Callable, share: float = 1.0) -> Callable:
     return way
 
 
+def eased(share: float) -> Callable:
+    """Return the way that makes bins of all samples, and draws from the share of best margins of every bin of a class."""
+
+    def way(data: Choosing, count: int, seed: int) -> Index:
+        bins = data.bins(np.arange(len(data)), 10, whitened=False)
+        drawn = select(bins, keep_ratio=count / len(data), seed=seed).index.numpy()
+        places = bins.group.numpy().astype(np.int64) * 10 + bins.assignment.numpy()
+        draw, kept = np.random.default_rng([seed, DRAW, 5]), []
+        for place in np.unique(places):
+            members = np.flatnonzero(places == place)
+            wanted = int((places[drawn] == place).sum())
+            best = members[np.argsort(-data.margin[members], kind="stable")]
+            kept.append(draw.permutation(best[: max(wanted, round(share * len(members)))])[:wanted])
+        return np.sort(np.concatenate(kept))
+
+    return way
+
+
 def hard(share: float, then: Callable) -> Callable:
     """Return the way that takes the share of worst margins of each class instead."""
 
@@ -228,6 +246,11 @@ WAYS: dict[str, Callable[[Choosing, int, int], Index]] = {
     "margin 70": margin(0.7, binned),
     "margin 90": margin(0.9, binned),
     "margin 90, stratified": margin(0.9, stratified),
+    "bins, best 30": eased(0.3),
+    "bins, best 50": eased(0.5),
+    "bins, best 70": eased(0.7),
+    "bins, best 80": eased(0.8),
+    "bins, best 90": eased(0.9),
     "auto": automatic(binned),
     "auto, stratified": automatic(stratified),
     "hard 50": hard(0.5, binned),
@@ -253,7 +276,7 @@ BALANCED = ("equal", "sqrt", "equal, stratified", "equal, margin 50")
 # Ways that are compared in the search on every condition, and those that one condition needs beside them.
 SEARCHED = (
     *("random", "stratified", "published", "auto", "auto, stratified", "margin 50", "margin 50, stratified"),
-    *("margin 30, stratified", "margin 70, stratified", "margin 50, spread 5", "margin 50, k-means"),
+    *("bins, best 50", "margin 30, stratified", "margin 70, stratified", "margin 50, spread 5", "margin 50, k-means"),
 )
 DRAWS = ("early bins", "late bins", "whitened", "margin 50, late bins", "hard 50", "moderate", "spread 20", "k-means")
 COPIES = tuple(name for name in WAYS if name.startswith("no copies"))
