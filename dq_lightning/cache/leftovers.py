@@ -37,11 +37,7 @@ def remove_stale(folder: Path, now: float) -> None:
 
 
 def clean(folders: Iterable[Path]) -> None:
-    """Remove stale temporary folders, and damaged entries that were moved aside, from some folders.
-
-    Args:
-        folders: folders of stations, or of the embeddings of an API; missing ones are skipped.
-    """
+    """Remove stale temporary folders, and damaged entries that were moved aside; missing folders are skipped."""
     for folder in folders:
         if folder.is_dir():
             with contextlib.suppress(OSError):

@@ -52,6 +52,9 @@ class PatchConfig(JsonFields):
         quality: quality of JPEG and WebP, 1 to 100.
         batch_size: number of images that are scored in one step. It does not enter the cache key.
 
+    Raises:
+        ConfigError: a value is unknown or out of range.
+
     Example:
         >>> PatchConfig(drop_ratio=0.25, codec="webp", reconstruct="batch").drops
         True
@@ -134,6 +137,9 @@ class FeatureConfig(JsonFields):
         selection_batch_size: number of images in one step of that training, at least 2.
         selection_seed: seed of the order of the batches and of the initial weights of a new head.
 
+    Raises:
+        ConfigError: a value is unknown or out of range, or settings contradict each other.
+
     Example:
         >>> FeatureConfig(encoder="resnet18.a1_in1k", kind="gradient", selection_epochs=10).precision
         'auto'
@@ -194,6 +200,9 @@ class BinConfig(JsonFields):
         engine: regime of the exact graph cut, see `dq_lightning.bins.graph_cut`: `"auto"` chooses by size, memory and
             what the picks turn out to cost. All make the same picks, so it is not part of the cache key.
 
+    Raises:
+        ConfigError: a value is unknown or out of range.
+
     Example:
         >>> BinConfig(num_bins=5, lam=0.5).to_dict()["objective"]
         'graph_cut'
@@ -238,6 +247,9 @@ class SelectionConfig(JsonFields):
             square roots of the sizes (`"sqrt"`), or in `"equal"` numbers. A class gives at most what it has, and
             the others share what is missing.
 
+    Raises:
+        ConfigError: a value is unknown or out of range.
+
     Example:
         >>> SelectionConfig(keep_ratio=0.1, seed=1).draw
         'seeded'
@@ -271,6 +283,9 @@ class QualityConfig(JsonFields):
             estimates how many labels are wrong and leaves out as many samples as it takes until about 1 % of the other
             labels are wrong (only for margins; nothing on clean data, or without classes). Other samples are then fewer,
             but `keep_ratio` remains a share of all.
+
+    Raises:
+        ConfigError: a value is unknown or out of range, or settings contradict each other.
 
     Example:
         >>> QualityConfig(drop_worst=0.05).score
@@ -327,6 +342,9 @@ class TextConfig(JsonFields):
             if the tokenizer has a template; True does so for all rows; False for none, and the published wording is
             used.
 
+    Raises:
+        ConfigError: a value is unknown or out of range.
+
     Example:
         >>> TextConfig(template="prompt", columns=("question", "answer"), embed="instruction").max_length is None
         True
@@ -364,6 +382,9 @@ class EncodingConfig(JsonFields):
             images of more than 64 pixels a side are reduced), and keeps every size without it.
         least_psnr: floor for the choice that `max_bytes` makes, in dB: images are not stored more coarsely, fewer
             samples are kept instead.
+
+    Raises:
+        ConfigError: a value is unknown or out of range.
 
     Example:
         >>> EncodingConfig(codec="webp", quality=60, longest_side=256).encodes
@@ -409,6 +430,9 @@ class QuantizeConfig(JsonFields):
             dataset's bytes (`"10%"`). The number of samples and, for images, codec, quality and longest side are then
             chosen, unless they are fixed in `encoding`, or by a `keep_ratio` other than the default. None sets no bound.
         quality: which samples are left out before the bins, because their labels seem wrong or their scores are low.
+
+    Raises:
+        ConfigError: a value is unknown or out of range, or settings contradict each other.
 
     Example:
         >>> config = QuantizeConfig(bins=BinConfig(num_bins=5), selection=SelectionConfig(keep_ratio=0.1))

@@ -89,16 +89,10 @@ def loader_processes(
 
 
 def find_open_handle(value: Any) -> str | None:
-    """Describe an open object that forked processes would share.
+    """Describe the first open object inside a value that forked processes would share; None if there is none.
 
     The search follows attributes, containers, closures, default arguments, classes, and the global names that the
     user's code uses.
-
-    Args:
-        value: object to search.
-
-    Returns:
-        The first open object that is found, in words, or None.
     """
     seen: dict[int, Any] = {}
     level: list[Any] = [value]

@@ -31,11 +31,7 @@ def torch_threads(count: int, name: str = "") -> ThreadPoolExecutor:
 
     In a forked process each thread's first operation replaces the thread pool that torch inherited, and torch guards
     this step against one thread alone: two threads at once fail with "Invalid thread pool!" (torch 2.14). So the
-    calling thread takes this step before other threads exist.
-
-    Args:
-        count: number of threads.
-        name: prefix of the names of the threads.
+    calling thread takes this step before other threads exist. The names of the threads begin with `name`.
     """
     torch.set_num_threads(torch.get_num_threads())
     return ThreadPoolExecutor(count, thread_name_prefix=name)

@@ -223,7 +223,11 @@ class NetworkEncoder:
         return features.float()
 
     def features(self, batch: Tensor) -> Tensor:
-        """Return the features [B, D] of a batch as `embed` does, but in the caller's grad mode and precision."""
+        """Return the features [B, D] of a batch as `embed` does, but in the caller's grad mode and precision.
+
+        Raises:
+            FeatureError: the network fails on the batch, or the batch is uint8 and there are no mean and std.
+        """
         batch = batch.to(self._device, non_blocking=True)
         if batch.dtype == torch.uint8:
             if self._mean is None or self._std is None:

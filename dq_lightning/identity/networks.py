@@ -82,11 +82,7 @@ def described_module(module: nn.Module, without: Collection[str] = ()) -> tuple[
     """Return the digest of a network, and the reasons why equal digests do not guarantee equal outputs.
 
     Every byte of the weights is read once. The device, the precision of the computation and train mode have no
-    influence.
-
-    Args:
-        module: the network.
-        without: names of settings that have no influence on the result.
+    influence, and neither have the settings named in `without`.
 
     Returns:
         Hexadecimal digest, and a list of reasons, which is empty if everything was resolved.
@@ -131,11 +127,8 @@ def _compiled(part: torch.jit.ScriptModule) -> str:
 def digest_module(module: nn.Module, *, without: Collection[str] = ()) -> str:
     """Return the hexadecimal digest of a network: its code, its settings, and every parameter and buffer.
 
-    If its code could not be resolved completely, the digest also covers its outputs for a few fixed inputs.
-
-    Args:
-        module: the network.
-        without: names of settings that have no influence on the result.
+    If its code could not be resolved completely, the digest also covers its outputs for a few fixed inputs. Settings
+    named in `without` have no influence on the result and are left out.
 
     Raises:
         DQError: a parameter has no values (meta or lazy).

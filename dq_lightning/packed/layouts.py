@@ -36,7 +36,11 @@ def leaf_of(layout: str, mode: str, pixels: Pixels) -> Any:
 
 
 def pixels_of(leaf: Any) -> tuple[str, str, Pixels]:
-    """Return the layout name, the mode and the pixels uint8 [H, W, C] of an image."""
+    """Return the layout name, the mode and the pixels uint8 [H, W, C] of an image.
+
+    Raises:
+        StoreError: if patches of this kind of image cannot be stored; the message says what to deliver instead.
+    """
     if isinstance(leaf, Image.Image) and leaf.mode in CHANNELS and 0 not in leaf.size:
         pixels = np.asarray(leaf)
         return "pil", leaf.mode, pixels if pixels.ndim == 3 else pixels[..., None]

@@ -28,11 +28,7 @@ Row = bytes | memoryview
 
 
 class OpenFiles:
-    """Plain files of one folder, open for reading.
-
-    Args:
-        folder: folder that holds the files.
-    """
+    """Plain files of one folder, open for reading."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

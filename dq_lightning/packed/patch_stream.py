@@ -138,7 +138,11 @@ def read_stream(data: bytes, facts: Facts, shared: bytes) -> PatchedImage:
 
 
 def read_compressed(data: bytes, at: int, shared: bytes, max_bytes: int, what: str) -> tuple[bytes, int]:
-    """Decompress what is stored at a position; return it and the position after it."""
+    """Decompress what is stored at a position; return it and the position after it.
+
+    Raises:
+        StoreError: if the bytes end too early, are damaged, or give more than `max_bytes`.
+    """
     length, at = read_uvarint(data, at)
     if length > len(data) - at:
         raise StoreError(f"a stored image claims {what} of {length} bytes, {len(data) - at} are there")

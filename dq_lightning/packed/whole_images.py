@@ -80,11 +80,7 @@ def decode_stored(image: StoredImage) -> Any:
 
 
 class FileReader:
-    """Decodes the images of one column of files.
-
-    Args:
-        leaf: description of the column.
-    """
+    """Decodes the images of one column of files."""
 
     def __init__(self, leaf: Leaf) -> None:
         self.decoder, self.layout, self.has_properties = file_facts(leaf.dtype)

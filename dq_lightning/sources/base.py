@@ -197,11 +197,7 @@ class Source(ABC):
 
 
 class PlainItems:
-    """The plain items of a source as a map-style dataset.
-
-    Args:
-        source: the source.
-    """
+    """The plain items of a source as a map-style dataset."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
