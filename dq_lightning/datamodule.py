@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 from torch.utils.data import DataLoader, Dataset
 
-from dq_lightning.core.config import AnyConfig, Balance, OnError, Reconstruct, StoreKind, VerifyPolicy
+from dq_lightning.core.config import (
+    AnyConfig,
+    Balance,
+    OnError,
+    Reconstruct,
+    SelectionConfig,
+    StoreKind,
+    VerifyPolicy,
+    replace_fields,
+)
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.records import Bins, Selection, StoreInfo
@@ -40,11 +49,11 @@ from dq_lightning.loading.options import DataModuleOptions, StoreOptions, listin
 from dq_lightning.loading.paths import open_paths, other_splits
 from dq_lightning.loading.preparation import Preparation
 from dq_lightning.loading.steps import report_steps
-from dq_lightning.loading.store_train_set import StoreFolder, make_train_set
+from dq_lightning.loading.store_train_set import StoreFolder, StoreTrainSet, make_train_set
 from dq_lightning.loading.trainer_facts import TrainerFacts
-from dq_lightning.loading.wanted import in_one_process, want
 from dq_lightning.pipeline.compact import read_bins_of
-from dq_lightning.selection.given import Indices
+from dq_lightning.pipeline.wanted import want
+from dq_lightning.selection.given import Indices, read_indices
 from dq_lightning.sources.strip import KEEP
 from dq_lightning.tokens.loading import TokenLoading
 
@@ -207,14 +216,15 @@ class QuantizedHooks(Base):
         check_given(train=train, val=val, test=test, predict=predict)
         check_loader_numbers(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers)
         wanted = want(
-            config=config,
+            config,
             keep_ratio=keep_ratio,
             num_bins=num_bins,
             seed=seed,
             store=store,
             encoder=encoder,
             labels=labels,
-            indices=indices,
+            # A file is read now, because it may be removed or replaced before another process reads it.
+            indices=None if indices is None else read_indices(indices),
             transform=transform,
             target_transform=target_transform,
             fingerprint=fingerprint,
@@ -227,16 +237,9 @@ class QuantizedHooks(Base):
             drop_worst=drop_worst,
             balance=balance,
         )
-        if num_workers == 0:
-            wanted = in_one_process(wanted)
+        if num_workers == 0 and wanted.config.features.num_workers == "auto":
+            wanted = replace(wanted, config=replace_fields(wanted.config, {"features.num_workers": 0}))
         self.config = wanted.config
-        selected, seed = wanted.config.selection, wanted.seed
-        # The hyperparameters are the values in effect, whether a keyword or the config set them. Only small plain
-        # values are saved, because a dataset among them would be copied into every checkpoint.
-        keep_ratio, num_bins = selected.keep_ratio, wanted.config.bins.num_bins
-        if wanted.indices is not None:
-            keep_ratio = num_bins = None
-        self.save_hyperparameters("keep_ratio", "num_bins", "seed", logger=False)
         self._inner: Any = train if is_datamodule(train) else None
         # The batch size of a wrapped data module is read from its train loader in setup().
         own = None if self._inner is not None else LoaderSettings().batch_size
@@ -254,9 +257,11 @@ class QuantizedHooks(Base):
         self._eval = other_splits(train, evals, same_form=kept)
         self._reported = False
         train_set = make_train_set(train, wanted, verify)
-        check_batch_transform(batch_transform, train_set.fills_late)
-        text, on_error = wanted.config.text, wanted.config.on_error
-        self._tokens = None if tokenizer is None else TokenLoading(tokenizer, text, wanted.seed, on_error)
+        check_batch_transform(batch_transform, transform, train_set.fills_late)
+        selected = wanted.config.selection
+        self._tokens = None
+        if tokenizer is not None:
+            self._tokens = TokenLoading(tokenizer, wanted.config.text, selected.seed, wanted.config.on_error)
         self._preparation = Preparation(
             train_set,
             self._inner,
@@ -264,12 +269,21 @@ class QuantizedHooks(Base):
             verify=verify,
             device=device,
             force=force_recompute,
-            seed=wanted.seed,
+            seed=selected.seed,
             check=None if self._tokens is None else self._check_rows,
             default_collate=tokenizer is None
             and collate_fn is None
             and type(self).train_dataloader is QuantizedHooks.train_dataloader,
         )
+        # The hyperparameters are the values in effect, whether a keyword or the config set them, and None where nothing is
+        # drawn from bins. Only small plain values are saved, because a dataset among them would be copied into every
+        # checkpoint.
+        keep_ratio, num_bins, seed = selected.keep_ratio, wanted.config.bins.num_bins, selected.seed
+        if wanted.indices is not None or isinstance(train_set, StoreTrainSet):
+            keep_ratio = num_bins = None
+        elif wanted.config.max_bytes is not None and keep_ratio == SelectionConfig().keep_ratio:
+            keep_ratio = None  # The budget decides how many samples are kept.
+        self.save_hyperparameters("keep_ratio", "num_bins", "seed", logger=False)
         if self._inner is not None:
             self._wrap(self._inner)
         self._batch_transform = batch_transform
@@ -349,7 +363,7 @@ class QuantizedHooks(Base):
                 on every rank.
         """
         val = self._eval["val"]
-        self._preparation.prepare(self.trainer, {"val": val} if is_one_dataset(val) else None)
+        self._preparation.prepare(self.trainer, val if is_one_dataset(val) else None)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the compact set on every rank and check that all ranks hold the same one.
@@ -454,7 +468,7 @@ class QuantizedHooks(Base):
         Raises:
             ConfigError: `setup` has not run.
         """
-        return self._preparation.compact().selection
+        return self._preparation.opened.compact.selection
 
     @property
     def bins(self) -> Bins:
@@ -464,7 +478,7 @@ class QuantizedHooks(Base):
             CacheError: the bins are not in the cache, or no bins were made because all samples were kept or given.
             ConfigError: `setup` has not run.
         """
-        return read_bins_of(self._preparation.compact(), self._preparation.cache())
+        return read_bins_of(self._preparation.opened.compact, self._preparation.cache())
 
     @property
     def data_keep_ratio(self) -> float:

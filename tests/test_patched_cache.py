@@ -13,6 +13,7 @@ from dq_lightning.core.errors import ConfigError, PatchError
 from dq_lightning.pipeline import extracting, filling, packing, scoring
 from dq_lightning.pipeline.patch_plan import PatchPlan
 from dq_lightning.pipeline.plan import FILLED, PATCHES, STORE, make_plan, station_parts
+from dq_lightning.pipeline.wanted import Wanted
 from tests.lightning_scripts.common import photos
 from tests.lightning_scripts.patched_images import small_mae
 
@@ -94,7 +95,7 @@ def test_what_was_filled_is_rebuilt_alike(tmp_path):
 
 def parts(wanted, **given):
     given = {"reconstructor": small_mae()} | given
-    plan = make_plan(photos(COUNT, None), wanted, **given)
+    plan = make_plan(photos(COUNT, None), Wanted(wanted, **given))
     return station_parts(plan, "the data", {"encoder": "e"} | {n: n for n in ("classifier", "reconstructor")})
 
 
@@ -187,7 +188,7 @@ def prepared(image):
 def test_without_a_classifier_none_is_chosen(tmp_path):
     seen = {}
     for saliency in ("random", "variance"):
-        plan = make_plan(photos(COUNT, None), config(saliency=saliency), reconstructor=small_mae())
+        plan = make_plan(photos(COUNT, None), Wanted(config(saliency=saliency), reconstructor=small_mae()))
         assert plan.patches.classifier is None
         seen[saliency] = masks(made(tmp_path, config(saliency=saliency)))
     seen["seed 1"] = masks(made(tmp_path, config(saliency="random", seed=1)))

@@ -223,9 +223,9 @@ def test_a_collate_function_that_hides_the_images_is_told(warm):
 def test_misplaced_transforms_are_told(warm):
     with pytest.raises(ConfigError, match=r"pass batch_transform=.*or use reconstruct=\"prepare\""):
         quantized(photos(), warm, "batch", batch_transform=None)
-    with pytest.raises(ConfigError, match="batch_transform= belongs to patches"):
+    with pytest.raises(ConfigError, match="batch_transform= is used only where dropped patches are filled"):
         quantized(photos(), warm, "prepare", batch_transform=as_floats)
-    with pytest.raises(ConfigError, match="batch_transform= belongs to patches"):
+    with pytest.raises(ConfigError, match="batch_transform= is used only where dropped patches are filled"):
         QuantizedDataModule(photos(), batch_transform=as_floats)
-    with pytest.raises(ConfigError, match=r"transform= cannot run before the filling.*batch_transform="):
+    with pytest.raises(ConfigError, match=r"transform= would run before that.*batch_transform="):
         quantized(photos(), warm, "batch", transform=to_tensor)

@@ -12,7 +12,17 @@ from dq_lightning import BinConfig, FeatureConfig, QuantizeConfig, SelectionConf
 from dq_lightning.cache.entries import Cache
 from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.pipeline.compact import open_compact
-from dq_lightning.pipeline.plan import BINS, FEATURES, SELECTION, STORE, make_plan, source_identity, station_parts
+from dq_lightning.pipeline.plan import (
+    BINS,
+    FEATURES,
+    SELECTION,
+    STORE,
+    known_identity,
+    make_plan,
+    source_identity,
+    station_parts,
+)
+from dq_lightning.pipeline.wanted import Wanted
 from tests.lightning_scripts.common import photos, to_tensor
 
 
@@ -73,9 +83,9 @@ def test_one_line_says_what_is_computed_and_why(tmp_path, caplog):
 
 
 def parts_of(tmp_path, dataset=None, config=None, **more):
-    plan = make_plan(dataset or photos(40), config or settings(), encoder=(TwoNumbers(), to_tensor), **more)
+    plan = make_plan(dataset or photos(40), Wanted(config or settings(), encoder=(TwoNumbers(), to_tensor), **more))
     memory = Cache(tmp_path).memory
-    source, identities = source_identity(plan, memory, full=True), plan.identities(memory)
+    source, identities = source_identity(plan, memory), plan.identities(memory)
     return station_parts(plan, source, identities)
 
 
@@ -122,12 +132,12 @@ def test_the_grouping_of_a_source_is_part_of_the_key(tmp_path):
 
 def test_options_that_come_too_late_for_a_source_are_told():
     source = as_source(photos(40), label_column="1")
-    assert make_plan(source, settings(label_column="1")).source is source
+    assert make_plan(source, Wanted(settings(label_column="1"))).source is source
     for options in ({"transform": np.asarray}, {"transform": None}, {"target_transform": str}):
         with pytest.raises(ConfigError, match=r"transform= was given for a source that is made already"):
-            make_plan(source, settings(), **options)
+            make_plan(source, Wanted(settings(), **options))
     with pytest.raises(ConfigError, match=r"image_column=, label_column= was given"):
-        make_plan(source, settings(image_column="0", label_column="0"))
+        make_plan(source, Wanted(settings(image_column="0", label_column="0")))
 
 
 def test_auto_looks_at_more_than_the_first_image():
@@ -141,7 +151,7 @@ def test_auto_looks_at_more_than_the_first_image():
         def __getitem__(self, i):
             return Image.new("RGB", (500, 400) if (i == 0) == self.odd else (60, 50)), 0
 
-    small, large = (make_plan(Sizes(odd), settings()).encoder.description for odd in (True, False))
+    small, large = (make_plan(Sizes(odd), Wanted(settings())).encoder.description for odd in (True, False))
     assert "images up to 64 px" in small
     assert "images over 64 px" in large
 
@@ -160,12 +170,12 @@ def test_identity_is_looked_up_where_nothing_is_built(tmp_path):
 
     READS: list[int] = []
     cache = Cache(tmp_path)
-    plan = make_plan(Counting(), settings())
-    assert source_identity(plan, cache.memory, full=False) is None
+    plan = make_plan(Counting(), Wanted(settings()))
+    assert known_identity(plan, cache.memory) is None
     assert len(READS) < 80
-    known = source_identity(plan, cache.memory, full=True)
+    known = source_identity(plan, cache.memory)
     READS.clear()
-    assert source_identity(make_plan(Counting(), settings()), Cache(tmp_path).memory, full=False) == known
+    assert known_identity(make_plan(Counting(), Wanted(settings())), Cache(tmp_path).memory) == known
     assert len(READS) < 80
 
 

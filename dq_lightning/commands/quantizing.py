@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dq_lightning.core.config import (
+    SHORT_FORMS,
     Balance,
     BinConfig,
     EncodingConfig,
@@ -120,31 +121,23 @@ def quantize_dataset(
         max_bytes,
         quality,
     )
-    short = {
-        "selection.keep_ratio": keep_ratio,
-        "bins.num_bins": num_bins,
-        "patches.drop_ratio": drop_ratio,
-        "features.encoder": encoder,
-        "selection.seed": seed,
-        "selection.balance": balance,
-        "quality.score": scores,
-        "quality.drop_worst": drop_worst,
+    short: dict[str, Any] = {
+        "keep_ratio": keep_ratio,
+        "num_bins": num_bins,
+        "drop_ratio": drop_ratio,
+        "encoder": encoder,
+        "seed": seed,
+        "balance": balance,
+        "scores": scores,
+        "drop_worst": drop_worst,
     }
-    config = replace_fields(config, short)
+    config = replace_fields(config, {SHORT_FORMS[name]: value for name, value in short.items()})
     from dq_lightning.commands.opening import open_dataset
     from dq_lightning.exports.rows import check_writable
     from dq_lightning.pipeline.quantize import quantize
     from dq_lightning.selection.given import check_alone
 
-    check_alone(
-        indices,
-        keep_ratio=keep_ratio,
-        num_bins=num_bins,
-        encoder=encoder,
-        scores=scores,
-        drop_worst=drop_worst,
-        balance=balance,
-    )
+    check_alone(indices, **short)
     if output is not None:
         output = str(Path(output).expanduser())
         check_writable(output)

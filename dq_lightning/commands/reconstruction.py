@@ -15,6 +15,7 @@ from dq_lightning.pipeline.compact import open_packed
 from dq_lightning.pipeline.patching import check_packable
 from dq_lightning.pipeline.plan import make_plan
 from dq_lightning.pipeline.quantize import find_or_build
+from dq_lightning.pipeline.wanted import want
 
 
 def reconstruct_images(
@@ -60,14 +61,9 @@ def reconstruct_images(
     if config.reconstruct == "batch":
         config = replace(config, reconstruct="prepare")
     selection = SelectionConfig(keep_ratio=1.0) if indices is None else SelectionConfig()
+    settings = QuantizeConfig(selection=selection, patches=config, store="packed")
     with isolated_random_state():
-        plan = make_plan(
-            dataset,
-            QuantizeConfig(selection=selection, patches=config, store="packed"),
-            classifier=classifier,
-            reconstructor=reconstructor,
-            indices=indices,
-        )
+        plan = make_plan(dataset, want(settings, classifier=classifier, reconstructor=reconstructor, indices=indices))
         check_packable(plan)
         cache = Cache(cache_dir or default_cache_dir())
         compact = find_or_build(plan, cache, device=device, progress=progress)

@@ -58,11 +58,11 @@ def bins(
     """
     config = QuantizeConfig(features=features, bins=bins, text=text, store="indices", on_error=on_error)
     config = replace_fields(config, {"bins.num_bins": num_bins, "features.encoder": encoder})
-    from dq_lightning.commands.dataset_bins import bins_of_dataset
     from dq_lightning.commands.opening import open_dataset
     from dq_lightning.exports.names import dataset_name
     from dq_lightning.exports.published import write_bin_files
     from dq_lightning.exports.results import CONFIG, write_config
+    from dq_lightning.pipeline.quantize import bins_of_dataset
 
     opened = open_dataset(dataset, data_path, split)
     made = bins_of_dataset(opened, config, labels=labels, cache_dir=cache_dir, device=device, progress=progress)
@@ -114,10 +114,10 @@ def suspects(
     kept = SelectionConfig(keep_ratio=1e-9)  # nothing is drawn, so any share may be listed
     config = QuantizeConfig(features, selection=kept, text=text, store="indices", on_error=on_error, quality=quality)
     config = replace_fields(config, {"features.encoder": encoder})
-    from dq_lightning.commands.dataset_bins import bins_of_dataset
     from dq_lightning.commands.opening import open_dataset
     from dq_lightning.core.errors import ConfigError
     from dq_lightning.exports.suspects import write_suspects
+    from dq_lightning.pipeline.quantize import bins_of_dataset
     from dq_lightning.sources.adapt import as_source
 
     opened = open_dataset(dataset, data_path, split)

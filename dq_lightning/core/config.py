@@ -520,6 +520,24 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return values
 
 
+# The setting that a keyword, or an option of the command line, is the short form of.
+SHORT_FORMS = {
+    "keep_ratio": "selection.keep_ratio",
+    "seed": "selection.seed",
+    "balance": "selection.balance",
+    "num_bins": "bins.num_bins",
+    "drop_ratio": "patches.drop_ratio",
+    "classifier": "patches.classifier",
+    "reconstructor": "patches.reconstructor",
+    "encoder": "features.encoder",
+    "scores": "quality.score",
+    "drop_worst": "quality.drop_worst",
+    "max_bytes": "max_bytes",
+    "store": "store",
+    "on_error": "on_error",
+}
+
+
 def with_short_forms(config: AnyConfig | None, values: dict[str, Any]) -> QuantizeConfig:
     """Set fields of a config from keyword arguments, such as `keep_ratio=` for `selection.keep_ratio`.
 

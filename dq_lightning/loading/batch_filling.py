@@ -17,6 +17,7 @@ from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.pipeline.filling import Filler, stored_image
 from dq_lightning.pipeline.patch_plan import PatchPlan
 from dq_lightning.sources.items import at, with_value
+from dq_lightning.sources.strip import KEEP
 
 # Keys of the dict that a loader process sends to the hook.
 BATCH, MASKS = "dq_lightning_batch", "dq_lightning_masks"
@@ -123,16 +124,23 @@ class BatchFiller:
         return self.__dict__ | {"_filler": None}
 
 
-def check_batch_transform(batch_transform: Any, fills_late: bool) -> None:
+def check_batch_transform(batch_transform: Any, transform: Any, fills_late: bool) -> None:
     """Check that a batch transform is given if and only if images are filled by the batch.
 
     Args:
         batch_transform: the user's batch transform, or None.
+        transform: the user's transform of single images, or `"keep"`.
         fills_late: whether images are filled by the batch.
 
     Raises:
-        ConfigError: it is missing, or it is given where it is not used.
+        ConfigError: the batch transform is missing, or it is given where it is not used, or there is a transform of
+            single images, which could only run before the filling.
     """
+    if fills_late and transform is not None and not (isinstance(transform, str) and transform == KEEP):
+        raise ConfigError(
+            'with reconstruct="batch" images are filled after the loader, and transform= would run before that: pass it as '
+            "batch_transform="
+        )
     if fills_late and batch_transform is None:
         raise ConfigError(
             'reconstruct="batch" fills the images on the device, after the loader, so the dataset\'s own transform cannot run '
@@ -141,8 +149,8 @@ def check_batch_transform(batch_transform: Any, fills_late: bool) -> None:
         )
     if batch_transform is not None and not fills_late:
         raise ConfigError(
-            'batch_transform= belongs to patches that are filled by the batch (drop_ratio= and reconstruct="batch"): here the '
-            "dataset's own transform does this"
+            "batch_transform= is used only where dropped patches are filled during training (drop_ratio= and "
+            'reconstruct="batch"): pass transform= in its place, or let the dataset transform its images'
         )
 
 

@@ -7,22 +7,19 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-from dq_lightning.core.config import AnyConfig, Balance, OnError, StoreKind, VerifyPolicy
+from dq_lightning.core.config import AnyConfig, OnError, VerifyPolicy
 from dq_lightning.loading.loaders import AutoBool, AutoInt
-from dq_lightning.selection.given import Indices
+from dq_lightning.pipeline.wanted import Choices, Delivery
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-class RunOptions(TypedDict, total=False):
+class RunOptions(Delivery, total=False):
     """What every way in takes: settings, what is delivered, loaders, cache and device."""
 
     config: AnyConfig | None
-    reconstructor: Any
-    transform: Any
-    target_transform: Any
     batch_transform: Callable[..., Any] | None
     collate_fn: Callable[[list[Any]], Any] | None
     tokenizer: Any
@@ -32,28 +29,14 @@ class RunOptions(TypedDict, total=False):
     persistent_workers: AutoBool | None
     drop_last: bool | None
     cache_dir: str | Path | None
-    seed: int | None
     force_recompute: bool
     verify: VerifyPolicy
     device: str
 
 
-class DataModuleOptions(RunOptions, total=False):
+class DataModuleOptions(RunOptions, Choices, total=False):
     """What `from_datamodule` takes: also which samples and patches are kept, and how they are stored."""
 
-    keep_ratio: float | None
-    num_bins: int | None
-    drop_ratio: float | None
-    max_bytes: int | str | None
-    encoder: Any
-    classifier: Any
-    labels: Any
-    indices: Indices
-    scores: Any
-    drop_worst: float | Literal["auto"] | None
-    balance: Balance | None
-    store: StoreKind | None
-    fingerprint: str | None
     on_error: OnError | None
 
 

@@ -22,7 +22,6 @@ from dq_lightning.loading.loaders import LoaderSettings, check_collatable
 from dq_lightning.loading.ranks import call_on_all, check_equal_on_all, gather_from_all, raise_on_all, world_size
 from dq_lightning.loading.train_set import BuildOptions, Located, Opened, PeerIdentity, TrainSet
 from dq_lightning.loading.trainer_facts import TrainerFacts
-from dq_lightning.pipeline.compact import Compact
 
 
 class Preparation:
@@ -96,14 +95,14 @@ class Preparation:
         """Folder and size of the compact set, and further facts about it."""
         return self.opened.compact.info
 
-    def prepare(self, trainer: Any, evals: dict[str, Any] | None = None) -> None:
+    def prepare(self, trainer: Any, val: Any = None) -> None:
         """Make the compact set if a train set is needed and the cache does not hold it.
 
         Lightning decides which processes call this method.
 
         Args:
             trainer: Trainer of the run, or None.
-            evals: validation datasets by name, of which torch's collate function must be able to make batches.
+            val: validation dataset of which torch's collate function must be able to make batches, or None.
 
         Raises:
             DQError: preparation failed in a run of one process. In a run of several processes the error is kept, and
@@ -117,12 +116,11 @@ class Preparation:
             if facts.fits:
                 # Without a Trainer nobody may ever make batches, so the check is left out.
                 collates = self.default_collate and trainer is not None
-                for name, dataset in (evals or {}).items() if collates else ():
-                    with isolated_random_state():
-                        check_collatable(dataset, f"{name}=")
                 device = facts.device if self.device == "auto" else self.device
+                options = BuildOptions(device, self.force, facts.progress, self.check, collates)
                 with isolated_random_state():
-                    options = BuildOptions(device, self.force, facts.progress, self.check, collates)
+                    if collates and val is not None:
+                        check_collatable(val, "val=")
                     self._located = self.train.prepare(self.cache(), options)
                 self.force = False
         except (Exception, SystemExit) as error:
@@ -150,6 +148,10 @@ class Preparation:
         """
         failure, self._failure = self._failure, None
         raise_on_all(failure, "preparing the compact set")
+        with isolated_random_state():
+            return self._open(trainer, stage)
+
+    def _open(self, trainer: Any, stage: str | None) -> bool:
         wanted, prepared, peer_identity = stage in (None, "fit"), None, None
         if wanted:
             # The dataset may change before the next call, so what was prepared is used once.
@@ -157,17 +159,18 @@ class Preparation:
             peer_identity = self._peer_identity(prepared)
 
         def locate() -> Located | None:
+            if self.inner is None:
+                return self.train.locate(self.cache(), prepared, peer_identity) if wanted else None
             # Both calls run in one random state, as in `prepare`, because some data modules make their split in `setup`
             # and others in `train_dataloader`.
-            with isolated_random_state(None if self.inner is None else self.seed):
-                if self.inner is not None:
-                    self.inner.trainer = trainer
-                    self.inner.setup(stage)
+            with isolated_random_state(self.seed):
+                self.inner.trainer = trainer
+                self.inner.setup(stage)
                 return self.train.locate(self.cache(), prepared, peer_identity) if wanted else None
 
         located = call_on_all(locate, "looking for the compact set")
         if located is not None:
-            self._opened = call_on_all(partial(self._open, located), "opening the compact set")
+            self._opened = call_on_all(partial(self.train.open, self.cache(), located), "opening the compact set")
             check_equal_on_all(
                 self.info.content_hash,
                 "compact sets",
@@ -177,10 +180,6 @@ class Preparation:
             if TrainerFacts.of(trainer).fits:
                 self._check_resumed()
         return wanted
-
-    def _open(self, located: Located) -> Opened:
-        with isolated_random_state():
-            return self.train.open(self.cache(), located)
 
     def _peer_identity(self, prepared: Located | None) -> PeerIdentity | None:
         """Return the identity of the data from the first rank that prepared; None in a run of one process.
@@ -192,8 +191,7 @@ class Preparation:
         """
 
         def compute() -> PeerIdentity | None:
-            with isolated_random_state():
-                return None if prepared is None else prepared.peer_identity()
+            return None if prepared is None else prepared.peer_identity()
 
         if world_size() == 1:
             return None
@@ -207,10 +205,6 @@ class Preparation:
             A sentence, or None when there is nothing to add to the error.
         """
         return FailureNotes(self.cache().root, self._started).explain(error)
-
-    def compact(self) -> Compact:
-        """Return the opened compact set: its selection, description and key parts."""
-        return self.opened.compact
 
     def settings(self, batch_size: int | None, given: dict[str, Any]) -> LoaderSettings:
         """Return the settings of the train loader.

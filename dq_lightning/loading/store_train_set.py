@@ -26,12 +26,12 @@ from dq_lightning.loading.train_set import (
     filled_late,
     patched_dataset,
 )
-from dq_lightning.loading.wanted import Wanted
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.pipeline.compact import open_compact, open_packed, set_folder, stored_patch_plan
 from dq_lightning.pipeline.filling import write_filled
 from dq_lightning.pipeline.patch_plan import PatchPlan
 from dq_lightning.pipeline.plan import FILLED, filled_parts
+from dq_lightning.pipeline.wanted import Wanted
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.sources.strip import KEEP
 
@@ -158,18 +158,11 @@ class StoreTrainSet:
 
         Args:
             config: settings that the store was made with.
-
-        Raises:
-            ConfigError: there is an image transform, but images are filled by the batch.
         """
         wanted = self._wanted
         given = [
             None if isinstance(one, str) and one == KEEP else one for one in (wanted.transform, wanted.target_transform)
         ]
-        if given[0] is not None and self.fills_late:
-            raise ConfigError(
-                'transform= cannot run before the filling of reconstruct="batch": pass it as batch_transform='
-            )
         if given == [None, None]:
             # Without a transform there is no need to find the image in a sample.
             return None

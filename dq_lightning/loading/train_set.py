@@ -18,14 +18,14 @@ from dq_lightning.loading.batch_filling import UnfilledDataset
 from dq_lightning.loading.inner import probe_train_loader
 from dq_lightning.loading.loaders import LoaderSettings, check_collatable, read_loader
 from dq_lightning.loading.ranks import global_rank
-from dq_lightning.loading.wanted import Wanted, without_transform
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.pipeline.compact import Compact, check_same_samples, find_compact, open_packed
 from dq_lightning.pipeline.filling import stored_place
 from dq_lightning.pipeline.packing import check_storable
 from dq_lightning.pipeline.patch_plan import PatchPlan
-from dq_lightning.pipeline.plan import STORE, Plan, source_identity
+from dq_lightning.pipeline.plan import STORE, Plan, make_plan, source_identity
 from dq_lightning.pipeline.quantize import find_or_build
+from dq_lightning.pipeline.wanted import Wanted
 from dq_lightning.sources.base import Source
 
 
@@ -164,7 +164,8 @@ class _PlannedTrainSet:
     """
 
     def __init__(self, wanted: Wanted) -> None:
-        self._wanted = without_transform(wanted)
+        # Images that are filled during training get the user's batch transform, and no transform before it.
+        self._wanted = replace(wanted, transform=None) if wanted.fills_late else wanted
         self.fills_late = wanted.fills_late
 
     def open(self, cache: Cache, located: Located) -> Opened:
@@ -187,9 +188,12 @@ class DatasetTrainSet(_PlannedTrainSet):
         super().__init__(wanted)
         self._dataset = dataset
 
-    def prepare(self, cache: Cache, options: BuildOptions) -> Located:
+    def _plan(self) -> Plan:
         # The plan is made again at each call, because the user may have changed the dataset since the last one.
-        plan = self._wanted.plan(self._dataset)
+        return make_plan(self._dataset, self._wanted)
+
+    def prepare(self, cache: Cache, options: BuildOptions) -> Located:
+        plan = self._plan()
         if options.default_collate and not self.fills_late:
             check_collatable(_all_samples(plan), "the train set")
         return _build(plan, cache, options)
@@ -197,12 +201,12 @@ class DatasetTrainSet(_PlannedTrainSet):
     def locate(self, cache: Cache, prepared: Located | None = None, peer: PeerIdentity | None = None) -> Located:
         if prepared is not None:
             return prepared
-        plan = self._wanted.plan(self._dataset)
+        plan = self._plan()
         return Located(_find(plan, cache, peer), plan)
 
     @cached_property
     def num_classes(self) -> int | None:
-        labels = self._wanted.plan(self._dataset).labels
+        labels = self._plan().labels
         return labels.num_classes if labels is not None else None
 
 
@@ -219,21 +223,24 @@ class DataModuleTrainSet(_PlannedTrainSet):
         self._datamodule = datamodule
 
     def prepare(self, cache: Cache, options: BuildOptions) -> Located:
-        with isolated_random_state(self._wanted.seed):
+        with isolated_random_state(self._wanted.config.selection.seed):
             dataset, _ = read_loader(probe_train_loader(self._datamodule))
-        return _build(self._wanted.plan(dataset), cache, options)
+        return _build(make_plan(dataset, self._wanted), cache, options)
 
     def locate(self, cache: Cache, prepared: Located | None = None, peer: PeerIdentity | None = None) -> Located:
         dataset, settings = read_loader(self._datamodule.train_dataloader())
-        plan = self._wanted.plan(dataset)
+        plan = make_plan(dataset, self._wanted)
         if prepared is None:
             return Located(_find(plan, cache, peer), plan, settings)
-        # The process that prepared compares this split with the split of its preparation.
+        # The process that prepared compares this split with the split of its preparation. The networks are the same
+        # objects, so their weights are not hashed again.
+        assert prepared.plan is not None
+        plan = plan.with_networks_of(prepared.plan)
         found = find_compact(plan, cache)
         if found is None or found.parts != prepared.compact.parts:
             # The state of the dataset may differ only because it remembers what was read during preparation. Therefore
             # the identity is now computed from the content of all items.
-            found = find_compact(plan, cache, source=source_identity(plan, cache.memory, full=True))
+            found = find_compact(plan, cache, source=source_identity(plan, cache.memory))
         if found is None or found.parts != prepared.compact.parts:
             raise SourceError(
                 f"{type(self._datamodule).__name__}.setup('fit') gave another train set than in prepare_data: its split "
@@ -255,15 +262,19 @@ def _all_samples(plan: Plan) -> Any:
 
 
 def _build(plan: Plan, cache: Cache, options: BuildOptions) -> Located:
-    """Find the compact set of a plan in the cache or make it."""
+    """Find the compact set of a plan in the cache or make it.
+
+    The transforms are no part of the set's key, so that they fit packed samples is checked also where the set is found.
+    """
+    if plan.store_kind == "packed":
+        check_storable(plan, plan.source.finisher(plan.candidates))
 
     def check() -> None:
         if options.check is not None:
             options.check(_all_samples(plan))
 
-    check_deliverable(plan)
     made = find_or_build(
-        plan, cache, device=options.device, force=options.force, progress=options.progress, before=check
+        plan, cache, device=options.device, force=options.force, progress=options.progress, check=check
     )
     return Located(made, plan)
 
@@ -271,8 +282,7 @@ def _build(plan: Plan, cache: Cache, options: BuildOptions) -> Located:
 def _find(plan: Plan, cache: Cache, peer: PeerIdentity | None) -> Compact:
     """Return the compact set of a plan from the cache.
 
-    If `peer` fits the plan's source, it is tried first, and otherwise the identity that this process can look
-    up.
+    If `peer` fits the plan's source, its identity is tried first, and then the one that this process can look up.
 
     Raises:
         CacheError: the compact set is not in the cache.
@@ -295,17 +305,6 @@ def _find(plan: Plan, cache: Cache, peer: PeerIdentity | None) -> Compact:
 def filled_late(patches: PatchPlan | None) -> PatchPlan | None:
     """Return the patch plan if images are filled batch by batch during training, else None."""
     return patches if patches is not None and patches.config.reconstruct == "batch" else None
-
-
-def check_deliverable(plan: Plan) -> None:
-    """Check before the long work that packed samples can be turned into the items that the dataset delivers.
-
-    Raises:
-        StoreError: a sample cannot be stored.
-        SourceError: the dataset's transforms give another result for a packed sample than for the original one.
-    """
-    if plan.store_kind == "packed":
-        check_storable(plan, plan.source.finisher(plan.candidates))
 
 
 def compact_dataset(plan: Plan, compact: Compact, verify: VerifyPolicy) -> Any:

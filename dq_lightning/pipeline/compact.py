@@ -26,7 +26,7 @@ from dq_lightning.pipeline.plan import (
     Plan,
     filled_parts,
     keeps_all,
-    source_identity,
+    known_identity,
     usable_parts,
 )
 
@@ -104,48 +104,27 @@ def write_description(
 def find_compact(plan: Plan, cache: Cache, source: str | None = None) -> Compact | None:
     """Return the compact set of a plan from the cache, or None if it is not there.
 
-    It does not read the dataset in full, loads no model and uses no GPU.
+    It does not read the dataset in full, loads no model and uses no GPU. With `on_error="skip"`, a set that was made
+    with `on_error="raise"` is found too, because it skipped no sample. A set whose filled images are missing is not
+    found.
 
     Args:
         plan: plan of the set.
         cache: cache that is searched.
         source: identity of the data, if it is known; None looks up remembered digests.
     """
-    source = source or source_identity(plan, cache.memory, full=False)
+    source = source or known_identity(plan, cache.memory)
     identities = plan.identities(cache.memory)
     if source is None or identities is None:
         return None
-    return find_made(plan, source, identities, cache)
-
-
-def find_made(plan: Plan, source: str, identities: dict[str, str], cache: Cache) -> Compact | None:
-    """Return the compact set of a plan from the cache, or None if it is not there.
-
-    With `on_error="skip"`, a set that was made with `on_error="raise"` is found too, because it skipped no sample.
-
-    Args:
-        plan: plan of the set.
-        source: identity of the data.
-        identities: identities of the networks, by name.
-        cache: cache that is searched.
-    """
     for parts in usable_parts(plan, source, identities):
-        found = find_by_parts(parts, cache)
-        if found is not None:
-            return found
+        compact = cache.read(STORE, parts[STORE], partial(open_compact, parts=parts))
+        if compact is not None and FILLED in parts:
+            filled = cache.find(FILLED, filled_key(parts[FILLED], compact))
+            compact = None if filled is None else replace(compact, filled=filled)
+        if compact is not None:
+            return compact
     return None
-
-
-def find_by_parts(parts: Parts, cache: Cache) -> Compact | None:
-    """Return the compact set with these parts from the cache, or None if it is not there.
-
-    If the parts name filled images, the result contains their folder, and it is None if they are missing.
-    """
-    compact = cache.read(STORE, parts[STORE], partial(open_compact, parts=parts))
-    if compact is None or FILLED not in parts:
-        return compact
-    filled = cache.find(FILLED, filled_key(parts[FILLED], compact))
-    return None if filled is None else replace(compact, filled=filled)
 
 
 def filled_key(own: dict[str, Any], compact: Compact) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dq_lightning.core.config import PatchConfig
-from dq_lightning.core.errors import ConfigError, PatchError
+from dq_lightning.core.errors import PatchError
 from dq_lightning.core.records import DigestMemory
 from dq_lightning.features.choose import EncoderSpec, choose_encoder
 from dq_lightning.features.encoders import NetworkEncoder
@@ -161,16 +161,3 @@ def make_patch_plan(
             decoder_num_heads=config.decoder_num_heads,
         )
     return PatchPlan(config, size, chosen, filler, image_size)
-
-
-def check_modality(modality: str) -> None:
-    """Check that the samples are images, because only images have patches.
-
-    Args:
-        modality: `"image"` or `"text"`.
-
-    Raises:
-        ConfigError: the samples are not images.
-    """
-    if modality != "image":
-        raise ConfigError(f"drop_ratio= drops patches of images, but these samples are {modality}: leave it out")

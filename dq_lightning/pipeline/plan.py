@@ -16,8 +16,9 @@ from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.core.records import DigestMemory, Labels, Selection
 from dq_lightning.features.choose import EncoderSpec, choose_encoder
 from dq_lightning.patches.reconstructors import ReconstructorSpec
-from dq_lightning.pipeline.patch_plan import PatchPlan, check_modality, make_patch_plan
+from dq_lightning.pipeline.patch_plan import PatchPlan, make_patch_plan
 from dq_lightning.pipeline.scores import GivenScores, given_scores
+from dq_lightning.pipeline.wanted import Wanted
 from dq_lightning.selection.given import read_indices
 from dq_lightning.sources.adapt import as_source, grouping_id
 from dq_lightning.sources.base import Source
@@ -100,6 +101,10 @@ class Plan:
         patches = self.patches and self.patches.resolve(memory)
         return replace(self, encoder=self.encoder and self.encoder.resolve(memory), patches=patches)
 
+    def with_networks_of(self, other: "Plan") -> "Plan":
+        """Return this plan with what is known of the networks of another plan, which was made of the same `Wanted`."""
+        return replace(self, _identities=other._identities)
+
     def identities(self, memory: DigestMemory) -> dict[str, str] | None:
         """Return the identities of the networks in use, by name; None when one was never resolved with this memory.
 
@@ -116,72 +121,56 @@ class Plan:
         return dict(known) if all(name in known for name, network in networks.items() if network is not None) else None
 
 
-def make_plan(
-    dataset: Any,
-    config: QuantizeConfig,
-    *,
-    encoder: Any = None,
-    classifier: Any = None,
-    reconstructor: Any = None,
-    labels: Any = None,
-    indices: Any = None,
-    scores: Any = None,
-    transform: Any = "keep",
-    target_transform: Any = "keep",
-    fingerprint: str | None = None,
-) -> Plan:
+def make_plan(dataset: Any, wanted: Wanted) -> Plan:
     """Make the plan of a run: adapt the dataset to a source, and choose the networks.
 
     It reads a few images at most and loads no weights.
 
     Args:
         dataset: any torchvision or Hugging Face dataset, map-style dataset, or `Source`.
-        config: every setting.
-        encoder: as in `quantize`.
-        classifier: as in `quantize`.
-        reconstructor: as in `quantize`.
-        labels: as in `quantize`.
-        indices: as in `quantize`.
-        scores: numbers [N] as in `quantize`; None uses `config.quality.score`.
-        transform: `"keep"`, or the transform that replaces the dataset's own; None means no transform.
-        target_transform: `"keep"`, or the transform that replaces the dataset's own target transform; None means none.
-        fingerprint: identity of the dataset given by the user, in place of its content digest.
+        wanted: everything that the user asked for.
 
     Raises:
         DQError: the dataset cannot be read as a source, a network cannot be chosen, or settings contradict each other.
     """
-    encoding = config.encoding
+    config, encoding = wanted.config, wanted.config.encoding
     if config.max_bytes is None and not encoding.encodes and encoding != EncodingConfig(encoding.codec):
         raise ConfigError(
-            'encoding.quality, longest_side and least_psnr need encoding.codec="jpeg" or "webp", or max_bytes='
+            "encoding.quality, longest_side and least_psnr only have an effect when images are encoded anew: set "
+            'encoding.codec="jpeg" or "webp", or max_bytes=, or leave them out'
         )
     source = as_source(
         dataset,
         image_column=config.image_column,
         label_column=config.label_column,
-        labels=labels,
-        transform=transform,
-        target_transform=target_transform,
+        labels=wanted.labels,
+        transform=wanted.transform,
+        target_transform=wanted.target_transform,
         text=config.text,
         on_error=config.on_error,
     )
-    chosen = None if indices is None else read_indices(indices, len(source))
+    chosen = None if wanted.indices is None else read_indices(wanted.indices, len(source))
     if chosen is None and keeps_all(config):
         chosen = torch.arange(len(source))
-    spec = _encoder(source, config, encoder) if chosen is None else None
-    patches = None
+    spec = given = patches = None
+    if chosen is None:
+        spec = _encoder(source, config, wanted.encoder)
+        given = given_scores(wanted.scores, config.quality, len(source))
     if config.patches.drops:
-        check_modality(source.modality)
+        if source.modality != "image":
+            raise ConfigError(
+                f"drop_ratio= drops patches of images, but these samples are {source.modality}: leave it out"
+            )
         if config.store == "indices":
             raise ConfigError(
-                'store="indices" copies nothing, so no patch can be dropped: leave it out, or drop_ratio='
+                'store="indices" stores row numbers and no images, so no patches can be dropped: use store="packed", or '
+                "leave drop_ratio= out"
             )
-        size = _typical_size(source)
+        width, height = _typical_size(source)
         patches = make_patch_plan(
-            config.patches, (size[1], size[0]), classifier=classifier, reconstructor=reconstructor
+            config.patches, (height, width), classifier=wanted.classifier, reconstructor=wanted.reconstructor
         )
-    given = given_scores(scores, config.quality, len(source)) if chosen is None else None
-    return Plan(source, spec, config, fingerprint, grouping_id(source), patches, chosen, given)
+    return Plan(source, spec, config, wanted.fingerprint, grouping_id(source), patches, chosen, given)
 
 
 def keeps_all(config: QuantizeConfig) -> bool:
@@ -191,10 +180,11 @@ def keeps_all(config: QuantizeConfig) -> bool:
 
 def _encoder(source: Source, config: QuantizeConfig, encoder: Any) -> EncoderSpec:
     encoder = config.features.encoder if encoder is None else encoder
+    by_size = isinstance(encoder, str) and encoder == "auto" and source.modality == "image"
     spec = choose_encoder(
         encoder,
         weights=config.features.weights,
-        image_size=_typical_size(source) if _by_size(encoder, source) else (0, 0),
+        image_size=_typical_size(source) if by_size else (0, 0),
         modality=source.modality,
         text=config.text,
     )
@@ -205,11 +195,6 @@ def _encoder(source: Source, config: QuantizeConfig, encoder: Any) -> EncoderSpe
             f"selection_epochs trains a network of images, and features come from {spec.description}: leave it out"
         )
     return spec
-
-
-def _by_size(encoder: Any, source: Source) -> bool:
-    """Whether the choice of the encoder depends on the size of the images."""
-    return isinstance(encoder, str) and encoder == "auto" and source.modality == "image"
 
 
 def _typical_size(source: Source) -> tuple[int, int]:
@@ -225,23 +210,18 @@ def _typical_size(source: Source) -> tuple[int, int]:
     return sorted(sizes, key=max)[len(sizes) // 2]
 
 
-def source_identity(plan: Plan, memory: DigestMemory, *, full: bool) -> str | None:
-    """Return the identity of the data.
+def source_identity(plan: Plan, memory: DigestMemory) -> str:
+    """Return the identity of the data; the dataset is read in full where its digest is not remembered."""
+    known = known_identity(plan, memory) if plan.fingerprint is not None or plan.source.identity_is_certain else None
+    return known or plan.source.digest(memory)
 
-    Args:
-        plan: plan of the run.
-        memory: memory of content digests.
-        full: whether the dataset may be read in full to find its identity. False only looks up remembered digests,
-            which is what ranks that build nothing do; the result is None if the digest is not remembered.
-    """
-    if plan.fingerprint is not None:
-        column = plan.config.image_column
-        return f"{GIVEN}{plan.fingerprint}" + (f" column:{column}" if column is not None else "")
-    if not full:
+
+def known_identity(plan: Plan, memory: DigestMemory) -> str | None:
+    """Return the identity of the data if the user gave it or it is remembered, else None; nothing is read in full."""
+    if plan.fingerprint is None:
         return plan.source.quick_digest(memory)
-    if not plan.source.identity_is_certain:
-        return plan.source.digest(memory)
-    return plan.source.quick_digest(memory) or plan.source.digest(memory)
+    column = plan.config.image_column
+    return f"{GIVEN}{plan.fingerprint}" + (f" column:{column}" if column is not None else "")
 
 
 def station_parts(plan: Plan, source: str, identities: dict[str, str]) -> Parts:

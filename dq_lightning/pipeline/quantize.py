@@ -2,22 +2,21 @@
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from dq_lightning.cache.entries import Cache, default_cache_dir
 from dq_lightning.cache.tensors import read_bins
-from dq_lightning.core.config import AnyConfig, OnError, VerifyPolicy, with_short_forms
+from dq_lightning.core.config import AnyConfig, OnError, QuantizeConfig, VerifyPolicy
 from dq_lightning.core.console import get_logger
-from dq_lightning.core.errors import StoreError
 from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.core.records import Bins, StoreInfo
 from dq_lightning.pipeline.build import Build
-from dq_lightning.pipeline.compact import Compact, find_made
+from dq_lightning.pipeline.compact import Compact, find_compact
 from dq_lightning.pipeline.packing import check_storable
 from dq_lightning.pipeline.plan import BINS, Plan, make_plan, source_identity, usable_parts
-from dq_lightning.selection.given import Indices, check_alone
+from dq_lightning.pipeline.wanted import Wanted, want
+from dq_lightning.selection.given import Indices
 
 
 def quantize(
@@ -45,8 +44,8 @@ def quantize(
         source: any torchvision or Hugging Face dataset, map-style dataset, or `Source`; N samples.
         config: settings as a `QuantizeConfig`, a dict of its fields, or a YAML or JSON file; the defaults keep 12.5 %
             of the samples from 10 bins.
-        encoder: network that makes the features: an `nn.Module`, or `(module, preprocessing)`; None uses
-            `config.features.encoder`.
+        encoder: network that makes the features: an `nn.Module`, `(module, preprocessing)`, or a value of
+            `config.features.encoder`, for which it is the short form.
         classifier: network, or `(network, preprocessing)`, whose saliency maps score the patches; None uses
             `config.patches.classifier`.
         reconstructor: `ViTMAEForPreTraining` that fills dropped patches; None uses `config.patches.reconstructor`.
@@ -83,24 +82,21 @@ def quantize(
         >>> info.kind, info.num_samples, info.data_keep_ratio
         ('indices', 10, 0.25)
     """
-    check_alone(indices, encoder=encoder, scores=scores, drop_worst=drop_worst)
-    named = isinstance(scores, str | Path)
-    short_forms = {"quality.score": str(scores) if named else None, "quality.drop_worst": drop_worst}
-    settings = with_short_forms(config, {"on_error": on_error} | short_forms)
-    check_alone(indices, settings)
+    wanted = want(
+        config,
+        encoder=encoder,
+        classifier=classifier,
+        reconstructor=reconstructor,
+        labels=labels,
+        indices=indices,
+        scores=scores,
+        drop_worst=drop_worst,
+        fingerprint=fingerprint,
+        on_error=on_error,
+    )
     cache = Cache(cache_dir or default_cache_dir(), verify=verify)
     with isolated_random_state():
-        plan = make_plan(
-            source,
-            settings,
-            encoder=encoder,
-            classifier=classifier,
-            reconstructor=reconstructor,
-            labels=labels,
-            indices=indices,
-            scores=None if named else scores,
-            fingerprint=fingerprint,
-        )
+        plan = make_plan(source, wanted)
         return find_or_build(plan, cache, device=device, force=force_recompute, progress=progress).info
 
 
@@ -111,7 +107,7 @@ def find_or_build(
     device: str = "auto",
     force: bool = False,
     progress: bool = True,
-    before: Callable[[], object] | None = None,
+    check: Callable[[], object] | None = None,
 ) -> Compact:
     """Return the compact set of a plan: from the cache if it is there, else made now.
 
@@ -124,53 +120,49 @@ def find_or_build(
         device: device that the networks and the bins run on.
         force: make again what is already in the cache.
         progress: show progress bars.
-        before: function that is called before the work, only if something has to be made; an error that it raises ends
-            the run before any long work.
+        check: function that is called before the work, only if something has to be made; an error that it raises ends
+            the run before any long work. None packs a few samples on trial (`check_storable`).
 
     Raises:
         DQError: the compact set cannot be made.
     """
     started = time.perf_counter()
-    source, identities = _identities(plan, cache)
-    if identities is not None and not force:
-        found = find_made(plan, source, identities, cache)
-        if found is not None:
-            kept, whole = len(found.selection), len(plan.source)
-            get_logger().info(f"reusing the compact set of {kept:,} of {whole:,} samples: {found.info.path}")
-            return found
-    check_storable(plan)
+    source = source_identity(plan, cache.memory)
+    if not force and (found := find_compact(plan, cache, source)) is not None:
+        kept, whole = len(found.selection), len(plan.source)
+        get_logger().info(f"reusing the compact set of {kept:,} of {whole:,} samples: {found.info.path}")
+        return found
     seconds = {"identity": round(time.perf_counter() - started, 3)}
-    if before is not None:
-        before()
+    if check is None:
+        check_storable(plan)
+    else:
+        check()
     return Build(plan, source, cache, device, force=force, progress=progress, seconds=seconds).compact()
 
 
-def find_or_build_bins(plan: Plan, cache: Cache, *, device: str = "auto", progress: bool = True) -> Bins:
-    """Return only the bins of the plan's dataset: from the cache if they are there, else made now.
+def bins_of_dataset(
+    dataset: Any,
+    config: QuantizeConfig,
+    *,
+    labels: Any = None,
+    cache_dir: str | Path | None = None,
+    device: str = "auto",
+    progress: bool = True,
+) -> Bins:
+    """Return only the bins of a dataset: from the cache if they are there, else made now.
 
-    The caller restores the global random state, as in `find_or_build`.
-
-    Args:
-        plan: what will be made.
-        cache: cache that is searched and written.
-        device: device that the networks and the bins run on.
-        progress: show progress bars.
+    The arguments are those of `quantize`; of the settings, those of `store`, `selection` and `patches` have no effect.
 
     Raises:
         DQError: the bins cannot be made.
     """
-    source, identities = _identities(plan, cache)
-    for parts in [] if identities is None else usable_parts(plan, source, identities):
-        with suppress(StoreError):
-            if (path := cache.find(BINS, parts[BINS])) is not None:
-                bins = read_bins(path)
-                get_logger().info(f"reusing the bins of {len(plan.source):,} samples: {path}")
+    cache = Cache(cache_dir or default_cache_dir())
+    with isolated_random_state():
+        plan = make_plan(dataset, Wanted(config, labels=labels))
+        source = source_identity(plan, cache.memory)
+        identities = plan.identities(cache.memory)
+        for parts in [] if identities is None else usable_parts(plan, source, identities):
+            if (bins := cache.read(BINS, parts[BINS], read_bins)) is not None:
+                get_logger().info(f"reusing the bins of {len(plan.source):,} samples")
                 return bins
-    return Build(plan, source, cache, device, force=False, progress=progress, seconds={}).bins()
-
-
-def _identities(plan: Plan, cache: Cache) -> tuple[str, dict[str, str] | None]:
-    """Return the identity of the data, and those of the networks by name, or None where one of them is unknown."""
-    source = source_identity(plan, cache.memory, full=True)
-    assert source is not None
-    return source, plan.identities(cache.memory)
+        return Build(plan, source, cache, device, force=False, progress=progress, seconds={}).bins()

@@ -90,7 +90,7 @@ class Task:
         if self.plan.fingerprint is not None:
             return
         changed = source.marks(fresh=True) != self.marks
-        if changed or (not source.by_items and source_identity(self.plan, self.cache.memory, full=True) != self.source):
+        if changed or (not source.by_items and source_identity(self.plan, self.cache.memory) != self.source):
             remove_shards(self.entry)
             raise ChangedError(
                 f"{source.describe()} changed while it was read: start again when nothing writes to it any more. "

@@ -17,6 +17,10 @@ from dq_lightning.core.records import Selection
 Indices = str | Path | Sequence[int] | Any
 
 
+# Keywords that choose samples in another way than `indices=`.
+CHOOSING = ("keep_ratio", "num_bins", "encoder", "scores", "drop_worst", "balance")
+
+
 def check_alone(indices: Any, config: QuantizeConfig | None = None, **given: Any) -> None:
     """Check that positions are not combined with settings that would choose them.
 
@@ -24,14 +28,15 @@ def check_alone(indices: Any, config: QuantizeConfig | None = None, **given: Any
         indices: positions as in `quantize`; None may be combined with everything.
         config: settings, whose fields for features, bins and selection must have their defaults; seeds, batch size and
             number of workers may differ, since loaders use them.
-        **given: keywords that the user may have passed; None stands for a keyword that was not passed.
+        **given: keywords that the user may have passed, of which those in `CHOOSING` are looked at; None stands for a
+            keyword that was not passed.
 
     Raises:
         ConfigError: `indices` is not None, and a keyword was passed or a field differs from its default.
     """
     if indices is None:
         return
-    named = [f"{name}=" for name, value in given.items() if value is not None]
+    named = [f"{name}=" for name in CHOOSING if given.get(name) is not None]
     if config is not None:
         parts: dict[str, Any] = {"features": FeatureConfig(), "bins": BinConfig(), "selection": SelectionConfig()}
         parts["quality"] = QualityConfig()

@@ -19,6 +19,7 @@ from dq_lightning.features.extract import extract_features
 from dq_lightning.features.selection_training import with_selection_epochs
 from dq_lightning.pipeline.plan import FEATURES, make_plan, station_parts
 from dq_lightning.pipeline.quantize import quantize
+from dq_lightning.pipeline.wanted import Wanted
 from dq_lightning.sources.adapt import as_source
 from tests.features.conftest import TinyNetwork, to_float_tensor
 
@@ -175,7 +176,7 @@ def test_errors_name_the_sample_and_the_way_out(tiny, make_source, tmp_path):
     np.save(tmp_path / "ready.npy", np.zeros((40, 4), np.float32))
     config = QuantizeConfig(FeatureConfig(str(tmp_path / "ready.npy"), selection_epochs=1))
     with pytest.raises(ConfigError, match="ready-made"):
-        make_plan(few(40), config)
+        make_plan(few(40), Wanted(config))
 
 
 def test_settings_are_checked():
@@ -193,7 +194,7 @@ def test_settings_are_checked():
 
 def test_keys_change_with_the_training_alone():
     def key(**values):
-        plan = make_plan(few(20), QuantizeConfig(FeatureConfig("bundled", **values)))
+        plan = make_plan(few(20), Wanted(QuantizeConfig(FeatureConfig("bundled", **values))))
         return station_parts(plan, "source", {"encoder": "e"})[FEATURES]
 
     plain = key()

@@ -14,9 +14,9 @@ from dq_lightning.cache.digests import FileDigestMemory
 from dq_lightning.cache.entries import Cache
 from dq_lightning.core.errors import CacheError, ChangedError
 from dq_lightning.loading.train_set import BuildOptions, DatasetTrainSet
-from dq_lightning.loading.wanted import Wanted
 from dq_lightning.pipeline import extracting
 from dq_lightning.pipeline import quantize as pipeline
+from dq_lightning.pipeline.wanted import Wanted
 from tests.lightning_scripts.common import photos, to_tensor
 
 COUNT = 40
@@ -131,7 +131,7 @@ def test_a_process_that_only_waited_says_so(tmp_path, monkeypatch, caplog):
     made = run()
     assert "computing the compact set" in caplog.text
     # the entry was not there yet when it was looked for
-    monkeypatch.setattr(pipeline, "find_made", lambda *args: None)
+    monkeypatch.setattr(pipeline, "find_compact", lambda *args: None)
     waited = run()
     assert waited.reused
     assert waited.path == made.path

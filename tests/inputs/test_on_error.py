@@ -25,14 +25,14 @@ from dq_lightning import (
 from dq_lightning.cache import shards
 from dq_lightning.cache.entries import Cache
 from dq_lightning.cache.tensors import read_bins
-from dq_lightning.commands.dataset_bins import bins_of_dataset
 from dq_lightning.core.config import QuantizeConfig
 from dq_lightning.core.errors import ConfigError, FeatureError, SourceError
 from dq_lightning.features import readable
 from dq_lightning.features.readable import find_unreadable
 from dq_lightning.pipeline.compact import open_compact
 from dq_lightning.pipeline.plan import BINS, FEATURES, make_plan
-from dq_lightning.pipeline.quantize import find_or_build
+from dq_lightning.pipeline.quantize import bins_of_dataset, find_or_build
+from dq_lightning.pipeline.wanted import Wanted
 from tests.inputs.broken import MeanColour, Pictures, compact, encode, encoded, picture, settings
 from tests.lightning_scripts.common import to_tensor
 from tests.lightning_scripts.patched_images import small_mae
@@ -182,7 +182,7 @@ def test_near_duplicates_are_left_out_too(tmp_path):
     config = settings(0.25, deduplicate=0.9999999, on_error="skip")
     cache = Cache(tmp_path)
     made = find_or_build(
-        make_plan(Pictures(broken=broken), config, encoder=(MeanColour(), encode)), cache, device="cpu"
+        make_plan(Pictures(broken=broken), Wanted(config, encoder=(MeanColour(), encode))), cache, device="cpu"
     )
     bins = read_bins(cache.find(BINS, made.parts[BINS]))
     assert (bins.assignment == -1).nonzero().flatten().tolist() == [4, 6]

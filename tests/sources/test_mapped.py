@@ -18,6 +18,7 @@ from dq_lightning.core.config import QuantizeConfig
 from dq_lightning.core.errors import SourceError
 from dq_lightning.identity.values import digest_of
 from dq_lightning.pipeline.plan import make_plan
+from dq_lightning.pipeline.wanted import Wanted
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.sources.mapped import ArraySource, MapSource
 
@@ -290,8 +291,8 @@ def test_arrays_of_many_channels_are_refused_before_any_work_unless_features_are
         as_source(items).image_leaf()
     named = QuantizeConfig(image_column="bands")
     with pytest.raises(SourceError, match=r"image_column='bands'.*load_selection.*encoder=array"):
-        make_plan(items, named, encoder=(torch.nn.Flatten(), transforms.ToTensor()))
-    plan = make_plan(items, named, encoder=np.zeros((6, 3), np.float32))
+        make_plan(items, Wanted(named, encoder=(torch.nn.Flatten(), transforms.ToTensor())))
+    plan = make_plan(items, Wanted(named, encoder=np.zeros((6, 3), np.float32)))
     assert plan.labels.values.tolist() == [0, 1] * 3
     assert plan.source.delivered(1) is items[1]
 

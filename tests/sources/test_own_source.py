@@ -10,7 +10,7 @@ from dq_lightning import BinConfig, PatchConfig, QuantizeConfig, SelectionConfig
 from dq_lightning.cache.entries import Cache
 from dq_lightning.core.errors import ConfigError, PatchError, SourceError
 from dq_lightning.loading.train_set import BuildOptions, DatasetTrainSet
-from dq_lightning.loading.wanted import Wanted
+from dq_lightning.pipeline.wanted import Wanted
 from dq_lightning.sources.base import Source
 from tests.identity.test_runs import Mean
 from tests.lightning_scripts.common import photos, to_tensor

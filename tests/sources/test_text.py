@@ -16,6 +16,7 @@ from dq_lightning.core.config import FeatureConfig, QuantizeConfig, TextConfig
 from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.features.readable import find_unreadable
 from dq_lightning.pipeline.plan import make_plan
+from dq_lightning.pipeline.wanted import Wanted
 from dq_lightning.sources.adapt import as_source, grouping_id
 from dq_lightning.sources.base import Source
 from dq_lightning.sources.jsonl import is_rows_file, read_rows
@@ -192,7 +193,10 @@ def test_columns_that_fit_no_template_are_told_when_text_is_needed(memory):
     named = as_source(source, text=TextConfig(columns="review"))
     assert named.texts([0]) == ["a"]
     with pytest.raises(SourceError, match="'review', 'reply'"):
-        make_plan([{"review": "a", "reply": "b"}] * 3, QuantizeConfig(features=FeatureConfig(encoder="some/model")))
+        make_plan(
+            [{"review": "a", "reply": "b"}] * 3,
+            Wanted(QuantizeConfig(features=FeatureConfig(encoder="some/model"))),
+        )
 
 
 PAIRS = [{"sentence1": f"a{i}", "sentence2": f"b{i}", "label": i % 2, "idx": i} for i in range(4)]
