@@ -240,6 +240,18 @@ class QuantizedHooks(Base):
         if num_workers == 0 and wanted.config.features.num_workers == "auto":
             wanted = replace(wanted, config=replace_fields(wanted.config, {"features.num_workers": 0}))
         self.config = wanted.config
+        train_set = make_train_set(train, wanted, verify)
+        check_batch_transform(batch_transform, transform, train_set.fills_late)
+        selected = wanted.config.selection
+        # The hyperparameters are the values in effect, whether a keyword or the config set them, and None where nothing is
+        # drawn from bins. Only small plain values are saved, because a dataset among them would be copied into every
+        # checkpoint.
+        keep_ratio, num_bins, seed = selected.keep_ratio, wanted.config.bins.num_bins, selected.seed
+        if wanted.indices is not None or isinstance(train_set, StoreTrainSet):
+            keep_ratio = num_bins = None
+        elif wanted.config.max_bytes is not None and keep_ratio == SelectionConfig().keep_ratio:
+            keep_ratio = None  # The budget decides how many samples are kept.
+        self.save_hyperparameters("keep_ratio", "num_bins", "seed", logger=False)
         self._inner: Any = train if is_datamodule(train) else None
         # The batch size of a wrapped data module is read from its train loader in setup().
         own = None if self._inner is not None else LoaderSettings().batch_size
@@ -256,9 +268,6 @@ class QuantizedHooks(Base):
         kept = isinstance(transform, str) and transform == KEEP and batch_transform is None
         self._eval = other_splits(train, evals, same_form=kept)
         self._reported = False
-        train_set = make_train_set(train, wanted, verify)
-        check_batch_transform(batch_transform, transform, train_set.fills_late)
-        selected = wanted.config.selection
         self._tokens = None
         if tokenizer is not None:
             self._tokens = TokenLoading(tokenizer, wanted.config.text, selected.seed, wanted.config.on_error)
@@ -275,15 +284,6 @@ class QuantizedHooks(Base):
             and collate_fn is None
             and type(self).train_dataloader is QuantizedHooks.train_dataloader,
         )
-        # The hyperparameters are the values in effect, whether a keyword or the config set them, and None where nothing is
-        # drawn from bins. Only small plain values are saved, because a dataset among them would be copied into every
-        # checkpoint.
-        keep_ratio, num_bins, seed = selected.keep_ratio, wanted.config.bins.num_bins, selected.seed
-        if wanted.indices is not None or isinstance(train_set, StoreTrainSet):
-            keep_ratio = num_bins = None
-        elif wanted.config.max_bytes is not None and keep_ratio == SelectionConfig().keep_ratio:
-            keep_ratio = None  # The budget decides how many samples are kept.
-        self.save_hyperparameters("keep_ratio", "num_bins", "seed", logger=False)
         if self._inner is not None:
             self._wrap(self._inner)
         self._batch_transform = batch_transform

@@ -321,6 +321,8 @@ def test_keywords_and_config(warm):
     assert module.hparams == {"keep_ratio": 0.3, "num_bins": 4, "seed": 5}
     assert module._preparation.seed == 5
     assert QuantizedDataModule(photos(), config=seeded, **module.hparams).config == seeded
+    # a budget of bytes decides how many samples are kept
+    assert QuantizedDataModule(photos(), max_bytes="1MB").hparams == {"keep_ratio": None, "num_bins": 10, "seed": 0}
     with pytest.raises(ConfigError, match=r"keep_ratio=0.5 was passed as a keyword, but config.selection.keep_ratio"):
         QuantizedDataModule(photos(), config=config, keep_ratio=0.5)
 

@@ -23,7 +23,8 @@ from torch.utils.data import (
 
 from dq_lightning import PatchConfig, QuantizeConfig, QuantizedDataModule
 from dq_lightning.core.errors import ConfigError, SourceError
-from tests.lightning_scripts.common import Recorder, held_out, name_of, photos, trainer
+from dq_lightning.features import origins
+from tests.lightning_scripts.common import Recorder, held_out, name_of, photos, to_tensor, trainer
 
 
 @pytest.fixture(scope="module")
@@ -349,6 +350,13 @@ def test_split_that_cannot_be_repeated_is_refused(warm):
 
     with pytest.raises(SourceError, match=r"Split.setup\('fit'\) gave another train set.*seed of its own"):
         trainer().fit(Recorder(), quantized(Split(from_the_clock), warm))
+
+
+def test_the_encoder_is_identified_once(tmp_path, monkeypatch):
+    hashed, real = [], origins.digest_encoder
+    monkeypatch.setattr(origins, "digest_encoder", lambda *given: hashed.append(1) or real(*given))
+    ready(quantized(inner_class(L.LightningDataModule)(), tmp_path, encoder=(torch.nn.Flatten(), to_tensor)))
+    assert hashed == [1]
 
 
 def test_inner_setup_sees_the_trainer_and_draws_do_not_leak(warm):

@@ -288,3 +288,5 @@ def test_same_images_by_torchvision_and_hugging_face(folder, tmp_path):
 def test_a_store_is_a_finished_choice(store):
     with pytest.raises(ConfigError, match=r"a finished choice: leave out keep_ratio=, labels=, or"):
         QuantizedDataModule(store, keep_ratio=0.5, labels=False)
+    # what the set was drawn by is in the set's own description
+    assert QuantizedDataModule.from_store(store, seed=3).hparams == {"keep_ratio": None, "num_bins": None, "seed": 3}

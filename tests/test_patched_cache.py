@@ -124,7 +124,7 @@ def test_keys_hold_what_changes_the_result():
 
 
 def test_contradictions_are_told(tmp_path):
-    with pytest.raises(ConfigError, match=r'store="indices" copies nothing'):
+    with pytest.raises(ConfigError, match=r'store="indices" stores row numbers'):
         made(tmp_path, QuantizeConfig(store="indices", patches=PatchConfig(drop_ratio=0.2)))
     with pytest.raises(ConfigError, match="drops patches of images, but these samples are text"):
         made(tmp_path, config(), data=[{"prompt": f"ask {i}", "completion": "tell"} for i in range(20)])
