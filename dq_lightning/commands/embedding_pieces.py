@@ -1,6 +1,7 @@
 """Embedding a file of rows in pieces (see `features/pieces.py`), and joining pieces, also published ones."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.exports.rows import whole
 from dq_lightning.features.choose import choose_encoder
+from dq_lightning.features.extract import extract_features
 from dq_lightning.features.pieces import embed_piece, merge_pieces
 from dq_lightning.sources.adapt import as_source
 
@@ -65,14 +67,9 @@ def embed_rows(
     memory = Cache(cache_dir or default_cache_dir()).memory
     spec = choose_encoder(encoder, modality="text", text=text).resolve(memory)
     identity = {"source": source.digest(memory), "encoder": spec.identity(memory), "text": source.text_identity()}
-    return embed_piece(
-        source,
-        spec,
-        index=index,
-        nums=len(source) if nums is None else nums,
-        out_dir=Path(output).expanduser(),
-        identity=identity,
-        name=name,
+    embed = partial(
+        extract_features,
+        spec=spec,
         device=device,
         precision=features.precision,
         batch_size=features.batch_size,
@@ -80,6 +77,8 @@ def embed_rows(
         progress=progress,
         api_embeddings=api_embeddings_in(Path(output).expanduser() / "paid"),
     )
+    size, folder = len(source) if nums is None else nums, Path(output).expanduser()
+    return embed_piece(source, embed, index=index, nums=size, out_dir=folder, identity=identity, name=name)
 
 
 def merge_rows(data: str, folder: str | Path, *, name: str, text: TextConfig, cache_dir: str | None = None) -> Path:

@@ -10,17 +10,14 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dq_lightning.cache.files import file_digest
-from dq_lightning.core.config import Precision
 from dq_lightning.core.errors import FeatureError
-from dq_lightning.core.resuming import OpenApiEmbeddings
-from dq_lightning.features.choose import EncoderSpec
-from dq_lightning.features.extract import extract_features
+from dq_lightning.core.records import Features
 from dq_lightning.features.samples import SampleSource
 
 NAME = "embeds"
@@ -61,45 +58,31 @@ class Part:
 
 def embed_piece(
     source: SampleSource,
-    spec: EncoderSpec,
+    embed: Callable[[Part], Features],
     *,
     index: int,
     nums: int,
     out_dir: str | Path,
     identity: Mapping[str, Any],
     name: str = NAME,
-    device: str = "auto",
-    precision: Precision = "auto",
-    batch_size: int = 256,
-    num_workers: int | Literal["auto"] = "auto",
-    progress: bool = True,
-    api_embeddings: OpenApiEmbeddings | None = None,
 ) -> Path:
     """Embed at most `nums` rows from row `index * nums` on and write them; a complete existing piece is kept.
 
     Args:
         source: dataset of N samples, as for `extract_features`.
-        spec: resolved choice of the encoder.
+        embed: function that makes the features of a part of the source, such as `extract_features` with an encoder.
         index: number of the piece, counted from 0.
         nums: number of rows in a piece; the last piece may have fewer.
         out_dir: folder of the pieces, which is created if it does not exist.
         identity: JSON values that must be equal in all pieces: the digest of the source, the digest of the encoder, and
             which text is embedded.
         name: beginning of the file names.
-        device: device that the encoder runs on, see `extract_features`.
-        precision: precision of the network, see `extract_features`.
-        batch_size: number of samples in one batch.
-        num_workers: number of loader processes or of concurrent requests, see `extract_features`.
-        progress: whether to show a progress bar.
-        api_embeddings: function that opens the stored embeddings of an API, see `extract_features`.
 
     Returns:
         Path of the `.npy` file.
 
     Raises:
-        FeatureError: the piece lies outside of the source, the folder has pieces of another size, or `extract_features`
-            raises the error.
-        SourceError: a sample cannot be read.
+        FeatureError: the piece lies outside of the source, or the folder has pieces of another size.
     """
     total = len(source)
     if nums < 1 or not 0 <= index * nums < total:
@@ -116,16 +99,7 @@ def embed_piece(
     if written is not None and _is_whole(target, written) and _without_digest(written) == facts:
         return target
     _check_neighbours(folder, name, nums)
-    made = extract_features(
-        Part(source, rows),
-        spec,
-        device=device,
-        precision=precision,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        progress=progress,
-        api_embeddings=api_embeddings,
-    ).embedding.numpy()
+    made = embed(Part(source, rows)).embedding.numpy()
     # A piece without a description counts as missing, so the old description is removed first and the new one is
     # written last.
     target.with_suffix(".json").unlink(missing_ok=True)

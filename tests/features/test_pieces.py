@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -29,11 +30,16 @@ def spec(to_float):
 
 
 @pytest.fixture
-def made(make_source, spec, tmp_path):
+def embed(spec):
+    return partial(extract_features, spec=spec, **OPTIONS)
+
+
+@pytest.fixture
+def made(make_source, embed, tmp_path):
     """Ten samples in pieces of four, made in any order."""
     source = make_source(10)
     for index in (2, 0, 1):
-        embed_piece(source, spec, index=index, nums=4, out_dir=tmp_path, identity=IDENTITY, **OPTIONS)
+        embed_piece(source, embed, index=index, nums=4, out_dir=tmp_path, identity=IDENTITY)
     return source, tmp_path
 
 
@@ -50,16 +56,15 @@ def test_merged_pieces_are_the_whole(made, spec):
     assert torch.equal(again, torch.from_numpy(merged))
 
 
-def test_a_piece_that_is_whole_is_not_made_again(made, spec, monkeypatch):
+def test_a_piece_that_is_whole_is_not_made_again(made, embed):
     source, folder = made
 
     def again(index=1, **changes):
         wanted = {"identity": IDENTITY, **changes}
-        return embed_piece(source, spec, index=index, nums=4, out_dir=folder, **wanted, **OPTIONS)
+        counted = lambda part: calls.append(1) or embed(part)  # noqa: E731
+        return embed_piece(source, counted, index=index, nums=4, out_dir=folder, **wanted)
 
     calls = []
-    real = pieces.extract_features
-    monkeypatch.setattr(pieces, "extract_features", lambda *a, **k: calls.append(1) or real(*a, **k))
     again()
     assert calls == []
     (folder / "embeds_1.npy").write_bytes(b"damaged")
@@ -124,9 +129,9 @@ def test_a_piece_under_another_number(made):
 
 
 @pytest.mark.parametrize(("index", "nums"), [(3, 4), (-1, 4), (0, 0), (1, 10)])
-def test_pieces_outside_of_the_data(make_source, spec, tmp_path, index, nums):
+def test_pieces_outside_of_the_data(make_source, embed, tmp_path, index, nums):
     with pytest.raises(FeatureError, match="outside of the 10 samples"):
-        embed_piece(make_source(10), spec, index=index, nums=nums, out_dir=tmp_path, identity=IDENTITY)
+        embed_piece(make_source(10), embed, index=index, nums=nums, out_dir=tmp_path, identity=IDENTITY)
 
 
 def test_text_goes_in_pieces_too(tmp_path):
