@@ -37,9 +37,6 @@ class PackageMaps:
         method: a name in `PACKAGE_METHODS`.
         targets: choice of the explained class; the default is `TargetChoice()`.
         target_layer: name of the layer; None finds one by `find_target_layer`.
-
-    Raises:
-        PatchError: if the method is unknown.
     """
 
     def __init__(
@@ -49,8 +46,6 @@ class PackageMaps:
         targets: TargetChoice | None = None,
         target_layer: str | None = None,
     ) -> None:
-        if method not in PACKAGE_METHODS:
-            raise PatchError(f"unknown saliency method {method!r}: pytorch-grad-cam has {', '.join(PACKAGE_METHODS)}")
         # Shapley-CAM differentiates the gradient, which may be a constant if the parameters are not in the graph.
         self._module = copy.deepcopy(module).float().eval().requires_grad_(method == "shapleycam")
         self._method = method

@@ -155,7 +155,7 @@ def make_scorer(
         preprocess: function that makes the classifier's input, see `ClassifierScorer`.
 
     Raises:
-        PatchError: if there is no classifier for a method that needs one, or the method is unknown.
+        PatchError: if there is no classifier for a method that needs one.
     """
     method = config.saliency
     if method == "random":
