@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dq_lightning.bins.graph_cut import engine as graph_cut
-from dq_lightning.bins.graph_cut.device import DevicePasses
+from dq_lightning.bins.graph_cut.device import DevicePicks
 from dq_lightning.bins.graph_cut.scores import MatrixScores, PassScores
 from dq_lightning.bins.make import make_bins
 
@@ -69,8 +69,9 @@ class Watched(graph_cut._Run):
         self._tick = counted
 
     def _name(self):
-        names = {MatrixScores: "dense", PassScores: "stream (host)", DevicePasses: "stream", type(None): "candidates"}
-        return names[type(self._scores)]
+        if isinstance(self._scores, DevicePicks):
+            return "stream" if self._scores.matrix is None else "dense"
+        return {MatrixScores: "dense (host)", PassScores: "stream (host)"}.get(type(self._scores), "candidates")
 
     def one_bin(self, sizes):
         start = time.perf_counter()
@@ -156,6 +157,13 @@ def row(name, values, **settings):
     )
 
 
+def on_the_host(name, values):
+    """The matrix is made on the GPU, and the processor picks from it."""
+    device_from, graph_cut.MATRIX_FROM = graph_cut.MATRIX_FROM, 1 << 60
+    row(f"{name}, picks on the host", values, engine="dense")
+    graph_cut.MATRIX_FROM = device_from
+
+
 def main():
     global LIMIT
     parser = argparse.ArgumentParser()
@@ -174,6 +182,9 @@ def main():
         lambda: check("duplicates", twice, ["dense", "stream"], against="dense"),
         lambda: row("gaussian", gaussian(20_000, 64)),
         lambda: row("gaussian, stream", gaussian(20_000, 64), engine="stream"),
+        lambda: on_the_host("gaussian", gaussian(20_000, 64)),
+        lambda: row("gaussian", gaussian(5_000, 64)),
+        lambda: on_the_host("gaussian", gaussian(5_000, 64)),
         lambda: row("centred", centred(20_000, 64)),
         lambda: row("gaussian", gaussian(20_000, 384)),
         lambda: row("centred", centred(20_000, 384)),

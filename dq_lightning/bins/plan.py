@@ -27,7 +27,8 @@ class Room:
     """Limits on the working memory of the graph cut.
 
     Attributes:
-        dense: largest number of rows whose matrix of inner products is made, with 2 bytes for each entry.
+        dense: largest number of rows whose matrix of inner products is made, with 2 bytes for each entry on the CPU and
+            4 on a GPU.
         candidates: largest number of candidates that a matrix is made of.
         rows: largest number of entries of a float64 copy of rows.
     """
@@ -40,14 +41,15 @@ class Room:
     def beside(cls, stored: int, device: torch.device) -> "Room":
         """Choose the limits for features of `stored` bytes on a device.
 
-        The matrix may take half of the memory that is free on the CPU, where it is kept. The limits of candidates and
-        of copies of rows are proportional to the size of the features; on a GPU, whose speed depends on them, copies
-        may take half of its free memory.
+        The matrix may take half of the free memory. The limits of candidates and of copies of rows are proportional to
+        the size of the features; on a GPU, whose speed depends on them, the matrix and the float64 copy of the rows may
+        each take a third of its free memory.
         """
         dense = int((free_memory(torch.device("cpu")) / 2 / 2) ** 0.5)
         candidates = int(min(1 << 26, max(1 << 23, stored // 4)) ** 0.5)
         if device.type != "cpu":
-            return cls(dense, 1 << 13, max(1 << 25, free_memory(device) // 16))
+            third = free_memory(device) // 3
+            return cls(min(dense, int((third / 4) ** 0.5)), 1 << 13, third // 8)
         # For very large features, this lets the rows of the last bins be held as float64, which makes a pass over them
         # several times faster.
         rows = min(1 << 28, stored // 8) if stored > 1 << 30 else min(1 << 25, max(1 << 22, stored // 16))
@@ -88,7 +90,8 @@ def make_plan(config: BinConfig, factors: dict[str, Tensor], sizes: list[int], d
     room = Room.beside(stored, device)
     free = free_memory(device)
     if exact:
-        matrix = 2 * min(largest, room.dense) ** 2 if config.engine in ("auto", "dense") else 4 * largest * width
+        entry = 2 if device.type == "cpu" else 4
+        matrix = entry * min(largest, room.dense) ** 2 if config.engine in ("auto", "dense") else 4 * largest * width
         needed = matrix + 8 * (min(largest * width, 2 * room.rows) + 6 * largest) + 32 * total
         wide = math.prod(values.shape[1] + number for number, values in enumerate(factors.values()))
         costs = Costs(width, wide, device.type, torch.get_num_threads())

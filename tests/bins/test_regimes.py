@@ -15,8 +15,8 @@ from tests.bins.test_make import KINDS, assert_greedy, random_features
 from tests.full_count import examples
 from tests.reference import greedy_twin as twin
 
-# "blocks" is the way of a GPU, run on the CPU.
-REGIMES = ["dense", "candidates", "stream", "blocks"]
+# Those "in blocks" are the ways of a GPU, run on the CPU.
+REGIMES = ["dense", "candidates", "stream", "dense in blocks", "stream in blocks"]
 
 
 @pytest.fixture(autouse=True)
@@ -24,15 +24,17 @@ def small(monkeypatch):
     monkeypatch.setattr(candidates, "LEAST", 4)
     monkeypatch.setattr(proof, "_PICKS_A_CHECKPOINT", 3)
     monkeypatch.setattr(scores, "_TILE", {"cpu": 32})
-    monkeypatch.setattr(device, "_PICKS", 8)
-    monkeypatch.setattr(device, "_CHUNK", 32)
+    monkeypatch.setattr(device, "_LONG", 8)
+    monkeypatch.setattr(device, "_SHORT", 3)
+    monkeypatch.setattr(device, "_ROWS", 16)
+    monkeypatch.setattr(device, "_CHECKED", 32)
 
 
 def bins_in(regime, values, **settings):
     with pytest.MonkeyPatch.context() as patch:
-        if regime == "blocks":
-            patch.setattr(engine._Run, "_passes", lambda run: device.DevicePasses(run._pool, graph=False))
-        return make_bins(values, engine="stream" if regime == "blocks" else regime, **settings)
+        if regime.endswith("in blocks"):
+            patch.setattr(engine, "on_device", lambda pool, least=0: True)
+        return make_bins(values, engine=regime.split()[0], **settings)
 
 
 def picks_of(bins, num_bins):
@@ -148,7 +150,13 @@ def test_a_wrong_pick_would_be_noticed(monkeypatch):
 
     monkeypatch.setattr(proof.Proof, "first_fault", believe)
     monkeypatch.setattr(scores.MatrixScores, "window", lambda matrix: -1.0)
-    for regime in ("candidates", "dense"):
+    monkeypatch.setattr(device, "_products", lambda factors: torch.zeros(len(factors[0]), len(factors[0])))
+    monkeypatch.setattr(
+        device.DevicePicks,
+        "_check",
+        lambda picks, gains, made: (made.double(), torch.ones(len(made), dtype=torch.bool)),
+    )
+    for regime in ("candidates", "dense", "dense in blocks"):
         assert not torch.equal(bins_in(regime, values, num_bins=3, similarity="dot").rank, right.rank)
 
 

@@ -16,9 +16,13 @@ same in every regime, for any number of threads, and on every device.
     of picks are made, and one float64 pass over all rows that proves them. Between the ends of a chunk of picks a gain
     stays near a straight line, to within twice the distance of the sum of the picks from its own line. Memory is of the
     order of the features. It is the fastest way where one pick hardly changes the order of the gains.
-`"stream"` (`scores.PassScores`, on a GPU `device.DevicePasses`): one product of the float32 rows with twice the sum of
+`"stream"` (`scores.PassScores`): one product of the float32 rows with twice the sum of
     the picks since the gains were last exact. A gain is off by at most (W + 8) 2**-24 times the length of that sum.
-    Memory is 4 n W bytes. On a GPU 64 picks are recorded as one CUDA graph, and read back and checked together.
+    Memory is 4 n W bytes.
+
+On a GPU (`device.DevicePicks`) "dense" from 4,096 rows on, with a float32 matrix of 4 n^2 bytes, and "stream" need no
+bound on the scores: 64 picks are made on the device as one CUDA graph, and then the float64 gains of all rows before each
+of them are computed by one product of matrices, which confirms them.
 
 `"auto"` (`engine`) makes the matrix at once in the first bin if it has at most 8,192 rows and costs less than twice what
 candidates would at best. Otherwise it begins with candidates, and counts what its rounds cost above their steady cost

@@ -24,7 +24,7 @@ class Costs:
     def _rates(self) -> tuple[float, float, float, float]:
         """Seconds for a term of a product of matrices, an entry of the matrix, and an entry of a pass (exact, float32)."""
         if self.device != "cpu":
-            return 5e-14, 4e-10, 3e-12, 2e-12
+            return 1e-13, 2e-11, 3e-12, 2e-12
         return tuple(rate / self.threads for rate in (2.5e-11, 1.5e-9, 2.5e-9, 3e-10))  # type: ignore[return-value]
 
     def matrix(self, rows: int) -> float:
@@ -33,7 +33,9 @@ class Costs:
         return 0.5 * rows * rows * (self.width * term + entry)
 
     def from_matrix(self, rows: int) -> float:
-        """One pick from the matrix of `rows` rows, which one thread makes."""
+        """One pick from the matrix of `rows` rows, which one thread makes, or a GPU if there are many rows."""
+        if self.device != "cpu" and rows >= 1 << 13:
+            return 1.8e-5 + rows * 1e-11
         return 1.2e-5 + rows * 6e-10
 
     def check(self, rows: int) -> float:
@@ -46,4 +48,4 @@ class Costs:
 
     def from_pass(self, rows: int) -> float:
         """One pick after a pass over float32 rows."""
-        return (3e-5 if self.device == "cpu" else 5e-5) + rows * self.wide * self._rates[3] + rows * 1e-9
+        return (3e-5 + rows * 1e-9 if self.device == "cpu" else 2e-5 + rows * 1e-11) + rows * self.wide * self._rates[3]

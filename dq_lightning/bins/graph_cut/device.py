@@ -1,150 +1,206 @@
-"""One pass over the rows for each pick, in blocks of picks that a GPU makes without waiting for the processor.
+"""Picks in blocks that a GPU makes without waiting for the processor, and one float64 product that checks a block.
 
-At the start of a block all gains are computed in float64. Then, for each pick, a product of the float32 rows with twice
-the sum of the block's picks gives the gains of all rows to within a bound, float64 gains of the 16 best rows decide
-between these, and the greatest gain that was not looked at is noted. After the block the processor reads the picks and
-the notes, and checks every pick with the bounds. A pick that the bounds do not decide is made by exact arithmetic, and
-those after it are made again.
+The kernels of a pick are few: find the greatest score, take that row out, and subtract from all scores a row of a matrix
+of inner products, or a product of the float32 rows with the picked row. They are recorded as a CUDA graph for a block of
+picks. The scores only propose picks. Afterwards the float64 gains of all rows at every step of the block are computed by
+one product of matrices, and the picks are kept up to the first one that they do not confirm with certainty. That pick is
+made from float64 gains, by exact arithmetic if it has to be, and the next block begins.
 """
 
+import logging
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dq_lightning.bins.graph_cut.pool import Pool
-from dq_lightning.bins.graph_cut.scores import SINGLE, single_rows
+from dq_lightning.bins.graph_cut.scores import single_rows
 from dq_lightning.bins.rows import Rows
 
-# Picks in a block, and rows whose gains are computed in float64 for each pick.
-_PICKS, _LOOKED_AT = 64, 16
-# The best rows are searched for in the chunks of this many rows that have the greatest scores, so many chunks.
-_CHUNK, _CHUNKS = 1024, 4
-# Scores are at least this, in the unit in which the longest row's inner product with itself is at most 1: a pick changes
-# a score by at most 2, so no row this far below the greatest one can become the greatest within a block.
-_REACH = 8.0 * _PICKS
+# From this many rows on a GPU picks from a matrix faster than the processor does.
+MATRIX_FROM = 4096
+# Picks in a block, and in a block after one of which few picks were confirmed.
+_LONG, _SHORT = 64, 8
+# Scores start between minus this and 0, in the unit in which the longest row's inner product with itself is at most 1. A
+# pick changes a score by at most 2, so no row this far below the greatest one can become the greatest within a block.
+_REACH = 8.0 * _LONG
+# The matrix is computed this many rows at a time, and a block of picks is checked with this many rows at a time.
+_ROWS, _CHECKED = 4096, 1 << 18
+
+log = logging.getLogger("dq_lightning")
 
 
-class DevicePasses:
+class DevicePicks:
     """Makes picks from all rows of a pool whose float64 rows are on the device.
 
     Args:
-        pool: n rows of width W; memory is 4 n W bytes and a few numbers for each row.
-        graph: whether to record the kernels of a block once and replay them, which only a GPU can do.
+        pool: n rows of width W.
+        matrix: whether to make the matrix of inner products, float32 [n, n]; otherwise each pick makes a pass over
+            float32 rows, which take 4 n W bytes.
     """
 
-    def __init__(self, pool: Pool, *, graph: bool) -> None:
+    def __init__(self, pool: Pool, *, matrix: bool) -> None:
         assert isinstance(pool.table, Rows)
         self._pool, self._exact = pool, pool.table
-        rows, self._scale = single_rows(pool)
-        total, device = len(pool), pool.vector.device
-        padding = -total % _CHUNK
-        self._single = tuple(torch.nn.functional.pad(factor, (0, 0, 0, padding)) for factor in rows)
-        self._start = torch.full((total + padding,), -torch.inf, device=device)
-        self._left = torch.from_numpy(_samples_left(pool)).to(device)
-        self._begun, self._vector = torch.zeros_like(pool.vector), torch.zeros_like(pool.vector)
-        self._picks = torch.zeros(_PICKS, dtype=torch.int64, device=device)
-        # The greatest and second greatest float64 gain of each step, and the greatest score that was not looked at.
-        self._notes = torch.zeros(_PICKS, 3, dtype=torch.float64, device=device)
-        self._replay: Callable[[], object] = self._block
-        if graph:
-            self._replay = self._recorded()
+        self._single, self._scale = single_rows(pool)
+        self.matrix: Tensor | None = _products(self._single) if matrix else None
+        device = pool.vector.device
+        self._scores = torch.zeros(len(pool), device=device)
+        # How many equal samples each row stands for; None if every row stands for one.
+        self._left = None if pool.group.twins is None else torch.from_numpy(_samples_left(pool)).to(device)
+        self._greatest = torch.zeros(_LONG, device=device)
+        self._picks = torch.zeros(_LONG, dtype=torch.int64, device=device)
+        self._blocks: dict[int, Callable[[], object]] = {}
 
     def pick(self, count: int, tick: Callable[[int], object]) -> None:
         """Make `count` picks."""
+        length = _LONG
         while count > 0:
-            made = self._one_block(count)
-            if made < min(count, _PICKS):
+            asked = min(count, length)
+            made = self._one_block(asked, length)
+            length = _LONG if made == asked or made > _LONG // 4 else _SHORT
+            if made < asked:
                 self._one_exactly()
                 made += 1
             count -= made
             tick(made)
         self._pool.finish()
 
-    def _one_block(self, count: int) -> int:
-        """Make up to `count` picks, as long as the bounds decide; return how many."""
-        pool, depth = self._pool, self._pool.group.depth
+    def _one_block(self, count: int, length: int) -> int:
+        """Propose `length` picks, and make the first ones of `count` that are confirmed; return how many."""
+        pool = self._pool
         gains = pool.gains()
-        top = float(gains.max())
-        # Rows whose gains cannot become the greatest within a block are raised to a limit, which keeps the rounding
-        # errors of float32 small.
-        self._start[: len(gains)] = ((gains - top) / self._scale).clamp_(min=-_REACH)
-        self._start[: len(gains)].masked_fill_(gains == -torch.inf, -torch.inf)
-        self._begun.copy_(pool.vector)
-        self._vector.copy_(pool.vector)
-        left = self._left.clone()
-        self._replay()
-        self._left.copy_(left)
-        picks = self._picks.to("cpu", copy=True).numpy()[:count]
-        notes = self._notes.to("cpu", copy=True).numpy()[:count]
-        first, second, rest = notes.T
-        exact_error = pool.bound(_PICKS)
-        # Twice the sum of the block's picks is at most 2 * _PICKS long in the unit of the scores.
-        error = (depth + 10) * SINGLE * (_REACH + 2.0 * _PICKS) + 2.0 * exact_error / self._scale
-        certain = (first - second > 2.0 * exact_error) & ((first - top) / self._scale - rest > error)
-        made = int(np.argmin(np.append(certain, False)))
-        done = torch.from_numpy(picks[:made])
-        pool.apply(picks[:made], first[:made], self._exact.take(done), exact_error, push=True)
-        done = done.to(self._left.device)
-        self._left.index_add_(0, done, -torch.ones_like(done))
+        alive = gains > -torch.inf
+        relative = ((gains - gains.max()) / self._scale).clamp_(min=-_REACH)
+        self._scores.copy_(relative.masked_fill_(~alive, -torch.inf))
+        left = None if self._left is None else self._left.clone()
+        self._block(length)()
+        if self._left is not None and left is not None:
+            self._left.copy_(left)
+        picks = self._picks[:count].clone()
+        values, certain = self._check(gains, picks)
+        confirmed = certain.cpu().numpy()
+        made = int(np.argmin(np.append(confirmed, False)))
+        done = picks[:made]
+        rows, first = done.cpu().numpy(), values[:made].cpu().numpy()
+        pool.apply(rows, first, self._exact.take(done), pool.bound(count), push=True)
+        if self._left is not None:
+            self._left.index_add_(0, done, -torch.ones_like(done))
         return made
+
+    def _check(self, gains: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gains of all rows in float64 before every pick of a block, given those before the first one.
+
+        Returns:
+            The greatest gain before each pick, float64 [T], and whether it is certain that the pick has it, bool [T].
+        """
+        picked = self._exact.take(picks)
+        # A row leaves once as many picks as it has samples were made of it.
+        so_far = (picks[:, None] == picks[None, :]).tril().sum(dim=1)
+        gone = so_far >= (1 if self._left is None else self._left[picks])
+        later = torch.ones(len(picks), len(picks), dtype=torch.bool, device=picks.device).triu(1).T & gone
+        best: list[tuple[Tensor, Tensor, Tensor]] = []
+        for first in range(0, len(gains), _CHECKED):
+            last = min(first + _CHECKED, len(gains))
+            drift = picked.inner(self._exact.span(first, last)).mul_(-2.0).cumsum(dim=0)
+            states = torch.cat([gains[None, first:last], gains[first:last] + drift[:-1]])
+            inside = (picks >= first) & (picks < last)
+            removal = torch.zeros(later.shape, dtype=torch.float64, device=picks.device)
+            removal.masked_fill_(later & inside, -torch.inf)
+            states.index_add_(1, (picks - first).clamp(0, last - first - 1), removal)
+            value, row = states.max(dim=1)
+            states.scatter_(1, row[:, None], -torch.inf)
+            best.append((value, row + first, states.amax(dim=1)))
+        values, rows, seconds = (torch.stack(part) for part in zip(*best, strict=True))
+        top, which = values.max(dim=0)
+        # The best row of another part may be the second best of all.
+        seconds = seconds.amax(dim=0)
+        if len(values) > 1:
+            seconds = torch.maximum(seconds, values.scatter(0, which[None], -torch.inf).amax(dim=0))
+        same = rows.gather(0, which[None])[0] == picks
+        return top, same & (top - seconds > 2.0 * self._pool.bound(len(picks)))
 
     def _one_exactly(self) -> None:
         gains = self._pool.gains()
         near = torch.nonzero(gains >= gains.max() - 2.0 * self._pool.bound()).flatten().cpu().numpy()
         row = self._pool.settle(near)
         self._pool.take(row)
-        self._left[row] -= 1
-
-    def _block(self) -> None:
-        for step in range(_PICKS):
-            self._step(step)
+        if self._left is not None:
+            self._left[row] -= 1
 
     def _step(self, step: int) -> None:
-        drift = ((self._begun - self._vector) / self._scale**0.5).float()
-        if len(self._single) == 1:
-            scores = torch.addmv(self._start, self._single[0], drift[0], alpha=-1.0)
+        """Propose one pick; nothing here waits for the device or depends on its data."""
+        part = slice(step, step + 1)
+        torch.max(self._scores, 0, keepdim=True, out=(self._greatest[part], self._picks[part]))
+        winner = self._picks[part]
+        if self._left is None:
+            self._scores.index_fill_(0, winner, -torch.inf)
         else:
-            scores = self._start - Rows(self._single).against(drift)[:, 0]
-        by_chunk = scores.view(-1, _CHUNK)
-        greatest, chunks = by_chunk.amax(dim=1).topk(min(_CHUNKS + 1, len(by_chunk)))
-        chunks = chunks[:_CHUNKS]
-        values, places = by_chunk.index_select(0, chunks).flatten().topk(_LOOKED_AT + 1)
-        rest = values[-1:] if len(greatest) <= _CHUNKS else torch.maximum(values[-1:], greatest[-1:])
-        rows, values = chunks[places[:-1] // _CHUNK] * _CHUNK + places[:-1] % _CHUNK, values[:-1]
-        # Rows that only fill the last chunk have no gain, like those of which no sample is left.
-        near = self._exact.take(rows.clamp(max=len(self._exact) - 1))
-        gains = near.against(self._vector)[:, 0].masked_fill_(values == -torch.inf, -torch.inf)
-        two, order = gains.topk(2)
-        winner = rows[order[:1]].clamp(max=len(self._exact) - 1)
-        self._picks[step : step + 1] = winner
-        self._notes[step, :2] = two
-        self._notes[step, 2:] = rest
-        self._vector.sub_(2.0 * self._exact.take(winner).sum())
-        self._left.index_add_(0, winner, -torch.ones_like(winner))
-        self._start[winner] = self._start[winner].masked_fill(self._left[winner] <= 0, -torch.inf)
+            self._left.index_add_(0, winner, -torch.ones_like(winner))
+            left = self._left.index_select(0, winner)
+            self._scores.index_add_(
+                0, winner, torch.zeros_like(self._greatest[part]).masked_fill_(left <= 0, -torch.inf)
+            )
+        if self.matrix is not None:
+            self._scores.sub_(self.matrix.index_select(0, winner)[0])
+            return
+        rows = [factor.index_select(0, winner)[0] for factor in self._single]
+        if len(rows) == 1:
+            self._scores.addmv_(self._single[0], rows[0], alpha=-2.0)
+        else:
+            self._scores.addcmul_(self._single[0] @ rows[0], self._single[1] @ rows[1], value=-2.0)
 
-    def _recorded(self) -> Callable[[], object]:
-        """Record the kernels of a block as a CUDA graph, and return the function that runs them."""
+    def _block(self, length: int) -> Callable[[], object]:
+        """Return the function that proposes `length` picks; on a GPU its kernels are recorded as a graph once."""
+
+        def steps() -> None:
+            for step in range(length):
+                self._step(step)
+
+        if length not in self._blocks:
+            self._blocks[length] = self._recorded(steps) if self._scores.is_cuda else steps
+        return self._blocks[length]
+
+    def _recorded(self, steps: Callable[[], None]) -> Callable[[], object]:
+        kept = [(part, part.clone()) for part in (self._scores, self._left) if part is not None]
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             self._step(0)  # what libraries set up at their first use cannot be recorded
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        left = self._left.clone()
-        with torch.cuda.graph(graph):
-            self._block()
-        self._left.copy_(left)
-        return graph.replay
+        try:
+            with torch.cuda.graph(graph):
+                steps()
+            replay: Callable[[], object] = graph.replay
+        except RuntimeError as error:
+            log.warning(
+                "bins: the picks could not be recorded as a CUDA graph (%s); they are launched one by one", error
+            )
+            replay = steps
+        for part, before in kept:
+            part.copy_(before)
+        return replay
+
+
+def _products(factors: tuple[Tensor, ...]) -> Tensor:
+    """Return twice the inner products of all rows, float32 [n, n]."""
+    total = len(factors[0])
+    matrix = torch.empty(total, total, device=factors[0].device)
+    for start in range(0, total, _ROWS):
+        part = matrix[start : start + _ROWS]
+        torch.mm(2.0 * factors[0][start : start + _ROWS], factors[0].T, out=part)
+        for factor in factors[1:]:
+            part *= factor[start : start + _ROWS] @ factor.T
+    return matrix
 
 
 def _samples_left(pool: Pool) -> NDArray[np.int64]:
     """Return for each row how many equal samples it stands for."""
     twins = pool.group.twins
-    if twins is None:
-        return np.ones(len(pool), dtype=np.int64)
+    assert twins is not None
     chain = [1] * len(twins)
     for sample, following in reversed(list(enumerate(twins.tolist()))):
         if following >= 0:

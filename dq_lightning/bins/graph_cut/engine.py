@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dq_lightning.bins.graph_cut.candidates import Candidates, steady_cost
 from dq_lightning.bins.graph_cut.costs import Costs
-from dq_lightning.bins.graph_cut.device import DevicePasses
+from dq_lightning.bins.graph_cut.device import MATRIX_FROM, DevicePicks
 from dq_lightning.bins.graph_cut.exact import Array
 from dq_lightning.bins.graph_cut.pool import Group, Pool
 from dq_lightning.bins.graph_cut.referee import ROUNDING, Referee
@@ -94,7 +94,7 @@ class _Run:
         self._row = np.flatnonzero(distinct)
         self._sum, self._sum_error = _sum_of_rows(referee, prepared.longest)
         self._pool = Pool(self.group, rows, self._row.copy(), self._sum, 0.0)
-        self._scores: MatrixScores | PassScores | DevicePasses | None = None
+        self._scores: MatrixScores | PassScores | DevicePicks | None = None
         self._gains: list[Array] = []
         self._costs = Costs(sum(rows.widths), rows.width, rows.device.type, max(1, rows.workers.count))
         self._wasted = 0.0
@@ -112,7 +112,7 @@ class _Run:
         rounds = Candidates(self._pool, self._costs, self._room.candidates)
         while referee.length < sizes[0]:
             left = sizes[0] - referee.length
-            if isinstance(self._scores, DevicePasses):
+            if isinstance(self._scores, DevicePicks):
                 self._scores.pick(left, self._tick)
                 break
             if self._scores is not None:
@@ -130,7 +130,7 @@ class _Run:
 
     def _begin(self, vector: Tensor, error: float) -> None:
         """Begin a bin; the rows without a sample leave the pool, unless there is a matrix that they belong to."""
-        if isinstance(self._scores, MatrixScores):
+        if self._has_matrix():
             self._pool.begin(vector, error)
             return
         self._scores = None
@@ -143,16 +143,17 @@ class _Run:
 
     def _use_matrix(self) -> None:
         """Change over to the matrix of the rows that are left."""
-        if isinstance(self._scores, MatrixScores):
+        if self._has_matrix():
             return
         if not self._pool.alive.all():
             self._gains.append(self._pool.values)
             self._begin(self._pool.vector, self._pool.error)
-        self._scores = MatrixScores(self._pool)
+        picks_there = on_device(self._pool, MATRIX_FROM)
+        self._scores = DevicePicks(self._pool, matrix=True) if picks_there else MatrixScores(self._pool)
 
     def _dense(self, sizes: Sequence[int], left: int) -> float:
         """Return the cost of the matrix and of `left` picks and those of later bins, or infinity if it does not fit."""
-        if isinstance(self._scores, MatrixScores):
+        if self._has_matrix():
             return 0.0
         rows = int(self._pool.alive.sum())
         if rows > self._room.dense:
@@ -188,11 +189,16 @@ class _Run:
             self._wasted += expected
             self._scores = self._passes()
 
-    def _passes(self) -> PassScores | DevicePasses:
-        device = self.group.referee.rows.device.type
-        if device == "cuda" and isinstance(self._pool.table, Rows):
-            return DevicePasses(self._pool, graph=True)
-        return PassScores(self._pool)
+    def _has_matrix(self) -> bool:
+        return getattr(self._scores, "matrix", None) is not None
+
+    def _passes(self) -> PassScores | DevicePicks:
+        return DevicePicks(self._pool, matrix=False) if on_device(self._pool) else PassScores(self._pool)
+
+
+def on_device(pool: Pool, least: int = 0) -> bool:
+    """Return whether picks are made on a GPU: all rows are there in float64, and there are at least so many."""
+    return pool.vector.is_cuda and isinstance(pool.table, Rows) and len(pool) >= least
 
 
 def _sum_of_rows(referee: Referee, longest: float) -> tuple[Tensor, float]:
