@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dq_lightning.core.errors import SourceError
@@ -90,6 +90,7 @@ def encoded(tokenizer, messages, **row):
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=40, deadline=None)
 @given(messages=conversations())
+@example([turn("user", "a"), turn("assistant", "\n\n\n"), turn("user", "a"), turn("assistant", "a")])
 def test_every_answer_and_nothing_else_is_learned(name, messages):
     tokenizer = chat_tokenizer(name)
     rows = encoded(tokenizer, messages)

@@ -283,7 +283,8 @@ class _Row:
         """Position of the end of an answer between `start` and the next message, or None.
 
         It is found by the text that the template also ends with if the answer is the last message. The beginning of
-        that text may differ, since a template may write reasoning for the last message alone.
+        that text may differ, since a template may write reasoning for the last message alone, and may then leave out
+        white space at the beginning of the answer.
         """
         upto = self._written(self._messages[: place + 1], counted=True)
         needed = self._visible(place)[-8:]
@@ -294,7 +295,7 @@ class _Row:
         end = stop
         while (end := self.whole.rfind(upto[-1], start, end)) >= 0:
             answer = self.whole[start : end + 1]
-            if answer.strip() and needed in answer and upto.endswith(answer):
+            if answer.strip() and needed in answer and upto.endswith(answer.lstrip()):
                 return end + 1
         return None
 
