@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dq_lightning.bins import duplicates
-from dq_lightning.bins.duplicates import find_duplicates
+from dq_lightning.bins.duplicates import find_duplicates, near_pairs
 from dq_lightning.core.errors import ConfigError, FeatureError
 from tests.reference.duplicates_twin import find_duplicates_twin
 
@@ -82,3 +82,39 @@ def test_real_embeddings(shared_dir):
     found = find_duplicates(rows, 0.8)
     assert found.tolist() == find_duplicates_twin(rows, 0.8)
     assert 500 < len(found.unique()) < 800
+
+
+@pytest.mark.parametrize("threshold", [0.8, 0.9, 0.97])
+def test_rows_that_a_bound_rules_out(monkeypatch, threshold):
+    monkeypatch.setattr(duplicates, "_BLOCK", 16)
+    monkeypatch.setattr(duplicates, "_WIDTHS", (4, 8))
+    generator = np.random.default_rng(1)
+    rows = generator.normal(size=(40, 24))[generator.integers(0, 40, 300)] + generator.normal(size=(300, 24)) * 0.2
+    search = duplicates._Search(torch.from_numpy(rows), threshold)
+    assert search.bounds is not None
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    assert (search.bounds.astype(float) @ search.bounds.T >= unit @ unit.T - search.error).all()
+    found = search.run()
+    assert found.tolist() == find_duplicates_twin(rows, threshold)
+    assert 1 < len(found.unique()) < 300
+
+
+def test_within_classes_and_against_another_set(monkeypatch):
+    monkeypatch.setattr(duplicates, "_BLOCK", 16)
+    rows = np.random.default_rng(2).normal(size=(120, 3))
+    labels = np.arange(120) % 3
+    found = find_duplicates(rows, 0.9, labels=labels).numpy()
+    for label in range(3):
+        members = np.flatnonzero(labels == label)
+        assert found[members].tolist() == members[find_duplicates_twin(rows[members], 0.9)].tolist()
+
+    train, validation = rows[:80], rows[80:]
+    cosine = train @ validation.T / np.linalg.norm(train, axis=1)[:, None] / np.linalg.norm(validation, axis=1)
+    leaked = find_duplicates(train, 0.9, against=validation)
+    assert leaked.tolist() == [int(np.argmax(row >= 0.9)) if (row >= 0.9).any() else -1 for row in cosine]
+    pairs, values = near_pairs(train, leaked, against=validation)
+    assert pairs[:, 0].sort().values.tolist() == np.flatnonzero(leaked >= 0).tolist()
+    assert np.allclose(values, cosine[pairs[:, 0], pairs[:, 1]])
+    assert (values.diff() <= 0).all()
+    with pytest.raises(FeatureError, match="columns"):
+        find_duplicates(train, 0.9, against=validation[:, :2])
