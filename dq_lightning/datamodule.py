@@ -18,7 +18,6 @@ from dq_lightning.core.config import (
     Balance,
     OnError,
     Reconstruct,
-    SelectionConfig,
     StoreKind,
     VerifyPolicy,
     replace_fields,
@@ -87,14 +86,15 @@ class QuantizedHooks(Base):
         test: test dataset or loader, or a list or dict of these; None as for `val`.
         predict: prediction dataset or loader, or a list or dict of these; None means that there is no prediction
             loader.
-        keep_ratio: share of the samples that is kept, in (0, 1]; 0.125 when None.
+        keep_ratio: share of the samples that is kept, in (0, 1]; None lets `max_bytes` choose, and is
+            0.125 without it.
         num_bins: K, the number of disjoint bins in each class; 10 when None.
         drop_ratio: share of the patches of every kept image that is dropped, in [0, 1). Only the other patches are
             stored, and a masked autoencoder fills the dropped ones. `config.patches` holds all further settings of this
             step. 0 when None.
         max_bytes: bytes that the compact set may take, everything counted: a number, a size (`"15MB"`), or a share of
             the dataset's bytes (`"10%"`). How many samples are kept and, for images, as which JPEG or WebP, is then
-            chosen (see `config.encoding`); a `keep_ratio` other than 0.125 is kept to. No bound when None.
+            chosen (see `config.encoding`); a `keep_ratio` is kept to. No bound when None.
         encoder: network that makes the features: `"auto"`, `"bundled"`, a timm name, a folder or file, an `nn.Module`,
             or `(module, preprocessing)`; `"auto"` when None.
         classifier: network, or `(network, preprocessing)`, whose saliency maps score the patches; it replaces the name
@@ -246,11 +246,11 @@ class QuantizedHooks(Base):
         # The hyperparameters are the values in effect, whether a keyword or the config set them, and None where nothing is
         # drawn from bins. Only small plain values are saved, because a dataset among them would be copied into every
         # checkpoint.
-        keep_ratio, num_bins, seed = selected.keep_ratio, wanted.config.bins.num_bins, selected.seed
+        # Under a budget of bytes without a keep ratio, the budget decides how many samples are kept.
+        keep_ratio = selected.share if wanted.config.max_bytes is None else selected.keep_ratio
+        num_bins, seed = wanted.config.bins.num_bins, selected.seed
         if wanted.indices is not None or isinstance(train_set, StoreTrainSet):
             keep_ratio = num_bins = None
-        elif wanted.config.max_bytes is not None and keep_ratio == SelectionConfig().keep_ratio:
-            keep_ratio = None  # The budget decides how many samples are kept.
         self.save_hyperparameters("keep_ratio", "num_bins", "seed", logger=False)
         self._inner: Any = train if is_datamodule(train) else None
         # The batch size of a wrapped data module is read from its train loader in setup().

@@ -126,10 +126,10 @@ def test_no_budget_is_exceeded(tmp_path, features, fewer, seed, monkeypatch):
 
 def test_a_fixed_number_of_samples_is_kept(tmp_path, features, fewer):
     data = photos(100, None)
-    for ratio in (0.5, 1.0):
+    for ratio in (0.125, 0.5, 1.0):  # the first is also what is kept without a budget
         settings = QuantizeConfig(max_bytes=40_000, selection=SelectionConfig(keep_ratio=ratio), features=features(100))
         info = made(tmp_path, data, settings)
-        assert info.num_samples == 100 * ratio
+        assert info.num_samples == int(100 * ratio + 0.5)
         assert info.bytes <= 40_000
     with pytest.raises(ConfigError, match="too little for the 100 samples"):
         made(tmp_path, data, QuantizeConfig(max_bytes=9_000, selection=SelectionConfig(keep_ratio=1.0)))
@@ -145,11 +145,15 @@ def test_arrays_stay_arrays(tmp_path, features, fewer):
     assert info.encoding["codec"] in ("jpeg", "webp")
 
 
-def test_rows_of_text(tmp_path, features):
+def test_rows_of_text(tmp_path, features, caplog):
     rows = [
         {"instruction": f"Count to {i}", "input": "", "output": " ".join(map(str, range(i % 50)))} for i in range(400)
     ]
-    info = made(tmp_path, rows, QuantizeConfig(max_bytes="40%", features=features(400)))
+    made(tmp_path, rows, QuantizeConfig(store="packed", features=features(400)))
+    with caplog.at_level(logging.INFO, "dq_lightning"):
+        info = made(tmp_path, rows, QuantizeConfig(max_bytes="40%", features=features(400)))
+    why = "keep_ratio changed (0.125 -> as many as fit), max_bytes changed (nothing -> 40%); reusing"
+    assert f"computing the compact set because {why}" in caplog.text
     assert info.bytes <= info.encoding["max_bytes"]
     assert 0 < info.num_samples < 200
     assert PackedDataset(info.path)[3] == rows[int(load_selection(info.path).index[3])]

@@ -13,6 +13,8 @@ NAMES = {
     "num_source_samples": "number of samples",
     DROP_RATIO: "drop_ratio",
 }
+# These parts appear and disappear together with a budget of bytes.
+KEEP_RATIO, BUDGET, OF_BUDGET = "keep_ratio", "max_bytes", ("encoding.", "budget_version")
 # These parts appear and disappear together with the drop ratio, so they are not reported separately.
 OF_PATCHES = ("patches", "stored_patches", "reconstructor")
 
@@ -56,7 +58,8 @@ def describe_change(station: str, wanted: dict[str, Any], existing: list[dict[st
 
     def is_listed(change: tuple[str, Any, Any]) -> bool:
         path, a, b = change
-        return not (missing in (a, b) and path != DROP_RATIO and path.startswith(OF_PATCHES))
+        follows = OF_PATCHES + (OF_BUDGET if any(one[0] == BUDGET for one in nearest) else ())
+        return not (missing in (a, b) and path != DROP_RATIO and path.startswith(follows))
 
     # A comparison with an entry of the same data is more useful than one with other data.
     nearest = min(
@@ -81,6 +84,8 @@ def describe_change(station: str, wanted: dict[str, Any], existing: list[dict[st
 def _short(path: str, value: Any, missing: object) -> str:
     if value is missing:
         return "0" if path == DROP_RATIO else "nothing"
+    if path == KEEP_RATIO and value is None:
+        return "as many as fit"
     text = value if isinstance(value, str) else repr(value)
     if len(text) >= MIN_DIGEST and all(letter in "0123456789abcdef" for letter in text):
         return text[:SHOWN_DIGEST]

@@ -233,13 +233,17 @@ class BinConfig(JsonFields):
         self._require("deduplicate", self.deduplicate is None or 0 < self.deduplicate <= 1, "in (0, 1] or None")
 
 
+# The share of the samples that is kept where neither the user nor a budget of bytes says another.
+KEEP_RATIO = 0.125
+
+
 @dataclass(frozen=True)
 class SelectionConfig(JsonFields):
     """How bins become a selection.
 
     Attributes:
         keep_ratio: share of the samples that is kept, 0 < keep_ratio <= 1; exactly floor(N * keep_ratio + 0.5) are
-            kept.
+            kept. None lets `max_bytes` choose, and is 0.125 without it.
         seed: seed of the random draw.
         draw: `"seeded"` draws uniformly inside a bin, `"rank"` takes the samples that were picked first.
         bin_weights: one non-negative weight for each bin, which replaces the even share; None keeps the even share.
@@ -255,15 +259,20 @@ class SelectionConfig(JsonFields):
         'seeded'
     """
 
-    keep_ratio: float = 0.125
+    keep_ratio: float | None = None
     seed: int = 0
     draw: Draw = "seeded"
     bin_weights: tuple[float, ...] | None = None
     balance: Balance = "proportional"
 
+    @property
+    def share(self) -> float:
+        """The share that is kept where no budget of bytes decides: `keep_ratio`, or 0.125 where it is None."""
+        return KEEP_RATIO if self.keep_ratio is None else self.keep_ratio
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ratio("SelectionConfig", "keep_ratio", self.keep_ratio)
+        check_ratio("SelectionConfig", "keep_ratio", self.share)
         self._require_at_least(seed=0)
 
 
@@ -428,7 +437,7 @@ class QuantizeConfig(JsonFields):
         encoding: how whole images are stored.
         max_bytes: bytes that the set may take, everything counted: a number, a size (`"15MB"`), or a share of the
             dataset's bytes (`"10%"`). The number of samples and, for images, codec, quality and longest side are then
-            chosen, unless they are fixed in `encoding`, or by a `keep_ratio` other than the default. None sets no bound.
+            chosen, unless they are fixed in `encoding`, or by `keep_ratio`. None sets no bound.
         quality: which samples are left out before the bins, because their labels seem wrong or their scores are low.
 
     Raises:
@@ -455,7 +464,9 @@ class QuantizeConfig(JsonFields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        share, keep_ratio = self.quality.drop_worst, self.selection.keep_ratio
+        share = self.quality.drop_worst
+        # Under a budget without a keep ratio, as many samples are kept as are left.
+        keep_ratio = self.selection.share if self.max_bytes is None else self.selection.keep_ratio or 0.0
         if share != "auto" and self.quality.drops and share + keep_ratio > 1 + 1e-9:
             raise ConfigError(
                 f"drop_worst={share} leaves {1 - share:.4g} of the samples, but keep_ratio={keep_ratio} wants more: lower one "

@@ -34,8 +34,8 @@ def write_results(folder: Path, info: StoreInfo, config: QuantizeConfig, place: 
     whole(target, lambda copy: shutil.copytree(info.path, copy))
     # Our own copy is checked with all its digests, as one from somebody else would be.
     copied = open_compact(target, verify="hash").info
-    given = place.get("indices") is not None
-    ratio = round(info.num_samples / info.num_source_samples, 6) if given else config.selection.keep_ratio
+    counted = place.get("indices") is not None or config.max_bytes is not None
+    ratio = round(info.num_samples / info.num_source_samples, 6) if counted else config.selection.share
     write_index(load_selection(target).index, folder / selection_file(name, ratio))
     described = copied.to_dict() | {"seconds": info.seconds, "reused": info.reused}
     write_text(folder / INFO, json.dumps(described, indent=2) + "\n")

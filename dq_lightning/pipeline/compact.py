@@ -83,6 +83,7 @@ def write_description(
     # A `Source` that the user passed may have been made with columns that the config does not name.
     columns = {"image_column": plan.source.image_column, "label_column": plan.source.label_column}
     config = plan.config.to_dict()
+    config["selection"]["keep_ratio"] = plan.config.selection.share
     if plan.chosen is not None:
         # The settings of features and bins had no influence on the set.
         config = {name: value for name, value in config.items() if name not in ("features", "bins")}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dq_lightning.core.config import SelectionConfig, replace_fields
+from dq_lightning.core.config import replace_fields
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.records import Bins, Selection
@@ -92,9 +92,9 @@ def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
 
 
 def _fixed_count(plan: Plan) -> int | None:
-    """Return the number of samples that the settings fix; the default keep ratio fixes none."""
+    """Return the number of samples that the settings fix, or None."""
     ratio = plan.config.selection.keep_ratio
-    return None if ratio == SelectionConfig().keep_ratio else count_kept(len(plan.source), ratio)
+    return None if ratio is None else count_kept(len(plan.source), ratio)
 
 
 def _write(task: Task, selection: Selection, byte_plan: BytePlan, budget: int) -> int:

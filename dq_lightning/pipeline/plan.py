@@ -283,6 +283,8 @@ def _parts_of_choice(plan: Plan, data: dict[str, Any], identities: dict[str, str
         bins["quality"] = config.quality.to_dict() | {"score": plan.scores.identity if plan.scores else "margin"}
         bins["quality_version"] = QUALITY_VERSION
     drawn = config.selection.to_dict()
+    if config.max_bytes is None:
+        drawn["keep_ratio"] = config.selection.share
     if config.selection.balance == "proportional":
         del drawn["balance"]
     selection = bins | drawn | {"selection_version": version[SELECTION]}

@@ -25,7 +25,7 @@ def make_selection(task: Task, bins: Bins | None = None) -> None:
         ConfigError: all samples were asked for, but some cannot be read.
         SourceError: two reads of one sample differ.
     """
-    ratio = task.plan.config.selection.keep_ratio
+    ratio = task.plan.config.selection.share
     write_selection(task.folder, chosen_selection(task) if bins is None else drawn_selection(task, bins, ratio))
 
 
