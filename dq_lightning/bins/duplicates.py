@@ -19,8 +19,8 @@ _PAIRS = 4096
 _ROUNDING = 1e-12
 # Bounds on cosines are tried with this many numbers a row, on this many rows.
 _WIDTHS, _TRIED = (16, 32, 64, 128), 512
-# To compute the cosine of one pair costs as much as that of this many pairs of a product of matrices.
-_GATHERING = 16
+# To compute the cosine of one pair costs as much as those of this many pairs in a product of matrices.
+_GATHERING = 128
 
 Pairs = tuple[NDArray[np.int64], NDArray[np.int64]]
 
@@ -113,7 +113,7 @@ def near_pairs(
     pairs = torch.stack([found.nonzero().flatten(), of[found]], dim=1)
     parts = [
         (_unit(values[some[:, 0].to(values.device)]) * _unit(others[some[:, 1].to(others.device)])).sum(dim=1)
-        for some in pairs.split(_PAIRS)
+        for some in torch.split(pairs, _PAIRS)
     ]
     cosine = torch.cat(parts)
     order = cosine.argsort(descending=True, stable=True)
@@ -171,7 +171,7 @@ class _Search:
             earlier = theirs < mine
             mine, theirs = mine[earlier], theirs[earlier]
             places, begin = np.unique(mine, return_index=True)
-            for place, nearby in zip(places, np.split(theirs, begin[1:]), strict=False):  # type: ignore[no-untyped-call]
+            for place, nearby in zip(places, np.split(theirs, begin[1:]), strict=False):
                 nearby = nearby[stays[nearby]]
                 if len(nearby):
                     stays[place] = False

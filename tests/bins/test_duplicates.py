@@ -88,6 +88,7 @@ def test_real_embeddings(shared_dir):
 def test_rows_that_a_bound_rules_out(monkeypatch, threshold):
     monkeypatch.setattr(duplicates, "_BLOCK", 16)
     monkeypatch.setattr(duplicates, "_WIDTHS", (4, 8))
+    monkeypatch.setattr(duplicates, "_GATHERING", 4)
     generator = np.random.default_rng(1)
     rows = generator.normal(size=(40, 24))[generator.integers(0, 40, 300)] + generator.normal(size=(300, 24)) * 0.2
     search = duplicates._Search(torch.from_numpy(rows), threshold)
