@@ -276,10 +276,6 @@ class SelectionConfig(JsonFields):
         self._require_at_least(seed=0)
 
 
-# The share of the worst samples that is left out where the user says nothing.
-DROP_WORST: float | Literal["auto"] = 0.0
-
-
 @dataclass(frozen=True)
 class QualityConfig(JsonFields):
     """Which samples are left out before the bins because they are worse than others.
@@ -291,7 +287,7 @@ class QualityConfig(JsonFields):
         drop_worst: share of each class that is left out, those of lowest score, 0 <= drop_worst < 1; or `"auto"`, which
             estimates how many labels are wrong and leaves out as many samples as it takes until about 1 % of the other
             labels are wrong (only for margins; nothing on clean data, or without classes). Other samples are then fewer,
-            but `keep_ratio` remains a share of all.
+            but `keep_ratio` remains a share of all. None is `"auto"` for margins of images, and else 0.
 
     Raises:
         ConfigError: a value is unknown or out of range, or settings contradict each other.
@@ -302,7 +298,7 @@ class QualityConfig(JsonFields):
     """
 
     score: str = "margin"
-    drop_worst: float | Literal["auto"] = DROP_WORST
+    drop_worst: float | Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -311,6 +307,8 @@ class QualityConfig(JsonFields):
                 f'QualityConfig.score must be "margin", "none", an .npy file or a column, got {self.score!r}; pass an array as '
                 "scores="
             )
+        if self.drop_worst is None:
+            return
         if self.drop_worst != "auto":
             if isinstance(self.drop_worst, str):
                 raise ConfigError(f'QualityConfig.drop_worst must be a share or "auto", got {self.drop_worst!r}')
@@ -324,7 +322,19 @@ class QualityConfig(JsonFields):
     @property
     def drops(self) -> bool:
         """Whether any sample may be left out."""
-        return self.score != "none" and self.drop_worst != 0
+        return self.score != "none" and self.drop_worst not in (0, None)
+
+    def resolved(self, modality: str, has_scores: bool) -> "QualityConfig":
+        """Return these settings with the value that `drop_worst=None` stands for.
+
+        Args:
+            modality: `"image"` or `"text"`.
+            has_scores: whether the user passes scores beside these settings.
+        """
+        if self.drop_worst is not None:
+            return self
+        judged = modality == "image" and self.score == "margin" and not has_scores
+        return replace(self, drop_worst="auto" if judged else 0.0)
 
 
 @dataclass(frozen=True)
@@ -467,7 +477,7 @@ class QuantizeConfig(JsonFields):
         share = self.quality.drop_worst
         # Under a budget without a keep ratio, as many samples are kept as are left.
         keep_ratio = self.selection.share if self.max_bytes is None else self.selection.keep_ratio or 0.0
-        if share != "auto" and self.quality.drops and share + keep_ratio > 1 + 1e-9:
+        if not isinstance(share, str | None) and self.quality.drops and share + keep_ratio > 1 + 1e-9:
             raise ConfigError(
                 f"drop_worst={share} leaves {1 - share:.4g} of the samples, but keep_ratio={keep_ratio} wants more: lower one "
                 "of the two"

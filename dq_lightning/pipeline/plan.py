@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dq_lightning.core.config import EncodingConfig, QuantizeConfig
+from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.core.records import DigestMemory, Labels, Selection
 from dq_lightning.features.choose import EncoderSpec, choose_encoder
@@ -149,6 +150,10 @@ def make_plan(dataset: Any, wanted: Wanted) -> Plan:
         text=config.text,
         on_error=config.on_error,
     )
+    has_scores = wanted.scores is not None
+    if config.quality.drop_worst is None and (has_scores or config.quality.score not in ("margin", "none")):
+        get_logger().warning("the scores have no effect, because drop_worst= is not given: pass the share to leave out")
+    config = replace(config, quality=config.quality.resolved(source.modality, has_scores))
     chosen = None if wanted.indices is None else read_indices(wanted.indices, len(source))
     if chosen is None and keeps_all(config):
         chosen = torch.arange(len(source))

@@ -20,6 +20,10 @@ from dq_lightning.quality.mislabelled import drop_worst, find_mislabelled
 from dq_lightning.sources.base import Source
 from dq_lightning.sources.columns import number_column
 
+# `drop_worst="auto"` judges no labels where classes have fewer samples than this on average: a class of a few samples cannot
+# be told from its mistakes, and the regression costs time in proportion to the number of classes.
+MIN_SAMPLES_A_CLASS = 5
+
 
 @dataclass(frozen=True, eq=False)
 class GivenScores:
@@ -116,6 +120,12 @@ def find_suspects(
                 "pass scores= or labels=, or leave it out"
             )
     place = usable.nonzero().flatten()
+    if config.drop_worst == "auto" and labels is not None and len(place) < MIN_SAMPLES_A_CLASS * labels.num_classes:
+        get_logger().info(
+            f"the labels are not judged: {len(place):,} samples of {labels.num_classes:,} classes are fewer than "
+            f"{MIN_SAMPLES_A_CLASS} a class"
+        )
+        return None
     classes = labels.values[place] if labels is not None else torch.full((len(place),), -1)
     suggested, noise = torch.full((len(place),), -1), None
     if given is not None:
@@ -131,6 +141,7 @@ def find_suspects(
         found, noise = shown.found, shown.share if np.isfinite(shown.share) else None
         _tell(shown.share, shown.error, int(found.sum()), len(place))
     else:
+        assert config.drop_worst is not None, "the plan has resolved the settings"
         found = torch.from_numpy(drop_worst(score.numpy(), config.drop_worst, classes.numpy()))
         get_logger().info(f"{int(found.sum()):,} of {len(place):,} samples are left out for their low scores")
     left_out = found.nonzero().flatten()
@@ -147,9 +158,9 @@ def _device(device: str) -> torch.device:
 
 def _tell(share: float, error: float, count: int, total: int) -> None:
     if not np.isfinite(share):
-        get_logger().warning(
-            'drop_worst="auto" leaves nothing out: these features do not tell the classes apart well enough to judge labels; '
-            "try another encoder="
+        get_logger().info(
+            'no label is judged (drop_worst="auto"): these features do not tell the classes apart well enough; another '
+            "encoder= may"
         )
     elif count:
         get_logger().info(

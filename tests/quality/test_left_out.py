@@ -47,7 +47,7 @@ def test_wrong_labels_are_left_out_and_listed_with_the_set(tmp_path, config, cap
     assert torch.equal(suspects.score, suspects.score.sort().values)
     assert np.array_equal(suspects.label, GIVEN[suspects.index])
     assert (suspects.suggested.numpy() == TRUE[suspects.index]).mean() > 0.9
-    again = quantize(Pictures(), config, drop_worst="auto", cache_dir=tmp_path / "cache")
+    again = quantize(Pictures(), config, cache_dir=tmp_path / "cache")  # "auto" is the default for images
     assert again.reused
     assert torch.equal(again.suspects.index, suspects.index)
     assert again.to_dict()["suspects"] == len(suspects)
@@ -82,7 +82,7 @@ def test_own_scores_leave_out_the_lowest_of_each_class(tmp_path, config):
     assert not other.reused
 
 
-def test_rows_of_text_are_scored_by_a_column(tmp_path, config):
+def test_rows_of_text_are_scored_by_a_column(tmp_path, config, caplog):
     rows = [{"text": f"row {number}", "worth": number / 400, "kind": number % 2} for number in range(400)]
     options = {"config": config, "cache_dir": tmp_path, "drop_worst": 0.25}
     info = quantize(rows, scores="worth", **options)
@@ -92,6 +92,8 @@ def test_rows_of_text_are_scored_by_a_column(tmp_path, config):
     with pytest.raises(ConfigError, match="has not two classes"):
         quantize(rows, **options)
     assert quantize(rows, config=config, cache_dir=tmp_path, drop_worst="auto").suspects is None
+    assert quantize(rows, scores="worth", config=config, cache_dir=tmp_path).suspects is None
+    assert "drop_worst= is not given" in caplog.text
 
 
 def test_what_contradicts_itself_is_refused(tmp_path, config):
@@ -126,3 +128,10 @@ def test_the_command_lists_suspects(tmp_path, config, capsys):
     assert "2 of 40 samples" in capsys.readouterr().out
     assert (rows[0]["position"], rows[0]["label"], rows[0]["suggested"]) == ("3", "dark", "light")
     assert rows[0]["name"] == "dark/07.png"
+
+
+def test_labels_of_tiny_classes_are_not_judged(tmp_path, config, caplog):
+    caplog.set_level("INFO", "dq_lightning")
+    each_its_own = (np.arange(400) // 2).tolist()
+    assert quantize(Pictures(), config, labels=each_its_own, cache_dir=tmp_path).suspects is None
+    assert "400 samples of 200 classes are fewer than 5 a class" in caplog.text
