@@ -195,8 +195,9 @@ class BinConfig(JsonFields):
             and 1.
         beta: accuracy of the maximizer `"approximate_lazy"`: share of the best gain that is good enough, 0 < beta <= 1.
         search_seed: seed of the maximizer `"stochastic"` and of the clusters.
-        deduplicate: cosine similarity from which on a sample counts as a near-duplicate of an earlier one and is left
-            out of the bins; None keeps near-duplicates.
+        deduplicate: cosine similarity of features from which on an image or row counts as a near-duplicate of an
+            earlier one, and is left out of the bins; inside each class where bins are made inside classes (`by_label`).
+            None keeps near-duplicates.
         engine: regime of the exact graph cut, see `dq_lightning.bins.graph_cut`: `"auto"` chooses by size, memory and
             what the picks turn out to cost. All make the same picks, so it is not part of the cache key.
 

@@ -36,6 +36,8 @@ BUDGET = "budget"
 ALGORITHM_VERSIONS = {FEATURES: 2, BINS: 1, SELECTION: 2, PATCHES: 2, STORE: 2, FILLED: 3, BUDGET: 1}
 # Version of what the scores of samples leave out of the bins.
 QUALITY_VERSION = 1
+# Near-duplicates are looked for inside each class since version 2.
+DUPLICATES_VERSION = 2
 SIZE_SAMPLES = 16
 # This prefix distinguishes an identity of the data that the user gave from a digest of their content.
 GIVEN = "given:"
@@ -287,6 +289,8 @@ def _parts_of_choice(plan: Plan, data: dict[str, Any], identities: dict[str, str
     if config.quality.drops:
         bins["quality"] = config.quality.to_dict() | {"score": plan.scores.identity if plan.scores else "margin"}
         bins["quality_version"] = QUALITY_VERSION
+    if config.bins.deduplicate is not None:
+        bins["duplicates_version"] = DUPLICATES_VERSION
     drawn = config.selection.to_dict()
     if config.max_bytes is None:
         drawn["keep_ratio"] = config.selection.share

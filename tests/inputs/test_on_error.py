@@ -176,7 +176,7 @@ def test_gradient_features_and_selection_epochs(tmp_path, features):
 
 
 def test_near_duplicates_are_left_out_too(tmp_path):
-    broken = {4: OSError("gone"), 6: (picture(5), 0)}
+    broken = {4: OSError("gone"), 6: (picture(5), 1)}
     info = compact(Pictures(broken=broken), tmp_path, settings(0.25, deduplicate=0.9999999), on_error="skip")
     assert (info.num_samples, info.num_unreadable) == (5, 1)
     config = settings(0.25, deduplicate=0.9999999, on_error="skip")
