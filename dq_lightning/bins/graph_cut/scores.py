@@ -25,8 +25,9 @@ _FULL = 32700
 # that neither limit is passed within `_MOST_PICKS` picks.
 _DEAD, _LOWEST = -(2**30), -(2**29)
 _MOST_PICKS = 4096
-# To decide between rows costs about as much as to compute the gains of this many rows, and one for each of them.
-_SETTLING = 100
+# To decide between rows costs about as much as to compute the gains of this many rows of 64 numbers, as measured, and one
+# for each of them.
+_SETTLING = 1000
 # Inner products are computed in squares of this many rows, whose single-precision form fits a processor's cache.
 _TILE = {"cpu": 512, "cuda": 8192}
 
