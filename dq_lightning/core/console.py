@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from typing import Any
+from typing import Any, Self
 
 from tqdm import auto
 
@@ -29,16 +29,32 @@ def get_logger() -> logging.Logger:
 def progress_bar(show: bool, *, total: int, unit: str, description: str) -> Any:
     """Return a tqdm progress bar, to be used as a context manager.
 
+    A bar that is not wanted is none of tqdm's: making one waits for a lock that forked processes share, and a process that is
+    killed meanwhile never gives it back.
+
     Args:
         show: whether to draw the bar; it is not drawn either if the environment variable `TQDM_DISABLE` is set.
         total: number of steps.
         unit: name of one step, shown in the rate.
         description: text in front of the bar.
     """
+    if not show or os.environ.get("TQDM_DISABLE", "") not in ("", "0"):
+        return _NoBar()
     bar: Any = auto.tqdm
-    show = show and os.environ.get("TQDM_DISABLE", "") in ("", "0")
     # None makes tqdm draw only on a terminal. Its notebook widget must not make this check, since a notebook is no
     # terminal.
     in_notebook = bar.__name__ == "tqdm_notebook"
-    disable = False if in_notebook else None
-    return bar(total=total, unit=unit, desc=description, disable=disable if show else True, mininterval=0.5)
+    return bar(total=total, unit=unit, desc=description, disable=False if in_notebook else None, mininterval=0.5)
+
+
+class _NoBar:
+    """A bar that nobody sees."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, n: float = 1) -> None:
+        """Take no notice of finished steps."""
