@@ -7,6 +7,7 @@ modules that are loaded and the seed of hashes are not fresh; tests of those sta
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -135,6 +136,9 @@ def _serve(path: str) -> None:
             if not loaded:
                 for name in HEAVY:
                     __import__(name)
+                # the scripts do not look through the objects of the libraries, which would also copy their memory
+                gc.collect()
+                gc.freeze()
                 loaded = True
             if os.fork() == 0:
                 listening.close()

@@ -79,12 +79,12 @@ def test_killed_while_everything_is_replaced(place: Path) -> None:
     image_run(place / "undisturbed")
     expected = content(place / "undisturbed")
     image_run(place / "killed")
-    for number in itertools.count(step=4):
+    for number in itertools.count(step=9):
         # how many points there are depends on what an earlier kill has left to be replaced
         if kill_at(number, run, place / "killed") == 0:
             break
         assert_only_right_entries(place / "killed", expected)
-        if number % 20 == 0:
+        if number % 27 == 0:
             run(place / "killed")
             assert content(place / "killed") == expected
     assert number > 80
@@ -120,7 +120,7 @@ def kill_at_random_times(place: Path, kills: int) -> None:
 
 
 def test_killed_at_random_times(place: Path) -> None:
-    kill_at_random_times(place, 5)
+    kill_at_random_times(place, 3)
 
 
 @pytest.mark.slow

@@ -304,9 +304,12 @@ def points_of(run: Callable[[Path], Any], root: Path) -> list[tuple[str, str]]:
 
 
 def some_points(points: list[tuple[str, str]]) -> list[int]:
-    """Numbers of the renames, by which finished work begins to count, of the points next to them, and of every fourth."""
+    """Numbers of the renames, by which finished work begins to count, of the points next to them, and of every eleventh.
+
+    The points between two renames write into one temporary folder, which is nothing to a later run, whatever is in it.
+    """
     renames = [number for number, (name, _) in enumerate(points) if name == "os.rename"]
-    chosen = {*range(0, len(points), 4), *(number + step for number in renames for step in (-1, 0, 1))}
+    chosen = {*range(0, len(points), 11), *(number + step for number in renames for step in (-1, 0, 1))}
     return sorted(chosen & {*range(len(points))})
 
 
