@@ -94,7 +94,8 @@ def test_half_a_character_is_written_as_its_escape(tmp_path, name):
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path):
     (tmp_path / "thesis").mkdir()
-    with pytest.raises(StoreError, match="not a saved dataset"):
+    (tmp_path / "thesis" / "chapter.txt").write_text("a")
+    with pytest.raises(StoreError, match="was not written by this export"):
         write_dataset(ROWS, KEPT, tmp_path / "thesis")
 
 

@@ -309,9 +309,10 @@ def count_items(name, call):
     """Likewise for a generator of all samples, from a number on."""
     real = getattr(packing, name)
 
-    def counted(plan, chosen, *others):
-        for item in real(plan, chosen, *others):
-            if len(chosen) == COUNT:
+    def counted(plan, *others):
+        of_all = any(hasattr(one, "__len__") and len(one) == COUNT for one in others)
+        for item in real(plan, *others):
+            if of_all:
                 call(1)
             yield item
 
@@ -344,7 +345,7 @@ STAGES = {
     "trained encoder": (trained_run, count_batches("features"), 4),
     "text": (text_run, count_batches("features"), 4),
     "saliency": (dropped_run, count_batches("saliency"), 1),
-    "packing whole samples": (packed_run, lambda call: count_items("_whole_items", call), 1),
+    "packing whole samples": (packed_run, lambda call: count_items("encoded_items", call), 1),
     "packing patches": (dropped_run, lambda call: count_items("packed_items", call), 1),
     "filling": (dropped_run, count_filled, 8),
 }

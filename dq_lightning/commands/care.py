@@ -82,7 +82,7 @@ def export(
     """
     from dq_lightning.commands.opening import open_dataset
     from dq_lightning.exports.command import export_set
-    from dq_lightning.exports.names import dataset_name
+    from dq_lightning.exports.results import dataset_name
 
     given = dataset is not None or data_path is not None
     written = export_set(

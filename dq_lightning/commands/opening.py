@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dq_lightning.core.errors import DQError, SourceError
-from dq_lightning.exports.names import HUB
+from dq_lightning.exports.results import HUB
 from dq_lightning.sources.folders import has_class_folders, open_image_folder
 from dq_lightning.sources.jsonl import is_rows_file
 from dq_lightning.sources.prompts import LAYOUTS

@@ -166,7 +166,7 @@ def quantize_dataset(
         }
         write_results(Path(output), info, config, place)
         if info.suspects is not None:
-            from dq_lightning.exports.suspects import write_suspects
+            from dq_lightning.exports.results import write_suspects
 
             write_suspects(info.suspects, Path(output) / "suspects.csv")
     if info.num_unreadable:

@@ -59,9 +59,8 @@ def bins(
     config = QuantizeConfig(features=features, bins=bins, text=text, store="indices", on_error=on_error)
     config = replace_fields(config, {"bins.num_bins": num_bins, "features.encoder": encoder})
     from dq_lightning.commands.opening import open_dataset
-    from dq_lightning.exports.names import dataset_name
     from dq_lightning.exports.published import write_bin_files
-    from dq_lightning.exports.results import CONFIG, write_config
+    from dq_lightning.exports.results import CONFIG, dataset_name, write_config
     from dq_lightning.pipeline.quantize import bins_of_dataset
 
     opened = open_dataset(dataset, data_path, split)
@@ -116,14 +115,16 @@ def suspects(
     config = replace_fields(config, {"features.encoder": encoder})
     from dq_lightning.commands.opening import open_dataset
     from dq_lightning.core.errors import ConfigError
-    from dq_lightning.exports.suspects import write_suspects
+    from dq_lightning.exports.results import write_suspects
     from dq_lightning.pipeline.quantize import bins_of_dataset
     from dq_lightning.sources.adapt import as_source
 
     opened = open_dataset(dataset, data_path, split)
     made = bins_of_dataset(opened, config, labels=labels, cache_dir=cache_dir, device=device, progress=progress)
     if made.suspects is None:
-        raise ConfigError("these samples have not two classes, so no label can be judged: pass labels= or scores=")
+        raise ConfigError(
+            "these samples have fewer than two classes, so it cannot be said which labels are wrong: pass labels= or scores="
+        )
     source = as_source(opened, labels=labels, text=text, on_error=on_error)
     path = write_suspects(made.suspects, Path(output).expanduser(), source)
     print(f"{len(made.suspects):,} of {len(made):,} samples: {path}")
@@ -220,7 +221,7 @@ def reconstruct(
     from dq_lightning.commands.opening import open_dataset
     from dq_lightning.commands.reconstruction import reconstruct_images
     from dq_lightning.exports.images import write_image_folder
-    from dq_lightning.exports.names import dataset_name
+    from dq_lightning.exports.results import dataset_name
     from dq_lightning.exports.rows import check_writable
 
     check_writable(str(Path(output).expanduser()))

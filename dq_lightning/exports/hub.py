@@ -6,7 +6,7 @@ from typing import Any
 
 from dq_lightning.core.errors import StoreError
 from dq_lightning.exports.images import write_parquet
-from dq_lightning.exports.rows import whole
+from dq_lightning.exports.rows import check_free, whole
 from dq_lightning.exports.samples import KeptImages
 
 
@@ -15,7 +15,7 @@ def write_image_dataset(images: KeptImages, folder: str | Path) -> Path:
 
     Args:
         images: images to write.
-        folder: folder that does not exist yet, or one that holds such a dataset, which is replaced.
+        folder: folder that does not exist yet, is empty, or holds such a dataset, which is replaced.
 
     Returns:
         The folder.
@@ -24,11 +24,7 @@ def write_image_dataset(images: KeptImages, folder: str | Path) -> Path:
         StoreError: the folder holds something else, or cannot be written.
     """
     target = Path(folder)
-    if target.exists() and not (target / "dataset_info.json").is_file():
-        raise StoreError(
-            f"{target} exists already and is not a saved dataset (it has no dataset_info.json), so it is not replaced: pass "
-            "another folder"
-        )
+    check_free(target, "dataset_info.json")
 
     def write(place: Path) -> None:
         with tempfile.TemporaryDirectory(dir=place.parent) as scratch:

@@ -12,7 +12,7 @@ import torch
 
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import StoreError
-from dq_lightning.exports.rows import whole, write_index
+from dq_lightning.exports.rows import check_free, features_of, whole, write_index
 from dq_lightning.exports.samples import KeptImage, KeptImages
 
 METADATA = "metadata.csv"
@@ -167,8 +167,6 @@ def write_parquet(images: KeptImages, path: str | Path) -> Path:
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    from dq_lightning.exports.rows import features_of
-
     schema = features_of(images.class_names)
 
     def write(place: Path) -> None:
@@ -234,19 +232,3 @@ def write_ids(names: Sequence[str], path: str | Path) -> Path:
             file.writelines(f"{name}\n" for name in names)
 
     return whole(Path(path), write)
-
-
-def check_free(folder: Path, marker: str) -> None:
-    """Refuse to replace a folder that holds something else than an earlier export.
-
-    Args:
-        folder: folder that is to be written.
-        marker: name of a file that every export of this kind has.
-
-    Raises:
-        StoreError: the folder is not empty and lacks the marker.
-    """
-    if folder.exists() and not (folder / marker).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StoreError(
-            f"{folder} exists already and was not written by this export (it has no {marker}): pass another folder"
-        )

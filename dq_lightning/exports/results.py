@@ -1,19 +1,39 @@
-"""The folder that `dq-lightning quantize --output` writes: settings, positions, and a copy of the compact set."""
+"""What commands write beside a compact set: settings, positions, a copy of the set, and a table of suspects."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from dq_lightning.core.config import QuantizeConfig
-from dq_lightning.core.records import StoreInfo
-from dq_lightning.exports.images import check_free
-from dq_lightning.exports.names import dataset_name
+from dq_lightning.core.records import StoreInfo, Suspects
 from dq_lightning.exports.published import selection_file
-from dq_lightning.exports.rows import whole, write_index
+from dq_lightning.exports.rows import check_free, whole, write_index
 from dq_lightning.pipeline.compact import SET_FOLDER, load_selection, open_compact
+from dq_lightning.sources.base import Source
 
+# This prefix names a dataset of the Hugging Face hub: hub:OWNER/NAME.
+HUB = "hub:"
 CONFIG, INFO = "config.yaml", "info.json"
+
+
+def dataset_name(dataset: str | dict[str, Any] | None, data_path: str | Path | None = None) -> str:
+    """Return a short name for files, made from the class, the hub repository, or the folder or file.
+
+    Example:
+        >>> dataset_name("hub:owner/name")
+        'owner_name'
+
+    Args:
+        dataset: name or class path of the dataset, as in `open_dataset`.
+        data_path: folder or file of the dataset, used when `dataset` is None.
+    """
+    if isinstance(dataset, dict):
+        return str(dataset.get("class_path", "dataset")).rpartition(".")[2]
+    if dataset is not None:
+        return dataset.removeprefix(HUB).replace("/", "_").rpartition(".")[2]
+    return Path(data_path or "dataset").expanduser().absolute().name.partition(".")[0] or "dataset"
 
 
 def write_results(folder: Path, info: StoreInfo, config: QuantizeConfig, place: dict[str, Any]) -> None:
@@ -38,7 +58,7 @@ def write_results(folder: Path, info: StoreInfo, config: QuantizeConfig, place: 
     ratio = round(info.num_samples / info.num_source_samples, 6) if counted else config.selection.share
     write_index(load_selection(target).index, folder / selection_file(name, ratio))
     described = copied.to_dict() | {"seconds": info.seconds, "reused": info.reused}
-    write_text(folder / INFO, json.dumps(described, indent=2) + "\n")
+    _write_text(folder / INFO, json.dumps(described, indent=2) + "\n")
     write_config(folder / CONFIG, place | config.to_dict())
 
 
@@ -48,9 +68,40 @@ def write_config(path: Path, values: dict[str, Any]) -> None:
 
     plain = {key: value for key, value in values.items() if value is not None}
     tools: Any = yaml
-    write_text(path, tools.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    _write_text(path, tools.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file (UTF-8), completely or not at all."""
+def _write_text(path: Path, text: str) -> None:
     whole(path, lambda place: place.write_text(text, encoding="utf-8"))
+
+
+def write_suspects(suspects: Suspects, path: str | Path, source: Source | None = None) -> Path:
+    """Write suspects as a CSV file with the columns position, name, score, label and suggested.
+
+    Args:
+        suspects: the samples, the lowest score first.
+        path: path of the file, which is replaced; its folder is created.
+        source: source of the samples, which gives their names (relative paths in a dataset of files); None leaves the
+            names empty.
+
+    Returns:
+        The path.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
+    names = suspects.names or ()
+
+    def name(label: int) -> str | int:
+        return "" if label < 0 else names[label] if label < len(names) else label
+
+    def write(place: Path) -> None:
+        with place.open("w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(("position", "name", "score", "label", "suggested"))
+            columns = (suspects.index, suspects.score, suspects.label, suspects.suggested)
+            for position, score, label, suggested in zip(*(column.tolist() for column in columns), strict=True):
+                known = "" if source is None else source.sample_id(position)
+                table.writerow((position, known, f"{score:.6g}", name(label), name(suggested)))
+
+    return whole(Path(path), write)

@@ -57,7 +57,7 @@ def write_dataset(rows: Any, index: Tensor, path: str | Path) -> Path:
     Args:
         rows: all N rows, dicts by position: a list or a Hugging Face dataset.
         index: int64 [M], `Selection.index`.
-        path: folder that does not exist yet, or one that holds such a dataset, which is replaced.
+        path: folder that does not exist yet, is empty, or holds such a dataset, which is replaced.
 
     Returns:
         The folder.
@@ -67,11 +67,7 @@ def write_dataset(rows: Any, index: Tensor, path: str | Path) -> Path:
             else.
     """
     target = Path(path)
-    if target.exists() and not (target / "dataset_info.json").is_file():
-        raise StoreError(
-            f"{target} exists already and is not a saved dataset (it has no dataset_info.json), so it is not replaced: pass "
-            "another folder"
-        )
+    check_free(target, "dataset_info.json")
     if hub_kind(rows) == "Dataset":
         _check(rows, index)
         # Without flatten_indices the whole table would be written, together with a list of positions.
@@ -199,6 +195,22 @@ def check_writable(folder: str | Path) -> None:
         os.rmdir(tempfile.mkdtemp(prefix=".dq-", dir=place))  # noqa: PTH106
     except OSError as error:
         raise _unwritable(wanted, error) from error
+
+
+def check_free(folder: Path, marker: str) -> None:
+    """Refuse to replace a folder that holds something else than an earlier export.
+
+    Args:
+        folder: folder that is to be written.
+        marker: name of a file that every export of this kind has.
+
+    Raises:
+        StoreError: the folder is not empty and lacks the marker.
+    """
+    if folder.exists() and not (folder / marker).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StoreError(
+            f"{folder} exists already and was not written by this export (it has no {marker}): pass another folder"
+        )
 
 
 def _unwritable(target: Path, error: OSError) -> StoreError:

@@ -12,8 +12,8 @@ from dq_lightning.core.console import get_logger
 from dq_lightning.core.records import Bins, Features
 from dq_lightning.features.whitening import whiten
 from dq_lightning.pipeline.plan import Plan
-from dq_lightning.pipeline.scores import find_suspects
 from dq_lightning.pipeline.step import Task
+from dq_lightning.pipeline.suspects import find_suspects
 
 
 def make_bins_entry(task: Task, features: Features) -> None:

@@ -96,7 +96,7 @@ class Build:
         identities = self.plan.identities(cache.memory)
         if identities is None:
             raise CacheError(
-                f"the identity of a network could not be recorded in {cache.root}; pass a cache_dir= that can be written"
+                f"the digest of a network's weights could not be written to {cache.root}: pass a cache_dir= that can be written"
             )
         self.cache, self.source, self.device, self.force, self.progress = cache, source, device, force, progress
         self.seconds = seconds

@@ -1,7 +1,6 @@
 """The step "store": write the compact set, with row numbers alone, whole samples, or samples with kept patches."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -70,13 +69,12 @@ def make_store(task: Task, selection: Selection, scored: tuple[Tensor, Tensor] |
 
 
 def _write_whole(task: Task, selection: Selection) -> None:
-    """Write the samples as they are."""
+    """Write the samples as they are, or with their images encoded anew."""
     plan = task.plan
+    setting = fixed_setting(plan.config.encoding)
     few = selection.index[:: max(1, len(selection) // MEASURED_SAMPLES)]
-    size = estimate_bytes(_whole_items(plan, few), len(selection))
-    items: Callable[[int], Iterator[Item]] = partial(_whole_items, plan, selection.index)
-    if plan.config.encoding.encodes:
-        items = partial(encoded_items, plan, fixed_setting(plan.config.encoding), selection.index)
+    size = estimate_bytes(encoded_items(plan, setting, few), len(selection))
+    items = partial(encoded_items, plan, setting, selection.index)
     write_samples(task, selection, items, size, made_from=selection.content_hash())
 
 
@@ -146,6 +144,7 @@ def check_storable(plan: Plan, finisher: Any = None) -> None:
 
     Raises:
         StoreError: a sample cannot be stored.
+        CacheError: the folder for temporary files cannot be written.
         SourceError: the finisher gives another result for a sample that was packed and read back.
     """
     if plan.store_kind != "packed":
@@ -157,9 +156,9 @@ def check_storable(plan: Plan, finisher: Any = None) -> None:
     for position, sample in readable_items(plan.source, places):
         positions.append(position)
         items.append(_tried_item(plan, position, plain_parts(sample)))
-    # in the system's folder for temporary files: the cache may be full, or not be writable, and that is told in its own words
-    with _trial_folder() as folder:
-        try:
+    try:
+        # This is the system's folder for temporary files, because a cache that is full has an error of its own.
+        with TemporaryDirectory(prefix="dq_lightning-", ignore_cleanup_errors=True) as folder:
             write_packed(
                 Path(folder),
                 items,
@@ -169,29 +168,17 @@ def check_storable(plan: Plan, finisher: Any = None) -> None:
                 attributes={},
             )
             stored = list(PackedDataset(folder))
-        except StoreError as error:
-            raise StoreError(
-                f"{plan.source.describe()} can't be packed, a trial with a few samples failed: {error}"
-            ) from error
-    for position, sample in zip(positions, stored, strict=True) if finisher is not None else ():
-        _check_finished(plan, partial(finisher, places[position]), position, sample)
-
-
-@contextmanager
-def _trial_folder() -> Iterator[str]:
-    """A temporary folder for a few samples.
-
-    Raises:
-        CacheError: it cannot be made or written.
-    """
-    try:
-        with TemporaryDirectory(prefix="dq_lightning-", ignore_cleanup_errors=True) as folder:
-            yield folder
+    except StoreError as error:
+        raise StoreError(
+            f"{plan.source.describe()} can't be packed; a trial with a few samples failed: {error}"
+        ) from error
     except OSError as error:
         raise CacheError(
             f"a few samples could not be packed on trial in {gettempdir()} ({error}): make room there, or set TMPDIR to "
             "another folder"
         ) from error
+    for position, sample in zip(positions, stored, strict=True) if finisher is not None else ():
+        _check_finished(plan, partial(finisher, places[position]), position, sample)
 
 
 def _tried_item(plan: Plan, position: int, sample: Any) -> Item:
@@ -221,12 +208,7 @@ def _check_finished(plan: Plan, finish: Callable[[Any], Any], position: int, sto
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
     raise SourceError(
-        f"The transform of {plan.source.describe()} gives something else for sample {position} as it is packed than for the "
-        f"dataset's own ({reason}): it asks for what a packed set does not keep, such as the file's name or the image's class. "
+        f"the transform of {plan.source.describe()} does not give the same for sample {position} after packing as before "
+        f"({reason}): it uses something that a packed set does not keep, such as the file's name or the class of the image. "
         'Let the dataset do that part itself, or use store="indices" (without drop_ratio=), which reads through the dataset'
     )
-
-
-def _whole_items(plan: Plan, index: Tensor, start: int = 0) -> Iterator[Item]:
-    for position in index[start:].tolist():
-        yield plain_parts(plan.source.plain(position)), plan.source.encoded(position)

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,8 +86,8 @@ def packed_items(plan: Plan, selection: Selection, choice: PatchChoice, start: i
     if whole:
         named = ", ".join(map(str, whole[:NAMED_SAMPLES])) + (", ..." if len(whole) > NAMED_SAMPLES else "")
         get_logger().warning(
-            f"{len(whole):,} images have a mode or type of which no patches can be kept and stay whole (samples {named}). "
-            'Where the dataset gives all images as RGB (image.convert("RGB")), they lose patches too'
+            f"{len(whole):,} images are stored whole, because patches can only be kept of RGB and grey images (samples "
+            f'{named}). To drop patches of them too, let the dataset give all images as RGB (image.convert("RGB"))'
         )
 
 
@@ -130,22 +131,6 @@ def with_all_patches(plan: Plan, sample: Any, place: tuple[str | int, ...]) -> A
     return with_value(sample, place, pack_image(leaf, torch.ones(count, dtype=torch.bool), size, "raw"))
 
 
-def _packed_images(plan: Plan, selection: Selection, choice: PatchChoice, start: int = 0) -> Iterator["_Packed"]:
-    """Yield the samples with their packed images, in order.
-
-    The samples are read in the calling thread, because few datasets are safe to read from several threads. The images
-    are packed in other threads.
-    """
-    patches, place = patches_of(plan), image_place(plan)
-
-    def read() -> Iterator[Callable[[], _Packed]]:
-        for number, position in enumerate(selection.index[start:].tolist(), start):
-            sample = plain_parts(plan.source.plain(position))
-            yield _Packing(position, sample, at(sample, place), choice.mask(number), patches)
-
-    yield from _in_threads(read())
-
-
 @dataclass(frozen=True)
 class _Packed:
     """A sample and the kept patches of its image; the image is None where it stays whole."""
@@ -161,25 +146,30 @@ class _Packed:
         return whole_bytes(plan, self.position, at(self.sample, image_place(plan)))
 
 
-@dataclass(frozen=True)
-class _Packing:
-    position: int
-    sample: Any
-    leaf: Any
-    mask: Tensor
-    patches: PatchPlan
+def _packed_images(plan: Plan, selection: Selection, choice: PatchChoice, start: int = 0) -> Iterator[_Packed]:
+    """Yield the samples with their packed images, in order.
 
-    def __call__(self) -> _Packed:
-        plan = self.patches
-        if can_keep_patches(self.leaf):
-            image = pack_image(self.leaf, self.mask, plan.patch_size, plan.codec, plan.config.quality)
-            return _Packed(self.position, self.sample, image)
-        if plan.config.reconstruct == "batch":
+    The samples are read in the calling thread, because few datasets are safe to read from several threads. The images
+    are packed in other threads.
+    """
+    patches, place = patches_of(plan), image_place(plan)
+
+    def pack(position: int, sample: Any, mask: Tensor) -> _Packed:
+        leaf, image = at(sample, place), None
+        if can_keep_patches(leaf):
+            image = pack_image(leaf, mask, patches.patch_size, patches.codec, patches.config.quality)
+        elif patches.config.reconstruct == "batch":
             try:
-                check_patches(self.leaf)
+                check_patches(leaf)
             except StoreError as error:
-                raise PatchError(f'sample {self.position}, for reconstruct="batch": {error}') from error
-        return _Packed(self.position, self.sample, None)
+                raise PatchError(f'sample {position}, for reconstruct="batch": {error}') from error
+        return _Packed(position, sample, image)
+
+    def calls() -> Iterator[Callable[[], _Packed]]:
+        for number, position in enumerate(selection.index[start:].tolist(), start):
+            yield partial(pack, position, plain_parts(plan.source.plain(position)), choice.mask(number))
+
+    yield from _in_threads(calls())
 
 
 def whole_bytes(plan: Plan, position: int, leaf: Any) -> int:

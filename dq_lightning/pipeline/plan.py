@@ -18,7 +18,7 @@ from dq_lightning.core.records import DigestMemory, Labels, Selection
 from dq_lightning.features.choose import EncoderSpec, choose_encoder
 from dq_lightning.patches.reconstructors import ReconstructorSpec
 from dq_lightning.pipeline.patch_plan import PatchPlan, make_patch_plan
-from dq_lightning.pipeline.scores import GivenScores, given_scores
+from dq_lightning.pipeline.suspects import GivenScores, given_scores
 from dq_lightning.pipeline.wanted import Wanted
 from dq_lightning.selection.given import read_indices
 from dq_lightning.sources.adapt import as_source, grouping_id

@@ -8,8 +8,8 @@ from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.records import Bins, Selection
 from dq_lightning.features.readable import find_unreadable
 from dq_lightning.pipeline.plan import Plan, keeps_all
-from dq_lightning.pipeline.scores import with_enough
 from dq_lightning.pipeline.step import Task
+from dq_lightning.pipeline.suspects import with_enough
 from dq_lightning.selection.allocate import count_kept
 from dq_lightning.selection.select import select
 
@@ -42,7 +42,7 @@ def drawn_selection(task: Task, bins: Bins, keep_ratio: float) -> Selection:
         bin_weights=settings.bin_weights,
         balance=settings.balance,
     )
-    _tell_lost_classes(task.plan, bins, selection)
+    _warn_of_lost_classes(task.plan, bins, selection)
     return selection
 
 
@@ -68,13 +68,13 @@ def chosen_selection(task: Task) -> Selection:
         chosen, unreadable = chosen[~torch.isin(chosen, left_out)], len(left_out)
     if unreadable and keeps_all(config):
         raise ConfigError(
-            f"keep_ratio=1.0 of {total} samples wants all, but {unreadable} can't be read; lower keep_ratio, or pass the "
-            "others as indices="
+            f"keep_ratio=1.0 keeps all {total:,} samples, but {unreadable:,} of them can't be read: lower keep_ratio, or pass "
+            "the positions of the others as indices="
         )
     return Selection(chosen, torch.full((len(chosen),), -1, dtype=torch.int16), unreadable)
 
 
-def _tell_lost_classes(plan: Plan, bins: Bins, selection: Selection) -> None:
+def _warn_of_lost_classes(plan: Plan, bins: Bins, selection: Selection) -> None:
     """Log a warning that names the classes of which no sample is kept."""
     labels = plan.labels
     if labels is None:

@@ -93,8 +93,8 @@ class Task:
         if changed or (not source.by_items and source_identity(self.plan, self.cache.memory) != self.source):
             remove_shards(self.entry)
             raise ChangedError(
-                f"{source.describe()} changed while it was read: start again when nothing writes to it any more. "
-                "What was made of it was not kept"
+                f"{source.describe()} changed while it was read, so what was made of it was not kept: start again when "
+                "nothing writes to it any more"
             )
 
 
@@ -112,6 +112,6 @@ def reading_again(plan: Plan) -> Iterator[None]:
         if not plan.reads_for_features:
             raise
         raise SourceError(
-            "A sample whose image was read for its features can't be read any more: the dataset changed between two reads, or "
-            f"another part of the sample is damaged. {error}"
+            "a sample that could be read for its features cannot be read now, so the dataset changed meanwhile, or another "
+            f"part of the sample is damaged: {error}"
         ) from error

@@ -117,7 +117,7 @@ def test_a_transform_that_asks_for_what_is_not_kept_is_refused_before_the_work(t
     def named(image):
         return image.filename.encode()
 
-    with pytest.raises(SourceError, match=r"something else for sample .*store=\"indices\""):
+    with pytest.raises(SourceError, match=r"does not give the same for sample .*store=\"indices\""):
         module_of(Files(tmp_path / "images", named), tmp_path / "cache", store="packed")
     assert not list((tmp_path / "cache").glob("1-features/*"))
     module = module_of(Files(tmp_path / "images", lambda image: image.n_frames), tmp_path / "cache", store="packed")
@@ -167,7 +167,7 @@ def test_a_few_images_of_other_modes_are_told_and_filled_around(tmp_path, caplog
     config = settings(1.0, patches=PatchConfig(drop_ratio=0.25, saliency="variance", patch_size=4))
     module = module_of(data, tmp_path / "cache", config=config, reconstructor=small_mae())
     assert delivered(module)[5][0].mode == "RGBA"
-    (told,) = [message for message in caplog.messages if "stay whole" in message]
+    (told,) = [message for message in caplog.messages if "are stored whole" in message]
     assert "1 images" in told
     assert "samples 5" in told
 

@@ -9,7 +9,7 @@ import torch
 from dq_lightning import QualityConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig, load_selection, quantize
 from dq_lightning.cli import main
 from dq_lightning.core.errors import ConfigError, SourceError
-from dq_lightning.exports.suspects import write_suspects
+from dq_lightning.exports.results import write_suspects
 from tests.quality.test_margin import clusters
 from tests.quality.test_mislabelled import changed
 
@@ -63,7 +63,7 @@ def test_too_many_wanted_take_the_best_suspects_too(tmp_path, config, caplog):
     most.prepare_data()
     most.setup()
     assert len(most.selection) == 380
-    assert "suspects of highest score are kept too" in caplog.text
+    assert "suspects with the highest scores may be kept too" in caplog.text
     left_out = set(range(400)) - set(most.selection.index.tolist())
     assert left_out == set(some.suspects.index[:20].tolist())
 
@@ -89,7 +89,7 @@ def test_rows_of_text_are_scored_by_a_column(tmp_path, config, caplog):
     assert info.suspects.index.tolist() == list(range(100))
     with pytest.raises(SourceError, match="no column 'nothing'"):
         quantize(rows, scores="nothing", **options)
-    with pytest.raises(ConfigError, match="has not two classes"):
+    with pytest.raises(ConfigError, match="has fewer than two classes"):
         quantize(rows, **options)
     assert quantize(rows, config=config, cache_dir=tmp_path, drop_worst="auto").suspects is None
     assert quantize(rows, scores="worth", config=config, cache_dir=tmp_path).suspects is None
@@ -101,7 +101,7 @@ def test_what_contradicts_itself_is_refused(tmp_path, config):
         quantize(Pictures(), config, drop_worst=0.8, cache_dir=tmp_path)
     with pytest.raises(ConfigError, match="one number a sample"):
         quantize(Pictures(), config, scores=np.zeros(3), drop_worst=0.1, cache_dir=tmp_path)
-    with pytest.raises(ConfigError, match="and 1 such values"):
+    with pytest.raises(ConfigError, match="must be finite numbers, but 1 of them"):
         quantize(Pictures(), config, scores=[float("nan"), *range(399)], drop_worst=0.1, cache_dir=tmp_path)
     with pytest.raises(ConfigError, match="pass the share"):
         quantize(Pictures(), config, scores=np.zeros(400), drop_worst="auto", cache_dir=tmp_path)

@@ -1,4 +1,4 @@
-"""Scores of samples: where they come from, and which samples are left out of the bins because theirs are low."""
+"""Suspects: samples that are left out of the bins because their scores are low, and where the scores come from."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -53,8 +53,8 @@ def given_scores(scores: Any, config: QualityConfig, total: int) -> GivenScores 
         return None
     if scores is not None and config.drop_worst == "auto":
         raise ConfigError(
-            'drop_worst="auto" estimates how many labels are wrong from margins, and scores= are others: pass the share to '
-            "leave out, such as drop_worst=0.2"
+            'drop_worst="auto" estimates from margins how many labels are wrong, which scores of your own do not allow: pass '
+            "the share to leave out, such as drop_worst=0.2, or leave scores= out"
         )
     if scores is None and not config.score.endswith(".npy"):
         return GivenScores(None, f"column:{config.score}")
@@ -74,7 +74,7 @@ def _finite(values: NDArray[np.float64], name: str) -> NDArray[np.float64]:
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
         raise ConfigError(
-            f"{name} holds {values[bad[0]]} for sample {bad[0]}, and {len(bad)} such values; give numbers"
+            f"{name} must be finite numbers, but {len(bad):,} of them are not, first {values[bad[0]]} for sample {bad[0]}"
         )
     return values
 
@@ -88,7 +88,7 @@ def find_suspects(
     *,
     device: str,
 ) -> Suspects | None:
-    """Find the samples that are left out of the bins because of their scores; one line of the log tells of them.
+    """Find the samples that are left out of the bins because of their scores, and log their number.
 
     Args:
         config: settings.
@@ -116,8 +116,8 @@ def find_suspects(
             if config.drop_worst == "auto":
                 return None
             raise ConfigError(
-                f"drop_worst={config.drop_worst} compares labels with features, but {source.describe()} has not two classes: "
-                "pass scores= or labels=, or leave it out"
+                f"drop_worst={config.drop_worst} compares labels with features, but {source.describe()} has fewer than two "
+                "classes: pass scores= or labels=, or leave drop_worst= out"
             )
     place = usable.nonzero().flatten()
     if config.drop_worst == "auto" and labels is not None and len(place) < MIN_SAMPLES_A_CLASS * labels.num_classes:
@@ -139,11 +139,11 @@ def find_suspects(
     if config.drop_worst == "auto":
         shown = find_mislabelled(predicted, classes)
         found, noise = shown.found, shown.share if np.isfinite(shown.share) else None
-        _tell(shown.share, shown.error, int(found.sum()), len(place))
+        _log_estimate(shown.share, shown.error, int(found.sum()), len(place))
     else:
         assert config.drop_worst is not None, "the plan has resolved the settings"
         found = torch.from_numpy(drop_worst(score.numpy(), config.drop_worst, classes.numpy()))
-        get_logger().info(f"{int(found.sum()):,} of {len(place):,} samples are left out for their low scores")
+        get_logger().info(f"{int(found.sum()):,} of {len(place):,} samples are left out because their scores are low")
     left_out = found.nonzero().flatten()
     left_out = left_out[score[left_out].argsort(stable=True)]
     names = None if labels is None else labels.names
@@ -156,7 +156,7 @@ def _device(device: str) -> torch.device:
     return named_device(device)
 
 
-def _tell(share: float, error: float, count: int, total: int) -> None:
+def _log_estimate(share: float, error: float, count: int, total: int) -> None:
     if not np.isfinite(share):
         get_logger().info(
             'no label is judged (drop_worst="auto"): these features do not tell the classes apart well enough; another '
@@ -164,11 +164,11 @@ def _tell(share: float, error: float, count: int, total: int) -> None:
         )
     elif count:
         get_logger().info(
-            f"about {share:.1%} (+- {error:.1%}) of {total:,} labels seem wrong: {count:,} samples whose labels fit their "
-            "features least are left out (info.suspects)"
+            f"about {share:.1%} (+- {error:.1%}) of {total:,} labels seem wrong: the {count:,} samples whose labels fit their "
+            "features least are left out (they are listed in info.suspects)"
         )
     else:
-        get_logger().info(f"the labels of {total:,} samples seem clean (about {share:.1%} wrong): none is left out")
+        get_logger().info(f"the labels of {total:,} samples seem right (about {share:.1%} wrong): none is left out")
 
 
 def with_enough(bins: Bins, labels: Labels | None, wanted: int) -> Bins:
@@ -188,7 +188,7 @@ def with_enough(bins: Bins, labels: Labels | None, wanted: int) -> Bins:
     assignment[back], rank[back] = bins.num_bins - 1, len(bins) + torch.arange(len(back), dtype=torch.int32)
     group[back] = 0 if labels is None else labels.values[back].to(torch.int32)
     get_logger().warning(
-        f"keep_ratio wants {short:,} samples more than are left without suspects: the {len(back):,} suspects of highest score "
-        "are kept too; lower keep_ratio to keep none of them"
+        f"keep_ratio asks for {short:,} more samples than remain without the suspects, so the {len(back):,} suspects with the "
+        "highest scores may be kept too: lower keep_ratio to keep none of them"
     )
     return replace(bins, assignment=assignment, rank=rank, group=group)
