@@ -36,6 +36,7 @@ def test_a_plan_stays_within_the_budget_and_grows_with_it(table, budget, more, f
     plan, larger = (plan_bytes(table, size, TOTAL, fixed_bytes=fixed) for size in (budget, budget + more))
     assert plan.num_samples * plan.setting.sample_bytes + fixed <= budget
     assert plan.num_samples <= larger.num_samples <= TOTAL
+    assert min(plan.setting.psnr, larger.setting.psnr) >= 26  # the table's last setting loses nothing
     if plan.num_samples == larger.num_samples:
         assert plan.setting.psnr <= larger.setting.psnr
     for other, count in plan.others:

@@ -78,13 +78,11 @@ def encode_leaf(leaf: Any, encoded: EncodedImage | None, setting: ByteSetting) -
         StoreError: the codec cannot hold an image of this size, or the info of the image cannot be stored.
     """
     try:
-        layout, mode, pixels = pixels_of(leaf)
+        layout, mode, _ = pixels_of(leaf)
     except StoreError:
         return None
     assert setting.quality is not None
-    image = (
-        leaf if layout == "pil" else Image.fromarray(np.ascontiguousarray(pixels if mode == "RGB" else pixels[..., 0]))
-    )
+    image = as_image(leaf)
     data = encode_lossy(reduced(image, setting.longest_side), setting.codec, setting.quality)
     properties = encode_properties(leaf) if layout == "pil" else b""
     # A folder of colour images then has one column of files, whether they are its own or new ones.
@@ -92,6 +90,13 @@ def encode_leaf(leaf: Any, encoded: EncodedImage | None, setting: ByteSetting) -
     if encoded is not None and layout == "pil" and len(encoded.data) <= len(data) and _gives(encoded, image):
         return StoredImage(encoded.data, encoded.decoder, layout, properties)
     return StoredImage(data, "pil_rgb" if plain else "pil", layout, properties)
+
+
+def as_image(leaf: Any) -> Image.Image:
+    """Return an 8-bit grey or RGB image of any type as a Pillow image."""
+    layout, mode, pixels = pixels_of(leaf)
+    pixels = pixels if mode == "RGB" else pixels[..., 0]
+    return leaf if layout == "pil" else Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def reduced(image: Image.Image, longest_side: int | None) -> Image.Image:

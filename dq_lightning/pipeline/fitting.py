@@ -52,7 +52,8 @@ def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
     chosen = chosen_selection(task) if bins is None else None
     fixed = _fixed_count(plan) if chosen is None else len(chosen)
     present = len(plan.source) if bins is None else int((bins.assignment >= 0).sum())
-    frontier = Frontier(plan)
+    room = budget - len(json.dumps(task.parts))
+    frontier = Frontier(plan, room, present if fixed is None else fixed, fixed is not None)
     beside = frontier.fixed_bytes + len(json.dumps(task.parts))
     settings, measured = frontier.settings, set[int]()
     selection, total = Selection(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int16)), 0
@@ -69,12 +70,10 @@ def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
             at = settings.index(byte_plan.setting)
             if at in measured:
                 break
-            if not measured:
-                frontier.add_finer(settings[at])
             measured.add(at)
             settings[at] = measure_again(plan, settings[at])
         if round_ == 0:
-            get_logger().info(f"max_bytes={budget:,}: {byte_plan.describe(len(plan.source))}")
+            get_logger().info(f"max_bytes={budget:,}: {byte_plan.describe(present)}")
         if bins is not None:
             selection = drawn_selection(task, bins, byte_plan.num_samples / len(bins))
         elif chosen is not None:

@@ -1,10 +1,11 @@
 """What each setting of the codecs costs and loses, measured on a few samples of a dataset."""
 
 import io
-import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +22,7 @@ from dq_lightning.packed.layouts import pixels_of
 from dq_lightning.packed.values import encode_value
 from dq_lightning.packed.writer import STORE_FILE, Item, write_packed
 from dq_lightning.pipeline.budget import ByteSetting
-from dq_lightning.pipeline.encoding import encode_leaf, encoded_items
+from dq_lightning.pipeline.encoding import as_image, encode_leaf, encoded_items, reduced
 from dq_lightning.pipeline.patch_bytes import owner_bytes
 from dq_lightning.pipeline.patching import image_place
 from dq_lightning.pipeline.plan import Plan
@@ -30,16 +31,13 @@ from dq_lightning.sources.skipping import readable_items
 
 SMALL_SIDE = 64
 # Settings are compared on so many images; the bytes of the chosen one are then measured on more.
-COMPARED = {"small": 128, "photo": 24}
+COMPARED = {"small": 96, "photo": 24}
 MEASURED = {"small": 1000, "photo": 200}
-QUALITIES = {
-    ("jpeg", "small"): (10, 15, 20, 25, 30, 40, 50, 60, 70, 75, 80, 85, 90, 95),
-    ("webp", "small"): (5, 10, 20, 30, 40, 50, 60, 70, 75, 80, 90),
-    ("jpeg", "photo"): (10, 20, 30, 50, 75, 90),
-    ("webp", "photo"): (10, 30, 50, 75, 90),
+# Bytes and error change steadily with the quality, so the best one is found by bisection.
+QUALITIES: dict[str, Sequence[int]] = {
+    "small": range(5, 97),
+    "photo": (10, 15, 20, 25, 30, 40, 50, 60, 70, 75, 80, 85, 90, 95),
 }
-# Between two qualities, the chosen one's neighbours, so many parts are tried.
-FINER_PARTS = 4
 # A photo is tried at these shares of its longest side, too.
 SIDE_SHARES = (0.75, 0.5)
 NPY_HEADER_BYTES = 128
@@ -54,9 +52,12 @@ class Frontier:
 
     Args:
         plan: plan of the run.
+        room: bytes that the store may take, apart from the parts of its key.
+        wanted: number of samples that are kept if they fit.
+        is_fixed: whether exactly so many are kept.
 
     Attributes:
-        settings: the settings that may be chosen.
+        settings: the settings that may be chosen: of each codec and side those that bisection looked at.
         fixed_bytes: bytes of the store that do not grow with the number of samples, without the parts of its key.
 
     Raises:
@@ -65,58 +66,79 @@ class Frontier:
         StoreError: a sample cannot be stored.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, room: int, wanted: int, is_fixed: bool) -> None:
+        self._wanted, self._is_fixed = wanted, is_fixed
         self._plan, self._fixed, self._size = plan, plan.config.encoding, _size_name(plan)
         kept = ByteSetting("keep", None, None, 0.0)
-        sample_bytes, self.fixed_bytes = _packed_bytes(plan, kept, _positions(plan, MEASURED[self._size]))
+        sample_bytes, self.fixed_bytes, _ = _packed_bytes(plan, kept, _positions(plan, MEASURED[self._size]))
         self.settings: list[ByteSetting] = []
         if self._fixed.codec in ("auto", "keep"):
             self.settings.append(replace(kept, sample_bytes=sample_bytes))
         few = _positions(plan, COMPARED[self._size])
         self._images = _images(plan, few) if self._fixed.codec != "keep" else []
         # Bytes of a sample beside the file of its image.
-        self._beside = 0.0
-        if self._images:
-            tried = _candidates(self._fixed, self._size, self._images)
-            self._beside = _packed_bytes(plan, tried[0], few)[0] - self._costs(tried[0])[0]
-            self.settings += map(self._measured, tried)
+        self._beside: float | None = None
+        self._few, self._room, self._floor = few, room - self.fixed_bytes, self._fixed.least_psnr
+        codecs = ("jpeg", "webp") if self._fixed.codec == "auto" else (self._fixed.codec,)
+        for side in _sides(self._fixed, self._size, self._images):
+            for codec in codecs if self._images and self._may_win(side) else ():
+                self._search(codec, side)
         if not self.settings:
             raise ConfigError(
                 f"encoding.codec={self._fixed.codec!r} encodes 8-bit grey or RGB images, and {plan.source.describe()} has "
                 "none: leave it out"
             )
 
-    def add_finer(self, setting: ByteSetting) -> None:
-        """Measure qualities between a setting and its neighbours, and add them to the settings."""
-        if setting.codec == "keep" or self._fixed.quality is not None:
-            return
-        kind = (setting.codec, setting.longest_side)
-        known = sorted(
-            one.quality for one in self.settings if (one.codec, one.longest_side) == kind and one.quality is not None
-        )
-        at = known.index(setting.quality or 0)
-        for low, high in itertools.pairwise(known[max(0, at - 1) : at + 2]):
-            between = {low + (high - low) * part // FINER_PARTS for part in range(1, FINER_PARTS)} - {low, high}
-            self.settings += [self._measured(replace(setting, quality=quality)) for quality in sorted(between)]
+    def _may_win(self, side: int | None) -> bool:
+        """Whether images of a smaller side can reach the floor, and more than what all samples fit with already."""
+        fitting = [one.psnr for one in self.settings if one.sample_bytes * self._wanted <= self._room]
+        if side is None or self._fixed.longest_side is not None:
+            return True
+        errors = [_error(pixels_of(leaf)[2], reduced(as_image(leaf), side)) for leaf, _ in self._images]
+        return _psnr(float(np.mean(errors))) > max(self._floor, *fitting, 0.0)
+
+    def _search(self, codec: str, side: int | None) -> None:
+        """Measure the coarsest quality above the floor and the finest that all samples fit with."""
+        qualities = QUALITIES[self._size] if self._fixed.quality is None else (self._fixed.quality,)
+
+        @cache
+        def at(number: int) -> ByteSetting:
+            self.settings.append(self._measured(ByteSetting(codec, qualities[number], side, 0.0)))
+            return self.settings[-1]
+
+        numbers = range(len(qualities))
+        low = bisect_left(numbers, True, hi=len(numbers) - 1, key=lambda number: at(number).psnr >= self._floor)
+        at(min(low + 1, len(numbers) - 1))  # in place of the lowest, should it miss the floor on more images
+        if at(low).sample_bytes * self._wanted <= self._room:
+            bisect_left(numbers, True, lo=low, key=lambda number: at(number).sample_bytes * self._wanted > self._room)
+        elif self._is_fixed:
+            # Fixed samples are kept even below the floor.
+            bisect_left(numbers, True, hi=low, key=lambda number: at(number).sample_bytes * self._wanted > self._room)
+            at(0)
 
     def _measured(self, setting: ByteSetting) -> ByteSetting:
-        size, psnr = self._costs(setting)
-        return replace(setting, sample_bytes=self._beside + size, psnr=psnr)
-
-    def _costs(self, setting: ByteSetting) -> tuple[float, float]:
-        return _sizes_and_error(self._images, [encode_leaf(leaf, own, setting) for leaf, own in self._images])
+        files = [encode_leaf(leaf, own, setting) for leaf, own in self._images]
+        sizes, errors = _sizes_and_errors(self._images, files)
+        if self._beside is None:
+            self._beside = _packed_bytes(self._plan, setting, self._few)[0] - float(np.mean(sizes))
+        return replace(setting, sample_bytes=self._beside + float(np.mean(sizes)), psnr=_psnr(float(np.mean(errors))))
 
 
 def measure_again(plan: Plan, setting: ByteSetting) -> ByteSetting:
-    """Return a setting with its bytes measured on more samples, and one standard error more than their mean."""
+    """Return a setting measured on more samples.
+
+    The bytes are two standard errors more than their mean, because a store that is too large is packed twice; the
+    squared error is one standard error more.
+    """
     few = _positions(plan, MEASURED[_size_name(plan)])
-    mean, _ = _packed_bytes(plan, setting, few)
-    found = _images(plan, few) if setting.codec != "keep" else []
-    spread = 0.0
-    if len(found) > 1 and len(few) < len(plan.candidates):
-        sizes = _sizes([file for leaf, own in found if (file := encode_leaf(leaf, own, setting)) is not None])
-        spread = float(np.std(sizes)) / math.sqrt(len(sizes))
-    return replace(setting, sample_bytes=mean + spread)
+    mean, _, items = _packed_bytes(plan, setting, few)
+    if setting.codec == "keep":
+        return replace(setting, sample_bytes=mean)
+    leaves = [at(sample, image_place(plan)) for sample, _ in items]
+    sizes, errors = _sizes_and_errors(_images(plan, few), [one for one in leaves if isinstance(one, StoredImage)])
+    share = math.sqrt(1 - len(few) / len(plan.candidates)) / math.sqrt(len(sizes))
+    error = float(np.mean(errors) + np.std(errors) * share)
+    return replace(setting, sample_bytes=mean + 2 * float(np.std(sizes)) * share, psnr=_psnr(error))
 
 
 def source_bytes(plan: Plan) -> int:
@@ -174,36 +196,37 @@ def _images(plan: Plan, positions: Sequence[int]) -> list[tuple[Any, Any]]:
     return found
 
 
-def _candidates(fixed: EncodingConfig, size: str, found: Sequence[tuple[Any, Any]]) -> list[ByteSetting]:
-    codecs = ("jpeg", "webp") if fixed.codec == "auto" else (fixed.codec,)
-    sides = [fixed.longest_side]
-    if fixed.longest_side is None and size == "photo":
-        longest = sorted(max(pixels_of(leaf)[2].shape[:2]) for leaf, _ in found)[len(found) // 2]
-        sides += [round(share * longest) for share in SIDE_SHARES]
-    return [
-        ByteSetting(codec, quality, side, 0.0)
-        for side in sides
-        for codec in codecs
-        for quality in ((fixed.quality,) if fixed.quality is not None else QUALITIES[codec, size])
-    ]
+def _sides(fixed: EncodingConfig, size: str, found: Sequence[tuple[Any, Any]]) -> list[int | None]:
+    """Return the longest sides that are tried; None keeps every size."""
+    if fixed.longest_side is not None or size != "photo" or not found:
+        return [fixed.longest_side]
+    longest = sorted(max(pixels_of(leaf)[2].shape[:2]) for leaf, _ in found)[len(found) // 2]
+    return [None, *(round(share * longest) for share in SIDE_SHARES)]
 
 
-def _sizes_and_error(found: Sequence[tuple[Any, Any]], files: Sequence[StoredImage | None]) -> tuple[float, float]:
-    """Return the mean stored bytes of files, and the peak signal-to-noise ratio of their mean squared error, in dB."""
-    errors, kept = [], []
-    for (leaf, _), file in zip(found, files, strict=True):
-        if file is None:
-            continue
-        kept.append(file)
-        pixels = pixels_of(leaf)[2]
+def _sizes_and_errors(
+    found: Sequence[tuple[Any, Any]], files: Sequence[StoredImage | None]
+) -> tuple[list[int], list[float]]:
+    """Return the stored bytes of each file, and its mean squared error on the scale of 0 to 255."""
+    kept = [(leaf, file) for (leaf, _), file in zip(found, files, strict=True) if file is not None]
+    errors = []
+    for leaf, file in kept:
         with Image.open(io.BytesIO(file.data)) as opened:
-            image = opened.convert("RGB" if pixels.shape[2] == 3 else "L")
-        if image.size != (pixels.shape[1], pixels.shape[0]):
-            image = image.resize((pixels.shape[1], pixels.shape[0]), Image.Resampling.BICUBIC)
-        difference = np.asarray(image, np.float32).reshape(pixels.shape) - pixels
-        errors.append(float(np.mean(difference * difference)))
-    error = float(np.mean(errors))
-    return float(np.mean(_sizes(kept))), 10 * math.log10(255**2 / error) if error else math.inf
+            errors.append(_error(pixels_of(leaf)[2], opened))
+    return _sizes([file for _, file in kept]), errors
+
+
+def _error(pixels: Any, image: Image.Image) -> float:
+    """Return the mean squared error of an image against pixels [H, W, C], after scaling it to their size."""
+    image = image.convert("RGB" if pixels.shape[2] == 3 else "L")
+    if image.size != (pixels.shape[1], pixels.shape[0]):
+        image = image.resize((pixels.shape[1], pixels.shape[0]), Image.Resampling.BICUBIC)
+    difference = np.asarray(image, np.float32).reshape(pixels.shape) - pixels
+    return float(np.mean(difference * difference))
+
+
+def _psnr(error: float) -> float:
+    return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def _sizes(files: Sequence[StoredImage]) -> list[int]:
@@ -213,8 +236,8 @@ def _sizes(files: Sequence[StoredImage]) -> list[int]:
     return [size + (1 if size < 128 else 2 if size < 1 << 14 else 3) for size in sizes]
 
 
-def _packed_bytes(plan: Plan, setting: ByteSetting, positions: Sequence[int]) -> tuple[float, int]:
-    """Pack a few samples, and return the mean bytes of one, and the bytes that any number of samples takes."""
+def _packed_bytes(plan: Plan, setting: ByteSetting, positions: Sequence[int]) -> tuple[float, int, list[Item]]:
+    """Pack a few samples; return the mean bytes of one, the bytes that any number of them takes, and the samples."""
     readable = [position for position, _ in readable_items(plan.source, positions)]
     items: list[Item] = list(encoded_items(plan, setting, torch.tensor(readable, dtype=torch.int64)))
     with TemporaryDirectory(prefix="dq_lightning-", ignore_cleanup_errors=True) as folder:
@@ -229,4 +252,4 @@ def _packed_bytes(plan: Plan, setting: ByteSetting, positions: Sequence[int]) ->
         )
         sizes = {path.name: path.stat().st_size for path in Path(folder).iterdir()}
     fixed = sizes[STORE_FILE] + NPY_HEADER_BYTES * sum(name.endswith(".npy") for name in sizes)
-    return (sum(sizes.values()) - fixed) / max(1, len(readable)), fixed + DESCRIPTION_BYTES
+    return (sum(sizes.values()) - fixed) / max(1, len(readable)), fixed + DESCRIPTION_BYTES, items
