@@ -383,7 +383,7 @@ class QuantizedHooks(Base):
             if self._tokens is not None:
                 settings = self._tokens.for_report(self._preparation.opened.dataset, settings)
                 if self.trainer.is_global_zero and not self._reported:
-                    self._tokens.report(self._preparation.opened.dataset)
+                    get_logger().info(str(self._tokens.rows(self._preparation.opened.dataset).report))
             report_steps(self.trainer, self.info, settings, quiet=self._reported)
             self._reported = True
 

@@ -34,7 +34,7 @@ class AnyDataModule(ABC):
 
 def is_datamodule(value: Any) -> bool:
     """Whether a value is a data module of either Lightning package; it is recognized by its hooks."""
-    return all(callable(getattr(value, name, None)) for name in OF_A_DATAMODULE)
+    return isinstance(value, AnyDataModule)
 
 
 def check_package(datamodule: Any, trainer: Any) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from torch.utils.data import DataLoader, default_collate
 
 from dq_lightning.core.config import OnError, TextConfig
-from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.loading.loaders import LoaderSettings
 from dq_lightning.loading.trainer_facts import TrainerFacts
@@ -83,15 +82,6 @@ class TokenLoading:
             "use_chat_template": config.use_chat_template,
         }
 
-    def num_sequences(self, dataset: Any) -> int:
-        """Return the number of sequences of an epoch: the number of rows, or of the sequences they are packed into."""
-        rows = self.rows(dataset)
-        return len(PackedRows(rows, self.config.train_length)) if self.config.pack_rows else len(rows)
-
-    def report(self, dataset: Any) -> None:
-        """Log how many tokens the rows have and what was cut."""
-        get_logger().info(str(self.rows(dataset).report))
-
     def loader(self, dataset: Any, settings: LoaderSettings, facts: TrainerFacts, *, name: str = "") -> DataLoader[Any]:
         """Make a loader of token batches.
 
@@ -132,8 +122,10 @@ class TokenLoading:
         )
 
     def for_report(self, dataset: Any, settings: LoaderSettings) -> LoaderSettings:
-        """Return settings in which the length of an epoch is the number of sequences."""
-        return replace(settings, num_draws=self.num_sequences(dataset))
+        """Return settings in which an epoch has as many samples as there are rows, or sequences that rows are packed into."""
+        rows = self.rows(dataset)
+        sequences = len(PackedRows(rows, self.config.train_length)) if self.config.pack_rows else len(rows)
+        return replace(settings, num_draws=sequences)
 
 
 @contextmanager
