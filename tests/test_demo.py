@@ -1,5 +1,7 @@
 """The demo, its bundled images and weights."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -21,10 +23,15 @@ def test_the_demo_runs_and_prints_what_came_out(monkeypatch, capsys):
         monkeypatch.setattr(demo, name, value)
     accuracies = demo.run_demo(progress=False)
     printed = capsys.readouterr().out
-    assert {name: len(values) for name, values in accuracies.items()} == {"dq": 2, "patches": 2, "random": 2}
+    assert {name: len(values) for name, values in accuracies.items()} == dict.fromkeys(demo.NAMES, 2)
     assert all(0 <= value <= 100 for values in accuracies.values() for value in values)
     assert "kept 100 of 2,000 samples" in printed
     assert "4.0% of all patches" in printed
+    left_out, wrong = re.search(
+        r"(\d+) samples left out; (.*)% of the kept labels are wrong, 40.0% of all", printed
+    ).groups()
+    assert int(left_out) >= 700
+    assert float(wrong) < 10
     for name in accuracies:
         assert f"{np.mean(accuracies[name]):.1f} %" in printed
 
