@@ -166,7 +166,7 @@ def test_samples_that_cannot_be_read(tmp_path, no_encoder):
     info = quantize(Torn([3, 20]), indices=CHOSEN, on_error="skip", cache_dir=tmp_path, fingerprint="torn")
     assert load_selection(info.path).index.tolist() == [7, 11, 30]
     assert info.num_unreadable == 1
-    with pytest.raises(ConfigError, match="1 can't be read"):
+    with pytest.raises(ConfigError, match="1 of them can't be read"):
         quantize(
             Torn([20]),
             QuantizeConfig(selection=SelectionConfig(keep_ratio=1.0)),

@@ -288,7 +288,7 @@ class QualityConfig(JsonFields):
         drop_worst: share of each class that is left out, those of lowest score, 0 <= drop_worst < 1; or `"auto"`, which
             estimates how many labels are wrong and leaves out as many samples as it takes until about 1 % of the other
             labels are wrong (only for margins; nothing on clean data, or without classes). Other samples are then fewer,
-            but `keep_ratio` remains a share of all. None is `"auto"` for margins of images, and else 0.
+            but `keep_ratio` remains a share of all.
 
     Raises:
         ConfigError: a value is unknown or out of range, or settings contradict each other.
@@ -299,7 +299,7 @@ class QualityConfig(JsonFields):
     """
 
     score: str = "margin"
-    drop_worst: float | Literal["auto"] | None = None
+    drop_worst: float | Literal["auto"] = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -308,8 +308,6 @@ class QualityConfig(JsonFields):
                 f'QualityConfig.score must be "margin", "none", an .npy file or a column, got {self.score!r}; pass an array as '
                 "scores="
             )
-        if self.drop_worst is None:
-            return
         if self.drop_worst != "auto":
             if isinstance(self.drop_worst, str):
                 raise ConfigError(f'QualityConfig.drop_worst must be a share or "auto", got {self.drop_worst!r}')
@@ -323,19 +321,7 @@ class QualityConfig(JsonFields):
     @property
     def drops(self) -> bool:
         """Whether any sample may be left out."""
-        return self.score != "none" and self.drop_worst not in (0, None)
-
-    def resolved(self, modality: str, has_scores: bool) -> "QualityConfig":
-        """Return these settings with the value that `drop_worst=None` stands for.
-
-        Args:
-            modality: `"image"` or `"text"`.
-            has_scores: whether the user passes scores beside these settings.
-        """
-        if self.drop_worst is not None:
-            return self
-        judged = modality == "image" and self.score == "margin" and not has_scores
-        return replace(self, drop_worst="auto" if judged else 0.0)
+        return self.score != "none" and self.drop_worst != 0
 
 
 @dataclass(frozen=True)
@@ -478,7 +464,7 @@ class QuantizeConfig(JsonFields):
         share = self.quality.drop_worst
         # Under a budget without a keep ratio, as many samples are kept as are left.
         keep_ratio = self.selection.share if self.max_bytes is None else self.selection.keep_ratio or 0.0
-        if not isinstance(share, str | None) and self.quality.drops and share + keep_ratio > 1 + 1e-9:
+        if share != "auto" and self.quality.drops and share + keep_ratio > 1 + 1e-9:
             raise ConfigError(
                 f"drop_worst={share} leaves {1 - share:.4g} of the samples, but keep_ratio={keep_ratio} wants more: lower one "
                 "of the two"

@@ -412,7 +412,7 @@ class StoreInfo:
     unpatched_bytes: int | None = None
     num_unreadable: int = 0
     encoding: dict[str, Any] | None = None
-    suspects: Suspects | None = None
+    suspects: Suspects | None = field(default=None, compare=False)
 
     @property
     def data_keep_ratio(self) -> float:

@@ -19,7 +19,7 @@ from dq_lightning.demo.sample_data import SampleCIFAR10
 from dq_lightning.features.bundled import CIFAR10_MEAN, CIFAR10_STD, ResidualBlock
 from dq_lightning.lightning import QuantizedDataModule
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 KEEP_RATIO = 0.25
 DROP_RATIO = 0.2
 WRONG_LABELS = 0.4

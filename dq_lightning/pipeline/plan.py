@@ -152,10 +152,8 @@ def make_plan(dataset: Any, wanted: Wanted) -> Plan:
         text=config.text,
         on_error=config.on_error,
     )
-    has_scores = wanted.scores is not None
-    if config.quality.drop_worst is None and (has_scores or config.quality.score not in ("margin", "none")):
-        get_logger().warning("the scores have no effect, because drop_worst= is not given: pass the share to leave out")
-    config = replace(config, quality=config.quality.resolved(source.modality, has_scores))
+    if not config.quality.drops and (wanted.scores is not None or config.quality.score not in ("margin", "none")):
+        get_logger().warning("the scores have no effect, because drop_worst= is 0: pass the share to leave out")
     chosen = None if wanted.indices is None else read_indices(wanted.indices, len(source))
     if chosen is None and keeps_all(config):
         chosen = torch.arange(len(source))

@@ -141,7 +141,6 @@ def find_suspects(
         found, noise = shown.found, shown.share if np.isfinite(shown.share) else None
         _log_estimate(shown.share, shown.error, int(found.sum()), len(place))
     else:
-        assert config.drop_worst is not None, "the plan has resolved the settings"
         found = torch.from_numpy(drop_worst(score.numpy(), config.drop_worst, classes.numpy()))
         get_logger().info(f"{int(found.sum()):,} of {len(place):,} samples are left out because their scores are low")
     left_out = found.nonzero().flatten()

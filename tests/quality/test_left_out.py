@@ -47,7 +47,7 @@ def test_wrong_labels_are_left_out_and_listed_with_the_set(tmp_path, config, cap
     assert torch.equal(suspects.score, suspects.score.sort().values)
     assert np.array_equal(suspects.label, GIVEN[suspects.index])
     assert (suspects.suggested.numpy() == TRUE[suspects.index]).mean() > 0.9
-    again = quantize(Pictures(), config, cache_dir=tmp_path / "cache")  # "auto" is the default for images
+    again = quantize(Pictures(), config, drop_worst="auto", cache_dir=tmp_path / "cache")
     assert again.reused
     assert torch.equal(again.suspects.index, suspects.index)
     assert again.to_dict()["suspects"] == len(suspects)
@@ -93,7 +93,7 @@ def test_rows_of_text_are_scored_by_a_column(tmp_path, config, caplog):
         quantize(rows, **options)
     assert quantize(rows, config=config, cache_dir=tmp_path, drop_worst="auto").suspects is None
     assert quantize(rows, scores="worth", config=config, cache_dir=tmp_path).suspects is None
-    assert "drop_worst= is not given" in caplog.text
+    assert "drop_worst= is 0" in caplog.text
 
 
 def test_what_contradicts_itself_is_refused(tmp_path, config):
@@ -133,5 +133,5 @@ def test_the_command_lists_suspects(tmp_path, config, capsys):
 def test_labels_of_tiny_classes_are_not_judged(tmp_path, config, caplog):
     caplog.set_level("INFO", "dq_lightning")
     each_its_own = (np.arange(400) // 2).tolist()
-    assert quantize(Pictures(), config, labels=each_its_own, cache_dir=tmp_path).suspects is None
+    assert quantize(Pictures(), config, labels=each_its_own, drop_worst="auto", cache_dir=tmp_path).suspects is None
     assert "400 samples of 200 classes are fewer than 5 a class" in caplog.text

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dq_lightning.demo.sample_data import SampleCIFAR10
 from dq_lightning.quality.margin import leave_one_out
 from dq_lightning.quality.mislabelled import drop_worst, find_mislabelled
 from tests.quality.test_margin import clusters
@@ -96,3 +97,12 @@ def test_foreign_samples_are_left_out():
     assert abs(shown.share - (~known).mean()) < 4 * shown.error
     assert (~known)[~shown.found.numpy()].mean() < 0.05
     assert shown.found.numpy()[known].mean() < 0.35
+
+
+def test_pixels_that_hardly_tell_the_classes_apart_judge_no_label():
+    sample = SampleCIFAR10()
+    pixels = sample.data.reshape(2000, 8, 4, 8, 4, 3).mean((2, 4)).reshape(2000, -1)
+    for kept in (range(10), (0, 1), (0, 1, 8, 9), (3, 5), (2, 3, 4, 5, 6, 7)):
+        place = np.flatnonzero(np.isin(sample.targets, list(kept)))
+        labels = np.array(sample.targets)[place]
+        assert not find_mislabelled(leave_one_out(pixels[place], labels), labels).found.any()

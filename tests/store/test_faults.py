@@ -148,7 +148,7 @@ def test_who_waits_says_so_once(
         lock.work_lock(place, lambda: False) as held,
     ):
         assert not held
-    assert [m for m in caplog.messages if "waiting for process 7 on elsewhere" in m] == caplog.messages[:1]
+    assert [m for m in caplog.messages if "waiting until process 7 on elsewhere" in m] == caplog.messages[:1]
 
 
 def test_nobody_waits_for_a_dead_or_silent_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
