@@ -46,7 +46,9 @@ def bins_of(plan: Plan, features: Features, *, device: str, progress: bool) -> B
         kept = usable.nonzero().flatten()
     if settings.deduplicate is not None:
         candidates = torch.arange(total) if kept is None else kept
-        kept = candidates[~_copies(features.embedding, candidates, labels, settings.deduplicate)]
+        groups = None if labels is None else labels[candidates]
+        of = find_duplicates(features.embedding[candidates], settings.deduplicate, labels=groups)
+        kept = candidates[of == torch.arange(len(candidates))]
         get_logger().info(f"{len(candidates) - len(kept):,} of {total:,} samples are near-duplicates of others")
     labels = labels[kept] if labels is not None and kept is not None else labels
     bins = make_bins(
@@ -66,26 +68,6 @@ def bins_of(plan: Plan, features: Features, *, device: str, progress: bool) -> B
         progress=None if progress else False,
     )
     return bins if kept is None else replace(spread_bins(bins, kept, total), num_unreadable=skipped, suspects=suspects)
-
-
-def _copies(embedding: Tensor, candidates: Tensor, labels: Tensor | None, threshold: float) -> Tensor:
-    """Return which samples are near-duplicates of an earlier one of the same class, or of any where there are no classes.
-
-    Args:
-        embedding: floating [N, D], embeddings of all samples.
-        candidates: int64 [n], positions of the samples that are compared, ascending.
-        labels: int64 [N], class of each sample, or None.
-        threshold: smallest cosine of a near-duplicate.
-
-    Returns:
-        bool [n].
-    """
-    classes = torch.zeros(len(candidates), dtype=torch.int64) if labels is None else labels[candidates]
-    copies = torch.zeros(len(candidates), dtype=torch.bool)
-    for label in sorted(set(classes.tolist())):
-        places = (classes == label).nonzero().flatten()
-        copies[places] = find_duplicates(embedding[candidates[places]], threshold) != torch.arange(len(places))
-    return copies
 
 
 def _refined(features: Features, kept: Tensor | None, *, whitened: bool) -> Features:

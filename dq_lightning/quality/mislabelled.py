@@ -24,10 +24,10 @@ _FEWEST = 100
 # the disagreement still falls by more than these many standard errors, and by this share, where confidence is highest.
 _CREDIBLE = 0.7
 _FALL_ERRORS, _FALL = 2.5, 0.02
-# Nothing is judged either if predictions agree with the labels by less than this share of what is beyond chance, or if more
-# than so many times the estimated share would have to go: features that hardly tell the classes apart (small pixels of
-# CIFAR-10, of which nine in ten clean samples were found without these limits).
-_AGREEMENT, _MOST_FOUND = 0.3, 2.5
+# Nothing is judged either if the predictions agree with the labels that are right, by the estimated share, by less than this
+# share of what is beyond chance: features that hardly tell the classes apart, such as small pixels, of which most clean samples
+# would be found.
+_LEARNED = 0.7
 # Ranks of classes by their predictions are looked at in this many groups, confidences in so many levels.
 _RANK_GROUPS, _LEVELS = 5, 20
 
@@ -64,8 +64,8 @@ def find_mislabelled(predicted: LeaveOneOut, labels: Tensor | NDArray[np.integer
     and the samples below it are found; none if the estimated share is not above 1 % by three standard errors.
 
     Labels are assumed to be wrong independently of how hard a sample is. Features that do not tell the classes apart
-    show by a disagreement that keeps falling with the confidence, by predictions that agree with the labels little more often
-    than by chance, or by many more samples to leave out than seem wrong; then nothing is found. Every class keeps at least
+    show by a disagreement that keeps falling with the confidence, or by predictions that agree too seldom with the share of
+    labels that seems right; then nothing is found. Every class keeps at least
     a tenth of its samples, so none vanishes. Complexity: O(N log N + R C log(R C)) for the R rows of `predicted.outputs`.
 
     Args:
@@ -78,8 +78,7 @@ def find_mislabelled(predicted: LeaveOneOut, labels: Tensor | NDArray[np.integer
     margin, classes = predicted.margin.numpy(), len(predicted.classes)
     nobody = torch.zeros(len(own), dtype=torch.bool)
     share, error, confident = _share_of_mistaken(own, suggested, predicted.confidence.numpy())
-    beyond_chance = (float((own == suggested).mean()) - 1 / classes) / (1 - 1 / classes)
-    if beyond_chance < _AGREEMENT or not share <= _CREDIBLE * (1 - 1 / classes):
+    if not share <= _CREDIBLE * (1 - 1 / classes):
         return Mislabelled(nobody, float("nan"), float("nan"), float("nan"))
     random_share, random_error, last = _share_of_random(predicted, own)
     levels = np.sort(margin)
@@ -96,11 +95,12 @@ def find_mislabelled(predicted: LeaveOneOut, labels: Tensor | NDArray[np.integer
         share, error = random_share, random_error
     if not left.any():
         return Mislabelled(nobody, share, error, share)
+    beyond_chance = (float((own == suggested).mean()) - 1 / classes) / (1 - 1 / classes)
+    if beyond_chance < _LEARNED * (1 - share):
+        return Mislabelled(nobody, float("nan"), float("nan"), float("nan"))
     clean_enough = np.flatnonzero(left <= TOLERATED)
     level = int(clean_enough[0]) if len(clean_enough) else int(left.argmin())
     found = (margin < levels[level]) & ~_best_of_each(margin, own, classes)
-    if found.mean() > _MOST_FOUND * share:
-        return Mislabelled(nobody, float("nan"), float("nan"), float("nan"))
     return Mislabelled(torch.from_numpy(found), share, error, min(float(left[level]), 1.0))
 
 
