@@ -27,8 +27,7 @@ from dq_lightning.cache.entries import Cache
 from dq_lightning.commands.reconstruction import reconstruct_images
 from dq_lightning.core.errors import CacheError, ConfigError, DQError, StoreError
 from dq_lightning.exports.images import write_image_folder
-from dq_lightning.features import choose
-from dq_lightning.pipeline import binning, extracting, filling, scoring, selecting
+from dq_lightning.pipeline import binning, extracting, filling, plan, scoring, selecting
 from tests.lightning_scripts.common import Recorder, name_of, photos, trainer
 
 CHOSEN = [3, 30, 11, 7]
@@ -39,7 +38,7 @@ PATCHES = PatchConfig(drop_ratio=0.25, saliency="random")
 def no_encoder(monkeypatch):
     """Whoever asks for an encoder, features or bins fails."""
     for place, name in (
-        (choose, "EncoderSpec"),
+        (plan, "choose_encoder"),
         (extracting, "extract_features"),
         (binning, "bins_of"),
         (selecting, "select"),

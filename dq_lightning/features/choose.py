@@ -1,23 +1,19 @@
 """Choose an encoder: this is the only place that decides which encoder a name or an object stands for."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torch import nn
 
-from dq_lightning.core.config import Precision, TextConfig
+from dq_lightning.core.config import TextConfig
 from dq_lightning.core.errors import FeatureError
-from dq_lightning.core.isolation import isolated
-from dq_lightning.core.records import DigestMemory
 from dq_lightning.features.bundled import BUNDLED_ENCODER_FILE
-from dq_lightning.features.encoders import Encoder, RowEncoder, TextEncoder
 from dq_lightning.features.openai_embeddings import PREFIX as OPENAI
 from dq_lightning.features.openai_embeddings import openai_origin
-from dq_lightning.features.origins import BundledOrigin, ModuleOrigin, Origin
-from dq_lightning.features.ready_made import ReadyOrigin, is_ready_made, ready_origin
+from dq_lightning.features.origins import BundledOrigin, EncoderSpec, ModuleOrigin
+from dq_lightning.features.ready_made import is_ready_made, ready_origin
 from dq_lightning.features.text_encoder import INSTEAD as TEXT_INSTEAD
 from dq_lightning.features.text_encoder import text_origin
 
@@ -26,66 +22,6 @@ AUTO_SMALL_SIDE = 64
 AUTO_PHOTO_ENCODER = "resnet50.a1_in1k"
 # The most used sentence encoder is small, is trained on a billion sentence pairs, and is under Apache-2.0.
 AUTO_TEXT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-
-
-@dataclass(frozen=True)
-class EncoderSpec:
-    """A chosen encoder that is not loaded yet.
-
-    Attributes:
-        name: short name of the encoder.
-        description: one line about the encoder, for messages.
-        origin: source of the encoder's weights, which knows its identity and how to load it.
-    """
-
-    name: str
-    description: str
-    origin: Origin
-
-    @property
-    def reads_samples(self) -> bool:
-        """Whether the encoder reads the samples; False for ready-made embeddings."""
-        return not isinstance(self.origin, ReadyOrigin)
-
-    def identity(self, memory: DigestMemory) -> str | None:
-        """Compute a digest of weights, preprocessing and architecture without loading the network.
-
-        The digest covers the content of weight files, the parameters and buffers of a network in memory, or the commit
-        of a hub name that `resolve` has recorded. It does not depend on device and precision.
-
-        Args:
-            memory: remembered digests of files and commits of hub names.
-
-        Returns:
-            The digest, or None if the hub name was never resolved with this memory; call `resolve` first then.
-        """
-        return self.origin.identity(memory)
-
-    def resolve(self, memory: DigestMemory) -> "EncoderSpec":
-        """Return the same choice with its hub commit fixed, and record the commit in `memory`.
-
-        Apart from `load`, no other method contacts a hub.
-
-        Raises:
-            FeatureError: the weights are neither in the local cache nor can they be downloaded; the message says what
-                to pass instead.
-        """
-        return replace(self, origin=self.origin.resolve(memory))
-
-    def load(self, device: str = "auto", precision: Precision = "auto") -> Encoder | TextEncoder | RowEncoder:
-        """Load the encoder onto its device, frozen and in eval mode.
-
-        The random state and the global flags of the process do not change.
-
-        Args:
-            device: device that the encoder runs on; `"auto"` takes the GPU if there is one.
-            precision: precision of the network, see `resolve_precision`.
-
-        Raises:
-            FeatureError: the weights cannot be found or do not fit the network. Random weights are never used instead.
-        """
-        with isolated():
-            return self.origin.load(device, precision)
 
 
 def choose_encoder(
@@ -132,8 +68,7 @@ def choose_encoder(
     """
     if is_ready_made(encoder):
         _refuse_weights(weights, "ready-made embeddings need none")
-        ready = ready_origin(encoder)
-        return EncoderSpec("ready-made", ready.describe(), ready)
+        return ready_origin(encoder)
     if modality == "text":
         return _text_spec(encoder, weights, text or TextConfig())
     if modality != "image":
@@ -169,8 +104,8 @@ def _text_spec(encoder: Any, weights: str | Path | None, text: TextConfig) -> En
         raise FeatureError(f"{seen} is for images, but the samples are text: {TEXT_INSTEAD}")
     name, reason = (AUTO_TEXT_ENCODER, " (auto: text)") if encoder == "auto" else (str(encoder), "")
     if name.startswith(OPENAI):
-        return EncoderSpec(name, f"OpenAI's {name.removeprefix(OPENAI)}", openai_origin(name, text))
-    return EncoderSpec(name, f"transformers {name}{reason}", text_origin(name, text))
+        return openai_origin(name, text)
+    return text_origin(name, f"transformers {name}{reason}", text)
 
 
 def _existing_weights(weights: str | Path | None) -> Path | None:
@@ -184,10 +119,10 @@ def _existing_weights(weights: str | Path | None) -> Path | None:
 
 def _bundled_spec(path: Path | None, reason: str) -> EncoderSpec:
     if path is not None:
-        return EncoderSpec("bundled", f"small residual network, weights {path}{reason}", BundledOrigin(path))
+        return BundledOrigin("bundled", f"small residual network, weights {path}{reason}", path)
     if not BUNDLED_ENCODER_FILE.is_file():
         raise FeatureError(f"the bundled encoder {BUNDLED_ENCODER_FILE} is missing: install the package again")
-    return EncoderSpec("bundled", f"bundled CIFAR-10 encoder{reason}", BundledOrigin())
+    return BundledOrigin("bundled", f"bundled CIFAR-10 encoder{reason}")
 
 
 def _timm_spec(name: str, weights: Path | None, reason: str) -> EncoderSpec:
@@ -204,17 +139,17 @@ def _timm_spec(name: str, weights: Path | None, reason: str) -> EncoderSpec:
                 f"{folder} is not the folder of a timm model: such a folder has a config.json and weights"
             )
         _refuse_weights(weights, "a folder has its own weights")
-        return EncoderSpec(f"local-dir:{folder}", f"timm model in {folder}", TimmFolderOrigin(folder.absolute()))
+        return TimmFolderOrigin(f"local-dir:{folder}", f"timm model in {folder}", folder.absolute())
     if name.startswith("hf-hub:"):
         _refuse_weights(weights, "an hf-hub: repository has its own weights")
-        return EncoderSpec(name, f"{name}{reason}", TimmHubOrigin(name))
+        return TimmHubOrigin(name, f"{name}{reason}")
     if "/" in name or "\\" in name or ":" in name:
         raise FeatureError(
             f"{name!r} is neither an existing folder nor a timm name: for the Hugging Face hub pass 'hf-hub:{name}'"
         )
     if weights is not None:
-        return EncoderSpec(name, f"timm {name}, weights {weights}{reason}", TimmFileOrigin(name, weights))
-    return EncoderSpec(name, f"timm {name}{reason}", TimmHubOrigin(name))
+        return TimmFileOrigin(name, f"timm {name}, weights {weights}{reason}", weights)
+    return TimmHubOrigin(name, f"timm {name}{reason}")
 
 
 def _module_spec(module: Any, preprocess: Callable[..., Any] | None) -> EncoderSpec:
@@ -233,7 +168,7 @@ def _module_spec(module: Any, preprocess: Callable[..., Any] | None) -> EncoderS
             "turns one RGB PIL image into a tensor, for instance torchvision's Compose([Resize(..), ToTensor(), "
             "Normalize(mean, std)]), or give the network a `preprocess` attribute"
         )
-    spec = EncoderSpec(name, f"the given {name}", ModuleOrigin(module, preprocess, mean, std, text))
+    spec = ModuleOrigin(name, f"the given {name}", module, preprocess, mean, std, text)
     _check_channels(spec, module, preprocess)
     return spec
 

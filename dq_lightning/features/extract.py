@@ -15,11 +15,11 @@ from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.isolation import isolated, release_memory
 from dq_lightning.core.records import Features
 from dq_lightning.core.resuming import NoShards, OpenApiEmbeddings, Shards
-from dq_lightning.features.choose import EncoderSpec
 from dq_lightning.features.collect import NAMED_SAMPLES, Allocate, Rows, allocate_in_memory, collect
 from dq_lightning.features.encoders import Encoder, RowEncoder, TextEncoder
 from dq_lightning.features.gradient import head_gradient
 from dq_lightning.features.loading import ImageBatches, explaining_lost_loaders, iterate_batches, split_at_multiples
+from dq_lightning.features.origins import EncoderSpec
 from dq_lightning.features.readable import WithBlankTexts
 from dq_lightning.features.samples import ImageSource, SampleSource, TextSource
 from dq_lightning.features.selection_training import TrainedEncoder

@@ -24,7 +24,7 @@ from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.records import DigestMemory
 from dq_lightning.core.resuming import OpenApiEmbeddings
 from dq_lightning.features.collect import Rows
-from dq_lightning.features.origins import Origin
+from dq_lightning.features.origins import EncoderSpec
 from dq_lightning.features.samples import TextSource
 from dq_lightning.features.text_loading import read_texts
 from dq_lightning.identity.values import digest_text
@@ -49,23 +49,26 @@ _SPEAKS_OF_ENCODING = re.compile(r"base64|encoding.?format", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class OpenAIOrigin(Origin):
+class OpenAIOrigin(EncoderSpec):
     """A model behind the API, identified by its name and, if `OPENAI_BASE_URL` is set, the address of the server.
 
     Attributes:
-        model: name of the model, such as `text-embedding-3-small`.
         retries: number of attempts after the first one fails.
         timeout: time limit of one request, in seconds.
     """
 
-    model: str
     retries: int = MAX_RETRIES
     timeout: float = TIMEOUT_SECONDS
+
+    @property
+    def model(self) -> str:
+        """Name of the model, such as `text-embedding-3-small`."""
+        return self.name.removeprefix(PREFIX)
 
     def identity(self, memory: DigestMemory) -> str | None:
         return digest_text("openai 2", self.model, os.environ.get(SERVER, ""))
 
-    def load(self, device: str, precision: Precision) -> "OpenAIRows":
+    def _load(self, device: torch.device, precision: Precision) -> "OpenAIRows":
         return OpenAIRows(self)
 
     def client(self) -> Any:
@@ -78,11 +81,11 @@ class OpenAIOrigin(Origin):
             import openai
         except ImportError as error:
             raise FeatureError(
-                f'encoder="{PREFIX}{self.model}" needs the package openai: pip install "dq-lightning[openai]"'
+                f'encoder="{self.name}" needs the package openai: pip install "dq-lightning[openai]"'
             ) from error
         if not os.environ.get(KEY):
             raise FeatureError(
-                f'encoder="{PREFIX}{self.model}" needs an API key in the environment variable {KEY}; it is read from nowhere '
+                f'encoder="{self.name}" needs an API key in the environment variable {KEY}; it is read from nowhere '
                 "else and never stored"
             )
         return openai.OpenAI(max_retries=self.retries, timeout=self.timeout)
@@ -107,7 +110,7 @@ def openai_origin(name: str, settings: TextConfig) -> OpenAIOrigin:
                 f"config.text.{setting} cannot be used with {name!r}, because the server decides about pooling, length and "
                 "prompt: leave it out"
             )
-    return OpenAIOrigin(model)
+    return OpenAIOrigin(name, f"OpenAI's {model}")
 
 
 class OpenAIRows:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -15,14 +15,14 @@ from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.records import DigestMemory
 from dq_lightning.core.resuming import OpenApiEmbeddings
 from dq_lightning.features.collect import Rows
-from dq_lightning.features.origins import Origin
+from dq_lightning.features.origins import EncoderSpec
 from dq_lightning.features.samples import TextSource
 
 ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
-class ReadyOrigin(Origin):
+class ReadyOrigin(EncoderSpec):
     """Ready-made embeddings as an array in memory or as a file.
 
     Attributes:
@@ -32,17 +32,14 @@ class ReadyOrigin(Origin):
 
     path: Path | None = None
     array: Any = field(default=None, repr=False, compare=False)
+    reads_samples: ClassVar[bool] = False
 
     def identity(self, memory: DigestMemory) -> str | None:
         """Return a digest of the content; an array has the digest of the file that `numpy.save` would write of it."""
         return f"ready-made:{memory.file(self.path) if self.path is not None else digest_of_npy(self._open())}"
 
-    def load(self, device: str, precision: Precision) -> "ReadyRows":
-        return ReadyRows(self._open(), self.describe())
-
-    def describe(self) -> str:
-        """Return a short description of the embeddings for messages."""
-        return f"ready-made embeddings in {self.path}" if self.path is not None else "the given embeddings"
+    def _load(self, device: torch.device, precision: Precision) -> "ReadyRows":
+        return ReadyRows(self._open(), self.description)
 
     def _open(self) -> np.ndarray[Any, Any]:
         """Return the embeddings as a NumPy array; a file is memory-mapped.
@@ -61,7 +58,7 @@ class ReadyOrigin(Origin):
                 ) from error
         if array.ndim != 2 or array.dtype.kind != "f" or 0 in array.shape:
             raise FeatureError(
-                f"{self.describe()} must be floating numbers [N, D], one row a sample, got {array.dtype} "
+                f"{self.description} must be floating numbers [N, D], one row a sample, got {array.dtype} "
                 f"{list(array.shape)}; convert them first"
             )
         return array
@@ -114,12 +111,12 @@ def ready_origin(encoder: Any) -> ReadyOrigin:
         FeatureError: the file does not exist or cannot be read, or the array is not floating [N, D].
     """
     if not isinstance(encoder, str | Path):
-        origin = ReadyOrigin(array=encoder)
+        origin = ReadyOrigin("ready-made", "the given embeddings", array=encoder)
     else:
         path = Path(encoder).expanduser().absolute()
         if not path.is_file():
             raise FeatureError(f"encoder={str(encoder)!r}: there is no such file")
-        origin = ReadyOrigin(path)
+        origin = ReadyOrigin("ready-made", f"ready-made embeddings in {path}", path)
     origin._open()
     return origin
 

@@ -13,13 +13,12 @@ from torch.nn import functional as F
 from dq_lightning.core.batching import HalvedBatches
 from dq_lightning.core.config import FeatureConfig, Precision
 from dq_lightning.core.console import progress_bar
-from dq_lightning.core.devices import resolve_device
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.isolation import isolated
-from dq_lightning.core.records import Labels
-from dq_lightning.features.choose import EncoderSpec
+from dq_lightning.core.records import DigestMemory, Labels
 from dq_lightning.features.encoders import Encoder, NetworkEncoder, RowEncoder, TextEncoder
 from dq_lightning.features.loading import ImageBatches, iterate_batches
+from dq_lightning.features.origins import EncoderSpec
 from dq_lightning.features.preprocessing import Preprocessing
 from dq_lightning.features.samples import ImageSource
 from dq_lightning.identity.networks import digest_module
@@ -35,27 +34,25 @@ class TrainedSpec(EncoderSpec):
     """A chosen encoder that is trained each time it is loaded; its identity is that of the untrained encoder.
 
     Attributes:
+        untrained: the encoder that is trained.
         source: dataset of N images, without the user's transforms.
         labels: class of each image; images without a class are not trained on.
         settings: `selection_epochs` and the other settings of the training.
         progress: whether to show a progress bar.
     """
 
+    untrained: EncoderSpec
     source: ImageSource
     labels: Labels
     settings: FeatureConfig
     progress: bool
 
-    def load(self, device: str = "auto", precision: Precision = "auto") -> "TrainedEncoder":
-        """Load the encoder onto its device and train it; random state and flags of the process do not change.
+    def identity(self, memory: DigestMemory) -> str | None:
+        return self.untrained.identity(memory)
 
-        Raises:
-            FeatureError: the encoder cannot be loaded or trained.
-        """
-        encoder = super().load(device, precision)
-        return train_encoder(
-            encoder, self.source, self.labels, self.settings, device=resolve_device(device), progress=self.progress
-        )
+    def _load(self, device: torch.device, precision: Precision) -> "TrainedEncoder":
+        encoder = self.untrained.load(str(device), precision)
+        return train_encoder(encoder, self.source, self.labels, self.settings, device=device, progress=self.progress)
 
 
 def with_selection_epochs(
@@ -80,7 +77,7 @@ def with_selection_epochs(
             "selection_epochs trains the encoder on the classes of the dataset, but it has none: pass labels=, or leave "
             "selection_epochs out"
         )
-    return TrainedSpec(spec.name, spec.description, spec.origin, source, labels, settings, progress)
+    return TrainedSpec(spec.name, spec.description, spec, source, labels, settings, progress)
 
 
 class TrainedEncoder:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -13,18 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dq_lightning.core.config import Precision, TextConfig
-from dq_lightning.core.devices import resolve_device
-from dq_lightning.core.errors import DQError, FeatureError
+from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.records import DigestMemory
 from dq_lightning.features.encoders import resolve_precision
-from dq_lightning.features.origins import HubOrigin, Origin
+from dq_lightning.features.origins import EncoderSpec, HubOrigin
 from dq_lightning.features.text_card import MODULES, Card, Layer, read_card
 from dq_lightning.identity.callables import library_version
-from dq_lightning.identity.networks import find_commit
+from dq_lightning.identity.networks import WEIGHT_FILES
 from dq_lightning.identity.values import digest_text
 
 logger = logging.getLogger("dq_lightning")
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 # These files hold the tokenizer, the settings and the weights; documentation and other frameworks' weights are ignored.
 FOLDER_SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".bin")
 INSTEAD = (
@@ -38,7 +36,7 @@ DEFAULT_LENGTH = 512
 
 
 @dataclass(frozen=True)
-class TextFolderOrigin(Origin):
+class TextFolderOrigin(EncoderSpec):
     """A local folder with a transformers model and its tokenizer.
 
     Attributes:
@@ -59,7 +57,7 @@ class TextFolderOrigin(Origin):
         version = library_version("transformers")
         return digest_text("text_folder 2", version, *names, *digests, *_relevant(self.settings))
 
-    def load(self, device: str, precision: Precision) -> "TokenEncoder":
+    def _load(self, device: torch.device, precision: Precision) -> "TokenEncoder":
         def locate(name: str) -> Path | None:
             file = self.path / name
             return file if file.is_file() else None
@@ -72,14 +70,15 @@ class TextHubOrigin(HubOrigin):
     """A transformers model on the Hugging Face hub.
 
     Attributes:
-        name: name of the model, `OWNER/NAME[@REVISION]`.
         settings: pooling, normalisation, length and prompt.
-        commit: hash of the commit, or None as long as it is unknown.
     """
 
-    name: str
     settings: TextConfig
-    commit: str | None = None
+    instead: ClassVar[str] = INSTEAD
+
+    @property
+    def repository(self) -> str:
+        return self.name
 
     def identity(self, memory: DigestMemory) -> str | None:
         commit = self.known_commit(memory)
@@ -88,19 +87,11 @@ class TextHubOrigin(HubOrigin):
         version = library_version("transformers")
         return digest_text("text_hub 2", version, self.name, commit, *_relevant(self.settings))
 
-    def load(self, device: str, precision: Precision) -> "TokenEncoder":
-        repository = self.name.partition("@")[0]
-        commit = self.commit or self.find_commit()
+    def _load(self, device: torch.device, precision: Precision) -> "TokenEncoder":
+        repository, commit = self.repository.partition("@")[0], self.find_commit()
         return _load(
             repository, commit, lambda name: self._locate(repository, commit, name), self.settings, device, precision
         )
-
-    def find_commit(self) -> str:
-        repository, _, revision = self.name.partition("@")
-        try:
-            return find_commit(repository, revision or None, WEIGHT_FILES)
-        except DQError as error:
-            raise FeatureError(f"encoder {self.name!r} needs {error}, or {INSTEAD}") from error
 
     def _locate(self, repository: str, commit: str, name: str) -> Path | None:
         from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
@@ -122,11 +113,12 @@ class TextHubOrigin(HubOrigin):
             ) from error
 
 
-def text_origin(name: str, settings: TextConfig) -> TextFolderOrigin | TextHubOrigin:
+def text_origin(name: str, description: str, settings: TextConfig) -> TextFolderOrigin | TextHubOrigin:
     """Decide whether a name stands for a local folder or a model on the hub, without loading anything.
 
     Args:
         name: path of a folder, optionally after `local-dir:`, or `OWNER/NAME[@REVISION]`, optionally after `hf-hub:`.
+        description: one line about the encoder, for messages.
         settings: pooling, normalisation, length and prompt.
 
     Raises:
@@ -134,12 +126,12 @@ def text_origin(name: str, settings: TextConfig) -> TextFolderOrigin | TextHubOr
     """
     folder = Path(name.removeprefix("local-dir:")).expanduser()
     if folder.is_dir() and (folder / "config.json").is_file():
-        return TextFolderOrigin(folder.absolute(), settings)
+        return TextFolderOrigin(name, description, folder.absolute(), settings)
     repository = name.removeprefix("hf-hub:")
     parts = repository.partition("@")[0].split("/")
     if name.startswith(("local-dir:", "/", ".", "~")) or "\\" in name or len(parts) > 2 or not all(parts):
         raise FeatureError(f"{name!r} is not a folder with a transformers model (config.json and weights): {INSTEAD}")
-    return TextHubOrigin(repository, settings)
+    return TextHubOrigin(repository, description, settings)
 
 
 def _relevant(settings: TextConfig) -> tuple[Any, ...]:
@@ -161,7 +153,7 @@ def _load(
     commit: str | None,
     locate: Callable[[str], Path | None],
     settings: TextConfig,
-    device: str,
+    device: torch.device,
     precision: Precision,
 ) -> "TokenEncoder":
     from transformers import AutoModel, AutoTokenizer
@@ -198,7 +190,7 @@ def _load(
         )
     heads = [_head(layer, locate, place) for layer in card.layers]
     _check_heads(heads, getattr(module.config, "hidden_size", None), place)
-    return TokenEncoder(module, tokenizer, pooling, settings, card, heads, resolve_device(device), precision)
+    return TokenEncoder(module, tokenizer, pooling, settings, card, heads, device, precision)
 
 
 def _head(layer: Layer, locate: Callable[[str], Path | None], place: str) -> nn.Module:

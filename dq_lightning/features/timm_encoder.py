@@ -6,36 +6,35 @@ import logging
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from dq_lightning.core.config import Precision
-from dq_lightning.core.devices import resolve_device
-from dq_lightning.core.errors import DQError, FeatureError
+from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.records import DigestMemory
 from dq_lightning.features.encoders import NetworkEncoder
-from dq_lightning.features.origins import HubOrigin, Origin
+from dq_lightning.features.origins import EncoderSpec, HubOrigin
 from dq_lightning.features.preprocessing import Preprocessing
 from dq_lightning.identity.callables import library_version
-from dq_lightning.identity.networks import find_commit
+from dq_lightning.identity.networks import WEIGHT_FILES
 from dq_lightning.identity.values import digest_text
 
 logger = logging.getLogger("dq_lightning")
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 INSTEAD = 'pass weights="FILE.safetensors" (or .pth) with a timm name, a folder as encoder, or encoder="bundled"'
 
 
 @dataclass(frozen=True)
-class TimmFileOrigin(Origin):
+class TimmFileOrigin(EncoderSpec):
     """A timm architecture with a local weight file; no hub is contacted.
 
+    The name may have a tag, which decides the preprocessing.
+
     Attributes:
-        name: timm name of the architecture, with or without a tag; the tag decides the preprocessing.
         path: .safetensors or .pth file with the weights, which is read without executing code from it.
     """
 
-    name: str
     path: Path
 
     def identity(self, memory: DigestMemory) -> str | None:
@@ -43,7 +42,7 @@ class TimmFileOrigin(Origin):
             "timm_file", library_version("timm"), self.name, memory.file(self.path), registry_digest(self.name, memory)
         )
 
-    def load(self, device: str, precision: Precision) -> NetworkEncoder:
+    def _load(self, device: torch.device, precision: Precision) -> NetworkEncoder:
         from timm.models import load_state_dict
 
         config = registry_config(self.name)
@@ -63,7 +62,7 @@ class TimmFileOrigin(Origin):
 
 
 @dataclass(frozen=True)
-class TimmFolderOrigin(Origin):
+class TimmFolderOrigin(EncoderSpec):
     """A local folder with timm's `config.json` and a weight file, which timm calls `local-dir:`.
 
     Attributes:
@@ -77,22 +76,16 @@ class TimmFolderOrigin(Origin):
         names = [p.name for p in files]
         return digest_text("timm_folder", library_version("timm"), *names, *memory.files([str(p) for p in files]))
 
-    def load(self, device: str, precision: Precision) -> NetworkEncoder:
+    def _load(self, device: torch.device, precision: Precision) -> NetworkEncoder:
         module = create(f"local-dir:{self.path}", f"the folder {self.path}")
         return timm_network_encoder(module, device, precision)
 
 
 @dataclass(frozen=True)
 class TimmHubOrigin(HubOrigin):
-    """A timm network whose weights are on the Hugging Face hub.
+    """A timm network whose weights are on the Hugging Face hub, by timm's name or `hf-hub:OWNER/NAME[@REVISION]`."""
 
-    Attributes:
-        name: timm name, or `hf-hub:OWNER/NAME[@REVISION]`.
-        commit: hash of the commit, or None as long as it is unknown.
-    """
-
-    name: str
-    commit: str | None = None
+    instead: ClassVar[str] = INSTEAD
 
     def identity(self, memory: DigestMemory) -> str | None:
         commit = self.known_commit(memory)
@@ -102,9 +95,9 @@ class TimmHubOrigin(HubOrigin):
         config = "" if self._is_repository else registry_digest(self.name, memory)
         return digest_text("timm_hub", library_version("timm"), self.name, commit, config)
 
-    def load(self, device: str, precision: Precision) -> NetworkEncoder:
-        commit = self.commit or self.find_commit()
-        repository, _, _ = self._repository().partition("@")
+    def _load(self, device: torch.device, precision: Precision) -> NetworkEncoder:
+        commit = self.find_commit()
+        repository, _, _ = self.repository.partition("@")
         what = f"the files of {repository} at commit {commit}"
         if self._is_repository:
             module = create(f"hf-hub:{repository}@{commit}", what)
@@ -116,7 +109,8 @@ class TimmHubOrigin(HubOrigin):
     def _is_repository(self) -> bool:
         return self.name.startswith("hf-hub:")
 
-    def _repository(self) -> str:
+    @property
+    def repository(self) -> str:
         if self._is_repository:
             return self.name.removeprefix("hf-hub:")
         config = registry_config(self.name)
@@ -124,16 +118,10 @@ class TimmHubOrigin(HubOrigin):
             raise FeatureError(f"timm knows no weights on the hub for {self.name!r}: {INSTEAD}")
         return str(config.hf_hub_id)
 
-    def _weight_files(self) -> tuple[str, ...]:
+    @property
+    def weight_files(self) -> tuple[str, ...]:
         own = None if self._is_repository else registry_config(self.name).hf_hub_filename
         return (own,) if own else WEIGHT_FILES
-
-    def find_commit(self) -> str:
-        repository, _, revision = self._repository().partition("@")
-        try:
-            return find_commit(repository, revision or None, self._weight_files())
-        except DQError as error:
-            raise FeatureError(f"encoder {self.name!r} needs {error}, or {INSTEAD}") from error
 
 
 def registry_config(name: str) -> Any:
@@ -214,7 +202,7 @@ def module_preprocessing(
     return transform, tuple(config["mean"]), tuple(config["std"]), text
 
 
-def timm_network_encoder(module: nn.Module, device: str, precision: Precision) -> NetworkEncoder:
+def timm_network_encoder(module: nn.Module, device: torch.device, precision: Precision) -> NetworkEncoder:
     """Make an encoder of a loaded timm network with the preprocessing that belongs to its weights."""
     transform, mean, std, _ = module_preprocessing(module)
-    return NetworkEncoder(module, transform, resolve_device(device), precision, mean, std)
+    return NetworkEncoder(module, transform, device, precision, mean, std)

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import logging
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ _ORIGINS = frozenset(
 )
 _PROBE_SIDES = (32, 224)
 _NUM_PROBED = 64
+# The files of a repository that hold the weights, the preferred one first.
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class _NetworkDescriber(CodeDescriber):
@@ -220,20 +222,24 @@ def _images(side: int) -> list[Image.Image]:
     return [Image.fromarray(wave.astype(np.uint8)) for wave in waves]
 
 
-def find_commit(repository: str, revision: str | None, files: tuple[str, ...]) -> str:
+def find_commit(repository: str, files: Sequence[str], wanted: str, instead: str, kind: type[DQError]) -> str:
     """Return the commit of a repository's weights, found in the local Hugging Face cache or else by a download.
 
     Args:
-        repository: name of the repository, `OWNER/NAME`.
-        revision: branch, tag or commit; None means the default branch.
+        repository: name of the repository, `OWNER/NAME[@REVISION]`; the default branch is taken without a revision.
         files: names of weight files, the preferred one first.
+        wanted: what needs the weights, for the message.
+        instead: what can be passed instead, for the message.
+        kind: class of the error.
 
     Raises:
-        DQError: the weights are not in the cache and cannot be downloaded. The caller adds what can be passed instead.
+        DQError: the weights are not in the cache and cannot be downloaded; the error is a `kind`.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    repository, _, branch = repository.partition("@")
+    revision = branch or None
     for file in files:
         cached = try_to_load_from_cache(repository, file, revision=revision)
         if isinstance(cached, str):
@@ -247,9 +253,9 @@ def find_commit(repository: str, revision: str | None, files: tuple[str, ...]) -
             # Another file is tried only if the hub answered: without a network every attempt takes half a minute.
             if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):
                 break
-    raise DQError(
-        f"{' or '.join(files)} of the hub repository {repository}, which is not in the local Hugging Face cache and cannot "
-        f"be downloaded ({type(reason).__name__}): connect to the internet once"
+    raise kind(
+        f"{wanted} needs {' or '.join(files)} of the hub repository {repository}, which is not in the local Hugging Face "
+        f"cache and cannot be downloaded ({type(reason).__name__}): connect to the internet once, or {instead}"
     ) from reason
 
 

@@ -7,17 +7,16 @@ from typing import Any
 
 from torch import nn
 
-from dq_lightning.core.errors import DQError, PatchError
+from dq_lightning.core.errors import PatchError
 from dq_lightning.core.records import DigestMemory
 from dq_lightning.identity.callables import library_version
-from dq_lightning.identity.networks import digest_module, find_commit
+from dq_lightning.identity.networks import WEIGHT_FILES, digest_module, find_commit
 from dq_lightning.identity.values import digest_text
 from dq_lightning.patches.mae import INSTEAD, MaskedAutoencoder, bundled_folder, load_mae
 
 AUTO_SMALL_SIDE = 64
 # Its weights are published and were trained on plain pixels. It takes a third of the large network's time.
 AUTO_PHOTO_MAE = "facebook/vit-mae-base"
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 FOLDER_FILES = (".json", ".safetensors", ".bin")
 # This setting is left out of the identity: the mask is given explicitly, so the share of masked patches is never used.
 MASK_SHARE = ("mask_ratio",)
@@ -78,12 +77,7 @@ class ReconstructorSpec:
         if self.path is not None or self.module is not None:
             return self
         commit = self.commit or memory.recall(f"hub:{self.name}")
-        if commit is None:
-            repository, _, revision = self.name.partition("@")
-            try:
-                commit = find_commit(repository, revision or None, WEIGHT_FILES)
-            except DQError as error:
-                raise PatchError(f"reconstructor {self.name!r} needs {error}, or {INSTEAD}") from error
+        commit = commit or find_commit(self.name, WEIGHT_FILES, f"reconstructor {self.name!r}", INSTEAD, PatchError)
         memory.remember(f"hub:{self.name}", commit)
         return replace(self, commit=commit)
 

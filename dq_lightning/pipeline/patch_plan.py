@@ -13,8 +13,9 @@ from torch import Tensor
 from dq_lightning.core.config import PatchConfig
 from dq_lightning.core.errors import PatchError
 from dq_lightning.core.records import DigestMemory
-from dq_lightning.features.choose import EncoderSpec, choose_encoder
+from dq_lightning.features.choose import choose_encoder
 from dq_lightning.features.encoders import NetworkEncoder
+from dq_lightning.features.origins import EncoderSpec
 from dq_lightning.patches.reconstructors import ReconstructorSpec, choose_reconstructor
 from dq_lightning.patches.saliency import PatchScorer, make_scorer
 

@@ -15,7 +15,8 @@ from dq_lightning.core.config import EncodingConfig, QuantizeConfig
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.core.records import DigestMemory, Labels, Selection
-from dq_lightning.features.choose import EncoderSpec, choose_encoder
+from dq_lightning.features.choose import choose_encoder
+from dq_lightning.features.origins import EncoderSpec
 from dq_lightning.patches.reconstructors import ReconstructorSpec
 from dq_lightning.pipeline.patch_plan import PatchPlan, make_patch_plan
 from dq_lightning.pipeline.suspects import GivenScores, given_scores

@@ -13,10 +13,11 @@ from torch import nn
 
 from dq_lightning.core.errors import FeatureError, SourceError
 from dq_lightning.features import loading
-from dq_lightning.features.choose import EncoderSpec, choose_encoder
+from dq_lightning.features.choose import choose_encoder
 from dq_lightning.features.extract import extract_features
 from dq_lightning.features.gradient import head_gradient
 from dq_lightning.features.loading import ImageBatches, choose_num_workers
+from dq_lightning.features.origins import EncoderSpec
 
 SIZE = (32, 32)
 

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -205,7 +206,7 @@ def test_trouble_that_passes_is_waited_out(server, trouble, monkeypatch):
 
 def _with_timeout(make, seconds):
     def client(self):
-        return make(OpenAIOrigin(self.model, self.retries, seconds))
+        return make(replace(self, timeout=seconds))
 
     return client
 
@@ -381,7 +382,7 @@ def test_trouble_that_stays_is_told(server, monkeypatch):
 
 def _with_retries(make, retries):
     def client(self):
-        return make(OpenAIOrigin(self.model, retries, self.timeout))
+        return make(replace(self, retries=retries))
 
     return client
 

@@ -302,7 +302,7 @@ def test_a_hub_name_is_pinned_to_the_commit_in_the_cache(tmp_path, memory, monke
         torch.testing.assert_close(embed(one), one_by_one(first, TEXTS, "cls", most=20, prompt="q u "))
     fresh = type(memory)()
     assert spec.resolve(fresh).identity(fresh) != resolved.identity(memory)
-    assert choose(f"me/mine@{'a' * 40}").resolve(fresh).origin.commit == "a" * 40
+    assert choose(f"me/mine@{'a' * 40}").resolve(fresh).commit == "a" * 40
 
 
 def test_a_file_that_the_hub_does_not_have_is_not_asked_for_again(tmp_path, memory, monkeypatch, no_network):
