@@ -1,9 +1,12 @@
 """Seconds of `make_bins` on a GPU, with the regime that was used, and whether the picks are those of the CPU.
 
-    python benchmarks/bins_gpu.py [--seconds 100]
+    python benchmarks/bins_gpu.py [--seconds 100] [--regimes]
 
-One line is printed for each row. A row ends when it has taken 25 seconds or the given time is over, and then tells how
-many picks were made. The first rows compare the picks with the float64 greedy on the CPU.
+One line is printed for each row as soon as it is done. A row ends when it has taken 25 seconds or the given time is over,
+and then tells how many picks were made. The first rows compare the picks with the float64 greedy on the CPU.
+
+`--regimes` runs other rows: 20,000 x 64 and 20,000 x 384 in each regime, and then 1,000,000 x 128 gaussian and clusters, which
+may take all of the time that is left, the first of them two thirds of it.
 """
 
 import argparse
@@ -41,6 +44,10 @@ def clusters(total, width, count=1000, seed=0):
 def centred(total, width):
     values = clusters(total, width)
     return values - values.mean(dim=0)
+
+
+def so_far():
+    return time.perf_counter() - BEGIN
 
 
 class StoppedError(Exception):
@@ -142,6 +149,7 @@ def check(name, values, engines, against="plain", **settings):
 
 
 def row(name, values, **settings):
+    """Run one row; `settings` are `seconds` and those of `make_bins`."""
     try:
         seconds, regimes, memory, bins = timed(values, **settings)
     except Exception as error:
@@ -168,7 +176,9 @@ def main():
     global LIMIT
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=95.0)
-    LIMIT = parser.parse_args().seconds
+    parser.add_argument("--regimes", action="store_true")
+    options = parser.parse_args()
+    LIMIT = options.seconds
     logging.getLogger("dq_lightning").setLevel(logging.WARNING)
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     make_bins(gaussian(3000, 16), device="cuda", engine="dense")  # first-use costs
@@ -193,12 +203,20 @@ def main():
         lambda: row("gaussian", gaussian(million, 128)),
         lambda: row("clusters", clusters(million, 128)),
     ]
+    if options.regimes:
+        works = [
+            lambda width=width, engine=engine: row(f"gaussian, {engine}", gaussian(20_000, width), engine=engine)
+            for width in (64, 384)
+            for engine in ("auto", "stream", "dense")
+        ]
+        works.append(lambda: row("gaussian", gaussian(million, 128), seconds=(LIMIT - so_far()) * 2 / 3))
+        works.append(lambda: row("clusters", clusters(million, 128), seconds=LIMIT))
     for work in works:
-        if time.perf_counter() - BEGIN > LIMIT * 0.9:
-            print(f"| stopped after {time.perf_counter() - BEGIN:.0f} s |", flush=True)
+        if so_far() > LIMIT * 0.9:
+            print(f"| stopped after {so_far():.0f} s |", flush=True)
             return
         work()
-    print(f"| all done after {time.perf_counter() - BEGIN:.0f} s |", flush=True)
+    print(f"| all done after {so_far():.0f} s |", flush=True)
 
 
 if __name__ == "__main__":

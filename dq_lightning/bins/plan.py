@@ -12,6 +12,7 @@ from dq_lightning.bins.graph_cut.candidates import steady_cost
 from dq_lightning.bins.graph_cut.costs import Costs
 from dq_lightning.bins.maximizers import LAZY
 from dq_lightning.bins.objectives import OBJECTIVES
+from dq_lightning.bins.sizes import bin_sizes
 from dq_lightning.core.config import BinConfig
 from dq_lightning.core.devices import named_device
 from dq_lightning.core.errors import ConfigError
@@ -175,13 +176,15 @@ def _expected(config: BinConfig, sizes: list[int], room: Room, costs: Costs) -> 
     for size in sizes:
         matrix = costs.matrix(size) + size * costs.from_matrix(size)
         steady = size * steady_cost(size, costs, room.candidates)
-        passes = size * costs.from_pass(size)
+        passes = costs.passes(size, bin_sizes(size, config.num_bins))
         dense = matrix if size <= room.dense else passes
         low += {"dense": matrix, "candidates": steady, "stream": passes, "auto": min(dense, steady)}[config.engine]
         high += {"dense": matrix, "candidates": steady, "stream": passes, "auto": 2.0 * dense}[config.engine]
     regimes: str = config.engine
     largest = max(sizes, default=0)
-    if regimes == "auto":
+    if regimes == "auto" and costs.device != "cpu":
+        regimes = "dense or stream"
+    elif regimes == "auto":
         otherwise = "dense" if largest <= room.dense else "stream"
         regimes = "dense" if largest <= AT_ONCE else f"candidates, {otherwise} where few of them are proved"
     return f"{regimes}; about {low:.1f} to {high:.1f} s" if high >= 0.1 else regimes

@@ -24,10 +24,11 @@ On a GPU (`device.DevicePicks`) "dense" from 4,096 rows on, with a float32 matri
 bound on the scores: 64 picks are made on the device as one CUDA graph, and then the float64 gains of all rows before each
 of them are computed by one product of matrices, which confirms them.
 
-`"auto"` (`engine`) makes the matrix at once in the first bin if it has at most 8,192 rows and costs less than twice what
-candidates would at best. Otherwise it begins with candidates, and counts what its rounds cost above their steady cost
-(`costs.Costs`). Once that, and what the rest of the bin would add at the present rate, exceeds the cost of the matrix and
-of all picks that are left, the matrix is made and kept for all bins that follow, so what was learned is paid at most
-once over. If the matrix does not fit half of the free memory, passes are made for the rest of a bin in which a round
-cost more than a pass for each of its picks.
+`"auto"` (`engine`) on a GPU makes the matrix if that saves a tenth of the cost of passes (`costs.Costs`), and else passes.
+On the CPU, and for rows that do not fit the GPU in float64, it makes the matrix at once in the first bin if it has at most
+8,192 rows and costs less than twice what candidates would at best. Otherwise it begins with candidates, and counts what
+its rounds cost above their steady cost. Once that, and what the rest of the bin would add at the present rate, exceeds
+the cost of the matrix and of all picks that are left, the matrix is made and kept for all bins that follow, so what was
+learned is paid at most once over. If the matrix does not fit half of the free memory, passes are made for the rest of a
+bin in which a round cost more than a pass for each of its picks.
 """

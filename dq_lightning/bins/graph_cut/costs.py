@@ -1,5 +1,6 @@
 """What the three regimes cost, in seconds of one machine; only their ratios decide."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -24,8 +25,8 @@ class Costs:
     def _rates(self) -> tuple[float, float, float, float]:
         """Seconds for a term of a product of matrices, an entry of the matrix, and an entry of a pass (exact, float32)."""
         if self.device != "cpu":
-            return 1e-13, 2e-11, 3e-12, 2e-12
-        return tuple(rate / self.threads for rate in (2.5e-11, 1.5e-9, 2.5e-9, 3e-10))  # type: ignore[return-value]
+            return 1e-13, 2e-11, 3e-12, 1.8e-12
+        return tuple(rate / self.threads for rate in (6.7e-11, 5e-9, 2.5e-9, 3e-10))  # type: ignore[return-value]
 
     def matrix(self, rows: int) -> float:
         """Matrix of inner products of all rows."""
@@ -34,9 +35,9 @@ class Costs:
 
     def from_matrix(self, rows: int) -> float:
         """One pick from the matrix of `rows` rows, which one thread makes, or a GPU if there are many rows."""
-        if self.device != "cpu" and rows >= 1 << 13:
-            return 1.8e-5 + rows * 1e-11
-        return 1.2e-5 + rows * 6e-10
+        if self.device != "cpu" and rows >= 1 << 12:
+            return 2.8e-5 + rows * (1e-11 + self.wide * 4e-13)
+        return 1.2e-5 + rows * 1e-9
 
     def check(self, rows: int) -> float:
         """One exact pass over the rows that proves a round of picks."""
@@ -48,4 +49,9 @@ class Costs:
 
     def from_pass(self, rows: int) -> float:
         """One pick after a pass over float32 rows."""
-        return (3e-5 + rows * 1e-9 if self.device == "cpu" else 2e-5 + rows * 1e-11) + rows * self.wide * self._rates[3]
+        return 2.8e-5 + rows * ((1e-9 if self.device == "cpu" else 1e-11) + self.wide * self._rates[3])
+
+    def passes(self, rows: int, sizes: Sequence[int]) -> float:
+        """All picks of bins of these sizes by passes over the rows that are left, `rows` at first."""
+        total = max(1, sum(sizes))
+        return sum(size * self.from_pass(rows * sum(sizes[number:]) // total) for number, size in enumerate(sizes))

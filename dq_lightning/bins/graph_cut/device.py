@@ -96,7 +96,8 @@ class DevicePicks:
         Returns:
             The greatest gain before each pick, float64 [T], and whether it is certain that the pick has it, bool [T].
         """
-        picked = self._exact.take(picks)
+        before = self._exact.take(picks[:-1])
+        before.factors[0].mul_(-2.0)
         # A row leaves once as many picks as it has samples were made of it.
         so_far = (picks[:, None] == picks[None, :]).tril().sum(dim=1)
         gone = so_far >= (1 if self._left is None else self._left[picks])
@@ -104,8 +105,9 @@ class DevicePicks:
         best: list[tuple[Tensor, Tensor, Tensor]] = []
         for first in range(0, len(gains), _CHECKED):
             last = min(first + _CHECKED, len(gains))
-            drift = picked.inner(self._exact.span(first, last)).mul_(-2.0).cumsum(dim=0)
-            states = torch.cat([gains[None, first:last], gains[first:last] + drift[:-1]])
+            drift = before.inner(self._exact.span(first, last))
+            states = torch.cat([gains[None, first:last], drift])
+            torch.cumsum(states, dim=0, out=states)
             inside = (picks >= first) & (picks < last)
             removal = torch.zeros(later.shape, dtype=torch.float64, device=picks.device)
             removal.masked_fill_(later & inside, -torch.inf)

@@ -107,7 +107,7 @@ class _Run:
         self._begin(vector, error)
         if self._engine == "dense" or (self._engine == "auto" and self._dense_at_once(sizes)):
             self._use_matrix()
-        elif self._engine == "stream":
+        elif self._engine == "stream" or (self._engine == "auto" and on_device(self._pool)):
             self._scores = self._passes()
         rounds = Candidates(self._pool, self._costs, self._room.candidates)
         while referee.length < sizes[0]:
@@ -163,11 +163,14 @@ class _Run:
     def _dense_at_once(self, sizes: Sequence[int]) -> bool:
         """Return whether the matrix is made at the start of a bin.
 
-        In the first bin that is if it is small and costs less than twice what candidates would at best. Later it is if
-        it costs less than what was wasted so far.
+        On a GPU that is if it saves a tenth of what passes cost. Otherwise, in the first bin, it is if the matrix is small
+        and costs less than twice what candidates would at best, and in a later bin if it costs less than what was wasted
+        so far.
         """
         worth = self._wasted
-        if self.group.referee.bins_closed == 0 and len(self._pool) <= AT_ONCE:
+        if on_device(self._pool):
+            worth = 0.9 * self._costs.passes(len(self._pool), sizes)
+        elif self.group.referee.bins_closed == 0 and len(self._pool) <= AT_ONCE:
             worth = 2.0 * sum(sizes) * steady_cost(len(self._pool), self._costs, self._room.candidates)
         return self._dense(sizes, sizes[0]) <= worth
 
