@@ -17,9 +17,9 @@ run() {
 }
 worth=(python benchmarks/worth.py)
 data=(--work "$out/worth" --cifar "$cifar" --weights "$weights" --foreign "$foreign" --device cuda --seeds 3)
-run worth_prepare "${worth[@]}" prepare "${data[@]}" --plan search main ratios bytes resnet18 --processes 8
-run worth_choose "${worth[@]}" choose "${data[@]}" --plan search main ratios bytes resnet18 --processes 4
-run worth_train "${worth[@]}" train "${data[@]}" --compile --lanes 6 --plan main ratios bytes search resnet18
+run worth_prepare "${worth[@]}" prepare "${data[@]}" --plan main candidates ratios bytes resnet18 --processes 8
+run worth_choose "${worth[@]}" choose "${data[@]}" --plan main candidates ratios bytes resnet18 --processes 4
+run worth_train "${worth[@]}" train "${data[@]}" --compile --lanes 8 --plan main candidates bytes winners resnet18
 run worth_table "${worth[@]}" table "${data[@]}"
 run tests python -m pytest -m gpu -q
 run stages dq-lightning quantize --dataset CIFAR10 --data_path "$cifar" --keep_ratio 0.125 --drop_ratio 0.2 --device cuda --output "$out/compact"

@@ -35,6 +35,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 from worth_conditions import Condition
 
+from dq_lightning import QuantizedDataModule
 from dq_lightning.packed.lossy import encoded_sizes
 
 # Steps of every run that keeps a tenth or less: 30 epochs of 5,000 samples in batches of 128. Larger parts get as many more.
@@ -85,58 +86,88 @@ class Job:
 
 
 DIRTY = ("wrong20", "wrong40", "swapped20", "swapped40", "duplicates", "foreign")
-MAIN = ("random", "published", "auto", "auto, stratified", "margin 50", "margin 50, stratified", "bins, best 50")
-# Ways at other ratios than a tenth. A larger part is trained for as many more steps.
-RATIOS = {
-    0.05: ("random", "published", "bins, best 50", *(f"margin {best}, stratified" for best in (30, 50, 70))),
-    0.2: ("random", "published", "bins, best 70", *(f"margin {best}, stratified" for best in (50, 70, 80))),
-    0.5: ("random", "published", "bins, best 90", *(f"margin {best}, stratified" for best in (70, 80, 90))),
+MAIN = ("random", "published", "auto", "margin 50", "margin 50, stratified", "bins, best 50")
+MAIN_TOO = {
+    "long_tail": ("equal", "equal, stratified"),
+    "duplicates": ("no copies 0.95", "no copies 0.9", "no copies 0.9, margin 50"),
+    "foreign": ("auto, stratified",),
+    "wrong20": ("auto, stratified",),
 }
-# Codecs and qualities that are compared at a share of the raw bytes.
+# Candidates for the default on clean data at every ratio, and how many seeds the search compares them with.
+CANDIDATES = {
+    0.1: ("margin 50", "margin 70", "margin 50, stratified", "bins, best 50", "bins, best 70"),
+    0.05: ("margin 30", "margin 50", "margin 50, stratified", "bins, best 30", "bins, best 50"),
+    0.2: ("margin 50", "margin 70", "bins, best 50", "bins, best 70"),
+    0.5: ("margin 90", "bins, best 70", "bins, best 90"),
+}
+SEARCH_SEEDS = {0.1: 6, 0.05: 4, 0.2: 3, 0.5: 2}
+# What is compared at a share of the raw bytes: `max_bytes=` takes the first, as its plan says for CIFAR-10.
 BYTES = {
-    0.1: ("jpeg 30", "jpeg 75", "webp 75"),
-    0.05: ("jpeg 10", "jpeg 30", "webp 75"),
-    0.02: ("jpeg 10", "jpeg 30", "webp 10"),
-    0.2: ("jpeg 75", "jpeg 90"),
+    0.1: ("webp 65", "jpeg 75"),
+    0.05: ("jpeg 28", "webp 30"),
+    0.02: ("jpeg 27", "jpeg 10"),
+    0.2: ("webp 90", "jpeg 90"),
 }
+# The share of the patches that is dropped and filled in the way of the same name.
+DROPPED = "dropped 20"
 CODED = tuple(sorted({way for ways in BYTES.values() for way in ways}))
 
 
-def plan_rows(name: str, seeds: int) -> Iterator[Job]:
+def plan_rows(name: str, seeds: int, work: Path) -> Iterator[Job]:
     """Yield the jobs of a plan in the order in which they are done, the most telling first."""
+    if name == "candidates":
+        for ratio, ways in CANDIDATES.items():
+            for seed in range(SEARCH_SEEDS[ratio]):
+                for way in ("random", "published", *ways):
+                    yield Job("search", "clean", way, ratio, 100 + seed, steps=_steps(ratio))
+        return
     for seed in range(seeds):
         if name == "search":
             for condition in ("clean", "wrong20", "duplicates", "foreign", "long_tail"):
                 for way in (*worth_ways.SEARCHED, *worth_ways.SEARCHED_TOO.get(condition, ())):
                     yield Job("search", condition, way, 0.1, 100 + seed)
-            for ratio, ways in RATIOS.items():
-                for way in ways:
-                    yield Job("search", "clean", way, ratio, 100 + seed, steps=round(STEPS * max(1, ratio / 0.1)))
         elif name == "main":
             for condition in ("clean", *DIRTY, "long_tail"):
-                for way in (*MAIN, *worth_ways.BALANCED[2:] * (condition == "long_tail")):
+                for way in (*MAIN, *MAIN_TOO.get(condition, ())):
                     yield Job("test", condition, way, 0.1, seed)
                 yield Job("test", condition, "whole", 1.0, seed)
-        elif name == "ratios":
-            for ratio, ways in RATIOS.items():
-                for way in ways:
-                    yield Job("test", "clean", way, ratio, seed, steps=round(STEPS * max(1, ratio / 0.1)))
+        elif name in ("ratios", "winners"):
+            for ratio, ways in CANDIDATES.items():
+                shown = ways if name == "ratios" else _winner(work, ratio)
+                for way in ("random", "published", *shown):
+                    yield Job("test", "clean", way, ratio, seed, steps=_steps(ratio))
         elif name == "bytes":
             for ratio, codecs in BYTES.items():
-                for way in ("random", "margin 50, stratified", *codecs):
+                for way in ("random", "margin 50, stratified", DROPPED, *codecs):
                     yield Job("test", "bytes", way, ratio, seed)
-            for way in ("random", "whole", "jpeg 75"):
+            for way in ("random", "whole", BYTES[0.1][0]):
                 yield Job("test", "bytes", way, 0.1, seed, steps=5 * STEPS)
         elif name == "resnet18":
-            for condition in ("clean", "wrong20"):
-                for way in ("random", "published", "margin 50, stratified"):
+            for condition in ("wrong20", "clean"):
+                for way in ("random", "published", "auto", "margin 50, stratified"):
                     yield Job("test", condition, way, 0.1, seed, "resnet18", 200 * 5000 // 128)
         else:
-            raise SystemExit(f"no plan {name!r}; plans: search, main, ratios, bytes, resnet18")
+            raise SystemExit(f"no plan {name!r}; plans: candidates, search, main, ratios, winners, bytes, resnet18")
+
+
+def _steps(ratio: float) -> int:
+    """Return the number of steps for a part of the training set."""
+    return round(STEPS * max(1, ratio / 0.1))
+
+
+def _winner(work: Path, ratio: float) -> tuple[str, ...]:
+    """Return the candidate of the best mean accuracy in the search, of those that have a result for every seed."""
+    values = defaultdict(list)
+    for line in _lines(work / "results.jsonl"):
+        job = Job(**line["job"])
+        if (job.split, job.condition, job.ratio) == ("search", "clean", ratio) and job.way in CANDIDATES[ratio]:
+            values[job.way].append(line["accuracy"])
+    complete = {way: statistics.mean(seen) for way, seen in values.items() if len(seen) == SEARCH_SEEDS[ratio]}
+    return (max(complete, key=complete.__getitem__),) if complete else ()
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
-    return [job for name in args.plan for job in plan_rows(name, args.seeds)]
+    return list(dict.fromkeys(job for name in args.plan for job in plan_rows(name, args.seeds, args.work)))
 
 
 def load(work: Path, job: Job) -> Condition:
@@ -169,6 +200,7 @@ def prepare(args: argparse.Namespace) -> None:
             print(line, flush=True)
         if any(job.condition == "bytes" for job in jobs_of(args)):
             list(pool.map(_recode, [work] * len(CODED), CODED))
+            _drop_patches(args)
 
 
 def _prepare(args: argparse.Namespace, job: Job) -> str:
@@ -213,6 +245,26 @@ def _recode(work: Path, name: str) -> None:
     np.save(work / f"{name}-sizes.npy", sizes)
 
 
+def _drop_patches(args: argparse.Namespace) -> None:
+    """Write all training images with a fifth of their patches dropped and filled again by the bundled networks."""
+    path = args.work / f"{DROPPED}.npy"
+    if path.exists():
+        return
+    every = np.arange(50_000)
+    module = QuantizedDataModule(
+        CIFAR10(args.cifar),
+        indices=every,
+        drop_ratio=0.2,
+        store="packed",
+        device=args.device,
+        cache_dir=args.work / "cache",
+    )
+    module.prepare_data()
+    module.setup("fit")
+    filled = module.train_dataloader().dataset
+    np.save(path, np.stack([np.asarray(filled[position][0]) for position in every]))
+
+
 def choose(args: argparse.Namespace) -> None:
     """Write the positions that every job trains on."""
     (args.work / "choices").mkdir(exist_ok=True)
@@ -236,6 +288,8 @@ def _choose(work: Path, jobs: list[Job], device: str) -> list[str]:
             sizes = np.load(work / f"{job.way}-sizes.npy")
             order = np.random.default_rng([job.seed, worth_ways.DRAW]).permutation(len(sizes))
             index = np.sort(order[np.cumsum(sizes[order]) <= job.ratio * 3072 * len(sizes)])
+        elif job.way == DROPPED:
+            index = worth_ways.random(data, int(len(data) * job.ratio / 0.8 + 0.5), job.seed)
         else:
             index = worth_ways.WAYS[job.way](data, int(len(data) * job.ratio + 0.5), job.seed)
         partial = work / "choices" / f"{job.choice}.partial.npy"
@@ -254,47 +308,62 @@ def train(args: argparse.Namespace) -> None:
     part, parts = (int(number) for number in args.part.split("/"))
     waiting = waiting[part::parts]
     started = time.perf_counter()
+    lanes: dict[str, list[worth_training.Lane]] = {}
     while waiting and time.perf_counter() - started < args.seconds:
         ready = [job for job in waiting[:200] if (args.work / "choices" / f"{job.choice}.npy").exists()]
         if not ready:
             time.sleep(0.2)
             continue
-        side_by_side = 1 if ready[0].network != "small" else args.lanes
-        group = [job for job in ready if (job.network, job.steps) == (ready[0].network, ready[0].steps)][:side_by_side]
+        network = ready[0].network
+        if network not in lanes:
+            lanes[network] = _lanes(args, network)
+        group = [job for job in ready if (job.network, job.steps) == (network, ready[0].steps)][: len(lanes[network])]
         begun = time.perf_counter()
-        runs, facts = zip(*[_run(args, job) for job in group], strict=True)
-        worth_training.train(list(runs))
+        facts = [_begin(args, lane, job) for lane, job in zip(lanes[network], group, strict=False)]
+        worth_training.train(lanes[network][: len(group)], group[0].steps)
         with results.open("a") as file:
-            for job, run, fact in zip(group, runs, facts, strict=True):
+            for job, lane, fact in zip(group, lanes[network], facts, strict=False):
                 images, labels = _measured_on(args.work, job, args.device)
-                line = {
-                    "job": asdict(job),
-                    "accuracy": run.accuracy(images, labels),
-                    **fact,
-                    "device": _device_name(args.device),
-                }
+                accuracy = lane.accuracy(images, labels)
+                line = {"job": asdict(job), "accuracy": accuracy, **fact, "device": _device_name(args.device)}
                 file.write(json.dumps(line) + "\n")
         waiting = [job for job in waiting if job not in group]
         each = (time.perf_counter() - begun) / len(group)
         print(f"{len(waiting)} left, {each:.2f} s a run, {group[0].condition} {group[0].way}", flush=True)
 
 
-def _run(args: argparse.Namespace, job: Job) -> tuple[worth_training.Run, dict[str, float]]:
-    """Return the training of a job before its first step, and facts about what it is trained on."""
-    work, device = args.work, args.device
+def _lanes(args: argparse.Namespace, network: str) -> list[worth_training.Lane]:
+    """Return what the trainings of a network run in: on a GPU several lanes for the small one, which does not fill it."""
+    started, on_gpu = time.perf_counter(), args.device.startswith("cuda")
+    torch.backends.cudnn.benchmark = True
+    torch._dynamo.config.recompile_limit = 64
+    lanes, steps = [], max(job.steps for job in jobs_of(args) if job.network == network)
+    for _ in range(args.lanes if on_gpu and network == "small" else 1):
+        bfloat16 = args.precision == "bfloat16"
+        lane = worth_training.Lane(network, args.device, 50_000, steps, bfloat16=bfloat16, compiled=args.compile)
+        if on_gpu:
+            lane.begin(np.zeros((256, 32, 32, 3), np.uint8), np.zeros(256, np.int64), 10, 0)
+            lane.capture()
+        lanes.append(lane)
+    print(f"{len(lanes)} lanes for {network} made ready in {time.perf_counter() - started:.1f} s", flush=True)
+    return lanes
+
+
+def _begin(args: argparse.Namespace, lane: worth_training.Lane, job: Job) -> dict[str, float]:
+    """Make a lane ready for the training of a job, and return facts about what it is trained on."""
+    work = args.work
     condition = load(work, job)
     index = np.load(work / "choices" / f"{job.choice}.npy")
-    images = np.load(work / f"{job.way}.npy", mmap_mode="r") if job.way in CODED else condition.images
+    changed = job.way in CODED or job.way == DROPPED
+    images = np.load(work / f"{job.way}.npy", mmap_mode="r") if changed else condition.images
     labels, truth = condition.labels[index], condition.truth[index]
-    facts = {
+    lane.begin(images[index], labels, job.steps, job.seed)
+    return {
         "samples": len(index),
         "wrong": float(np.mean(labels != truth)),
         "copies": 1 - len(np.unique(condition.origin[index])) / len(index),
         "smallest_class": int(np.bincount(labels, minlength=10).min()),
     }
-    data = worth_training.Data(images[index], labels, device)
-    bfloat16 = args.precision == "bfloat16"
-    return worth_training.Run(data, job.steps, job.seed, job.network, device, bfloat16, args.compile), facts
 
 
 _cached: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -409,7 +478,9 @@ def main() -> None:
     parser.add_argument("stage", choices=("prepare", "choose", "train", "table", "plot"))
     parser.add_argument("--output", type=Path, default=Path("worth.svg"), help="file that `plot` writes")
     parser.add_argument("--work", type=Path, required=True, help="folder of everything that is made; keep it to resume")
-    parser.add_argument("--plan", nargs="+", default=["main"], help="search, main, ratios, bytes, resnet18")
+    parser.add_argument(
+        "--plan", nargs="+", default=["main"], help="candidates, search, main, ratios, winners, bytes, resnet18"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cifar", help="torchvision's data folder of CIFAR-10")
     parser.add_argument("--weights", help="safetensors file of timm's tf_efficientnet_lite0")

@@ -57,7 +57,7 @@ class Choosing:
         key = (kept.tobytes(), num_bins, whitened)
         if key not in self._made:
             features = self.features[torch.from_numpy(kept).to(self.device)]
-            features = whiten(features) if whitened else features[:, :1] if num_bins == 1 else features
+            features = whiten(features) if whitened else features
             labels = torch.from_numpy(self.labels[kept])
             self._made[key] = make_bins(features, num_bins=num_bins, labels=labels, device=self.device, progress=False)
         return self._made[key]
@@ -91,24 +91,20 @@ def whole(data: Choosing, count: int, seed: int) -> Index:
 
 
 def binned(
-    data: Choosing,
-    count: int,
-    seed: int,
-    *,
-    kept: Index | None = None,
-    num_bins: int = 10,
-    whitened: bool = False,
-    **options,
+    data: Choosing, count: int, seed: int, *, kept: Index | None = None, whitened: bool = False, **options
 ) -> Index:
-    """Make bins of the samples at `kept`, and draw from every bin."""
+    """Make ten bins of the samples at `kept`, and draw from every bin."""
     kept = np.arange(len(data)) if kept is None else kept
-    bins = data.bins(kept, num_bins, whitened)
+    bins = data.bins(kept, 10, whitened)
     return kept[select(bins, keep_ratio=min(1.0, count / len(kept)), seed=seed, **options).index.numpy()]
 
 
-def stratified(data: Choosing, count: int, seed: int, **options) -> Index:
-    """Draw from every class in proportion to its size."""
-    return binned(data, count, seed, num_bins=1, **options)
+def stratified(data: Choosing, count: int, seed: int, *, kept: Index | None = None, **options) -> Index:
+    """Draw from every class in proportion to its size: each class is one bin."""
+    kept = np.arange(len(data)) if kept is None else kept
+    labels = torch.from_numpy(data.labels[kept])
+    bins = Bins(torch.zeros(len(kept), dtype=torch.int16), torch.arange(len(kept)), torch.zeros(len(kept)), labels, 1)
+    return kept[select(bins, keep_ratio=min(1.0, count / len(kept)), seed=seed, **options).index.numpy()]
 
 
 def margin(share: float, then: Callable, **options) -> Callable:
@@ -243,6 +239,7 @@ WAYS: dict[str, Callable[[Choosing, int, int], Index]] = {
     "margin 30, stratified": margin(0.3, stratified),
     "margin 70, stratified": margin(0.7, stratified),
     "margin 80, stratified": margin(0.8, stratified),
+    "margin 30": margin(0.3, binned),
     "margin 70": margin(0.7, binned),
     "margin 90": margin(0.9, binned),
     "margin 90, stratified": margin(0.9, stratified),
