@@ -303,13 +303,15 @@ def _choose(work: Path, jobs: list[Job], device: str) -> list[str]:
 def train(args: argparse.Namespace) -> None:
     """Train the jobs that have no result yet; jobs whose positions are not chosen yet come later."""
     results = args.work / "results.jsonl"
-    done = {Job(**line["job"]) for line in _lines(results)}
-    waiting = [job for job in jobs_of(args) if job not in done]
     part, parts = (int(number) for number in args.part.split("/"))
-    waiting = waiting[part::parts]
     started = time.perf_counter()
     lanes: dict[str, list[worth_training.Lane]] = {}
-    while waiting and time.perf_counter() - started < args.seconds:
+    while time.perf_counter() - started < args.seconds:
+        done = {Job(**line["job"]) for line in _lines(results)}
+        # The winners of the search are known once it is done, so the jobs are listed anew each time.
+        waiting = [job for job in jobs_of(args)[part::parts] if job not in done]
+        if not waiting:
+            break
         ready = [job for job in waiting[:200] if (args.work / "choices" / f"{job.choice}.npy").exists()]
         if not ready:
             time.sleep(0.2)
@@ -327,9 +329,8 @@ def train(args: argparse.Namespace) -> None:
                 accuracy = lane.accuracy(images, labels)
                 line = {"job": asdict(job), "accuracy": accuracy, **fact, "device": _device_name(args.device)}
                 file.write(json.dumps(line) + "\n")
-        waiting = [job for job in waiting if job not in group]
         each = (time.perf_counter() - begun) / len(group)
-        print(f"{len(waiting)} left, {each:.2f} s a run, {group[0].condition} {group[0].way}", flush=True)
+        print(f"{len(waiting) - len(group)} left, {each:.2f} s a run, {group[0].condition} {group[0].way}", flush=True)
 
 
 def _lanes(args: argparse.Namespace, network: str) -> list[worth_training.Lane]:
