@@ -11,6 +11,7 @@ from PIL import Image
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.sizes import budget_bytes
 from dq_lightning.packed.file_stream import join_file, split_file
+from dq_lightning.packed.images import memory_bytes
 from dq_lightning.packed.lossy import encode_lossy, encoded_sizes
 from dq_lightning.pipeline.budget import ByteSetting, plan_bytes
 
@@ -74,6 +75,7 @@ def test_files_come_back_from_their_beginning_and_their_rest(height, width, qual
         beginning, rest = split_file(data)
         assert beginning != b""
         assert join_file(beginning, rest) == data
+        assert memory_bytes(data) == 4 * height * width
         for cut in (data[:-1], data[: len(data) // 2], data + b"x"):
             assert join_file(*split_file(cut)) == cut
 

@@ -26,6 +26,8 @@ PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 MAX_PIXELS = 1 << 30
 # A larger file usually holds many frames, and isn't copied for one of them.
 MAX_OWN_FILE_BYTES = 64 << 20
+# A frame of lossy WebP begins with three bytes of flags and this code; then come its width and height of 14 bits each.
+WEBP_FRAME, WEBP_SIDE_BITS = b"\x9d\x01\x2a", (1 << 14) - 1
 # Most pixels of the images that are made together, so that they stay in the processor's cache.
 TALL_PIXELS = 1 << 17
 # Bits per pixel in the bytes that `Image.tobytes` returns.
@@ -227,6 +229,9 @@ def memory_bytes(data: bytes) -> int:
     """
     height, width, _ = jpeg_head(data)[1]
     if height * width:
+        return 4 * height * width
+    if data.startswith(b"RIFF") and data[8:16] == b"WEBPVP8 " and data[23:26] == WEBP_FRAME:
+        width, height = (int.from_bytes(data[at : at + 2], "little") & WEBP_SIDE_BITS for at in (26, 28))
         return 4 * height * width
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:

@@ -41,20 +41,31 @@ def pixels_of(leaf: Any) -> tuple[str, str, Pixels]:
     Raises:
         StoreError: if patches of this kind of image cannot be stored; the message says what to deliver instead.
     """
+    layout, mode = layout_of_image(leaf)
+    if layout.startswith("tensor"):
+        leaf = (leaf.permute(1, 2, 0) if leaf.ndim == 3 else leaf).numpy()
+    pixels = np.asarray(leaf)
+    return layout, mode, pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def layout_of_image(leaf: Any) -> tuple[str, str]:
+    """Return the layout name and the mode of an image, as `pixels_of` does, without touching its pixels.
+
+    Raises:
+        StoreError: if patches of this kind of image cannot be stored; the message says what to deliver instead.
+    """
     if isinstance(leaf, Image.Image) and leaf.mode in CHANNELS and 0 not in leaf.size:
-        pixels = np.asarray(leaf)
-        return "pil", leaf.mode, pixels if pixels.ndim == 3 else pixels[..., None]
+        return "pil", leaf.mode
     if is_plain_array(leaf) and leaf.dtype == np.uint8 and leaf.size:
         if leaf.ndim == 2:
-            return "array", "L", leaf[..., None]
+            return "array", "L"
         if leaf.ndim == 3 and leaf.shape[2] in (1, 3):
-            return ("array", "RGB", leaf) if leaf.shape[2] == 3 else ("array_hw1", "L", leaf)
+            return ("array", "RGB") if leaf.shape[2] == 3 else ("array_hw1", "L")
     if is_plain_tensor(leaf) and leaf.dtype == torch.uint8 and leaf.numel():
         if leaf.ndim == 2:
-            return "tensor", "L", leaf.numpy()[..., None]
+            return "tensor", "L"
         if leaf.ndim == 3 and leaf.shape[0] in (1, 3):
-            pixels = leaf.permute(1, 2, 0).numpy()
-            return ("tensor", "RGB", pixels) if leaf.shape[0] == 3 else ("tensor_1hw", "L", pixels)
+            return ("tensor", "RGB") if leaf.shape[0] == 3 else ("tensor_1hw", "L")
     raise StoreError(
         f"patches cannot be kept of a {type(leaf).__module__}.{type(leaf).__qualname__}{_outline(leaf)}: deliver a Pillow "
         'image of mode RGB or L (image.convert("RGB"); for a column of Hugging Face datasets '

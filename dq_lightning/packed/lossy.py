@@ -18,6 +18,7 @@ from PIL import Image
 from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import CHANNELS, StoredImage
 from dq_lightning.packed.file_stream import shared_starts, write_file
+from dq_lightning.packed.images import without_properties
 
 LossyCodec = Literal["jpeg", "webp"]
 SHARED_TABLES_SIDE = 64
@@ -47,10 +48,9 @@ def encode_lossy(image: Image.Image, codec: str, quality: int) -> bytes:
     options: dict[str, Any] = {"quality": quality}
     if codec == "jpeg":
         options |= {"subsampling": "4:2:0", "optimize": max(image.size) > SHARED_TABLES_SIDE}
-    bare = image.copy()
-    bare.info = {}
+    image.load()
     buffer = io.BytesIO()
-    bare.save(buffer, codec.upper(), **options)
+    without_properties(image).save(buffer, codec.upper(), **options)
     return buffer.getvalue()
 
 

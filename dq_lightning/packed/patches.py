@@ -37,7 +37,7 @@ from torch import Tensor
 from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import CHANNELS, PatchedImage, pack_mask, unpack_mask
 from dq_lightning.packed.images import decode_plain_jpeg
-from dq_lightning.packed.layouts import leaf_of, pixels_of
+from dq_lightning.packed.layouts import layout_of_image, leaf_of, pixels_of
 from dq_lightning.packed.patch_layout import (
     Layout,
     Mask,
@@ -97,7 +97,7 @@ def pack_image(
 def can_keep_patches(leaf: Any) -> bool:
     """Return whether `pack_image` supports this kind of image."""
     try:
-        pixels_of(leaf)
+        layout_of_image(leaf)
     except StoreError:
         return False
     return True
@@ -109,7 +109,7 @@ def check_patches(leaf: Any) -> None:
     Raises:
         StoreError: if it does not; the message says what to deliver instead.
     """
-    pixels_of(leaf)
+    layout_of_image(leaf)
 
 
 def image_size(leaf: Any) -> tuple[int, int]:

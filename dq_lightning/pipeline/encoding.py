@@ -5,7 +5,8 @@ one, and where it is no 8-bit grey or RGB image.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from torch import Tensor
 from dq_lightning.core.config import EncodingConfig
 from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import EncodedImage, StoredImage
+from dq_lightning.core.workers import in_threads
 from dq_lightning.packed.images import decode_image
-from dq_lightning.packed.layouts import pixels_of
+from dq_lightning.packed.layouts import layout_of_image, pixels_of
 from dq_lightning.packed.lossy import encode_lossy
 from dq_lightning.packed.values import encode_properties
 from dq_lightning.packed.writer import Item
@@ -26,10 +28,14 @@ from dq_lightning.pipeline.plan import Plan
 from dq_lightning.sources.items import at, plain_parts, with_value
 
 DEFAULT_QUALITY = 75
+# A thread is given so many pixels at once, because handing over costs about as much as encoding a small image.
+PIXELS_AT_ONCE = 1 << 16
 
 
 def encoded_items(plan: Plan, setting: ByteSetting, index: Tensor, start: int = 0) -> Iterator[Item]:
     """Yield samples with their images as a setting stores them.
+
+    The samples are read in the calling thread, and encoded in others.
 
     Args:
         plan: plan of the run.
@@ -37,14 +43,32 @@ def encoded_items(plan: Plan, setting: ByteSetting, index: Tensor, start: int = 
         index: int64 [M], positions of the samples in the source.
         start: number of the first sample.
     """
-    for position in index[start:].tolist():
-        sample, encoded = plain_parts(plan.source.plain(position)), plan.source.encoded(position)
-        if setting.codec == "keep":
-            yield sample, encoded
-            continue
-        place = image_place(plan)
-        stored = encode_leaf(at(sample, place), encoded, setting)
-        yield (sample, encoded) if stored is None else (with_value(sample, place, stored), None)
+    read = ((plain_parts(plan.source.plain(i)), plan.source.encoded(i)) for i in index[start:].tolist())
+    if setting.codec == "keep":
+        yield from read
+        return
+    place = image_place(plan)
+
+    def encode(items: list[Item]) -> list[Item]:
+        files = [encode_leaf(at(sample, place), encoded, setting) for sample, encoded in items]
+        return [
+            item if file is None else (with_value(item[0], place, file), None)
+            for item, file in zip(items, files, strict=True)
+        ]
+
+    def calls() -> Iterator[Callable[[], list[Item]]]:
+        some: list[Item] = []
+        for item in read:
+            some.append(item)
+            leaf = at(item[0], place)
+            pixels = math.prod(leaf.size if isinstance(leaf, Image.Image) else getattr(leaf, "shape", ()))
+            if pixels * len(some) >= PIXELS_AT_ONCE:
+                yield partial(encode, some)
+                some = []
+        yield partial(encode, some)
+
+    for encoded_ones in in_threads(calls()):
+        yield from encoded_ones
 
 
 def fixed_setting(config: EncodingConfig) -> ByteSetting:
@@ -78,7 +102,7 @@ def encode_leaf(leaf: Any, encoded: EncodedImage | None, setting: ByteSetting) -
         StoreError: the codec cannot hold an image of this size, or the info of the image cannot be stored.
     """
     try:
-        layout, mode, _ = pixels_of(leaf)
+        layout, mode = layout_of_image(leaf)
     except StoreError:
         return None
     assert setting.quality is not None
@@ -94,9 +118,10 @@ def encode_leaf(leaf: Any, encoded: EncodedImage | None, setting: ByteSetting) -
 
 def as_image(leaf: Any) -> Image.Image:
     """Return an 8-bit grey or RGB image of any type as a Pillow image."""
-    layout, mode, pixels = pixels_of(leaf)
-    pixels = pixels if mode == "RGB" else pixels[..., 0]
-    return leaf if layout == "pil" else Image.fromarray(np.ascontiguousarray(pixels))
+    if isinstance(leaf, Image.Image):
+        return leaf
+    _, mode, pixels = pixels_of(leaf)
+    return Image.fromarray(np.ascontiguousarray(pixels if mode == "RGB" else pixels[..., 0]))
 
 
 def reduced(image: Image.Image, longest_side: int | None) -> Image.Image:

@@ -1,9 +1,6 @@
 """Choose among the scored patches of the kept samples, and cut the chosen ones out of the images."""
 
-import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +12,7 @@ from torch import Tensor
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import PatchError, StoreError
 from dq_lightning.core.records import Grid, PatchChoice, PatchedImage, Selection
-from dq_lightning.core.workers import torch_threads
+from dq_lightning.core.workers import in_threads
 from dq_lightning.packed.patches import can_keep_patches, check_patches, image_size, pack_image
 from dq_lightning.packed.writer import Item
 from dq_lightning.patches.choose import choose_patches, kept_count, make_choice, spread_budget
@@ -169,30 +166,13 @@ def _packed_images(plan: Plan, selection: Selection, choice: PatchChoice, start:
         for number, position in enumerate(selection.index[start:].tolist(), start):
             yield partial(pack, position, plain_parts(plan.source.plain(position)), choice.mask(number))
 
-    yield from _in_threads(calls())
+    yield from in_threads(calls())
 
 
 def whole_bytes(plan: Plan, position: int, leaf: Any) -> int:
     """Return the bytes of a whole image: of its encoded form if the dataset holds one, else of its raw pixels."""
     encoded = plan.source.encoded(position)
     return int(np.asarray(leaf).nbytes) if encoded is None else len(encoded.data)
-
-
-def _in_threads(calls: Iterator[Callable[[], Any]]) -> Iterator[Any]:
-    """Yield the results of calls in order; a limited number of calls runs ahead in threads."""
-    threads = max(1, min(16, (os.cpu_count() or 1)))
-    waiting: deque[Future[Any]] = deque()
-    with torch_threads(threads) as pool:
-        try:
-            for call in calls:
-                waiting.append(pool.submit(call))
-                if len(waiting) >= 4 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def patches_of(plan: Plan) -> PatchPlan:

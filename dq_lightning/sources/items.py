@@ -149,6 +149,8 @@ def image_leaves(item: Any, prefix: Leaf = ()) -> list[Leaf]:
     """The paths to all values of an item that are taken for images, in order, each after `prefix`."""
     if looks_like_image(item):
         return [prefix]
+    if isinstance(item, int | float | str):
+        return []
     return [leaf for key, child in children(item) for leaf in image_leaves(child, (*prefix, key))]
 
 
