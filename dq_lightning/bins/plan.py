@@ -17,9 +17,6 @@ from dq_lightning.core.config import BinConfig
 from dq_lightning.core.devices import named_device
 from dq_lightning.core.errors import ConfigError
 
-# Up to this many rows, whose matrix takes 128 MiB, the matrix is made at once if it is not much more work.
-AT_ONCE = 1 << 13
-
 log = logging.getLogger("dq_lightning")
 
 
@@ -28,8 +25,7 @@ class Room:
     """Limits on the working memory of the graph cut.
 
     Attributes:
-        dense: largest number of rows whose matrix of inner products is made, with 2 bytes for each entry on the CPU and
-            4 on a GPU.
+        dense: largest number of rows whose matrix of inner products is made.
         candidates: largest number of candidates that a matrix is made of.
         rows: largest number of entries of a float64 copy of rows.
     """
@@ -38,13 +34,17 @@ class Room:
     candidates: int = 1 << 12
     rows: int = 1 << 25
 
+    def entry(self, rows: int) -> int:
+        """Return the number of bytes of an entry of the matrix of `rows` rows on the CPU."""
+        return 4 if 2 * rows <= self.dense else 2
+
     @classmethod
     def beside(cls, stored: int, device: torch.device) -> "Room":
         """Choose the limits for features of `stored` bytes on a device.
 
-        The matrix may take half of the free memory. The limits of candidates and of copies of rows are proportional to
-        the size of the features; on a GPU, whose speed depends on them, the matrix and the float64 copy of the rows may
-        each take a third of its free memory.
+        The matrix may take a quarter of the free memory with entries of 4 bytes, or half of it with entries of 2. The
+        limits of candidates and of copies of rows are proportional to the size of the features; on a GPU, whose speed
+        depends on them, the matrix and the float64 copy of the rows may each take a third of its free memory.
         """
         dense = int((free_memory(torch.device("cpu")) / 2 / 2) ** 0.5)
         candidates = int(min(1 << 26, max(1 << 23, stored // 4)) ** 0.5)
@@ -91,7 +91,7 @@ def make_plan(config: BinConfig, factors: dict[str, Tensor], sizes: list[int], d
     room = Room.beside(stored, device)
     free = free_memory(device)
     if exact:
-        entry = 2 if device.type == "cpu" else 4
+        entry = room.entry(min(largest, room.dense)) if device.type == "cpu" else 4
         matrix = entry * min(largest, room.dense) ** 2 if config.engine in ("auto", "dense") else 4 * largest * width
         needed = matrix + 8 * (min(largest * width, 2 * room.rows) + 6 * largest) + 32 * total
         wide = math.prod(values.shape[1] + number for number, values in enumerate(factors.values()))
@@ -173,11 +173,13 @@ def free_memory(device: torch.device) -> int:
 def _expected(config: BinConfig, sizes: list[int], room: Room, costs: Costs) -> str:
     """Return the regimes that are expected, and about how many seconds they take on an idle machine."""
     low = high = 0.0
+    at_once = True
     for size in sizes:
         matrix = costs.matrix(size) + size * costs.from_matrix(size)
         steady = size * steady_cost(size, costs, room.candidates)
         passes = costs.passes(size, bin_sizes(size, config.num_bins))
         dense = matrix if size <= room.dense else passes
+        at_once = at_once and size <= room.dense and matrix <= 2.0 * steady
         low += {"dense": matrix, "candidates": steady, "stream": passes, "auto": min(dense, steady)}[config.engine]
         high += {"dense": matrix, "candidates": steady, "stream": passes, "auto": 2.0 * dense}[config.engine]
     regimes: str = config.engine
@@ -186,7 +188,7 @@ def _expected(config: BinConfig, sizes: list[int], room: Room, costs: Costs) -> 
         regimes = "dense or stream"
     elif regimes == "auto":
         otherwise = "dense" if largest <= room.dense else "stream"
-        regimes = "dense" if largest <= AT_ONCE else f"candidates, {otherwise} where few of them are proved"
+        regimes = "dense" if at_once else f"candidates, {otherwise} where few of them are proved"
     return f"{regimes}; about {low:.1f} to {high:.1f} s" if high >= 0.1 else regimes
 
 

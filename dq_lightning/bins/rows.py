@@ -72,6 +72,14 @@ class Rows:
         left, right = self.factors
         return (left.T @ right)[None]
 
+    def gains_in_turn(self, vector: Tensor) -> Tensor:
+        """Return each row's inner product with a vector that twice each of the rows before it is taken from, float64 [n]."""
+        if len(self.factors) == 1:
+            rows = self.factors[0]
+            before = torch.cat([torch.zeros_like(rows[:1]), rows[:-1]]).cumsum(dim=0)
+            return (rows * (vector - 2.0 * before)).sum(dim=1)
+        return self.against(vector)[:, 0] - 2.0 * self.inner(self).tril_(-1).sum(dim=1)
+
     def written_out(self) -> Iterator[Tensor]:
         """Yield the vectors themselves as float64 [k, W], a few rows at a time; only near ties need them."""
         if len(self.factors) == 1:

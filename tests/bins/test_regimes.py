@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from dq_lightning.bins.graph_cut import candidates, device, engine, proof, referee, scores
 from dq_lightning.bins.make import make_bins
+from dq_lightning.bins.plan import Room
 from dq_lightning.core.records import Features
 from tests.bins.test_make import KINDS, assert_greedy, random_features
 from tests.full_count import examples
 from tests.reference import greedy_twin as twin
 
 # Those "in blocks" are the ways of a GPU, run on the CPU.
-REGIMES = ["dense", "candidates", "stream", "dense in blocks", "stream in blocks"]
+REGIMES = ["dense", "dense in 2 bytes", "candidates", "stream", "dense in blocks", "stream in blocks"]
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +25,9 @@ def small(monkeypatch):
     monkeypatch.setattr(candidates, "LEAST", 4)
     monkeypatch.setattr(proof, "_PICKS_A_CHECKPOINT", 3)
     monkeypatch.setattr(scores, "_TILE", {"cpu": 32})
+    # with entries of 2**24 the range of 4 bytes ends 64 similarities below the greatest gain
+    monkeypatch.setattr(scores, "FULL", {4: 1 << 24, 2: 32700})
+    monkeypatch.setattr(scores, "_MOST_PICKS", 32)
     monkeypatch.setattr(device, "_LONG", 8)
     monkeypatch.setattr(device, "_SHORT", 3)
     monkeypatch.setattr(device, "_ROWS", 16)
@@ -34,6 +38,8 @@ def bins_in(regime, values, **settings):
     with pytest.MonkeyPatch.context() as patch:
         if regime.endswith("in blocks"):
             patch.setattr(engine, "on_device", lambda pool, least=0: True)
+        if regime.endswith("2 bytes"):
+            patch.setattr(Room, "entry", lambda room, rows: 2)
         return make_bins(values, engine=regime.split()[0], **settings)
 
 
@@ -138,7 +144,7 @@ def test_gradient_features(seed, total, num_bins, regime):
 def test_a_wrong_pick_would_be_noticed(monkeypatch):
     """Without the proof, or without the bounds, the same data give another answer: the tests above can fail."""
     values = np.abs(np.random.default_rng(5).standard_normal((150, 3)))
-    monkeypatch.setattr(scores, "_FULL", 300)
+    monkeypatch.setattr(scores, "FULL", {4: 300, 2: 300})
     right = make_bins(values, num_bins=3, similarity="dot")
     for regime in REGIMES:
         assert torch.equal(bins_in(regime, values, num_bins=3, similarity="dot").rank, right.rank)
@@ -156,7 +162,7 @@ def test_a_wrong_pick_would_be_noticed(monkeypatch):
         "_check",
         lambda picks, gains, made: (made.double(), torch.ones(len(made), dtype=torch.bool)),
     )
-    for regime in ("candidates", "dense", "dense in blocks"):
+    for regime in ("candidates", "dense", "dense in 2 bytes", "dense in blocks"):
         assert not torch.equal(bins_in(regime, values, num_bins=3, similarity="dot").rank, right.rank)
 
 

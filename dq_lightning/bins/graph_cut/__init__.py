@@ -7,11 +7,12 @@ few rows in question are computed in float64, and where that does not decide eit
 rounding (`referee.Referee`); gains that are then equal are ties, which go to the lowest position. So the picks are the
 same in every regime, for any number of threads, and on every device.
 
-`"dense"` (`scores.MatrixScores`): all inner products as 16-bit whole numbers, and a row of them subtracted for a pick.
-    Memory is 2 n^2 bytes, the product of matrices is made once for all bins that follow, and a pick costs about n
-    additions. Additions of whole numbers make no error, so after t picks a gain is off by t times the error of an entry:
-    half a unit, which is the largest product divided by 16,350, plus (W + 8) 2**-24 for the float32 product of rows of
-    width W. Gains start again from float64 when decisions have cost as much as that.
+`"dense"` (`scores.MatrixScores`): all inner products as whole numbers of 4 bytes, or of 2 where those would take more than
+    a quarter of the free memory, and a row of them subtracted for a pick. The product of matrices is made once for all
+    bins that follow, and a pick costs about n additions. Additions of whole numbers make no error, so after t picks a
+    gain is off by t times the error of an entry: half a unit, which is the largest product divided by 2**18 (or by
+    16,350), plus that of the product, which is made in float64 unless float32 errs by less than a unit. Gains start
+    again from float64 when decisions have cost as much as that.
 `"candidates"` (`candidates.Candidates`, `proof.Proof`): a small matrix of the rows of greatest gain, from which hundreds
     of picks are made, and one float64 pass over all rows that proves them. Between the ends of a chunk of picks a gain
     stays near a straight line, to within twice the distance of the sum of the picks from its own line. Memory is of the
@@ -25,10 +26,10 @@ bound on the scores: 64 picks are made on the device as one CUDA graph, and then
 of them are computed by one product of matrices, which confirms them.
 
 `"auto"` (`engine`) on a GPU makes the matrix if that saves a tenth of the cost of passes (`costs.Costs`), and else passes.
-On the CPU, and for rows that do not fit the GPU in float64, it makes the matrix at once in the first bin if it has at most
-8,192 rows and costs less than twice what candidates would at best. Otherwise it begins with candidates, and counts what
-its rounds cost above their steady cost. Once that, and what the rest of the bin would add at the present rate, exceeds
-the cost of the matrix and of all picks that are left, the matrix is made and kept for all bins that follow, so what was
-learned is paid at most once over. If the matrix does not fit half of the free memory, passes are made for the rest of a
-bin in which a round cost more than a pass for each of its picks.
+On the CPU, and for rows that do not fit the GPU in float64, it makes the matrix at once in the first bin if that costs
+less than twice what candidates would at best. Otherwise it begins with candidates, and counts what its rounds cost above
+their steady cost. Once that, and what all picks that are left would add if rounds went on to keep as few, exceeds the
+cost of the matrix and of those picks, the matrix is made and kept for all bins that follow, so what was learned is paid
+at most once over. If the matrix does not fit half of the free memory, passes are made for the rest of a bin in which a
+pass for each pick costs less than such rounds.
 """

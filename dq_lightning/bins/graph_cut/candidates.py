@@ -77,14 +77,14 @@ class Candidates:
 def round_size(rows: int, costs: Costs, most: int) -> int:
     """Return the number of candidates among `rows` rows, at most `most`, for which a pick costs least."""
     sizes = [LEAST << power for power in range(12) if LEAST << power <= min(most, rows // 2)]
-    return min(sizes or [LEAST], key=lambda size: _cost_of_a_pick(rows, size, costs))
+    return min(sizes or [LEAST], key=lambda size: cost_of_a_pick(rows, int(SHARE * size), costs))
 
 
 def steady_cost(rows: int, costs: Costs, most: int) -> float:
     """Return the cost of a pick among `rows` rows where the order of the gains is steady."""
-    return _cost_of_a_pick(rows, round_size(rows, costs, most), costs)
+    return cost_of_a_pick(rows, int(SHARE * round_size(rows, costs, most)), costs)
 
 
-def _cost_of_a_pick(rows: int, size: int, costs: Costs) -> float:
-    picks = int(SHARE * size)
-    return (costs.check(rows) + costs.candidates(size, picks)) / picks
+def cost_of_a_pick(rows: int, picks: int, costs: Costs) -> float:
+    """Return the cost of each of `picks` picks that a round makes among as many candidates as that takes."""
+    return (costs.check(rows) + costs.candidates(int(max(LEAST, picks / SHARE)), picks)) / picks

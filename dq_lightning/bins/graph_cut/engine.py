@@ -7,14 +7,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dq_lightning.bins.graph_cut.candidates import Candidates, steady_cost
+from dq_lightning.bins.graph_cut.candidates import Candidates, cost_of_a_pick, steady_cost
 from dq_lightning.bins.graph_cut.costs import Costs
 from dq_lightning.bins.graph_cut.device import MATRIX_FROM, DevicePicks
 from dq_lightning.bins.graph_cut.exact import Array
 from dq_lightning.bins.graph_cut.pool import Group, Pool
 from dq_lightning.bins.graph_cut.referee import ROUNDING, Referee
 from dq_lightning.bins.graph_cut.scores import MatrixScores, PassScores, pick_in_turn
-from dq_lightning.bins.plan import AT_ONCE, Room
+from dq_lightning.bins.plan import Room
 from dq_lightning.bins.prepare import Prepared, next_twins
 from dq_lightning.bins.rows import Rows
 from dq_lightning.core.config import Engine
@@ -148,48 +148,51 @@ class _Run:
         if not self._pool.alive.all():
             self._gains.append(self._pool.values)
             self._begin(self._pool.vector, self._pool.error)
-        picks_there = on_device(self._pool, MATRIX_FROM)
-        self._scores = DevicePicks(self._pool, matrix=True) if picks_there else MatrixScores(self._pool)
+        if on_device(self._pool, MATRIX_FROM):
+            self._scores = DevicePicks(self._pool, matrix=True)
+        else:
+            self._scores = MatrixScores(self._pool, self._room.entry(len(self._pool)))
 
-    def _dense(self, sizes: Sequence[int], left: int) -> float:
-        """Return the cost of the matrix and of `left` picks and those of later bins, or infinity if it does not fit."""
+    def _dense(self, picks: int) -> float:
+        """Return the cost of the matrix and of the next `picks` picks from it, or infinity if it does not fit."""
         if self._has_matrix():
             return 0.0
         rows = int(self._pool.alive.sum())
         if rows > self._room.dense:
             return float("inf")
-        return self._costs.matrix(rows) + (left + sum(sizes[1:])) * self._costs.from_matrix(rows)
+        return self._costs.matrix(rows) + picks * self._costs.from_matrix(rows)
 
     def _dense_at_once(self, sizes: Sequence[int]) -> bool:
         """Return whether the matrix is made at the start of a bin.
 
-        On a GPU that is if it saves a tenth of what passes cost. Otherwise, in the first bin, it is if the matrix is small
-        and costs less than twice what candidates would at best, and in a later bin if it costs less than what was wasted
-        so far.
+        On a GPU that is if it saves a tenth of what passes cost. Otherwise, in the first bin, it is if it costs less than
+        twice what candidates would at best, and in a later bin if it costs less than what was wasted so far.
         """
-        worth = self._wasted
+        worth, rows = self._wasted, len(self._pool)
         if on_device(self._pool):
-            worth = 0.9 * self._costs.passes(len(self._pool), sizes)
-        elif self.group.referee.bins_closed == 0 and len(self._pool) <= AT_ONCE:
-            worth = 2.0 * sum(sizes) * steady_cost(len(self._pool), self._costs, self._room.candidates)
-        return self._dense(sizes, sizes[0]) <= worth
+            worth = 0.9 * self._costs.passes(rows, sizes)
+        elif self.group.referee.bins_closed == 0:
+            worth = 2.0 * sum(sizes) * steady_cost(rows, self._costs, self._room.candidates)
+        return self._dense(sum(sizes)) <= worth
 
     def _reconsider(self, made: int, cost: float, sizes: Sequence[int], left: int) -> None:
         """Change over to the matrix or to passes if a round of candidates has kept few picks.
 
-        The cost that exceeds the steady one is wasted. If what was wasted so far, and would be if the bin went on like
-        this, is more than the cost of the matrix and of all picks that are left, the matrix is made. Otherwise passes
-        are made if a pass for each pick would have cost less than this round.
+        The cost that exceeds the steady one is wasted. If what was wasted so far, and would be until the last pick if
+        rounds went on to keep so few, is more than the cost of the matrix and of all picks that are left, the matrix is
+        made. Otherwise passes are made for the rest of the bin if they cost less than such rounds.
         """
-        rows = len(self._pool)
+        rows, picks = len(self._pool), left + sum(sizes[1:])
         steady = steady_cost(rows, self._costs, self._room.candidates)
         a_pass = self._costs.from_pass(rows)
+        # A round that had aimed at the picks that it kept would have needed fewer candidates.
+        rate = cost_of_a_pick(rows, made, self._costs)
         self._wasted += max(0.0, cost - made * steady)
-        expected = max(0.0, min(cost / made, a_pass) - steady) * left
-        if self._wasted + expected > self._dense(sizes, left):
+        excess = max(0.0, min(rate, a_pass) - steady)
+        if self._wasted + excess * picks > self._dense(picks):
             self._use_matrix()
-        elif cost > made * a_pass:
-            self._wasted += expected
+        elif rate > a_pass:
+            self._wasted += excess * left
             self._scores = self._passes()
 
     def _has_matrix(self) -> bool:

@@ -71,7 +71,9 @@ class Pool:
         """Begin a bin, or another set of picks, with a new vector w and a bound on the length of its error."""
         self.vector, self.error, self.slack = vector, error, 0.0
         self._norm = float(vector.norm())
+        # Recorded picks, how many of them have entered w, and what w was before them.
         self._pending: list[int] = []
+        self._entered, self._before = 0, vector
         self._rows: list[NDArray[np.int64]] = []
         self._values: list[Array] = []
 
@@ -111,6 +113,7 @@ class Pool:
         self, rows: NDArray[np.int64], values: Array, picked: Rows, slack: float = 0.0, *, push: bool = False
     ) -> None:
         """Record picks whose vectors are given, and their gains to within `slack`; `push` tells the referee of them."""
+        self.finish()
         self.slack = max(self.slack, slack)
         for row in rows.tolist():
             if push:
@@ -119,10 +122,11 @@ class Pool:
         self._rows.append(rows)
         self._values.append(values)
         self._move(picked)
+        self._before, self._norm = self.vector, float(self.vector.norm())
 
     def settle(self, near: NDArray[np.int64]) -> int:
         """Return which of the rows `near` has the greatest gain; of equal gains the one with the lowest sample."""
-        self.finish()
+        self._catch_up()
         gains = self.table.take(torch.from_numpy(near)).against(self.vector)[:, 0].cpu().numpy()
         bound = self.bound()
         near = near[gains >= gains.max() - 2.0 * bound]
@@ -137,16 +141,20 @@ class Pool:
         """Let the recorded picks enter the vector, and compute their gains."""
         if not self._pending:
             return
+        self._catch_up()
         rows = np.array(self._pending)
-        self._pending.clear()
-        picked = self.table.take(torch.from_numpy(rows))
-        values = picked.against(self.vector)[:, 0]
-        if len(rows) > 1:
-            values -= 2.0 * picked.inner(picked).tril_(-1).sum(dim=1)
+        self._pending, self._entered = [], 0
         self.slack = max(self.slack, self.bound(len(rows)))
         self._rows.append(rows)
-        self._values.append(values.cpu().numpy())
-        self._move(picked)
+        self._values.append(self.table.take(torch.from_numpy(rows)).gains_in_turn(self._before).cpu().numpy())
+        self._before, self._norm = self.vector, float(self.vector.norm())
+
+    def _catch_up(self) -> None:
+        """Let the recorded picks enter the vector."""
+        rows = self._pending[self._entered :]
+        if rows:
+            self._entered = len(self._pending)
+            self._move(self.table.take(torch.from_numpy(np.array(rows))))
 
     def _next_sample(self, row: int) -> bool:
         twins = self.group.twins
@@ -163,4 +171,4 @@ class Pool:
             return
         self.vector = self.vector - 2.0 * picked.sum().to(self.vector.device)
         self.error += ROUNDING * (2.0 * count * count * longest + self._norm + 2.0 * count * longest)
-        self._norm = float(self.vector.norm())
+        self._norm += 2.0 * count * longest

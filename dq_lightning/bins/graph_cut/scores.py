@@ -1,6 +1,6 @@
 """Two ways to keep the gains of all rows up to date from pick to pick, each with a proved error bound.
 
-`MatrixScores` holds all inner products as 16-bit whole numbers, so a pick subtracts one row of the matrix.
+`MatrixScores` holds all inner products as whole numbers, so a pick subtracts one row of the matrix.
 `PassScores` holds single-precision rows, so a pick is one product of the rows with a vector.
 """
 
@@ -13,48 +13,60 @@ from torch import Tensor
 
 from dq_lightning.bins.graph_cut.exact import Array
 from dq_lightning.bins.graph_cut.pool import Pool
+from dq_lightning.bins.graph_cut.referee import ROUNDING
 from dq_lightning.bins.rows import Rows
 
 Tick = Callable[[int], object]
 
 # The unit roundoff of float32, with room for the second-order terms of error bounds.
 SINGLE = 2.0**-24 * 1.01
-# Twice an inner product of the longest rows is stored as this whole number.
-_FULL = 32700
-# Scores of rows that cannot be picked, and a lower limit on all others. A pick changes a score by at most 2**15, so
-# that neither limit is passed within `_MOST_PICKS` picks.
-_DEAD, _LOWEST = -(2**30), -(2**29)
-_MOST_PICKS = 4096
-# To decide between rows costs about as much as to compute the gains of this many rows of 64 numbers, as measured, and one
-# for each of them.
-_SETTLING = 1000
-# Inner products are computed in squares of this many rows, whose single-precision form fits a processor's cache.
-_TILE = {"cpu": 512, "cuda": 8192}
+# Twice an inner product of the longest rows is stored as at most this whole number, by the number of bytes of an entry.
+FULL = {4: 1 << 19, 2: 32700}
+# Gains start again from float64 after at most this many picks, which change a score by at most 2**29.
+_MOST_PICKS = 1024
+# Scores start at 0 or below, but at least at the lowest one, and those of rows that cannot be picked at the dead one. So
+# scores above the floor, and no others, are right within their bound until gains start again.
+_DEAD, _LOWEST, _FLOOR = -3 << 29, -2 << 29, -1 << 29
+# What it costs to decide between rows and to start again from float64 gains, and for each row, in the time that float64
+# takes for one entry of a row, as measured.
+_DECIDING, _STARTING = 60_000, 200_000
+# Inner products are computed in squares of this many rows, whose float64 form fits a processor's cache.
+_TILE = {"cpu": 512, "cuda": 4096}
 
 
 class MatrixScores:
     """Scores in whole numbers that are updated by a row of the matrix of inner products.
 
     Additions of whole numbers make no error, so after t picks a score is off by at most the rounding of its start plus
-    t times the error of an entry: half a unit for the rounding to 16 bits, and that of the float32 product.
+    t times the error of an entry: half a unit for the rounding, and that of the product. The product is made in float64
+    unless float32's error is below one unit.
 
     Args:
-        pool: n rows; memory is 2 n^2 bytes.
+        pool: n rows.
+        size: number of bytes of an entry of the matrix, 4 or 2; memory is `size` n^2 bytes.
     """
 
-    dead = float(_DEAD)
+    dead, floor = float(_DEAD), float(_FLOOR)
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, size: int = 4) -> None:
+        single = FULL[size] * (pool.group.depth + 8) * SINGLE
+        double = FULL[size] * (pool.group.depth + 8) * ROUNDING
+        if single < 1.0:
+            factors, scale = single_rows(pool)
+            table = Rows(factors)
+        else:
+            # Rows that are stored in another type are converted once.
+            table = pool.table if isinstance(pool.table, Rows) else pool.table.take(torch.arange(len(pool)))
+            scale = max(pool.group.longest**2, 2.0**-1000)
+        self._unit = 2.0 * scale / FULL[size]
+        self._step_error = 0.5 + (single if single < 1.0 else double)
+        self.matrix = _products(pool, table, FULL[size] if single < 1.0 else 2.0 / self._unit, size)
         self.values: NDArray[np.int32] = np.empty(0, dtype=np.int32)
-        self.matrix, scale = _products(pool)
-        self._unit = 2.0 * scale / _FULL
-        self._step_error = 0.5 + _FULL * (pool.group.depth + 8) * SINGLE
         self._error, self._picks = 0.0, 0
 
     def start(self, pool: Pool) -> None:
         gains = pool.gains().cpu().numpy()
-        top = gains.max()
-        whole = np.rint(np.maximum((gains - top) / self._unit, _LOWEST))
+        whole = np.rint(np.maximum((gains - gains.max()) / self._unit, _LOWEST))
         self.values = np.where(pool.alive, whole, _DEAD).astype(np.int32)
         self._error, self._picks = 1.0 + pool.bound() / self._unit, 0
 
@@ -78,7 +90,7 @@ class PassScores:
         pool: n rows of width W; memory is 4 n W bytes.
     """
 
-    dead = -float("inf")
+    dead = floor = -float("inf")
 
     def __init__(self, pool: Pool) -> None:
         self._rows, self._scale = single_rows(pool)
@@ -134,52 +146,43 @@ def pick_in_turn(
 
 
 def _until_stale(pool: Pool, scores: MatrixScores | PassScores, count: int) -> int:
-    spent = 0
+    spent, depth = 0, pool.group.depth
     for step in range(count):
         values = scores.values
         best = int(values.argmax())
         top = values[best]
         values[best] = scores.dead
         least = top - scores.window()
-        if values.max() >= least:
-            values[best] = top
-            near = np.flatnonzero(values >= least)
-            near = near[pool.alive[near]]
+        doubtful = values.max() >= least or least <= scores.floor
+        values[best] = top
+        if doubtful:
+            near = np.flatnonzero(pool.alive & ((values >= least) | (least <= scores.floor)))
             best = pool.settle(near)
-            spent += _SETTLING + len(near)
-        else:
-            values[best] = top
+            spent += _DECIDING + len(near) * depth
         scores.picked(best, not pool.take(best))
-        if spent > len(values):
+        if spent > _STARTING + len(values) * depth:
             return step + 1
     return count
 
 
-def _products(pool: Pool) -> tuple[NDArray[np.int16], float]:
-    """Return twice the inner products of all rows of a pool, int16 [n, n], and what the number 32700 / 2 stands for."""
-    factors, scale = single_rows(pool)
-    total, device = len(pool), factors[0].device
-    tile = _TILE.get(device.type, 8192)
-    matrix = torch.empty(total, total, dtype=torch.int16)
+def _products(pool: Pool, table: Rows, factor: float, size: int) -> NDArray[np.signedinteger]:
+    """Return the inner products of the rows of a table times a factor as whole numbers of `size` bytes, [n, n]."""
+    total, tile = len(table), _TILE[pool.vector.device.type]
+    # NumPy asks for huge pages, which the system provides much faster than many small ones.
+    whole = np.empty((total, total), dtype=f"i{size}")
+    matrix = torch.from_numpy(whole)
 
     def fill(corner: tuple[int, int]) -> None:
-        down, across = (slice(start, start + tile) for start in corner)
-        part = (factors[0][down] * float(_FULL)) @ factors[0][across].T
-        for factor in factors[1:]:
-            part *= factor[down] @ factor[across].T
-        codes = part.round_().to(torch.int16).cpu()
-        matrix[down, across] = codes
+        down, across = corner
+        product = table.span(down, down + tile).inner(table.span(across, across + tile))
+        codes = product.mul_(factor).round_().to(matrix.dtype).cpu()
+        matrix[down : down + tile, across : across + tile] = codes
         if down != across:
-            matrix[across, down] = codes.T
+            matrix[across : across + tile, down : down + tile] = codes.T.contiguous()
 
     starts = range(0, total, tile)
-    corners = [(down, across) for down in starts for across in starts if across <= down]
-    if device.type == "cpu":
-        pool.group.workers.run(fill, corners)
-    else:
-        for corner in corners:
-            fill(corner)
-    return matrix.numpy(), scale
+    pool.group.workers.run(fill, [(down, across) for down in starts for across in starts if across <= down])
+    return whole
 
 
 def single_rows(pool: Pool) -> tuple[tuple[Tensor, ...], float]:
