@@ -55,9 +55,16 @@ TITLES = {
     "foreign": "20 % foreign\nimages",
 }
 WAY_TITLES = {
-    "random": "random",
-    "published": "DQ as published",
-    "margin 50": "DQ of the half of each class with the best margins",
+    "random": ("a random tenth", "#9aa5b1"),
+    "published": ("a tenth, DQ as published", "#5b8def"),
+    "auto": ('a tenth, DQ with drop_worst="auto"', "#e07a3f"),
+    "margin 50": ("a tenth, DQ with drop_worst=0.5", "#b5452c"),
+    "whole": ("the whole set, as many steps", "#3d4451"),
+}
+BYTES_TITLES = {
+    "random": ("samples as they are, drawn at random", "#9aa5b1"),
+    "dropped 20": ("the same, a fifth of the patches dropped and filled", "#5b8def"),
+    "planned": ("whole images as small files (max_bytes=)", "#e07a3f"),
 }
 
 
@@ -393,10 +400,12 @@ def _lines(path: Path) -> list[dict]:
 
 def table(args: argparse.Namespace) -> None:
     """Print the results as a Markdown table: mean, standard error, the difference from random by seed, every seed."""
-    rows: dict[tuple, dict[int, dict]] = defaultdict(dict)
+    rows: dict[tuple, dict[tuple, dict]] = defaultdict(dict)
     for line in _lines(args.work / "results.jsonl"):
         job = line["job"]
-        rows[job["split"], job["network"], job["condition"], job["ratio"], job["steps"], job["way"]][job["seed"]] = line
+        # `worth_results.jsonl` holds two runs of some rows: trained twice, they differ by the noise of a GPU's arithmetic.
+        trained = line.get("run"), job["seed"]
+        rows[job["split"], job["network"], job["condition"], job["ratio"], job["steps"], job["way"]][trained] = line
     columns = ("split", "network", "condition", "ratio", "steps", "way")
     measured = ("samples", "wrong", "copies", "accuracy", "against random", "each seed")
     print(f"| {' | '.join(columns + measured)} |\n|{'---|' * len(columns + measured)}")
@@ -413,7 +422,7 @@ def table(args: argparse.Namespace) -> None:
 
 
 def plot(args: argparse.Namespace) -> None:
-    """Draw the accuracy of the ways in every condition, and at every number of bytes, into an SVG file."""
+    """Draw the accuracy of the ways in every condition, and at every number of bytes, into an SVG or PNG file."""
     from matplotlib import pyplot
 
     pyplot.rcParams["svg.hashsalt"] = "dq_lightning"
@@ -421,39 +430,37 @@ def plot(args: argparse.Namespace) -> None:
     for line in _lines(args.work / "results.jsonl"):
         job = Job(**line["job"])
         if job.split == "test" and job.network == "small" and job.steps == STEPS:
-            values[job.condition, job.way, job.ratio].append(line["accuracy"])
-    with_bytes = any(name == "bytes" for name, _, _ in values)
-    columns = 2 if with_bytes else 1
-    figure, axes = pyplot.subplots(1, columns, figsize=(9 + 2 * with_bytes, 4), squeeze=False, layout="constrained")
-    left, right = axes[0][0], axes[0][-1]
+            planned = job.condition == "bytes" and job.way == BYTES[job.ratio][0]
+            values[job.condition, "planned" if planned else job.way, job.ratio].append(line["accuracy"])
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(12, 4.6), layout="constrained", gridspec_kw={"width_ratios": [1.9, 1]}
+    )
     conditions = [name for name in worth_conditions.NAMES if (name, "published", 0.1) in values]
-    for number, way in enumerate(("random", "published", "margin 50")):
-        shown = [place for place, name in enumerate(conditions) if (name, way, 0.1) in values]
-        means, errors = zip(*[_mean_and_error(values[conditions[place], way, 0.1]) for place in shown], strict=True)
-        places = np.array(shown) + 0.27 * (number - 1)
-        left.bar(
-            places, means, 0.25, yerr=errors, label=WAY_TITLES[way], color=("#9aa5b1", "#5b8def", "#e07a3f")[number]
-        )
+    for number, (way, (title, colour)) in enumerate(WAY_TITLES.items()):
+        ratio = 1.0 if way == "whole" else 0.1
+        shown = [place for place, name in enumerate(conditions) if (name, way, ratio) in values]
+        means, errors = zip(*[_mean_and_error(values[conditions[place], way, ratio]) for place in shown], strict=True)
+        left.bar(np.array(shown) + 0.16 * (number - 2), means, 0.15, yerr=errors, label=title, color=colour)
+    equal = values[("long_tail", "equal", 0.1)]
+    if equal:
+        place = conditions.index("long_tail") + 0.16 * 3
+        mean, error = _mean_and_error(equal)
+        left.bar(place, mean, 0.15, yerr=error, label='a tenth, DQ with balance="equal"', color="#4f9d69")
     left.set_xticks(range(len(conditions)), [TITLES[name] for name in conditions], fontsize=8)
     left.set_ylabel("test accuracy, %")
-    left.set_ylim(bottom=20)
-    left.set_title("A tenth of CIFAR-10, equal steps")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    for way in ("random", *CODED) if with_bytes else ():
-        points = sorted(
-            (100 * ratio, *_mean_and_error(v)) for (name, w, ratio), v in values.items() if (name, w) == ("bytes", way)
-        )
-        if points and way in ("random", "jpeg 10", "jpeg 30", "jpeg 75", "webp 30"):
-            x, y, error = zip(*points, strict=True)
-            right.errorbar(
-                x, y, error, marker="o", label="whole images" if way == "random" else f"{way}, as many as fit"
-            )
-    if with_bytes:
-        right.set_xscale("log")
-        right.set_xticks([2, 5, 10, 20], ["2", "5", "10", "20"])
-        right.set_xlabel("bytes, % of the raw images")
-        right.set_title("Equal bytes, equal steps")
-        right.legend(fontsize=8)
+    left.set_ylim(bottom=30)
+    left.set_title("CIFAR-10, clean and damaged, equal steps")
+    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
+    for way, (title, colour) in BYTES_TITLES.items():
+        points = [(100 * ratio, *_mean_and_error(values["bytes", way, ratio])) for ratio in sorted(BYTES)]
+        x, y, error = zip(*points, strict=True)
+        right.errorbar(x, y, error, marker="o", label=title, color=colour)
+    right.set_xscale("log")
+    right.set_xticks([2, 5, 10, 20], ["2", "5", "10", "20"])
+    right.minorticks_off()
+    right.set_xlabel("bytes, % of the raw images")
+    right.set_title("Equal bytes, equal steps")
+    right.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     figure.savefig(args.output, metadata={"Date": None})
 
 
@@ -462,7 +469,7 @@ def _mean_and_error(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
-def _mean(seeds: dict[int, dict], name: str) -> float:
+def _mean(seeds: dict[tuple, dict], name: str) -> float:
     return statistics.mean(line[name] for line in seeds.values())
 
 
