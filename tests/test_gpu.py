@@ -1,5 +1,7 @@
 """The step on patches and the filling on a CUDA device, against the same on the CPU."""
 
+import gc
+
 import pytest
 import torch
 
@@ -11,6 +13,13 @@ from tests.lightning_scripts.patched_images import quantized, ready
 from tests.test_patched_runs import delivered, kept_pixels
 
 pytestmark = pytest.mark.gpu
+
+
+def allocated():
+    """Bytes of the tensors on the GPU, without the workspaces that cuBLAS keeps for each thread (up to 32 MiB on Hopper)."""
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.memory_allocated()
 
 
 def grey_levels(one, other):
@@ -33,7 +42,7 @@ def test_masked_autoencoder():
 
 def test_every_mode_trains_and_the_memory_is_given_back(tmp_path):
     torch.zeros(1, device="cuda")
-    held = torch.cuda.memory_allocated()
+    held = allocated()
     images = {}
     for mode in ("prepare", "batch", "off"):
         module = quantized(photos(), tmp_path / "gpu", mode, device="cuda")
@@ -45,12 +54,15 @@ def test_every_mode_trains_and_the_memory_is_given_back(tmp_path):
     assert grey_levels(images["prepare"], images["batch"]) <= 1.01
     assert torch.equal(images["prepare"][kept], images["off"][kept])
     del model, module
-    assert torch.cuda.memory_allocated() <= held + (1 << 22)
+    assert allocated() <= held + (1 << 22)
 
 
 def test_saliency_drops_the_same_patches_as_on_the_cpu(tmp_path):
+    # The rows are given: features differ in their last digits between devices, so bins could hold other images.
+    given = {"indices": range(0, 200, 4), "keep_ratio": None, "num_bins": None}
     masks = [
-        kept_pixels(ready(quantized(photos(), tmp_path / place, "off", device=place))) for place in ("cuda", "cpu")
+        kept_pixels(ready(quantized(photos(), tmp_path / place, "off", device=place, **given)))
+        for place in ("cuda", "cpu")
     ]
-    # half precision and other kernels: patches of nearly equal saliency may change places
+    # other kernels and TF32: patches of nearly equal saliency may change places
     assert float((masks[0] != masks[1]).float().mean()) < 0.01
