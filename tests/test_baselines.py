@@ -1,5 +1,8 @@
 """Baselines, k-means and the report of diversity."""
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +12,10 @@ from hypothesis import strategies as st
 from dq_lightning.core.errors import ConfigError, FeatureError
 from dq_lightning.core.records import Features
 from dq_lightning.evaluation.baselines import baseline_selection, response_lengths
-from dq_lightning.evaluation.diversity import instruction_verb, measure_diversity, neighbour_distances
 from dq_lightning.evaluation.kmeans import kmeans, nearest
 from dq_lightning.selection.allocate import count_kept
 
+DIVERSITY = runpy.run_path(str(Path(__file__).resolve().parents[1] / "benchmarks" / "diversity.py"))
 # Lloyd's algorithm finds the three clusters from first centres that lie one in each
 SEED_OF_ONE_EACH = 1
 
@@ -125,7 +128,7 @@ def test_neighbour_distances_against_all_distances():
     rows[1200] = rows[5]
     every = np.linalg.norm(rows[:, None].astype(np.float64) - rows[None], axis=2)
     np.fill_diagonal(every, np.inf)
-    found = neighbour_distances(rows)
+    found = DIVERSITY["neighbour_distances"](rows)
     assert found == pytest.approx(every.min(axis=1), abs=1e-4)
     assert found[5] == found[1200] == 0
 
@@ -146,7 +149,7 @@ def test_neighbour_distances_against_all_distances():
     ],
 )
 def test_verbs(text, verb):
-    assert instruction_verb(text) == verb
+    assert DIVERSITY["instruction_verb"](text) == verb
 
 
 def test_report():
@@ -156,6 +159,6 @@ def test_report():
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     clusters = np.arange(20) // 4
     index = np.array([0, 1, 2, 3, 9])
-    made = measure_diversity(rows, features, clusters, index)
+    made = DIVERSITY["measure_diversity"](rows, features, clusters, index)
     assert (made.rows, made.clusters, made.verbs, made.response_length) == (5, 2, 2, 3.0)
-    assert made.neighbour_distance == pytest.approx(neighbour_distances(features[index]).mean())
+    assert made.neighbour_distance == pytest.approx(DIVERSITY["neighbour_distances"](features[index]).mean())

@@ -317,7 +317,10 @@ def test_a_failing_template_names_the_row_of_the_data_and_obeys_on_error(caplog)
     with caplog.at_level(logging.WARNING):
         rows = encode_rows(data, tokenizer, positions=[7, 150, 300], on_error="skip")
     assert (len(rows), rows.report.left_out, rows.positions.tolist()) == (2, 1, [7, 300])
-    assert "1 rows can't be written as tokens and are left out: row 150: " in caplog.text
+    assert (
+        '1 rows can\'t be written as text and are left out (on_error="skip"). The first error is: row 150: '
+        in caplog.text
+    )
     check_rows(data, tokenizer, on_error="skip")
     for tried in (encode_rows, check_rows):
         with pytest.raises(SourceError, match="none of the 2 rows can be written"):

@@ -1,21 +1,18 @@
 """The demo, its bundled images and weights."""
 
 import re
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from dq_lightning.demo import run as demo
-from dq_lightning.demo.sample_data import (
-    SampleCIFAR10,
-    balanced_choice,
-    cut_sheet,
-    decode_sheet,
-    encode_sheet,
-    make_sheet,
-)
+from dq_lightning.demo.sample_data import SampleCIFAR10, cut_sheet, decode_sheet
 from dq_lightning.features.bundled import CIFAR10_MEAN, CIFAR10_STD, load_small_resnet
+
+MAKE_SAMPLE = runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / "make_sample.py"))
 
 
 def test_the_demo_runs_and_prints_what_came_out(monkeypatch, capsys):
@@ -55,11 +52,12 @@ def test_the_bundled_images_are_those_of_cifar10(cifar_root, train):
 
 def test_sheets_come_back_bit_for_bit():
     images = np.random.default_rng(0).integers(0, 256, (53, 32, 32, 3), dtype=np.uint8)
-    assert np.array_equal(cut_sheet(decode_sheet(encode_sheet(make_sheet(images))), 53), images)
+    sheet = MAKE_SAMPLE["encode_sheet"](MAKE_SAMPLE["make_sheet"](images))
+    assert np.array_equal(cut_sheet(decode_sheet(sheet), 53), images)
 
 
 def test_balanced_choice_takes_as_many_of_each_class():
-    labels = np.repeat([0, 1, 2], [5, 50, 9])
+    labels, balanced_choice = np.repeat([0, 1, 2], [5, 50, 9]), MAKE_SAMPLE["balanced_choice"]
     chosen = balanced_choice(labels, 4, seed=0)
     assert np.bincount(labels[chosen]).tolist() == [4, 4, 4]
     assert np.array_equal(chosen, np.unique(chosen))

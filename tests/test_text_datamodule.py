@@ -226,7 +226,7 @@ def test_rows_that_the_chat_template_refuses_are_left_out_on_request(caplog):
         tokenizer.decode(labels[labels != IGNORED]) for batch in made.train_dataloader() for labels in batch["labels"]
     )
     assert answers == sorted(f"a{i}.<|im_end|>" for i in kept)
-    assert f"{30 - len(kept)} rows can't be written as tokens" in caplog.text
+    assert f"{30 - len(kept)} rows can't be written as text" in caplog.text
 
 
 def test_the_chat_template_can_be_left_aside_and_used_for_all_rows():

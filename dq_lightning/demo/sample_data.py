@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
@@ -46,44 +45,13 @@ class SampleCIFAR10(Dataset[tuple[Any, int]]):
         return (image if self.transform is None else self.transform(image)), self.targets[index]
 
 
-def make_sheet(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Arrange images uint8 [N, 32, 32, 3] in rows of 50 on one sheet; the last row is filled up with black."""
-    rows = -(-len(images) // COLUMNS)
-    padded = np.zeros((rows * COLUMNS, SIDE, SIDE, 3), np.uint8)
-    padded[: len(images)] = images
-    return padded.reshape(rows, COLUMNS, SIDE, SIDE, 3).transpose(0, 2, 1, 3, 4).reshape(rows * SIDE, COLUMNS * SIDE, 3)
-
-
 def cut_sheet(sheet: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
-    """Return the first `count` images of a sheet, uint8 [count, 32, 32, 3]; the inverse of `make_sheet`."""
+    """Return the first `count` images of a sheet, uint8 [count, 32, 32, 3]; `examples/make_sample.py` made it."""
     rows = sheet.shape[0] // SIDE
     images = sheet.reshape(rows, SIDE, COLUMNS, SIDE, 3).transpose(0, 2, 1, 3, 4).reshape(-1, SIDE, SIDE, 3)
     return np.ascontiguousarray(images[:count])
 
 
-def encode_sheet(sheet: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the bytes of a sheet as lossless WebP, in a uint8 array."""
-    buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, "WEBP", lossless=True, quality=100, method=6)
-    return np.frombuffer(buffer.getvalue(), np.uint8)
-
-
 def decode_sheet(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the sheet that `encode_sheet` encoded, uint8 [H, W, 3]."""
+    """Return the pixels of a sheet, uint8 [H, W, 3], from the bytes of its file."""
     return np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB"))
-
-
-def balanced_choice(labels: NDArray[np.int64], per_class: int, seed: int) -> NDArray[np.int64]:
-    """Return the positions, ascending, of `per_class` randomly drawn samples of each class.
-
-    Args:
-        labels: class of every sample, int64 [N].
-        per_class: number of samples drawn from each class.
-        seed: seed of the draw.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    chosen = []
-    for value in np.unique(labels):
-        members = np.flatnonzero(labels == value)
-        chosen.append(members[torch.randperm(len(members), generator=generator)[:per_class].numpy()])
-    return np.sort(np.concatenate(chosen))

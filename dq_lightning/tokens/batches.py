@@ -20,33 +20,23 @@ PackedAttention = Literal["mask", "positions"]
 
 
 class PackedRows(Dataset[dict[str, Tensor]]):
-    """Dataset of packed sequences: several rows in one sequence of at most `capacity` tokens; rows are never split.
+    """Dataset of packed sequences: several rows in one sequence of at most `max_length` tokens; rows are never split.
 
     Item i has `input_ids`, `labels`, `position_ids` (which start at 0 in every row) and `rows` (number of the row
     inside the sequence that a token belongs to), all int64 [length]. The first token of every row has the label -100,
     since it would be predicted from the row before.
 
     Args:
-        rows: encoded rows.
-        capacity: maximum number of tokens of a sequence; None means the `max_length` of the rows.
+        rows: encoded rows, none of which is longer than the `max_length` that they were encoded with.
 
     Attributes:
         packs: positions of the rows that each sequence holds.
         lengths: int64 [number of sequences], length of every sequence in tokens.
-
-    Raises:
-        ConfigError: a row is longer than `capacity`.
     """
 
-    def __init__(self, rows: TokenRows, capacity: int | None = None) -> None:
+    def __init__(self, rows: TokenRows) -> None:
         self.rows = rows
-        capacity = rows.report.max_length if capacity is None else capacity
-        if len(rows) and (longest := int(rows.lengths.max())) > capacity:
-            row = int(rows.positions[int(rows.lengths.argmax())])
-            raise ConfigError(
-                f"row {row} has {longest} tokens, but a packed sequence holds {capacity}: lower max_length"
-            )
-        self.packs = pack(rows.lengths.tolist(), capacity)
+        self.packs = pack(rows.lengths.tolist(), rows.report.max_length)
         self.lengths = torch.tensor([int(rows.lengths[members].sum()) for members in self.packs], dtype=torch.int64)
 
     def __len__(self) -> int:
@@ -90,7 +80,8 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if lengths[row] > capacity:
             raise ConfigError(
-                f"row {row} has {lengths[row]} tokens, but a packed sequence holds {capacity}: lower max_length"
+                f"row {row} has {lengths[row]} tokens, but a packed sequence holds {capacity}, and rows are never split: lower "
+                "max_length"
             )
         place = bisect.bisect_left(open_packs, (lengths[row], -1))
         if place == len(open_packs):
@@ -168,7 +159,6 @@ def make_token_loader(
     drop_last: bool = False,
     seed: int = 0,
     packing: bool = False,
-    capacity: int | None = None,
     collator: Callable[[list[dict[str, Tensor]]], Any] | None = None,
     **settings: Any,
 ) -> DataLoader[dict[str, Tensor]]:
@@ -183,16 +173,12 @@ def make_token_loader(
         shuffle: whether to form batches of similar length in a new order every epoch; otherwise the rows come in order.
         drop_last: whether to leave out the last batch if it is smaller.
         seed: seed of the order.
-        packing: whether to put several rows into one sequence.
-        capacity: maximum number of tokens of such a sequence; None means the `max_length` of the rows.
+        packing: whether to put several rows into one sequence of at most the `max_length` of the rows.
         collator: collate function in place of `TokenCollator(pad_id)`.
         settings: further arguments of `DataLoader`. Worker processes are seldom useful, since the rows are encoded
             already.
-
-    Raises:
-        ConfigError: `packing` is True and a row is longer than `capacity`.
     """
-    data = PackedRows(rows, capacity) if packing else rows
+    data = PackedRows(rows) if packing else rows
     collate = TokenCollator(pad_id) if collator is None else collator
     if not shuffle:
         return DataLoader(data, batch_size, drop_last=drop_last, collate_fn=collate, **settings)

@@ -81,7 +81,7 @@ class ChatTemplate:
         if not spans:
             raise SourceError(
                 f"row {index}: none of the assistant's messages can be found in what the tokenizer's chat template writes, so "
-                "there is nothing to learn; leave the row out (on_error='skip'), or write rows without the chat template "
+                "there is nothing to learn: leave the row out (on_error='skip'), or write rows without the chat template "
                 "(use_chat_template=False, in a data module config.text.use_chat_template)"
             )
         segments, done = [], 0
@@ -135,7 +135,7 @@ class _Row:
             self.whole = template.write(messages, options)
         except Exception as error:  # templates are programs of the model's author and raise what they like
             raise SourceError(
-                f"row {index}: the tokenizer's chat template fails ({type(error).__name__}: {error}); repair the row, leave it "
+                f"row {index}: the tokenizer's chat template fails ({type(error).__name__}: {error}): repair the row, leave it "
                 "out (on_error='skip'), or write rows without the chat template (use_chat_template=False, in a data module "
                 "config.text.use_chat_template)"
             ) from error

@@ -21,7 +21,7 @@ class TokenLoading:
 
     Args:
         tokenizer: tokenizer of transformers, or its name or folder.
-        config: settings, of which `template`, `columns`, `use_chat_template`, `train_length` and `pack_rows` are used.
+        config: settings; `template`, `columns`, `use_chat_template`, `train_length` and `pack_rows` are used.
         seed: seed of the order of the rows.
         on_error: what happens when a row cannot be written, as in `encode_rows`.
 
@@ -30,8 +30,15 @@ class TokenLoading:
     """
 
     def __init__(self, tokenizer: Any, config: TextConfig, seed: int, on_error: OnError = "raise") -> None:
-        self.config, self.seed, self.on_error = config, seed, on_error
+        self.config, self.seed = config, seed
         self._tokenizer = load_tokenizer(tokenizer)
+        # How rows are written as text: arguments of `encode_rows` and `check_rows`.
+        self._writing: dict[str, Any] = {
+            "template": config.template,
+            "columns": config.columns,
+            "use_chat_template": config.use_chat_template,
+            "on_error": on_error,
+        }
         # The dataset is kept beside its encoded rows, so that no other dataset can get the same id.
         self._encoded: dict[int, tuple[Any, TokenRows]] = {}
 
@@ -48,16 +55,9 @@ class TokenLoading:
             SourceError: as in `encode_rows`.
         """
         if id(dataset) not in self._encoded:
-            config = self.config
+            length = self.config.train_length
             with _naming(name):
-                rows = encode_rows(
-                    dataset,
-                    self._tokenizer,
-                    max_length=config.train_length,
-                    positions=positions,
-                    on_error=self.on_error,
-                    **self._reading(),
-                )
+                rows = encode_rows(dataset, self._tokenizer, max_length=length, positions=positions, **self._writing)
             self._encoded[id(dataset)] = dataset, rows
         return self._encoded[id(dataset)][1]
 
@@ -72,15 +72,7 @@ class TokenLoading:
             SourceError: a row cannot be written; with `on_error="skip"`, no row can be written.
         """
         with _naming(name):
-            check_rows(dataset, self._tokenizer, on_error=self.on_error, **self._reading())
-
-    def _reading(self) -> dict[str, Any]:
-        config = self.config
-        return {
-            "template": config.template,
-            "columns": config.columns,
-            "use_chat_template": config.use_chat_template,
-        }
+            check_rows(dataset, self._tokenizer, **self._writing)
 
     def loader(self, dataset: Any, settings: LoaderSettings, facts: TrainerFacts, *, name: str = "") -> DataLoader[Any]:
         """Make a loader of token batches.
@@ -100,14 +92,9 @@ class TokenLoading:
         """
         if settings.weights is not None or settings.replacement:
             raise ConfigError(
-                "tokenizer= makes batches of tokens, which cannot be drawn by weights or with replacement: leave the weighted "
-                "sampler or tokenizer= out"
+                "the train loader draws samples by weights or with replacement, but with tokenizer= every row is taken once an "
+                "epoch, in batches of similar length: leave out the sampler or tokenizer="
             )
-        collate = None if settings.collate_fn in (None, default_collate) else settings.collate_fn
-        own = {
-            "num_workers": 0 if settings.num_workers == "auto" else settings.num_workers,
-            "pin_memory": facts.on_cuda if settings.pin_memory == "auto" else settings.pin_memory,
-        }
         return make_token_loader(
             self.rows(dataset, name=name),
             pad_id=padding_id(self._tokenizer),
@@ -116,16 +103,15 @@ class TokenLoading:
             drop_last=settings.drop_last,
             seed=self.seed,
             packing=self.config.pack_rows and settings.shuffle,
-            capacity=self.config.train_length,
-            collator=collate,
-            **own,
+            collator=None if settings.collate_fn is default_collate else settings.collate_fn,
+            num_workers=0 if settings.num_workers == "auto" else settings.num_workers,
+            pin_memory=facts.on_cuda if settings.pin_memory == "auto" else settings.pin_memory,
         )
 
     def for_report(self, dataset: Any, settings: LoaderSettings) -> LoaderSettings:
         """Return settings in which an epoch has as many samples as there are rows, or sequences that rows are packed into."""
         rows = self.rows(dataset)
-        sequences = len(PackedRows(rows, self.config.train_length)) if self.config.pack_rows else len(rows)
-        return replace(settings, num_draws=sequences)
+        return replace(settings, num_draws=len(PackedRows(rows) if self.config.pack_rows else rows))
 
 
 @contextmanager

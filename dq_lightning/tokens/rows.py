@@ -63,16 +63,19 @@ class TokenReport:
     left_out: int = 0
 
     def __str__(self) -> str:
-        text = f"{self.rows:,} rows, {self.tokens:,} tokens, {self.learned:,} of them learned; longest row {self.longest:,}"
+        text = (
+            f"{self.rows:,} rows were encoded as {self.tokens:,} tokens, {self.learned:,} of which are learned; the longest "
+            f"row has {self.longest:,} tokens"
+        )
         if self.prompt_cut or self.response_cut:
             text += (
-                f"; cut to max_length={self.max_length}: {self.prompt_cut:,} prompts in the middle, "
-                f"{self.response_cut:,} responses at the end"
+                f"; {self.prompt_cut:,} prompts lost their middle and {self.response_cut:,} responses their end, because no "
+                f"row may be longer than max_length={self.max_length}"
             )
         if self.missed:
-            text += f"; {self.missed:,} of the assistant's messages not found"
+            text += f"; {self.missed:,} of the assistant's messages were not found and are not learned"
         if self.left_out:
-            text += f"; {self.left_out:,} rows left out"
+            text += f"; {self.left_out:,} rows were left out"
         return text
 
 
@@ -89,9 +92,7 @@ class TokenRows(Dataset[dict[str, Tensor]]):
         positions: int64 [N], positions of the rows in the data that they were taken from.
 
     Attributes:
-        lengths: int64 [N], number of tokens of every row.
-        report: statistics of encoding.
-        positions: int64 [N], positions of the rows in the data that they were taken from.
+        lengths, report, positions: as they were given.
     """
 
     def __init__(
@@ -189,7 +190,10 @@ def encode_rows(
     )
     writer.warn()
     if response_cut:
-        get_logger().warning(f"{report}; raise max_length= to keep them whole")
+        get_logger().warning(
+            f"{response_cut:,} responses are longer than max_length= allows and lose their end: raise it to keep them whole "
+            f"({report})"
+        )
     return TokenRows(all_ids, all_learn, lengths, report, torch.tensor(places, dtype=torch.int64))
 
 
@@ -270,7 +274,8 @@ class RowWriter:
         writes = getattr(tokenizer, "chat_template", None) is not None
         if use_chat_template and not writes:
             raise ConfigError(
-                "use_chat_template=True, but the tokenizer has no chat template; set tokenizer.chat_template"
+                "use_chat_template=True, but the tokenizer has no chat template to write rows with: set "
+                "tokenizer.chat_template, or leave use_chat_template out"
             )
         self.tokenizer, self.template = tokenizer, choose_template(columns_of(rows), template, columns)
         self.by_chat = writes and (self.template.name == "chat" if use_chat_template is None else use_chat_template)
@@ -309,32 +314,37 @@ class RowWriter:
                 continue
             yield index, segments
         if problem is not None and self.left_out == len(rows):
-            raise SourceError(f"none of the {len(rows)} rows can be written: {problem}") from problem
+            raise SourceError(
+                f"none of the {len(rows)} rows can be written as text, so there is nothing to train on. Repair the rows, or "
+                f"name their layout with template= and columns= (in a data module config.text). The first error is: {problem}"
+            ) from problem
 
     def warn(self) -> None:
         """Log one warning each for rows left out, assistant messages not found, and message fields not written."""
         log = get_logger()
         if self.left_out:
             log.warning(
-                f'on_error="skip": {self.left_out:,} rows can\'t be written as tokens and are left out: {self._first_problem}'
-                + ("; and others" if self.left_out > 1 else "")
+                f'{self.left_out:,} rows can\'t be written as text and are left out (on_error="skip"). The first error is: '
+                f"{self._first_problem}"
             )
         if self.missed:
             log.warning(
                 f"{self.missed:,} of the assistant's messages, in {self._rows_missed:,} rows, could not be found in what the "
-                "tokenizer's chat template writes, so nothing is learned from them; use a chat template with {% generation %} "
+                "tokenizer's chat template writes, so nothing is learned from them: use a chat template with {% generation %} "
                 "marks, which show where they are"
             )
         if self._unwritten:
             names = ", ".join(map(repr, self._unwritten))
             log.warning(
                 f"the messages hold {names}, which only a chat template could write. They are left out, because the tokenizer "
-                "has no chat template or use_chat_template=False"
+                "has no chat template or use_chat_template=False: set tokenizer.chat_template to keep them"
             )
 
     def _segments(self, row: Any, index: int) -> list[Segment]:
         if not isinstance(row, Mapping):
-            raise SourceError(f"row {index} must be a dict of fields, but it is a {type(row).__name__}: leave it out")
+            raise SourceError(
+                f"row {index} must be a dict of fields, but it is a {type(row).__name__}: leave the row out"
+            )
         options = self.template.chat_options(row, index)
         if self._chat is not None:
             found = self._chat.conversation(self.template.messages(row, index), options, index)
@@ -344,7 +354,7 @@ class RowWriter:
         if "tools" in options:
             raise SourceError(
                 f"row {index}, column 'tools': only a chat template can write the tools that a conversation may use, and the "
-                "tokenizer has no chat template or use_chat_template=False; set tokenizer.chat_template, or remove the column"
+                "tokenizer has no chat template or use_chat_template=False: set tokenizer.chat_template, or remove the column"
             )
         if self.template.name == "chat":
             for message in self.template.messages(row, index):
@@ -390,10 +400,7 @@ class _Encoder:
     def _join(self, segments: list[Segment], alone: list[list[int]], behind: list[list[int]]) -> _Encoded:
         """Join the ids of the segments of a row; no token spans the boundary between two segments.
 
-        Args:
-            segments: segments of the row.
-            alone: ids of every segment encoded alone.
-            behind: ids of every segment encoded together with the one before it; empty for the first segment.
+        `alone` holds the ids of every segment encoded alone, and `behind` those together with the segment before it.
         """
         ids: list[int] = []
         learn: list[bool] = []

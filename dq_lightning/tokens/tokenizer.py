@@ -18,12 +18,12 @@ def load_tokenizer(given: Any) -> Any:
     tokenizer = _from_transformers(str(given)) if isinstance(given, str | Path) else given
     if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
         raise ConfigError(
-            f"tokenizer= takes a tokenizer of transformers, or the name or folder of one, got {type(given).__name__}; "
+            f"tokenizer= takes a tokenizer of transformers, or the name or folder of one, got {type(given).__name__}: "
             "wrap one of the tokenizers package in transformers.PreTrainedTokenizerFast(tokenizer_object=...)"
         )
     if tokenizer.eos_token_id is None:
         raise ConfigError(
-            "the tokenizer has no end-of-sequence token, so a model could not learn where a response ends; set "
+            "the tokenizer has no end-of-sequence token, so a model could not learn where a response ends: set "
             "tokenizer.eos_token to a token of its vocabulary"
         )
     return tokenizer
@@ -44,6 +44,6 @@ def _from_transformers(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"the tokenizer {name!r} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); pass a folder "
-            "that holds its files, or the tokenizer itself"
+            f"the tokenizer {name!r} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}): check the "
+            "name, or pass a folder that holds the tokenizer's files, or the tokenizer itself"
         ) from error
