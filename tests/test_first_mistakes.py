@@ -69,7 +69,7 @@ def first(samples):
         ("nowhere", "does not exist"),
         ("photos", "pass that"),
         ("table.csv", r"load_dataset\('csv'"),
-        (".", "holds neither"),
+        (".", "is a folder without class folders of images"),
     ],
 )
 def test_paths_that_are_no_dataset(images, tmp_path, name, place, said, no_work):

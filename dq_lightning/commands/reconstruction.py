@@ -12,7 +12,6 @@ from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.exports.samples import KeptImages, kept_of_source
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.pipeline.compact import open_packed
-from dq_lightning.pipeline.patching import check_packable
 from dq_lightning.pipeline.plan import make_plan
 from dq_lightning.pipeline.quantize import find_or_build
 from dq_lightning.pipeline.wanted import want
@@ -64,7 +63,6 @@ def reconstruct_images(
     settings = QuantizeConfig(selection=selection, patches=config, store="packed")
     with isolated_random_state():
         plan = make_plan(dataset, want(settings, classifier=classifier, reconstructor=reconstructor, indices=indices))
-        check_packable(plan)
         cache = Cache(cache_dir or default_cache_dir())
         compact = find_or_build(plan, cache, device=device, progress=progress)
 

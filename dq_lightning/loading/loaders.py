@@ -118,28 +118,16 @@ def check_collatable(dataset: Any, name: str) -> None:
 
 
 def worker_context(given: Any, num_workers: int) -> Any:
-    """Return the start method of loader processes.
+    """Return the start method or context of loader processes; None if there are none, or for the program's own method.
 
-    On Linux they are forked, which was torch's default before Python 3.14. The default of Python 3.14, forkserver, has
-    to pickle datasets and transforms, which fails for those that are defined in a notebook or hold a lambda.
-
-    Args:
-        given: start method or context that the user chose, or None.
-        num_workers: number of loader processes.
-
-    Returns:
-        `"fork"` on Linux if `given` is None and the program's own start method is unset or forkserver, else `given`;
-        None without loader processes.
+    On Linux they are forked unless the user or the program chose otherwise, which was torch's default before Python
+    3.14. The default of Python 3.14, forkserver, has to pickle datasets and transforms, which fails for those that are
+    defined in a notebook or hold a lambda.
     """
     if num_workers == 0:
         return None
-    if (
-        given is None
-        and sys.platform == "linux"
-        and multiprocessing.get_start_method(allow_none=True) in (None, "forkserver")
-    ):
-        return "fork"
-    return given
+    unchosen = multiprocessing.get_start_method(allow_none=True) in (None, "forkserver")
+    return "fork" if given is None and unchosen and sys.platform == "linux" else given
 
 
 def make_loader(dataset: Any, settings: LoaderSettings, facts: TrainerFacts, seed: int = 0) -> DataLoader[Any]:
@@ -200,25 +188,21 @@ def make_eval_loaders(
     if (kind := hub_kind(given)) in ("DatasetDict", "IterableDatasetDict"):
         splits = ", ".join(map(repr, given))
         raise ConfigError(f"a {kind} holds several splits ({splits}): pass one of them, dataset[name]")
-    if isinstance(given, list | tuple) and all(map(_is_dataset, given)):
+    if is_one_dataset(given):
+        settings = replace(settings, shuffle=False, drop_last=False, weights=None, replacement=False)
+        return (make or make_loader)(given, settings, facts)
+    if isinstance(given, list | tuple):
         return [make_eval_loaders(one, settings, facts, make) for one in given]
     if isinstance(given, dict):
         return {name: make_eval_loaders(one, settings, facts, make) for name, one in given.items()}
-    if isinstance(given, DataLoader) or not hasattr(given, "__getitem__"):
-        return given
-    settings = replace(settings, shuffle=False, drop_last=False, weights=None, replacement=False)
-    return (make or make_loader)(given, settings, facts)
+    return given
 
 
 def is_one_dataset(given: Any) -> bool:
     """Whether `given` is a single dataset, for which `make_eval_loaders` makes one loader."""
-    return (
-        hasattr(given, "__getitem__")
-        and hasattr(given, "__len__")
-        and not isinstance(given, DataLoader | dict)
-        and not (isinstance(given, list | tuple) and all(map(_is_dataset, given)))
-        and hub_kind(given) not in ("DatasetDict", "IterableDatasetDict")
-    )
+    if isinstance(given, DataLoader | dict) or (isinstance(given, list | tuple) and all(map(_is_dataset, given))):
+        return False
+    return hasattr(given, "__getitem__") and hasattr(given, "__len__")
 
 
 def _is_dataset(value: Any) -> bool:
@@ -230,13 +214,7 @@ def _is_dataset(value: Any) -> bool:
 
 
 def make_sampler(dataset: Any, settings: LoaderSettings, seed: int) -> Sampler[int] | None:
-    """Return the sampler that the settings ask for, or None if DataLoader's own shuffling or order is enough.
-
-    Args:
-        dataset: dataset that the sampler draws from.
-        settings: settings of the loader.
-        seed: seed of the sampler's own generator.
-    """
+    """Return the sampler that the settings ask for, or None if DataLoader's own shuffling or order is enough."""
     if settings.weights is None and not settings.replacement:
         return None
     draws = settings.num_draws or len(dataset)
@@ -261,8 +239,8 @@ def read_loader(loader: Any) -> tuple[Dataset[Any], LoaderSettings]:
         )
     if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
         raise ConfigError(
-            f"the train loader makes its batches by {type(loader.batch_sampler).__name__}: a batch sampler names positions "
-            "of the whole dataset and cannot be carried over to the compact one. Pass the dataset and batch_size="
+            f"the train loader makes its batches by {type(loader.batch_sampler).__name__}, whose positions are those of the "
+            "whole dataset: it cannot be carried over to the compact set. Pass the dataset itself and batch_size="
         )
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise ConfigError(
@@ -276,7 +254,10 @@ def read_loader(loader: Any) -> tuple[Dataset[Any], LoaderSettings]:
     elif isinstance(sampler, WeightedRandomSampler):
         weights, replacement, draws = sampler.weights.clone(), sampler.replacement, sampler.num_samples
         if len(weights) != len(dataset):  # type: ignore[arg-type]
-            raise ConfigError(f"the WeightedRandomSampler has {len(weights)} weights for {len(dataset)} samples")  # type: ignore[arg-type]
+            raise ConfigError(
+                f"the WeightedRandomSampler has {len(weights)} weights for {len(dataset)} samples: give it one weight for each "  # type: ignore[arg-type]
+                "sample of the train set"
+            )
     elif type(sampler) is RandomSampler:
         replacement = sampler.replacement
         draws = sampler.num_samples if sampler.replacement or sampler.num_samples != len(dataset) else None  # type: ignore[arg-type]
@@ -290,7 +271,8 @@ def read_loader(loader: Any) -> tuple[Dataset[Any], LoaderSettings]:
         )
     if draws is not None and weights is None and not replacement:
         raise ConfigError(
-            f"the train loader draws {draws} samples per epoch without replacement: use Trainer(limit_train_batches=...)"
+            f"the train loader draws {draws} samples per epoch without replacement, which has no meaning for a part of the "
+            "dataset: leave num_samples= of its sampler out, and shorten epochs by Trainer(limit_train_batches=...)"
         )
     settings = LoaderSettings(
         **_shared_arguments(loader),

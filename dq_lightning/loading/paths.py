@@ -34,15 +34,17 @@ def open_path(path: str | Path, name: str) -> Any:
         return path if name == "train" else read_rows(path)
     if place.is_dir() and has_class_folders(place):
         return open_image_folder(place)
-    seen = "holds neither" if place.is_dir() else "is neither" if place.exists() else "does not exist"
+    seen = "does not exist"
+    if place.exists():
+        seen = "is a folder without class folders of images" if place.is_dir() else "is not a file of text rows"
     split = next(
         (f"; it has a folder {one}/ in it: pass that" for one in ("train", "val") if (place / one).is_dir()), ""
     )
     compact = ", the folder of a packed compact set" if name == "train" else ""
     raise ConfigError(
-        f"{name}={str(path)!r} {seen}: a path is the folder of class folders with images{compact}, or a file of text rows "
-        f"({NAMES}){split}. Open any other dataset first, such as datasets.load_dataset('csv', data_files=...) or "
-        "datasets.load_from_disk(...)"
+        f"{name}={str(path)!r} {seen}{split}. Pass the folder that holds one folder of images for each class{compact}, or a "
+        f"file of text rows ({NAMES}). Open any other dataset before you pass it, such as "
+        "datasets.load_dataset('csv', data_files=...) or datasets.load_from_disk(...)"
     )
 
 

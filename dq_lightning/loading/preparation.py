@@ -31,7 +31,7 @@ class Preparation:
         train: the training set.
         inner: wrapped data module, whose hooks `prepare_data` and `setup` are called here too; or None.
         cache_dir: folder of the cache; None uses `DQ_LIGHTNING_CACHE` or the platform's cache folder.
-        verify: how cache entries are checked before use: `"size"`, `"hash"` or `"off"`.
+        verify: how cache entries are checked before use, as in `quantize`.
         device: device that the networks and the bins run on; `"auto"` uses the Trainer's device.
         force: make again, once in this process, what is already in the cache.
         seed: seed of the random state in which the wrapped data module makes its split.
@@ -185,25 +185,14 @@ class Preparation:
         """Return the identity of the data from the first rank that prepared; None in a run of one process.
 
         With it the other ranks need not look at every file of the dataset again.
-
-        Args:
-            prepared: what this rank prepared, or None.
         """
-
-        def compute() -> PeerIdentity | None:
-            return None if prepared is None else prepared.peer_identity()
-
         if world_size() == 1:
             return None
-        sent = gather_from_all(call_on_all(compute, "computing the identity of the data"))
-        return next((one for one in sent if one is not None), None)
+        own = call_on_all(lambda: prepared and prepared.peer_identity(), "computing the identity of the data")
+        return next((one for one in gather_from_all(own) if one is not None), None)
 
     def explain(self, error: BaseException) -> str | None:
-        """Return what ended this run on another rank, if this rank's error says only that a connection was lost.
-
-        Returns:
-            A sentence, or None when there is nothing to add to the error.
-        """
+        """Return a sentence on what ended this run on another rank, if this rank's error is only a lost connection."""
         return FailureNotes(self.cache().root, self._started).explain(error)
 
     def settings(self, batch_size: int | None, given: dict[str, Any]) -> LoaderSettings:
@@ -239,11 +228,7 @@ class Preparation:
             self._check_resumed()
 
     def _check_resumed(self) -> None:
-        """Compare the opened set with the expected one, and forget the expected one.
-
-        Raises:
-            CacheError: they differ.
-        """
+        """Compare the opened set with the expected one, and forget the expected one."""
         expected, self.expected_hash = self.expected_hash, None
         if expected in (None, self.info.content_hash):
             return

@@ -24,13 +24,13 @@ from dq_lightning.loading.train_set import (
     PeerIdentity,
     TrainSet,
     filled_late,
-    patched_dataset,
+    stored_dataset,
 )
 from dq_lightning.packed.reader import PackedDataset
-from dq_lightning.pipeline.compact import open_compact, open_packed, set_folder, stored_patch_plan
+from dq_lightning.pipeline.compact import filled_key, open_compact, open_packed, set_folder, stored_patch_plan
 from dq_lightning.pipeline.filling import write_filled
 from dq_lightning.pipeline.patch_plan import PatchPlan
-from dq_lightning.pipeline.plan import FILLED, filled_parts
+from dq_lightning.pipeline.plan import FILLED
 from dq_lightning.pipeline.wanted import Wanted
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.sources.strip import KEEP
@@ -50,7 +50,7 @@ class StoreFolder:
     reconstruct: Reconstruct | None = None
 
 
-class StoreTrainSet:
+class StoreTrainSet(TrainSet):
     """A training set that is a packed store.
 
     If its dropped patches are filled before training, the filled images are kept in the cache.
@@ -58,7 +58,7 @@ class StoreTrainSet:
     Args:
         folder: folder of the store.
         wanted: everything that the user asked for.
-        verify: how the store is checked when it is opened: `"size"`, `"hash"` or `"off"`.
+        verify: how the store is checked when it is opened, as in `quantize`.
 
     Raises:
         ConfigError: a keyword was given that chooses among the samples of a dataset.
@@ -71,23 +71,20 @@ class StoreTrainSet:
             raise ConfigError(
                 f"{folder.path} is a packed compact set, a finished choice: leave out {named}, or pass the original dataset"
             )
-        self._path, self._wanted, self._reconstruct = set_folder(folder.path), wanted, folder.reconstruct
+        self._path, self._wanted = set_folder(folder.path), wanted
         self._samples = open_packed(self._path, verify=verify)
-        self._patches = self._patch_plan()
-
-    @property
-    def fills_late(self) -> bool:
-        return filled_late(self._patches) is not None
+        self._compact = open_compact(self._path, verify="off")
+        self._patches = self._patch_plan(folder.reconstruct)
+        self.fills_late = filled_late(self._patches) is not None
 
     def prepare(self, cache: Cache, options: BuildOptions) -> Located:
         patches = self._patches
         if options.default_collate and not self.fills_late:
-            finisher = self._finisher(open_compact(self._path, verify="off").config)
-            check_collatable(open_packed(self._path, finisher=finisher, verify="off"), "the train set")
+            check_collatable(open_packed(self._path, finisher=self._finisher(), verify="off"), "the train set")
         if patches is None or not patches.fills_ahead:
-            return self.locate(cache)
-        assert patches.reconstructor is not None
-        resolved = replace(patches, reconstructor=patches.reconstructor.resolve(cache.memory))
+            return Located(self._compact)
+        resolved = patches.resolve(cache.memory)
+        parts = self._filled_parts(resolved, cache)
 
         def write(folder: Path) -> None:
             get_logger().info(f"filling the dropped patches of {len(self._samples):,} samples of {self._path}")
@@ -95,70 +92,53 @@ class StoreTrainSet:
             given: dict[str, Any] = {"device": options.device, "progress": options.progress, "shards": shards}
             write_filled(folder, self._path, self._samples.digest, resolved, **given)
 
-        parts = self._filled_parts(resolved, cache)
-        cache.build(FILLED, parts, write, force=options.force)
-        return self.locate(cache)
+        return Located(replace(self._compact, filled=cache.build(FILLED, parts, write, force=options.force)))
 
     def locate(self, cache: Cache, prepared: Located | None = None, peer: PeerIdentity | None = None) -> Located:
         if prepared is not None:
             return prepared
-        compact = open_compact(self._path, verify=cache.verify)
         if self._patches is None or not self._patches.fills_ahead:
-            return Located(compact)
+            return Located(self._compact)
         filled = cache.find(FILLED, self._filled_parts(self._patches, cache))
         if filled is None:
             raise CacheError(
                 f"the filled images of {self._path} are not in {cache.root}: prepare_data makes them; on several nodes "
                 "pass a shared cache_dir=, or set prepare_data_per_node=True"
             )
-        return Located(replace(compact, filled=filled))
+        return Located(replace(self._compact, filled=filled))
 
     def open(self, cache: Cache, located: Located) -> Opened:
-        compact = located.compact
-        # The folder may hold another store by now, so its digest is compared with that of the store that was opened
-        # first.
-        PackedDataset(self._path, verify=cache.verify).require(self._samples.digest)
-        finisher, patches = self._finisher(compact.config), self._patches
-        if patches is None:
-            dataset = (
-                self._samples if finisher is None else open_packed(self._path, finisher=finisher, verify=cache.verify)
-            )
-            return Opened(compact, dataset)
-        return Opened(compact, patched_dataset(compact, patches, finisher, cache.verify), patches=filled_late(patches))
+        # The folder may hold another store by now than the one that was opened first.
+        PackedDataset(self._path).require(self._samples.digest)
+        dataset = stored_dataset(located.compact, self._patches, self._finisher(), cache.verify)
+        return Opened(located.compact, dataset, patches=filled_late(self._patches))
 
     @property
     def num_classes(self) -> int | None:
-        return open_compact(self._path).info.num_classes
+        return self._compact.info.num_classes
 
-    def _patch_plan(self) -> PatchPlan | None:
-        compact, given = open_compact(self._path, verify="off"), self._wanted.config.patches.reconstructor
-        if compact.patches is None:
+    def _patch_plan(self, reconstruct: Reconstruct | None) -> PatchPlan | None:
+        if self._compact.patches is None:
             return None
         # With "auto" the reconstructor that the store names is used, if it is one of this package's. Otherwise
         # `stored_patch_plan` requires the user to name one, since a path where the store was made may mean nothing here.
-        named = None if given == "auto" else given
-        network = self._wanted.reconstructor
-        return stored_patch_plan(
-            compact, reconstructor=named if network is None else network, reconstruct=self._reconstruct
-        )
+        named, network = self._wanted.config.patches.reconstructor, self._wanted.reconstructor
+        if network is None and named != "auto":
+            network = named
+        return stored_patch_plan(self._compact, reconstructor=network, reconstruct=reconstruct)
 
     def _filled_parts(self, patches: PatchPlan, cache: Cache) -> dict[str, Any]:
         assert patches.reconstructor is not None
         identity = patches.reconstructor.identity(cache.memory)
         if identity is None:
             raise CacheError(
-                f"the identity of {patches.reconstructor.name} is not known in {cache.root}: run prepare_data"
+                f"the identity of the reconstructor {patches.reconstructor.name} is not remembered in {cache.root}, so the "
+                "filled images cannot be found: call prepare_data first, with the same cache_dir="
             )
-        return filled_parts(self._samples.digest, identity)
+        return filled_key({"reconstructor": identity}, self._compact)
 
-    def _finisher(self, config: dict[str, Any]) -> Any:
-        """Return the finisher that applies the transforms that the user passed, or None if there are none.
-
-        `"keep"` means no transform here, because a store holds no transforms.
-
-        Args:
-            config: settings that the store was made with.
-        """
+    def _finisher(self) -> Any:
+        """Return the finisher that applies the user's transforms; None without any, which is what `"keep"` means here."""
         wanted = self._wanted
         given = [
             None if isinstance(one, str) and one == KEEP else one for one in (wanted.transform, wanted.target_transform)
@@ -166,12 +146,9 @@ class StoreTrainSet:
         if given == [None, None]:
             # Without a transform there is no need to find the image in a sample.
             return None
-        samples = PackedDataset(self._path, verify=self._samples.verify)
-        image, label = config.get("image_column"), config.get("label_column")
-        source = as_source(
-            samples, image_column=image, label_column=label, transform=given[0], target_transform=given[1]
-        )
-        return source.finisher(torch.arange(len(samples)))
+        columns = {name: self._compact.config.get(name) for name in ("image_column", "label_column")}
+        source = as_source(self._samples, transform=given[0], target_transform=given[1], **columns)
+        return source.finisher(torch.arange(len(self._samples)))
 
 
 def make_train_set(train: Any, wanted: Wanted, verify: VerifyPolicy) -> TrainSet:
@@ -180,7 +157,7 @@ def make_train_set(train: Any, wanted: Wanted, verify: VerifyPolicy) -> TrainSet
     Args:
         train: data module, dataset, `StoreFolder`, or a path: of a packed set or of a dataset, see `open_path`.
         wanted: everything that the user asked for.
-        verify: how a packed set is checked when it is opened: `"size"`, `"hash"` or `"off"`.
+        verify: how a packed set is checked when it is opened, as in `quantize`.
 
     Raises:
         ConfigError: a path is none of these.

@@ -1,12 +1,13 @@
-"""The training set of a data module: a protocol, and its implementations for a dataset and for a wrapped data module.
+"""The training set of a data module: an abstract class, and its kinds for a dataset and for a wrapped data module.
 
-The implementation for a packed store is in `store_train_set.py`. This file does not import Lightning.
+The kind for a packed store is in `store_train_set.py`. This file does not import Lightning.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -113,16 +114,22 @@ class Located:
         return PeerIdentity(str(self.compact.parts[STORE]["source"]), len(source), source.sample_digest())
 
 
-class TrainSet(Protocol):
-    """The methods of a training set that a data module calls.
+class TrainSet(ABC):
+    """A training set of a data module.
 
     Processes that prepare call `prepare`; later every process calls `locate`, and then `open` with what it located.
+
+    Attributes:
+        fills_late: whether dropped patches are filled during training, batch by batch.
     """
 
+    fills_late: bool
+
+    @abstractmethod
     def prepare(self, cache: Cache, options: BuildOptions) -> Located:
         """Make the compact set if it is not in the cache."""
-        ...
 
+    @abstractmethod
     def locate(self, cache: Cache, prepared: Located | None = None, peer: PeerIdentity | None = None) -> Located:
         """Look for the compact set; nothing is built.
 
@@ -135,33 +142,23 @@ class TrainSet(Protocol):
         Raises:
             CacheError: the compact set is not in the cache.
         """
-        ...
 
+    @abstractmethod
     def open(self, cache: Cache, located: Located) -> Opened:
         """Open a compact set that `locate` returned."""
-        ...
 
     @property
+    @abstractmethod
     def num_classes(self) -> int | None:
         """Number of classes before anything is prepared; None if there are no classes.
 
         Raises:
             DQError: the number cannot be known yet.
         """
-        ...
-
-    @property
-    def fills_late(self) -> bool:
-        """Whether dropped patches are filled during training, batch by batch."""
-        ...
 
 
-class _PlannedTrainSet:
-    """Base class of training sets whose compact set is found through a plan.
-
-    Args:
-        wanted: everything that the user asked for.
-    """
+class _PlannedTrainSet(TrainSet):
+    """Base class of training sets whose compact set is found through a plan."""
 
     def __init__(self, wanted: Wanted) -> None:
         # Images that are filled during training get the user's batch transform, and no transform before it.
@@ -177,12 +174,7 @@ class _PlannedTrainSet:
 
 
 class DatasetTrainSet(_PlannedTrainSet):
-    """A training set that is a dataset.
-
-    Args:
-        dataset: the user's dataset.
-        wanted: everything that the user asked for.
-    """
+    """A training set that is a dataset of the user's."""
 
     def __init__(self, dataset: Any, wanted: Wanted) -> None:
         super().__init__(wanted)
@@ -211,12 +203,7 @@ class DatasetTrainSet(_PlannedTrainSet):
 
 
 class DataModuleTrainSet(_PlannedTrainSet):
-    """The training set of a wrapped data module; it exists only after the module's own `setup("fit")`.
-
-    Args:
-        datamodule: the wrapped data module.
-        wanted: everything that the user asked for.
-    """
+    """The training set of a wrapped data module; it exists only after the module's own `setup("fit")`."""
 
     def __init__(self, datamodule: Any, wanted: Wanted) -> None:
         super().__init__(wanted)
@@ -252,7 +239,10 @@ class DataModuleTrainSet(_PlannedTrainSet):
     def num_classes(self) -> int | None:
         own: int | None = getattr(self._datamodule, "num_classes", None)
         if own is None:
-            raise ConfigError("num_classes of a wrapped data module is known after setup('fit')")
+            raise ConfigError(
+                f"{type(self._datamodule).__name__} has no attribute num_classes, so the number of classes is known only after "
+                "setup('fit'): call prepare_data() and setup('fit') first, or give the data module that attribute"
+            )
         return own
 
 
@@ -262,11 +252,9 @@ def _all_samples(plan: Plan) -> Any:
 
 
 def _build(plan: Plan, cache: Cache, options: BuildOptions) -> Located:
-    """Find the compact set of a plan in the cache or make it.
-
-    The transforms are no part of the set's key, so that they fit packed samples is checked also where the set is found.
-    """
+    """Find the compact set of a plan in the cache or make it."""
     if plan.store_kind == "packed":
+        # This is checked also where the set is found, because the transforms are no part of its key.
         check_storable(plan, plan.source.finisher(plan.candidates))
 
     def check() -> None:
@@ -280,13 +268,7 @@ def _build(plan: Plan, cache: Cache, options: BuildOptions) -> Located:
 
 
 def _find(plan: Plan, cache: Cache, peer: PeerIdentity | None) -> Compact:
-    """Return the compact set of a plan from the cache.
-
-    If `peer` fits the plan's source, its identity is tried first, and then the one that this process can look up.
-
-    Raises:
-        CacheError: the compact set is not in the cache.
-    """
+    """Return the compact set of a plan from the cache; the identity of a peer is tried first if it fits the data."""
     compact = None
     if peer is not None and peer.fits(plan.source):
         compact = find_compact(plan, cache, source=peer.source)
@@ -312,34 +294,31 @@ def compact_dataset(plan: Plan, compact: Compact, verify: VerifyPolicy) -> Any:
     index = compact.selection.index
     if compact.info.kind != "packed":
         return plan.source.subset(index)
-    finisher = plan.source.finisher(index)
-    if plan.patches is None:
-        return open_packed(compact.info.path, finisher=finisher, verify=verify)
-    return patched_dataset(compact, plan.patches, finisher, verify)
+    return stored_dataset(compact, plan.patches, plan.source.finisher(index), verify)
 
 
-def patched_dataset(compact: Compact, patches: PatchPlan, finisher: Any, verify: VerifyPolicy) -> Any:
-    """Return the samples of a store of patches as a map-style dataset.
+def stored_dataset(compact: Compact, patches: PatchPlan | None, finisher: Any, verify: VerifyPolicy) -> Any:
+    """Return the samples of a packed store as a map-style dataset.
 
-    Their dropped patches were filled before training, will be filled by the batch, or are in the mean colour, as the
-    patch plan says.
+    Dropped patches were filled before training, will be filled by the batch, or are in the mean colour, as the patch
+    plan says.
 
     Args:
         compact: compact set of the store.
-        patches: patch plan of the store.
+        patches: patch plan of a store of patches, else None.
         finisher: applies the user's transforms to each sample, or None.
-        verify: how the store is checked when it is opened: `"size"`, `"hash"` or `"off"`.
+        verify: how the store is checked when it is opened, as in `quantize`.
 
     Raises:
         StoreError: the store is damaged or belongs to another selection.
         PatchError: the images differ in size and are to be filled by the batch.
     """
-    if patches.fills_ahead:
+    if patches is not None and patches.fills_ahead:
         assert compact.filled is not None
         filled = PackedDataset(compact.filled, finisher=finisher, verify=verify)
         check_same_samples(filled, compact.selection)
         return filled
-    if patches.config.reconstruct == "off":
+    if filled_late(patches) is None:
         return open_packed(compact.info.path, finisher=finisher, verify=verify)
     samples = open_packed(compact.info.path, verify=verify, patches="packed")
     return UnfilledDataset(samples, stored_place(samples), finisher)

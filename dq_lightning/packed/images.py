@@ -273,6 +273,12 @@ def encode_image(image: Image.Image, encoded: EncodedImage | None) -> tuple[list
     return raw_image(image) if pixels is None else (["f", pixels.decoder], pixels.data)
 
 
+def gives_pixels(file: EncodedImage, image: Image.Image) -> bool:
+    """Return whether a file can be decoded and has the mode, size, palette and pixels of an image."""
+    decoded = _decoded(file)
+    return decoded is not None and _same_pixels(decoded, image)
+
+
 def _decoded(file: EncodedImage) -> Image.Image | None:
     try:
         return decode_image(file.data, file.decoder)
@@ -292,8 +298,7 @@ def _as_png(image: Image.Image) -> EncodedImage | None:
     except (OSError, ValueError, TypeError):
         return None
     file = EncodedImage(buffer.getvalue(), "pil")
-    decoded = _decoded(file)
-    return file if decoded is not None and _same_pixels(decoded, image) else None
+    return file if gives_pixels(file, image) else None
 
 
 def _check_kind(image: Image.Image) -> None:

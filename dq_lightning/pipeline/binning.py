@@ -25,12 +25,6 @@ def bins_of(plan: Plan, features: Features, *, device: str, progress: bool) -> B
     """Make the bins of all N samples of a plan from their features.
 
     Samples that could not be read, samples of low scores and near-duplicates get the bin -1.
-
-    Args:
-        plan: plan of the run.
-        features: features of the N samples.
-        device: device that the bins are computed on.
-        progress: show progress bars.
     """
     settings = plan.config.bins
     grouping = plan.labels if settings.by_label else None

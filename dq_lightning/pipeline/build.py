@@ -245,13 +245,7 @@ class Build:
                 self._spent(step, started)
 
     def _reason(self, first: Step, target: Step, parts: dict[str, Any]) -> str:
-        """Return a sentence that says why a target is made and which earlier results are reused.
-
-        Args:
-            first: first step that is made.
-            target: first of the targets that is missing.
-            parts: parts of the key of the first step's entry.
-        """
+        """Return a sentence that says why a target is made, and which results before the first step are reused."""
         encoder = "" if self.plan.encoder is None else f"; encoder: {self.plan.encoder.description}"
         if self.force:
             return f"computing everything because force_recompute=True{encoder}"

@@ -19,12 +19,12 @@ from dq_lightning.packed.writer import STORE_FILE
 from dq_lightning.pipeline.patch_bytes import PatchFacts
 from dq_lightning.pipeline.patch_plan import PatchPlan, make_patch_plan
 from dq_lightning.pipeline.plan import (
+    ALGORITHM_VERSIONS,
     BINS,
     FILLED,
     STORE,
     Parts,
     Plan,
-    filled_parts,
     keeps_all,
     known_identity,
     usable_parts,
@@ -71,13 +71,8 @@ def write_description(
 ) -> None:
     """Write the description of a compact set, `compact.json`, which carries its own digest.
 
-    Args:
-        folder: folder of the entry.
-        plan: plan that the set was made from.
-        patches: facts about the patches of a store of patches, else None.
-        encoding: how the images were encoded anew, and the budget in bytes, as `StoreInfo.encoding` has them; else
-            None.
-        num_unreadable: number of samples that were skipped, for an entry whose selection is in its samples alone.
+    `encoding` says how the images were encoded anew, as in `StoreInfo.encoding`. `num_unreadable` is the number of
+    skipped samples, for an entry whose selection is in its samples alone.
     """
     labels = plan.labels
     # A `Source` that the user passed may have been made with columns that the config does not name.
@@ -107,12 +102,7 @@ def find_compact(plan: Plan, cache: Cache, source: str | None = None) -> Compact
 
     It does not read the dataset in full, loads no model and uses no GPU. With `on_error="skip"`, a set that was made
     with `on_error="raise"` is found too, because it skipped no sample. A set whose filled images are missing is not
-    found.
-
-    Args:
-        plan: plan of the set.
-        cache: cache that is searched.
-        source: identity of the data, if it is known; None looks up remembered digests.
+    found. `source` is the identity of the data; None looks up remembered digests.
     """
     source = source or known_identity(plan, cache.memory)
     identities = plan.identities(cache.memory)
@@ -129,14 +119,15 @@ def find_compact(plan: Plan, cache: Cache, source: str | None = None) -> Compact
 
 
 def filled_key(own: dict[str, Any], compact: Compact) -> dict[str, Any]:
-    """Return the parts of the key of a compact set's filled images, as `filled_parts` makes them.
+    """Return the parts of the key of a compact set's filled images.
+
+    They hold the digest of the store's content, and not what the store says about its origin.
 
     Args:
-        own: the plan's own parts of the station, which name the reconstructor.
+        own: the plan's own parts of the station: the identity of the reconstructor under `"reconstructor"`.
         compact: compact set that is a store of patches.
     """
-    assert compact.store_digest is not None
-    return filled_parts(compact.store_digest, own["reconstructor"])
+    return own | {"store": compact.store_digest, "filled_version": ALGORITHM_VERSIONS[FILLED]}
 
 
 def set_folder(path: str | Path) -> Path:
@@ -206,12 +197,7 @@ def _read_selection(path: Path, described: dict[str, Any]) -> Selection:
 
 
 def _check_described(described: dict[str, Any], selection: Selection) -> None:
-    """Refuse a description whose values have other types or ranges than those that `write_description` writes.
-
-    Raises:
-        StoreError: a value is impossible; the message names its field.
-        KeyError: a field is missing.
-    """
+    """Raise StoreError or KeyError for values of other types or ranges than those that `write_description` writes."""
 
     def is_count(value: Any, least: int = 0) -> bool:
         return type(value) is int and value >= least

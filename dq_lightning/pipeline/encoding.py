@@ -17,7 +17,7 @@ from dq_lightning.core.config import EncodingConfig
 from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import EncodedImage, StoredImage
 from dq_lightning.core.workers import in_threads
-from dq_lightning.packed.images import decode_image
+from dq_lightning.packed.images import gives_pixels
 from dq_lightning.packed.layouts import layout_of_image, pixels_of
 from dq_lightning.packed.lossy import encode_lossy
 from dq_lightning.packed.values import encode_properties
@@ -111,7 +111,7 @@ def encode_leaf(leaf: Any, encoded: EncodedImage | None, setting: ByteSetting) -
     properties = encode_properties(leaf) if layout == "pil" else b""
     # A folder of colour images then has one column of files, whether they are its own or new ones.
     plain = encoded is not None and encoded.decoder == "pil_rgb" and mode == "RGB"
-    if encoded is not None and layout == "pil" and len(encoded.data) <= len(data) and _gives(encoded, image):
+    if encoded is not None and layout == "pil" and len(encoded.data) <= len(data) and gives_pixels(encoded, image):
         return StoredImage(encoded.data, encoded.decoder, layout, properties)
     return StoredImage(data, "pil_rgb" if plain else "pil", layout, properties)
 
@@ -131,11 +131,3 @@ def reduced(image: Image.Image, longest_side: int | None) -> Image.Image:
     scale = longest_side / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     return image.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def _gives(encoded: EncodedImage, image: Image.Image) -> bool:
-    try:
-        decoded = decode_image(encoded.data, encoded.decoder)
-    except StoreError:
-        return False
-    return (decoded.mode, decoded.size) == (image.mode, image.size) and decoded.tobytes() == image.tobytes()

@@ -1,6 +1,7 @@
 """The step "filling": run the reconstructor over the samples of a store, so that their dropped patches are filled."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,7 @@ MEASURED_SAMPLES = 64
 
 
 def make_filled(task: Task, compact: Compact) -> None:
-    """Write the entry of the filled images of a store of patches.
-
-    Raises:
-        StoreError: the store is damaged, was removed, or is another one than the key of this entry names.
-        CacheError: the disk has too little space.
-    """
+    """Write the entry of the filled images of a store of patches; errors are those of `write_filled`."""
     assert task.plan.patches is not None
     write_filled(
         task.folder,
@@ -100,16 +96,10 @@ def filled_items(
     progress: bool,
     start: int = 0,
 ) -> Iterator[Item]:
-    """Yield the samples of a packed store, in order, with the dropped patches filled.
+    """Yield the samples of a packed store, which delivers `PatchedImage` objects, with the dropped patches filled.
 
-    Args:
-        samples: packed store that delivers `PatchedImage` objects.
-        place: place of the image in a sample.
-        patches: patch plan that names the reconstructor.
-        device: device that the reconstructor runs on.
-        progress: show a progress bar.
-        start: number of the first sample to fill. If it is a multiple of the window, `WINDOW * batch_size` samples, the
-            batches are those of a run from the first sample.
+    `place` is the place of the image in a sample, and `start` the number of the first sample to fill. If it is a
+    multiple of the window, `WINDOW * batch_size` samples, the batches are those of a run from the first sample.
     """
     target = resolve_device(device)
     try:
@@ -193,20 +183,13 @@ class Filler:
             PatchError: one image alone exceeds the GPU's memory.
         """
         model, size = self._model, patch_size or self._plan.patch_size
-
-        def filled(images: Tensor, mask: Tensor) -> Tensor:
-            return fill_pixels(model, images, mask, size, model.mean, model.std)
-
-        return self._halved.run(filled, images.to(model.device), mask.to(model.device))
+        fill = partial(fill_pixels, model, patch_size=size, mean=model.mean, std=model.std)
+        return self._halved.run(fill, images.to(model.device), mask.to(model.device))
 
     def samples(self, window: list[Any], place: tuple[str | int, ...]) -> Iterator[Item]:
-        """Yield the same samples with their images filled.
+        """Yield the samples of a window with their images filled, which are found at `place` in each sample.
 
         Images of one shape and number of kept patches share a batch. An image that was stored whole is not changed.
-
-        Args:
-            window: samples with packed images.
-            place: place of the image in a sample.
         """
         groups: dict[tuple[int, ...], list[int]] = {}
         for number, sample in enumerate(window):

@@ -104,7 +104,7 @@ def write_samples(
     squeeze: bool = False,
     **attributes: Any,
 ) -> None:
-    """Write samples in the packed format.
+    """Write the M kept samples in the packed format.
 
     Args:
         task: task of the step.

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from dq_lightning.core.errors import SourceError
 from dq_lightning.core.records import PatchChoice, Selection, StoreInfo
 from dq_lightning.packed.patches import can_keep_patches
 from dq_lightning.packed.values import encode_properties
+from dq_lightning.pipeline.encoding import as_image
 from dq_lightning.pipeline.patching import image_place, patches_of, whole_bytes
 from dq_lightning.pipeline.plan import Plan
 from dq_lightning.sources.items import at, evenly_spaced
@@ -71,29 +71,13 @@ def measure_bytes(plan: Plan, selection: Selection, choice: PatchChoice) -> Patc
 
 
 def plain_bytes(leaf: Any, codec: str, quality: int) -> int:
-    """Return the bytes of a whole image in a codec, as Pillow writes it by default, plus those of its properties.
-
-    Args:
-        leaf: the image: Pillow image, array or tensor.
-        codec: `"raw"`, `"png"`, `"jpeg"` or `"webp"`.
-        quality: quality of JPEG and WebP, 1 to 100.
-    """
+    """Return the bytes of a whole image in a codec of patches, as Pillow writes it by default, and of its properties."""
     beside = len(encode_properties(leaf)) if isinstance(leaf, Image.Image) else 0
     if codec == "raw":
         return int(np.asarray(leaf).nbytes) + beside
-    image = leaf if isinstance(leaf, Image.Image) else _as_pil(leaf)
     buffer = io.BytesIO()
-    image.save(buffer, codec.upper(), **({} if codec == "png" else {"quality": quality}))
+    as_image(leaf).save(buffer, codec.upper(), **({} if codec == "png" else {"quality": quality}))
     return len(buffer.getvalue()) + beside
-
-
-def _as_pil(leaf: Any) -> Image.Image:
-    pixels = leaf.numpy() if isinstance(leaf, Tensor) else leaf
-    if isinstance(leaf, Tensor) and pixels.ndim == 3:
-        pixels = pixels.transpose(1, 2, 0)
-    return Image.fromarray(
-        pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else np.ascontiguousarray(pixels)
-    )
 
 
 def owner_bytes(plan: Plan, positions: Sequence[int]) -> int:

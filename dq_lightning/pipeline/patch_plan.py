@@ -116,19 +116,13 @@ class PatchPlan:
             size = (prepared.shape[1], prepared.shape[2])
             options: dict[str, Any] = {"mean": encoder.mean, "std": encoder.std, "input_size": size}
         else:
-            options = {"preprocess": _OfTensor(encoder.preprocess)}
+            options = {"preprocess": lambda image: encoder.preprocess(_as_pil(image))}
         return make_scorer(self.config, encoder.network, num_classes=num_classes, **options)
 
 
-@dataclass(frozen=True)
-class _OfTensor:
-    """Makes a preprocessing function of Pillow images callable with uint8 tensors [3, H, W]."""
-
-    preprocess: Any
-
-    def __call__(self, image: Tensor) -> Tensor:
-        prepared: Tensor = self.preprocess(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()))
-        return prepared
+def _as_pil(image: Tensor) -> Image.Image:
+    """Return a uint8 tensor [3, H, W] as a Pillow image."""
+    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
 
 
 def make_patch_plan(

@@ -31,11 +31,8 @@ NAMED_SAMPLES = 5
 def choose(plan: Plan, selection: Selection, scores: Tensor, sizes: Tensor) -> PatchChoice:
     """Choose the patches to keep: the share that the settings ask for, or as many as fit into `max_bytes`.
 
-    Args:
-        plan: plan of the run.
-        selection: the M kept samples.
-        scores: float32 [sum of L_i], score of every patch, image after image.
-        sizes: int32 [M, 2], (height, width) of every image in pixels.
+    `scores` (float32 [sum of L_i], image after image) and `sizes` (int32 [M, 2], height and width in pixels) are those
+    of the M kept samples.
 
     Raises:
         PatchError: `max_bytes` is still exceeded when every image keeps only its least share of patches, or after

@@ -233,12 +233,8 @@ def known_identity(plan: Plan, memory: DigestMemory) -> str | None:
 def station_parts(plan: Plan, source: str, identities: dict[str, str]) -> Parts:
     """Return the parts of each station's key: plain JSON of everything that the content of its entry depends on.
 
-    The parts of a station contain the parts of the station before it.
-
-    Args:
-        plan: plan of the run.
-        source: identity of the data.
-        identities: identities of the networks, by name.
+    `source` is the identity of the data, and `identities` holds those of the networks by name. The parts of a station
+    contain the parts of the station before it.
     """
     version = ALGORITHM_VERSIONS
     data: dict[str, Any] = {"source": source, "num_source_samples": len(plan.source)}
@@ -261,7 +257,7 @@ def station_parts(plan: Plan, source: str, identities: dict[str, str]) -> Parts:
     if plan.config.max_bytes is not None or plan.config.encoding.encodes:
         parts[STORE]["encoding"] = plan.config.encoding.to_dict()
     if plan.patches is not None and plan.patches.fills_ahead:
-        # The full parts also need the digest of the finished store; `filled_parts` makes them.
+        # The full parts also need the digest of the finished store; `compact.filled_key` makes them.
         parts[FILLED] = {"reconstructor": identities["reconstructor"]}
     return parts
 
@@ -321,15 +317,3 @@ def scored_parts(own: dict[str, Any], selection: Selection) -> dict[str, Any]:
     features differ in their last bits.
     """
     return own | {"selection": selection.content_hash()}
-
-
-def filled_parts(store_digest: str, reconstructor: str) -> dict[str, Any]:
-    """Return the parts of the key of a store's filled images.
-
-    They contain the digest of the store's content, and not what the store says about its origin.
-
-    Args:
-        store_digest: digest of the store's content, see `PackedDataset.digest`.
-        reconstructor: identity of the network that fills the dropped patches.
-    """
-    return {"store": store_digest, "reconstructor": reconstructor, "filled_version": ALGORITHM_VERSIONS[FILLED]}

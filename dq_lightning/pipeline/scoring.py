@@ -32,14 +32,7 @@ def make_scores(task: Task, selection: Selection) -> None:
 def score_selection(
     plan: Plan, selection: Selection, *, device: str, progress: bool, shards: Shards | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Score every patch of the kept samples.
-
-    Args:
-        plan: plan of the run.
-        selection: the M kept samples.
-        device: device that the classifier runs on.
-        progress: show a progress bar.
-        shards: keeps finished scores, so that an interrupted run continues; None keeps nothing.
+    """Score every patch of the M kept samples; `shards` keeps finished scores, so that an interrupted run continues.
 
     Returns:
         Scores float32 [sum of L_i], image after image, and sizes int32 [M, 2], (height, width) of every image; see

@@ -15,11 +15,7 @@ from dq_lightning.selection.select import select
 
 
 def make_selection(task: Task, bins: Bins | None = None) -> None:
-    """Write the entry of the selection of M samples.
-
-    Args:
-        task: task of the step.
-        bins: bins of the N samples; None where the plan's samples were chosen without bins.
+    """Write the entry of the selection; `bins` is None where the plan's samples were chosen without bins.
 
     Raises:
         ConfigError: all samples were asked for, but some cannot be read.

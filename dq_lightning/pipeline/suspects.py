@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dq_lightning.core.config import QualityConfig
 from dq_lightning.core.console import get_logger
-from dq_lightning.core.devices import named_device
+from dq_lightning.core.devices import resolve_device
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.records import Bins, Features, Labels, Suspects
 from dq_lightning.quality.margin import leave_one_out
@@ -134,7 +134,7 @@ def find_suspects(
             values = _finite(number_column(source, given.identity.removeprefix("column:")), given.identity)
         score = torch.from_numpy(values)[place]
     else:
-        predicted = leave_one_out(features.embedding[place], classes, device=_device(device))
+        predicted = leave_one_out(features.embedding[place], classes, device=resolve_device(device))
         score, suggested = predicted.margin, predicted.suggested
     if config.drop_worst == "auto":
         shown = find_mislabelled(predicted, classes)
@@ -147,12 +147,6 @@ def find_suspects(
     left_out = left_out[score[left_out].argsort(stable=True)]
     names = None if labels is None else labels.names
     return Suspects(place[left_out], score[left_out], classes[left_out], suggested[left_out], names, noise)
-
-
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return named_device(device)
 
 
 def _log_estimate(share: float, error: float, count: int, total: int) -> None:
