@@ -146,7 +146,7 @@ class StoreTrainSet(TrainSet):
         if given == [None, None]:
             # Without a transform there is no need to find the image in a sample.
             return None
-        columns = {name: self._compact.config.get(name) for name in ("image_column", "label_column")}
+        columns: dict[str, Any] = {name: self._compact.config.get(name) for name in ("image_column", "label_column")}
         source = as_source(self._samples, transform=given[0], target_transform=given[1], **columns)
         return source.finisher(torch.arange(len(self._samples)))
 

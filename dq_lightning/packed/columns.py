@@ -116,13 +116,8 @@ _KINDS = (*WITHOUT_COLUMN, *_NUMBER_DTYPES, "scalar", "array", "tensor", "image"
 def describe_leaf(value: Any, raw_images: bool = False) -> Leaf:
     """Describe a value as a leaf of the most specific kind.
 
-    Args:
-        value: the value that a sample holds at this leaf.
-        raw_images: whether images of any size may be described as raw pixels.
-
-    Returns:
-        The leaf. Its kind is "value" if the value has no fixed width, or if it is a large image and `raw_images` is
-        False.
+    The kind is "value" if the value has no fixed width, or if it is a large image and `raw_images`, which allows images
+    of any size as raw pixels, is False.
     """
     kind = type(value)
     if value is None:
@@ -219,7 +214,14 @@ def leaf_reader(leaf: Leaf) -> Callable[[Any], Any]:
             height, width, kind, layout, patch_size, bytes(data[:cut]), codec, bytes(data[cut:]), properties
         )
     if leaf.kind == "image":
-        return _image_reader(leaf.dtype, (leaf.shape[0], leaf.shape[1]), leaf.properties)
+        mode, size, give = leaf.dtype, (leaf.shape[0], leaf.shape[1]), properties_setter(leaf.properties)
+
+        def image(data: Any) -> Image.Image:
+            made = image_from_raw(mode, size, data)
+            give(made)
+            return made
+
+        return image
     if leaf.kind == "tensor":
         torch_dtype, shape = TENSOR_DTYPES[leaf.dtype], leaf.shape
         return lambda data: tensor_from(data, torch_dtype, shape)
@@ -229,29 +231,10 @@ def leaf_reader(leaf: Leaf) -> Callable[[Any], Any]:
     return lambda data: None
 
 
-def _image_reader(mode: str, size: tuple[int, int], properties: bytes) -> Callable[[Any], Image.Image]:
-    """Return a function that makes an image of raw pixels, with the format and info that the column's images share."""
-    if not properties:
-        return lambda data: image_from_raw(mode, size, data)
-    give = properties_setter(properties)
-
-    def read(data: Any) -> Image.Image:
-        image = image_from_raw(mode, size, data)
-        give(image)
-        return image
-
-    return read
-
-
 def plan(samples: Sequence[Any], raw_images: bool = False) -> tuple[Tree, list[Leaf]]:
-    """Return the tree and the leaves that describe all given samples.
+    """Return the tree and the leaves, in order, that describe all given samples, the first of a store.
 
-    Args:
-        samples: the first samples of the store.
-        raw_images: whether images of any size may be stored as raw pixels.
-
-    Returns:
-        The tree, and its leaves in order. A place where the samples differ is a leaf of kind "value".
+    A place where the samples differ is a leaf of kind "value". With `raw_images`, images of any size may be raw pixels.
     """
     leaves: list[Leaf] = []
 

@@ -16,11 +16,7 @@ SMALL_FILES = ("index.npy", "bin.npy", "id_offsets.npy", "ids.bin", "value_offse
 
 
 def check_description(path: Path, description: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Check the description of a store.
-
-    Args:
-        path: folder of the store.
-        description: content of store.json.
+    """Check the content of store.json in the folder of a store.
 
     Returns:
         The number of samples, and the attributes that the writer was given.

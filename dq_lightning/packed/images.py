@@ -31,20 +31,9 @@ WEBP_FRAME, WEBP_SIDE_BITS = b"\x9d\x01\x2a", (1 << 14) - 1
 # Most pixels of the images that are made together, so that they stay in the processor's cache.
 TALL_PIXELS = 1 << 17
 # Bits per pixel in the bytes that `Image.tobytes` returns.
-MODE_BITS = {
-    "1": 1,
-    "L": 8,
-    "P": 8,
-    "LA": 16,
-    "PA": 16,
-    "La": 16,
-    "RGB": 24,
-    "YCbCr": 24,
-    "LAB": 24,
-    "HSV": 24,
-    "RGBA": 32,
-}
-MODE_BITS |= {"RGBX": 32, "RGBa": 32, "CMYK": 32, "I": 32, "F": 32, "I;16": 16, "I;16L": 16, "I;16B": 16, "I;16N": 16}
+MODE_BITS = {"1": 1} | dict.fromkeys(("L", "P"), 8) | dict.fromkeys(("RGB", "YCbCr", "LAB", "HSV"), 24)
+MODE_BITS |= dict.fromkeys(("LA", "PA", "La", "I;16", "I;16L", "I;16B", "I;16N"), 16)
+MODE_BITS |= dict.fromkeys(("RGBA", "RGBX", "RGBa", "CMYK", "I", "F"), 32)
 _EXIF_ORIENTATION = 0x0112
 # TIFF tags that hold the positions of strips and tiles in the file.
 _PLACES_IN_FILE = (273, 279, 324, 325)
@@ -209,12 +198,9 @@ def _as_hub(image: Image.Image, decoder: str) -> Image.Image:
 
 
 def decode_plain_jpeg(data: bytes, mode: str, size: tuple[int, int]) -> Image.Image | None:
-    """Decode a JPEG whose mode and size are known, without Pillow's slow parsing of its head; None if that fails.
+    """Decode a JPEG of known mode and size (width, height) without Pillow's slow parsing of its head.
 
-    Args:
-        data: content of a file that `jpeg_head` can parse.
-        mode: `"RGB"` or `"L"`.
-        size: (width, height) in pixels.
+    The result is None if that fails.
     """
     with contextlib.suppress(ValueError):
         return Image.frombytes(mode, size, data, "jpeg", mode, "", 1, 0)
@@ -340,12 +326,7 @@ def images_from_raw(mode: str, size: tuple[int, int], rows: Any) -> list[Image.I
     """Return images of one mode and size (width, height), each with memory of its own, from raw pixels.
 
     This is several times faster than one image after the other: one tall image holds many of them, and cropping it
-    needs no decoder for each.
-
-    Args:
-        mode: Pillow mode of all images.
-        size: (width, height) of all images in pixels.
-        rows: uint8 [B, bytes per image], raw pixels of each image.
+    needs no decoder for each. `rows` is uint8 [B, bytes per image].
     """
     width, height = size
     made: list[Image.Image] = []

@@ -17,12 +17,9 @@ from dq_lightning.packed.values import is_plain_array, is_plain_tensor
 
 
 def leaf_of(layout: str, mode: str, pixels: Pixels) -> Any:
-    """Convert pixels [H, W, C] to an image of the given layout, without info; the memory may be shared.
+    """Convert pixels uint8 [H, W, C] to an image of a layout of `records.ImageLayout`, without info.
 
-    Args:
-        layout: type and layout of the image, see `records.ImageLayout`.
-        mode: `"RGB"` (C = 3) or `"L"` (C = 1).
-        pixels: uint8 [H, W, C].
+    C is 3 for the mode `"RGB"` and 1 for `"L"`. The image may share the memory.
     """
     flat = pixels[..., 0] if mode == "L" else pixels
     if layout == "pil":

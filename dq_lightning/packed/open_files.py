@@ -125,13 +125,7 @@ class OpenFiles:
 
 
 def read_piece(descriptor: int, size: int, at: int, name: str) -> Row:
-    """Read exactly `size` bytes of an open file at a position.
-
-    Args:
-        descriptor: file descriptor.
-        size: number of bytes.
-        at: position of the first byte in the file.
-        name: name of the file for error messages.
+    """Read exactly `size` bytes at a position of an open file, which `name` stands for in messages.
 
     Raises:
         Damage: if the file ends before.

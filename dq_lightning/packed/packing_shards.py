@@ -32,12 +32,9 @@ class UnsavedSamples:
         self._lengths: list[int] = []
 
     def add(self, rows: Sequence[bytes], value: bytes, facts: Callable[[], dict[str, Any]]) -> None:
-        """Add a sample, and save a shard if one is due.
+        """Add a sample, its bytes in each column and in values.bin, and save a shard if one is due.
 
-        Args:
-            rows: bytes of the sample in each column.
-            value: bytes of the sample in values.bin.
-            facts: function that returns the layout of all samples so far, as plain JSON.
+        `facts` returns the layout of all samples so far, as plain JSON.
         """
         if self._shards is None:
             return
@@ -67,12 +64,7 @@ def facts_of(piece: dict[str, Array]) -> dict[str, Any]:
 
 
 def samples_of(piece: dict[str, Array], row_bytes: Sequence[int]) -> Any:
-    """Yield the rows and the value of each sample in a shard.
-
-    Args:
-        piece: arrays of the shard.
-        row_bytes: bytes of a row in each column; 0 where a leaf has no column.
-    """
+    """Yield the rows and the value of each sample in a shard; `row_bytes` is 0 where a leaf has no column."""
     columns = [piece[f"column-{number}"].data if width else memoryview(b"") for number, width in enumerate(row_bytes)]
     values, end = piece["values"].data, 0
     for number, length in enumerate(piece["lengths"].tolist()):

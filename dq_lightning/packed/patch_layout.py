@@ -107,34 +107,10 @@ def patches_in(strip: Pixels, layout: Layout) -> Pixels:
 def place(patches: Pixels, mask: Mask, layout: Layout) -> Pixels:
     """Put patches [k, P, P * C] where the mask keeps them, fill the rest with the mean colour, and return [H, W, C]."""
     rows, columns = layout.grid
-    shape = (rows * layout.patch, columns * layout.patch, layout.channels)
-    # If all patches are whole, every pixel is written below, so that the memory needs no initial value.
-    padded = np.empty(shape, np.uint8) if layout.divides else np.zeros(shape, np.uint8)
+    padded = np.zeros((rows * layout.patch, columns * layout.patch, layout.channels), np.uint8)
     run = np.dtype((np.void, layout.patch * layout.channels))
     _cells(padded, layout)[mask.reshape(rows, columns)] = patches.view(run)[..., 0]
-    if not layout.divides:
-        return _fill_zeros(np.ascontiguousarray(padded[: layout.height, : layout.width]), mask, layout)
-    if layout.count < len(mask):
-        _paint(padded, _mean_of(patches, layout), mask, layout)
-    return padded
-
-
-def _mean_of(patches: Pixels, layout: Layout) -> Pixels:
-    """Return the mean colour [C] of whole patches [k, P, P * C], rounded half up."""
-    # The patches lie in memory in the strip's order, and in that order numpy adds long rows.
-    total = _sum_of_rows(patches.swapaxes(0, 1), layout.channels)
-    count = layout.count * layout.patch**2
-    return ((2 * total + count) // (2 * count)).astype(np.uint8)
-
-
-def _sum_of_rows(rows: Pixels, channels: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return the sum [C] over pixels [n, m, w * C]."""
-    # The sum of 257 bytes fits into 16 bits. The axes are summed one after the other, because numpy is slow on short
-    # rows.
-    narrow = np.add.reduce(rows, 0, np.uint16 if len(rows) <= 257 else np.uint32)
-    wide = np.add.reduce(narrow, 0, np.int64)
-    total: np.ndarray[Any, np.dtype[np.int64]] = np.add.reduce(wide.reshape(-1, channels), 0)
-    return total
+    return _fill_zeros(np.ascontiguousarray(padded[: layout.height, : layout.width]), mask, layout)
 
 
 def _cells(whole: Pixels, layout: Layout) -> np.ndarray[Any, np.dtype[np.void]]:
@@ -156,7 +132,9 @@ def _fill_zeros(whole: Pixels, mask: Mask, layout: Layout) -> Pixels:
     """Paint the dropped patches, which must be 0, in the mean colour [C] of the kept pixels, rounded half up."""
     if layout.count == len(mask):
         return whole
-    total = _sum_of_rows(whole.reshape(layout.height, 1, -1), layout.channels)
+    # The sum of 257 bytes fits into 16 bits. Rows are summed first, because numpy is slow on short axes.
+    narrow = np.add.reduce(whole.reshape(layout.height, -1), 0, np.uint16 if layout.height <= 257 else np.uint32)
+    total = np.add.reduce(narrow.reshape(-1, layout.channels), 0, np.int64)
     num_kept = max(1, _num_pixels(mask, layout))
     _paint(whole, ((2 * total + num_kept) // (2 * num_kept)).astype(np.uint8), mask, layout)
     return whole

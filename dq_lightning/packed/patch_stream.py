@@ -112,12 +112,7 @@ def write_stream(image: PatchedImage, shared: bytes) -> bytes:
 
 
 def read_stream(data: bytes, facts: Facts, shared: bytes) -> PatchedImage:
-    """Decode what `write_stream` returned.
-
-    Args:
-        data: bytes of one encoded image.
-        facts: mode, layout, codec and patch size of the stream.
-        shared: dictionary that heads and properties are compressed with.
+    """Decode what `write_stream` returned with the same dictionary, for a stream of these facts.
 
     Raises:
         StoreError: if the bytes do not give a patched image.

@@ -103,25 +103,6 @@ def can_keep_patches(leaf: Any) -> bool:
     return True
 
 
-def check_patches(leaf: Any) -> None:
-    """Check that `pack_image` supports an image.
-
-    Raises:
-        StoreError: if it does not; the message says what to deliver instead.
-    """
-    layout_of_image(leaf)
-
-
-def image_size(leaf: Any) -> tuple[int, int]:
-    """Return height and width in pixels of an image that `pack_image` supports.
-
-    Raises:
-        StoreError: if `pack_image` does not support this kind of image.
-    """
-    height, width = pixels_of(leaf)[2].shape[:2]
-    return height, width
-
-
 def unpack_image(patched: PatchedImage) -> tuple[Pixels, Mask]:
     """Decode a patched image and fill its dropped patches with the mean colour of its kept pixels.
 

@@ -36,7 +36,7 @@ from dq_lightning.packed.columns import (
     leaf_from_json,
     leaf_reader,
 )
-from dq_lightning.packed.description import MAX_COLUMNS, SMALL_FILES, check_description
+from dq_lightning.packed.description import MAX_COLUMNS, check_description
 from dq_lightning.packed.names import Names, PositionNames
 from dq_lightning.packed.npy import npy_header
 from dq_lightning.packed.open_files import OpenFiles, Row, read_piece
@@ -148,30 +148,22 @@ class PackedDataset(Dataset[Any]):
         remedy = "A store in the cache is made again by the next run; copy any other one anew"
         return StoreError(f"the packed store {self.path} cannot be used: {reason}. {remedy}")
 
-    def _read_small(self, name: str, facts: dict[str, Any]) -> NDArray[np.uint8]:
-        """Read a file that is held in memory, and compare its digest with the one in store.json."""
-        sha256 = None if self.verify == "off" else facts["sha256"]
-        if name == "ids.bin":
-            return self._files.read(name, facts["size"], sha256=sha256)
-        dtype, rows = {
-            "index.npy": ("<i8", self._num_samples),
-            "bin.npy": ("<i2", self._num_samples),
-            "id_offsets.npy": ("<i8", self._num_samples + 1),
-            "value_offsets.npy": ("<i8", self._num_samples + 1),
-            "checksums.npy": ("<u4", self._num_samples),
-        }[name]
-        return self._files.read(name, rows * int(dtype[2:]), npy_header(dtype, (rows,)), sha256)
-
     def _plain_arrays(self, listed: dict[str, Any]) -> SmallArrays:
-        """Read the small arrays, each from a file of its own."""
-        held = {name: self._read_small(name, listed[name]) for name in SMALL_FILES}
+        """Read the small arrays, each from a file of its own, whose digest is compared with the one in store.json."""
+
+        def read(name: str, size: int, header: bytes = b"") -> NDArray[np.uint8]:
+            return self._files.read(name, size, header, None if self.verify == "off" else listed[name]["sha256"])
+
+        def array(name: str, dtype: str, rows: int) -> NDArray[Any]:
+            return read(name, rows * np.dtype(dtype).itemsize, npy_header(dtype, (rows,))).view(dtype)
+
         return SmallArrays(
-            index=held["index.npy"].view("<i8"),
-            bin=held["bin.npy"].view("<i2"),
-            offsets=held["value_offsets.npy"].view("<i8"),
-            checksums=held["checksums.npy"].view("<u4"),
-            id_offsets=held["id_offsets.npy"].view("<i8"),
-            ids=held["ids.bin"],
+            index=array("index.npy", "<i8", self._num_samples),
+            bin=array("bin.npy", "<i2", self._num_samples),
+            offsets=array("value_offsets.npy", "<i8", self._num_samples + 1),
+            checksums=array("checksums.npy", "<u4", self._num_samples),
+            id_offsets=array("id_offsets.npy", "<i8", self._num_samples + 1),
+            ids=read("ids.bin", listed["ids.bin"]["size"]),
         )
 
     def _squeezed_arrays(self, description: dict[str, Any]) -> SmallArrays:

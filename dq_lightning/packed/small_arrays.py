@@ -84,7 +84,7 @@ def small_from_bytes(data: Any, count: int, ids_bytes: int | None, row_bytes: Se
         raise StoreError(f"it is damaged ({error})") from error
     if len(whole) != sum(sizes) or not expander.eof or expander.unused_data:
         raise StoreError("its size does not fit the number of its samples")
-    parts = [np.frombuffer(piece, np.uint8) for piece in _cut(whole, sizes)]
+    parts = np.split(np.frombuffer(whole, np.uint8), np.cumsum(sizes)[:-1])
     named = parts[3:5] if ids_bytes is not None else []
     columns = parts[3 + len(named) :]
     return SmallArrays(
@@ -112,11 +112,3 @@ def _numbers(planes: Bytes, dtype: str) -> Any:
 
 def _offsets(planes: Bytes) -> NDArray[np.int64]:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(_numbers(planes, "<i8"), dtype=np.int64)])
-
-
-def _cut(data: bytes, sizes: Sequence[int]) -> list[memoryview]:
-    view, pieces = memoryview(data), []
-    for size in sizes:
-        pieces.append(view[:size])
-        view = view[size:]
-    return pieces

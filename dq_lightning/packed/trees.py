@@ -98,12 +98,7 @@ def tree_to_json(node: Tree) -> Any:
 
 
 def tree_from_json(value: Any, num_leaves: int, depth: int = 0) -> Tree:
-    """Convert the JSON that `tree_to_json` returned to a tree.
-
-    Args:
-        value: JSON of a tree or of a part of it.
-        num_leaves: number of leaves that the store has.
-        depth: depth of this part in the whole tree.
+    """Convert the JSON that `tree_to_json` returned, or a part of it at some depth, to a tree.
 
     Raises:
         StoreError: if the JSON is no tree, or names a leaf that the store does not have.

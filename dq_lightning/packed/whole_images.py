@@ -88,17 +88,10 @@ class FileReader:
         self.give = {start[0]: properties_setter(start[0]) for start in leaf.starts}
 
     def __call__(self, data: bytes, max_pixels: int) -> tuple[Any, int]:
-        """Decode what `file_stream.write_file` returned.
-
-        Args:
-            data: bytes of one image in the store.
-            max_pixels: an image with more pixels is refused before they are decoded.
-
-        Returns:
-            The image, and the number of its pixels.
+        """Decode what `file_stream.write_file` returned; return the image, and the number of its pixels.
 
         Raises:
-            StoreError: if the bytes do not give an image of at most this size.
+            StoreError: if the bytes do not give an image of at most `max_pixels`; larger ones are refused undecoded.
         """
         properties, beginning, rest = read_file(data, self.starts)
         give: SetProperties | None = None

@@ -13,7 +13,8 @@ from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import PatchError, StoreError
 from dq_lightning.core.records import Grid, PatchChoice, PatchedImage, Selection
 from dq_lightning.core.workers import in_threads
-from dq_lightning.packed.patches import can_keep_patches, check_patches, image_size, pack_image
+from dq_lightning.packed.layouts import layout_of_image, pixels_of
+from dq_lightning.packed.patches import pack_image
 from dq_lightning.packed.writer import Item
 from dq_lightning.patches.choose import choose_patches, kept_count, make_choice, spread_budget
 from dq_lightning.patches.score import split_scores
@@ -120,7 +121,7 @@ def with_all_patches(plan: Plan, sample: Any, place: tuple[str | int, ...]) -> A
         StoreError: the image is of a type or mode that cannot be cut into patches.
     """
     leaf, size = at(sample, place), patches_of(plan).patch_size
-    height, width = image_size(leaf)
+    height, width, _ = pixels_of(leaf)[2].shape
     count = Grid(height, width, size).num_patches
     return with_value(sample, place, pack_image(leaf, torch.ones(count, dtype=torch.bool), size, "raw"))
 
@@ -149,14 +150,14 @@ def _packed_images(plan: Plan, selection: Selection, choice: PatchChoice, start:
     patches, place = patches_of(plan), image_place(plan)
 
     def pack(position: int, sample: Any, mask: Tensor) -> _Packed:
-        leaf, image = at(sample, place), None
-        if can_keep_patches(leaf):
-            image = pack_image(leaf, mask, patches.patch_size, patches.codec, patches.config.quality)
-        elif patches.config.reconstruct == "batch":
-            try:
-                check_patches(leaf)
-            except StoreError as error:
+        leaf = at(sample, place)
+        try:
+            layout_of_image(leaf)
+        except StoreError as error:
+            if patches.config.reconstruct == "batch":
                 raise PatchError(f'sample {position}, for reconstruct="batch": {error}') from error
+            return _Packed(position, sample, None)
+        image = pack_image(leaf, mask, patches.patch_size, patches.codec, patches.config.quality)
         return _Packed(position, sample, image)
 
     def calls() -> Iterator[Callable[[], _Packed]]:
