@@ -22,27 +22,14 @@ RECENT_SECONDS = 60.0
 VALUES_FILE = "values.bin"
 
 
-@dataclass(frozen=True)
-class Finding:
-    """The result of checking one entry.
-
-    Attributes:
-        path: folder of the entry.
-        problem: reason why the entry cannot be used; empty when it is intact.
-    """
-
-    path: Path
-    problem: str
-
-
-def verify_folder(path: str | Path) -> list[Finding]:
+def verify_folder(path: str | Path) -> dict[Path, str]:
     """Compare every file of one or many entries with the recorded size and SHA-256. Nothing is changed.
 
     Args:
         path: folder of a compact set, of any other entry, or of a whole cache.
 
     Returns:
-        One finding for each entry.
+        For each entry the reason why it cannot be used, by its folder; an empty text for one that is intact.
 
     Raises:
         StoreError: the folder holds no entry.
@@ -54,7 +41,7 @@ def verify_folder(path: str | Path) -> list[Finding]:
             f"{place} is neither a compact set nor a cache of this package (there is no {MANIFEST}): pass StoreInfo.path, a "
             "copy of that folder, or the folder of the cache"
         )
-    return [_finding(entry) for entry in entries]
+    return {entry: _problem(entry) for entry in entries}
 
 
 def _entries_below(root: Path) -> Iterator[Path]:
@@ -63,13 +50,13 @@ def _entries_below(root: Path) -> Iterator[Path]:
             yield from sorted(p for p in (root / station).iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _finding(folder: Path) -> Finding:
+def _problem(folder: Path) -> str:
     try:
         values = read_manifest(folder)
         check_entry(folder, "hash", station=str(values.get("station")), key=str(values.get("key")))
     except (Damage, OSError) as error:
-        return Finding(folder, str(error))
-    return Finding(folder, "")
+        return str(error)
+    return ""
 
 
 @dataclass(frozen=True)

@@ -33,17 +33,16 @@ def verify(path: str) -> None:
     from dq_lightning.core.errors import StoreError
     from dq_lightning.pipeline.compact import set_folder
 
-    findings = verify_folder(set_folder(path))
-    for finding in findings:
-        print(f"{'DAMAGED' if finding.problem else 'ok':8} {finding.path}")
-    good = sum(not finding.problem for finding in findings)
-    print(f"{good} of {len(findings)} {'entry is' if len(findings) == 1 else 'entries are'} intact")
-    damaged = [f"{finding.path}: {finding.problem}" for finding in findings if finding.problem]
+    problems = verify_folder(set_folder(path))
+    for entry, problem in problems.items():
+        print(f"{'DAMAGED' if problem else 'ok':8} {entry}")
+    damaged = [f"{entry}: {problem}" for entry, problem in problems.items() if problem]
+    total = f"{len(problems)} {'entry is' if len(problems) == 1 else 'entries are'}"
+    print(f"{len(problems) - len(damaged)} of {total} intact")
     if damaged:
         raise StoreError(
-            f"{len(damaged)} of {len(findings)} entries are damaged. "
-            + "; ".join(damaged)
-            + ". The next run makes damaged entries of a cache again; a damaged copy of a compact set has to be copied again"
+            f"{len(damaged)} of {total} damaged: {'; '.join(damaged)}. The next run makes damaged entries of a cache again; a "
+            "damaged copy of a compact set has to be copied again"
         )
 
 
@@ -97,7 +96,7 @@ def export(
         device=device,
         progress=progress,
     )
-    print(written)
+    print(f"wrote the compact set as {format}: {written}")
 
 
 def prune(
@@ -128,7 +127,9 @@ def prune(
     for entry in done.removed:
         print(f"{'would remove' if dry_run else 'removed'} {entry.station}/{entry.key} ({entry.bytes:,} bytes)")
     for entry in done.busy:
-        print(f"kept, because it is in use: {entry.station}/{entry.key} ({entry.bytes:,} bytes)")
+        print(
+            f"kept {entry.station}/{entry.key} ({entry.bytes:,} bytes), because it is in use or was used a moment ago"
+        )
     print(f"{done.left_bytes:,} bytes {'would remain' if dry_run else 'remain'} in the cache")
 
 

@@ -37,18 +37,8 @@ def embed_rows(
 ) -> Path:
     """Embed one piece of the rows of a dataset and return the path of its `.npy`.
 
-    Args:
-        data: file or folder of the rows, as for `open_dataset`.
-        output: folder of the pieces; paid rows of an embeddings API are kept in its folder `paid`.
-        index: number of the piece, from 0.
-        nums: number of rows in a piece; None puts all rows into one.
-        name: beginning of the files' names.
-        encoder: encoder of texts, as in `choose_encoder`.
-        text: how the rows are read.
-        features: settings; only `precision`, `batch_size` and `num_workers` are used.
-        cache_dir: folder of the cache, for remembered digests; None uses the default.
-        device: device that the encoder runs on.
-        progress: show progress bars.
+    The arguments are those of the command `embed`; `name` is the beginning of the files' names. Paid rows of an
+    embeddings API are kept in the folder `paid` beside the pieces.
 
     Raises:
         FeatureError: the data are images, `selection_epochs` is set, the piece lies outside of the data, or the encoder
@@ -82,18 +72,10 @@ def embed_rows(
 
 
 def merge_rows(data: str, folder: str | Path, *, name: str, text: TextConfig, cache_dir: str | None = None) -> Path:
-    """Join the pieces of a folder as `NAME.npy`, float32 [N, D].
+    """Join the pieces of a folder as `NAME.npy`, float32 [N, D], in that folder, and return its path.
 
-    Args:
-        data: dataset that the pieces were made from; the number of rows is compared, and for pieces with descriptions
-            also the content.
-        folder: folder of the pieces; the result is written there, too.
-        name: beginning of the names of the pieces.
-        text: how the rows are read.
-        cache_dir: folder of the cache, for remembered digests; None uses the default.
-
-    Returns:
-        Path of the file.
+    The number of rows of `data`, from which the pieces were made, is compared; for pieces with descriptions also the
+    content. The names of the pieces begin with `name`.
 
     Raises:
         FeatureError: a piece is missing, damaged, or belongs to other data.
@@ -110,12 +92,7 @@ def merge_rows(data: str, folder: str | Path, *, name: str, text: TextConfig, ca
         raise FeatureError(
             f"the pieces have {len(merged):,} rows, but {data} has {len(source):,}: pass the data that they were made from"
         )
-
-    def save(place: Path) -> None:
-        with place.open("wb") as file:
-            np.save(file, merged, allow_pickle=False)
-
-    return whole(folder / f"{name}.npy", save)
+    return whole(folder / f"{name}.npy", lambda place: np.save(place, merged, allow_pickle=False))
 
 
 def _published(folder: Path, name: str) -> NDArray[np.float32]:

@@ -61,12 +61,12 @@ def open_dataset(
 
 def _needed(place: Path | None, dataset: str | None) -> Path:
     if place is None:
-        missing = (
-            f"{dataset} needs data_path=" if dataset else "no dataset was named: pass dataset=, data_path=, or both"
-        )
+        missing = "no dataset was named: pass dataset=, data_path=, or both"
+        if dataset is not None:
+            missing = f"{dataset} is read from a folder, and none was named: pass it as data_path="
         raise SourceError(f"{missing}. A dataset is {KINDS}")
     if not place.exists():
-        raise SourceError(f"{place} does not exist. A dataset is {KINDS}")
+        raise SourceError(f"{place} does not exist: correct data_path=. A dataset is {KINDS}")
     return place
 
 
@@ -82,18 +82,18 @@ def _by_path(place: Path, split: str) -> Any:
         return _split_of(found, split) if isinstance(found, DatasetDict) else found
     tables = sorted(path for path in place.rglob("*") if path.suffix.lower() in TABLES) if place.is_dir() else []
     # A folder of class folders may also hold tables that describe the images, as the exports of this package do.
-    if tables and not _has_class_folders(place, split):
+    if tables and not has_class_folders(_root(place, split)):
         chosen = [path for path in tables if path.name.startswith(split)] or tables
         return _table([path for path in chosen if path.suffix == chosen[0].suffix])
     return _folder(place, split)
 
 
-def _has_class_folders(place: Path, split: str) -> bool:
-    return has_class_folders(place / split if (place / split).is_dir() else place)
+def _root(place: Path, split: str) -> Path:
+    return place / split if (place / split).is_dir() else place
 
 
 def _folder(place: Path, split: str) -> Any:
-    root = place / split if (place / split).is_dir() else place
+    root = _root(place, split)
     return _opened(lambda: open_image_folder(root), str(root))
 
 
@@ -156,7 +156,7 @@ def _hub(name: str, split: str) -> Any:
 
 def _split_of(found: Any, split: str) -> Any:
     if split not in found:
-        raise SourceError(f"there is no split {split!r}: pass one of {', '.join(found)} as split=")
+        raise SourceError(f"the dataset has no split {split!r}: pass one of {', '.join(found)} as split=")
     return found[split]
 
 

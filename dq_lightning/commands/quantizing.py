@@ -170,6 +170,6 @@ def quantize_dataset(
 
             write_suspects(info.suspects, Path(output) / "suspects.csv")
     if info.num_unreadable:
-        print(f"{info.num_unreadable:,} samples could not be read and were skipped")
+        print(f"{info.num_unreadable:,} samples could not be read and were skipped, as on_error=skip asks for")
     share = info.num_samples / info.num_source_samples
     print(f"kept {info.num_samples:,} of {info.num_source_samples:,} samples ({share:.2%}): {output or info.path}")

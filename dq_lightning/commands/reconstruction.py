@@ -32,19 +32,9 @@ def reconstruct_images(
     """Return images as a reconstructor rebuilds them from their kept patches (Zhou et al. 2023, section 3.3).
 
     The packed set and its filled images are made in the cache as `quantize` makes them, or found there, so a run that
-    was killed goes on where it stopped.
-
-    Args:
-        dataset: dataset of images, as for `as_source`.
-        config: settings of patches, such as `drop_ratio`; with `reconstruct="off"` dropped patches have the mean
-            colour, otherwise they are filled.
-        indices: positions in the dataset, as in `quantize`; None takes all images.
-        classifier: network that scores the patches, in place of the one that the config names.
-        reconstructor: network that fills dropped patches, in place of the one that the config names.
-        name: name of the set, for files.
-        cache_dir: folder of the cache; None uses `DQ_LIGHTNING_CACHE` or the platform's cache folder.
-        device: device that the networks run on.
-        progress: show progress bars.
+    was killed goes on where it stopped. The arguments are those of `quantize` and of the command `reconstruct`; `name`
+    is the name of the set, for files. With `reconstruct="off"` dropped patches have the mean colour, otherwise they are
+    filled.
 
     Returns:
         The reconstructed images, ascending by their position in the dataset.

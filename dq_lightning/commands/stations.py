@@ -123,11 +123,12 @@ def suspects(
     made = bins_of_dataset(opened, config, labels=labels, cache_dir=cache_dir, device=device, progress=progress)
     if made.suspects is None:
         raise ConfigError(
-            "these samples have fewer than two classes, so it cannot be said which labels are wrong: pass labels= or scores="
+            "no label can be judged, because the samples have fewer than two classes or too few samples of each: pass other "
+            "classes as labels=, scores= of your own, or the share to list as drop_worst="
         )
     source = as_source(opened, labels=labels, text=text, on_error=on_error)
     path = write_suspects(made.suspects, Path(output).expanduser(), source)
-    print(f"{len(made.suspects):,} of {len(made):,} samples: {path}")
+    print(f"listed {len(made.suspects):,} of {len(made):,} samples, the most suspicious first: {path}")
 
 
 def sample(
@@ -178,7 +179,7 @@ def sample(
         balance=balance,
     )
     path = write_index(selection.index, Path(output or bins_path).expanduser() / selection_file(name, keep_ratio))
-    print(f"kept {len(selection):,} samples: {path}")
+    print(f"kept {len(selection):,} samples and wrote their positions: {path}")
 
 
 def reconstruct(

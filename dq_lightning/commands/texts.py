@@ -49,14 +49,14 @@ def embed(
     from dq_lightning.commands.embedding_pieces import embed_rows, merge_rows
 
     if merge:
-        print(merge_rows(data, output, name=EMBEDS, text=text, cache_dir=cache_dir))
+        print(f"joined all pieces: {merge_rows(data, output, name=EMBEDS, text=text, cache_dir=cache_dir)}")
         return
     path = embed_rows(
         data, output, index=index, nums=nums, name=EMBEDS, encoder=encoder or features.encoder, text=text, features=features,
         cache_dir=cache_dir,
         device=device, progress=progress,
     )  # fmt: skip
-    print(path)
+    print(f"wrote the embeddings of piece {index}: {path}")
 
 
 def sample_text(
@@ -102,7 +102,7 @@ def sample_text(
             f"output={output!r} must end in .json or .jsonl: the rows are written there, and their numbers beside it as .npy"
         )
     if random and embeds is not None:
-        raise ConfigError("random=True draws rows without looking at embeddings: leave embeds= out")
+        raise ConfigError("random=True draws rows without looking at embeddings: leave embeds= out, or random=")
     from pathlib import Path
 
     from dq_lightning.commands.opening import open_dataset

@@ -13,12 +13,7 @@ from dq_lightning.exports.samples import KeptImages
 def write_image_dataset(images: KeptImages, folder: str | Path) -> Path:
     """Write a folder that `datasets.load_from_disk` opens; the bytes of the image files are inside.
 
-    Args:
-        images: images to write.
-        folder: folder that does not exist yet, is empty, or holds such a dataset, which is replaced.
-
-    Returns:
-        The folder.
+    The folder, which is returned, does not exist yet, is empty, or holds such a dataset, which is replaced.
 
     Raises:
         StoreError: the folder holds something else, or cannot be written.

@@ -24,7 +24,7 @@ UNLABELED = "unlabeled"
 
 
 def write_image_folder(images: KeptImages, folder: str | Path) -> Path:
-    """Write a folder that torchvision's `ImageFolder` and Hugging Face's `imagefolder` read.
+    """Write a folder that torchvision's `ImageFolder` and Hugging Face's `imagefolder` read, and return it.
 
     There is one folder for each class. Files are named by their position in the source, with leading zeros, so that a
     reader that sorts names sees the order of the source inside a class; the class folders sort in the order of the
@@ -34,9 +34,6 @@ def write_image_folder(images: KeptImages, folder: str | Path) -> Path:
     Args:
         images: images to write.
         folder: folder that does not exist yet, is empty, or was written by this function and is then replaced.
-
-    Returns:
-        The folder.
 
     Raises:
         StoreError: the folder holds something else, an image has no class, or the disk cannot be written.
@@ -107,11 +104,8 @@ def write_webdataset(images: KeptImages, folder: str | Path, *, shard_bytes: int
 
     Args:
         images: images to write.
-        folder: as in `write_image_folder`; a folder that holds `shards.json` is replaced.
+        folder: as in `write_image_folder`; a folder that holds `shards.json` is replaced. It is returned.
         shard_bytes: size in bytes after which a new shard begins; the sample that exceeds it is the last of its shard.
-
-    Returns:
-        The folder.
 
     Raises:
         StoreError: the folder holds something else, or cannot be written.
@@ -152,14 +146,8 @@ def _members(image: KeptImage) -> Iterator[tuple[str, bytes]]:
 def write_parquet(images: KeptImages, path: str | Path) -> Path:
     """Write one Parquet file that contains the image files, for `Dataset.from_parquet` of Hugging Face datasets.
 
-    The columns are `image`, `label` (a `ClassLabel`; missing without classes), `index`, `bin` and `id`.
-
-    Args:
-        images: images to write, in groups of 256 rows, so that memory does not grow with their number.
-        path: path of the file.
-
-    Returns:
-        The path.
+    The columns are `image`, `label` (a `ClassLabel`; missing without classes), `index`, `bin` and `id`. Images are
+    written in groups of 256 rows, so that memory does not grow with their number. The path is returned.
 
     Raises:
         StoreError: the file cannot be written.
@@ -195,12 +183,7 @@ def _row(image: KeptImage) -> dict[str, Any]:
 def write_litdata(images: KeptImages, folder: str | Path) -> Path:
     """Write chunks for litdata's `StreamingDataset`: dicts of `image` (file bytes), `label`, `index`, `bin` and `id`.
 
-    Args:
-        images: images to write.
-        folder: as in `write_image_folder`; a folder that holds litdata's `index.json` is replaced.
-
-    Returns:
-        The folder.
+    The folder is as in `write_image_folder`, and is returned; one that holds litdata's `index.json` is replaced.
 
     Raises:
         StoreError: litdata is not installed, or the folder holds something else or cannot be written.
@@ -216,8 +199,7 @@ def write_litdata(images: KeptImages, folder: str | Path) -> Path:
         place.mkdir()
         writer = BinaryWriter(cache_dir=str(place), chunk_bytes=LITDATA_CHUNK_BYTES)
         for number, image in enumerate(images):
-            row = _row(image) | {"image": image.data}
-            writer[number] = row
+            writer[number] = _row(image) | {"image": image.data}
         writer.done()
         writer.merge(1)
 
@@ -226,9 +208,5 @@ def write_litdata(images: KeptImages, folder: str | Path) -> Path:
 
 def write_ids(names: Sequence[str], path: str | Path) -> Path:
     """Write the names of the kept samples, one on each line, in the order of the selection, and return the path."""
-
-    def write(place: Path) -> None:
-        with place.open("w", encoding="utf-8", errors="surrogateescape") as file:
-            file.writelines(f"{name}\n" for name in names)
-
-    return whole(Path(path), write)
+    text = "".join(f"{name}\n" for name in names)
+    return whole(Path(path), lambda place: place.write_text(text, encoding="utf-8", errors="surrogateescape"))

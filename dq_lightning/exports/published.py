@@ -51,13 +51,9 @@ def write_bin_files(folder: str | Path, name: str, bins: Bins) -> list[Path]:
     for path in folder.glob(f"select_indices_{name}_exp*.npy"):
         if path not in written:
             path.unlink()
-    values = {field: getattr(bins, field).numpy().astype(dtype) for field, dtype in FIELDS.items()}
-
-    def save(place: Path) -> None:
-        with place.open("wb") as file:
-            np.savez_compressed(file, num_bins=np.int64(bins.num_bins), **values)
-
-    return [*written, whole(folder / BINS_FILE, save)]
+    values: dict[str, Any] = {field: getattr(bins, field).numpy().astype(dtype) for field, dtype in FIELDS.items()}
+    values["num_bins"] = np.int64(bins.num_bins)
+    return [*written, whole(folder / BINS_FILE, lambda place: np.savez_compressed(place, **values))]
 
 
 def read_bin_files(folder: str | Path, labels: Tensor | None = None) -> tuple[Bins, NDArray[np.int64], str]:
@@ -219,10 +215,7 @@ def _parts(folder: Path) -> tuple[str, list[NDArray[np.int64]]]:
     if sorted(files) != list(range(len(files))):
         missing = next(number for number in range(len(files)) if number not in files)
         raise StoreError(f"{folder / f'select_indices_{name}_exp{missing}.npy'} is missing: make the bins again")
-    parts = []
-    for number in range(len(files)):
-        parts.append(read_index(files[number], ordered=False))
-    return name, parts
+    return name, [read_index(files[number], ordered=False) for number in range(len(files))]
 
 
 def _read_whole(folder: Path, parts: list[NDArray[np.int64]]) -> Bins:

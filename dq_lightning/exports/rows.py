@@ -31,10 +31,7 @@ def write_json(rows: Any, index: Tensor, path: str | Path) -> Path:
     Args:
         rows: all N rows, dicts by position: a list or a Hugging Face dataset.
         index: int64 [M], `Selection.index`.
-        path: path of the file; its folder is created.
-
-    Returns:
-        The path.
+        path: path of the file, which is returned; its folder is created.
 
     Raises:
         StoreError: a row does not exist or holds a value that JSON cannot express, or the file cannot be written.
@@ -54,13 +51,8 @@ def write_json(rows: Any, index: Tensor, path: str | Path) -> Path:
 def write_dataset(rows: Any, index: Tensor, path: str | Path) -> Path:
     """Write the kept rows as a Hugging Face dataset for `datasets.load_from_disk`; features and formats are kept.
 
-    Args:
-        rows: all N rows, dicts by position: a list or a Hugging Face dataset.
-        index: int64 [M], `Selection.index`.
-        path: folder that does not exist yet, is empty, or holds such a dataset, which is replaced.
-
-    Returns:
-        The folder.
+    Rows and index are as in `write_json`. `path` is a folder that does not exist yet, is empty, or holds such a
+    dataset, which is replaced; it is returned.
 
     Raises:
         StoreError: a row does not exist, a column holds what a dataset cannot store, or the folder holds something
@@ -108,12 +100,7 @@ def _table(columns: dict[str, list[Any]]) -> Any:
 
 def write_index(index: Tensor, path: str | Path) -> Path:
     """Write row numbers, int64 [M], as a `.npy` file that `numpy.load` reads, and return its path."""
-
-    def write(place: Path) -> None:
-        with place.open("wb") as file:
-            np.save(file, index.numpy().astype(np.int64), allow_pickle=False)
-
-    return whole(Path(path), write)
+    return whole(Path(path), lambda place: np.save(place, index.numpy().astype(np.int64), allow_pickle=False))
 
 
 def _kept(rows: Any, index: Tensor) -> Iterator[tuple[int, Any]]:
@@ -144,14 +131,11 @@ def _as_json(row: Any, number: int, indent: int | None = None) -> str:
 
 
 def whole(target: Path, write: Callable[[Path], Any]) -> Path:
-    """Write beside the target and rename, so that no reader sees a half-written file or folder.
+    """Write beside the target and rename, so that no reader sees a half-written file or folder; return the target.
 
     Args:
         target: file or folder to write; an existing one is replaced if it is of the same kind.
         write: function that creates a file or folder at the path it is given.
-
-    Returns:
-        The target.
 
     Raises:
         StoreError: the target cannot be written, or a folder stands where a file is to be written, or the reverse.
