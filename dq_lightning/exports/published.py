@@ -28,12 +28,9 @@ FIELDS = {"assignment": np.int16, "rank": np.int32, "gain": np.float32, "group":
 
 
 def write_bin_files(folder: str | Path, name: str, bins: Bins) -> list[Path]:
-    """Write bins as the published files, and completely in `bins.npz` beside them.
+    """Write bins as the published files of a dataset's name, and completely in `bins.npz` beside them.
 
-    Args:
-        folder: folder of the files, created when it is missing; files of the same names are replaced.
-        name: name of the dataset.
-        bins: bins of N samples.
+    The folder is created when it is missing; files of the same names are replaced.
 
     Returns:
         Paths of the files, `bins.npz` last.
@@ -118,14 +115,7 @@ def read_bin_files(folder: str | Path, labels: Tensor | None = None) -> tuple[Bi
 def select_from_files(
     folder: str | Path, *, keep_ratio: float, seed: int = 0, labels: Tensor | None = None, **options: object
 ) -> tuple[Selection, str]:
-    """Draw samples from the bins of a folder.
-
-    Args:
-        folder: folder of the bins, as in `read_bin_files`.
-        keep_ratio: share of samples kept, 0 < keep_ratio <= 1.
-        seed: seed of the draw.
-        labels: class of every sample [N], as in `read_bin_files`.
-        **options: further arguments of `select`.
+    """Draw samples from the bins of a folder, which is read as in `read_bin_files`; the options are those of `select`.
 
     Returns:
         The selection, with positions in the dataset, and the dataset's name.

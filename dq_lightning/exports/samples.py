@@ -82,14 +82,11 @@ def kept_of_source(
     name: str = "dataset",
     samples: Callable[[], Iterator[Any]] | None = None,
 ) -> KeptImages:
-    """Return the kept images of a dataset; image files keep their bytes.
+    """Return the kept images of a source, at the positions of a selection; image files keep their bytes.
 
-    Args:
-        source: source of images, from `as_source`.
-        selection: positions in the source.
-        name: name of the set, for files.
-        samples: function that returns an iterator over M other samples, in order, such as filled ones, whose images are
-            encoded as PNG; labels and names are those of the source. None reads the samples from the source.
+    `name` is that of the set, for files. `samples` returns an iterator over M other samples, in order, such as filled
+    ones, whose images are encoded as PNG; labels and names are those of the source. None reads the samples from the
+    source.
     """
     labels = source.labels()
 

@@ -26,16 +26,12 @@ Place = tuple[str | int, ...]
 
 
 class UnfilledDataset(Dataset[Any]):
-    """The samples of a store of patches with unfilled images: uint8 tensors [C, H, W], dropped patches in the mean colour.
+    """The samples of a store of patches, whose images are not filled: uint8 tensors [C, H, W].
 
-    Each item is a dict with the sample under `BATCH` and the mask of its patches under `MASKS`: bool [L], True where a
-    patch is kept.
-
-    Args:
-        samples: packed store that delivers `PatchedImage` objects, all of one size.
-        place: place of the image in a sample: the keys and positions that lead to it.
-        finisher: function that is called with (position, sample) and applies the user's target transform; it must not
-            change the image.
+    Dropped patches are in the mean colour. Each item is a dict with the sample under `BATCH` and the mask of its
+    patches under `MASKS`: bool [L], True where a patch is kept. The samples are those of a packed store that delivers
+    `PatchedImage` objects, and `place` leads to the image in each. The finisher, called with (position, sample),
+    applies the user's target transform; it must not change the image.
 
     Raises:
         PatchError: the images differ in size.
@@ -71,10 +67,7 @@ class UnfilledDataset(Dataset[Any]):
 class UnfilledCollate:
     """Collate function for items of `UnfilledDataset`: it collates the samples inside the items and stacks their masks.
 
-    Other items, such as those of a validation set, are collated as usual.
-
-    Args:
-        collate_fn: collate function for the samples; None uses torch's.
+    Other items, such as those of a validation set, are collated as usual: by the given function, or by torch's own.
     """
 
     def __init__(self, collate_fn: Callable[[list[Any]], Any] | None = None) -> None:
@@ -104,9 +97,7 @@ class BatchFiller:
     def __call__(self, batch: dict[str, Any]) -> Any:
         """Return the user's batch with its images filled and transformed.
 
-        Args:
-            batch: batch made by `UnfilledCollate`, on the device: `BATCH` holds the collated samples, `MASKS` bool [B,
-                L].
+        The batch, made by `UnfilledCollate`, is on the device: `BATCH` holds the collated samples, `MASKS` bool [B, L].
 
         Raises:
             PatchError: the images are not found in the batch.
@@ -125,12 +116,7 @@ class BatchFiller:
 
 
 def check_batch_transform(batch_transform: Any, transform: Any, fills_late: bool) -> None:
-    """Check that a batch transform is given if and only if images are filled by the batch.
-
-    Args:
-        batch_transform: the user's batch transform, or None.
-        transform: the user's transform of single images, or `"keep"`.
-        fills_late: whether images are filled by the batch.
+    """Check that a batch transform is given if and only if images are filled by the batch (`fills_late`).
 
     Raises:
         ConfigError: the batch transform is missing, or it is given where it is not used, or there is a transform of
@@ -160,14 +146,10 @@ def is_unfilled(batch: Any) -> bool:
 
 
 def find_images(batch: Any, place: Place) -> Place:
-    """Return the place of the images, uint8 [B, C, H, W], in a collated batch.
+    """Return the place of the images, uint8 [B, C, H, W], in a batch of collated samples.
 
     The place of the image in a sample is tried first. If the collate function changed the structure, the whole batch is
     searched.
-
-    Args:
-        batch: collated samples.
-        place: place of the image in a sample.
 
     Raises:
         PatchError: the batch holds no such tensor, or several.

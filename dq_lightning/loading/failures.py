@@ -46,12 +46,9 @@ class FailureNotes:
         self._run = hashlib.sha256("\n".join([*variables, str(world_size())]).encode()).hexdigest()[:16]
 
     def explain(self, error: BaseException) -> str | None:
-        """Leave a note about this rank's error, or, if the error is a lost connection, return the notes of other ranks.
+        """Leave a note about this rank's error, or return the notes of others if it is only a lost connection.
 
-        If the connection was lost, it waits up to 2 seconds for a note.
-
-        Returns:
-            A sentence that says what ended the other process, or None when there is nothing to add to the error.
+        In that case it waits up to 2 seconds for a note. It returns None when there is nothing to add to the error.
         """
         if world_size() == 1 or isinstance(error, KeyboardInterrupt):
             return None

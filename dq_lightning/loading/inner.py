@@ -73,11 +73,8 @@ def check_given(**given: Any) -> None:
     In this case it passes either an instance of the base class of data modules, which has no loaders, or an object that
     holds the changed argument only.
 
-    Args:
-        **given: datasets by the name of the keyword.
-
     Raises:
-        ConfigError: a value is such an object.
+        ConfigError: a value is such an object; the message has the name of its keyword.
     """
     for name, value in given.items():
         made = type(value)

@@ -92,12 +92,8 @@ def check_collatable(dataset: Any, name: str) -> None:
     At most three samples are read. The check passes if one of them can be collated, because the others may not be kept,
     and if one cannot be read, because unreadable samples are reported by the step that reads all of them.
 
-    Args:
-        dataset: map-style dataset.
-        name: name of the dataset in the message.
-
     Raises:
-        ConfigError: none of the samples can be collated.
+        ConfigError: none of the samples can be collated; the message has the `name` of the dataset.
     """
     problem = None
     for position in evenly_spaced(len(dataset), COLLATED_SAMPLES):
@@ -131,16 +127,11 @@ def worker_context(given: Any, num_workers: int) -> Any:
 
 
 def make_loader(dataset: Any, settings: LoaderSettings, facts: TrainerFacts, seed: int = 0) -> DataLoader[Any]:
-    """Make a DataLoader.
+    """Make a DataLoader of a map-style dataset; settings that are `"auto"` are resolved from the facts about the run.
 
-    If `num_workers` is `"auto"`, a dataset that several processes cannot share is read in this process.
-
-    Args:
-        dataset: map-style dataset.
-        settings: settings of the loader.
-        facts: facts about the run, from which `"auto"` settings are resolved.
-        seed: seed of a sampler that draws, so that all ranks draw the same samples. The epoch is added to it, so a
-            loader that is made again in a later epoch draws other samples.
+    If `num_workers` is `"auto"`, a dataset that several processes cannot share is read in this process. The seed is
+    that of a sampler that draws, so that all ranks draw the same samples. The epoch is added to it, so a loader that is
+    made again in a later epoch draws other samples.
     """
     workers = automatic_workers(facts.processes_on_node) if settings.num_workers == "auto" else settings.num_workers
     pin = facts.on_cuda if settings.pin_memory == "auto" else settings.pin_memory
@@ -176,7 +167,7 @@ def make_eval_loaders(
         given: a dataset, a loader of any kind (returned as it is), or a list or dict of these. A list of samples is a
             dataset.
         settings: settings of the loaders; shuffling, `drop_last` and weighted drawing are switched off.
-        facts: facts about the run, from which `"auto"` settings are resolved.
+        facts: facts about the run, as in `make_loader`.
         make: function that makes the loader of one dataset; None uses `make_loader`.
 
     Returns:

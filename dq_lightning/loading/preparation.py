@@ -98,11 +98,8 @@ class Preparation:
     def prepare(self, trainer: Any, val: Any = None) -> None:
         """Make the compact set if a train set is needed and the cache does not hold it.
 
-        Lightning decides which processes call this method.
-
-        Args:
-            trainer: Trainer of the run, or None.
-            val: validation dataset of which torch's collate function must be able to make batches, or None.
+        Lightning decides which processes call this method. `val` is the validation dataset of which torch's collate
+        function must be able to make batches, or None.
 
         Raises:
             DQError: preparation failed in a run of one process. In a run of several processes the error is kept, and
@@ -131,16 +128,10 @@ class Preparation:
             self._failure = error
 
     def open(self, trainer: Any, stage: str | None) -> bool:
-        """Open the compact set on every rank and check that all ranks hold the same one.
+        """Open the compact set, and check that all ranks hold the same one. Every rank must call this method.
 
-        Every rank must call this method.
-
-        Args:
-            trainer: Trainer of the run, or None.
-            stage: stage of Lightning's `setup`, such as `"fit"`; None means all stages.
-
-        Returns:
-            Whether the stage needs a train set.
+        `stage` is that of Lightning's `setup`, such as `"fit"`; None means all stages. The result is whether it needs a
+        train set.
 
         Raises:
             DQError: preparation failed on some rank, this rank cannot find the entry, or the ranks hold different
@@ -198,11 +189,7 @@ class Preparation:
     def settings(self, batch_size: int | None, given: dict[str, Any]) -> LoaderSettings:
         """Return the settings of the train loader.
 
-        A setting that the user gave comes first, then the wrapped data module's own, then the default.
-
-        Args:
-            batch_size: samples per batch and process; None uses the wrapped module's own or the default.
-            given: other settings by name; None stands for a setting that was not given.
+        A setting that the user gave (not None) comes first, then the wrapped data module's own, then the default.
         """
         own = self._opened.settings if self._opened is not None else None
         named = {name: value for name, value in given.items() if value is not None}
@@ -212,11 +199,7 @@ class Preparation:
         return replace(settings, batch_size=settings.batch_size if batch_size is None else batch_size)
 
     def expect(self, content_hash: str | None, trainer: Any) -> None:
-        """Require the compact set that a checkpoint was trained on, if this run trains.
-
-        Args:
-            content_hash: content hash in the checkpoint, or None if it holds none.
-            trainer: Trainer of the run, or None.
+        """Require the compact set of the content hash in a checkpoint, if this run trains; None requires nothing.
 
         Raises:
             CacheError: this run has another compact set.

@@ -24,11 +24,7 @@ def global_rank() -> int:
 
 
 def gather_from_all(value: Any) -> list[Any]:
-    """Return the values of all ranks, in the order of the ranks. Every rank must call it.
-
-    Args:
-        value: this rank's value; it must be plain and picklable.
-    """
+    """Return the values of all ranks, plain and picklable, in the order of the ranks. Every rank must call it."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -39,9 +35,7 @@ def gather_from_all(value: Any) -> list[Any]:
 def raise_on_all(error: BaseException | None, doing: str) -> None:
     """Raise on every rank if any rank failed, each time with the cause. Every rank must call it.
 
-    Args:
-        error: error of this process, or None.
-        doing: what was being done, for the message.
+    `error` is that of this process, or None, and `doing` says what was done, for the message.
 
     Raises:
         BaseException: this rank's own error, unchanged.
@@ -58,18 +52,9 @@ def raise_on_all(error: BaseException | None, doing: str) -> None:
 
 
 def call_on_all(action: Callable[[], Result], doing: str) -> Result:
-    """Call a function on every rank, and raise on every rank if it fails on any of them. Every rank must call it.
+    """Call a function on every rank, return its result, and raise as `raise_on_all` if it fails on any of them.
 
-    Args:
-        action: function to call; it must not contain a call that waits for other ranks.
-        doing: what the function does, for the message.
-
-    Returns:
-        What the function returned on this rank.
-
-    Raises:
-        BaseException: this rank's own error, unchanged.
-        DistributedError: another rank's error, by rank and message.
+    Every rank must call it. The function must not contain a call that waits for other ranks.
     """
     try:
         result = action()
@@ -81,15 +66,11 @@ def call_on_all(action: Callable[[], Result], doing: str) -> Result:
 
 
 def check_equal_on_all(value: str, what: str, advice: str) -> None:
-    """Check that all ranks hold the same value. Every rank must call it.
-
-    Args:
-        value: this rank's value.
-        what: name of the values in the plural, for the message.
-        advice: sentence at the end of the message that says what to do.
+    """Check that all ranks hold the same value; `what` names the values in the plural. Every rank must call it.
 
     Raises:
-        DistributedError: the values differ; the message lists every distinct value and the ranks that hold it.
+        DistributedError: the values differ; the message lists every distinct value and the ranks that hold it, and
+            ends with the advice.
     """
     values = gather_from_all(value)
     if len(set(values)) > 1:

@@ -30,14 +30,7 @@ def steps_per_epoch(num_samples: int, batch_size: int, num_ranks: int, drop_last
 
 
 def check_steps(trainer: Any, steps: int, *, num_samples: int, batch_size: int, num_ranks: int) -> list[str]:
-    """Compare the Trainer's settings with the steps of an epoch.
-
-    Args:
-        trainer: a Lightning Trainer.
-        steps: batches per rank and epoch.
-        num_samples: samples per epoch of the compact set, for the messages.
-        batch_size: samples per batch and rank, for the messages.
-        num_ranks: processes that share an epoch, for the messages.
+    """Compare the Trainer's settings with the steps of an epoch, which are batches per rank.
 
     Returns:
         Sentences of advice on settings that are valid but have no effect, or another one, in such short epochs.
@@ -83,11 +76,7 @@ def check_steps(trainer: Any, steps: int, *, num_samples: int, batch_size: int, 
 def report_steps(trainer: Any, info: StoreInfo, settings: LoaderSettings, *, quiet: bool) -> None:
     """Check the Trainer's settings, and log on rank 0 how many steps an epoch has with the compact set and without it.
 
-    Args:
-        trainer: a Lightning Trainer.
-        info: facts about the compact set.
-        settings: settings of the train loader.
-        quiet: check only, because the steps were logged before.
+    With `quiet` nothing is logged, because the steps were logged before.
 
     Raises:
         ConfigError: see `check_steps`.

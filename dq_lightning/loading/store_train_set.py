@@ -55,11 +55,6 @@ class StoreTrainSet(TrainSet):
 
     If its dropped patches are filled before training, the filled images are kept in the cache.
 
-    Args:
-        folder: folder of the store.
-        wanted: everything that the user asked for.
-        verify: how the store is checked when it is opened, as in `quantize`.
-
     Raises:
         ConfigError: a keyword was given that chooses among the samples of a dataset.
         StoreError: the folder holds no packed set, or a damaged one.
@@ -154,10 +149,8 @@ class StoreTrainSet(TrainSet):
 def make_train_set(train: Any, wanted: Wanted, verify: VerifyPolicy) -> TrainSet:
     """Make the training set for what the user passed as `train`.
 
-    Args:
-        train: data module, dataset, `StoreFolder`, or a path: of a packed set or of a dataset, see `open_path`.
-        wanted: everything that the user asked for.
-        verify: how a packed set is checked when it is opened, as in `quantize`.
+    That is a data module, a dataset, a `StoreFolder`, or a path: of a packed set or of a dataset, see `open_path`.
+    `verify` says how a packed set is checked when it is opened, as in `quantize`.
 
     Raises:
         ConfigError: a path is none of these.

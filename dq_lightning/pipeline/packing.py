@@ -40,13 +40,9 @@ MEASURED_SAMPLES = 16
 def make_store(task: Task, selection: Selection, scored: tuple[Tensor, Tensor] | None = None) -> None:
     """Write the entry of the compact set: its selection and description, and the samples if the plan packs them.
 
-    Packed samples are plain items, that is, items without the user's transforms.
-
-    Args:
-        task: task of the step.
-        selection: the M kept samples.
-        scored: scores float32 [sum of L_i] of every patch, image after image, and sizes int32 [M, 2] of the images,
-            (height, width) in pixels; None where all patches are kept.
+    Packed samples are plain items, that is, items without the user's transforms. `scored` holds the scores float32 [sum
+    of L_i] of every patch, image after image, and the sizes int32 [M, 2] of the images, (height, width) in pixels; None
+    where all patches are kept.
 
     Raises:
         PatchError: the patches do not fit into `max_bytes`, or an image cannot be cut into patches where it must be.
@@ -134,13 +130,9 @@ def write_samples(
 def check_storable(plan: Plan, finisher: Any = None) -> None:
     """Check before the long work that samples can be packed: pack a few of them and read them back.
 
-    Nothing is done if the plan packs no samples.
-
-    Args:
-        plan: plan of the run.
-        finisher: finisher for the positions `plan.candidates`, or None. It must give the same result for a sample read
-            back as for the dataset's own sample; a transform may use something that no packed set keeps, such as the
-            file name of an image.
+    Nothing is done if the plan packs no samples. The finisher, for the positions `plan.candidates`, must give the same
+    result for a sample read back as for the dataset's own sample; a transform may use something that no packed set
+    keeps, such as the file name of an image.
 
     Raises:
         StoreError: a sample cannot be stored.

@@ -70,8 +70,7 @@ class PatchPlan:
     def saliency_parts(self, identities: dict[str, str]) -> dict[str, Any]:
         """Return everything that the scores depend on besides the samples and their labels, as plain JSON.
 
-        Args:
-            identities: identities of the networks, by name.
+        `identities` holds the identities of the networks, by name.
         """
         config = self.config
         parts: dict[str, Any] = {"saliency": config.saliency, "patch_size": self.patch_size}
@@ -93,11 +92,7 @@ class PatchPlan:
         return parts
 
     def load_scorer(self, device: str, num_classes: int | None) -> PatchScorer:
-        """Load the scorer of patches on a device.
-
-        Args:
-            device: device that the classifier runs on.
-            num_classes: number of classes of the dataset, or None when it has no labels.
+        """Load the scorer of patches on a device; `num_classes` is None for a dataset without labels.
 
         Raises:
             PatchError: the classifier has no output for classes, so no saliency can be computed from it.
@@ -128,15 +123,10 @@ def _as_pil(image: Tensor) -> Image.Image:
 def make_patch_plan(
     config: PatchConfig, image_size: tuple[int, int], *, classifier: Any = None, reconstructor: Any = None
 ) -> PatchPlan:
-    """Choose patch size, classifier and reconstructor.
+    """Choose patch size, classifier and reconstructor; it loads no weights and sends no requests to a hub.
 
-    It loads no weights and sends no requests to a hub.
-
-    Args:
-        config: settings of the step.
-        image_size: (height, width) of a typical image in pixels.
-        classifier: network, or `(network, preprocessing)`; it replaces the name in the config.
-        reconstructor: `ViTMAEForPreTraining`, or a name or path; it replaces the name in the config.
+    `image_size` is (height, width) of a typical image in pixels. A classifier (a network, or `(network,
+    preprocessing)`) and a reconstructor (`ViTMAEForPreTraining`, or a name or path) replace the names in the config.
 
     Raises:
         FeatureError: the name of the classifier is unknown.

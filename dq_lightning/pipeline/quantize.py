@@ -111,17 +111,10 @@ def find_or_build(
 ) -> Compact:
     """Return the compact set of a plan: from the cache if it is there, else made now.
 
-    One line of the log says whether it was reused or is made, and why. The caller restores the global random state, once
-    for the whole of its work (`isolated_random_state`).
-
-    Args:
-        plan: what will be made.
-        cache: cache that is searched and written.
-        device: device that the networks and the bins run on.
-        force: make again what is already in the cache.
-        progress: show progress bars.
-        check: function that is called before the work, only if something has to be made; an error that it raises ends
-            the run before any long work. None packs a few samples on trial (`check_storable`).
+    One line of the log says whether it was reused or is made, and why. The caller restores the global random state,
+    once for the whole of its work (`isolated_random_state`). `check` is called before the work, only if something has
+    to be made; an error that it raises ends the run before any long work. None packs a few samples on trial
+    (`check_storable`).
 
     Raises:
         DQError: the compact set cannot be made.

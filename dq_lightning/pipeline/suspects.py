@@ -39,12 +39,7 @@ class GivenScores:
 
 
 def given_scores(scores: Any, config: QualityConfig, total: int) -> GivenScores | None:
-    """Read the scores that the user gave, or None where there are none or they have no use.
-
-    Args:
-        scores: array, tensor or list of N numbers, or None, where `config.score` says what to use.
-        config: settings.
-        total: N, the number of samples.
+    """Read the N scores that the user gave, or None where there are none or they have no use.
 
     Raises:
         ConfigError: the scores are not N finite numbers, a file cannot be read, or settings contradict each other.
@@ -90,13 +85,7 @@ def find_suspects(
 ) -> Suspects | None:
     """Find the samples that are left out of the bins because of their scores, and log their number.
 
-    Args:
-        config: settings.
-        given: scores that the user gave; None takes margins.
-        source: source of the N samples.
-        labels: classes of the samples, or None.
-        features: features of the samples.
-        device: device that margins are computed on.
+    The scores are those that the user gave, or margins, which are computed on the device.
 
     Returns:
         The suspects, or None where the settings leave nothing out, or where `"auto"` can find nothing since there are
@@ -167,10 +156,7 @@ def _log_estimate(share: float, error: float, count: int, total: int) -> None:
 def with_enough(bins: Bins, labels: Labels | None, wanted: int) -> Bins:
     """Return bins that hold at least `wanted` samples: the suspects of highest score are put into the last bin.
 
-    Args:
-        bins: bins of N samples.
-        labels: classes of the samples where bins were made inside classes, else None.
-        wanted: number of samples that will be kept.
+    The labels are the classes of the samples where bins were made inside classes, else None.
     """
     short = wanted - int((bins.assignment >= 0).sum())
     if bins.suspects is None or short <= 0:

@@ -19,11 +19,8 @@ from dq_lightning.tokens.tokenizer import load_tokenizer, padding_id
 class TokenLoading:
     """Encodes datasets of rows with one tokenizer and makes loaders of them.
 
-    Args:
-        tokenizer: tokenizer of transformers, or its name or folder.
-        config: settings; `template`, `columns`, `use_chat_template`, `train_length` and `pack_rows` are used.
-        seed: seed of the order of the rows.
-        on_error: what happens when a row cannot be written, as in `encode_rows`.
+    The tokenizer is one of transformers, or its name or folder. Of the settings, `template`, `columns`,
+    `use_chat_template`, `train_length` and `pack_rows` are used.
 
     Raises:
         ConfigError: the tokenizer cannot be loaded or used.
@@ -45,10 +42,7 @@ class TokenLoading:
     def rows(self, dataset: Any, positions: Sequence[int] | None = None, name: str = "") -> TokenRows:
         """Return the encoded rows of a dataset; they are encoded at the first call.
 
-        Args:
-            dataset: dataset of rows.
-            positions: positions of its rows in the original data, for messages.
-            name: name of the dataset, for messages.
+        The positions of the rows in the original data, and the name of the dataset, are for messages.
 
         Raises:
             ConfigError: as in `encode_rows`.
@@ -64,10 +58,6 @@ class TokenLoading:
     def check(self, dataset: Any, name: str = "") -> None:
         """Check that every row of a dataset can be written as text, without encoding it.
 
-        Args:
-            dataset: dataset of rows.
-            name: name of the dataset, for messages.
-
         Raises:
             SourceError: a row cannot be written; with `on_error="skip"`, no row can be written.
         """
@@ -79,12 +69,6 @@ class TokenLoading:
 
         With `settings.shuffle`, batches hold rows of similar length and come in a new order every epoch. Without it,
         the rows come in order and are never packed.
-
-        Args:
-            dataset: dataset of rows.
-            settings: batch size, shuffling, workers and collate function of the loader.
-            facts: what is known of the trainer; it decides whether memory is pinned when the setting is `"auto"`.
-            name: name of the dataset, for messages.
 
         Raises:
             ConfigError: the settings draw rows by weights or with replacement.

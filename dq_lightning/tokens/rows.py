@@ -222,12 +222,7 @@ def check_rows(
 def truncate(row: _Encoded, max_length: int) -> _Encoded:
     """Cut a row to `max_length` tokens: first the middle of what precedes the last response, then the response's end.
 
-    Args:
-        row: encoded row.
-        max_length: maximum number of tokens.
-
-    Returns:
-        The row itself if it is short enough, otherwise a shorter copy.
+    A row that is short enough is returned itself.
     """
     if len(row.ids) <= max_length:
         return row
@@ -245,12 +240,7 @@ def truncate(row: _Encoded, max_length: int) -> _Encoded:
 class RowWriter:
     """Writes rows as text, split into segments that are learned or not learned, and counts what could not be written.
 
-    Args:
-        rows: rows whose columns decide how all of them are read.
-        tokenizer: tokenizer with an end-of-sequence token.
-        template: layout of the columns, as in `encode_rows`.
-        columns: names of the columns to read, as in `encode_rows`.
-        use_chat_template: whether to write rows with the tokenizer's chat template, as in `encode_rows`.
+    The columns of `rows` decide how all of them are read. The arguments are those of `encode_rows`.
 
     Attributes:
         by_chat: whether rows are written with the chat template.
@@ -290,11 +280,7 @@ class RowWriter:
     ) -> Iterator[tuple[int, list[Segment]]]:
         """Yield every row that can be written, as its position in the data and its segments.
 
-        Args:
-            rows: rows to write.
-            positions: positions of the rows in the data that they were taken from; None means 0, 1, 2, ...
-            on_error: `"skip"` counts rows that cannot be written in `left_out`; `"raise"` raises the error of the first
-                one.
+        `"skip"` counts rows that cannot be written in `left_out`; `"raise"` raises the error of the first one.
 
         Raises:
             SourceError: a row cannot be written under `on_error="raise"` or for a temporary reason, or no row can be

@@ -15,15 +15,8 @@ _POOL, _SHARE = 50, 4
 class EpochShuffle(Sampler[int]):
     """Sampler of all positions in an order that depends only on the seed and the epoch, not on the global random state.
 
-    Like torch's `DistributedSampler` it has `epoch` and `set_epoch`. A loop that never sets the epoch gets a new order
-    in every pass nevertheless.
-
-    Args:
-        count: number of positions.
-        seed: seed of the order.
-
-    Attributes:
-        epoch: epoch of the current pass.
+    Like torch's `DistributedSampler` it has `epoch`, that of the current pass, and `set_epoch`. A loop that never sets
+    the epoch gets a new order in every pass nevertheless.
     """
 
     def __init__(self, count: int, seed: int = 0) -> None:
