@@ -230,8 +230,8 @@ def read_loader(loader: Any) -> tuple[Dataset[Any], LoaderSettings]:
         )
     if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
         raise ConfigError(
-            f"the train loader makes its batches by {type(loader.batch_sampler).__name__}, whose positions are those of the "
-            "whole dataset: it cannot be carried over to the compact set. Pass the dataset itself and batch_size="
+            f"the train loader makes its batches by {type(loader.batch_sampler).__name__}, and a batch sampler names positions "
+            "of the whole dataset: it cannot be carried over to the compact set. Pass the dataset itself and batch_size="
         )
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise ConfigError(
