@@ -165,10 +165,6 @@ def quantize_dataset(
             "fingerprint": fingerprint,
         }
         write_results(Path(output), info, config, place)
-        if info.suspects is not None:
-            from dq_lightning.exports.results import write_suspects
-
-            write_suspects(info.suspects, Path(output) / "suspects.csv")
     if info.num_unreadable:
         print(f"{info.num_unreadable:,} samples could not be read and were skipped, as on_error=skip asks for")
     share = info.num_samples / info.num_source_samples

@@ -28,14 +28,10 @@ def write_image_dataset(images: KeptImages, folder: str | Path) -> Path:
     return whole(target, write)
 
 
-def push_images(images: KeptImages, repository: str, *, private: bool = True, split: str = "train") -> None:
+def push_images(images: KeptImages, repository: str, *, private: bool = True) -> None:
     """Upload images to a dataset repository on the Hugging Face hub, with the token that the hub library has stored.
 
-    Args:
-        images: images to upload.
-        repository: name of the repository, `OWNER/NAME`.
-        private: whether the repository is private, if it is created by this call.
-        split: name of the uploaded split.
+    The repository is named as `OWNER/NAME`; one that this call creates is private unless `private` is False.
 
     Raises:
         StoreError: the hub refuses the upload or cannot be reached.
@@ -43,7 +39,7 @@ def push_images(images: KeptImages, repository: str, *, private: bool = True, sp
     with tempfile.TemporaryDirectory() as scratch:
         made = _as_dataset(images, Path(scratch))
         try:
-            made.push_to_hub(repository, private=private, split=split)
+            made.push_to_hub(repository, private=private, split="train")
         except Exception as error:
             raise StoreError(
                 f"the repository {repository} could not be written ({type(error).__name__}: {error}): log in with "

@@ -37,7 +37,7 @@ def dataset_name(dataset: str | dict[str, Any] | None, data_path: str | Path | N
 
 
 def write_results(folder: Path, info: StoreInfo, config: QuantizeConfig, place: dict[str, Any]) -> None:
-    """Write `config.yaml`, `info.json`, `select_indices_NAME_RATIO.npy` and `compact/`.
+    """Write `config.yaml`, `info.json`, `select_indices_NAME_RATIO.npy` and `compact/`; for suspects `suspects.csv`, too.
 
     Args:
         folder: folder of the results, created when it is missing; files of an earlier result are replaced one by one.
@@ -60,6 +60,8 @@ def write_results(folder: Path, info: StoreInfo, config: QuantizeConfig, place: 
     described = copied.to_dict() | {"seconds": info.seconds, "reused": info.reused}
     _write_text(folder / INFO, json.dumps(described, indent=2) + "\n")
     write_config(folder / CONFIG, place | config.to_dict())
+    if info.suspects is not None:
+        write_suspects(info.suspects, folder / "suspects.csv")
 
 
 def write_config(path: Path, values: dict[str, Any]) -> None:
@@ -76,16 +78,13 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def write_suspects(suspects: Suspects, path: str | Path, source: Source | None = None) -> Path:
-    """Write suspects as a CSV file with the columns position, name, score, label and suggested.
+    """Write suspects as a CSV file with the columns position, name, score, label and suggested, and return its path.
 
     Args:
         suspects: the samples, the lowest score first.
         path: path of the file, which is replaced; its folder is created.
         source: source of the samples, which gives their names (relative paths in a dataset of files); None leaves the
             names empty.
-
-    Returns:
-        The path.
 
     Raises:
         StoreError: the file cannot be written.

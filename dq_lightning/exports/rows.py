@@ -182,11 +182,7 @@ def check_writable(folder: str | Path) -> None:
 
 
 def check_free(folder: Path, marker: str) -> None:
-    """Refuse to replace a folder that holds something else than an earlier export.
-
-    Args:
-        folder: folder that is to be written.
-        marker: name of a file that every export of this kind has.
+    """Refuse to replace a folder that holds something else than an earlier export, each of which has the file `marker`.
 
     Raises:
         StoreError: the folder is not empty and lacks the marker.

@@ -158,15 +158,10 @@ def _samples(
 
 
 def as_png(leaf: Any) -> bytes:
-    """Encode an image as PNG without loss.
+    """Encode an image as a PNG file without loss.
 
-    The EXIF tags (by which a photo may be rotated), the resolution and the colour profile are kept, too.
-
-    Args:
-        leaf: Pillow image, uint8 array [H, W] or [H, W, C], or uint8 tensor [H, W] or [C, H, W].
-
-    Returns:
-        Bytes of the PNG file.
+    The EXIF tags (by which a photo may be rotated), the resolution and the colour profile are kept, too. The image is a
+    Pillow image, uint8 array [H, W] or [H, W, C], or uint8 tensor [H, W] or [C, H, W].
 
     Raises:
         StoreError: the image is of another type or mode, which PNG cannot hold exactly.

@@ -156,15 +156,11 @@ def _palette(image: Image.Image) -> tuple[str, bytes] | None:
 
 
 def decode_image(data: Any, decoder: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image as described in `records.EncodedImage`.
-
-    Args:
-        data: bytes of an encoded image file.
-        decoder: name of the decoder, see `records.EncodedImage.decoder`.
-        max_pixels: an image with more pixels than this is refused before its pixels are decoded.
+    """Decode an image file by a decoder of `records.EncodedImage`.
 
     Raises:
-        StoreError: if the bytes are no image of an allowed format, or the image is too large.
+        StoreError: if the bytes are no image of an allowed format, or the image has more than `max_pixels` pixels; it is
+            then refused before they are decoded.
     """
     try:
         # The stream stays open, because a transform may read other frames, as it may in the dataset.
@@ -342,13 +338,8 @@ def images_from_raw(mode: str, size: tuple[int, int], rows: Any) -> list[Image.I
 def decode_node(facts: Any, data: memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode what `encode_image` or `raw_image` returned, without the properties that are stored separately.
 
-    Args:
-        facts: description of the encoding (plain JSON).
-        data: bytes of the encoded image.
-        max_pixels: an encoded file with more pixels than this is refused before they are decoded.
-
     Raises:
-        StoreError: if description and bytes do not give an image.
+        StoreError: if description and bytes do not give an image of at most `max_pixels` pixels.
     """
     if not isinstance(facts, list) or not facts:
         raise StoreError("a stored image lacks its description")

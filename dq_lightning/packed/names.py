@@ -13,11 +13,7 @@ from dq_lightning.core.errors import StoreError
 
 
 class PositionNames(Sequence[str]):
-    """Ids that are the positions of the samples in the source, as decimal numbers.
-
-    Args:
-        index: int64 [M], positions in the source.
-    """
+    """Ids that are the positions of the samples in the source (int64 [M]), as decimal numbers."""
 
     def __init__(self, index: NDArray[np.int64]) -> None:
         self._index = index
@@ -31,11 +27,10 @@ class PositionNames(Sequence[str]):
 
 
 class Names(Sequence[str]):
-    """Sequence of ids that decodes an id only when it is asked for, so that memory holds no Python object for each.
+    """Sequence of M ids that decodes an id only when it is asked for, so that memory holds no Python object for each.
 
-    Args:
-        data: bytes of all ids in UTF-8, one after the other.
-        offsets: M + 1 positions in `data`; id i starts at offsets[i] and ends before offsets[i + 1].
+    `data` holds the bytes of all ids in UTF-8, one after the other; id i starts at offsets[i] and ends before offsets[i
+    + 1].
     """
 
     def __init__(self, data: memoryview, offsets: memoryview) -> None:

@@ -7,16 +7,11 @@ MAGIC = b"\x93NUMPY\x01\x00"
 
 
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """Return a header of npy format 1.0, padded to a multiple of 64 bytes.
+    """Return a header of npy format 1.0 for numpy's dtype string and a shape, padded to a multiple of 64 bytes.
 
     Its length does not depend on the first dimension, so it can be written before the rows are counted.
 
-    Args:
-        dtype: numpy's dtype string.
-        shape: shape of the array.
-
-    >>> len(npy_header("<f4", (10, 3)))
-    128
+    >>> len(npy_header("<f4", (10, 3))) 128
     """
     text = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape!r}, }}"
     spare = 20 - len(str(shape[0])) if shape else 0

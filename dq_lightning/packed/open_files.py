@@ -36,11 +36,7 @@ class OpenFiles:
         self._held = 0
 
     def open(self, name: str, size: int) -> int:
-        """Open a file and return its descriptor, which stays open as long as this object exists.
-
-        Args:
-            name: name of the file.
-            size: size in bytes that the file must have.
+        """Open a file of a known size in bytes; its descriptor stays open as long as this object exists.
 
         Raises:
             Damage: if the file has another size, or is no plain file.
@@ -62,16 +58,9 @@ class OpenFiles:
         return descriptor
 
     def read(self, name: str, size: int, header: bytes = b"", sha256: str | None = None) -> NDArray[np.uint8]:
-        """Read the bytes of a file that follow its header into memory, and close the file.
+        """Read the `size` bytes of a file that follow its header into memory, uint8 [size], and close the file.
 
-        Args:
-            name: name of the file.
-            size: number of bytes after the header.
-            header: bytes that the file must begin with.
-            sha256: hexadecimal digest that the whole file must have; None compares nothing.
-
-        Returns:
-            uint8 [size].
+        `sha256` is the hexadecimal digest that the whole file must have; None compares nothing.
 
         Raises:
             Damage: if the file has another size, beginning or content.
@@ -95,12 +84,6 @@ class OpenFiles:
         Columns that are small enough are read now and held in memory. Of other columns each row is read when the
         function is called. The caller has to verify what the function returns. The bytes are read-only unless they are
         in memory that belongs to the caller alone.
-
-        Args:
-            name: name of the file.
-            count: number of rows in the file.
-            row_bytes: number of bytes in each row.
-            header: bytes that the file must begin with.
 
         Raises:
             Damage: if the file has another size or beginning.

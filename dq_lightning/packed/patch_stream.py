@@ -76,12 +76,9 @@ def shared_heads(images: Sequence[PatchedImage]) -> bytes:
 
 
 def check_facts(kind: str, dtype: str, shape: tuple[int, ...]) -> None:
-    """Check that a stored description of patched images is possible.
+    """Check that a stored description of patched images, a leaf of kind "patches" or "stream", is possible.
 
-    Args:
-        kind: kind of the leaf, "patches" or "stream".
-        dtype: `mode/layout/codec` of the images.
-        shape: (height, width, P, bytes of pixels) of patches, or (P,) of a stream.
+    `dtype` is `mode/layout/codec` of the images, and `shape` is as in `columns.Leaf`.
 
     Raises:
         StoreError: if the mode, layout or codec is unknown, or the sizes are impossible.

@@ -59,13 +59,10 @@ class SmallArrays:
 
 
 def small_from_bytes(data: Any, count: int, ids_bytes: int | None, row_bytes: Sequence[int]) -> SmallArrays:
-    """Decode what `SmallArrays.to_bytes` returned.
+    """Decode what `SmallArrays.to_bytes` returned for `count` samples.
 
-    Args:
-        data: the bytes.
-        count: M, number of samples.
-        ids_bytes: bytes of all ids, or None where none are stored.
-        row_bytes: bytes per row of each column.
+    `ids_bytes` is the number of bytes of all ids, or None where none are stored; `row_bytes` holds that of a row in
+    each column.
 
     Raises:
         StoreError: if the bytes do not give these arrays.

@@ -87,11 +87,7 @@ def most_decoded_bytes(stored_bytes: int) -> int:
 
 
 def check_decoded_size(images: Sequence[PatchedImage | StoredImage], stored_bytes: int) -> None:
-    """Check that images of one sample take no more memory than its stored bytes allow.
-
-    Args:
-        images: patched images, or image files, of the sample.
-        stored_bytes: number of bytes that are stored of the sample.
+    """Check that patched images, or image files, of one sample take no more memory than its stored bytes allow.
 
     Raises:
         StoreError: if the decoded images would take more than `most_decoded_bytes(stored_bytes)`.
@@ -141,11 +137,7 @@ def encode_value(
 
 
 def decode_value(data: Any, images: bool = True) -> Any:
-    """Decode what `encode_value` returned.
-
-    Args:
-        data: bytes of one encoded value.
-        images: whether the value may hold images; if False, a value that holds an image is refused.
+    """Decode what `encode_value` returned. With `images=False`, a value that holds an image is refused.
 
     Raises:
         StoreError: if the bytes are not an encoding made by `encode_value`.
@@ -182,9 +174,6 @@ def encode_properties(image: Image.Image, place: str = "the image") -> bytes:
 
 def properties_setter(data: bytes) -> Callable[[Image.Image], None]:
     """Return a function that sets encoded properties on an image; each image gets its own copy of the info.
-
-    Args:
-        data: bytes that `encode_properties` returned.
 
     Raises:
         StoreError: if the bytes are not an encoding of properties.

@@ -131,12 +131,7 @@ def filled_key(own: dict[str, Any], compact: Compact) -> dict[str, Any]:
 
 
 def set_folder(path: str | Path) -> Path:
-    """Return the folder of a compact set.
-
-    Args:
-        path: the folder itself, or an output folder of the command `quantize --output`, which holds the set as
-            `compact/`.
-    """
+    """Return the folder of a compact set; an output folder of `quantize --output` holds it as `compact/`."""
     place = Path(path).expanduser()
     inside = place / SET_FOLDER
     return inside if not (place / MANIFEST).exists() and (inside / MANIFEST).exists() else place
@@ -305,11 +300,7 @@ def load_selection(path: str | Path) -> Selection:
 
 
 def read_bins_of(compact: Compact, cache: Cache) -> Bins:
-    """Return the bins that a compact set was drawn from.
-
-    Args:
-        compact: the compact set.
-        cache: cache that holds the bins.
+    """Return the bins that a compact set was drawn from, if they are in the cache.
 
     Raises:
         CacheError: the bins are not in this cache, there are none because the samples were given or all kept, or they

@@ -33,15 +33,10 @@ PIXELS_AT_ONCE = 1 << 16
 
 
 def encoded_items(plan: Plan, setting: ByteSetting, index: Tensor, start: int = 0) -> Iterator[Item]:
-    """Yield samples with their images as a setting stores them.
+    """Yield samples at some positions, from number `start` on, with their images as a setting stores them.
 
-    The samples are read in the calling thread, and encoded in others.
-
-    Args:
-        plan: plan of the run.
-        setting: the setting; `"keep"` leaves every sample as it is.
-        index: int64 [M], positions of the samples in the source.
-        start: number of the first sample.
+    The samples are read in the calling thread, and encoded in others. The setting `"keep"` leaves every sample as it
+    is.
     """
     read = ((plain_parts(plan.source.plain(i)), plan.source.encoded(i)) for i in index[start:].tolist())
     if setting.codec == "keep":
@@ -87,12 +82,7 @@ def described_setting(setting: ByteSetting, max_bytes: int | None = None) -> dic
 
 
 def encode_leaf(leaf: Any, encoded: EncodedImage | None, setting: ByteSetting) -> StoredImage | None:
-    """Encode an image as a setting says.
-
-    Args:
-        leaf: Pillow image, array or tensor as the dataset delivers it.
-        encoded: the dataset's own file of this image, or None.
-        setting: a setting of JPEG or WebP.
+    """Encode an image as the dataset delivers it, of which `encoded` is the dataset's own file, as JPEG or WebP.
 
     Returns:
         The new file; the dataset's own if it is no larger and gives exactly this image; None for an image that stays

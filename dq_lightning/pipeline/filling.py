@@ -151,11 +151,7 @@ def stored_image(
 
 
 class Filler:
-    """Fills the dropped patches of stored images with a reconstructor that is loaded on a device.
-
-    Args:
-        patches: patch plan that names the reconstructor.
-        device: device that the reconstructor runs on.
+    """Fills the dropped patches of stored images with the reconstructor of a patch plan, loaded on a device.
 
     Raises:
         PatchError: the plan has no reconstructor, because its setting is `reconstruct="off"`.

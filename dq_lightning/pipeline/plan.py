@@ -126,13 +126,9 @@ class Plan:
 
 
 def make_plan(dataset: Any, wanted: Wanted) -> Plan:
-    """Make the plan of a run: adapt the dataset to a source, and choose the networks.
+    """Make the plan of a run: adapt any dataset or `Source` to a source, and choose the networks.
 
     It reads a few images at most and loads no weights.
-
-    Args:
-        dataset: any torchvision or Hugging Face dataset, map-style dataset, or `Source`.
-        wanted: everything that the user asked for.
 
     Raises:
         DQError: the dataset cannot be read as a source, a network cannot be chosen, or settings contradict each other.
