@@ -31,7 +31,6 @@ from dq_lightning.loading.inner import (
     check_given,
     check_package,
     defined_by_user,
-    is_datamodule,
     not_iterable,
     overridden_transfer_hooks,
 )
@@ -252,7 +251,7 @@ class QuantizedHooks(Base):
         if wanted.indices is not None or isinstance(train_set, StoreTrainSet):
             keep_ratio = num_bins = None
         self.save_hyperparameters("keep_ratio", "num_bins", "seed", logger=False)
-        self._inner: Any = train if is_datamodule(train) else None
+        self._inner: Any = train if isinstance(train, AnyDataModule) else None
         # The batch size of a wrapped data module is read from its train loader in setup().
         own = None if self._inner is not None else LoaderSettings().batch_size
         self.batch_size: int | None = own if batch_size is None else batch_size
@@ -308,7 +307,7 @@ class QuantizedHooks(Base):
         Raises:
             ConfigError: `datamodule` is not a data module, or an argument is invalid.
         """
-        if not is_datamodule(datamodule):
+        if not isinstance(datamodule, AnyDataModule):
             raise ConfigError(f"from_datamodule takes a LightningDataModule, got {type(datamodule).__name__}")
         return cls(datamodule, **options)
 
@@ -374,16 +373,15 @@ class QuantizedHooks(Base):
         """
         if not self._preparation.open(self.trainer, stage):
             return
+        settings, dataset = self._settings(), self._preparation.opened.dataset
         # Lightning's batch-size finder and models read this attribute.
-        self.batch_size = self._settings().batch_size
+        self.batch_size = settings.batch_size
         if self._tokens is not None:
-            self._tokens.rows(self._preparation.opened.dataset, self.selection.index.tolist())
+            rows = self._tokens.rows(dataset, self.selection.index.tolist())
+            settings = self._tokens.for_report(dataset, settings)
+            if self.trainer is not None and self.trainer.is_global_zero and not self._reported:
+                get_logger().info(str(rows.report))
         if self.trainer is not None:
-            settings = self._settings()
-            if self._tokens is not None:
-                settings = self._tokens.for_report(self._preparation.opened.dataset, settings)
-                if self.trainer.is_global_zero and not self._reported:
-                    get_logger().info(str(self._tokens.rows(self._preparation.opened.dataset).report))
             report_steps(self.trainer, self.info, settings, quiet=self._reported)
             self._reported = True
 
@@ -615,9 +613,6 @@ class QuantizedHooks(Base):
             )
         if self._inner is not None:
             return getattr(self._inner, hook)()
-        settings = self._settings()
-        settings = replace(
-            settings, batch_size=settings.batch_size if self.eval_batch_size is None else self.eval_batch_size
-        )
+        settings = self._preparation.settings(self.eval_batch_size or self.batch_size, self._given)
         make = None if self._tokens is None else partial(self._tokens.loader, name=f"{name}=")
         return make_eval_loaders(self._eval[name], settings, TrainerFacts.of(self.trainer), make)

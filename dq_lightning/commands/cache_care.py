@@ -88,14 +88,8 @@ def prune(
     after that (such as the workers of a later epoch) stops with an error that says so, and makes the entry again at its
     next start. What killed processes left behind, and damaged entries that were moved aside, are removed as well.
 
-    Args:
-        root: folder of the cache.
-        older_than_days: remove entries that were not used for more than this many days; None removes none by age.
-        max_bytes: upper bound on the total size in bytes of the entries that stay; None removes none by size.
-        dry_run: only report what would be removed.
-
-    Returns:
-        The entries that were removed, those in use, and the remaining size.
+    The bounds are the days since an entry was last used, and the bytes of all entries that stay; None sets no bound. A
+    dry run only reports what would be removed.
 
     Raises:
         ConfigError: neither bound is given, or one is negative.

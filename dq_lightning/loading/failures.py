@@ -32,51 +32,47 @@ LOST_CONNECTION = ("connection", "gloo", "nccl", "broken pipe", "peer", "timed o
 COLLECTIVES = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "dq_lightning", "")
 
 
-class FailureNotes:
-    """The notes about failures that the ranks of one run leave for each other.
+def explain_failure(error: BaseException, cache_root: Path, since: float) -> str | None:
+    """Leave a note about this rank's error, or return the notes of others if it is only a lost connection.
+
+    In that case it waits up to 2 seconds for a note. It returns None when there is nothing to add to the error.
 
     Args:
+        error: error that ends this rank.
         cache_root: folder of the cache. Notes of a rank that uses another folder are not found.
         since: time when this run began, in seconds since 1970; older notes belong to an earlier run.
     """
+    if world_size() == 1 or isinstance(error, KeyboardInterrupt):
+        return None
+    variables = [os.environ.get(name, "") for name in RUN_VARIABLES]
+    run = hashlib.sha256("\n".join([*variables, str(world_size())]).encode()).hexdigest()[:16]
+    folder = cache_root / FOLDER
+    if not is_lost_connection(error):
+        _write(folder, run, f"rank {global_rank()} failed first: {type(error).__name__}: {error}")
+        return None
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (notes := _read(folder, run, since)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return "; ".join(notes) or NO_NOTE
 
-    def __init__(self, cache_root: Path, since: float) -> None:
-        self._folder, self._since = cache_root / FOLDER, since
-        variables = [os.environ.get(name, "") for name in RUN_VARIABLES]
-        self._run = hashlib.sha256("\n".join([*variables, str(world_size())]).encode()).hexdigest()[:16]
 
-    def explain(self, error: BaseException) -> str | None:
-        """Leave a note about this rank's error, or return the notes of others if it is only a lost connection.
+def _write(folder: Path, run: str, note: str) -> None:
+    # A note that cannot be written is not an error, because nothing depends on it.
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.iterdir():
+            if time.time() - old.stat().st_mtime > KEPT_SECONDS:
+                old.unlink()
+        beside = folder / f"{run}-{global_rank()}.tmp"
+        beside.write_text(note, encoding="utf-8", errors="replace")
+        beside.replace(beside.with_suffix(".txt"))
 
-        In that case it waits up to 2 seconds for a note. It returns None when there is nothing to add to the error.
-        """
-        if world_size() == 1 or isinstance(error, KeyboardInterrupt):
-            return None
-        if not is_lost_connection(error):
-            self._write(f"rank {global_rank()} failed first: {type(error).__name__}: {error}")
-            return None
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not (notes := self._read()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        return "; ".join(notes) or NO_NOTE
 
-    def _write(self, note: str) -> None:
-        # A note that cannot be written is not an error, because nothing depends on it.
-        with contextlib.suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for old in self._folder.iterdir():
-                if time.time() - old.stat().st_mtime > KEPT_SECONDS:
-                    old.unlink()
-            beside = self._folder / f"{self._run}-{global_rank()}.tmp"
-            beside.write_text(note, encoding="utf-8", errors="replace")
-            beside.replace(beside.with_suffix(".txt"))
-
-    def _read(self) -> list[str]:
-        with contextlib.suppress(OSError):
-            found = sorted(self._folder.glob(f"{self._run}-*.txt"))
-            fresh = [path for path in found if path.stat().st_mtime >= self._since]
-            return [path.read_text(encoding="utf-8", errors="replace") for path in fresh]
-        return []
+def _read(folder: Path, run: str, since: float) -> list[str]:
+    with contextlib.suppress(OSError):
+        fresh = [path for path in sorted(folder.glob(f"{run}-*.txt")) if path.stat().st_mtime >= since]
+        return [path.read_text(encoding="utf-8", errors="replace") for path in fresh]
+    return []
 
 
 def is_lost_connection(error: BaseException) -> bool:

@@ -32,11 +32,6 @@ class AnyDataModule(ABC):
         return all(callable(getattr(other, name, None)) for name in OF_A_DATAMODULE)
 
 
-def is_datamodule(value: Any) -> bool:
-    """Whether a value is a data module of either Lightning package; it is recognized by its hooks."""
-    return isinstance(value, AnyDataModule)
-
-
 def check_package(datamodule: Any, trainer: Any) -> None:
     """Check that a data module and a Trainer come from the same Lightning package.
 

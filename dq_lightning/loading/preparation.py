@@ -17,7 +17,7 @@ from dq_lightning.core.fields import check_local
 from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.core.records import StoreInfo
 from dq_lightning.loading.batch_filling import UnfilledCollate
-from dq_lightning.loading.failures import FailureNotes
+from dq_lightning.loading.failures import explain_failure
 from dq_lightning.loading.loaders import LoaderSettings, check_collatable
 from dq_lightning.loading.ranks import call_on_all, check_equal_on_all, gather_from_all, raise_on_all, world_size
 from dq_lightning.loading.train_set import BuildOptions, Located, Opened, PeerIdentity, TrainSet
@@ -184,7 +184,7 @@ class Preparation:
 
     def explain(self, error: BaseException) -> str | None:
         """Return a sentence on what ended this run on another rank, if this rank's error is only a lost connection."""
-        return FailureNotes(self.cache().root, self._started).explain(error)
+        return explain_failure(error, self.cache().root, self._started)
 
     def settings(self, batch_size: int | None, given: dict[str, Any]) -> LoaderSettings:
         """Return the settings of the train loader.

@@ -12,7 +12,7 @@ from dq_lightning.cache.shards import KeptShards
 from dq_lightning.core.config import Reconstruct, VerifyPolicy
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import CacheError, ConfigError
-from dq_lightning.loading.inner import is_datamodule
+from dq_lightning.loading.inner import AnyDataModule
 from dq_lightning.loading.loaders import check_collatable
 from dq_lightning.loading.paths import open_path
 from dq_lightning.loading.train_set import (
@@ -156,7 +156,7 @@ def make_train_set(train: Any, wanted: Wanted, verify: VerifyPolicy) -> TrainSet
         ConfigError: a path is none of these.
         StoreError: a packed set is damaged.
     """
-    if is_datamodule(train):
+    if isinstance(train, AnyDataModule):
         return DataModuleTrainSet(train, wanted)
     if isinstance(train, str | Path):
         place = set_folder(train)

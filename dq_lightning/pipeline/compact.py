@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -14,7 +14,7 @@ from dq_lightning.cache.tensors import TENSORS_FILE, read_bins, read_selection
 from dq_lightning.core.config import PatchConfig, Reconstruct, VerifyPolicy
 from dq_lightning.core.errors import CacheError, DQError, StoreError
 from dq_lightning.core.records import Bins, Selection, StoreInfo
-from dq_lightning.packed.reader import PackedDataset
+from dq_lightning.packed.reader import PackedDataset, Patches
 from dq_lightning.packed.writer import STORE_FILE
 from dq_lightning.pipeline.patch_bytes import PatchFacts
 from dq_lightning.pipeline.patch_plan import PatchPlan, make_patch_plan
@@ -332,26 +332,14 @@ def open_packed(
     *,
     finisher: Any = None,
     verify: VerifyPolicy = "size",
-    patches: Literal["mean", "packed"] = "mean",
+    patches: Patches = "mean",
 ) -> PackedDataset:
-    """Open the packed samples of a compact set.
-
-    Args:
-        path: folder of the entry.
-        finisher: applies the user's transforms to each sample; None delivers the samples as they were stored.
-        verify: how the entry is verified: `"size"`, `"hash"` or `"off"`.
-        patches: `"mean"` delivers images with dropped patches in the mean colour, `"packed"` delivers `PatchedImage`
-            objects.
+    """Open the packed samples of a compact set, which is verified as a whole; the arguments are those of `PackedDataset`.
 
     Raises:
         StoreError: the folder holds no packed set, or a damaged one.
     """
     compact = open_compact(Path(path), verify=verify)
-    if compact.info.kind != "packed":
-        raise StoreError(
-            f"{path} holds indices, not samples: it needs the original dataset. Quantize with store='packed' to get a set "
-            "that stands alone"
-        )
     samples = PackedDataset(path, finisher=finisher, verify=verify, patches=patches)
     check_same_samples(samples, compact.selection)
     return samples

@@ -85,13 +85,9 @@ def owner_bytes(plan: Plan, positions: Sequence[int]) -> int:
 
     Samples that cannot be read count as 0 bytes in a folder of files; otherwise they are left out of the average.
     """
-    if not len(positions):
-        return 0
-    if plan.source.path(positions[0]) is not None:
-        paths = [plan.source.path(position) for position in positions]
-        others = [position for position, path in zip(positions, paths, strict=True) if path is None]
-        return sum(_file_bytes(path) for path in paths if path is not None) + _read_bytes(plan, others)
-    return _read_bytes(plan, positions)
+    paths = [plan.source.path(position) for position in positions]
+    others = [position for position, path in zip(positions, paths, strict=True) if path is None]
+    return sum(_file_bytes(path) for path in paths if path is not None) + _read_bytes(plan, others)
 
 
 def _file_bytes(path: str) -> int:
