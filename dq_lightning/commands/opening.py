@@ -79,7 +79,9 @@ def _by_path(place: Path, split: str) -> Any:
         from datasets import DatasetDict, load_from_disk
 
         found = _opened(lambda: load_from_disk(str(place)), str(place))
-        return _split_of(found, split) if isinstance(found, DatasetDict) else found
+        if isinstance(found, DatasetDict) and split not in found:
+            raise SourceError(f"the dataset has no split {split!r}: pass one of {', '.join(map(str, found))} as split=")
+        return found[split] if isinstance(found, DatasetDict) else found
     tables = sorted(path for path in place.rglob("*") if path.suffix.lower() in TABLES) if place.is_dir() else []
     # A folder of class folders may also hold tables that describe the images, as the exports of this package do.
     if tables and not has_class_folders(_root(place, split)):
@@ -152,12 +154,6 @@ def _hub(name: str, split: str) -> Any:
         return load_dataset(name, split=split, **(_CSV_CELLS if of_csv else {}))
 
     return _opened(load, name)
-
-
-def _split_of(found: Any, split: str) -> Any:
-    if split not in found:
-        raise SourceError(f"the dataset has no split {split!r}: pass one of {', '.join(found)} as split=")
-    return found[split]
 
 
 def _of_class(name: str, place: Path | None, split: str) -> Any:

@@ -46,14 +46,25 @@ def write_image_folder(images: KeptImages, folder: str | Path) -> Path:
         place.mkdir()
         for name in names:
             (place / name).mkdir()
-        rows = sorted(_put(image, names, place) for image in images)
+        rows = []
+        for image in images:
+            label = 0 if image.label is None else image.label
+            if not 0 <= label < len(names):
+                raise StoreError(
+                    f"sample {image.position} has no class ({label}), so it fits into no class folder: choose another format"
+                )
+            file_name = f"{image.position:09d}{image.suffix}"
+            (place / names[label] / file_name).write_bytes(image.data)
+            class_name = "" if images.class_names is None or image.label is None else images.class_names[label]
+            facts = ("" if image.label is None else label, class_name, image.position, image.bin, image.name)
+            rows.append((names[label], file_name, facts))
+        # This is the order of `ImageFolder`.
+        rows.sort(key=lambda row: row[:2])
         with (place / METADATA).open("w", encoding="utf-8", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerow(["file_name", "label", "class_name", "index", "bin", "id"])
-            for _, name, image_facts in rows:
-                label = image_facts[0]
-                table.writerow([name, label, _class_name(images, label), *image_facts[1:]])
-        write_index(torch.tensor([facts[1] for _, _, facts in rows], dtype=torch.int64), place / INDEX)
+            table.writerows((f"{name}/{file_name}", *facts) for name, file_name, facts in rows)
+        write_index(torch.tensor([facts[2] for _, _, facts in rows], dtype=torch.int64), place / INDEX)
         if empty := [name for name in names if not any((place / name).iterdir())]:
             get_logger().warning(
                 f"no image of the classes {', '.join(empty[:5])}{' and others' if empty[5:] else ''} was kept, so their "
@@ -80,23 +91,6 @@ def folder_names(class_names: tuple[str, ...] | None) -> list[str]:
     return [f"{number:0{width}d}" for number in range(len(names))]
 
 
-def _put(image: KeptImage, names: list[str], place: Path) -> tuple[tuple[str, str], str, tuple[Any, ...]]:
-    """Write one image file; return its sort key in the order of `ImageFolder`, its name, and its row of metadata."""
-    label = image.label if image.label is not None else 0
-    if not 0 <= label < len(names):
-        raise StoreError(
-            f"sample {image.position} has no class ({label}), so it fits into no class folder: choose another format"
-        )
-    file = f"{image.position:09d}{image.suffix}"
-    (place / names[label] / file).write_bytes(image.data)
-    facts = (image.label if image.label is not None else "", image.position, image.bin, image.name)
-    return (names[label], file), f"{names[label]}/{file}", facts
-
-
-def _class_name(images: KeptImages, label: Any) -> str:
-    return "" if label == "" or images.class_names is None else images.class_names[label]
-
-
 def write_webdataset(images: KeptImages, folder: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write tar shards `NAME-000000.tar` in the WebDataset layout: image, `.cls` and `.json` of each sample.
 
@@ -121,13 +115,14 @@ def write_webdataset(images: KeptImages, folder: str | Path, *, shard_bytes: int
             if shard is None or shard.offset > shard_bytes:
                 if shard is not None:
                     shard.close()
-                shard = tarfile.open(place / f"{images.name}-{len(counts):06d}.tar", "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-                counts[Path(str(shard.name)).name] = 0
+                name = f"{images.name}-{len(counts):06d}.tar"
+                shard = tarfile.open(place / name, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+                counts[name] = 0
             for suffix, data in _members(image):
                 facts = tarfile.TarInfo(f"{image.position:09d}{suffix}")
                 facts.size = len(data)
                 shard.addfile(facts, io.BytesIO(data))
-            counts[Path(str(shard.name)).name] += 1
+            counts[name] += 1
         if shard is not None:
             shard.close()
         described = {"shards": counts, "class_names": images.class_names}

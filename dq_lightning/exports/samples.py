@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dq_lightning.cache.files import read_sealed
 from dq_lightning.core.errors import StoreError
-from dq_lightning.core.records import EncodedImage, Labels, Selection
+from dq_lightning.core.records import EncodedImage, Selection
 from dq_lightning.packed.images import exif_beside
 from dq_lightning.packed.patches import map_patched, mean_filled
 from dq_lightning.packed.reader import PackedDataset
@@ -102,7 +102,8 @@ def kept_of_source(
             label = None if labels is None else int(labels.values[position])
             yield KeptImage(position, bin_number, text_of(source.sample_id(position)), label, data, suffix)
 
-    return KeptImages(selection, _names(labels), items, name)
+    names = None if labels is None else labels.names or tuple(map(str, range(labels.num_classes)))
+    return KeptImages(selection, names, items, name)
 
 
 def kept_of_store(
@@ -204,12 +205,6 @@ def _file_of(encoded: EncodedImage | None, decode: Any) -> tuple[bytes, str]:
             if image.format in SUFFIXES:
                 return encoded.data, SUFFIXES[image.format]
     return as_png(decode()), ".png"
-
-
-def _names(labels: Labels | None) -> tuple[str, ...] | None:
-    if labels is None:
-        return None
-    return labels.names or tuple(str(number) for number in range(labels.num_classes))
 
 
 def _label(value: Any, names: list[str]) -> int:

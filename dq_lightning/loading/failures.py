@@ -81,16 +81,12 @@ def is_lost_connection(error: BaseException) -> bool:
     Such an error is raised by a package through which ranks communicate. A connection that the user's own code lost is
     this rank's own failure, also if a loader process lost it, whose error torch raises again in this process.
     """
-    message = str(error).lower()
+    message, frames = str(error).lower(), list(traceback.walk_tb(error.__traceback__))
+    # The package of the innermost stack frame; empty when the error has no frames.
+    raised_in = str(frames[-1][0].f_globals.get("__name__", "")).partition(".")[0] if frames else ""
     return (
         isinstance(error, RuntimeError | OSError)
         and "dataloader worker" not in message
         and any(word in message for word in LOST_CONNECTION)
-        and _raised_in(error) in COLLECTIVES
+        and raised_in in COLLECTIVES
     )
-
-
-def _raised_in(error: BaseException) -> str:
-    """Return the package of the innermost stack frame of an error; empty when the error has no frames."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return str(frames[-1][0].f_globals.get("__name__", "")).partition(".")[0] if frames else ""

@@ -17,7 +17,8 @@ class TrainerFacts:
             is spread over several processes, and 1 with `use_distributed_sampler=False`.
         epoch: number of the current epoch.
         processes_on_node: number of training processes that share this node's cores.
-        device: device that this process computes on, or `"auto"` without a Trainer.
+        device: device for the networks and the bins: the one that this process computes on if that is CUDA or MPS, else
+            the CPU; `"auto"` without a Trainer.
         reloads: whether loaders are made again every few epochs.
         progress: whether progress bars are shown.
     """
@@ -36,13 +37,14 @@ class TrainerFacts:
         """Read the facts from a Lightning Trainer; None gives the defaults."""
         if trainer is None:
             return cls()
+        root = trainer.strategy.root_device
         return cls(
             fits=trainer.state.fn is None or trainer.state.fn.value == "fit",
             num_ranks=trainer.world_size,
             processes_on_node=max(1, trainer.num_devices),
             num_shares=_num_shares(trainer),
             epoch=trainer.current_epoch,
-            device=_encoder_device(trainer.strategy.root_device),
+            device=str(root) if root.type in ("cuda", "mps") else "cpu",
             reloads=bool(trainer.reload_dataloaders_every_n_epochs),
             progress=trainer.progress_bar_callback is not None,
         )
@@ -60,8 +62,3 @@ def _num_shares(trainer: Any) -> int:
     if not getattr(connector, "use_distributed_sampler", True):
         return 1
     return int((trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1))
-
-
-def _encoder_device(device: Any) -> str:
-    """Return the device for the networks and the bins in a run on `device`: the same if it is CUDA or MPS, else the CPU."""
-    return str(device) if device.type in ("cuda", "mps") else "cpu"

@@ -287,7 +287,8 @@ class PackedDataset(Dataset[Any]):
             for row in rows:
                 checksum = crc32(row, checksum)
             if crc32(value, checksum) != self._checksums[at]:
-                raise self._unusable(f"sample {at} ({self.ids[at]}) does not match its checksum{self._files_of(value)}")
+                names = [f"column-{number}.npy" for number, *_ in self._columns] + ["values.bin"] * bool(value)
+                raise self._unusable(f"sample {at} ({self.ids[at]}) does not match its checksum ({', '.join(names)})")
         return rows, value
 
     def _value(self, start: int, end: int) -> Row:
@@ -322,10 +323,6 @@ class PackedDataset(Dataset[Any]):
         if not beside.keys() >= missing.union(self._value_leaves):
             raise StoreError("a part of the sample is missing")
         return self._build(leaves)
-
-    def _files_of(self, value: Row) -> str:
-        """Return the names of the files that hold a sample, for messages."""
-        return f" ({', '.join([f'column-{n}.npy' for n, *_ in self._columns] + ['values.bin'] * bool(value))})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("path", "digest", "finisher", "verify", "patches")}

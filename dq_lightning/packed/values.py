@@ -340,7 +340,11 @@ class _Decoder:
             case ["p", facts, length, properties_length]:
                 return self._image(facts, self._take(length), properties_length)
             case ["q", facts, *lengths]:
-                return self._patched(facts, *(bytes(self._take(length)) for length in lengths))
+                mask, data, properties = (bytes(self._take(length)) for length in lengths)
+                height, width, mode, layout, patch_size, codec = facts
+                patched = PatchedImage(height, width, mode, layout, patch_size, mask, codec, data, properties)
+                self._count(height * width)
+                return patched
             case ["R", numerator, denominator]:
                 from PIL.TiffImagePlugin import IFDRational
 
@@ -361,12 +365,6 @@ class _Decoder:
         image = decode_node(facts, data, min(MAX_PIXELS, self.image_bytes // BYTES_PER_PIXEL))
         self._count(image.size[0] * image.size[1])
         properties_setter(bytes(self._take(properties_length)))(image)
-        return image
-
-    def _patched(self, facts: Any, mask: bytes, data: bytes, properties: bytes) -> PatchedImage:
-        height, width, mode, layout, patch_size, codec = facts
-        image = PatchedImage(height, width, mode, layout, patch_size, mask, codec, data, properties)
-        self._count(height * width)
         return image
 
     def _count(self, pixels: int) -> None:

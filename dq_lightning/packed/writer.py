@@ -120,7 +120,7 @@ def write_packed(
         raise StoreError(f"attributes must be plain JSON: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
     writer = _StoreWriter(folder, num_samples, raw_images, squeeze)
-    writer.samples(items if callable(items) else _from(items), shards, grain)
+    writer.samples(items if callable(items) else lambda start: itertools.islice(items, start, None), shards, grain)
     positions, bin_of_each = index.to(torch.int64).numpy().astype("<i8"), bins.to(torch.int16).numpy().astype("<i2")
     if squeeze:
         writer.squeezed(positions, bin_of_each, ids)
@@ -350,10 +350,6 @@ def holds_patches(description: dict[str, Any]) -> bool:
     version = description["version"]
     newer = version in (VERSION_OF_FILES, VERSION_SQUEEZED)
     return version == VERSION_OF_PATCHES or (newer and description.get("has_patches") is True)
-
-
-def _from(items: Iterable[Item]) -> Callable[[int], Iterator[Item]]:
-    return lambda start: itertools.islice(items, start, None)
 
 
 def _look_ahead(stream: Iterator[Any]) -> Iterator[Any]:
