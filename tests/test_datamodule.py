@@ -214,7 +214,7 @@ def test_settings_that_no_longer_fit_are_told(warm, caplog, tmp_path):
         )
     assert "50 of 200 samples: 5 steps per epoch instead of 20 (batch size 10, 1 process)" in caplog.text
     assert "limit_train_batches=9 has no effect" in caplog.text
-    assert "Trainer(log_every_n_steps=2) would" in caplog.text
+    assert "pass Trainer(log_every_n_steps=2)" in caplog.text
 
 
 def test_steps_are_told_once(warm, caplog):

@@ -76,9 +76,9 @@ def check_given(**given: Any) -> None:
         empty = made.__name__ == "LightningDataModule" and f"{made.__module__}.".startswith(BASE_PACKAGES)
         if empty or f"{made.__module__.partition('.')[0]}.{made.__name__}" == "jsonargparse.NestedArg":
             raise ConfigError(
-                f"{name}= is no dataset but a {made.__name__}. On the command line of LightningCLI a single argument can be "
-                "changed of a torch Dataset or a data module; what a function makes (datasets.load_dataset) is given whole, "
-                f'in the YAML file or as --data.init_args.{name}=\'{{"class_path": ..., "init_args": {{...}}}}\''
+                f"{name}= is no dataset but a {made.__name__}. On its command line LightningCLI changes a single argument only "
+                "of a torch Dataset or a data module: what a function makes (datasets.load_dataset) has to be given whole, in the "
+                f'YAML file or as --data.init_args.{name}=\'{{"class_path": ..., "init_args": {{...}}}}\''
             )
 
 

@@ -56,7 +56,9 @@ def check_steps(trainer: Any, steps: int, *, num_samples: int, batch_size: int, 
             "raise it, or leave it out"
         )
     if isinstance(limit, int) and not isinstance(limit, bool) and limit > steps:
-        advice.append(f"limit_train_batches={limit} has no effect: an epoch of the compact set has {steps} steps")
+        advice.append(
+            f"limit_train_batches={limit} has no effect, because an epoch of the compact set has {steps} steps: leave it out"
+        )
     steps = min(steps, limit) if isinstance(limit, int) else max(1, int(steps * limit))
     interval = trainer.val_check_interval
     by_epoch = trainer.check_val_every_n_epoch is not None and bool(trainer.limit_val_batches)
@@ -68,7 +70,7 @@ def check_steps(trainer: Any, steps: int, *, num_samples: int, batch_size: int, 
     if trainer.loggers and trainer.log_every_n_steps > steps:
         advice.append(
             f"log_every_n_steps={trainer.log_every_n_steps} is more than the {steps} steps of an epoch, so some epochs log "
-            f"nothing: Trainer(log_every_n_steps={max(1, steps // 2)}) would"
+            f"nothing: pass Trainer(log_every_n_steps={max(1, steps // 2)}) to see each epoch"
         )
     return advice
 
