@@ -77,8 +77,8 @@ def check_given(**given: Any) -> None:
         if empty or f"{made.__module__.partition('.')[0]}.{made.__name__}" == "jsonargparse.NestedArg":
             raise ConfigError(
                 f"{name}= is no dataset but a {made.__name__}. On its command line LightningCLI changes a single argument only "
-                "of a torch Dataset or a data module: what a function makes (datasets.load_dataset) has to be given whole, in the "
-                f'YAML file or as --data.init_args.{name}=\'{{"class_path": ..., "init_args": {{...}}}}\''
+                "of a torch Dataset or a data module: what a function makes (datasets.load_dataset) has to be given whole, in "
+                f'the YAML file or as --data.init_args.{name}=\'{{"class_path": ..., "init_args": {{...}}}}\''
             )
 
 
