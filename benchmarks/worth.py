@@ -36,7 +36,9 @@ from torchvision.datasets import CIFAR10
 from worth_conditions import Condition
 
 from dq_lightning import QuantizedDataModule
-from dq_lightning.packed.lossy import encoded_sizes
+from dq_lightning.core.records import StoredImage
+from dq_lightning.packed.file_stream import shared_starts, write_file
+from dq_lightning.packed.lossy import encode_lossy
 
 # Steps of every run that keeps a tenth or less: 30 epochs of 5,000 samples in batches of 128. Larger parts get as many more.
 STEPS = 1170
@@ -248,8 +250,11 @@ def _recode(work: Path, name: str) -> None:
         Image.fromarray(image).save(stream, codec.upper(), quality=int(quality))
         decoded[position] = np.asarray(Image.open(stream).convert("RGB"))
     np.save(work / f"{name}.npy", decoded)
-    sizes = encoded_sizes([Image.fromarray(image) for image in images], codec, int(quality))
-    np.save(work / f"{name}-sizes.npy", sizes)
+    # What a store holds once for all of them is not counted; the first images decide what that is.
+    encoded = (encode_lossy(Image.fromarray(image), codec, int(quality)) for image in images)
+    files = [StoredImage(data, "pil", properties=b"") for data in encoded]
+    starts = shared_starts(files[:64])
+    np.save(work / f"{name}-sizes.npy", np.array([len(write_file(file, starts)) for file in files]))
 
 
 def _drop_patches(args: argparse.Namespace) -> None:

@@ -44,22 +44,12 @@ def export_set(
     device: str = "auto",
     progress: bool = True,
 ) -> str:
-    """Write a compact set in another format.
+    """Write a compact set in another format, and return what was written, for a message: path or repository.
 
-    Args:
-        path: folder of the set, or a `.npy` file of positions in the dataset.
-        format: a key of `WRITERS`, or `"indices"`, `"json"` or `"hub"`.
-        output: folder or file that is written; `OWNER/NAME` for the hub.
-        dataset: dataset that the positions belong to; not needed for a packed set.
-        name: name of the dataset, for files.
-        fill: whether the reconstructor fills dropped patches, as in `kept_of_store`.
-        reconstructor: reconstructor in place of the set's own, as in `kept_of_store`.
-        private: whether a new hub repository is private.
-        device: device that the reconstructor runs on.
-        progress: show progress bars.
-
-    Returns:
-        What was written, for a message: path or repository.
+    The arguments are those of the command `export`: `path` is the folder of the set, or a `.npy` file of positions in
+    the dataset; `format` a key of `WRITERS`, or `"indices"`, `"json"` or `"hub"`; `output` the folder or file that is
+    written, or `OWNER/NAME` for the hub. A packed set needs no dataset. Files are named after the dataset's `name`. A
+    new hub repository is private unless `private` is False. Dropped patches are filled as in `kept_of_store`.
 
     Raises:
         StoreError: the set and the dataset do not belong together, or lack what the format needs.

@@ -37,13 +37,10 @@ def dataset_name(dataset: str | dict[str, Any] | None, data_path: str | Path | N
 
 
 def write_results(folder: Path, info: StoreInfo, config: QuantizeConfig, place: dict[str, Any]) -> None:
-    """Write `config.yaml`, `info.json`, `select_indices_NAME_RATIO.npy` and `compact/`; for suspects `suspects.csv`, too.
+    """Write `config.yaml`, `info.json`, `select_indices_NAME_RATIO.npy`, `compact/`, and for suspects `suspects.csv`.
 
-    Args:
-        folder: folder of the results, created when it is missing; files of an earlier result are replaced one by one.
-        info: description of the compact set.
-        config: all settings of the run.
-        place: where the dataset is: `dataset`, `data_path` and further arguments of the command.
+    The folder is created when it is missing; files of an earlier result are replaced one by one. `place` says where the
+    dataset is: `dataset`, `data_path` and further arguments of the command.
 
     Raises:
         StoreError: `compact/` holds something else, a copied file is damaged, or the folder cannot be written.

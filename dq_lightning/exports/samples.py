@@ -111,13 +111,8 @@ def kept_of_store(
 ) -> KeptImages:
     """Return the kept images of a packed set, without its dataset.
 
-    Args:
-        path: folder of the set.
-        fill: let the reconstructor fill dropped patches, if the set was made to be filled; otherwise they have the mean
-            colour.
-        reconstructor: name, folder or network in place of the set's own reconstructor.
-        device: device that the reconstructor runs on.
-        progress: show a progress bar while filling.
+    With `fill`, the reconstructor, or another one given by its name, folder or network, fills dropped patches, if the
+    set was made to be filled; otherwise they have the mean colour.
 
     Raises:
         StoreError: there is no packed set of images, or its reconstructor has to be named (see `stored_patch_plan`).

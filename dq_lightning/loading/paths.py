@@ -71,14 +71,9 @@ def _is_path(value: Any) -> bool:
 def other_splits(train: Any, given: dict[str, Any], *, same_form: bool) -> dict[str, Any]:
     """Return the datasets for `val`, `test` and `predict`, completed from the splits of a Hugging Face `DatasetDict`.
 
-    Args:
-        train: what the user passed as train set.
-        given: what the user passed as `val`, `test` and `predict`, by name.
-        same_form: whether the other splits are delivered in the same form as the train split. They are not if
-            `transform=` replaces the transform of the train split; then a split is not used, and a warning says so.
-
-    Returns:
-        `given`, with splits in place of None if `train` is a `DatasetDict`.
+    If `train` is a `DatasetDict`, its splits take the place of what was not given. `same_form` says whether they are
+    delivered in the same form as the train split. They are not if `transform=` replaces the transform of the train
+    split; then a split is not used, and a warning says so.
     """
     if hub_kind(train) != "DatasetDict":
         return given

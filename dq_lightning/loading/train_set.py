@@ -133,11 +133,8 @@ class TrainSet(ABC):
     def locate(self, cache: Cache, prepared: Located | None = None, peer: PeerIdentity | None = None) -> Located:
         """Look for the compact set; nothing is built.
 
-        Args:
-            cache: cache that is searched.
-            prepared: what `prepare` returned in this process, or None if it did not run here.
-            peer: identity of the data from a rank that prepared, or None. If it fits this process's dataset,
-                this process does not compute the identity.
+        `prepared` is what `prepare` returned, if it ran in this process. `peer` is the identity of the data from a rank
+        that prepared. If it fits this process's dataset, this process does not compute the identity.
 
         Raises:
             CacheError: the compact set is not in the cache.
@@ -298,16 +295,10 @@ def compact_dataset(plan: Plan, compact: Compact, verify: VerifyPolicy) -> Any:
 
 
 def stored_dataset(compact: Compact, patches: PatchPlan | None, finisher: Any, verify: VerifyPolicy) -> Any:
-    """Return the samples of a packed store as a map-style dataset.
+    """Return the samples of a packed store as a map-style dataset; the finisher applies the user's transforms to each.
 
     Dropped patches were filled before training, will be filled by the batch, or are in the mean colour, as the patch
-    plan says.
-
-    Args:
-        compact: compact set of the store.
-        patches: patch plan of a store of patches, else None.
-        finisher: applies the user's transforms to each sample, or None.
-        verify: how the store is checked when it is opened, as in `quantize`.
+    plan says, which is None for a store without patches. `verify` is as in `quantize`.
 
     Raises:
         StoreError: the store is damaged or belongs to another selection.

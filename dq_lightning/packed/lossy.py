@@ -1,4 +1,4 @@
-"""Encodes whole images as JPEG or WebP, and tells how many bytes they take in a store.
+"""Encodes whole images as JPEG or WebP.
 
 Images of at most 64 pixels a side get the standard Huffman tables, which all of them share: tables of their own save 1
 to 2 % of the coefficients' bytes there and take 100 bytes themselves. Larger images get their own. Chroma is halved
@@ -8,23 +8,17 @@ The code is pure: it reads and writes no files.
 """
 
 import io
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from dq_lightning.core.errors import StoreError
-from dq_lightning.core.records import CHANNELS, StoredImage
-from dq_lightning.packed.file_stream import shared_starts, write_file
+from dq_lightning.core.records import CHANNELS
 from dq_lightning.packed.images import without_properties
 
 LossyCodec = Literal["jpeg", "webp"]
 SHARED_TABLES_SIDE = 64
 MAX_SIDE = {"jpeg": 65_535, "webp": 16_383}
-# The first images decide which beginnings are shared, as they do when a store is written.
-LOOKED_AT = 64
 
 
 def encode_lossy(image: Image.Image, codec: str, quality: int) -> bytes:
@@ -52,28 +46,3 @@ def encode_lossy(image: Image.Image, codec: str, quality: int) -> bytes:
     buffer = io.BytesIO()
     without_properties(image).save(buffer, codec.upper(), **options)
     return buffer.getvalue()
-
-
-def encoded_sizes(images: Sequence[Image.Image], codec: str, quality: int) -> NDArray[np.int64]:
-    """Return how many bytes each image takes in a store: its file without what the store holds once for all images.
-
-    Labels, offsets and checksums are not counted.
-
-    Args:
-        images: N Pillow images of mode RGB or L.
-        codec: `"jpeg"` or `"webp"`.
-        quality: 1 to 100, as in Pillow.
-
-    Returns:
-        int64 [N], in bytes.
-
-    Raises:
-        StoreError: the codec is unknown, or cannot hold one of the images.
-
-    >>> grey = Image.new("L", (32, 32), 128)
-    >>> encoded_sizes([grey, grey], "jpeg", 75).tolist()
-    [13, 13]
-    """
-    files = [StoredImage(encode_lossy(image, codec, quality), "pil", properties=b"") for image in images]
-    starts = shared_starts(files[:LOOKED_AT])
-    return np.array([len(write_file(file, starts)) for file in files], dtype=np.int64)

@@ -153,17 +153,11 @@ def take_streams(
     value: bytes | memoryview,
     max_pixels: int,
 ) -> tuple[bytes | memoryview, set[int]]:
-    """Decode the images at the start of a sample's value, and put them into their places among the leaves.
+    """Decode the images at the start of a sample's value, and write them into their places among all its leaves.
 
-    Args:
-        streams: for each leaf of kind "stream" or "file" its number, and a function that decodes its bytes; it is given
-            the bytes and the number of pixels that it may decode, and returns the image and how many it did.
-        leaves: all leaves of the sample; the decoded images are written into this list.
-        value: bytes of the sample in values.bin.
-        max_pixels: number of pixels that may be decoded for this sample.
-
-    Returns:
-        The rest of the value, and the numbers of the leaves whose images are stored in that rest.
+    Each of the streams is the number of a leaf of kind "stream" or "file", and a function that is given the bytes and
+    the number of pixels that it may decode, and returns the image and how many it did; `max_pixels` may be decoded of
+    the sample. Returned are the rest of the value, and the numbers of the leaves whose images are stored in that rest.
 
     Raises:
         StoreError: if the bytes do not give these images.

@@ -26,13 +26,9 @@ SetProperties = Callable[[Image.Image], None]
 def with_files(sample: Any, encoded: EncodedImage | None, raw_images: bool = False, every: bool = False) -> Any:
     """Return a sample in which every image that a file can hold exactly is replaced by that file.
 
-    Images of which no file gives the same pixels stay as they are.
-
-    Args:
-        sample: tree of tuples, lists and dicts.
-        encoded: original file bytes of the first image, or None.
-        raw_images: whether images of any size may be stored as raw pixels.
-        every: whether to replace images, too, that are small and plain enough for a column of raw pixels.
+    Images of which no file gives the same pixels stay as they are. `encoded` holds the original file bytes of the first
+    image. With `raw_images`, images of any size may be stored as raw pixels; with `every`, images are replaced, too,
+    that are small and plain enough for a column of raw pixels.
 
     Raises:
         StoreError: an image cannot be stored unchanged; the message names its place.

@@ -140,10 +140,10 @@ def set_folder(path: str | Path) -> Path:
 def open_compact(
     path: Path, parts: Parts | None = None, *, reused: bool = True, verify: VerifyPolicy = "size"
 ) -> Compact:
-    """Read the selection and the description of an entry of the store station.
+    """Read the selection and the description of an entry of the store station, in the cache or copied from a cache.
 
     Args:
-        path: folder of the entry, in the cache or copied from a cache.
+        path: folder of the entry.
         parts: parts of the key of every station. None means that the cache has not verified the entry, so this function
             verifies it.
         reused: value of `StoreInfo.reused`.
@@ -245,14 +245,11 @@ def _costs(patches: PatchFacts) -> dict[str, Any]:
 def stored_patch_plan(
     compact: Compact, *, reconstructor: Any = None, reconstruct: Reconstruct | None = None
 ) -> PatchPlan:
-    """Make the patch plan that says how the dropped patches of an existing store are filled.
+    """Make the patch plan that says how the dropped patches of an existing store of patches are filled.
 
-    Args:
-        compact: compact set that is a store of patches.
-        reconstructor: name, path or network; None uses the reconstructor that the store was made with, if it is one of
-            `OWN_RECONSTRUCTORS`.
-        reconstruct: when the patches are filled: `"prepare"`, `"batch"` or `"off"`; None uses the setting that the
-            store was made with.
+    The reconstructor is a name, path or network; None uses the one that the store was made with, if it is one of
+    `OWN_RECONSTRUCTORS`. `reconstruct` says when patches are filled; None uses the setting that the store was made
+    with.
 
     Raises:
         StoreError: the store names any other network, and the user named none. Whoever made a store must not decide

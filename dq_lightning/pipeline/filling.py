@@ -53,17 +53,9 @@ def write_filled(
     """Write the samples of a store of patches as a packed store of whole images, with the dropped patches filled.
 
     The images are written as raw pixels. They take more space on the disk and are read faster by the loader, and the
-    folder can be removed and made again.
-
-    Args:
-        folder: empty folder to write.
-        store: folder of the store of patches.
-        digest: digest of the store (`PackedDataset.digest`), which is part of this entry's key. All files of the store
-            are compared with it, so that no other store can be filled under this key.
-        patches: patch plan that names the reconstructor.
-        device: device that the reconstructor runs on.
-        progress: show a progress bar.
-        shards: keeps finished samples, so that an interrupted run continues.
+    folder can be removed and made again. The digest of the store (`PackedDataset.digest`) is part of this entry's key.
+    All files of the store are compared with it, so that no other store can be filled under this key. The shards keep
+    finished samples, so that an interrupted run continues.
 
     Raises:
         StoreError: the store is damaged, or its digest is another one.

@@ -100,16 +100,11 @@ def write_samples(
     squeeze: bool = False,
     **attributes: Any,
 ) -> None:
-    """Write the M kept samples in the packed format.
+    """Write the M kept samples, which `items` yields from a number on, in the packed format.
 
-    Args:
-        task: task of the step.
-        selection: the M kept samples.
-        items: function that yields the samples from a number on.
-        size: about how many bytes they will take.
-        made_from: digest of what the samples are made from beside the data, for the shards of an interrupted run.
-        squeeze: whether the small arrays are compressed.
-        **attributes: further facts that the store keeps.
+    `size` says about how many bytes they take, and `made_from` is a digest of what they are made from beside the data,
+    for the shards of an interrupted run. With `squeeze` the small arrays are compressed. The store keeps the
+    attributes.
     """
     require_space(task.folder, size)
     shards = task.shards("packing")
