@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 from dq_lightning import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig, as_source, quantize
+from dq_lightning.bins.make import make_bins
 from dq_lightning.cache.entries import Cache
 from dq_lightning.core.errors import ConfigError, SourceError
+from dq_lightning.pipeline import binning
 from dq_lightning.pipeline.compact import open_compact
 from dq_lightning.pipeline.plan import (
     BINS,
@@ -41,6 +43,15 @@ class TwoNumbers(torch.nn.Module):
 
     def forward(self, images):
         return images.mean(dim=(2, 3)) @ self.weight
+
+
+def test_every_setting_of_the_bins_reaches_them(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(binning, "make_bins", lambda *rows, **more: given.append(more) or make_bins(*rows, **more))
+    bins = BinConfig(num_bins=4, lam=0.5, similarity="dot", engine="dense", by_label=False)
+    features = np.random.default_rng(0).normal(size=(40, 3))
+    quantize(photos(40), QuantizeConfig(bins=bins), cache_dir=tmp_path, encoder=features, progress=False)
+    assert given[0] | bins.to_dict() == given[0] | {"by_label": False, "deduplicate": None}
 
 
 def test_one_line_says_what_is_computed_and_why(tmp_path, caplog):

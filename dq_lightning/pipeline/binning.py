@@ -9,29 +9,23 @@ from dq_lightning.bins.duplicates import find_duplicates, spread_bins
 from dq_lightning.bins.make import make_bins
 from dq_lightning.cache.tensors import write_bins
 from dq_lightning.core.console import get_logger
-from dq_lightning.core.records import Bins, Features
+from dq_lightning.core.records import Features
 from dq_lightning.features.whitening import whiten
-from dq_lightning.pipeline.plan import Plan
 from dq_lightning.pipeline.step import Task
 from dq_lightning.pipeline.suspects import find_suspects
 
 
 def make_bins_entry(task: Task, features: Features) -> None:
-    """Write the entry of the bins of all N samples."""
-    write_bins(task.folder, bins_of(task.plan, features, device=task.device, progress=task.progress))
-
-
-def bins_of(plan: Plan, features: Features, *, device: str, progress: bool) -> Bins:
-    """Make the bins of all N samples of a plan from their features.
+    """Write the entry of the bins of all N samples.
 
     Samples that could not be read, samples of low scores and near-duplicates get the bin -1.
     """
-    settings = plan.config.bins
+    plan, settings = task.plan, task.plan.config.bins
     grouping = plan.labels if settings.by_label else None
     labels = grouping.values if grouping is not None else None
     kept, total, skipped = None, len(features), len(features.unreadable)
     classes = plan.labels if plan.config.quality.drops else None
-    suspects = find_suspects(plan.config.quality, plan.scores, plan.source, classes, features, device=device)
+    suspects = find_suspects(plan.config.quality, plan.scores, plan.source, classes, features, device=task.device)
     if skipped or suspects is not None:
         usable = torch.ones(total, dtype=torch.bool)
         usable[features.unreadable] = False
@@ -47,21 +41,14 @@ def bins_of(plan: Plan, features: Features, *, device: str, progress: bool) -> B
     labels = labels[kept] if labels is not None and kept is not None else labels
     bins = make_bins(
         _refined(features, kept, whitened=plan.config.features.whiten),
-        num_bins=settings.num_bins,
         labels=labels,
-        objective=settings.objective,
-        maximizer=settings.maximizer,
-        similarity=settings.similarity,
-        lam=settings.lam,
-        clusters=settings.clusters,
-        gamma=settings.gamma,
-        epsilon=settings.epsilon,
-        beta=settings.beta,
-        search_seed=settings.search_seed,
-        device=device,
-        progress=None if progress else False,
+        device=task.device,
+        progress=None if task.progress else False,
+        **{name: value for name, value in settings.to_dict().items() if name not in ("by_label", "deduplicate")},
     )
-    return bins if kept is None else replace(spread_bins(bins, kept, total), num_unreadable=skipped, suspects=suspects)
+    if kept is not None:
+        bins = replace(spread_bins(bins, kept, total), num_unreadable=skipped, suspects=suspects)
+    write_bins(task.folder, bins)
 
 
 def _refined(features: Features, kept: Tensor | None, *, whitened: bool) -> Features:
