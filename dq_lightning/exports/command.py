@@ -13,7 +13,7 @@ from dq_lightning.core.records import Selection
 from dq_lightning.exports.hub import push_images, write_image_dataset
 from dq_lightning.exports.images import write_ids, write_image_folder, write_litdata, write_parquet, write_webdataset
 from dq_lightning.exports.rows import write_dataset, write_index, write_json
-from dq_lightning.exports.samples import KeptImages, kept_of_source, kept_of_store
+from dq_lightning.exports.samples import kept_of_source, kept_of_store
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.pipeline.compact import open_compact, set_folder
 from dq_lightning.pipeline.plan import GIVEN
@@ -58,9 +58,12 @@ def export_set(
     selection, packed, source = _opened(path, dataset)
     if format == "indices":
         return _write_indices(Path(output), selection, packed, source, name)
-    if format == "json" or _holds_text(packed, source):
+    if source is not None:
+        holds_text = source.modality == "text"
+    else:
+        holds_text = packed is not None and len(packed) > 0 and is_row(packed[0])
+    if format == "json" or holds_text:
         return _write_rows(format, output, selection, packed, source)
-    images: KeptImages
     if source is not None and (packed is None or not packed.has_patches):
         images = kept_of_source(source, selection, name)
     elif packed is not None:
@@ -105,19 +108,12 @@ def _check_content(path: Path, source: Source) -> None:
     if made_of.startswith(GIVEN):
         return
     memory = Cache(default_cache_dir()).memory
-    seen = source.quick_digest(memory) if source.identity_is_certain else None
-    seen = seen or source.digest(memory)
+    seen = (source.identity_is_certain and source.quick_digest(memory)) or source.digest(memory)
     if seen != made_of:
         raise StoreError(
             f"{path} was made from other content than {source.describe()} has now (digest {made_of[:8]} then, {seen[:8]} now): "
             "pass the dataset as it was then, or quantize again"
         )
-
-
-def _holds_text(packed: PackedDataset | None, source: Source | None) -> bool:
-    if source is not None:
-        return source.modality == "text"
-    return packed is not None and len(packed) > 0 and is_row(packed[0])
 
 
 def _write_indices(

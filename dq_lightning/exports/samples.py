@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dq_lightning.cache.files import read_sealed
 from dq_lightning.core.errors import StoreError
-from dq_lightning.core.records import EncodedImage, Selection
+from dq_lightning.core.records import Selection
 from dq_lightning.packed.images import exif_beside
 from dq_lightning.packed.patches import map_patched, mean_filled
 from dq_lightning.packed.reader import PackedDataset
@@ -94,9 +94,7 @@ def kept_of_source(
         others = [None] * len(selection) if samples is None else samples()
         for position, bin_number, other in zip(selection.index.tolist(), selection.bin.tolist(), others, strict=True):
             if samples is None:
-                data, suffix = _file_of(
-                    source.encoded(position), lambda p=position: at(source.plain(p), source.image_leaf())
-                )
+                data, suffix = _file_of(source, position)
             else:
                 data, suffix = as_png(at(other, source.image_leaf())), ".png"
             label = None if labels is None else int(labels.values[position])
@@ -193,13 +191,14 @@ def _from_array(leaf: Any) -> Image.Image:
     )
 
 
-def _file_of(encoded: EncodedImage | None, decode: Any) -> tuple[bytes, str]:
+def _file_of(source: Source, position: int) -> tuple[bytes, str]:
     """Return the bytes and suffix of an image file: the original bytes if every reader can decode them, else PNG."""
+    encoded = source.encoded(position)
     if encoded is not None:
         with Image.open(io.BytesIO(encoded.data)) as image:
             if image.format in SUFFIXES:
                 return encoded.data, SUFFIXES[image.format]
-    return as_png(decode()), ".png"
+    return as_png(at(source.plain(position), source.image_leaf())), ".png"
 
 
 def _label(value: Any, names: list[str]) -> int:

@@ -11,7 +11,8 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
     Its length does not depend on the first dimension, so it can be written before the rows are counted.
 
-    >>> len(npy_header("<f4", (10, 3))) 128
+    >>> len(npy_header("<f4", (10, 3)))
+    128
     """
     text = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape!r}, }}"
     spare = 20 - len(str(shape[0])) if shape else 0
