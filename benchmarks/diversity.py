@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dq_lightning.bins.clusters import Rows
 from dq_lightning.evaluation.baselines import response_lengths
-from dq_lightning.evaluation.kmeans import Rows
 from dq_lightning.sources.prompts import choose_template, columns_of
 
 _BLOCK = 1024

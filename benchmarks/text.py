@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from diversity import measure_diversity
 
+from dq_lightning.bins.clusters import kmeans
 from dq_lightning.bins.make import make_bins
 from dq_lightning.evaluation.baselines import baseline_selection
-from dq_lightning.evaluation.kmeans import kmeans
 from dq_lightning.exports.rows import write_json
 from dq_lightning.selection.select import select
 

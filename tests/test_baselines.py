@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dq_lightning.bins.clusters import kmeans, nearest
 from dq_lightning.core.errors import ConfigError, FeatureError
 from dq_lightning.core.records import Features
 from dq_lightning.evaluation.baselines import baseline_selection, response_lengths
-from dq_lightning.evaluation.kmeans import kmeans, nearest
 from dq_lightning.selection.allocate import count_kept
 
 DIVERSITY = runpy.run_path(str(Path(__file__).resolve().parents[1] / "benchmarks" / "diversity.py"))

@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dq_lightning.bins.clusters import kmeans
 from dq_lightning.core.errors import ConfigError, FeatureError
 from dq_lightning.core.records import Features, Selection
-from dq_lightning.evaluation.kmeans import kmeans
 from dq_lightning.selection.allocate import count_kept
 from dq_lightning.sources.prompts import choose_template, columns_of
 
