@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dq_lightning.bins.graph_cut.candidates import steady_cost
 from dq_lightning.bins.graph_cut.costs import Costs
+from dq_lightning.bins.graph_cut.scores import WIDE
 from dq_lightning.bins.maximizers import LAZY
 from dq_lightning.bins.objectives import OBJECTIVES
 from dq_lightning.bins.sizes import bin_sizes
@@ -34,17 +35,13 @@ class Room:
     candidates: int = 1 << 12
     rows: int = 1 << 25
 
-    def entry(self, rows: int) -> int:
-        """Return the number of bytes of an entry of the matrix of `rows` rows on the CPU."""
-        return 4 if 2 * rows <= self.dense else 2
-
     @classmethod
     def beside(cls, stored: int, device: torch.device) -> "Room":
         """Choose the limits for features of `stored` bytes on a device.
 
-        The matrix may take a quarter of the free memory with entries of 4 bytes, or half of it with entries of 2. The
-        limits of candidates and of copies of rows are proportional to the size of the features; on a GPU, whose speed
-        depends on them, the matrix and the float64 copy of the rows may each take a third of its free memory.
+        The matrix may take half of the free memory. The limits of candidates and of copies of rows are proportional to
+        the size of the features; on a GPU, whose speed depends on them, the matrix and the float64 copy of the rows may
+        each take a third of its free memory.
         """
         dense = int((free_memory(torch.device("cpu")) / 2 / 2) ** 0.5)
         candidates = int(min(1 << 26, max(1 << 23, stored // 4)) ** 0.5)
@@ -91,7 +88,7 @@ def make_plan(config: BinConfig, factors: dict[str, Tensor], sizes: list[int], d
     room = Room.beside(stored, device)
     free = free_memory(device)
     if exact:
-        entry = room.entry(min(largest, room.dense)) if device.type == "cpu" else 4
+        entry = 4 if device.type != "cpu" or largest <= WIDE else 2
         matrix = entry * min(largest, room.dense) ** 2 if config.engine in ("auto", "dense") else 4 * largest * width
         needed = matrix + 8 * (min(largest * width, 2 * room.rows) + 6 * largest) + 32 * total
         wide = math.prod(values.shape[1] + number for number, values in enumerate(factors.values()))

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from dq_lightning.bins.graph_cut import candidates, device, engine, proof, referee, scores
 from dq_lightning.bins.make import make_bins
-from dq_lightning.bins.plan import Room
 from dq_lightning.core.records import Features
 from tests.bins.test_make import KINDS, assert_greedy, random_features
 from tests.full_count import examples
@@ -39,7 +38,7 @@ def bins_in(regime, values, **settings):
         if regime.endswith("in blocks"):
             patch.setattr(engine, "on_device", lambda pool, least=0: True)
         if regime.endswith("2 bytes"):
-            patch.setattr(Room, "entry", lambda room, rows: 2)
+            patch.setattr(scores, "WIDE", 0)
         return make_bins(values, engine=regime.split()[0], **settings)
 
 

@@ -7,12 +7,12 @@ few rows in question are computed in float64, and where that does not decide eit
 rounding (`referee.Referee`); gains that are then equal are ties, which go to the lowest position. So the picks are the
 same in every regime, for any number of threads, and on every device.
 
-`"dense"` (`scores.MatrixScores`): all inner products as whole numbers of 4 bytes, or of 2 where those would take more than
-    a quarter of the free memory, and a row of them subtracted for a pick. The product of matrices is made once for all
-    bins that follow, and a pick costs about n additions. Additions of whole numbers make no error, so after t picks a
-    gain is off by t times the error of an entry: half a unit, which is the largest product divided by 2**18 (or by
-    16,350), plus that of the product, which is made in float64 unless float32 errs by less than a unit. Gains start
-    again from float64 when decisions have cost as much as that.
+`"dense"` (`scores.MatrixScores`): all inner products as whole numbers of 4 bytes, or of 2 with more than 8,192 rows, and
+    a row of them subtracted for a pick. The product of matrices is made once for all bins that follow, and a pick costs
+    about n additions. Additions of whole numbers make no error, so after t picks a gain is off by t times the error of
+    an entry: half a unit, which is the largest product divided by 2**18 (or by 16,350), plus that of the product, which
+    is made in float64 unless float32 errs by less than a unit. Gains start again from float64 when decisions have cost
+    as much as that.
 `"candidates"` (`candidates.Candidates`, `proof.Proof`): a small matrix of the rows of greatest gain, from which hundreds
     of picks are made, and one float64 pass over all rows that proves them. Between the ends of a chunk of picks a gain
     stays near a straight line, to within twice the distance of the sum of the picks from its own line. Memory is of the

@@ -148,10 +148,8 @@ class _Run:
         if not self._pool.alive.all():
             self._gains.append(self._pool.values)
             self._begin(self._pool.vector, self._pool.error)
-        if on_device(self._pool, MATRIX_FROM):
-            self._scores = DevicePicks(self._pool, matrix=True)
-        else:
-            self._scores = MatrixScores(self._pool, self._room.entry(len(self._pool)))
+        picks_there = on_device(self._pool, MATRIX_FROM)
+        self._scores = DevicePicks(self._pool, matrix=True) if picks_there else MatrixScores(self._pool)
 
     def _dense(self, picks: int) -> float:
         """Return the cost of the matrix and of the next `picks` picks from it, or infinity if it does not fit."""

@@ -20,6 +20,9 @@ Tick = Callable[[int], object]
 
 # The unit roundoff of float32, with room for the second-order terms of error bounds.
 SINGLE = 2.0**-24 * 1.01
+# Up to this many rows an entry of the matrix has 4 bytes. With more rows the memory costs more than the decisions that
+# the finer numbers save, so that it has 2.
+WIDE = 1 << 13
 # Twice an inner product of the longest rows is stored as at most this whole number, by the number of bytes of an entry.
 FULL = {4: 1 << 19, 2: 32700}
 # Gains start again from float64 after at most this many picks, which change a score by at most 2**29.
@@ -42,13 +45,13 @@ class MatrixScores:
     unless float32's error is below one unit.
 
     Args:
-        pool: n rows.
-        size: number of bytes of an entry of the matrix, 4 or 2; memory is `size` n^2 bytes.
+        pool: n rows; memory is 4 n^2 bytes up to 8,192 rows, and 2 n^2 with more.
     """
 
     dead, floor = float(_DEAD), float(_FLOOR)
 
-    def __init__(self, pool: Pool, size: int = 4) -> None:
+    def __init__(self, pool: Pool) -> None:
+        size = 4 if len(pool) <= WIDE else 2
         single = FULL[size] * (pool.group.depth + 8) * SINGLE
         double = FULL[size] * (pool.group.depth + 8) * ROUNDING
         if single < 1.0:
