@@ -224,7 +224,7 @@ def show(results):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--results", type=Path, help="file of finished rows")
+    parser.add_argument("--results", type=Path, default=Path("bins_regimes.jsonl"), help="file of finished rows")
     parser.add_argument("--rows", nargs="*", default=[""], help="beginnings of the names of rows to run")
     parser.add_argument("--alpaca", help="embeddings of the Alpaca instructions")
     parser.add_argument("--before", help="folder of the older copy of the project")

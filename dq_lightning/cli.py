@@ -25,6 +25,7 @@ COMMANDS: dict[str, Any] = {
     "quantize": quantizing.quantize_dataset,
     "bins": stations.bins,
     "suspects": stations.suspects,
+    "duplicates": stations.duplicates,
     "sample": stations.sample,
     "reconstruct": stations.reconstruct,
     "embed": texts.embed,

@@ -1,5 +1,6 @@
 """The console script: every command by itself and one after the other, on real images and rows."""
 
+import csv
 import json
 import os
 import signal
@@ -95,6 +96,27 @@ def test_selection_epochs_and_gradients(tmp_path):
     gains = [np.load(path)["gain"] for path in tmp_path.glob("*/bins.npz")]
     # three different sets of features
     assert len({gain.tobytes() for gain in gains}) == 3
+
+
+def test_near_duplicates_are_listed_with_what_they_are_near_to(tmp_path, ready):
+    """Inside a dataset those that deduplicate= leaves out; against itself every sample is its own copy."""
+    command = ["duplicates", *SAMPLE[1:], *ready, "--threshold", "0.97", "--output", tmp_path / "near.csv"]
+    run(*command)
+    rows = list(csv.DictReader((tmp_path / "near.csv").open()))
+    values, classes = np.load(tmp_path / "ready.npy").astype(float), SampleCIFAR10().targets
+    values /= np.linalg.norm(values, axis=1, keepdims=True)
+    assert rows
+    for row in rows:
+        position, near = int(row["position"]), int(row["near"])
+        assert near < position
+        assert classes[near] == classes[position]
+        assert float(row["cosine"]) == pytest.approx(values[near] @ values[position], abs=1e-5)
+    run("bins", tmp_path / "bins", *SAMPLE, *ready, "--bins.deduplicate", "0.97")
+    left_out = np.flatnonzero(np.load(tmp_path / "bins" / "bins.npz")["assignment"] == -1)
+    assert sorted(int(row["position"]) for row in rows) == left_out.tolist()
+    run(*command, "--against", SAMPLE[1], "--threshold", "1.0")
+    rows = list(csv.DictReader((tmp_path / "near.csv").open()))
+    assert len(rows) == 2000
 
 
 def test_published_bin_files_alone_give_the_same_counts(tmp_path, ready):

@@ -1,4 +1,4 @@
-"""The commands `bins`, `sample` and `reconstruct`: one station each, with the files of the published scripts."""
+"""The commands for single stations and for lists of samples, with the files of the published scripts."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -129,6 +129,72 @@ def suspects(
     source = as_source(opened, labels=labels, text=text, on_error=on_error)
     path = write_suspects(made.suspects, Path(output).expanduser(), source)
     print(f"listed {len(made.suspects):,} of {len(made):,} samples, the most suspicious first: {path}")
+
+
+def duplicates(
+    dataset: str,
+    data_path: str | None = None,
+    split: str = "train",
+    against: str | None = None,
+    against_path: str | None = None,
+    against_split: str = "train",
+    output: str = "duplicates.csv",
+    threshold: float = 0.95,
+    encoder: str | None = None,
+    features: FeatureConfig = FeatureConfig(),  # noqa: B008 (frozen)
+    text: TextConfig = TextConfig(),  # noqa: B008
+    labels: bool | str | None = None,
+    cache_dir: str | None = None,
+    device: str = "auto",
+    on_error: OnError = "raise",
+    progress: bool = True,
+) -> None:
+    """List near-duplicates within a dataset, or samples of it that are near to some of another one, as a table (CSV).
+
+    Within a dataset these are the samples that bins.deduplicate leaves out, each with the one that is kept in its place.
+
+    Example: dq-lightning duplicates ImageFolder --data_path photos/train --against ImageFolder --against_path photos/val
+
+    Args:
+        dataset: the dataset, as in quantize: CIFAR10, ImageFolder, hub:OWNER/NAME, ...
+        data_path: folder or file of the dataset, as in quantize.
+        split: split to read, for datasets that have several.
+        against: another dataset, such as the one for validation, that the samples are compared with instead.
+        against_path: folder or file of the other dataset.
+        against_split: split of the other dataset.
+        output: file that is written: position, name, near, near_name and cosine, the closest pair first.
+        threshold: smallest cosine of the features of near-duplicates.
+        encoder: the encoder, as in quantize; short for features.encoder.
+        features: how samples become feature vectors.
+        text: how rows of text are read.
+        labels: a column that takes the place of the classes, within which samples are compared, or false for none.
+        cache_dir: folder of the cache.
+        device: device that the encoder runs on: auto, cpu, cuda, ...
+        on_error: raise stops at a sample that cannot be read; skip passes over such samples.
+        progress: show progress bars.
+    """
+    config = QuantizeConfig(features, text=text, store="indices", on_error=on_error)
+    config = replace_fields(config, {"features.encoder": encoder})
+    from dq_lightning.bins.duplicates import find_duplicates, near_pairs
+    from dq_lightning.commands.opening import open_dataset
+    from dq_lightning.exports.results import write_duplicates
+    from dq_lightning.pipeline.quantize import features_of_dataset
+    from dq_lightning.sources.adapt import as_source
+
+    def vectors(opened: Any) -> Any:
+        made = features_of_dataset(opened, config, labels=labels, cache_dir=cache_dir, device=device, progress=progress)
+        return made.embedding
+
+    opened = open_dataset(dataset, data_path, split)
+    source = other = as_source(opened, labels=labels, text=text, on_error=on_error)
+    mine, theirs, classes = vectors(opened), None, source.labels()
+    if against is not None or against_path is not None:
+        second = open_dataset(against, against_path, against_split)
+        other, theirs, classes = as_source(second, labels=labels, text=text, on_error=on_error), vectors(second), None
+    of = find_duplicates(mine, threshold, labels=None if classes is None else classes.values, against=theirs)
+    pairs, cosine = near_pairs(mine, of, against=theirs)
+    path = write_duplicates(pairs, cosine, Path(output).expanduser(), source, other)
+    print(f"listed {len(pairs):,} of {len(mine):,} samples, the closest to another one first: {path}")
 
 
 def sample(

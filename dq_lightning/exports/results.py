@@ -1,10 +1,12 @@
-"""What commands write beside a compact set: settings, positions, a copy of the set, and a table of suspects."""
+"""What commands write beside a compact set: settings, positions, a copy of the set, and tables of samples."""
 
 import csv
 import json
 import shutil
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from dq_lightning.core.config import QuantizeConfig
 from dq_lightning.core.records import StoreInfo, Suspects
@@ -91,13 +93,37 @@ def write_suspects(suspects: Suspects, path: str | Path, source: Source | None =
     def name(label: int) -> str | int:
         return "" if label < 0 else names[label] if label < len(names) else label
 
+    columns = (suspects.index, suspects.score, suspects.label, suspects.suggested)
+    rows = [
+        (position, "" if source is None else source.sample_id(position), f"{score:.6g}", name(label), name(suggested))
+        for position, score, label, suggested in zip(*(column.tolist() for column in columns), strict=True)
+    ]
+    return _write_table(Path(path), ("position", "name", "score", "label", "suggested"), rows)
+
+
+def write_duplicates(pairs: Tensor, cosine: Tensor, path: Path, source: Source, other: Source) -> Path:
+    """Write near-duplicates as a CSV file with the columns position, name, near, near_name and cosine.
+
+    Args:
+        pairs: int64 [P, 2], positions in the source and in the other one, as `near_pairs` returns them.
+        cosine: float64 [P], their cosines.
+        path: path of the file, which is replaced; its folder is created.
+        source: source of the samples.
+        other: source of the samples that they are near to.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
+    rows = [
+        (position, source.sample_id(position), near, other.sample_id(near), f"{value:.6g}")
+        for (position, near), value in zip(pairs.tolist(), cosine.tolist(), strict=True)
+    ]
+    return _write_table(path, ("position", "name", "near", "near_name", "cosine"), rows)
+
+
+def _write_table(path: Path, header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Path:
     def write(place: Path) -> None:
         with place.open("w", encoding="utf-8", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(("position", "name", "score", "label", "suggested"))
-            columns = (suspects.index, suspects.score, suspects.label, suspects.suggested)
-            for position, score, label, suggested in zip(*(column.tolist() for column in columns), strict=True):
-                known = "" if source is None else source.sample_id(position)
-                table.writerow((position, known, f"{score:.6g}", name(label), name(suggested)))
+            csv.writer(file).writerows([header, *rows])
 
-    return whole(Path(path), write)
+    return whole(path, write)

@@ -18,7 +18,6 @@ from dq_lightning.cache.entries import Cache
 from dq_lightning.cache.tensors import read_bins, read_features, read_scores, read_selection
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import CacheError, StoreError
-from dq_lightning.core.records import Bins
 from dq_lightning.features.loading import explaining_lost_loaders
 from dq_lightning.pipeline.binning import make_bins_entry
 from dq_lightning.pipeline.compact import Compact, filled_key, open_compact
@@ -110,11 +109,6 @@ class Build:
         self._marks = self.plan.source.marks(fresh=False)
         self._results: dict[str, Any] = {}
         self._finished: set[str] = set()
-
-    def bins(self) -> Bins:
-        """Return the bins alone, found in the cache or made."""
-        bins: Bins = self.run(BINS)[BINS]
-        return bins
 
     def compact(self) -> Compact:
         """Return the compact set, found in the cache or made, and log what was kept and how long each step took."""

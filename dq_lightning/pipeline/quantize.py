@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dq_lightning.cache.entries import Cache, default_cache_dir
-from dq_lightning.cache.tensors import read_bins
+from dq_lightning.cache.tensors import read_bins, read_features
 from dq_lightning.core.config import AnyConfig, OnError, QuantizeConfig, VerifyPolicy
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.isolation import isolated_random_state
-from dq_lightning.core.records import Bins, StoreInfo
+from dq_lightning.core.records import Bins, Features, StoreInfo
 from dq_lightning.pipeline.build import Build
 from dq_lightning.pipeline.compact import Compact, find_compact
 from dq_lightning.pipeline.packing import check_storable
-from dq_lightning.pipeline.plan import BINS, Plan, make_plan, source_identity, usable_parts
+from dq_lightning.pipeline.plan import BINS, FEATURES, Plan, make_plan, source_identity, usable_parts
 from dq_lightning.pipeline.wanted import Wanted, want
 from dq_lightning.selection.given import Indices
 
@@ -149,13 +149,51 @@ def bins_of_dataset(
     Raises:
         DQError: the bins cannot be made.
     """
+    bins: Bins = _found_or_made(dataset, config, labels, BINS, read_bins, cache_dir, device, progress=progress)
+    return bins
+
+
+def features_of_dataset(
+    dataset: Any,
+    config: QuantizeConfig,
+    *,
+    labels: Any = None,
+    cache_dir: str | Path | None = None,
+    device: str = "auto",
+    progress: bool = True,
+) -> Features:
+    """Return only the features of a dataset: from the cache if they are there, else made now.
+
+    The arguments are those of `quantize`; of the settings, only those of the features, of texts and `on_error` matter.
+
+    Raises:
+        DQError: the features cannot be made.
+    """
+    made: Features = _found_or_made(
+        dataset, config, labels, FEATURES, read_features, cache_dir, device, progress=progress
+    )
+    return made
+
+
+def _found_or_made(
+    dataset: Any,
+    config: QuantizeConfig,
+    labels: Any,
+    station: str,
+    read: Callable[[Path], Any],
+    cache_dir: str | Path | None,
+    device: str,
+    *,
+    progress: bool,
+) -> Any:
+    """Return the result of one station, found in the cache or made."""
     cache = Cache(cache_dir or default_cache_dir())
     with isolated_random_state():
         plan = make_plan(dataset, Wanted(config, labels=labels))
         source = source_identity(plan, cache.memory)
         identities = plan.identities(cache.memory)
         for parts in [] if identities is None else usable_parts(plan, source, identities):
-            if (bins := cache.read(BINS, parts[BINS], read_bins)) is not None:
-                get_logger().info(f"reusing the bins of {len(plan.source):,} samples")
-                return bins
-        return Build(plan, source, cache, device, force=False, progress=progress, seconds={}).bins()
+            if (found := cache.read(station, parts[station], read)) is not None:
+                get_logger().info(f"reusing the {station.partition('-')[2]} of {len(plan.source):,} samples")
+                return found
+        return Build(plan, source, cache, device, force=False, progress=progress, seconds={}).run(station)[station]
