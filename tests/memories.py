@@ -15,7 +15,7 @@ class DictMemory:
         self.read.append(str(path))
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-    def files(self, paths):
+    def files(self, paths, skips=False):
         return [self.file(path) for path in paths]
 
     def recall(self, key):

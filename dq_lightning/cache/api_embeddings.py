@@ -7,7 +7,7 @@ The files stay when the cache is pruned, because the embeddings were paid for.
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,56 +25,51 @@ FORMAT = "dq_lightning paid rows 2"
 Rows = NDArray[np.float32]
 
 
-def api_embeddings_in(root: Path) -> Callable[[str], "StoredEmbeddings"]:
-    """Return a function that opens the stored embeddings of a model, whose name must be usable in a path.
-
-    Args:
-        root: folder of the embeddings of all models, created when the first ones are stored.
-    """
-    return lambda model: StoredEmbeddings(root / model)
-
-
 class StoredEmbeddings:
-    """The embeddings that an API has returned for one model; implements `resuming.ApiEmbeddings`.
+    """The embeddings that an API has returned for one model, for several threads and processes.
 
     Embeddings in a damaged file are ignored, and requested again.
 
     Args:
-        folder: folder of the model.
+        folder: folder of the model, which is created when the first embeddings are stored; None stores nothing.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._rows: dict[bytes, Rows] = {}
-        for path in sorted(folder.glob("*.rows")):
-            self._read(path)
+        if folder is not None:
+            for path in sorted(folder.glob("*.rows")):
+                self._read(path, folder.name)
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._rows
 
     def __getitem__(self, key: bytes) -> Rows:
+        """Return the embedding with this key, float32 [D]."""
         return self._rows[key]
 
     def record(self, keys: Sequence[bytes], rows: Rows) -> None:
-        """Store the embeddings of a finished request, as in `resuming.ApiEmbeddings`.
+        """Store the embeddings of a finished request, before anything else is done with them.
+
+        Args:
+            keys: SHA-256 digest of each of B texts.
+            rows: float32 [B, D], the embeddings in the order of the keys.
 
         Raises:
             CacheError: they cannot be written, for example on a full disk; later ones could not be stored either.
         """
+        if self._folder is None:
+            return
         path = self._folder / f"{hashlib.sha256(b''.join(keys)).hexdigest()[:16]}-{len(keys)}.rows"
         digests = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(len(keys), -1)
         with files.explained(path):
             files.make_folder(self._folder)
-            replace_tensor_file(path, {"key": digests, "row": torch.from_numpy(rows)}, self._identity)
+            replace_tensor_file(path, {"key": digests, "row": torch.from_numpy(rows)}, _identity(self._folder.name))
             files.fsync_folder(self._folder)
 
-    @property
-    def _identity(self) -> dict[str, str]:
-        return {"format": FORMAT, "model": self._folder.name}
-
-    def _read(self, path: Path) -> None:
+    def _read(self, path: Path, model: str) -> None:
         try:
-            stored, _ = read_tensor_file(path, attributes=self._identity)
+            stored, _ = read_tensor_file(path, attributes=_identity(model))
             keys, rows = stored["key"].numpy(), stored["row"].numpy()
             if keys.ndim != 2 or rows.ndim != 2 or len(keys) != len(rows) or not np.isfinite(rows).all():
                 raise StoreError("it does not hold rows of finite numbers with their keys")
@@ -82,3 +77,7 @@ class StoredEmbeddings:
             logger.warning("features: %s cannot be used (%s), so its embeddings are requested again", path, error)
             return
         self._rows.update((key.tobytes(), row) for key, row in zip(keys, rows, strict=True))
+
+
+def _identity(model: str) -> dict[str, str]:
+    return {"format": FORMAT, "model": model}

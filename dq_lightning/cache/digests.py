@@ -12,8 +12,10 @@ import logging
 import os
 import time
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +33,7 @@ ATTEMPTS = 3
 # A stamp is the size, mtime_ns, ctime_ns and inode of a file.
 Stamps = npt.NDArray[np.int64]
 STAMP_SIZE = 4
+UNKNOWN = (-1,) * STAMP_SIZE
 
 
 def _stamp(path: str) -> tuple[int, ...]:
@@ -51,12 +54,12 @@ def _hash_file(path: str) -> tuple[bytes, tuple[int, ...]]:
                 digest.update(piece)
         if _stamp(path) == before:
             young = max(before[1], before[2]) > started - RACY_NANOSECONDS
-            return digest.digest(), (-1,) * STAMP_SIZE if young else before
+            return digest.digest(), UNKNOWN if young else before
     raise CacheError(f"{path} changes while it is read: wait until it is written, then start again")
 
 
-class FileDigestMemory:
-    """Digests by file and by key in one folder; implements `records.DigestMemory`.
+class DigestMemory:
+    """Digests by file and by key in one folder, which let an unchanged file or table be read only once.
 
     A lost or damaged memory only costs time.
 
@@ -74,23 +77,19 @@ class FileDigestMemory:
             OSError: the file cannot be read.
             CacheError: the file changes while it is read.
         """
-        place = os.path.abspath(path)  # noqa: PTH100 (str in, str out)
-        stamp = list(_stamp(place))
-        known = self._read("file", place)
-        if known and known.get("stamp") == stamp and isinstance(known.get("value"), str):
-            return str(known["value"])
-        digest, taken = _hash_file(place)
-        if taken[0] >= 0:
-            self._write("file", place, digest.hex(), stamp=list(taken))
-        return digest.hex()
+        return self.files([os.path.abspath(path)])[0]  # noqa: PTH100 (str in, str out)
 
-    def files(self, paths: list[str]) -> list[str]:
+    def files(self, paths: list[str], *, skips: bool = False) -> list[str]:
         """Return the hexadecimal sha256 of many files, in order; files are hashed in threads.
 
         The files of one common folder share one table, so looking up N unchanged files costs N stats and one read.
 
+        Args:
+            paths: paths of the files.
+            skips: whether the name of an exception takes the place of the digest of a file that cannot be read.
+
         Raises:
-            OSError: a file cannot be read.
+            OSError: a file cannot be read, and `skips` is not set.
             CacheError: a file changes while it is read.
         """
         if not paths:
@@ -98,7 +97,18 @@ class FileDigestMemory:
         here = os.getcwd()  # noqa: PTH109
         places = [path if os.path.isabs(path) else os.path.join(here, path) for path in map(os.fspath, paths)]  # noqa: PTH117, PTH118
         table = _Table(self.folder / f"files-{_name(_common_folder(places))}.npz")
-        stamps = np.array([_stamp(place) for place in places], dtype=np.int64)
+        unreadable: dict[int, str] = {}
+
+        def tried(function: Callable[[str], Any], i: int, instead: Any) -> Any:
+            try:
+                return function(places[i])
+            except OSError as error:
+                if not skips:
+                    raise
+                unreadable[i] = f"unreadable: {type(error).__name__}"
+                return instead
+
+        stamps = np.array([tried(_stamp, i, UNKNOWN) for i in range(len(places))], dtype=np.int64)
         known_stamps, digests = table.look_up(places)
         stale = np.flatnonzero((known_stamps != stamps).any(axis=1))
         if len(stale):
@@ -106,36 +116,30 @@ class FileDigestMemory:
             digests = digests.copy()
             chunks = [stale[start : start + CHUNK_FILES].tolist() for start in range(0, len(stale), CHUNK_FILES)]
             with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 4)) as pool:
-                for chunk, made in zip(
-                    chunks, pool.map(lambda c: [_hash_file(places[i]) for i in c], chunks), strict=True
-                ):
+                hashed = pool.map(lambda c: [tried(_hash_file, i, (bytes(32), UNKNOWN)) for i in c], chunks)
+                for chunk, made in zip(chunks, hashed, strict=True):
                     for i, (digest, stamp) in zip(chunk, made, strict=True):
                         digests[i] = np.frombuffer(digest, np.uint8)
                         known_stamps[i] = stamp
             table.store(places, known_stamps, digests)
         text = digests.tobytes().hex()
-        return [text[start : start + 64] for start in range(0, len(text), 64)]
+        return [unreadable.get(i) or text[64 * i : 64 * (i + 1)] for i in range(len(places))]
 
     def recall(self, key: str) -> str | None:
         """Return the digest remembered under a key, or None."""
-        known = self._read("key", key)
-        value = known.get("value") if known else None
+        try:
+            known = files.read_sealed(self._place(key))
+        except (OSError, DQError):
+            return None
+        value = known.get("value") if known.get("key") == key else None
         return value if isinstance(value, str) else None
 
     def remember(self, key: str, digest: str) -> None:
         """Remember a digest under a key; does nothing if the memory cannot be written."""
-        self._write("key", key, digest)
+        _try_replace(self._place(key), files.seal({"key": key, "value": digest}))
 
-    def _read(self, kind: str, key: str) -> dict[str, object] | None:
-        try:
-            known = files.read_sealed(self.folder / f"{kind}-{_name(key)}.json")
-        except (OSError, DQError):
-            return None
-        return known if known.get("key") == key else None
-
-    def _write(self, kind: str, key: str, value: str, **more: object) -> None:
-        path = self.folder / f"{kind}-{_name(key)}.json"
-        _try_replace(path, files.seal({"key": key, "value": value, **more}))
+    def _place(self, key: str) -> Path:
+        return self.folder / f"key-{_name(key)}.json"
 
 
 def _name(text: str) -> str:

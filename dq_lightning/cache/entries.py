@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import platformdirs
 
 from dq_lightning.cache import files
-from dq_lightning.cache.digests import FileDigestMemory
+from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.cache.leftovers import remove_stale
 from dq_lightning.cache.lock import host_name, work_lock
 from dq_lightning.cache.manifest import MANIFEST, Damage, check_entry, read_manifest, write_manifest
@@ -105,7 +105,7 @@ class Cache:
         check_local("cache_dir", root)
         self.root = Path(root).expanduser().absolute()
         self.verify: VerifyPolicy = verify
-        self.memory = FileDigestMemory(self.root / "0-digests")
+        self.memory = DigestMemory(self.root / "0-digests")
         self._reported: set[Path] = set()
 
     def key(self, station: str, parts: dict[str, Any]) -> str:

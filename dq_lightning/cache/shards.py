@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from dq_lightning.cache import files
 from dq_lightning.cache.tensor_files import MAX_HEADER_BYTES, read_tensor_file, replace_tensor_file
 from dq_lightning.core.errors import StoreError
-from dq_lightning.core.resuming import Array
+from dq_lightning.core.resuming import Array, Shards
 
 logger = logging.getLogger("dq_lightning")
 
@@ -74,8 +74,8 @@ def remove_abandoned(station: Path, now: float) -> None:
             files.remove(folder)
 
 
-class KeptShards:
-    """The shards of one entry that is being made; implements `resuming.Shards`.
+class KeptShards(Shards):
+    """The shards of one entry that is being made.
 
     Args:
         entry: folder where the entry will be.
@@ -106,7 +106,7 @@ class KeptShards:
         self._given_up = False
 
     def restore(self, total: int, made_from: str = "") -> Iterator[dict[str, Array]]:
-        """Yield the arrays of earlier runs, as in `resuming.Shards`. Only one shard at a time is in memory."""
+        """Yield the arrays of earlier runs; only one shard at a time is in memory."""
         self._loop_made_from, self._done = made_from, 0
         listed = sorted((path for folder in self._keys for path in folder.glob("*.shard")), key=_stop, reverse=True)
         while found := next((path for path in listed if path.name.startswith(f"{self._done:012}-")), None):
@@ -131,13 +131,13 @@ class KeptShards:
             logger.info("resuming %s: %s of %s samples are done already", self._noun, f"{self._done:,}", f"{total:,}")
 
     def is_due(self) -> bool:
-        """Return whether enough time has passed to write a shard; see `resuming.Shards`."""
+        """Return whether enough time has passed to write a shard."""
         if self._since is None:
             self._since = time.monotonic()
         return not self._given_up and time.monotonic() - self._since >= self._interval
 
     def keep(self, count: int, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Write a shard of the next `count` samples, as in `resuming.Shards`; a failure of the disk is only a warning.
+        """Write a shard of the next `count` samples; a failure of the disk is only a warning.
 
         Raises:
             StoreError: an array has another dtype than `tensor_files.DTYPES`, which is a programming error.

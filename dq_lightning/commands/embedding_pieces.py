@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dq_lightning.cache.api_embeddings import api_embeddings_in
 from dq_lightning.cache.entries import Cache, default_cache_dir
 from dq_lightning.commands.opening import open_dataset
 from dq_lightning.core.config import FeatureConfig, TextConfig
@@ -65,7 +64,7 @@ def embed_rows(
         batch_size=features.batch_size,
         num_workers=features.num_workers,
         progress=progress,
-        api_embeddings=api_embeddings_in(Path(output).expanduser() / "paid"),
+        api_embeddings=Path(output).expanduser() / "paid",
     )
     size, folder = len(source) if nums is None else nums, Path(output).expanduser()
     return embed_piece(source, embed, index=index, nums=size, out_dir=folder, identity=identity, name=name)

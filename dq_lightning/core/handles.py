@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 logger = logging.getLogger("dq_lightning")
 
@@ -254,7 +254,7 @@ def _warn_once(text: str) -> None:
 
 
 def read_in_order(dataset: Any, num_workers: int, *, pin_memory: bool = False) -> Iterator[Any]:
-    """Yield all items of a map-style dataset in order.
+    """Yield all items of a map-style dataset in order; an exception that the dataset raises is raised unchanged.
 
     Args:
         dataset: dataset that `num_workers` processes may read, see `loader_processes`.
@@ -267,6 +267,31 @@ def read_in_order(dataset: Any, num_workers: int, *, pin_memory: bool = False) -
         options = {"multiprocessing_context": multiprocessing.get_context(FORK), "prefetch_factor": 4}
     # Without a generator of its own, the loader would draw its seed from the global random state.
     generator = torch.Generator().manual_seed(0)
-    yield from DataLoader(
-        dataset, batch_size=None, num_workers=num_workers, pin_memory=pin_memory, generator=generator, **options
+    loader = DataLoader(
+        _Caught(dataset),
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=generator,
+        **options,
     )
+    for item, error in loader:
+        if error is not None:
+            raise error
+        yield item
+
+
+class _Caught(Dataset[tuple[Any, Exception | None]]):
+    """A dataset that returns what another one raises, because a DataLoader wraps a raised exception in another one."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, Exception | None]:
+        try:
+            return self._dataset[index], None
+        except Exception as error:
+            return None, error

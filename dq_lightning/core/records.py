@@ -3,8 +3,7 @@
 import hashlib
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -337,29 +336,6 @@ class StoredImage:
     decoder: str
     layout: str = "pil"
     properties: bytes | None = None
-
-
-class DigestMemory(Protocol):
-    """Protocol of a memory for content digests, which lets an unchanged file or table be read only once.
-
-    The implementation is in `cache/digests.py`.
-    """
-
-    def file(self, path: str | Path) -> str:
-        """Hexadecimal digest of a file's content, remembered under its path, size and modification time."""
-        ...
-
-    def files(self, paths: list[str]) -> list[str]:
-        """Hexadecimal digests of the contents of several files, in order."""
-        ...
-
-    def recall(self, key: str) -> str | None:
-        """Return the digest that is remembered under a key, or None."""
-        ...
-
-    def remember(self, key: str, digest: str) -> None:
-        """Store a digest under a key for later runs and for other processes."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -11,10 +12,9 @@ from torch import Tensor, nn
 
 from dq_lightning.core.config import Precision
 from dq_lightning.core.errors import FeatureError
-from dq_lightning.core.resuming import OpenApiEmbeddings
 from dq_lightning.features.collect import Rows
 from dq_lightning.features.preprocessing import Preprocessing
-from dq_lightning.features.samples import TextSource
+from dq_lightning.features.samples import SampleSource
 
 HEAD_NAMES = ("head", "fc", "classifier", "linear")
 
@@ -73,20 +73,22 @@ class RowEncoder(Protocol):
 
     def rows(
         self,
-        source: TextSource,
+        source: SampleSource,
+        positions: Tensor,
         batch_size: int,
         num_workers: int | Literal["auto"],
-        api_embeddings: OpenApiEmbeddings | None,
+        api_embeddings: Path | None,
         /,
     ) -> Iterator[Rows]:
-        """Yield the features of every sample once, in any order.
+        """Yield the features of every sample at `positions` once, in any order.
 
         Args:
             source: dataset of N samples.
+            positions: int64 [n], ascending.
             batch_size: largest number of samples in one request.
             num_workers: number of concurrent requests.
-            api_embeddings: function that opens the stored embeddings of an API; those that are found are not requested
-                again, and new ones are added. None stores nothing.
+            api_embeddings: folder of the stored embeddings of APIs; those that are found are not requested again, and
+                new ones are added. None stores nothing.
         """
         ...
 

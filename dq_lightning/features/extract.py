@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,14 +15,13 @@ from dq_lightning.core.devices import resolve_device
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.isolation import isolated, release_memory
 from dq_lightning.core.records import Features
-from dq_lightning.core.resuming import NoShards, OpenApiEmbeddings, Shards
+from dq_lightning.core.resuming import Shards
 from dq_lightning.features.collect import NAMED_SAMPLES, Allocate, Rows, allocate_in_memory, collect
 from dq_lightning.features.encoders import Encoder, RowEncoder, TextEncoder
 from dq_lightning.features.gradient import head_gradient
 from dq_lightning.features.loading import ImageBatches, explaining_lost_loaders, iterate_batches, split_at_multiples
 from dq_lightning.features.origins import EncoderSpec
-from dq_lightning.features.readable import WithBlankTexts
-from dq_lightning.features.samples import ImageSource, SampleSource, TextSource
+from dq_lightning.features.samples import SampleSource
 from dq_lightning.features.selection_training import TrainedEncoder
 from dq_lightning.features.text_loading import iterate_text_batches
 
@@ -43,7 +43,7 @@ def extract_features(
     num_workers: int | Literal["auto"] = "auto",
     progress: bool = True,
     out: Allocate | None = None,
-    api_embeddings: OpenApiEmbeddings | None = None,
+    api_embeddings: Path | None = None,
     shards: Shards | None = None,
     left_out: Tensor | None = None,
 ) -> Features:
@@ -69,8 +69,8 @@ def extract_features(
         progress: whether to show a progress bar; the environment variable `TQDM_DISABLE` switches it off in any case.
         out: function that makes the float32 CPU tensor to fill, given its name (`"embedding"` or `"head_gradient"`) and
             its shape; a memory-mapped tensor keeps large features out of main memory.
-        api_embeddings: function that opens the stored embeddings that an API returned in earlier runs, to which new
-            ones are added; None stores nothing.
+        api_embeddings: folder of the embeddings that APIs returned in earlier runs, to which new ones are added; None
+            stores nothing.
         shards: store for finished rows, from which a killed run can be resumed; it is not used for ready-made
             embeddings and those of an API. None stores nothing.
         left_out: positions of unreadable samples, int64 [U]; their rows are zero.
@@ -96,12 +96,12 @@ def extract_features(
             if kind == "gradient" and labels is not None:
                 _check_head(encoder, labels, len(source), num_classes)
                 wanted = labels
-            advice, kept = LOOK_AT_SAMPLES, shards or NoShards()
+            advice, kept = LOOK_AT_SAMPLES, shards or Shards()
             rows_of: Callable[[Tensor], Iterator[Rows]]
             if isinstance(encoder, RowEncoder):
-                whole = source if left_out is None else WithBlankTexts(source, left_out)
-                rows_of = partial(_all_rows, encoder, whole, batch_size, num_workers, api_embeddings)
-                advice, kept = encoder.advice, NoShards()
+                rows = encoder.rows
+                rows_of = lambda missing: rows(source, missing, batch_size, num_workers, api_embeddings)  # noqa: E731
+                advice, kept = encoder.advice, Shards()
             elif isinstance(encoder, TextEncoder):
                 rows_of = partial(_text_to_rows, encoder, source, batch_size)
             else:
@@ -135,18 +135,7 @@ def _check_head(
         )
 
 
-def _all_rows(
-    encoder: RowEncoder,
-    source: TextSource,
-    batch_size: int,
-    num_workers: int | Literal["auto"],
-    api_embeddings: OpenApiEmbeddings | None,
-    missing: Tensor,
-) -> Iterator[Rows]:
-    return encoder.rows(source, batch_size, num_workers, api_embeddings)
-
-
-def _text_to_rows(encoder: TextEncoder, source: TextSource, batch_size: int, missing: Tensor) -> Iterator[Rows]:
+def _text_to_rows(encoder: TextEncoder, source: SampleSource, batch_size: int, missing: Tensor) -> Iterator[Rows]:
     halved = HalvedBatches("features", FeatureError)
     for batch in iterate_text_batches(source, encoder, batch_size, missing):
         yield Rows(batch.positions, halved.run(encoder.embed, batch.tokens))
@@ -154,7 +143,7 @@ def _text_to_rows(encoder: TextEncoder, source: TextSource, batch_size: int, mis
 
 def _images_to_rows(
     encoder: Encoder,
-    source: ImageSource,
+    source: SampleSource,
     batch_size: int,
     labels: Tensor | None,
     device: torch.device,
@@ -167,9 +156,6 @@ def _images_to_rows(
     halved = HalvedBatches("features", FeatureError)
     done = 0
     for positions, batch in zip(batches.batches, iterate_batches(batches, num_workers, device), strict=True):
-        if batch.error is not None:
-            raise batch.error
-        assert batch.images is not None
         warnings += batch.warnings
         embedding = halved.run(encoder.embed, batch.images)
         gradient = None

@@ -1,6 +1,6 @@
 """Read images and make batches of them in loader processes.
 
-The order of the samples is kept, warnings are collected, and errors reach the main process unchanged.
+The order of the samples is kept, and warnings are collected.
 """
 
 import copy
@@ -17,7 +17,7 @@ from dq_lightning.core.errors import DQError, FeatureError
 from dq_lightning.core.handles import FORK, loader_processes, read_in_order
 from dq_lightning.core.workers import available_cores
 from dq_lightning.features.preprocessing import Preprocessing
-from dq_lightning.features.samples import ImageSource
+from dq_lightning.features.samples import SampleSource
 
 # Starting and stopping loader processes takes about this long, so they do not pay off for less work.
 WORKER_START_SECONDS = 2.0
@@ -28,14 +28,12 @@ class ImageBatch(NamedTuple):
     """Preprocessed images of a batch of samples.
 
     Attributes:
-        images: output of the preprocessing, [B, ...], or None if there was an error.
+        images: output of the preprocessing, [B, ...].
         warnings: (index, text) of each sample that may have been decoded wrongly.
-        error: error that reading or preprocessing raised, or None.
     """
 
-    images: Tensor | None
+    images: Tensor
     warnings: list[tuple[int, str]]
-    error: Exception | None
 
 
 class ImageBatches(Dataset[ImageBatch]):
@@ -47,7 +45,7 @@ class ImageBatches(Dataset[ImageBatch]):
         batches: int64 [B] for each batch, the positions of its samples.
     """
 
-    def __init__(self, source: ImageSource, preprocess: Preprocessing, batches: list[Tensor]) -> None:
+    def __init__(self, source: SampleSource, preprocess: Preprocessing, batches: list[Tensor]) -> None:
         self.source, self.preprocess, self.batches = source, preprocess, batches
 
     def __len__(self) -> int:
@@ -57,16 +55,12 @@ class ImageBatches(Dataset[ImageBatch]):
         images: list[Tensor] = []
         warnings: list[tuple[int, str]] = []
         indices = self.batches[batch].tolist()
-        try:
-            for index in indices:
-                images.append(self.prepare(index))
-                text = self.source.decode_warning(index)
-                if text is not None:
-                    warnings.append((index, text))
-            return ImageBatch(stack(images, indices), warnings, None)
-        except Exception as error:
-            # The error is returned, because the DataLoader would wrap a raised error in another one.
-            return ImageBatch(None, warnings, error)
+        for index in indices:
+            images.append(self.prepare(index))
+            text = self.source.decode_warning(index)
+            if text is not None:
+                warnings.append((index, text))
+        return ImageBatch(stack(images, indices), warnings)
 
     def prepare(self, index: int) -> Tensor:
         """Read and preprocess one sample.

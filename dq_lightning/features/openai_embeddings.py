@@ -13,19 +13,21 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from dq_lightning.cache.api_embeddings import StoredEmbeddings
+from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.config import Precision, TextConfig
 from dq_lightning.core.errors import FeatureError
-from dq_lightning.core.records import DigestMemory
-from dq_lightning.core.resuming import OpenApiEmbeddings
 from dq_lightning.features.collect import Rows
 from dq_lightning.features.origins import EncoderSpec
-from dq_lightning.features.samples import TextSource
+from dq_lightning.features.samples import SampleSource
 from dq_lightning.features.text_loading import read_texts
 from dq_lightning.identity.values import digest_text
 
@@ -129,12 +131,13 @@ class OpenAIRows:
 
     def rows(
         self,
-        source: TextSource,
+        source: SampleSource,
+        positions: Tensor,
         batch_size: int,
         num_workers: int | Literal["auto"],
-        api_embeddings: OpenApiEmbeddings | None,
+        api_embeddings: Path | None,
     ) -> Iterator[Rows]:
-        """Yield the embeddings of every sample, batch by batch as they arrive; equal texts are sent only once.
+        """Yield the embeddings of the samples, batch by batch as they arrive; equal texts are sent only once.
 
         Every batch is stored before it is used, so an interrupted run continues where it stopped. With `num_workers`
         `"auto"` or 0, up to 8 requests run at the same time.
@@ -143,18 +146,18 @@ class OpenAIRows:
             FeatureError: the server rejects a request or still fails after all retries.
         """
         # The API rejects an empty input, so an empty text is sent as one space.
-        texts = [text if text.strip() else " " for text in read_texts(source, range(len(source)))]
+        texts = [text if text.strip() else " " for text in read_texts(source, positions)]
         places: dict[bytes, list[int]] = {}
-        for position, text in enumerate(texts):
-            places.setdefault(_key(text), []).append(position)
+        for place, text in enumerate(texts):
+            places.setdefault(_key(text), []).append(place)
         name = digest_text(self._origin.model, os.environ.get(SERVER, ""))[:32]
-        stored = _Unstored() if api_embeddings is None else api_embeddings(f"openai-{name}")
+        stored = StoredEmbeddings(None if api_embeddings is None else api_embeddings / f"openai-{name}")
         known = [key for key in places if key in stored]
         waiting = [key for key in places if key not in stored]
         widths = {len(stored[key]) for key in known}
         for start in range(0, len(known) if len(widths) == 1 else 0, MAX_INPUTS):
             part = known[start : start + MAX_INPUTS]
-            yield _spread([places[key] for key in part], np.stack([stored[key] for key in part]))
+            yield _spread(positions, [places[key] for key in part], np.stack([stored[key] for key in part]))
         self._check_one(widths)
         sizes = [len(texts[places[key][0]].encode()) for key in waiting]
         batches = [[waiting[i] for i in batch] for batch in split(sizes, min(batch_size, MAX_INPUTS))]
@@ -172,7 +175,7 @@ class OpenAIRows:
             return keys, rows
 
         for keys, rows in in_threads(request, batches, threads, self._stopped):
-            yield _spread([places[key] for key in keys], rows)
+            yield _spread(positions, [places[key] for key in keys], rows)
 
     def _request(self, texts: list[str]) -> Array:
         """Return embeddings float32 [B, D], each of which is as if its text had been sent alone.
@@ -410,18 +413,11 @@ def _message(error: Exception) -> str:
     return str(getattr(error, "message", None) or error).replace(os.environ.get(KEY) or KEY, "...")
 
 
-class _Unstored(dict[bytes, Array]):
-    """No embeddings, for calls without a store; implements `resuming.ApiEmbeddings`."""
-
-    def record(self, keys: Sequence[bytes], rows: Array) -> None:
-        """Do nothing."""
-
-
 class _UnorderedError(Exception):
     """The server's answer does not say which embedding belongs to which text."""
 
 
-def _spread(places: list[list[int]], rows: Array) -> Rows:
+def _spread(positions: Tensor, places: list[list[int]], rows: Array) -> Rows:
     counts = torch.tensor([len(some) for some in places])
-    positions = torch.tensor([position for some in places for position in some])
-    return Rows(positions, torch.from_numpy(rows).repeat_interleave(counts, dim=0))
+    chosen = positions[[place for some in places for place in some]]
+    return Rows(chosen, torch.from_numpy(rows).repeat_interleave(counts, dim=0))

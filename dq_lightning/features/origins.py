@@ -8,11 +8,11 @@ from typing import ClassVar, Self
 import torch
 from torch import nn
 
+from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.config import Precision
 from dq_lightning.core.devices import resolve_device
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.isolation import isolated
-from dq_lightning.core.records import DigestMemory
 from dq_lightning.features.bundled import BUNDLED_ENCODER_FILE, CIFAR10_MEAN, CIFAR10_STD, load_small_resnet
 from dq_lightning.features.encoders import Encoder, NetworkEncoder, RowEncoder, TextEncoder
 from dq_lightning.features.preprocessing import Preprocessing, ResizeToSquare

@@ -39,7 +39,7 @@ class Part:
         return len(self._rows)
 
     def texts(self, positions: Sequence[int]) -> list[str]:
-        """Return the texts of some samples, as `samples.TextSource` does."""
+        """Return the texts of some samples, as `samples.SampleSource` does."""
         # A range of positions stays a range, so that the source can read the samples at once.
         if isinstance(positions, range) and positions.step == 1 and len(positions):
             chosen: Sequence[int] = self._rows[positions[0] : positions[-1] + 1]
@@ -48,11 +48,11 @@ class Part:
         return self._source.texts(chosen)
 
     def image(self, index: int) -> Any:
-        """Return the RGB image of a sample, as `samples.ImageSource` does."""
+        """Return the RGB image of a sample, as `samples.SampleSource` does."""
         return self._source.image(self._rows[index])
 
     def decode_warning(self, index: int) -> str | None:
-        """Return the warning about a sample's pixels, or None, as `samples.ImageSource` does."""
+        """Return the warning about a sample's pixels, or None, as `samples.SampleSource` does."""
         return self._source.decode_warning(self._rows[index])
 
 

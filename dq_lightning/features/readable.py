@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Literal
 
@@ -14,10 +14,10 @@ from torch import Tensor
 from dq_lightning.core.console import progress_bar
 from dq_lightning.core.errors import FeatureError, SourceError, may_pass
 from dq_lightning.core.records import Labels
-from dq_lightning.core.resuming import NoShards, Shards
+from dq_lightning.core.resuming import Shards
 from dq_lightning.features.collect import NAMED_SAMPLES
 from dq_lightning.features.loading import ImageBatch, ImageBatches, iterate_batches, split_at_multiples
-from dq_lightning.features.samples import CheckedSource, TextSource
+from dq_lightning.features.samples import CheckedSource
 
 logger = logging.getLogger("dq_lightning")
 SAMPLES_AT_ONCE = 256
@@ -48,7 +48,7 @@ def find_unreadable(
         SourceError: the failure may be temporary (a stale network file, no memory) and so is not due to the sample.
     """
     samples = torch.arange(len(source)) if positions is None else positions
-    found = _found_in_all(source, samples, num_workers, progress, shards or NoShards())
+    found = _found_in_all(source, samples, num_workers, progress, shards or Shards())
     if not found:
         return torch.empty(0, dtype=torch.int64)
     named = "; ".join(f"sample {index}: {text}" for index, text in found[:NAMED_SAMPLES])
@@ -66,27 +66,6 @@ def without_labels(labels: Labels, samples: Tensor) -> Labels:
     values = labels.values.clone()
     values[samples] = labels.num_classes
     return Labels(values, labels.names, unlabeled=True)
-
-
-class WithBlankTexts:
-    """A source of text in which some samples are empty strings, for encoders that read all samples.
-
-    Args:
-        source: dataset of N texts.
-        samples: int64, positions of the samples that are replaced by empty strings.
-    """
-
-    def __init__(self, source: TextSource, samples: Tensor) -> None:
-        self._source, self._blank = source, set(samples.tolist())
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def texts(self, positions: Sequence[int]) -> list[str]:
-        """Return the texts of some samples, as `samples.TextSource` does."""
-        wanted = [position for position in positions if position not in self._blank]
-        read = iter(self._source.texts(wanted) if wanted else [])
-        return ["" if position in self._blank else next(read) for position in positions]
 
 
 def _found_in_all(
@@ -123,8 +102,6 @@ def _problems(
     elif len(samples):
         tried = _TriedImages(source, _nothing, split_at_multiples(samples, SAMPLES_AT_ONCE))
         for members, batch in zip(tried.batches, iterate_batches(tried, num_workers, torch.device("cpu")), strict=True):
-            if batch.error is not None:
-                raise batch.error
             yield len(members), batch.warnings
 
 
@@ -157,11 +134,8 @@ class _TriedImages(ImageBatches):
     source: CheckedSource
 
     def __getitem__(self, batch: int) -> ImageBatch:
-        try:
-            texts = [(index, _problem(self.source, index)) for index in self.batches[batch].tolist()]
-        except SourceError as error:
-            return ImageBatch(None, [], error)
-        return ImageBatch(None, [(index, text) for index, text in texts if text is not None], None)
+        texts = [(index, _problem(self.source, index)) for index in self.batches[batch].tolist()]
+        return ImageBatch(torch.empty(0), [(index, text) for index, text in texts if text is not None])
 
     def prepare(self, index: int) -> Tensor:
         """Read one sample and ignore failures; `choose_num_workers` calls this to measure the time."""

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.config import Precision
 from dq_lightning.core.errors import FeatureError
-from dq_lightning.core.records import DigestMemory
-from dq_lightning.core.resuming import OpenApiEmbeddings
 from dq_lightning.features.collect import Rows
 from dq_lightning.features.origins import EncoderSpec
-from dq_lightning.features.samples import TextSource
+from dq_lightning.features.samples import SampleSource
 
 ROWS_AT_ONCE = 4096
 
@@ -75,10 +74,11 @@ class ReadyRows:
 
     def rows(
         self,
-        source: TextSource,
+        source: SampleSource,
+        positions: Tensor,
         batch_size: int,
         num_workers: int | Literal["auto"],
-        api_embeddings: OpenApiEmbeddings | None,
+        api_embeddings: Path | None,
     ) -> Iterator[Rows]:
         """Yield the rows in order, 4096 at a time.
 
@@ -90,11 +90,11 @@ class ReadyRows:
                 f"{self._name} has {len(self._array):,} rows, but the dataset has {len(source):,} samples: pass the embeddings "
                 "of exactly these samples, in their order"
             )
-        for start in range(0, len(self._array), ROWS_AT_ONCE):
+        for some in torch.split(positions, ROWS_AT_ONCE):
             # float64 numbers beyond the range of float32 become infinite, which `collect` reports.
             with np.errstate(over="ignore"):
-                block = torch.from_numpy(np.array(self._array[start : start + ROWS_AT_ONCE], dtype=np.float32))
-            yield Rows(torch.arange(start, start + len(block)), block)
+                block = self._array[some.numpy()].astype(np.float32)
+            yield Rows(some, torch.from_numpy(block))
 
 
 def is_ready_made(encoder: Any) -> bool:

@@ -6,8 +6,8 @@ from typing import Protocol
 from PIL import Image
 
 
-class ImageSource(Protocol):
-    """A dataset of images, which can be encoded."""
+class SampleSource(Protocol):
+    """A dataset of images or of texts, which can be encoded; only the methods of its kind are called."""
 
     def __len__(self) -> int: ...
 
@@ -19,19 +19,9 @@ class ImageSource(Protocol):
         """Return a warning if the sample's pixels may have been decoded wrongly, or None."""
         ...
 
-
-class TextSource(Protocol):
-    """A dataset of texts, which can be encoded."""
-
-    def __len__(self) -> int: ...
-
     def texts(self, positions: Sequence[int], /) -> list[str]:
         """Return the texts of the samples at `positions`, in this order."""
         ...
-
-
-class SampleSource(ImageSource, TextSource, Protocol):
-    """A dataset of images or of texts; only the methods of its kind are called."""
 
 
 class CheckedSource(SampleSource, Protocol):

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.batching import HalvedBatches
 from dq_lightning.core.config import FeatureConfig, Precision
 from dq_lightning.core.console import progress_bar
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.isolation import isolated
-from dq_lightning.core.records import DigestMemory, Labels
+from dq_lightning.core.records import Labels
 from dq_lightning.features.encoders import Encoder, NetworkEncoder, RowEncoder, TextEncoder
 from dq_lightning.features.loading import ImageBatches, iterate_batches
 from dq_lightning.features.origins import EncoderSpec
 from dq_lightning.features.preprocessing import Preprocessing
-from dq_lightning.features.samples import ImageSource
+from dq_lightning.features.samples import SampleSource
 from dq_lightning.identity.networks import digest_module
 
 logger = logging.getLogger("dq_lightning")
@@ -42,7 +43,7 @@ class TrainedSpec(EncoderSpec):
     """
 
     untrained: EncoderSpec
-    source: ImageSource
+    source: SampleSource
     labels: Labels
     settings: FeatureConfig
     progress: bool
@@ -56,7 +57,7 @@ class TrainedSpec(EncoderSpec):
 
 
 def with_selection_epochs(
-    spec: EncoderSpec, source: ImageSource, labels: Labels | None, settings: FeatureConfig, progress: bool = True
+    spec: EncoderSpec, source: SampleSource, labels: Labels | None, settings: FeatureConfig, progress: bool = True
 ) -> EncoderSpec:
     """Return the encoder choice unchanged, or, if `settings.selection_epochs` is positive, one that is trained first.
 
@@ -107,7 +108,7 @@ class TrainedEncoder:
 
 def train_encoder(
     encoder: Encoder | TextEncoder | RowEncoder,
-    source: ImageSource,
+    source: SampleSource,
     labels: Labels,
     settings: FeatureConfig,
     *,
@@ -167,7 +168,7 @@ class _Training:
     def __init__(
         self,
         encoder: NetworkEncoder,
-        source: ImageSource,
+        source: SampleSource,
         labels: Labels,
         labelled: Tensor,
         settings: FeatureConfig,
@@ -201,9 +202,6 @@ class _Training:
     ) -> Iterator[Tensor]:
         chosen = ImageBatches(self.source, self.encoder.preprocess, batches)
         for batch in iterate_batches(chosen, num_workers, device):
-            if batch.error is not None:
-                raise batch.error
-            assert batch.images is not None
             yield batch.images
 
     def train_all(self) -> None:

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.config import Precision, TextConfig
 from dq_lightning.core.errors import FeatureError
-from dq_lightning.core.records import DigestMemory
 from dq_lightning.features.encoders import resolve_precision
 from dq_lightning.features.origins import EncoderSpec, HubOrigin
 from dq_lightning.features.text_card import MODULES, Card, Layer, read_card

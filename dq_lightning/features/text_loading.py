@@ -13,7 +13,7 @@ from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.workers import torch_threads
 from dq_lightning.features.encoders import TextEncoder
 from dq_lightning.features.loading import split_at_multiples
-from dq_lightning.features.samples import TextSource
+from dq_lightning.features.samples import SampleSource
 
 logger = logging.getLogger("dq_lightning")
 # The texts of this many batches (one window) are sorted by length together. This bounds the memory, and the padding is
@@ -37,7 +37,7 @@ class TextBatch(NamedTuple):
 
 
 def iterate_text_batches(
-    source: TextSource, encoder: TextEncoder, batch_size: int, positions: Tensor
+    source: SampleSource, encoder: TextEncoder, batch_size: int, positions: Tensor
 ) -> Iterator[TextBatch]:
     """Yield batches of some samples, the longest texts of each window first.
 
@@ -55,10 +55,7 @@ def iterate_text_batches(
     full = 0
 
     def tokenized(window: Tensor) -> list[list[int]]:
-        first, last = int(window[0]), int(window[-1])
-        # Consecutive positions are passed as a range, because a source may read consecutive texts at once.
-        whole = last - first + 1 == len(window)
-        return encoder.tokenize(read_texts(source, range(first, last + 1) if whole else window.tolist()))
+        return encoder.tokenize(read_texts(source, window))
 
     with torch_threads(1, "tokenize") as pool:
         ahead = deque(pool.submit(tokenized, window) for window in windows[:1])
@@ -77,16 +74,20 @@ def iterate_text_batches(
         )
 
 
-def read_texts(source: TextSource, positions: Sequence[int]) -> list[str]:
-    """Read the texts of some samples and check that they can be encoded as UTF-8.
+def read_texts(source: SampleSource, positions: Tensor) -> list[str]:
+    """Read the texts of the samples at `positions`, int64 ascending, and check that they can be encoded as UTF-8.
 
     The sources of this package check this themselves and name the row and the column in their error.
 
     Raises:
         FeatureError: a text holds half of a character (a lone surrogate).
     """
-    texts = source.texts(positions)
-    for position, text in zip(positions, texts, strict=True):
+    places: Sequence[int] = positions.tolist()
+    if len(places) and places[-1] - places[0] + 1 == len(places):
+        # Consecutive positions are passed as a range, because a source may read consecutive texts at once.
+        places = range(places[0], places[-1] + 1)
+    texts = source.texts(places)
+    for position, text in zip(places, texts, strict=True):
         try:
             text.encode()
         except UnicodeEncodeError as error:

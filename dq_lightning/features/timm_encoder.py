@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.config import Precision
 from dq_lightning.core.errors import FeatureError
-from dq_lightning.core.records import DigestMemory
 from dq_lightning.features.encoders import NetworkEncoder
 from dq_lightning.features.origins import EncoderSpec, HubOrigin
 from dq_lightning.features.preprocessing import Preprocessing

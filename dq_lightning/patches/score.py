@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -15,7 +15,7 @@ from dq_lightning.core.console import progress_bar
 from dq_lightning.core.errors import PatchError
 from dq_lightning.core.handles import read_in_order
 from dq_lightning.core.records import Grid
-from dq_lightning.core.resuming import NoShards, Shards
+from dq_lightning.core.resuming import Shards
 from dq_lightning.patches.saliency import PatchScorer
 
 # An image whose size differs from the others waits until a batch of its size is full. This limits the waiting images.
@@ -30,26 +30,17 @@ class ImageSource(Protocol):
         ...
 
 
-class _Read(NamedTuple):
-    """An image uint8 [3, H, W], or the error that was raised when it was read."""
+class _Images(Dataset[Tensor]):
+    """Images of a source as tensors uint8 [3, H, W]."""
 
-    image: Tensor | None
-    error: Exception | None
-
-
-class _Images(Dataset[_Read]):
     def __init__(self, source: ImageSource, index: Tensor) -> None:
         self._source, self._index = source, index
 
     def __len__(self) -> int:
         return len(self._index)
 
-    def __getitem__(self, place: int) -> _Read:
-        try:
-            return _Read(image_to_uint8(self._source.image(int(self._index[place]))).contiguous(), None)
-        except Exception as error:
-            # The error is returned, because a DataLoader would wrap a raised one in its own traceback.
-            return _Read(None, error)
+    def __getitem__(self, place: int) -> Tensor:
+        return image_to_uint8(self._source.image(int(self._index[place]))).contiguous()
 
 
 def score_images(
@@ -91,7 +82,7 @@ def score_images(
         PatchError: if scores are not finite, and the message names the sample; or if one image alone exceeds the GPU's
             memory.
     """
-    table = _Scores(len(index), patch_size, shards or NoShards())
+    table = _Scores(len(index), patch_size, shards or Shards())
     halved = HalvedBatches("saliency", PatchError)
 
     def scores_of(images: Tensor, positions: Tensor, labels: Tensor | None) -> Tensor:
@@ -171,7 +162,7 @@ def split_scores(scores: Tensor, sizes: Tensor, patch_size: int) -> list[Tensor]
     return list(torch.split(scores, counts)) if counts else []
 
 
-def _batches(reads: Iterator[tuple[int, _Read]], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+def _batches(reads: Iterator[tuple[int, Tensor]], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
     """Group images of one size into batches of at most `batch_size`; yield their places and images [B, 3, H, W].
 
     If a run continues without the images of the first batches, the other batches come out unchanged, because the images
@@ -179,10 +170,7 @@ def _batches(reads: Iterator[tuple[int, _Read]], batch_size: int) -> Iterator[tu
     """
     waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
     held = 0
-    for place, (image, error) in reads:
-        if error is not None:
-            raise error
-        assert image is not None
+    for place, image in reads:
         alike = waiting.setdefault(tuple(image.shape), [])
         alike.append((place, image))
         held += 1

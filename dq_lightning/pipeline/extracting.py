@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from dq_lightning.cache.api_embeddings import API_FOLDER, api_embeddings_in
+from dq_lightning.cache.api_embeddings import API_FOLDER
 from dq_lightning.cache.entries import require_space
 from dq_lightning.cache.tensors import write_features
 from dq_lightning.features.extract import extract_features
@@ -56,7 +56,7 @@ def make_features(task: Task) -> None:
         num_workers=settings.num_workers,
         progress=task.progress,
         out=allocate,
-        api_embeddings=api_embeddings_in(task.cache.root / API_FOLDER),
+        api_embeddings=task.cache.root / API_FOLDER,
         shards=shards,
         left_out=left_out,
     )

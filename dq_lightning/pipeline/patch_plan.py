@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.config import PatchConfig
 from dq_lightning.core.errors import PatchError
-from dq_lightning.core.records import DigestMemory
 from dq_lightning.features.choose import choose_encoder
 from dq_lightning.features.encoders import NetworkEncoder
 from dq_lightning.features.origins import EncoderSpec

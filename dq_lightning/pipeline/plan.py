@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.config import EncodingConfig, QuantizeConfig
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import ConfigError, SourceError
-from dq_lightning.core.records import DigestMemory, Labels, Selection
+from dq_lightning.core.records import Labels, Selection
 from dq_lightning.features.choose import choose_encoder
 from dq_lightning.features.origins import EncoderSpec
 from dq_lightning.patches.reconstructors import ReconstructorSpec

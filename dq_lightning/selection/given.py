@@ -68,24 +68,20 @@ def read_indices(indices: Any, total: int | None = None) -> Tensor:
             dataset or repeated.
         StoreError: a file cannot be read, or what it holds fails the same checks.
     """
+    name = "indices="
+    kind: type[ConfigError | StoreError] = ConfigError
     if isinstance(indices, str | Path):
-        index = read_index(indices, total)
-        if not len(index):
-            raise StoreError(f"{indices} holds no positions, so nothing would be kept: pass at least one")
-        return torch.from_numpy(index)
-    given = indices.index if isinstance(indices, Selection) else indices
-    try:
-        values = np.asarray(given.detach().cpu().numpy() if isinstance(given, Tensor) else given)
-    except ValueError as error:  # lists of different lengths
-        raise ConfigError(f"indices= must be integers [M], in one flat list or array: {error}") from error
+        name, kind = str(indices), StoreError
+        values = _loaded(indices)
+    else:
+        given = indices.index if isinstance(indices, Selection) else indices
+        try:
+            values = np.asarray(given.detach().cpu().numpy() if isinstance(given, Tensor) else given)
+        except ValueError as error:  # lists of different lengths
+            raise ConfigError(f"indices= must be integers [M], in one flat list or array: {error}") from error
     if not values.size:
-        raise ConfigError("indices= holds no positions, so nothing would be kept: pass at least one")
-    if values.ndim != 1 or values.dtype.kind not in "iu":
-        advice = "; turn a mask into positions with mask.nonzero()[0]" if values.dtype.kind == "b" else ""
-        raise ConfigError(
-            f"indices= holds {values.dtype} {list(values.shape)}, expected positions in the dataset, integers [M]{advice}"
-        )
-    return torch.from_numpy(_checked(values, total, "indices=", ConfigError))
+        raise kind(f"{name} holds no positions, so nothing would be kept: pass at least one")
+    return torch.from_numpy(_checked(values, total, name, kind))
 
 
 def read_index(path: str | Path, total: int | None = None, *, ordered: bool = True) -> NDArray[np.int64]:
@@ -103,23 +99,28 @@ def read_index(path: str | Path, total: int | None = None, *, ordered: bool = Tr
         StoreError: the file cannot be read, or it holds anything but integers [M], or row numbers that are negative,
             beyond the dataset or repeated.
     """
+    values = _loaded(path)
+    index = _checked(values, total, str(path), StoreError)
+    return index if ordered else values.astype(np.int64)
+
+
+def _loaded(path: str | Path) -> NDArray[Any]:
     try:
         read = np.load(Path(path).expanduser(), allow_pickle=False)
-        values = np.asarray(read["index"] if isinstance(read, np.lib.npyio.NpzFile) else read)
+        return np.asarray(read["index"] if isinstance(read, np.lib.npyio.NpzFile) else read)
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise StoreError(
             f"{path} cannot be read as row numbers: {error}; write them with numpy.save, int64 [M]"
         ) from error
-    if values.ndim != 1 or values.dtype.kind not in "iu":
-        raise StoreError(f"{path} holds {values.dtype} {list(values.shape)}, expected row numbers, integers [M]")
-    index = _checked(values, total, str(path), StoreError)
-    return index if ordered else values.astype(np.int64)
 
 
 def _checked(
     values: NDArray[Any], total: int | None, name: str, kind: type[ConfigError | StoreError]
 ) -> NDArray[np.int64]:
-    """Return the positions in ascending order, checked to be all different and inside the dataset."""
+    """Return the positions in ascending order, checked to be integers [M], all different and inside the dataset."""
+    if values.ndim != 1 or values.dtype.kind not in "iu":
+        advice = "; turn a mask into positions with mask.nonzero()[0]" if values.dtype.kind == "b" else ""
+        raise kind(f"{name} holds {values.dtype} {list(values.shape)}, expected row numbers, integers [M]{advice}")
     index: NDArray[np.int64] = np.sort(values.astype(np.int64))
     if len(index) and (index[0] < 0 or (np.diff(index) == 0).any() or (total is not None and index[-1] >= total)):
         raise kind(

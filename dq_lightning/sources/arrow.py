@@ -9,9 +9,8 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
+from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.errors import SourceError
-from dq_lightning.core.records import DigestMemory
-from dq_lightning.sources.skipping import digest_files
 
 
 class ColumnDigest:
@@ -23,7 +22,7 @@ class ColumnDigest:
 
     Args:
         memory: computes and remembers digests of files, for images that are stored as paths.
-        skips: whether files that cannot be opened are skipped, see `skipping.digest_files`.
+        skips: whether files that cannot be opened are skipped, see `DigestMemory.files`.
 
     Attributes:
         saw_files: whether the content of files outside the table is part of the digest.
@@ -103,7 +102,7 @@ class ColumnDigest:
         if paths:
             self.saw_files = True
             try:
-                digests = digest_files(self._memory, paths, skips=self._skips)
+                digests = self._memory.files(paths, skips=self._skips)
             except OSError as error:
                 raise self._unreadable(only_path, paths, name) from error
             for digest in digests:
@@ -162,7 +161,7 @@ def digest_tables(
         tables: pieces with the same columns, in order.
         columns: names of the columns; their order does not change the digest.
         memory: computes and remembers digests of files.
-        skips: whether files that cannot be opened are skipped, see `skipping.digest_files`.
+        skips: whether files that cannot be opened are skipped, see `DigestMemory.files`.
 
     Returns:
         The hexadecimal digest, and whether the content of files outside the table is part of it.

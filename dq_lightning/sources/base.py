@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.errors import PatchError, SourceError
-from dq_lightning.core.records import DigestMemory, EncodedImage, Labels
+from dq_lightning.core.records import EncodedImage, Labels
 from dq_lightning.sources.items import Leaf
 
 

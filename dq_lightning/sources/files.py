@@ -10,7 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from dq_lightning.core.records import DigestMemory, EncodedImage
+from dq_lightning.cache.digests import DigestMemory
+from dq_lightning.core.records import EncodedImage
 from dq_lightning.identity.callables import is_library, patches_of
 from dq_lightning.identity.datasets import State, find_state
 from dq_lightning.identity.values import digest_of, digest_text
@@ -18,7 +19,6 @@ from dq_lightning.sources.base import relative_paths
 from dq_lightning.sources.items import Leaf
 from dq_lightning.sources.mapped import MapSource, getter_module, reads_as_installed
 from dq_lightning.sources.pixels import header_problem
-from dq_lightning.sources.skipping import digest_files
 from dq_lightning.sources.strip import TRANSFORM_NAMES
 from dq_lightning.sources.targets import Targets, as_targets
 
@@ -140,7 +140,7 @@ class FileSource(MapSource):
 
     def _file_digests(self, paths: list[str], memory: DigestMemory) -> list[str]:
         try:
-            return digest_files(memory, paths, skips=self.skips)
+            return memory.files(paths, skips=self.skips)
         except OSError as error:
             index = next((place for place, path in enumerate(paths) if not os.access(path, os.R_OK)), None)
             if index is None:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.errors import SourceError
-from dq_lightning.core.records import DigestMemory, EncodedImage
+from dq_lightning.core.records import EncodedImage
 from dq_lightning.identity.callables import is_untouched
 from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.base import Finisher, dataset_length

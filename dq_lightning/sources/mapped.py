@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.errors import ChangedError, SourceError
-from dq_lightning.core.records import DigestMemory
 from dq_lightning.identity.callables import is_library, is_untouched, patches_of
 from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.base import Finisher

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
-from dq_lightning.core.records import DigestMemory, EncodedImage
+from dq_lightning.cache.digests import DigestMemory
+from dq_lightning.core.records import EncodedImage
 from dq_lightning.identity.datasets import Parts
 from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.base import Finisher, Positions

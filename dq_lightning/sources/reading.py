@@ -16,10 +16,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.console import progress_bar
 from dq_lightning.core.errors import ChangedError, SourceError, may_pass
 from dq_lightning.core.isolation import isolated_random_state
-from dq_lightning.core.records import DigestMemory, EncodedImage, Labels
+from dq_lightning.core.records import EncodedImage, Labels
 from dq_lightning.identity.datasets import State, find_state
 from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.base import Positions, Source, dataset_length

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from dq_lightning.core.errors import SourceError, may_pass
-from dq_lightning.core.records import DigestMemory
 from dq_lightning.sources.base import Source
 
 
@@ -41,28 +40,3 @@ def readable_items(source: Source, positions: Iterable[int]) -> Iterator[tuple[i
                 raise
             continue
         yield position, item
-
-
-def digest_files(memory: DigestMemory, paths: list[str], *, skips: bool) -> list[str]:
-    """Return the hexadecimal digests of the contents of files, in order.
-
-    Args:
-        memory: computes and remembers the digests.
-        paths: paths of the files.
-        skips: whether the name of an exception takes the place of the digest of a file that cannot be opened.
-
-    Raises:
-        OSError: a file cannot be opened, and `skips` is not set.
-    """
-    try:
-        return memory.files(paths)
-    except OSError:
-        if not skips:
-            raise
-    digests = []
-    for path in paths:
-        try:
-            digests.append(memory.file(path))
-        except OSError as error:
-            digests.append(f"unreadable: {type(error).__name__}")
-    return digests

@@ -5,9 +5,10 @@ from typing import Any
 
 from PIL import Image
 
+from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.config import TextConfig
 from dq_lightning.core.errors import ConfigError, SourceError
-from dq_lightning.core.records import DigestMemory, EncodedImage, Labels
+from dq_lightning.core.records import EncodedImage, Labels
 from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.hub import HubSource
 from dq_lightning.sources.items import IMAGE_NAMES, Leaf, image_leaves, quoted

@@ -15,7 +15,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dq_lightning.cache.api_embeddings import api_embeddings_in
 from dq_lightning.core.config import TextConfig
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.features import openai_embeddings
@@ -220,24 +219,24 @@ def test_the_wait_that_the_server_asks_for_is_kept(server):
 def test_an_interrupted_run_goes_on_without_paying_twice(server, tmp_path):
     server.trouble = lambda number: ("status", (400, {})) if number >= 3 else None
     with pytest.raises(FeatureError, match="refuses"):
-        embed(api_embeddings=api_embeddings_in(tmp_path), threads=1)
+        embed(api_embeddings=tmp_path, threads=1)
     before = list(server.paid)
     assert 4 <= len(before) < 24
     server.trouble = lambda number: None
     # another batch size cuts the texts in another way
-    assert torch.equal(embed(api_embeddings=api_embeddings_in(tmp_path), batch_size=5), wanted())
+    assert torch.equal(embed(api_embeddings=tmp_path, batch_size=5), wanted())
     assert len(server.paid) == len(set(server.paid)) == 24
-    assert torch.equal(embed(api_embeddings=api_embeddings_in(tmp_path)), wanted())
+    assert torch.equal(embed(api_embeddings=tmp_path), wanted())
     assert len(server.paid) == 24
 
 
 def test_a_damaged_record_is_paid_again_and_others_are_not_touched(server, tmp_path, caplog):
-    embed(api_embeddings=api_embeddings_in(tmp_path))
+    embed(api_embeddings=tmp_path)
     records = sorted(tmp_path.rglob("*.rows"))
     assert len(records) == 6
     records[0].write_bytes(records[0].read_bytes()[:60])
     records[1].with_suffix(".partial").write_bytes(b"cut")
-    assert torch.equal(embed(api_embeddings=api_embeddings_in(tmp_path)), wanted())
+    assert torch.equal(embed(api_embeddings=tmp_path), wanted())
     assert len(server.paid) == 24 + 4
     assert records[0].name in caplog.text
 
@@ -246,30 +245,30 @@ def test_a_damaged_record_is_paid_again_and_others_are_not_touched(server, tmp_p
 def test_a_bad_answer_is_an_error_that_the_next_run_does_not_find_again(server, tmp_path, row):
     server.trouble = lambda number: ("numbers", row)
     with pytest.raises(FeatureError, match=r"NaN or infinite|widths \[0\]"):
-        embed(api_embeddings=api_embeddings_in(tmp_path))
+        embed(api_embeddings=tmp_path)
     server.trouble = lambda number: None
-    assert torch.equal(embed(api_embeddings=api_embeddings_in(tmp_path)), wanted())
+    assert torch.equal(embed(api_embeddings=tmp_path), wanted())
 
 
 def test_a_model_that_has_another_width_now(server, tmp_path):
-    embed(TEXTS[:4], api_embeddings=api_embeddings_in(tmp_path))
+    embed(TEXTS[:4], api_embeddings=tmp_path)
     server.trouble = lambda number: ("numbers", [0.5] * (WIDTH + 1))
     for _ in range(2):
         with pytest.raises(FeatureError, match=r"another width than before \(\[8, 9\]\)"):
-            embed(api_embeddings=api_embeddings_in(tmp_path))
+            embed(api_embeddings=tmp_path)
     server.trouble = lambda number: None
-    assert torch.equal(embed(api_embeddings=api_embeddings_in(tmp_path)), wanted())
+    assert torch.equal(embed(api_embeddings=tmp_path), wanted())
 
 
 def test_models_and_servers_do_not_share_records_or_identity(server, tmp_path, memory, monkeypatch):
-    embed(TEXTS[:4], api_embeddings=api_embeddings_in(tmp_path))
+    embed(TEXTS[:4], api_embeddings=tmp_path)
     names = [NAME, "openai:text-embedding-3-large"]
     first, second = (choose_encoder(name, modality="text").identity(memory) for name in names)
     extract_features(
         Texts(TEXTS[:4]),
         choose_encoder(names[1], modality="text"),
         progress=False,
-        api_embeddings=api_embeddings_in(tmp_path),
+        api_embeddings=tmp_path,
     )
     assert len(server.paid) == 8
     monkeypatch.delenv("OPENAI_BASE_URL")
@@ -339,7 +338,7 @@ def test_an_interruption_does_not_wait_for_slow_servers(server, monkeypatch, tmp
     monkeypatch.setattr(openai_embeddings, "GRACE_SECONDS", 0.5)
     server.trouble = lambda number: ("stall", 30) if number % 2 else None
     spec = choose_encoder(NAME, modality="text").load("cpu")
-    rows = spec.rows(Texts(TEXTS), 4, 2, api_embeddings_in(tmp_path))
+    rows = spec.rows(Texts(TEXTS), torch.arange(len(TEXTS)), 4, 2, tmp_path)
     next(rows)
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
@@ -359,10 +358,10 @@ def test_half_a_character_names_the_sample(server):
 
 def test_the_key_is_in_no_message_and_no_file(server, tmp_path, caplog, capsys):
     caplog.set_level("INFO")
-    embed(TEXTS[:4], api_embeddings=api_embeddings_in(tmp_path))
+    embed(TEXTS[:4], api_embeddings=tmp_path)
     server.trouble = lambda number: ("status", (401, {}))
     with pytest.raises(FeatureError, match="OPENAI_API_KEY is refused") as caught:
-        embed(api_embeddings=api_embeddings_in(tmp_path))
+        embed(api_embeddings=tmp_path)
     shown = str(caught.value) + caplog.text + "".join(capsys.readouterr())
     assert KEY not in shown
     assert all(KEY.encode() not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
 from dq_lightning import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig, quantize
-from dq_lightning.cache.digests import FileDigestMemory
+from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.cache.entries import Cache
 from dq_lightning.core.errors import CacheError, ChangedError
 from dq_lightning.loading.train_set import BuildOptions, DatasetTrainSet
@@ -108,8 +108,10 @@ def test_another_rank_gets_the_identity_and_reads_no_list_of_files(tmp_path, mon
     assert first.locate(cache, prepared) is prepared
     peer = prepared.peer_identity()
     looked = []
-    real = FileDigestMemory.files
-    monkeypatch.setattr(FileDigestMemory, "files", lambda self, paths: looked.append(len(paths)) or real(self, paths))
+    real = DigestMemory.files
+    monkeypatch.setattr(
+        DigestMemory, "files", lambda self, paths, **how: looked.append(len(paths)) or real(self, paths, **how)
+    )
     located = second.locate(cache, peer=peer)
     assert looked == []
     assert second.open(cache, located).compact.info.path == prepared.compact.info.path

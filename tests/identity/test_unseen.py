@@ -18,7 +18,7 @@ from torchvision import tv_tensors
 from torchvision.datasets import CIFAR10, ImageFolder
 
 from dq_lightning import as_source
-from dq_lightning.cache.digests import FileDigestMemory, _stamp
+from dq_lightning.cache.digests import DigestMemory, _stamp
 from dq_lightning.features.choose import choose_encoder
 from dq_lightning.identity.callables import describe_callable
 from dq_lightning.identity.networks import digest_encoder, digest_module
@@ -688,9 +688,7 @@ def test_a_link_to_another_file_of_equal_size_and_times(tmp_path, memory):
     assert first[:2] == second[:2]
     # also where the times of change are equal
     assert first[3:] != second[3:]
-    assert FileDigestMemory(tmp_path / "memory").file(link) == FileDigestMemory(tmp_path / "memory").file(
-        tmp_path / "b.npy"
-    )
+    assert DigestMemory(tmp_path / "memory").file(link) == DigestMemory(tmp_path / "memory").file(tmp_path / "b.npy")
 
 
 def test_unlabelled_samples_are_no_class():

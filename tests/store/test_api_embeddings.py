@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dq_lightning.cache import files
-from dq_lightning.cache.api_embeddings import API_FOLDER, StoredEmbeddings, api_embeddings_in
+from dq_lightning.cache.api_embeddings import API_FOLDER, StoredEmbeddings
 from dq_lightning.commands.cache_care import prune
 from dq_lightning.core.errors import CacheError
 from tests.robustness.worlds import ended, forked, paid_run
@@ -21,7 +21,7 @@ ROWS = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
 
 
 def model(root: Path) -> StoredEmbeddings:
-    return api_embeddings_in(root)("openai-model")
+    return StoredEmbeddings(root / "openai-model")
 
 
 def recorded(root: Path) -> Path:
@@ -47,7 +47,7 @@ def test_rows_are_found_by_the_next_run(tmp_path: Path) -> None:
     found = model(tmp_path)
     assert_right(found, range(6))
     assert found[KEYS[0]].dtype == np.float32
-    assert KEYS[0] not in api_embeddings_in(tmp_path)("openai-another-model")
+    assert KEYS[0] not in StoredEmbeddings(tmp_path / "openai-another-model")
 
 
 def test_no_flipped_bit_gives_a_row(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_file_of_another_model_is_passed_over(tmp_path: Path, caplog: pytest.L
     other = tmp_path / "another" / path.name
     other.parent.mkdir()
     path.rename(other)
-    assert_right(api_embeddings_in(tmp_path)("another"), range(0))
+    assert_right(StoredEmbeddings(tmp_path / "another"), range(0))
     assert str(other) in caplog.text
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dq_lightning.cache import digests, files
-from dq_lightning.cache.digests import FileDigestMemory
+from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.cache.entries import Cache, default_cache_dir, require_space
 from dq_lightning.cache.manifest import MANIFEST
 from dq_lightning.core.errors import CacheError, ConfigError
@@ -277,23 +277,23 @@ def test_digests_are_remembered_until_a_file_changes(tmp_path: Path, counted: li
     paths = [old_file(tmp_path / "data" / f"{i % 3}" / f"{i}", f"content {i}".encode()) for i in range(20)]
     expected = [files.file_digest(Path(path)) for path in paths]
     time.sleep(0.02)
-    assert FileDigestMemory(tmp_path / "m").files(paths) == expected
+    assert DigestMemory(tmp_path / "m").files(paths) == expected
     assert sorted(counted) == sorted(paths)
     counted.clear()
-    assert FileDigestMemory(tmp_path / "m").files(paths) == expected
-    assert FileDigestMemory(tmp_path / "m").files(paths[::-1]) == expected[::-1]
+    assert DigestMemory(tmp_path / "m").files(paths) == expected
+    assert DigestMemory(tmp_path / "m").files(paths[::-1]) == expected[::-1]
     assert counted == []
     # the same size and the old date back: only the change time tells
     before = Path(paths[4]).stat()
     old_file(Path(paths[4]), b"CONTENT 4")
     os.utime(paths[4], ns=(before.st_atime_ns, before.st_mtime_ns))
     time.sleep(0.02)
-    assert FileDigestMemory(tmp_path / "m").files(paths)[4] == files.file_digest(Path(paths[4])) != expected[4]
+    assert DigestMemory(tmp_path / "m").files(paths)[4] == files.file_digest(Path(paths[4])) != expected[4]
     assert counted == [paths[4]]
     counted.clear()
     more = old_file(tmp_path / "data" / "0" / "new", b"new")
     time.sleep(0.02)
-    assert FileDigestMemory(tmp_path / "m").files([more, *paths[5:]])[1:] == expected[5:]
+    assert DigestMemory(tmp_path / "m").files([more, *paths[5:]])[1:] == expected[5:]
     assert counted == [more]
 
 
@@ -301,13 +301,13 @@ def test_single_files_keys_and_damaged_memories(tmp_path: Path, counted: list[st
     path = old_file(tmp_path / "weights", b"weights")
     time.sleep(0.02)
     for _ in range(2):
-        assert FileDigestMemory(tmp_path / "m").file(path) == files.file_digest(Path(path))
+        assert DigestMemory(tmp_path / "m").file(path) == files.file_digest(Path(path))
     assert counted == [path]
-    memory = FileDigestMemory(tmp_path / "m")
+    memory = DigestMemory(tmp_path / "m")
     memory.files([path])
     assert memory.recall("a key") is None
     memory.remember("a key", "abc")
-    assert FileDigestMemory(tmp_path / "m").recall("a key") == "abc"
+    assert DigestMemory(tmp_path / "m").recall("a key") == "abc"
     for stored in (tmp_path / "m").iterdir():
         data = bytearray(stored.read_bytes())
         data[len(data) // 2] ^= 1
@@ -317,7 +317,7 @@ def test_single_files_keys_and_damaged_memories(tmp_path: Path, counted: list[st
 
 
 def test_young_files_are_not_trusted(tmp_path: Path) -> None:
-    memory = FileDigestMemory(tmp_path / "m")
+    memory = DigestMemory(tmp_path / "m")
     path = old_file(tmp_path / "data", b"first")
     first = memory.file(path), memory.files([path])
     old_file(tmp_path / "data", b"other")
@@ -327,7 +327,7 @@ def test_young_files_are_not_trusted(tmp_path: Path) -> None:
 def test_a_change_within_the_clocks_step_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time_ns()
     monkeypatch.setattr(digests, "_stamp", lambda path: (5, now, now, 1))
-    memory, path = FileDigestMemory(tmp_path / "m"), tmp_path / "data"
+    memory, path = DigestMemory(tmp_path / "m"), tmp_path / "data"
     path.write_bytes(b"first")
     first = memory.file(path), memory.files([str(path)])
     path.write_bytes(b"other")
@@ -352,7 +352,7 @@ def test_a_file_in_the_place_of_an_entry_is_moved_aside(tmp_path: Path, caplog: 
 def test_a_memory_that_cannot_be_written_still_answers(tmp_path: Path) -> None:
     (tmp_path / "m").write_text("a file in the way")
     path = old_file(tmp_path / "data", b"x")
-    memory = FileDigestMemory(tmp_path / "m")
+    memory = DigestMemory(tmp_path / "m")
     memory.remember("k", "v")
     assert memory.recall("k") is None
     assert memory.files([path]) == [memory.file(path)]

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dq_lightning.cache import files, lock
-from dq_lightning.cache.api_embeddings import api_embeddings_in
-from dq_lightning.cache.digests import FileDigestMemory
+from dq_lightning.cache.api_embeddings import StoredEmbeddings
+from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.cache.entries import Cache
 from dq_lightning.cache.leftovers import remove_stale
 from dq_lightning.cache.manifest import MANIFEST
@@ -70,7 +70,7 @@ def test_in_place_of_shards_and_paid_rows(kind: str, tmp_path: Path) -> None:
 
     def read() -> None:
         assert list(KeptShards(entry, "features").restore(5)) == []
-        assert b"" not in api_embeddings_in(tmp_path / "paid")("model")
+        assert b"" not in StoredEmbeddings(tmp_path / "paid" / "model")
         assert not list(partial_folder(entry).iterdir())
 
     in_time_and_memory(read)
@@ -92,7 +92,7 @@ def test_in_place_of_a_manifest(kind: str, tmp_path: Path) -> None:
 
 
 def test_in_place_of_remembered_digests(tmp_path: Path) -> None:
-    memory = FileDigestMemory(tmp_path / "memory")
+    memory = DigestMemory(tmp_path / "memory")
     memory.remember("key", "digest")
     data = [tmp_path / name for name in ("a", "b")]
     for path in data:
@@ -112,7 +112,7 @@ def test_in_place_of_remembered_digests(tmp_path: Path) -> None:
 
 
 def test_a_table_of_digests_that_grows_when_it_is_read(tmp_path: Path) -> None:
-    memory = FileDigestMemory(tmp_path / "memory")
+    memory = DigestMemory(tmp_path / "memory")
     (tmp_path / "a").write_bytes(b"content")
     expected = memory.files([str(tmp_path / "a")])
     (table,) = (tmp_path / "memory").iterdir()
@@ -187,7 +187,7 @@ def test_who_may_only_read_still_sees_that_a_file_is_in_use(tmp_path: Path, monk
 
 
 def test_any_changed_bit_of_remembered_digests_is_made_good(tmp_path: Path) -> None:
-    memory = FileDigestMemory(tmp_path / "memory")
+    memory = DigestMemory(tmp_path / "memory")
     data = [tmp_path / name for name in ("a", "b")]
     for path in data:
         path.write_bytes(path.name.encode())
