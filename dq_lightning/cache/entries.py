@@ -349,11 +349,7 @@ class Cache:
 
 
 def _canonical_parts(station: str, parts: dict[str, Any]) -> str:
-    """Return the canonical JSON of a key's parts.
-
-    Raises:
-        CacheError: a part is not plain JSON, or a dict has keys other than text.
-    """
+    """Return the canonical JSON of a key's parts; CacheError if they are not plain JSON with text as dict keys."""
     try:
         text = files.canonical_json(parts)
         same = json.loads(text)

@@ -53,11 +53,7 @@ def _tensor(folder: Path, tensors: dict[str, Tensor], name: str) -> Tensor:
 
 
 def _columns(folder: Path, tensors: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> list[Tensor]:
-    """Return the columns [N] with these names.
-
-    Raises:
-        StoreError: a column is missing, or has another dtype or length.
-    """
+    """Return the columns [N] with these names; StoreError if one is missing, or has another dtype or length."""
     found: list[Tensor] = []
     for name, dtype in dtypes.items():
         column = _tensor(folder, tensors, name)

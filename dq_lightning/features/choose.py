@@ -174,11 +174,7 @@ def _module_spec(module: Any, preprocess: Callable[..., Any] | None) -> EncoderS
 
 
 def _check_channels(spec: EncoderSpec, module: nn.Module, preprocess: Callable[..., Any]) -> None:
-    """Check early that the preprocessing returns the number of channels that the network takes.
-
-    Raises:
-        FeatureError: the network fails on a prepared image because of its number of channels.
-    """
+    """Raise a FeatureError early if the preprocessing gives another number of channels than the network takes."""
     first = next((child for child in module.modules() if isinstance(child, nn.Conv2d)), None)
     try:
         prepared = preprocess(Image.new("RGB", (64, 64)))

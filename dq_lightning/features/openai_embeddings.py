@@ -217,10 +217,7 @@ class OpenAIRows:
         """Return the embedding of the longest accepted beginning of a text that is rejected when sent alone.
 
         A length of 8191 bytes is tried first, then 4096, 2048, 1024 and 512 as long as the server's message is about
-        the length of the text.
-
-        Raises:
-            FeatureError: the server rejects the text at every length that is tried.
+        the length of the text. FeatureError if the server rejects the text at every length that is tried.
         """
         size = len(text.encode())
         for most in (TOKENS_PER_INPUT, 4096, 2048, 1024, 512):
@@ -240,8 +237,7 @@ class OpenAIRows:
     def _try(self, texts: list[str]) -> "Array | Exception":
         """Send one request and return its embeddings, or the error with which the server rejected it.
 
-        Raises:
-            FeatureError: the run was stopped, the server fails, or it rejects requests whatever their content.
+        FeatureError if the run was stopped, the server fails, or it rejects requests whatever their content.
         """
         import openai
 
@@ -316,11 +312,7 @@ class OpenAIRows:
         return rows[np.argsort(order)]
 
     def _check_one(self, widths: set[int]) -> None:
-        """Check that all embeddings have one width, since the server may have changed the model behind a name.
-
-        Raises:
-            FeatureError: there are embeddings of several widths.
-        """
+        """Raise a FeatureError unless all embeddings have one width; the model behind a name may have changed."""
         if len(widths) > 1:
             raise FeatureError(
                 f"{self._origin.model} now gives embeddings of another width than before ({sorted(widths)}): name a fixed "

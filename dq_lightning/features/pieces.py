@@ -110,11 +110,7 @@ def embed_piece(
 
 
 def _check_neighbours(folder: Path, name: str, nums: int) -> None:
-    """Check that the pieces in the folder have `nums` rows; pieces of another size would not fit this one.
-
-    Raises:
-        FeatureError: the folder has a piece of another size.
-    """
+    """Raise a FeatureError if the folder has a piece of another size, which would not fit this one."""
     for path in sorted(folder.glob(f"{name}_*.json")):
         other = _read_facts(path)
         if other is not None and other["nums"] != nums:

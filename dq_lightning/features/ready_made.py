@@ -41,11 +41,7 @@ class ReadyOrigin(EncoderSpec):
         return ReadyRows(self._open(), self.description)
 
     def _open(self) -> np.ndarray[Any, Any]:
-        """Return the embeddings as a NumPy array; a file is memory-mapped.
-
-        Raises:
-            FeatureError: the embeddings are not a floating array [N, D], or the file cannot be read.
-        """
+        """Return the embeddings as a NumPy array, a file memory-mapped; FeatureError if they are not floating [N, D]."""
         if self.path is None:
             array = _as_numpy(self.array)
         else:

@@ -194,11 +194,7 @@ def _load(
 
 
 def _head(layer: Layer, locate: Callable[[str], Path | None], place: str) -> nn.Module:
-    """Load a module that follows the pooling and maps float32 [B, D] to [B, E].
-
-    Raises:
-        FeatureError: the weights of the module are missing or do not fit.
-    """
+    """Load a module that follows the pooling and maps float32 [B, D] to [B, E]; FeatureError if it cannot be loaded."""
     if layer.kind == "Normalize" or layer.config is None:
         return _Normalize()
     file = next((found for name in WEIGHT_FILES if (found := locate(f"{layer.path}/{name}")) is not None), None)

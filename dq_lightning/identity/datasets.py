@@ -145,15 +145,9 @@ class Parts(list[Any]):
 
 
 def _describe_parts(view: Any, root: str | None, names: set[str]) -> tuple[dict[str, tuple[str, Any]], list[str]]:
-    """Describe the parts of a dataset and the values that its code uses.
+    """Describe the parts of a dataset and the values that its code uses; `names` are attributes that are left out.
 
-    Args:
-        view: dataset object, or `Parts`.
-        root: see `StateDescriber`.
-        names: names of attributes that are not described.
-
-    Returns:
-        Digest and value by the name of the part or use, and the reasons why equal digests do not guarantee equal items.
+    Digest and value by the name of the part or use, and the reasons for uncertainty (see `State`) are returned.
     """
     objects = _objects(view)
     parts = _parts(objects, names)

@@ -41,12 +41,7 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class _NetworkDescriber(CodeDescriber):
-    """Describer of the parts of a network. The tensors of the parts are left to `described_module`.
-
-    Args:
-        module: the network.
-        without: names of settings that have no influence on the result.
-    """
+    """Describer of the parts of a network without the settings `without`; tensors are left to `described_module`."""
 
     def __init__(self, module: nn.Module, without: Collection[str]) -> None:
         super().__init__()

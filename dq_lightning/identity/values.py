@@ -195,10 +195,7 @@ class Describer:
         return digest_text("image", value.mode, value.size, pixels, palette, texts)
 
     def _table(self, value: Any) -> str:
-        """Describe a table or column of pandas, polars or pyarrow column by column.
-
-        A conversion of the whole table would turn integers into floats.
-        """
+        """Describe a table of pandas, polars or pyarrow by columns; converting it whole would turn integers into floats."""
         texts = [type(value).__qualname__]
         try:
             if hasattr(value, "iloc"):

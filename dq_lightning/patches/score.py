@@ -109,12 +109,7 @@ def score_images(
 
 
 class _Scores:
-    """The scores and sizes of the images that are finished.
-
-    Attributes:
-        rows: M tensors float32 [L_i], each of them empty until its image is scored.
-        sizes: int32 [M, 2], height and width of each image in pixels.
-    """
+    """The scores `rows`, M tensors [L_i] that are empty until an image is scored, and the `sizes` int32 [M, 2]."""
 
     def __init__(self, num_images: int, patch_size: int, shards: Shards) -> None:
         self.rows: list[Tensor] = [torch.empty(0)] * num_images

@@ -294,8 +294,7 @@ def _run_with(hooks: dict[str, Any], module: nn.Module, images: Tensor) -> None:
 class _ResizedShapes:
     """Compares output shapes for images of twice the height, and of twice the width, to identify dimensions.
 
-    Attributes:
-        times: side of the probe images divided by the side of the given images.
+    `times` is the side of the probe images divided by the side of the given images.
     """
 
     def __init__(self, module: nn.Module, images: Tensor) -> None:
@@ -418,10 +417,7 @@ def make_probes(images: Tensor, times: int = 1) -> tuple[Tensor, Tensor]:
 def _best_layout(
     required_correlations: dict[TargetLayer, float], output: Tensor, probes: Tensor, places: Tensor
 ) -> TargetLayer | None:
-    """Return the layout in which the output [1 + 9, ...] for the probes follows the square best.
-
-    The result is None if the best correlation is lower than this layout needs.
-    """
+    """Return the layout in which the output [1 + 9, ...] follows the square best, or None if it does so too little."""
     best, found = -1.0, None
     for layer in required_correlations:
         for probed in _layouts(layer.name, output.shape, probes):
@@ -464,11 +460,7 @@ def _has_gradient(module: nn.Module, layer: TargetLayer, images: Tensor) -> bool
 
 
 def _check_depends_on_image(module: nn.Module, images: Tensor) -> None:
-    """Check that the class scores depend on the image at all.
-
-    Raises:
-        PatchError: if the gradient of the class scores is zero at every pixel.
-    """
+    """Raise a PatchError if the gradient of the class scores is zero at every pixel of the image."""
     with frozen(module), torch.inference_mode(False), torch.enable_grad():
         probes = make_probes(images)[0][:2].requires_grad_()
         score = logits_of(module(probes)).amax(1).sum()

@@ -133,10 +133,7 @@ def _classes(labels: Tensor | NDArray[np.integer] | Sequence[int], total: int) -
 class _Regression:
     """Ridge regression of one-hot labels, solved for every ridge by one eigen-decomposition.
 
-    Args:
-        values: floating [N, D], the features.
-        own: int64 [N] on `device`, number of the class of each sample.
-        device: device to compute on.
+    `own`, int64 [N] on `device`, is the number of the class of each row of `values` [N, D].
     """
 
     def __init__(self, values: Tensor, own: Tensor, device: torch.device) -> None:
@@ -188,11 +185,7 @@ class _Regression:
         return gram.triu() + gram.triu(1).T, sums
 
     def result(self, classes: Tensor) -> LeaveOneOut:
-        """Return the leave-one-out predictions for the best ridge.
-
-        Args:
-            classes: int64 [C], label of each class.
-        """
+        """Return the leave-one-out predictions for the best ridge; `classes`, int64 [C], has the label of each class."""
         ridge, rows, outputs_of_rows = self._best_ridge()
         shrunk = 1 / (self.spectrum + ridge)
         root = self._triangular_root(ridge)
@@ -225,12 +218,9 @@ class _Regression:
         return root.to(self.dtype)
 
     def _without(self, rows: slice | Tensor, outputs: Tensor, leverage: Tensor) -> Tensor:
-        """Turn the predictions of a fit to all samples into those of the fits without each sample, in place.
+        """Turn the predictions [n, C] of a fit to all samples into those of the fits without each sample, in place.
 
-        Args:
-            rows: which samples.
-            outputs: floating [n, C], predictions of the fit to all samples.
-            leverage: float64 [n], z' (G + ridge)^-1 z for the centred features z and the Gram matrix G.
+        `leverage` is z' (G + ridge)^-1 z for the centred features z of each of these samples and the Gram matrix G.
         """
         hat = self.weight[rows] * (leverage + 1 / self.total)
         # The ridge keeps this above 0 unless a class has a single sample, which alone determines its intercept.
@@ -242,8 +232,7 @@ class _Regression:
     def _best_ridge(self) -> tuple[float, Tensor, Tensor]:
         """Return the ridge with the smallest mean squared leave-one-out error of the trial rows; ties take the larger.
 
-        Returns:
-            The ridge, the trial rows int64 [R], and their leave-one-out predictions float32 [R, C] for it, on the CPU.
+        The trial rows [R] and their leave-one-out predictions float32 [R, C] for it, on the CPU, are returned, too.
         """
         rows = torch.arange(0, self.total, -(-self.total // _TRIAL_ROWS), device=self.device)
         inputs = self._centred(rows.to(self.values.device)).to(self.dtype)

@@ -145,15 +145,9 @@ def _best_of_each(margin: NDArray[np.float64], own: NDArray[np.int64], classes: 
 def _share_of_mistaken(
     own: NDArray[np.int64], suggested: NDArray[np.int64], confidence: NDArray[np.float64]
 ) -> tuple[float, float, NDArray[np.bool_]]:
-    """Estimate the share of wrong labels from confident samples.
+    """Estimate the share of wrong labels from confident samples; `own` and `suggested` are numbers of classes.
 
-    Args:
-        own: int64 [N], numbers of the given classes.
-        suggested: int64 [N], numbers of the predicted classes.
-        confidence: float64 [N], largest prediction minus the second largest.
-
-    Returns:
-        The share (NaN if it cannot be told), its standard error, and which samples are the confident ones, bool [N].
+    The share (NaN if it cannot be told), its standard error, and which samples are the confident ones are returned.
     """
     order, starts = _sorted_groups(-confidence, suggested)
     sizes = np.diff(starts, append=len(order))
@@ -187,18 +181,10 @@ def _mistaken_above(
     above: NDArray[np.float64],
     share: float,
 ) -> NDArray[np.float64]:
-    """Estimate which share of the wrongly labelled samples has at least a given margin.
+    """Estimate which share of the wrongly labelled samples, 0 to 1, has at least each of the ascending margins `levels`.
 
-    Args:
-        predicted: predictions of the N samples.
-        own: int64 [N], numbers of the given classes.
-        pairs: float64 [C, C], number of confident samples by suggested and given class.
-        levels: float64 [N], margins, ascending.
-        above: float64 [N], share of all samples that has at least these margins.
-        share: share of the labels that is wrong.
-
-    Returns:
-        float64 [N], between 0 and 1.
+    `pairs` [C, C] counts the confident samples by suggested and given class, and `above` is the share of all samples
+    that has at least these margins.
     """
     mistaken = pairs - np.diag(np.diag(pairs))
     rate = mistaken.sum(axis=1) / np.maximum(pairs.sum(axis=1), 1)
@@ -227,15 +213,9 @@ def _share_of_random(predicted: LeaveOneOut, own: NDArray[np.int64]) -> tuple[fl
     """Estimate the share of labels that have nothing to do with their samples, such as those of foreign images.
 
     A random label is as often among the classes with the lowest predictions as anywhere, and a true label hardly ever.
-    Hard samples still fall off towards the end, so the share is extrapolated from the last two groups of ranks.
-
-    Args:
-        predicted: predictions of the N samples.
-        own: int64 [N], numbers of the given classes.
-
-    Returns:
-        The share, its standard error (both 0 for less than 5 classes), and the rows of `predicted.outputs` whose label
-        is among the lowest.
+    Hard samples still fall off towards the end, so the share is extrapolated from the last two groups of ranks. The
+    share, its standard error (both 0 for less than 5 classes), and the rows of `predicted.outputs` whose label is among
+    the lowest are returned.
     """
     outputs, given = predicted.outputs.numpy(), own[predicted.rows.numpy()]
     total, classes = outputs.shape
@@ -263,16 +243,9 @@ def _random_above(
     levels: NDArray[np.float64],
     agree: tuple[NDArray[np.float64], ...],
 ) -> NDArray[np.float64]:
-    """Estimate which share of the samples with random labels has at least a given margin.
+    """Estimate which share of the samples with random labels, 0 to 1, has at least each of the margins `levels`.
 
-    Args:
-        predicted: predictions of the N samples.
-        last: rows of `predicted.outputs` whose labels are random, almost all of them.
-        levels: float64 [N], margins, ascending.
-        agree: confidences, and how often predictions of that confidence agree with labels.
-
-    Returns:
-        float64 [N], between 0 and 1.
+    `last` are rows of `predicted.outputs` whose labels are random, almost all of them; `agree` is what `_agreement` gives.
     """
     outputs = predicted.outputs.numpy()[last]
     first, second = -np.partition(-outputs, 1, axis=1)[:, :2].T[:, :, None]

@@ -108,14 +108,9 @@ def _wanted(total: int, keep_ratio: float) -> int:
 
 
 def _sort(bins: Bins, present: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Sort positions by group, bin and rank.
+    """Sort the positions `present` of the samples that are in a bin by group, bin and rank.
 
-    Args:
-        bins: bins of N samples.
-        present: int64 [P], positions of the samples that are in a bin.
-
-    Returns:
-        The positions int64 [P] in the new order, the groups int64 [G], and the number of samples, int64 [G, num_bins].
+    The positions in the new order, the groups [G], and the number of samples [G, num_bins] are returned.
     """
     fields = (bins.group, bins.assignment, bins.rank)
     group, assignment, rank = (t.cpu().numpy()[present].astype(np.int64) for t in fields)

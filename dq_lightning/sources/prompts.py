@@ -464,12 +464,9 @@ def _text(row: Row, column: str, index: int | None, *, optional: bool = False) -
 
 
 def _check_characters(text: str, where: str) -> None:
-    """Check that a text can be encoded as UTF-8.
+    """Raise a SourceError if a text holds half of a character (a lone surrogate).
 
-    JSON can hold half of a character (a lone surrogate), which tokenizers and servers do not accept.
-
-    Raises:
-        SourceError: the text holds a lone surrogate.
+    JSON can hold it, but tokenizers and servers do not accept it.
     """
     try:
         text.encode()

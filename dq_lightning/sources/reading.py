@@ -298,16 +298,10 @@ class ItemSource(Source):
         return labels
 
     def _check_classes(self, labels: Labels | None, *, has_names: bool) -> None:
-        """Check that the classes that were found are plausible, and otherwise ask the user which classes to use.
+        """Raise a SourceError that asks the user for the classes if those that were found are not plausible.
 
-        Args:
-            labels: the classes that were found, or None.
-            has_names: whether the dataset itself lists the names of its classes.
-
-        Raises:
-            SourceError: the column that was named holds no classes; or none was named, there are at least 20 samples,
-                and the unnamed classes have more different values than half of the samples. The message says what to
-                pass.
+        That is: the column that was named holds no classes; or none was named, there are at least 20 samples, and the
+        classes have no names and more different values than half of the samples.
         """
         named = self.label_column is not None
         if named is (labels is not None):

@@ -94,11 +94,7 @@ def without_transforms(dataset: Any) -> Any:
 
 
 def _check_readable(plain: Any, dataset: Any, names: str) -> None:
-    """Check that the dataset can be read without its transforms, if it can be read with them.
-
-    Raises:
-        SourceError: the first item can be read with the transforms only.
-    """
+    """Raise a SourceError if the first item of the dataset can be read with its transforms only."""
     try:
         plain[0]
         return

@@ -92,11 +92,7 @@ def as_targets(values: Any, names: Sequence[str] | None = None) -> Targets | Non
 
 
 def _as_int64(values: Any) -> NDArray[np.int64]:
-    """Convert whole numbers to int64 [N].
-
-    Raises:
-        SourceError: a number does not fit into 64 bits.
-    """
+    """Convert whole numbers to int64 [N]; SourceError if one does not fit into 64 bits."""
     bounds = np.iinfo(np.int64)
     wide = next((place for place, value in enumerate(values) if not bounds.min <= value <= bounds.max), None)
     if wide is not None:

@@ -326,13 +326,10 @@ def same(one: Any, other: Any) -> bool:
 
 
 class _Explanation:
-    """Finds where the values of one trace come from.
+    """Finds where the values of one trace come from; paths in `usual` are preferred where several parts are equal.
 
-    Args:
-        seen: the trace.
-        usual: paths in the plain item that are preferred where several parts are equal.
-        plain_first: whether a delivered copy that equals both the argument and the result of a transform is attributed
-            to the plain item rather than to the result.
+    With `plain_first`, a delivered copy that equals both the argument and the result of a transform is attributed to
+    the plain item rather than to the result.
     """
 
     def __init__(self, seen: Trace, usual: Sequence[Leaf], plain_first: bool) -> None:
@@ -356,15 +353,7 @@ class _Explanation:
         return CallingFinisher(tuple(calls), self._delivered(self._seen.delivered, ()))
 
     def _argument(self, value: Any, number: int) -> Any:
-        """Find where an argument of a call comes from.
-
-        Args:
-            value: the recorded argument.
-            number: number of calls before this one.
-
-        Raises:
-            SourceError: the argument is found neither in the plain item nor in a result, and is no constant.
-        """
+        """Find where an argument of a call that follows `number` others comes from; SourceError if that is not known."""
         found = self._live_result(value, number)
         if found is None and isinstance(value, _SCALARS):
             found = self._result_like(value, number)
@@ -381,15 +370,7 @@ class _Explanation:
         raise SourceError(f"its transform is given a {outline(value)} that is no part of the item without transforms")
 
     def _delivered(self, value: Any, place: Leaf) -> Any:
-        """Find where a part of the delivered item comes from.
-
-        Args:
-            value: the delivered part.
-            place: its path in the delivered item.
-
-        Raises:
-            SourceError: the part is found neither in the plain item nor in the result of a transform.
-        """
+        """Find where the part of the delivered item at the path `place` comes from; SourceError if that is not known."""
         number = len(self._seen.calls)
         found: Any = self._live_result(value, number)
         if found is None:
@@ -435,10 +416,7 @@ class _Explanation:
         return None
 
     def _plain_like(self, value: Any, place: Leaf | None = None) -> Taken | None:
-        """The part of the plain item that is equal to the value, or is equal after conversion to the value's type.
-
-        The part at the same path is preferred.
-        """
+        """The part of the plain item that equals the value, if need be after conversion; that at `place` is preferred."""
         parts = sorted(self._plain, key=lambda part: part[0] != place)
         for leaf, part in parts:
             if same(part, value):
@@ -463,9 +441,7 @@ def _is_container(value: Any) -> bool:
 def _container(value: Any, place: Callable[[Any, Any], Any]) -> Built | None:
     """Describe how a container is built, or return None for other values and for sequences of more than 64 values.
 
-    Args:
-        value: the container.
-        place: function of a part and its key that returns where the part comes from.
+    `place` is a function of a part and its key that returns where the part comes from.
     """
     if not _is_container(value) or (isinstance(value, list | tuple) and len(value) > _MAX_LENGTH):
         return None
