@@ -30,13 +30,13 @@ PIECE_BYTES = 1 << 20
 CHUNK_FILES = 512
 ATTEMPTS = 3
 
-# A stamp is the size, mtime_ns, ctime_ns and inode of a file.
 Stamps = npt.NDArray[np.int64]
 STAMP_SIZE = 4
 UNKNOWN = (-1,) * STAMP_SIZE
 
 
-def _stamp(path: str) -> tuple[int, ...]:
+def file_stamp(path: str) -> tuple[int, ...]:
+    """Return the size, mtime_ns, ctime_ns and inode of a file."""
     seen = os.stat(path)  # noqa: PTH116 (a million of them: no Path objects)
     # The inode distinguishes two files of equal size and times to which a link may point in turn. The device is left
     # out, because network file systems number it anew at each mount, and everything would be read again.
@@ -47,12 +47,12 @@ def _hash_file(path: str) -> tuple[bytes, tuple[int, ...]]:
     """Return a file's digest and its stamp; all numbers of the stamp are -1 if the file is too young to be trusted."""
     for _ in range(ATTEMPTS):
         started = time.time_ns()
-        before = _stamp(path)
+        before = file_stamp(path)
         digest = hashlib.sha256()
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (a million of them: no Path objects)
             while piece := file.read(PIECE_BYTES):
                 digest.update(piece)
-        if _stamp(path) == before:
+        if file_stamp(path) == before:
             young = max(before[1], before[2]) > started - RACY_NANOSECONDS
             return digest.digest(), UNKNOWN if young else before
     raise CacheError(f"{path} changes while it is read: wait until it is written, then start again")
@@ -108,7 +108,7 @@ class DigestMemory:
                 unreadable[i] = f"unreadable: {type(error).__name__}"
                 return instead
 
-        stamps = np.array([tried(_stamp, i, UNKNOWN) for i in range(len(places))], dtype=np.int64)
+        stamps = np.array([tried(file_stamp, i, UNKNOWN) for i in range(len(places))], dtype=np.int64)
         known_stamps, digests = table.look_up(places)
         stale = np.flatnonzero((known_stamps != stamps).any(axis=1))
         if len(stale):

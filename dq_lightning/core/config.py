@@ -1,6 +1,7 @@
 """All settings of the library: frozen dataclasses, validated when they are made, that convert to and from JSON."""
 
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -559,13 +560,11 @@ def with_short_forms(config: AnyConfig | None, values: dict[str, Any]) -> Quanti
     """
     default, made = QuantizeConfig(), as_config(config)
     for path, value in values.items():
-        owner, _, name = path.rpartition(".")
-        current = getattr(made, owner) if owner else made
-        standard = getattr(getattr(default, owner) if owner else default, name)
-        seen = getattr(current, name)
+        seen, standard = map(attrgetter(path), (made, default))
         if value is None or value == seen:
             continue
         if seen != standard:
+            name = path.rpartition(".")[2]
             raise ConfigError(
                 f"{name}={value!r} was passed as a keyword, but config.{path} is {seen!r}: set it in one place only"
             )

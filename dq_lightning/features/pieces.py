@@ -1,8 +1,8 @@
 """Compute embeddings in pieces, by independent processes or on separate computers, and merge them.
 
 Piece `index` of `nums` rows holds the rows from `index * nums` on in the file `NAME_{index}.npy` (float32 [B, D]).
-The file `NAME_{index}.json` beside it, which is written last, says which rows of which data these are and which encoder
-made them.
+The file `NAME_{index}.json` beside it, which is written last, says which piece of which data this is and which encoder
+made it.
 """
 
 import json
@@ -90,16 +90,15 @@ def embed_piece(
             f"piece {index} of {nums} rows lies outside of the {total:,} samples: the pieces are 0 to "
             f"{-(-total // max(nums, 1)) - 1}"
         )
-    rows = range(index * nums, min((index + 1) * nums, total))
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{name}_{index}.npy"
-    facts = _facts(identity, index, nums, rows, total)
+    facts = {"index": index, "nums": nums, "num_samples": total, "identity": _plain(identity)}
     written = _read_facts(target.with_suffix(".json"))
-    if written is not None and _is_whole(target, written) and _without_digest(written) == facts:
+    if written is not None and _is_whole(target, written) and {**written, **facts} == written:
         return target
     _check_neighbours(folder, name, nums)
-    made = embed(Part(source, rows)).embedding.numpy()
+    made = embed(Part(source, _rows(facts))).embedding.numpy()
     # A piece without a description counts as missing, so the old description is removed first and the new one is
     # written last.
     target.with_suffix(".json").unlink(missing_ok=True)
@@ -169,9 +168,10 @@ def _joined(paths: Sequence[Path], pieces: Mapping[Path, Mapping[str, Any]], tot
         part = np.load(path, mmap_mode="r", allow_pickle=False)
         if merged is None:
             merged = np.empty((total, part.shape[1]), np.float32)
-        if part.shape != (facts["last"] + 1 - facts["first"], merged.shape[1]):
+        rows = _rows(facts)
+        if part.shape != (len(rows), merged.shape[1]):
             raise FeatureError(f"{path} has the shape {list(part.shape)}, which does not fit the others: {AGAIN}")
-        merged[facts["first"] : facts["last"] + 1] = part
+        merged[rows.start : rows.stop] = part
     assert merged is not None
     return merged
 
@@ -187,33 +187,20 @@ def _check_same(path: Path, facts: Mapping[str, Any], shared: Mapping[str, Any],
         raise FeatureError(
             f"{path} does not belong to these pieces: its {key} is {seen!r}, but that of {reference} is {wanted!r}; {AGAIN}"
         )
-    rows = range(facts["index"] * facts["nums"], min((facts["index"] + 1) * facts["nums"], facts["num_samples"]))
-    numbered = path.stem.rpartition("_")[2] == str(facts["index"])
-    if not numbered or not len(rows) or (facts["first"], facts["last"]) != (rows[0], rows[-1]):
+    if path.stem.rpartition("_")[2] != str(facts["index"]) or not len(_rows(facts)):
         raise FeatureError(
-            f"{path} does not belong to these pieces: it describes itself as piece {facts['index']}, rows {facts['first']} to "
-            f"{facts['last']}; {AGAIN}"
+            f"{path} does not belong to these pieces: it describes itself as piece {facts['index']}; {AGAIN}"
         )
 
 
-def _facts(identity: Mapping[str, Any], index: int, nums: int, rows: range, total: int) -> dict[str, Any]:
-    return {
-        "index": index,
-        "nums": nums,
-        "first": rows[0],
-        "last": rows[-1],
-        "num_samples": total,
-        "identity": _plain(identity),
-    }
+def _rows(facts: Mapping[str, Any]) -> range:
+    start = facts["index"] * facts["nums"]
+    return range(start, min(start + facts["nums"], facts["num_samples"]))
 
 
 def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(dict(identity)))
     return plain
-
-
-def _without_digest(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in facts.items() if key != "sha256"}
 
 
 def _read_facts(path: Path) -> dict[str, Any] | None:
@@ -222,7 +209,7 @@ def _read_facts(path: Path) -> dict[str, Any] | None:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    numbers = ("index", "nums", "first", "last", "num_samples")
+    numbers = ("index", "nums", "num_samples")
     if not isinstance(facts, dict) or not all(type(facts.get(key)) is int for key in numbers):
         return None
     return facts if isinstance(facts.get("identity"), dict) and facts["nums"] > 0 else None

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -125,19 +126,9 @@ def _as_numpy(array: Any) -> np.ndarray[Any, Any]:
     return plain.float().numpy() if plain.dtype == torch.bfloat16 else plain.numpy()
 
 
-class _Hashing:
-    """A file-like object that hashes what `numpy.lib.format` writes to it."""
-
-    def __init__(self) -> None:
-        self.hash = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.hash.update(data)
-        return len(data)
-
-
 def digest_of_npy(array: np.ndarray[Any, Any]) -> str:
     """Return the hexadecimal SHA-256 of the bytes that `numpy.save` would write of the array."""
-    sink: Any = _Hashing()
-    np.lib.format.write_array(sink, array, allow_pickle=False)
-    return str(sink.hash.hexdigest())
+    digest = hashlib.sha256()
+    file: Any = SimpleNamespace(write=digest.update)
+    np.lib.format.write_array(file, array, allow_pickle=False)
+    return digest.hexdigest()

@@ -1,5 +1,6 @@
 """Grad-CAM and related methods, in batches: one forward pass, and a backward pass that ends at the feature map."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -118,15 +119,12 @@ class TargetChoice:
         return torch.where(inside, table[labels.clamp(0, len(table) - 1)], own)
 
 
-class ActivationMaps:
-    """Computes saliency maps from one layer's activation and gradient; the network is not changed.
-
-    The part of the network before the layer runs without an autograd graph. The gradient is computed only for the
-    feature map, and no parameter gets one.
+class SaliencyMaps(ABC):
+    """Computes saliency maps of a classifier at one of its layers.
 
     Args:
         module: classifier on the images' device; it gives logits [B, C].
-        method: a name in `METHODS`.
+        method: name of the method.
         targets: choice of the explained class; the default is `TargetChoice()`.
         target_layer: name of the layer; None finds one by `find_target_layer`.
     """
@@ -138,11 +136,11 @@ class ActivationMaps:
         targets: TargetChoice | None = None,
         target_layer: str | None = None,
     ) -> None:
-        self._module = module
-        self._combine = METHODS[method]
+        self._module, self._method = module, method
         self._targets = targets or TargetChoice()
         self._layers = TargetLayers(module, target_layer)
 
+    @abstractmethod
     def __call__(self, images: Tensor, labels: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
         """Compute the saliency in [0, 1] of every pixel.
 
@@ -155,8 +153,27 @@ class ActivationMaps:
             float32 [B, H, W]; the largest value of each map is 1, or the whole map is 0 if it has no positive part.
 
         Raises:
-            PatchError: if no layer can be found, the gradient is zero at the layer, or the class cannot be chosen.
+            PatchError: if no layer can be found, the class cannot be chosen, or the method fails on this network, such
+                as by a gradient that is zero at the layer.
         """
+
+    @abstractmethod
+    def check(self, images: Tensor, labels: Tensor | None = None) -> None:
+        """Check that maps can be computed for images like these; the arguments are those of `__call__`.
+
+        Raises:
+            PatchError: if they cannot.
+        """
+
+
+class ActivationMaps(SaliencyMaps):
+    """Computes saliency maps from one layer's activation and gradient; the network is not changed.
+
+    The part of the network before the layer runs without an autograd graph. The gradient is computed only for the
+    feature map, and no parameter gets one. The method is a name in `METHODS`.
+    """
+
+    def __call__(self, images: Tensor, labels: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
         layer = self._layers.of(images)
         activation, gradient = activation_and_gradient(
             self._module, layer, images, lambda logits: self._targets.choose(logits, labels)
@@ -165,15 +182,10 @@ class ActivationMaps:
         # numbers that may be nearly 0.
         kind = torch.promote_types(gradient.dtype, torch.float32)
         return upscale(
-            self._combine(activation.to(kind), gradient.to(kind)), size or (images.shape[2], images.shape[3])
+            METHODS[self._method](activation.to(kind), gradient.to(kind)), size or (images.shape[2], images.shape[3])
         )
 
     def check(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Check that maps can be computed for images like these; the arguments are those of `__call__`.
-
-        Raises:
-            PatchError: if they cannot.
-        """
         self(images, labels)
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dq_lightning.core.errors import PatchError
-from dq_lightning.patches.activation_maps import TargetChoice, upscale
-from dq_lightning.patches.target_layer import TargetLayers, frozen, logits_of
+from dq_lightning.patches.activation_maps import SaliencyMaps, TargetChoice, upscale
+from dq_lightning.patches.target_layer import frozen, logits_of
 
 # This maps the names of the methods in a config to the classes of the package.
 PACKAGE_METHODS = {
@@ -29,14 +29,10 @@ PACKAGE_METHODS = {
 }
 
 
-class PackageMaps:
+class PackageMaps(SaliencyMaps):
     """Computes saliency maps by pytorch-grad-cam, in float32, on a copy of the network, because the package changes it.
 
-    Args:
-        module: classifier on the images' device.
-        method: a name in `PACKAGE_METHODS`.
-        targets: choice of the explained class; the default is `TargetChoice()`.
-        target_layer: name of the layer; None finds one by `find_target_layer`.
+    The method is a name in `PACKAGE_METHODS`.
     """
 
     def __init__(
@@ -47,17 +43,10 @@ class PackageMaps:
         target_layer: str | None = None,
     ) -> None:
         # Shapley-CAM differentiates the gradient, which may be a constant if the parameters are not in the graph.
-        self._module = copy.deepcopy(module).float().eval().requires_grad_(method == "shapleycam")
-        self._method = method
-        self._targets = targets or TargetChoice()
-        self._layers = TargetLayers(self._module, target_layer)
+        own = copy.deepcopy(module).float().eval().requires_grad_(method == "shapleycam")
+        super().__init__(own, method, targets, target_layer)
 
     def __call__(self, images: Tensor, labels: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
-        """Compute the saliency in [0, 1] of every pixel; arguments and result are those of `ActivationMaps.__call__`.
-
-        Raises:
-            PatchError: if no layer can be found, the class cannot be chosen, or the package fails on this network.
-        """
         import pytorch_grad_cam
         import pytorch_grad_cam.utils.model_targets
 
@@ -90,11 +79,7 @@ class PackageMaps:
         return pixels if size in (None, tuple(images.shape[2:])) else upscale(pixels, (size or (0, 0)))
 
     def check(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Check that maps can be computed for images like these; the slow method itself is not run.
-
-        Raises:
-            PatchError: if no layer can be found, or the class cannot be chosen.
-        """
+        # The slow method itself is not run.
         images = images.detach().float()
         self._layers.of(images)
         with frozen(self._module), torch.no_grad():

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dq_lightning.core.config import PatchConfig
 from dq_lightning.core.errors import DQError, PatchError
 from dq_lightning.core.grid import grid_of, pool_to_patches
-from dq_lightning.patches.activation_maps import METHODS, ActivationMaps, TargetChoice
+from dq_lightning.patches.activation_maps import METHODS, ActivationMaps, SaliencyMaps, TargetChoice
 from dq_lightning.patches.package_maps import PackageMaps
 from dq_lightning.patches.target_layer import HOW_TO_NAME
 
@@ -80,7 +80,7 @@ class ClassifierScorer:
 
     def __init__(
         self,
-        maps: ActivationMaps | PackageMaps,
+        maps: SaliencyMaps,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         input_size: tuple[int, int] | None = None,

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from dq_lightning.cache.digests import DigestMemory
+from dq_lightning.cache.digests import DigestMemory, file_stamp
 from dq_lightning.core.records import EncodedImage
 from dq_lightning.identity.callables import is_library, patches_of
 from dq_lightning.identity.datasets import State, find_state
@@ -162,13 +162,9 @@ class FileSource(MapSource):
         return not self._exact and (not _opens_as_installed() or bool(self._beside().unknown))
 
     def marks(self, *, fresh: bool) -> str:
-        def stamp(path: str) -> tuple[int, ...]:
-            seen = os.stat(path)  # noqa: PTH116 (a million of them)
-            return seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino
-
         if not self.by_items:
             with contextlib.suppress(OSError):
-                return digest_text(*map(stamp, self._paths()))
+                return digest_text(*map(file_stamp, self._paths()))
         return super().marks(fresh=fresh)
 
     def digest(self, memory: DigestMemory) -> str:

@@ -18,7 +18,7 @@ from torchvision import tv_tensors
 from torchvision.datasets import CIFAR10, ImageFolder
 
 from dq_lightning import as_source
-from dq_lightning.cache.digests import DigestMemory, _stamp
+from dq_lightning.cache.digests import DigestMemory, file_stamp
 from dq_lightning.features.choose import choose_encoder
 from dq_lightning.identity.callables import describe_callable
 from dq_lightning.identity.networks import digest_encoder, digest_module
@@ -681,10 +681,10 @@ def test_a_link_to_another_file_of_equal_size_and_times(tmp_path, memory):
         os.utime(tmp_path / f"{name}.npy", ns=(1, 1))
     link = tmp_path / "link.npy"
     link.symlink_to("a.npy")
-    first = _stamp(str(link))
+    first = file_stamp(str(link))
     link.unlink()
     link.symlink_to("b.npy")
-    second = _stamp(str(link))
+    second = file_stamp(str(link))
     assert first[:2] == second[:2]
     # also where the times of change are equal
     assert first[3:] != second[3:]

@@ -326,7 +326,7 @@ def test_young_files_are_not_trusted(tmp_path: Path) -> None:
 
 def test_a_change_within_the_clocks_step_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time_ns()
-    monkeypatch.setattr(digests, "_stamp", lambda path: (5, now, now, 1))
+    monkeypatch.setattr(digests, "file_stamp", lambda path: (5, now, now, 1))
     memory, path = DigestMemory(tmp_path / "m"), tmp_path / "data"
     path.write_bytes(b"first")
     first = memory.file(path), memory.files([str(path)])
