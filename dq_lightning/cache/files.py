@@ -15,7 +15,7 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from dq_lightning.core.errors import CacheError, DQError
 
@@ -73,7 +73,21 @@ def explained(target: Path, only_under: Path | None = None) -> Iterator[None]:
         raise CacheError(advice) from error
 
 
-class Writer:
+class _ObservedFile(io.FileIO):
+    """A new file that reports every write to `observer`."""
+
+    def __init__(self, path: Path) -> None:
+        _observe("create", path)
+        super().__init__(path, "xb")
+        self.path = path
+
+    def write(self, data: Any) -> int:
+        with _named(self.path):
+            _observe("write", self.path)
+            return super().write(data)
+
+
+class Writer(io.BufferedWriter):
     """Writer of a new file, from start to end, that keeps track of its size and sha256.
 
     Args:
@@ -88,51 +102,26 @@ class Writer:
     """
 
     def __init__(self, path: Path) -> None:
-        _observe("create", path)
-        self.path = path
-        self.size = 0
+        super().__init__(_ObservedFile(path), BUFFER_BYTES)
+        self.path, self.size = path, 0
         self._digest = hashlib.sha256()
-        self._pending = bytearray()
-        self._file = path.open("xb", buffering=0)
 
-    def write(self, data: Any) -> None:
-        """Append bytes, a memoryview, or any other object with a buffer."""
+    def write(self, data: Any) -> int:
+        """Append bytes, a memoryview, or any other object with a buffer; they are durable only after `fsync_file`."""
         self._digest.update(data)
-        before = len(self._pending)
-        self._pending += data
-        self.size += len(self._pending) - before
-        if len(self._pending) >= BUFFER_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        with _named(self.path), memoryview(self._pending) as pending:
-            done = 0
-            while done < len(pending):
-                _observe("write", self.path)
-                done += self._file.write(pending[done:])
-        self._pending = bytearray()
+        count = super().write(data)
+        self.size += count
+        return count
 
     def sha256(self) -> str:
         """Return the hexadecimal digest of all bytes written so far."""
         return self._digest.hexdigest()
 
-    def close(self) -> None:
-        """Pass all bytes to the operating system; they are durable only after `fsync_file`."""
-        try:
-            self._flush()
-        finally:
-            self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._file.close()
+        # After an error the rest is not written.
+        (self if kind is None else self.raw).close()
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -151,18 +151,12 @@ class Template:
         tools = _parsed(row.get("tools"))
         if tools:
             if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
-                raise SourceError(
-                    f"{_place(index)}, column 'tools': expected a list of JSON schemas of tools, got {short_repr(tools)}; "
-                    "repair the row or remove the column"
-                )
+                raise _wrong(_place(index, "tools"), "a list of JSON schemas of tools", tools, "remove the column")
             options["tools"] = [_without_nulls(tool) for tool in tools]
         given = _parsed(row.get("chat_template_kwargs"))
         if given:
             if not isinstance(given, Mapping):
-                raise SourceError(
-                    f"{_place(index)}, column 'chat_template_kwargs': expected {{name: value}}, got {short_repr(given)}; "
-                    "repair the row or remove the column"
-                )
+                raise _wrong(_place(index, "chat_template_kwargs"), "{name: value}", given, "remove the column")
             options |= {name: value for name, value in given.items() if value is not None}
         return options
 
@@ -223,23 +217,19 @@ class Template:
         row = {name: row.get(name) for name in _BESIDE[self.name] if name not in self.columns}
         system = _text(row, "system", index, optional=True)
         turns = [_turn("system", system)] if system.strip() else []
-        where = f"{_place(index)}, column 'history'"
+        where = _place(index, "history")
         earlier = row.get("history")
         if earlier is None or earlier == "":
             return turns
         if not isinstance(earlier, Sequence) or isinstance(earlier, str | bytes):
-            raise SourceError(
-                f"{where}: expected a list of [question, answer], got {short_repr(earlier)}; repair the row"
-            )
+            raise _wrong(where, "a list of [question, answer]", earlier)
         for number, entry in enumerate(earlier):
             if isinstance(entry, Mapping):
                 turns.append(_message(entry, f"{where}, message {number}"))
             elif isinstance(entry, list | tuple) and [type(text) for text in entry] == [str, str]:
                 turns += [_turn("user", entry[0]), _turn("assistant", entry[1])]
             else:
-                raise SourceError(
-                    f"{where}, entry {number}: expected [question, answer], got {short_repr(entry)}; repair the row"
-                )
+                raise _wrong(f"{where}, entry {number}", "[question, answer]", entry)
         return turns
 
     def _question(self, row: Row, index: int | None) -> list[str]:
@@ -263,18 +253,13 @@ class Template:
             fields = {key: cells for key, cells in seen.items() if isinstance(cells, list)}
             seen = [dict(zip(fields, cells, strict=True)) for cells in zip(*fields.values(), strict=True)]
         if not isinstance(seen, Sequence) or isinstance(seen, str | bytes):
-            raise SourceError(
-                f"{_place(index)}, column {column!r}: expected a list of messages {{role, content}} or {{from, value}}, got "
-                f"{short_repr(seen)}; repair the row or leave it out"
-            )
-        turns = [
-            _message(message, f"{_place(index)}, column {column!r}, message {n}") for n, message in enumerate(seen)
-        ]
+            raise _wrong(_place(index, column), "a list of messages {role, content} or {from, value}", seen)
+        turns = [_message(message, f"{_place(index, column)}, message {n}") for n, message in enumerate(seen)]
         answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
         if not answers:
             roles = ", ".join(dict.fromkeys(repr(turn["role"]) for turn in turns)) or "none"
             raise SourceError(
-                f"{_place(index)}, column {column!r}: none of its {len(turns)} messages is of the role 'assistant' (the roles "
+                f"{_place(index, column)}: none of its {len(turns)} messages is of the role 'assistant' (the roles "
                 f"are {roles}), so there is no response to learn; leave the row out"
             )
         turns = turns[: answers[-1] + 1]
@@ -419,9 +404,7 @@ def _turn(role: str, content: str) -> Message:
 def _message(given: Any, where: str) -> Message:
     """Convert a message of a row, which may use ShareGPT's `from` and `value`, to a `Message`."""
     if not isinstance(given, Mapping):
-        raise SourceError(
-            f"{where}: expected {{role, content}}, got {short_repr(given)}; repair the row or leave it out"
-        )
+        raise _wrong(where, "{role, content}", given)
     rest = {key: value for key, value in given.items() if value is not None}
     rest |= {key: _without_nulls(rest[key]) for key in _CALLS if key in rest}
     shared = "role" not in rest and "from" in rest
@@ -456,10 +439,8 @@ def _text(row: Row, column: str, index: int | None, *, optional: bool = False) -
     if optional and value is None:
         return ""
     if not isinstance(value, str):
-        raise SourceError(
-            f"{_place(index)}, column {column!r}: expected text, got {short_repr(value)}; repair the row or leave it out"
-        )
-    _check_characters(value, f"{_place(index)}, column {column!r}")
+        raise _wrong(_place(index, column), "text", value)
+    _check_characters(value, _place(index, column))
     return value
 
 
@@ -477,5 +458,9 @@ def _check_characters(text: str, where: str) -> None:
         ) from error
 
 
-def _place(index: int | None) -> str:
-    return "a row" if index is None else f"row {index}"
+def _place(index: int | None, column: str) -> str:
+    return f"{'a row' if index is None else f'row {index}'}, column {column!r}"
+
+
+def _wrong(where: str, expected: str, seen: object, instead: str = "leave it out") -> SourceError:
+    return SourceError(f"{where}: expected {expected}, got {short_repr(seen)}; repair the row or {instead}")
