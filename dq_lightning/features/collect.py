@@ -57,8 +57,8 @@ def collect(
         advice: advice to the user about values that are not finite, for the error message.
         shards: store with the rows of an earlier run, to which the new rows are added.
         made_from: digest of what the rows are made from, see `Shards.restore`.
-        left_out: int64 [U], ascending, samples that need no rows or whose rows are ignored; None if there are none.
-            Their rows are zero in the result.
+        left_out: int64 [U], ascending, samples that need no rows; None if there are none. Their rows are zero in the
+            result.
 
     Raises:
         FeatureError: a row is missing or not finite.
@@ -77,7 +77,12 @@ def collect(
     if not table.seen.all():
         raise FeatureError(f"the encoder gave no features for {int((~table.seen).sum())} of {num_samples} samples")
     bad = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *table.not_finite]))
-    _check_finite(bad[~torch.isin(bad, skipped)], num_samples, advice)
+    if len(bad):
+        names = ", ".join(map(str, bad[:NAMED_SAMPLES].tolist()))
+        raise FeatureError(
+            f"{len(bad)} of {num_samples} samples have features that are NaN or infinite; the first are samples {names}. "
+            f"{advice}"
+        )
     for tensor in table.filled.values():
         tensor[skipped] = 0
     return Features(table.filled["embedding"], table.filled.get("head_gradient"), skipped)
@@ -142,12 +147,3 @@ class _Table:
         if name not in self.filled:
             self.filled[name] = self._allocate(name, (len(self.seen), rows.shape[1]))
         self.filled[name][positions] = rows
-
-
-def _check_finite(bad: Tensor, num_samples: int, advice: str) -> None:
-    if len(bad) == 0:
-        return
-    names = ", ".join(str(int(index)) for index in bad[:NAMED_SAMPLES])
-    raise FeatureError(
-        f"{len(bad)} of {num_samples} samples have features that are NaN or infinite; the first are samples {names}. {advice}"
-    )

@@ -74,21 +74,21 @@ class RowEncoder(Protocol):
     def rows(
         self,
         source: SampleSource,
-        positions: Tensor,
         batch_size: int,
         num_workers: int | Literal["auto"],
         api_embeddings: Path | None,
+        positions: Tensor,
         /,
     ) -> Iterator[Rows]:
         """Yield the features of every sample at `positions` once, in any order.
 
         Args:
             source: dataset of N samples.
-            positions: int64 [n], ascending.
             batch_size: largest number of samples in one request.
             num_workers: number of concurrent requests.
             api_embeddings: folder of the stored embeddings of APIs; those that are found are not requested again, and
                 new ones are added. None stores nothing.
+            positions: int64 [n], ascending.
         """
         ...
 

@@ -92,15 +92,13 @@ def extract_features(
     try:
         with isolated(), explaining_lost_loaders():
             encoder = spec.load(str(target), precision)
-            wanted = None
-            if kind == "gradient" and labels is not None:
-                _check_head(encoder, labels, len(source), num_classes)
-                wanted = labels
+            wanted = labels if kind == "gradient" else None
+            if wanted is not None:
+                _check_head(encoder, wanted, len(source), num_classes)
             advice, kept = LOOK_AT_SAMPLES, shards or Shards()
             rows_of: Callable[[Tensor], Iterator[Rows]]
             if isinstance(encoder, RowEncoder):
-                rows = encoder.rows
-                rows_of = lambda missing: rows(source, missing, batch_size, num_workers, api_embeddings)  # noqa: E731
+                rows_of = partial(encoder.rows, source, batch_size, num_workers, api_embeddings)
                 advice, kept = encoder.advice, Shards()
             elif isinstance(encoder, TextEncoder):
                 rows_of = partial(_text_to_rows, encoder, source, batch_size)

@@ -132,10 +132,10 @@ class OpenAIRows:
     def rows(
         self,
         source: SampleSource,
-        positions: Tensor,
         batch_size: int,
         num_workers: int | Literal["auto"],
         api_embeddings: Path | None,
+        positions: Tensor,
     ) -> Iterator[Rows]:
         """Yield the embeddings of the samples, batch by batch as they arrive; equal texts are sent only once.
 

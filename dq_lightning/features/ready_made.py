@@ -72,10 +72,10 @@ class ReadyRows:
     def rows(
         self,
         source: SampleSource,
-        positions: Tensor,
         batch_size: int,
         num_workers: int | Literal["auto"],
         api_embeddings: Path | None,
+        positions: Tensor,
     ) -> Iterator[Rows]:
         """Yield the rows in order, 4096 at a time.
 

@@ -253,15 +253,8 @@ def activation_and_gradient(
 def _outputs(module: nn.Module, images: Tensor, names: Collection[str]) -> dict[str, Tensor]:
     """Return the last output of each of the named layers."""
     seen: dict[str, Tensor] = {}
-
-    def note(name: str) -> Any:
-        def hook(layer: nn.Module, _: Any, output: Any) -> None:
-            # The output is copied, since the network may change it in place.
-            seen[name] = output.clone()
-
-        return hook
-
-    _run_with({name: note(name) for name in names}, module, images)
+    # The output is copied, since the network may change it in place.
+    _run_with(lambda name, output: seen.update({name: output.clone()}), names, module, images)
     return seen
 
 
@@ -269,20 +262,21 @@ def _shapes(module: nn.Module, images: Tensor) -> dict[str, torch.Size]:
     """Return the shapes of the last outputs of all layers that give a tensor, in the order in which layers finish."""
     seen: dict[str, torch.Size] = {}
 
-    def note(name: str) -> Any:
-        def hook(layer: nn.Module, _: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                seen.pop(name, None)
-                seen[name] = output.shape
+    def note(name: str, output: Any) -> None:
+        if isinstance(output, Tensor):
+            seen.pop(name, None)
+            seen[name] = output.shape
 
-        return hook
-
-    _run_with({name: note(name) for name, _ in module.named_modules() if name}, module, images)
+    _run_with(note, [name for name, _ in module.named_modules() if name], module, images)
     return {name: shape for name, shape in seen.items() if len(shape) in (3, 4)}
 
 
-def _run_with(hooks: dict[str, Any], module: nn.Module, images: Tensor) -> None:
-    handles = [module.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
+def _run_with(note: Callable[[str, Any], None], names: Collection[str], module: nn.Module, images: Tensor) -> None:
+    """Run the network, and call `note` with the name and the output of each of the named layers when it finishes."""
+    handles = [
+        module.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: note(name, output))
+        for name in names
+    ]
     try:
         with frozen(module), torch.no_grad():
             module(images)

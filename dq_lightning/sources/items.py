@@ -165,10 +165,7 @@ def outline(value: Any, depth: int = 2) -> str:
         return f"Image {value.mode} {value.width}x{value.height}"
     if isinstance(value, Tensor | np.ndarray):
         return f"{type(value).__name__} {value.dtype} {list(value.shape)}"
-    if depth and isinstance(value, Mapping):
-        kind = "dict" if type(value) is dict else type(value).__name__
-        return f"{kind}(" + ", ".join(f"{k}: {outline(v, depth - 1)}" for k, v in value.items()) + ")"
-    if depth and is_dataclass(value):
+    if depth and (isinstance(value, Mapping) or is_dataclass(value)):
         return f"{type(value).__name__}(" + ", ".join(f"{k}: {outline(v, depth - 1)}" for k, v in children(value)) + ")"
     if depth and isinstance(value, tuple | list) and len(value) <= 8:
         return f"{type(value).__name__}(" + ", ".join(outline(v, depth - 1) for v in value) + ")"

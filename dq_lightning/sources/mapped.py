@@ -1,6 +1,7 @@
 """Adapters for map-style datasets: any class with `__getitem__` and `__len__`, with its transforms as attributes."""
 
 import copy
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -25,7 +26,7 @@ from dq_lightning.sources.strip import (
     without_transforms,
 )
 from dq_lightning.sources.targets import Targets, as_targets
-from dq_lightning.sources.traced import TRACED_SAMPLES, ChainedFinisher, Trace, explain, same, trace
+from dq_lightning.sources.traced import TRACED_SAMPLES, Trace, explain, same, trace
 
 
 def getter_module(dataset: Any) -> str:
@@ -125,7 +126,7 @@ class MapSource(ItemSource):
         names = ", ".join(used) or "parts"
         try:
             found = explain(traces, [leaf for leaf in (self.image_leaf(), self.target_leaf()) if leaf is not None])
-            return found if added is None else ChainedFinisher(found, added)
+            return replace(found, added=added)
         except SourceError as error:
             raise SourceError(
                 f"What {self.describe()} delivers can't be made from its plain items by its {names}: {error}. Use "

@@ -127,8 +127,6 @@ def with_transforms(dataset: Any, plain: Any, transform: Any, target_transform: 
     if transform == KEEP and target_transform == KEEP:
         return dataset
     present = own_transforms(dataset)
-    if not present:
-        return Transformed(plain, finisher(_given(transform), _given(target_transform)))
     chosen = {
         "transform": present.get("transform") if transform == KEEP else transform,
         "target_transform": present.get("target_transform") if target_transform == KEEP else target_transform,
@@ -143,10 +141,6 @@ def with_transforms(dataset: Any, plain: Any, transform: Any, target_transform: 
         changes["transforms"] = StandardTransform(**chosen) if some else None
     without = own_transforms(plain)
     return with_attributes(plain, {n: without.get(n) if v is None else v for n, v in changes.items()})
-
-
-def _given(value: Any) -> Any:
-    return None if value == KEEP else value
 
 
 class Transformed(Dataset[Any]):

@@ -28,10 +28,6 @@ class Targets:
     values: NDArray[Any]
     names: tuple[str, ...] | None = None
 
-    def take(self, index: NDArray[np.int64]) -> "Targets":
-        """The targets at the positions `index` (int64 [M])."""
-        return Targets(self.values[index], self.names)
-
 
 def join(parts: Sequence[Targets | None]) -> Targets | None:
     """Targets of concatenated datasets; None when a part has none, or some are integers and others strings.

@@ -54,14 +54,6 @@ class TextRows(ItemSource):
             )
         return template
 
-    def text(self, index: int) -> str:
-        """The text of a row that is embedded.
-
-        Raises:
-            SourceError: the row has no such text. The message names row and column.
-        """
-        return self.texts([index])[0]
-
     def texts(self, positions: Sequence[int]) -> list[str]:
         template, part = self.template(), self.settings.embed
         rows = self.rows(positions)

@@ -98,17 +98,20 @@ class CallingFinisher:
     Attributes:
         calls: the calls, in the order in which the dataset makes them.
         item: where the delivered item comes from: a `Taken`, or a `Built` container.
+        added: finisher that is applied to this item afterwards, or None.
     """
 
     calls: tuple[Call, ...]
     item: Any
+    added: Callable[[int, Any], Any] | None = None
 
     def __call__(self, position: int, plain_item: Any) -> Any:
         known = [plain_item]
         for call in self.calls:
             values, named = _build(call.given, known)
             known.append(call.transform(*values, **named))
-        return _build(self.item, known)
+        item = _build(self.item, known)
+        return item if self.added is None else self.added(position, item)
 
 
 @dataclass
@@ -232,22 +235,6 @@ def trace(dataset: Any, used: dict[str, Any], index: int, plain: Any, seed: int)
         seen.delivered = with_attributes(dataset, recorders)[index]
         seen.check_random_state()
     return seen
-
-
-@dataclass(frozen=True)
-class ChainedFinisher:
-    """A finisher that applies two finishers one after the other.
-
-    Attributes:
-        first: finisher that is applied to the plain item.
-        second: finisher that is applied to the result of the first.
-    """
-
-    first: Any
-    second: Any
-
-    def __call__(self, position: int, plain_item: Any) -> Any:
-        return self.second(position, self.first(position, plain_item))
 
 
 def explain(traces: Sequence[Trace], usual: Sequence[Leaf]) -> CallingFinisher:

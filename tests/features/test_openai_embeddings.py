@@ -338,7 +338,7 @@ def test_an_interruption_does_not_wait_for_slow_servers(server, monkeypatch, tmp
     monkeypatch.setattr(openai_embeddings, "GRACE_SECONDS", 0.5)
     server.trouble = lambda number: ("stall", 30) if number % 2 else None
     spec = choose_encoder(NAME, modality="text").load("cpu")
-    rows = spec.rows(Texts(TEXTS), torch.arange(len(TEXTS)), 4, 2, tmp_path)
+    rows = spec.rows(Texts(TEXTS), 4, 2, tmp_path, torch.arange(len(TEXTS)))
     next(rows)
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):

@@ -80,7 +80,7 @@ def test_every_kind_of_dataset_gives_rows_and_texts(kind, json_file, memory):
     assert source.modality == "text"
     assert [source.plain(i) for i in range(len(source))] == ROWS
     assert [list(source.plain(i)) for i in range(len(source))] == [list(row) for row in ROWS]
-    assert [source.text(i) for i in range(len(source))] == TEXTS
+    assert [source.texts([i])[0] for i in range(len(source))] == TEXTS
     assert source.texts([4, 0, 2]) == [TEXTS[4], TEXTS[0], TEXTS[2]]
     assert source.texts(range(1, 4)) == TEXTS[1:4]
     assert source.labels() is None
