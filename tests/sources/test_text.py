@@ -91,7 +91,7 @@ def test_every_kind_of_dataset_gives_rows_and_texts(kind, json_file, memory):
     assert [kept[0], kept[1]] == [ROWS[1], ROWS[3]]
     finisher = source.finisher(torch.tensor([1, 3]))
     assert finisher(1, source.plain(3)) == source.delivered(3) == ROWS[3]
-    assert pickle.loads(pickle.dumps(source)).text(0) == TEXTS[0]
+    assert pickle.loads(pickle.dumps(source)).texts([0])[0] == TEXTS[0]
     assert source.digest(memory) == source.quick_digest(memory)
     with pytest.raises(SourceError, match="no image"):
         source.image(0)
@@ -161,9 +161,9 @@ def test_what_is_embedded_is_part_of_the_identity_of_the_text():
     assert answers.texts([0, 2]) == ["5", "你好 👋"]
     assert whole.text_identity() != answers.text_identity()
     again = as_source(whole, text=TextConfig(embed="instruction"))
-    assert again.text(0) == "Add.\n2 and 3"
-    assert whole.text(0) == TEXTS[0]
-    assert as_source(Subset(ROWS, [2]), text=TextConfig(embed="response")).text(0) == "你好 👋"
+    assert again.texts([0])[0] == "Add.\n2 and 3"
+    assert whole.texts([0])[0] == TEXTS[0]
+    assert as_source(Subset(ROWS, [2]), text=TextConfig(embed="response")).texts([0])[0] == "你好 👋"
 
 
 def test_hugging_face_conversations_and_plain_text():
@@ -189,7 +189,7 @@ def test_columns_that_fit_no_template_are_told_when_text_is_needed(memory):
     source = as_source([{"review": "a", "reply": "b"}])
     assert source.digest(memory)  # ready-made embeddings need no text
     with pytest.raises(SourceError, match="'review', 'reply'"):
-        source.text(0)
+        source.texts([0])[0]
     named = as_source(source, text=TextConfig(columns="review"))
     assert named.texts([0]) == ["a"]
     with pytest.raises(SourceError, match="'review', 'reply'"):
@@ -209,7 +209,7 @@ def test_pairs_of_sentences_and_columns_by_name(kind, memory):
     assert named.texts([1, 3]) == ["a1\nb1", "a3\nb3"]
     assert named.labels().values.tolist() == [0, 1, 0, 1]
     one = as_source(kind(PAIRS), text=TextConfig(columns="sentence2"))
-    assert one.text(2) == "b2"
+    assert one.texts([2])[0] == "b2"
     assert one.text_identity() != named.text_identity()
     assert TextConfig.from_dict(TextConfig(columns="sentence2").to_dict()) == TextConfig(columns=("sentence2",))
     with pytest.raises(SourceError, match="names 'sentences', but the columns are 'sentence1'"):
@@ -259,7 +259,7 @@ def test_rows_of_different_kinds_and_options_that_do_not_fit():
 def test_a_transform_sees_the_whole_row():
     source = as_source(ROWS, transform=lambda row: row["output"])
     assert source.subset(torch.tensor([0, 1]))[1] == "Guten Tag"
-    assert source.text(1) == TEXTS[1]
+    assert source.texts([1])[0] == TEXTS[1]
     assert source.finisher(torch.tensor([0]))(0, source.plain(0)) == "5"
 
 
@@ -336,6 +336,6 @@ def test_the_real_rows(shared_dir, memory):
     assert len(source) == 52002
     row = source.plain(51760)
     assert list(row) == ["instruction", "input", "output"]
-    assert all(part in source.text(51760) for part in row.values())
+    assert all(part in source.texts([51760])[0] for part in row.values())
     digest = source.digest(memory)
     assert as_source(read_rows(path)).digest(memory) == digest
