@@ -26,7 +26,6 @@ from dq_lightning.core.errors import CacheError, DQError
 logger = logging.getLogger("dq_lightning")
 
 RACY_NANOSECONDS = 2_000_000_000
-PIECE_BYTES = 1 << 20
 CHUNK_FILES = 512
 ATTEMPTS = 3
 
@@ -48,13 +47,11 @@ def _hash_file(path: str) -> tuple[bytes, tuple[int, ...]]:
     for _ in range(ATTEMPTS):
         started = time.time_ns()
         before = file_stamp(path)
-        digest = hashlib.sha256()
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (a million of them: no Path objects)
-            while piece := file.read(PIECE_BYTES):
-                digest.update(piece)
+            digest = hashlib.file_digest(file, "sha256").digest()
         if file_stamp(path) == before:
             young = max(before[1], before[2]) > started - RACY_NANOSECONDS
-            return digest.digest(), UNKNOWN if young else before
+            return digest, UNKNOWN if young else before
     raise CacheError(f"{path} changes while it is read: wait until it is written, then start again")
 
 

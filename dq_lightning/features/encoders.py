@@ -25,22 +25,18 @@ class Encoder(Protocol):
     @property
     def num_classes(self) -> int | None:
         """Number C of outputs of the linear head, or None if the encoder has no linear head."""
-        ...
 
     def preprocess(self, image: Image.Image, /) -> Tensor:
         """Turn one RGB image into a tensor.
 
         The method runs in loader processes, so it must be picklable without the weights of the network.
         """
-        ...
 
     def embed(self, batch: Tensor, /) -> Tensor:
         """Return pooled features, float32 [B, D] on the encoder's device, of a stacked batch [B, ...]."""
-        ...
 
     def logits(self, embedding: Tensor, /) -> Tensor:
         """Return the output of the linear head, float32 [B, C], for features [B, D]."""
-        ...
 
 
 @runtime_checkable
@@ -52,7 +48,6 @@ class TextEncoder(Protocol):
 
     def tokenize(self, texts: list[str], /) -> list[list[int]]:
         """Return the token ids of each text, special tokens included: at least one and at most `max_length`."""
-        ...
 
     def embed(self, tokens: Tensor, /) -> Tensor:
         """Return pooled features, float32 [B, D] on the encoder's device.
@@ -60,7 +55,6 @@ class TextEncoder(Protocol):
         Args:
             tokens: token ids, int64 [B, T], padded with -1 after the end of each text.
         """
-        ...
 
 
 @runtime_checkable
@@ -90,7 +84,6 @@ class RowEncoder(Protocol):
                 new ones are added. None stores nothing.
             positions: int64 [n], ascending.
         """
-        ...
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:

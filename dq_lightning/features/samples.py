@@ -13,15 +13,12 @@ class SampleSource(Protocol):
 
     def image(self, index: int, /) -> Image.Image:
         """Return the RGB image of a sample."""
-        ...
 
     def decode_warning(self, index: int, /) -> str | None:
         """Return a warning if the sample's pixels may have been decoded wrongly, or None."""
-        ...
 
     def texts(self, positions: Sequence[int], /) -> list[str]:
         """Return the texts of the samples at `positions`, in this order."""
-        ...
 
 
 class CheckedSource(SampleSource, Protocol):
@@ -35,4 +32,3 @@ class CheckedSource(SampleSource, Protocol):
 
     def check(self, index: int, /) -> None:
         """Read a sample and ignore the result; a `SourceError` is raised if it cannot be read."""
-        ...

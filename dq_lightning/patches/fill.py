@@ -22,7 +22,6 @@ class Reconstructor(Protocol):
         Returns:
             Filled images [B, C, H, W].
         """
-        ...
 
 
 def fill_by_mask(reconstructor: Reconstructor, images: Tensor, mask: Tensor, patch_size: int) -> Tensor:

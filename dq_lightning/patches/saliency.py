@@ -32,7 +32,6 @@ class PatchScorer(Protocol):
         Returns:
             float32 [B, L] on the images' device; a patch with a higher score is more informative.
         """
-        ...
 
 
 @dataclass(frozen=True)

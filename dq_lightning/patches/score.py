@@ -27,7 +27,6 @@ class ImageSource(Protocol):
 
     def image(self, index: int, /) -> Image.Image:
         """Return the RGB image of a sample."""
-        ...
 
 
 class _Images(Dataset[Tensor]):

@@ -36,7 +36,6 @@ class Finisher(Protocol):
         Returns:
             The item as the dataset delivers it.
         """
-        ...
 
 
 class Source(ABC):
