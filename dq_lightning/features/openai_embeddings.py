@@ -174,7 +174,7 @@ class OpenAIRows:
             stored.record(keys, rows)
             return keys, rows
 
-        for keys, rows in in_threads(request, batches, threads, self._stopped):
+        for keys, rows in _in_threads(request, batches, threads, self._stopped):
             yield _spread(positions, [places[key] for key in keys], rows)
 
     def _request(self, texts: list[str]) -> Array:
@@ -320,17 +320,12 @@ class OpenAIRows:
             )
 
 
-def in_threads(request: Any, batches: Sequence[Any], threads: int, stopped: threading.Event) -> Iterator[Any]:
+def _in_threads(request: Any, batches: Sequence[Any], threads: int, stopped: threading.Event) -> Iterator[Any]:
     """Call `request(batch)` for every batch in several threads and yield the results as they arrive.
 
     After a failure or an interruption no further request is sent, and requests that were already sent have
     `GRACE_SECONDS` to finish and be recorded. The threads end with the process, however long a server makes them wait.
-
-    Args:
-        request: function that is called with one batch; its errors are raised here.
-        batches: arguments of the calls.
-        threads: largest number of concurrent calls.
-        stopped: event that is cleared at the start and set at the end, so that requests can see that the run is over.
+    The event `stopped` is cleared at the start and set at the end, so that requests can see that the run is over.
     """
     todo, taking = iter(batches), threading.Lock()
     stopped.clear()

@@ -39,13 +39,13 @@ class TimmFileOrigin(EncoderSpec):
 
     def identity(self, memory: DigestMemory) -> str | None:
         return digest_text(
-            "timm_file", library_version("timm"), self.name, memory.file(self.path), registry_digest(self.name, memory)
+            "timm_file", library_version("timm"), self.name, memory.file(self.path), _registry_digest(self.name, memory)
         )
 
     def _load(self, device: torch.device, precision: Precision) -> NetworkEncoder:
         from timm.models import load_state_dict
 
-        config = registry_config(self.name)
+        config = _registry_config(self.name)
         try:
             state = load_state_dict(str(self.path), weights_only=True)
         except Exception as error:
@@ -57,8 +57,8 @@ class TimmFileOrigin(EncoderSpec):
         # Weights that were fine-tuned on other classes have a head with another number of outputs.
         if head is not None and not config.label_offset and len(head) != config.num_classes:
             overlay["num_classes"] = arguments["num_classes"] = len(head)
-        module = create(self.name, f"the weights in {self.path}", pretrained_cfg_overlay=overlay, **arguments)
-        return timm_network_encoder(module, device, precision)
+        module = _create(self.name, f"the weights in {self.path}", pretrained_cfg_overlay=overlay, **arguments)
+        return _timm_network_encoder(module, device, precision)
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class TimmFolderOrigin(EncoderSpec):
         return digest_text("timm_folder", library_version("timm"), *names, *memory.files([str(p) for p in files]))
 
     def _load(self, device: torch.device, precision: Precision) -> NetworkEncoder:
-        module = create(f"local-dir:{self.path}", f"the folder {self.path}")
-        return timm_network_encoder(module, device, precision)
+        module = _create(f"local-dir:{self.path}", f"the folder {self.path}")
+        return _timm_network_encoder(module, device, precision)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class TimmHubOrigin(HubOrigin):
         if commit is None:
             return None
         # The preprocessing of an `hf-hub:` name is part of its commit; that of a timm name is stored in timm.
-        config = "" if self._is_repository else registry_digest(self.name, memory)
+        config = "" if self._is_repository else _registry_digest(self.name, memory)
         return digest_text("timm_hub", library_version("timm"), self.name, commit, config)
 
     def _load(self, device: torch.device, precision: Precision) -> NetworkEncoder:
@@ -100,10 +100,10 @@ class TimmHubOrigin(HubOrigin):
         repository, _, _ = self.repository.partition("@")
         what = f"the files of {repository} at commit {commit}"
         if self._is_repository:
-            module = create(f"hf-hub:{repository}@{commit}", what)
+            module = _create(f"hf-hub:{repository}@{commit}", what)
         else:
-            module = create(self.name, what, pretrained_cfg_overlay={"hf_hub_id": f"{repository}@{commit}"})
-        return timm_network_encoder(module, device, precision)
+            module = _create(self.name, what, pretrained_cfg_overlay={"hf_hub_id": f"{repository}@{commit}"})
+        return _timm_network_encoder(module, device, precision)
 
     @property
     def _is_repository(self) -> bool:
@@ -113,23 +113,19 @@ class TimmHubOrigin(HubOrigin):
     def repository(self) -> str:
         if self._is_repository:
             return self.name.removeprefix("hf-hub:")
-        config = registry_config(self.name)
+        config = _registry_config(self.name)
         if not config.hf_hub_id:
             raise FeatureError(f"timm knows no weights on the hub for {self.name!r}: {INSTEAD}")
         return str(config.hf_hub_id)
 
     @property
     def weight_files(self) -> tuple[str, ...]:
-        own = None if self._is_repository else registry_config(self.name).hf_hub_filename
+        own = None if self._is_repository else _registry_config(self.name).hf_hub_filename
         return (own,) if own else WEIGHT_FILES
 
 
-def registry_config(name: str) -> Any:
-    """Return the pretrained configuration that timm has for a name.
-
-    Raises:
-        FeatureError: timm does not know the name (the message lists similar ones) or has no weights for it.
-    """
+def _registry_config(name: str) -> Any:
+    """Return timm's pretrained configuration of a name; FeatureError if timm does not know it or has no weights for it."""
     import timm
     from timm.models import get_pretrained_cfg
 
@@ -150,7 +146,7 @@ def registry_config(name: str) -> Any:
     return config
 
 
-def registry_digest(name: str, memory: DigestMemory) -> str:
+def _registry_digest(name: str, memory: DigestMemory) -> str:
     """Return a digest of timm's pretrained configuration of a name.
 
     The digest is remembered for each version of timm, so that timm need not be imported next time.
@@ -158,22 +154,13 @@ def registry_digest(name: str, memory: DigestMemory) -> str:
     key = f"timm-config:{version('timm')}:{name}"
     digest = memory.recall(key)
     if digest is None:
-        digest = digest_text(json.dumps(registry_config(name).to_dict(), sort_keys=True, default=str))
+        digest = digest_text(json.dumps(_registry_config(name).to_dict(), sort_keys=True, default=str))
         memory.remember(key, digest)
     return digest
 
 
-def create(name: str, what: str, **arguments: Any) -> nn.Module:
-    """Call `timm.create_model(name, pretrained=True, **arguments)`.
-
-    Args:
-        name: timm name of the model.
-        what: description of the weights, for the error message.
-        **arguments: further arguments of `timm.create_model`.
-
-    Raises:
-        FeatureError: the call fails for any reason.
-    """
+def _create(name: str, what: str, **arguments: Any) -> nn.Module:
+    """Call `timm.create_model(name, pretrained=True, **arguments)`; FeatureError names the weights by `what` if it fails."""
     import timm
 
     try:
@@ -202,7 +189,7 @@ def module_preprocessing(
     return transform, tuple(config["mean"]), tuple(config["std"]), text
 
 
-def timm_network_encoder(module: nn.Module, device: torch.device, precision: Precision) -> NetworkEncoder:
+def _timm_network_encoder(module: nn.Module, device: torch.device, precision: Precision) -> NetworkEncoder:
     """Make an encoder of a loaded timm network with the preprocessing that belongs to its weights."""
     transform, mean, std, _ = module_preprocessing(module)
     return NetworkEncoder(module, transform, device, precision, mean, std)

@@ -37,13 +37,11 @@ class State:
     unknown: tuple[str, ...]
 
 
-class StateDescriber(CodeDescriber):
+class _StateDescriber(CodeDescriber):
     """Describer of a dataset object, which describes files named in the object by their size, times and inode number.
 
-    Args:
-        known_names: names of attributes that are not described.
-        root: folder whose files' contents are identified elsewhere: then names inside it are described relative to it,
-            and the sizes and times of files are not read. None reads them for every file that is named.
+    The contents of files in the folder `root` are identified elsewhere: then names inside it are described relative to
+    it, and the sizes and times of files are not read.
     """
 
     trusts_libraries = False
@@ -151,7 +149,7 @@ def _describe_parts(view: Any, root: str | None, names: set[str]) -> tuple[dict[
     """
     objects = _objects(view)
     parts = _parts(objects, names)
-    describer = StateDescriber(names | {name.rpartition("/")[2] for name in parts}, root)
+    describer = _StateDescriber(names | {name.rpartition("/")[2] for name in parts}, root)
     for one in objects:
         held = getattr(one, "__dict__", {})
         describer.check_folders(one, held)

@@ -415,21 +415,15 @@ def _best_layout(
     best, found = -1.0, None
     for layer in required_correlations:
         for probed in _layouts(layer.name, output.shape, probes):
-            if _same_layout(layer, probed) and (correlation := square_correlation(probed, output, places)) > best:
+            if _same_layout(layer, probed) and (correlation := _square_correlation(probed, output, places)) > best:
                 best, found = correlation, layer
     return found if found is not None and best >= required_correlations[found] else None
 
 
-def square_correlation(layer: TargetLayer, output: Tensor, places: Tensor) -> float:
-    """Return the correlation between where an output changes and where the square is, over all places of the square.
+def _square_correlation(layer: TargetLayer, output: Tensor, places: Tensor) -> float:
+    """Return the correlation, -1 to 1, between where a layer's output for the probes changes and where the square is.
 
-    Args:
-        layer: the layer with the layout that is tried.
-        output: [1 + 9, ...], output of the layer for the probes.
-        places: [9, 1, H, W], 1 in the square and 0 elsewhere.
-
-    Returns:
-        A number from -1 to 1; 0 if nothing changes.
+    It is taken over all places of the square, [9, 1, H, W], and is 0 if nothing changes.
     """
     maps = layer.to_map(output.float())
     plain, moved = maps[:1], maps[1:]

@@ -13,19 +13,13 @@ from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.errors import SourceError
 
 
-class ColumnDigest:
+class _ColumnDigest:
     """Digest of one column, which is passed one array after another.
 
     A column is split into streams (which values are null, lengths, values), and each stream is hashed separately with
     SHA-256. Therefore the digest depends neither on the boundaries of the arrays, nor on data under nulls or outside of
-    a slice.
-
-    Args:
-        memory: computes and remembers digests of files, for images that are stored as paths.
-        skips: whether files that cannot be opened are skipped, see `DigestMemory.files`.
-
-    Attributes:
-        saw_files: whether the content of files outside the table is part of the digest.
+    a slice. Images that are stored as paths count by the digests of their files, see `DigestMemory.files`; `saw_files`
+    tells whether there were any.
     """
 
     def __init__(self, memory: DigestMemory, *, skips: bool = False) -> None:
@@ -46,14 +40,9 @@ class ColumnDigest:
             self._streams.setdefault(name, hashlib.sha256()).update(data)
 
     def add(self, array: Any, name: str = "") -> None:
-        """Add the next array of the column.
+        """Add the next Arrow array of the column, or of the nested part of the column called `name`.
 
-        Args:
-            array: Arrow array of any type.
-            name: name of the nested part of the column that the array belongs to; empty for the column itself.
-
-        Raises:
-            SourceError: an image file that the array names cannot be read, or lies in an archive or at an address.
+        SourceError if an image file that the array names cannot be read, or lies in an archive or at an address.
         """
         if isinstance(array, pa.ChunkedArray):
             for chunk in array.chunks:
@@ -166,7 +155,7 @@ def digest_tables(
     Returns:
         The hexadecimal digest, and whether the content of files outside the table is part of it.
     """
-    digests = {name: ColumnDigest(memory, skips=skips) for name in columns}
+    digests = {name: _ColumnDigest(memory, skips=skips) for name in columns}
     for table in tables:
         # A table that is read through a list of rows comes in chunks of one row each.
         whole_columns = table.combine_chunks()

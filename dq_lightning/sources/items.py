@@ -188,16 +188,10 @@ def short_repr(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
 
 
-def named_leaf(item: Any, name: str, option: str) -> Leaf:
-    """The path that an option names.
+def _named_leaf(item: Any, name: str, option: str) -> Leaf:
+    """The path to the key, field or position (written as a number) of an item that `option` names.
 
-    Args:
-        item: an item of the dataset.
-        name: a key of a mapping, a field of a dataclass, or a position in a tuple or list, written as a number.
-        option: name of the option, for the message.
-
-    Raises:
-        SourceError: the item has no such key or position.
+    SourceError if the item has no such part.
     """
     if isinstance(item, Mapping) or is_dataclass(item):
         names = [key for key, _ in children(item)]
@@ -223,7 +217,7 @@ def find_image(item: Any, wanted: str | None) -> Leaf:
         SourceError: the item holds no image, or several of which none is preferred, or has nothing at `wanted`.
     """
     if wanted is not None:
-        return named_leaf(item, wanted, "image_column")
+        return _named_leaf(item, wanted, "image_column")
     leaves = image_leaves(item)
     if len(leaves) == 1:
         return leaves[0]
@@ -275,7 +269,7 @@ def find_target(item: Any, image: Leaf, wanted: str | None) -> Leaf | None:
         SourceError: the item has nothing at `wanted`.
     """
     if wanted is not None:
-        return named_leaf(item, wanted, "label_column")
+        return _named_leaf(item, wanted, "label_column")
     if isinstance(item, Mapping) or is_dataclass(item):
         names = {key for key, _ in children(item)}
         return next(((name,) for name in TARGET_NAMES if name in names and (name,) != image[:1]), None)

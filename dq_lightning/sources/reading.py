@@ -174,25 +174,19 @@ class ItemSource(Source):
             raise error
         return Unreadable(type(error.__cause__ or error).__name__)
 
-    def plain_or_unreadable(self, index: int) -> Any:
-        """The plain item, or with `skips` an `Unreadable` in place of an item that cannot be read.
-
-        Raises:
-            SourceError: the item cannot be read, and `skips` is not set or the failure may be temporary.
-        """
+    def _plain_or_unreadable(self, index: int) -> Any:
+        """The plain item, or with `skips` an `Unreadable` in place of an item that cannot be read."""
         try:
             return self.plain(index)
         except SourceError as error:
             return self._or_unreadable(error)
 
-    def plain_and_digest(self, index: int) -> tuple[Any, str]:
+    def _plain_and_digest(self, index: int) -> tuple[Any, str]:
         """The plain item and its digest; with `skips`, an `Unreadable` takes the place of an unreadable item.
 
-        Raises:
-            SourceError: the item cannot be read, and `skips` is not set or the failure may be temporary; or the item
-                holds a value of which no digest can be made.
+        SourceError also if the item holds a value of which no digest can be made.
         """
-        item = self.plain_or_unreadable(index)
+        item = self._plain_or_unreadable(index)
         try:
             return item, digest_of(item)
         except SourceError:
@@ -213,7 +207,7 @@ class ItemSource(Source):
             return spread
         more = [int(index[place]) for place in evenly_spaced(len(index), _MAX_TRIED)]
         candidates = dict.fromkeys([*spread, *more])
-        found = (place for place in candidates if not isinstance(self.plain_or_unreadable(place), Unreadable))
+        found = (place for place in candidates if not isinstance(self._plain_or_unreadable(place), Unreadable))
         return list(itertools.islice(found, count))
 
     def first_item(self, fits: Callable[[Any], object] = id) -> Any:
@@ -356,7 +350,7 @@ class ItemSource(Source):
         leaf = self.target_leaf()
         if leaf is None:
             return None
-        items = {index: self.plain_or_unreadable(index) for index in evenly_spaced(len(self), SAMPLED_ITEMS)}
+        items = {index: self._plain_or_unreadable(index) for index in evenly_spaced(len(self), SAMPLED_ITEMS)}
         sampled = {i: target_of(item, leaf) for i, item in items.items() if not isinstance(item, Unreadable)}
         seen = as_targets(list(sampled.values()))
         if seen is None and any(value is not None for value in sampled.values()):
@@ -393,7 +387,7 @@ class ItemSource(Source):
             show = self.shows_progress and len(self) >= _MIN_SAMPLES_FOR_BAR
             with progress_bar(show, total=len(self), unit="item", description="reading items") as bar:
                 for index in range(len(self)):
-                    item, digest = self.plain_and_digest(index)
+                    item, digest = self._plain_and_digest(index)
                     content.update(bytes.fromhex(digest))
                     if not isinstance(item, Unreadable):
                         self.remember_digest(index, digest)
@@ -471,7 +465,7 @@ class ItemSource(Source):
         sampled = evenly_spaced(len(self), SAMPLED_ITEMS)
         if others:
             sampled = sorted(set(evenly_spaced(len(self), 2 * SAMPLED_ITEMS)).difference(sampled))[:OTHER_ITEMS]
-        return digest_of([self.plain_and_digest(index)[1] for index in sampled])
+        return digest_of([self._plain_and_digest(index)[1] for index in sampled])
 
     def check_repeatable(self) -> None:
         self._check_same_reads()
@@ -484,7 +478,7 @@ class ItemSource(Source):
         generators, sampled = generators_in(self.plain_view()), evenly_spaced(len(self), SAMPLED_ITEMS)
         with isolated_random_state():
             before = random_states(generators)
-            first = {index: self.plain_and_digest(index)[1] for index in sampled}
+            first = {index: self._plain_and_digest(index)[1] for index in sampled}
             self._compare_reads(first, sampled)
             if random_states(generators) != before:
                 # The numbers drawn may change an item only rarely, so a few items are read many times.
@@ -493,7 +487,7 @@ class ItemSource(Source):
 
     def _compare_reads(self, first: dict[int, str], again: list[int]) -> None:
         for index in again:
-            if first.setdefault(index, self.plain_and_digest(index)[1]) != self.plain_and_digest(index)[1]:
+            if first.setdefault(index, self._plain_and_digest(index)[1]) != self._plain_and_digest(index)[1]:
                 raise SourceError(
                     f"Two reads of item {index} of {self.describe()} differ, though its transforms were taken off: "
                     "something random is hidden inside. Features are made once from the plain image, so give the "
