@@ -49,11 +49,7 @@ class StoredEmbeddings:
         return self._rows[key]
 
     def record(self, keys: Sequence[bytes], rows: Rows) -> None:
-        """Store the embeddings of a finished request, before anything else is done with them.
-
-        Args:
-            keys: SHA-256 digest of each of B texts.
-            rows: float32 [B, D], the embeddings in the order of the keys.
+        """Store the embeddings of a finished request, float32 [B, D], by the SHA-256 digests of its B texts.
 
         Raises:
             CacheError: they cannot be written, for example on a full disk; later ones could not be stored either.

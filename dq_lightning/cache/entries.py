@@ -64,11 +64,7 @@ def default_cache_dir() -> Path:
 
 
 def require_space(path: str | Path, needed: int) -> None:
-    """Check that a file system has enough free space.
-
-    Args:
-        path: file or folder to be written, which may not exist yet.
-        needed: number of bytes needed.
+    """Check that the file system of a path, which may not exist yet, has enough free space, in bytes.
 
     Raises:
         CacheError: fewer bytes are free.
@@ -230,10 +226,7 @@ class Cache:
     def read(self, station: str, parts: dict[str, Any], read: Callable[[Path], Read]) -> Read | None:
         """Find an entry and read it; None if it is not there, or proves damaged while it is read.
 
-        Args:
-            station: one of STATIONS, as in `find`.
-            parts: plain JSON that the key is made from, as in `find`.
-            read: function that reads the entry from its folder; it raises StoreError if the entry cannot be used.
+        `read` is a function that reads the entry from its folder; it raises StoreError if the entry cannot be used.
 
         Raises:
             CacheError: the entry exists, but this process has no permission to read it.
@@ -258,15 +251,7 @@ class Cache:
     ) -> Read:
         """Find an entry or make it, and read it. An entry that proves damaged while it is read is made again, once.
 
-        Args:
-            station: one of STATIONS, as in `build`.
-            parts: plain JSON that the key is made from, as in `build`.
-            write: function that fills the entry's folder, as in `build`.
-            read: function that reads the entry from its folder; it raises StoreError if the entry cannot be used.
-            force: make the entry even if it exists, as in `build`.
-
-        Returns:
-            The value that `read` returns.
+        The arguments are those of `build` and of `read`, whose value is returned.
 
         Raises:
             CacheError: the cache cannot be written, or the disk is full.

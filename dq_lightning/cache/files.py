@@ -48,12 +48,9 @@ def _named(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained(target: Path, only_under: Path | None = None) -> Iterator[None]:
-    """Turn an OSError in the block into a CacheError.
+    """Turn an OSError in the block into a CacheError that names the file or folder that is being written.
 
-    Args:
-        target: file or folder that is being written, for the message.
-        only_under: errors about paths outside of this folder are raised unchanged, unless a disk is full; None
-            translates all.
+    Errors about paths outside of the folder `only_under` are raised unchanged, unless a disk is full.
 
     Raises:
         CacheError: the block raised an OSError that is translated.
@@ -309,11 +306,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def unseal(text: bytes, name: str) -> dict[str, Any]:
-    """Return the values that `seal` made a text of.
-
-    Args:
-        text: the text.
-        name: what holds the text, for messages.
+    """Return the values that `seal` made a text of; `name` says in messages what holds the text.
 
     Raises:
         DQError: the text differs from what `seal` writes for its values, or is too large.

@@ -18,11 +18,9 @@ FOREIGN_STALE_SECONDS = 7 * 24 * 3600.0
 
 
 def remove_stale(folder: Path, now: float) -> None:
-    """Remove temporary folders and files that no process works on any more, and the shards of abandoned entries.
+    """Remove temporary folders and files of a station that no process works on, and the shards of abandoned entries.
 
-    Args:
-        folder: folder of a station.
-        now: current time in seconds since 1970, by the clock that stamps the folder's files.
+    `now` is the current time in seconds since 1970, by the clock that stamps the folder's files.
     """
     for leftover in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]:
         _, host, pid, *_ = [*leftover.name.split("-"), "", ""]

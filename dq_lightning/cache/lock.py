@@ -65,9 +65,8 @@ def process_alive(pid: int) -> bool:
 def work_lock(path: Path, finished: Callable[[], bool]) -> Iterator[bool]:
     """Hold the lock at `path` while an entry is made, or continue without it when it cannot be acquired.
 
-    Args:
-        path: path of the lock file, whose folder exists; `path` + ".owner" holds the owner's heartbeat.
-        finished: function called while waiting; True ends the wait, because the owner has done the work.
+    The folder of the lock exists; `path` + ".owner" holds the owner's heartbeat. `finished` is called while waiting;
+    True ends the wait, because the owner has done the work.
 
     Yields:
         Whether the lock is held.

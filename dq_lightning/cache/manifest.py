@@ -55,13 +55,7 @@ def is_plain_name(name: object) -> bool:
 
 
 def write_manifest(folder: Path, *, station: str, key: str, parts: dict[str, Any]) -> None:
-    """Make every file of a folder durable, then write and sync the manifest that lists them all.
-
-    Args:
-        folder: folder of the entry, which holds plain files only.
-        station: name of the station's folder.
-        key: key of the entry.
-        parts: plain JSON that the key was made from.
+    """Make every file of an entry's folder durable, then write and sync the manifest that lists them all.
 
     Raises:
         CacheError: the folder holds something that is not a plain file.
@@ -171,13 +165,7 @@ def check_copied_entry(folder: Path, verify: VerifyPolicy, *, station: str) -> N
 
 
 def check_file(folder: Path, name: str, facts: dict[str, Any], *, hashed: bool) -> None:
-    """Compare one file with what the manifest records about it.
-
-    Args:
-        folder: folder of the file.
-        name: name of the file.
-        facts: dict of `size` in bytes and `sha256` as hexadecimal text.
-        hashed: compare the content, too.
+    """Compare a file with its `size` in bytes and (with `hashed`) its `sha256`, which the manifest records in `facts`.
 
     Raises:
         Damage: the file is missing, not a plain file, of another size or (with `hashed`) of another content.

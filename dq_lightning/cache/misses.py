@@ -35,14 +35,10 @@ def flatten(parts: Any, path: str = "") -> dict[str, Any]:
 
 
 def describe_change(station: str, wanted: dict[str, Any], existing: list[dict[str, Any]]) -> str:
-    """Return one line that compares the wanted parts with the nearest existing ones.
+    """Return one line that compares the parts of an entry that has to be made with the nearest existing ones.
 
-    The nearest parts are those of the same data, if there are any, with the fewest different values.
-
-    Args:
-        station: name of the station's folder.
-        wanted: parts of the entry that has to be made.
-        existing: parts of all entries of this station.
+    All are of one station. The nearest parts are those of the same data, if there are any, with the fewest different
+    values.
     """
     noun = NOUNS.get(station) or station.partition("-")[2] or station
     if not existing:

@@ -51,23 +51,16 @@ def partial_folder(entry: Path) -> Path:
 
 
 def remove_shards(entry: Path, before: float = math.inf) -> None:
-    """Remove the shards of an entry as far as possible.
-
-    Args:
-        entry: folder of the entry.
-        before: time in seconds since 1970; if any shard was written after it, all of them stay.
-    """
+    """Remove the shards of an entry as far as possible; all of them stay if any was written after the time `before`."""
     folder = partial_folder(entry)
     if folder.exists() and files.last_change(folder) <= before:
         files.remove_folder(folder)
 
 
 def remove_abandoned(station: Path, now: float) -> None:
-    """Remove the shards of a station's entries to which nothing was added for two weeks.
+    """Remove the shards of a station's entries (ROOT/STATION) to which nothing was added for two weeks before `now`.
 
-    Args:
-        station: folder of the station, ROOT/STATION.
-        now: current time in seconds since 1970, by the clock that stamps the station's files.
+    Times are in seconds since 1970, by the clock that stamps the station's files.
     """
     for folder in (station.parent / PARTIAL_FOLDER / station.name).glob("*"):
         if now - files.last_change(folder) > ABANDONED_SECONDS:

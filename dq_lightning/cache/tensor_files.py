@@ -39,12 +39,7 @@ CHUNK_BYTES, ALIGNMENT, MAX_HEADER_BYTES = 16 << 20, 8, 1 << 20
 
 
 def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> None:
-    """Write a new file.
-
-    Args:
-        path: path of the file, which must not exist; its folder must.
-        tensors: tensors of any shape on any device, by name, of the dtypes in `DTYPES`.
-        attributes: plain JSON.
+    """Write a new file of tensors of any shape and device and of the dtypes in `DTYPES`, and of plain JSON attributes.
 
     Raises:
         StoreError: a dtype or a name cannot be stored.
@@ -94,12 +89,8 @@ def read_tensor_file(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the attributes of a file. The tensors are mapped; writing to them leaves the disk alone.
 
-    Args:
-        path: path of the file.
-        attributes: what the attributes have to be; None takes any.
-
     Raises:
-        StoreError: the file is damaged, made by others, or has other attributes.
+        StoreError: the file is damaged, made by others, or has other attributes than those that are given.
         OSError: the file cannot be opened.
     """
     with files.open_plain(path) as start:

@@ -22,10 +22,7 @@ TENSOR_DTYPES: dict[str, torch.dtype] = {
 
 
 def plain_shape(value: Any) -> tuple[int, ...]:
-    """Return the shape that a stored description holds, as a tuple.
-
-    Args:
-        value: list of integers, read from JSON.
+    """Return the shape that a stored description, read from JSON, holds as a list of integers.
 
     Raises:
         StoreError: `value` is not a list of at most 32 sizes whose product is below 2**48.

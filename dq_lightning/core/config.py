@@ -550,10 +550,7 @@ SHORT_FORMS = {
 def with_short_forms(config: AnyConfig | None, values: dict[str, Any]) -> QuantizeConfig:
     """Set fields of a config from keyword arguments, such as `keep_ratio=` for `selection.keep_ratio`.
 
-    Args:
-        config: settings as `as_config` accepts them.
-        values: maps dotted field names (`"selection.keep_ratio"`) to the values of the keywords; None stands for a
-            keyword that was not passed.
+    `values` maps dotted field names to the values of the keywords; None stands for a keyword that was not passed.
 
     Raises:
         ConfigError: a keyword was passed, and the config has another value there which is not the default.
@@ -573,11 +570,9 @@ def with_short_forms(config: AnyConfig | None, values: dict[str, Any]) -> Quanti
 
 
 def replace_fields(config: QuantizeConfig, values: dict[str, Any]) -> QuantizeConfig:
-    """Return a config in which the given values replace its own.
+    """Return a config in which the given values, by dotted field name (`"selection.keep_ratio"`), replace its own.
 
-    Args:
-        config: config to start from; it is not changed.
-        values: maps dotted field names (`"selection.keep_ratio"`) to new values; None leaves the config's own value.
+    A value of None leaves the config's own value; the given config is not changed.
     """
     for path, value in values.items():
         if value is not None:

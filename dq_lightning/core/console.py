@@ -27,16 +27,10 @@ def get_logger() -> logging.Logger:
 
 
 def progress_bar(show: bool, *, total: int, unit: str, description: str) -> Any:
-    """Return a tqdm progress bar, to be used as a context manager.
+    """Return a tqdm progress bar of `total` steps, each called `unit`, to be used as a context manager.
 
-    A bar that is not wanted is none of tqdm's: making one waits for a lock that forked processes share, and a process that is
-    killed meanwhile never gives it back.
-
-    Args:
-        show: whether to draw the bar; it is not drawn either if the environment variable `TQDM_DISABLE` is set.
-        total: number of steps.
-        unit: name of one step, shown in the rate.
-        description: text in front of the bar.
+    A bar that is not wanted (`show`, or the environment variable `TQDM_DISABLE`) is none of tqdm's: making one waits
+    for a lock that forked processes share, and a process that is killed meanwhile never gives it back.
     """
     if not show or os.environ.get("TQDM_DISABLE", "") not in ("", "0"):
         return _NoBar()

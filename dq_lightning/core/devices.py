@@ -6,10 +6,7 @@ from dq_lightning.core.errors import ConfigError
 
 
 def named_device(name: str | torch.device) -> torch.device:
-    """Return the torch device with a given name.
-
-    Args:
-        name: device or its name, such as `"cpu"`, `"cuda"` or `"cuda:0"`, but not `"auto"`.
+    """Return the torch device with a given name, such as `"cpu"`, `"cuda"` or `"cuda:0"`, but not `"auto"`.
 
     Raises:
         ConfigError: torch knows no such device, or it is a CUDA device and torch finds none.

@@ -58,8 +58,7 @@ class DistributedError(DQError):
 def may_pass(error: BaseException) -> bool:
     """Whether an error has a temporary cause (disk, network, memory), so that the same sample may be readable later.
 
-    Args:
-        error: exception to look at; if it has a `__cause__`, the cause is looked at instead.
+    If the error has a `__cause__`, the cause is looked at instead.
     """
     cause = error.__cause__ or error
     return isinstance(cause, ChangedError | MemoryError | TimeoutError | ConnectionError) or (

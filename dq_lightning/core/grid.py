@@ -39,11 +39,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, grid: Grid) -> Tensor:
-    """Put patches [B, L, C, P, P] together to images [B, C, H, W]; this inverts `patchify`.
-
-    Args:
-        patches: patches of any dtype, in the order of the grid.
-        grid: grid of the images.
+    """Put patches [B, L, C, P, P], in the order of the grid, together to images [B, C, H, W]; this inverts `patchify`.
 
     Raises:
         PatchError: the shape of the patches does not fit the grid.

@@ -14,8 +14,7 @@ import torch
 def isolated_random_state(seed: int | None = None) -> Iterator[None]:
     """Restore the random states of `random`, NumPy and torch (CPU, and every CUDA device in use) after the block.
 
-    Args:
-        seed: if given, all generators are seeded with it at the start of the block.
+    If a seed is given, all generators are seeded with it at the start of the block.
     """
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     # Asking for the state of an uninitialised CUDA would create a context, and a cache hit must not touch the GPU.

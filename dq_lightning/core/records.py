@@ -244,20 +244,12 @@ class PatchChoice:
         return torch.cat([torch.zeros(1, dtype=torch.int64), (-(-self.num_patches // 8)).cumsum(0)])
 
     def mask(self, position: int) -> Tensor:
-        """Mask of one image, bool [L]: True for a patch that is kept.
-
-        Args:
-            position: number of the image, 0 to M - 1.
-        """
+        """Mask of image number `position`, bool [L]: True for a patch that is kept."""
         first, last = int(self.offsets[position]), int(self.offsets[position + 1])
         return torch.from_numpy(unpack_mask(self.packed[first:last].numpy(), int(self.num_patches[position])))
 
     def kept(self, position: int) -> Tensor:
-        """Numbers of the kept patches of one image, int64 [k], ascending.
-
-        Args:
-            position: number of the image, 0 to M - 1.
-        """
+        """Numbers of the kept patches of image number `position`, int64 [k], ascending."""
         return self.mask(position).nonzero().flatten()
 
     @cached_property
@@ -292,14 +284,9 @@ def pack_mask(mask: Tensor) -> bytes:
 
 
 def unpack_mask(packed: bytes | NDArray[np.uint8], num_patches: int) -> NDArray[np.bool_]:
-    """Return masks as booleans, the form that they have in memory; it inverts `pack_mask`.
+    """Return masks as booleans [..., L], the form that they have in memory, True for a patch that is kept.
 
-    Args:
-        packed: bytes of one mask, or uint8 [..., ceil(L / 8)] of several.
-        num_patches: L, number of patches of an image.
-
-    Returns:
-        bool [..., L], True for a patch that is kept.
+    This inverts `pack_mask`. Given are the bytes of one mask, or uint8 [..., ceil(L / 8)] of several.
     """
     array = packed if isinstance(packed, np.ndarray) else np.frombuffer(packed, np.uint8)
     return np.unpackbits(array, axis=-1, count=num_patches, bitorder="little").view(np.bool_)

@@ -62,9 +62,5 @@ def available_cores() -> int:
 
 
 def automatic_workers(processes_on_node: int = 1) -> int:
-    """Return the number of loader processes that leaves one core to each training process, at most 8.
-
-    Args:
-        processes_on_node: number of training processes on this machine.
-    """
+    """Return the number of loader processes, at most 8, that leaves a core to each training process of this machine."""
     return max(0, min(8, available_cores() // max(1, processes_on_node) - 1))

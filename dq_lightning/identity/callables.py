@@ -484,11 +484,7 @@ def describe_callable(function: Any) -> tuple[str, list[str]]:
     holds. What an installed library defines is described by its name and version; objects by all their attributes; the
     user's functions and classes by their code, default arguments, closure and the names that they use.
 
-    Args:
-        function: the callable, such as a transform.
-
-    Returns:
-        The text, and the reasons why equal texts do not guarantee equal behaviour; none if everything was resolved.
+    The reasons why equal texts do not guarantee equal behaviour are returned, too; none if everything was resolved.
 
     Raises:
         FeatureError: something that the callable holds cannot be described.

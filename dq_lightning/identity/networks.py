@@ -135,14 +135,10 @@ def digest_module(module: nn.Module, *, without: Collection[str] = ()) -> str:
 
 
 def digest_encoder(module: nn.Module, preprocess: Callable[..., Any], text: str | None = None) -> str:
-    """Return the hexadecimal digest of a network with its preprocessing.
+    """Return the hexadecimal digest of a network with its preprocessing, a function from an RGB image to a tensor.
 
-    If their code could not be resolved completely, the digest also covers their outputs for a few fixed inputs.
-
-    Args:
-        module: the network.
-        preprocess: function from an RGB image to a tensor.
-        text: description of `preprocess`, if the caller has a better one than its code; None describes the code.
+    If their code could not be resolved completely, the digest also covers their outputs for a few fixed inputs. `text`
+    is a description of the preprocessing, if the caller has a better one than its code.
 
     Raises:
         FeatureError: the preprocessing holds something that cannot be described.
@@ -159,11 +155,9 @@ def digest_encoder(module: nn.Module, preprocess: Callable[..., Any], text: str 
 def probe(module: nn.Module, preprocess: Callable[..., Any] | None, unknown: list[str]) -> str:
     """Return the hexadecimal digest of the outputs of a network for a few fixed inputs.
 
-    Args:
-        module: the network.
-        preprocess: function from an RGB image to a tensor; None gives the network the pixels.
-        unknown: reasons why the description of the network does not suffice, at least one; the first is named in the
-            warning that is logged if the network accepts no input.
+    Without a preprocessing (a function from an RGB image to a tensor) the network gets the pixels. If the network
+    accepts no input, a warning is logged that names the first of the reasons `unknown` why the description of the
+    network does not suffice.
     """
     answers: list[str] = []
     with isolated_random_state(0), one_thread(), torch.no_grad():
@@ -220,15 +214,11 @@ def _images(side: int) -> list[Image.Image]:
 def find_commit(repository: str, files: Sequence[str], wanted: str, instead: str, kind: type[DQError]) -> str:
     """Return the commit of a repository's weights, found in the local Hugging Face cache or else by a download.
 
-    Args:
-        repository: name of the repository, `OWNER/NAME[@REVISION]`; the default branch is taken without a revision.
-        files: names of weight files, the preferred one first.
-        wanted: what needs the weights, for the message.
-        instead: what can be passed instead, for the message.
-        kind: class of the error.
+    The repository is named as `OWNER/NAME[@REVISION]`; `files` are the names of weight files, the preferred one first.
 
     Raises:
-        DQError: the weights are not in the cache and cannot be downloaded; the error is a `kind`.
+        DQError: the weights are not in the cache and cannot be downloaded. The error is a `kind`; it says what was
+            `wanted` and what can be passed `instead`.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError

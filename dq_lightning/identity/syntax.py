@@ -209,16 +209,11 @@ class Code(ast.NodeVisitor):
             self.visit(part)
 
     def origin(self, value: ast.expr, computed: set[str], seen: tuple[str, ...] = ()) -> str:
-        """Return where a value comes from.
+        """Return where the value of an expression comes from; `seen` are local names that are being resolved.
 
-        Args:
-            value: expression of the value.
-            computed: names of attributes that code sets or computes; "[]" stands for item access that code computes.
-            seen: local names that are being resolved.
-
-        Returns:
-            "described" for a value that is described as it is, "argument" for an argument, "composed" for a value that code
-            composes.
+        This is "described" for a value that is described as it is, "argument" for an argument, and "composed" for a
+        value that code composes. `computed` holds the names of attributes that code sets or computes, and "[]" if it
+        computes items.
         """
         while isinstance(value, ast.Subscript | ast.Attribute | ast.Starred):
             if (value.attr if isinstance(value, ast.Attribute) else "[]") in computed:
@@ -270,15 +265,10 @@ class Call(NamedTuple):
 def composed_names(calls: list[Call], library: set[str], computed: set[str], plain: set[str]) -> list[str]:
     """Find calls that may read files whose names are composed by code, so that the files are not described.
 
-    Args:
-        calls: calls in all code.
-        library: names of library functions that read files.
-        computed: names of attributes that code sets or computes.
-        plain: names under which only functions of the same name are called; under another name any function may be
-            called.
+    `library` holds the names of library functions that read files, and `computed` those of attributes that code sets or
+    computes. Under a name outside of `plain`, a function of any other name may be called.
 
-    Returns:
-        A reason for each such call, in words.
+    A reason is returned for each such call, in words.
     """
 
     def reads(call: Call, origin: str) -> bool:

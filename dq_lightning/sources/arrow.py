@@ -144,16 +144,10 @@ def _characters(array: Any) -> Any:
 def digest_tables(
     tables: Iterable[Any], columns: list[str], memory: DigestMemory, *, skips: bool = False
 ) -> tuple[str, bool]:
-    """Digest of the content of a table that comes in pieces.
+    """Digest of some columns of a table that comes in pieces, in whatever order the columns are.
 
-    Args:
-        tables: pieces with the same columns, in order.
-        columns: names of the columns; their order does not change the digest.
-        memory: computes and remembers digests of files.
-        skips: whether files that cannot be opened are skipped, see `DigestMemory.files`.
-
-    Returns:
-        The hexadecimal digest, and whether the content of files outside the table is part of it.
+    Whether the content of files outside the table is part of the hexadecimal digest is returned, too. Their digests
+    come from the memory; see `DigestMemory.files` for `skips`.
     """
     digests = {name: _ColumnDigest(memory, skips=skips) for name in columns}
     for table in tables:

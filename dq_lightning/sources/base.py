@@ -212,9 +212,7 @@ class PlainItems:
 class CompletedSource:
     """A source whose class does not inherit from `Source`, together with the defaults of `Source`.
 
-    Args:
-        given: object that defines `modality` and the abstract methods of `Source`; what else it defines of `Source`
-            replaces the default.
+    What the given object defines of `Source` besides `modality` and the abstract methods replaces the default.
     """
 
     def __init__(self, given: Any) -> None:
@@ -241,12 +239,9 @@ def is_source(dataset: Any) -> bool:
 
 
 class Positions(Sequence[int]):
-    """Positions stored in one int64 array.
+    """Positions stored in one int64 array [N].
 
     Forked worker processes share the memory pages of such an array, whereas they would copy those of a list.
-
-    Args:
-        index: the positions, int64 [N].
     """
 
     def __init__(self, index: Tensor | NDArray[np.int64] | Sequence[int]) -> None:
@@ -299,16 +294,13 @@ def _why_unordered(dataset: Any, name: str) -> str:
 
 
 def relative_paths(paths: list[str], root: str | None) -> list[str]:
-    """Make paths relative to the root, with forward slashes.
+    """Make paths of files relative to the root, with forward slashes; there must be at least one.
+
+    When the root is None or a file lies outside of it, the deepest folder that holds all the files takes its place.
 
     Example:
         >>> relative_paths(["/data/cat/1.png", "/data/dog/2.png"], "/data")
         ['cat/1.png', 'dog/2.png']
-
-    Args:
-        paths: paths of files; there must be at least one.
-        root: folder that the results are relative to. When it is None or a file lies outside of it, the deepest folder
-            that holds all the files takes its place.
     """
     prefix = root.rstrip(os.sep) + os.sep if root else ""
     # There may be a million paths, so the usual case avoids splitting each of them into its parts.

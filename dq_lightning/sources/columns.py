@@ -12,14 +12,7 @@ from dq_lightning.sources.text import TextRows
 
 
 def number_column(source: Any, name: str) -> NDArray[np.float64]:
-    """Read a column of numbers, in the order of the samples.
-
-    Args:
-        source: source of a Hugging Face dataset or of rows of text, or a subset or concatenation of these.
-        name: name of the column.
-
-    Returns:
-        float64 [N].
+    """Read a column of numbers, float64 [N], of a Hugging Face dataset, of rows of text, or of parts or joins of these.
 
     Raises:
         SourceError: the dataset has no columns or no such column, or the column holds anything but numbers.

@@ -73,12 +73,7 @@ def _reads_pil_rgb(dataset: Any) -> bool:
 
 
 class FileSource(MapSource):
-    """Adapter for datasets with one image file per sample.
-
-    Args:
-        dataset: a dataset for which `file_list` names an attribute.
-        *options: further arguments of `MapSource`.
-    """
+    """Adapter for datasets with one image file per sample, for which `file_list` names an attribute."""
 
     def __init__(self, dataset: Any, *options: Any) -> None:
         # These attributes are set first, because the base class reads them while it replaces the transforms.

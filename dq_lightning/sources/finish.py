@@ -100,14 +100,8 @@ def check_finisher(
     """Check that a finisher turns plain items into the items that the dataset delivers, under the same random seeds.
 
     This check is for finishers of libraries that define where a transform is applied. A transform that gives different
-    results under equal seeds, because it has a random generator of its own, is not compared.
-
-    Args:
-        finisher: the finisher to check.
-        plain: function that reads the plain item at a position.
-        delivered: function that reads the delivered item at a position.
-        indices: positions of the items to compare.
-        name: description of the dataset for the message.
+    results under equal seeds, because it has a random generator of its own, is not compared. `plain` and `delivered`
+    read an item at a position, and the positions `indices` are compared.
 
     Raises:
         SourceError: the finished item differs from the delivered one.

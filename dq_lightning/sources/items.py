@@ -204,14 +204,10 @@ def _named_leaf(item: Any, name: str, option: str) -> Leaf:
 
 
 def find_image(item: Any, wanted: str | None) -> Leaf:
-    """The path to the image of an item.
+    """The path to the image of an item; `wanted` is the key or position that the user named, if any.
 
     If an item holds several images, the first place of an (image, target) pair is used, else the only one under a usual
     name of images.
-
-    Args:
-        item: an item of the dataset.
-        wanted: key or position that the user named; None to look for the image.
 
     Raises:
         SourceError: the item holds no image, or several of which none is preferred, or has nothing at `wanted`.
@@ -257,13 +253,9 @@ def _advice(item: Any, leaves: list[Leaf]) -> str:
 def find_target(item: Any, image: Leaf, wanted: str | None) -> Leaf | None:
     """The path to the target of an item, or None when there is none.
 
-    In a mapping or dataclass this is the first usual name of targets, in a pair the place that is not the image, and in
-    a longer sequence the place after the image.
-
-    Args:
-        item: an item of the dataset.
-        image: path to its image.
-        wanted: key or position that the user named; None to look for the target.
+    `wanted` is the key or position that the user named, if any. Without it, in a mapping or dataclass this is the first
+    usual name of targets, in a pair the place that is not the image, and in a longer sequence the place after the
+    image.
 
     Raises:
         SourceError: the item has nothing at `wanted`.

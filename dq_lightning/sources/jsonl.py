@@ -36,13 +36,8 @@ def _kind(path: Path) -> str:
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """Read the rows of a file: a JSON list of objects, or one JSON object per line (empty lines are skipped).
 
-    Args:
-        path: path that ends in `.json` or `.jsonl`, optionally followed by `.xz`, `.gz` or `.bz2`. The encoding may be
-            UTF-8, UTF-16 or UTF-32. The content, not the name, decides whether the file is read as a list or line
-            by line.
-
-    Returns:
-        One dict per row, with all its fields in the file's order.
+    The path ends in `.json` or `.jsonl`, optionally followed by `.xz`, `.gz` or `.bz2`. The encoding may be UTF-8,
+    UTF-16 or UTF-32. The content, not the name, decides whether the file is read as a list or line by line.
 
     Raises:
         SourceError: the file has another ending, is missing or damaged, or holds something else. The message names the

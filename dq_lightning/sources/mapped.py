@@ -48,14 +48,9 @@ def reads_as_installed(dataset: Any) -> bool:
 
 
 class MapSource(ItemSource):
-    """Adapter for any map-style dataset. Its identity is the digest of all plain items.
+    """Adapter for any map-style dataset. Its identity is the digest of all plain items. The dataset is not changed.
 
-    Args:
-        dataset: the dataset; it is not changed.
-        image_column: key or position of the image in an item; it is looked for when None.
-        label_column: key or position of the target in an item; it is looked for when None.
-        transform: transform of the image that replaces the dataset's own; None removes it, `"keep"` keeps it.
-        target_transform: transform of the target that replaces the dataset's own; None removes it, `"keep"` keeps it.
+    The columns and transforms are as in `as_source`; columns are keys or positions in an item.
 
     Raises:
         SourceError: the dataset is empty, or cannot be read without its transforms.

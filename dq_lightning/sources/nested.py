@@ -58,12 +58,7 @@ class NestedSource(ItemSource):
 
 
 class SubsetSource(NestedSource):
-    """Adapter for a `Subset`: some samples of another source, in the order of its indices.
-
-    Args:
-        dataset: the `Subset`.
-        inner: source of the dataset that the `Subset` takes samples from.
-    """
+    """Adapter for a `Subset`: some samples of the source of another dataset, in the order of its indices."""
 
     def __init__(self, dataset: Any, inner: ItemSource) -> None:
         index = np.asarray(torch.as_tensor(dataset.indices))
@@ -124,12 +119,7 @@ def filled_parts(dataset: Any) -> list[Any]:
 
 
 class ConcatSource(NestedSource):
-    """Adapter for a `ConcatDataset`: several sources, one after the other.
-
-    Args:
-        dataset: the `ConcatDataset`.
-        parts: sources of its datasets that are not empty.
-    """
+    """Adapter for a `ConcatDataset`: the sources of its datasets that are not empty, one after the other."""
 
     def __init__(self, dataset: Any, parts: list[ItemSource]) -> None:
         self.parts = parts

@@ -69,9 +69,6 @@ def decide_scale(values: list[Any]) -> Scale:
 
     Floats in [0, 1] are multiplied by 255, values in [0, 255] stay, and integers in [0, 65535] are divided by 257.
     Other ranges are stretched so that the smallest value becomes 0 and the largest 255, with a warning.
-
-    Args:
-        values: images, as PIL images, tensors or arrays.
     """
     arrays = [_as_array(value) for value in values]
     # Values that are not finite are left out here; they are reported when their own image is converted.
@@ -147,13 +144,9 @@ def to_rgb(value: Any, scale: Scale | None = None) -> Image.Image:
 
 
 def header_problem(data: str | Path | bytes, *, turned: bool = True) -> str | None:
-    """Describe what Pillow's RGB conversion is known to get wrong for an encoded image, or return None.
+    """Describe what Pillow's RGB conversion is known to get wrong for an encoded image or image file, or return None.
 
-    Only the header of the image is read.
-
-    Args:
-        data: the encoded image, or the path of its file.
-        turned: whether an EXIF orientation in the header is a problem; False where the decoder applies it.
+    Only the header is read. An EXIF orientation is no problem if `turned` is False, because the decoder applies it.
     """
     try:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:

@@ -108,15 +108,11 @@ class Template:
     def messages(self, row: Row, index: int | None = None) -> list[Message]:
         """The row as a conversation, for a tokenizer's chat template.
 
-        An Alpaca or prompt row becomes one user message (instruction and input, without the published wording) and the
-        answer; the text of its column `system` and the earlier questions and answers of its column `history` precede
-        them. Plain text becomes one assistant message. ShareGPT's `from` and `value` become `role` and `content`. A
-        conversation ends with the assistant's last message. Its system column comes first, unless the conversation
-        begins with a system message of its own.
-
-        Args:
-            row: the fields of one sample.
-            index: position of the row, for error messages.
+        `index` is the position of the row, for error messages here and below. An Alpaca or prompt row becomes one user
+        message (instruction and input, without the published wording) and the answer; the text of its column `system`
+        and the earlier questions and answers of its column `history` precede them. Plain text becomes one assistant
+        message. ShareGPT's `from` and `value` become `role` and `content`. A conversation ends with the assistant's
+        last message. Its system column comes first, unless the conversation begins with a system message of its own.
 
         Raises:
             SourceError: a cell holds no text, or a conversation has no answer. The message names row and column.
@@ -131,15 +127,9 @@ class Template:
     def chat_options(self, row: Row, index: int | None = None) -> dict[str, Any]:
         """Keyword arguments for `apply_chat_template`: the row's `tools` and the content of its `chat_template_kwargs`.
 
-        Both columns may also hold JSON in a string, since a table cannot hold a list of differing objects. Fields of
-        tools that are None are left out, because tables fill them in.
-
-        Args:
-            row: the fields of one sample.
-            index: position of the row, for error messages.
-
-        Returns:
-            The keyword arguments; empty when the row has none or the template is not `"chat"`.
+        There are none when the row has no such columns or the template is not `"chat"`. Both columns may also hold JSON
+        in a string, since a table cannot hold a list of differing objects. Fields of tools that are None are left out,
+        because tables fill them in.
 
         Raises:
             SourceError: `tools` is no list of dicts, or `chat_template_kwargs` is no dict. The message names row and
@@ -161,19 +151,12 @@ class Template:
         return options
 
     def prompt_and_response(self, row: Row, index: int | None = None) -> tuple[str, str]:
-        """The text that the model is given, and the text that it should answer with.
+        """The text that the model is given (empty for plain text), and the text that it should answer with.
 
         An Alpaca row gets the published wording, with or without input. A `system` text is put before it, and the
         questions and answers of `history` are put before the instruction, in the same wording. In a conversation the
         last assistant message is the response, and the prompt names the role before every message; prefer a tokenizer's
         own chat template, applied to `messages`. Plain text is a response with an empty prompt.
-
-        Args:
-            row: the fields of one sample.
-            index: position of the row, for error messages.
-
-        Returns:
-            The prompt (empty for plain text) and the response.
 
         Raises:
             SourceError: a cell holds no text, or a conversation has no answer. The message names row and column.
@@ -196,12 +179,8 @@ class Template:
     def embedded_text(self, row: Row, part: EmbeddedText = "both", index: int | None = None) -> str:
         """The text of a row that is embedded: its parts that are not empty, joined by newlines, without any wording.
 
-        Args:
-            row: the fields of one sample.
-            part: part of the row that is embedded: `"instruction"` for everything before the response (instruction and
-                input, or all earlier messages), `"response"` for the response, `"both"` for the two, as published for
-                Alpaca.
-            index: position of the row, for error messages.
+        The part is `"instruction"` for everything before the response (instruction and input, or all earlier messages),
+        `"response"` for the response, or `"both"` for the two, as published for Alpaca.
 
         Raises:
             SourceError: a cell holds no text, or a conversation has no answer. The message names row and column.
@@ -281,14 +260,10 @@ def message_text(message: Message) -> str:
 
 
 def columns_of(rows: Any) -> list[str]:
-    """Names of the columns that occur in any row, since a row may lack an optional column.
+    """Names of the columns that occur in any row of a map-style dataset of dicts, in the order in which they occur.
 
-    Args:
-        rows: a map-style dataset of dicts.
-
-    Returns:
-        The names in the order of their first occurrence; none when the first item is no dict. When the first 257 rows
-        hold no text, as in a dataset of images, the other rows are not read.
+    All rows are read, since a row may lack an optional column; but when the first 257 rows hold no text, as in a
+    dataset of images, the others are not. There are none when the first item is no dict.
     """
     found: dict[str, None] = {}
     holds_text = False

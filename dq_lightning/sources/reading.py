@@ -213,8 +213,7 @@ class ItemSource(Source):
     def first_item(self, fits: Callable[[Any], object] = id) -> Any:
         """A plain item that shows the structure of all items; other unreadable items are reported when they are read.
 
-        Args:
-            fits: function that raises `SourceError` for an item that does not have the structure.
+        `fits` is a function that raises `SourceError` for an item that does not have the structure.
 
         Raises:
             SourceError: none of the items that were tried can be read and fits.
@@ -365,12 +364,9 @@ class ItemSource(Source):
     # identity
 
     def scan(self) -> tuple[str, Targets | None]:
-        """Read all plain items once for their digest and their targets.
+        """Read all plain items once for their digest, a SHA-256, and their targets (None if they are no classes).
 
         The result is kept, since the pass may decode the whole dataset.
-
-        Returns:
-            The hexadecimal SHA-256 digest of all plain items, and their targets (None when they are not classes).
 
         Raises:
             SourceError: an item cannot be read, or two reads of the same item differ.
@@ -417,11 +413,7 @@ class ItemSource(Source):
         """
 
     def state(self, *, fresh: bool = False) -> State:
-        """What can be seen of the dataset without reading all items.
-
-        Args:
-            fresh: if True, the state at present; if False, the state when this method was first called.
-        """
+        """What can be seen of the dataset without reading all items, when this was first called or, if `fresh`, now."""
         if self._state is None or fresh:
             found = find_state(
                 self.plain_view(),
@@ -457,11 +449,7 @@ class ItemSource(Source):
         return self._scan[0] if self._scan is not None else memory.recall(self.state_key())
 
     def sample_digest(self, others: bool = False) -> str:
-        """Digest of 16 evenly spaced plain items.
-
-        Args:
-            others: if True, digest up to 4 items at other positions instead.
-        """
+        """Digest of 16 evenly spaced plain items, or with `others` of up to 4 items at other positions."""
         sampled = evenly_spaced(len(self), SAMPLED_ITEMS)
         if others:
             sampled = sorted(set(evenly_spaced(len(self), 2 * SAMPLED_ITEMS)).difference(sampled))[:OTHER_ITEMS]

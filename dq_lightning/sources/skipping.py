@@ -20,14 +20,10 @@ class Unreadable:
 
 
 def readable_items(source: Source, positions: Iterable[int]) -> Iterator[tuple[int, Any]]:
-    """Iterate over (position, plain item) of the samples that can be read.
+    """Iterate over (position, plain item) of the samples at some positions that can be read.
 
     Code that looks at samples which may not be selected uses this function, because only the features record which
     samples are left out. Whether an unreadable sample ends the run is decided where all needed samples are read.
-
-    Args:
-        source: source of the samples.
-        positions: positions of the samples to read.
 
     Raises:
         SourceError: reading failed for a reason that may be temporary, which says nothing about the sample.

@@ -47,10 +47,7 @@ def neutral(*values: Any, **named: Any) -> Any:
 def replaced(transform: Any, by: Callable[[Any, tuple[Any, ...]], Any], place: tuple[Any, ...] = ()) -> Any:
     """Replace a transform, or each transform in a dict, list or tuple, by another callable.
 
-    Args:
-        transform: a transform or a container of transforms, as the dataset holds it.
-        by: function of a transform and its keys that returns the callable to put in its place.
-        place: keys that lead to `transform`.
+    `by` is a function of a transform and the keys that lead to it that returns the callable to put in its place.
     """
     if isinstance(transform, Mapping) and not callable(transform):
         return {key: replaced(value, by, (*place, key)) for key, value in transform.items()}
@@ -116,13 +113,8 @@ def _check_readable(plain: Any, dataset: Any, names: str) -> None:
 def with_transforms(dataset: Any, plain: Any, transform: Any, target_transform: Any, finisher: Any) -> Any:
     """The dataset that items are delivered from: the given one, or a copy with the transforms that were passed.
 
-    Args:
-        dataset: the user's dataset.
-        plain: the same dataset without transforms.
-        transform: transform of the image; `"keep"` keeps the dataset's own, None removes it.
-        target_transform: transform of the target; `"keep"` keeps the dataset's own, None removes it.
-        finisher: function of the two transforms that makes a `TransformFinisher`, for datasets without attributes for
-            transforms.
+    `plain` is the same dataset without transforms. A transform `"keep"` keeps the dataset's own, None removes it.
+    `finisher` makes a `TransformFinisher` of both, for datasets without attributes for transforms.
     """
     if transform == KEEP and target_transform == KEEP:
         return dataset
@@ -144,12 +136,7 @@ def with_transforms(dataset: Any, plain: Any, transform: Any, target_transform: 
 
 
 class Transformed(Dataset[Any]):
-    """A dataset that applies transforms to the image and target of another dataset, which has no place for them.
-
-    Args:
-        dataset: the dataset without transforms.
-        finisher: applies the transforms to an item.
-    """
+    """A dataset that applies transforms to the image and target of another dataset, which has no place for them."""
 
     def __init__(self, dataset: Any, finisher: TransformFinisher) -> None:
         self.dataset = dataset

@@ -59,10 +59,8 @@ def _is_integer(value: Any) -> bool:
 def as_targets(values: Any, names: Sequence[str] | None = None) -> Targets | None:
     """Read a column of targets as classes; None unless each target is an integer, a string, or missing.
 
-    Args:
-        values: targets, a tensor, array or sequence of length N, or integers [N, 1]. Floats, masks, boxes and multi-hot
-            rows are not classes.
-        names: name of each class integer, or None when unknown.
+    The targets are a tensor, array or sequence of length N, or integers [N, 1]. Floats, masks, boxes and multi-hot rows
+    are not classes. `names` are the names of class integers.
 
     Raises:
         SourceError: an integer does not fit into 64 bits.
@@ -130,11 +128,7 @@ def to_labels(targets: Targets) -> Labels | None:
 
 
 def given_labels(labels: Any, length: int) -> Labels:
-    """Convert the grouping that the user passed as `labels=`.
-
-    Args:
-        labels: one whole number or string per sample.
-        length: number of samples.
+    """Convert the grouping that the user passed as `labels=`: one whole number or string for each of `length` samples.
 
     Raises:
         SourceError: `labels` has another length, or holds other values, or all of its values mean no label.
@@ -158,10 +152,6 @@ def target_of(item: Any, leaf: Leaf | None) -> Any:
     """The target of an item if it can be a class, None where there is none, and 0.5 for any other target.
 
     The constant takes the place of targets such as masks, because those of a whole dataset would fill the memory.
-
-    Args:
-        item: an item of the dataset.
-        leaf: path to the target inside the item, or None when items have no target.
     """
     try:
         value = None if leaf is None else at(item, leaf)

@@ -216,14 +216,9 @@ class _Recorder:
 
 
 def trace(dataset: Any, used: dict[str, Any], index: int, plain: Any, seed: int) -> Trace:
-    """Read one item of a dataset whose transforms are replaced by recorders.
+    """Read the item at `index` of a dataset whose transforms `used`, by attribute, are replaced by recorders.
 
-    Args:
-        dataset: dataset with its transforms; it is not changed.
-        used: the transforms, by the name of the attribute that holds them.
-        index: position of the item.
-        plain: the same item without transforms, as a packed store returns it.
-        seed: seed of the global random state while the item is read.
+    `plain` is the item without transforms, as a packed store returns it, and `seed` that of the global random state.
     """
     found = generators_in(vars(dataset))
     seen = Trace(plain, lambda: random_states(found))
@@ -238,15 +233,13 @@ def trace(dataset: Any, used: dict[str, Any], index: int, plain: Any, seed: int)
 
 
 def explain(traces: Sequence[Trace], usual: Sequence[Leaf]) -> CallingFinisher:
-    """Find the finisher that reproduces all traces.
+    """Find the finisher that reproduces all traces, the records of several items of one dataset.
 
-    Args:
-        traces: records of several items of one dataset.
-        usual: paths that are preferred where parts of an item are equal: those of image and target.
+    Where parts of an item are equal, the paths `usual` are preferred: those of image and target.
 
     Raises:
-        SourceError: no finisher reproduces all traces, two different ones do, or a trace is incomplete (`Trace.problem`).
-            The message says what was seen.
+        SourceError: no finisher reproduces all traces, two different ones do, or a trace is incomplete
+            (`Trace.problem`). The message says what was seen.
     """
     for seen in traces:
         if seen.problem:
