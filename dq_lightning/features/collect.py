@@ -48,17 +48,10 @@ def collect(
 ) -> Features:
     """Copy the rows to the host, a block of batches at a time, and check that they are finite.
 
-    Args:
-        stream_of: function that is called with the positions of the missing samples, int64, ascending, and yields their
-            rows, each once, in any order.
-        num_samples: number N of samples.
-        progress: whether to show a progress bar.
-        allocate: function that makes the float32 CPU tensor to fill, given its name and shape.
-        advice: advice to the user about values that are not finite, for the error message.
-        shards: store with the rows of an earlier run, to which the new rows are added.
-        made_from: digest of what the rows are made from, see `Shards.restore`.
-        left_out: int64 [U], ascending, samples that need no rows; None if there are none. Their rows are zero in the
-            result.
+    `stream_of` is called with the positions of the missing samples, int64, ascending, and yields their rows, each once,
+    in any order. `allocate` makes the float32 CPU tensor to fill, given its name and shape. The shards hold the rows of
+    an earlier run, and the new ones are added to them; `made_from` is as in `Shards.restore`. The rows of the samples
+    `left_out` (int64 [U], ascending) are zero. `advice` tells the user what to do about values that are not finite.
 
     Raises:
         FeatureError: a row is missing or not finite.

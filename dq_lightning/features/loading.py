@@ -37,13 +37,7 @@ class ImageBatch(NamedTuple):
 
 
 class ImageBatches(Dataset[ImageBatch]):
-    """Batches of a source as a map-style dataset: item b is the batch of the samples `batches[b]`.
-
-    Args:
-        source: dataset of N images.
-        preprocess: function from an RGB image to a tensor.
-        batches: int64 [B] for each batch, the positions of its samples.
-    """
+    """Batches of a source as a map-style dataset: item b is the batch of the samples at the positions `batches[b]`."""
 
     def __init__(self, source: SampleSource, preprocess: Preprocessing, batches: list[Tensor]) -> None:
         self.source, self.preprocess, self.batches = source, preprocess, batches

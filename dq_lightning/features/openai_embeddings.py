@@ -96,12 +96,9 @@ class OpenAIOrigin(EncoderSpec):
 def openai_origin(name: str, settings: TextConfig) -> OpenAIOrigin:
     """Return the origin that the encoder name `"openai:MODEL"` stands for.
 
-    Args:
-        name: encoder name, which begins with `openai:`.
-        settings: text settings; the API supports none of `pooling`, `max_length` and `prompt`.
-
     Raises:
-        FeatureError: the name of the model is missing, or one of the unsupported settings is set.
+        FeatureError: the name of the model is missing, or one of `pooling`, `max_length` and `prompt` is set; the API
+            has none of them.
     """
     model = name.removeprefix(PREFIX)
     if not model:
@@ -361,12 +358,9 @@ def _in_threads(request: Any, batches: Sequence[Any], threads: int, stopped: thr
 
 
 def split(sizes: Sequence[int], most: int) -> list[list[int]]:
-    """Split texts into consecutive batches, returned as lists of positions.
+    """Split texts, given by their sizes in bytes, into consecutive batches of at most `most`, as lists of positions.
 
-    Args:
-        sizes: size of each text in bytes.
-        most: largest number of texts in a batch. A batch also has at most `BYTES_PER_REQUEST` bytes, unless it consists
-            of one text that is larger.
+    A batch also has at most `BYTES_PER_REQUEST` bytes, unless it consists of one text that is larger.
 
     >>> split([200_000, 90_000, 10], 2)
     [[0], [1, 2]]

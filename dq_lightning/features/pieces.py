@@ -25,12 +25,7 @@ AGAIN = "make it again, or remove its .npy and .json files if it belongs to othe
 
 
 class Part:
-    """A source for `extract_features` that consists of consecutive samples of another source.
-
-    Args:
-        source: dataset that the samples are read from.
-        rows: positions of the samples in `source`.
-    """
+    """A source for `extract_features` that consists of the samples of another source at consecutive positions."""
 
     def __init__(self, source: SampleSource, rows: range) -> None:
         self._source, self._rows = source, rows
@@ -68,18 +63,10 @@ def embed_piece(
 ) -> Path:
     """Embed at most `nums` rows from row `index * nums` on and write them; a complete existing piece is kept.
 
-    Args:
-        source: dataset of N samples, as for `extract_features`.
-        embed: function that makes the features of a part of the source, such as `extract_features` with an encoder.
-        index: number of the piece, counted from 0.
-        nums: number of rows in a piece; the last piece may have fewer.
-        out_dir: folder of the pieces, which is created if it does not exist.
-        identity: JSON values that must be equal in all pieces: the digest of the source, the digest of the encoder, and
-            which text is embedded.
-        name: beginning of the file names.
-
-    Returns:
-        Path of the `.npy` file.
+    `embed` makes the features of a part of the source, such as `extract_features` with an encoder. `identity` holds the
+    JSON values that must be equal in all pieces: the digest of the source, the digest of the encoder, and which text is
+    embedded. The files in the folder `out_dir` have names that begin with `name`; the path of the `.npy` file is
+    returned.
 
     Raises:
         FeatureError: the piece lies outside of the source, or the folder has pieces of another size.
@@ -122,15 +109,9 @@ def _check_neighbours(folder: Path, name: str, nums: int) -> None:
 def merge_pieces(
     folder: str | Path, *, name: str = NAME, identity: Mapping[str, Any] | None = None
 ) -> NDArray[np.float32]:
-    """Merge the pieces of a folder into one array.
+    """Merge the pieces of a folder, whose names begin with `name`, into embeddings float32 [N, D], one row a sample.
 
-    Args:
-        folder: folder of the pieces.
-        name: beginning of the file names.
-        identity: all or some of the identity values that the pieces must have; None only requires that they agree.
-
-    Returns:
-        Embeddings float32 [N, D]; row i belongs to sample i.
+    `identity` holds all or some of the identity values that the pieces must have; None only requires that they agree.
 
     Raises:
         FeatureError: a piece is missing, damaged, or made of other data or by another encoder; the message names it.

@@ -33,12 +33,9 @@ def find_unreadable(
 ) -> Tensor:
     """Read every sample once, and log one warning with the number of unreadable samples and the first few of them.
 
-    Args:
-        source: dataset of N samples, which is read with `check(i)`, or for text with `texts(positions)`.
-        positions: int64 [n], positions of the samples to read, ascending; None reads all.
-        num_workers: number of loader processes for images; `"auto"` chooses it by the time that a few samples take.
-        progress: whether to show a progress bar.
-        shards: store with the findings of an earlier run, to which new findings are added; None stores nothing.
+    Samples are read with `check(i)`, or for text with `texts(positions)`; only those at `positions`, ascending, if
+    given. The shards hold the findings of an earlier run, and new ones are added to them. `num_workers` loader
+    processes read images; `"auto"` chooses their number by the time that a few samples take.
 
     Returns:
         int64 [U], positions of the samples whose reading raised a SourceError, ascending.

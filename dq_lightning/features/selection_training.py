@@ -61,12 +61,7 @@ def with_selection_epochs(
 ) -> EncoderSpec:
     """Return the encoder choice unchanged, or, if `settings.selection_epochs` is positive, one that is trained first.
 
-    Args:
-        spec: chosen encoder.
-        source: dataset of N images, without the user's transforms.
-        labels: class of each image, or None.
-        settings: `selection_epochs` and the other settings of the training.
-        progress: whether to show a progress bar.
+    The source gives N images without the user's transforms, and `labels` the class of each.
 
     Raises:
         FeatureError: the encoder is to be trained, but there are no labels.
@@ -84,9 +79,7 @@ def with_selection_epochs(
 class TrainedEncoder:
     """An encoder whose head, or head and network, were trained on the dataset; see `encoders.Encoder`.
 
-    Args:
-        body: encoder that makes the features.
-        head: linear layer that maps features to the logits of the trained classes.
+    `body` makes the features, and `head` maps them to the logits of the trained classes.
     """
 
     def __init__(self, body: NetworkEncoder, head: nn.Linear) -> None:
@@ -122,14 +115,8 @@ def train_encoder(
     trained further; any other encoder gets a new head. With `selection_train="head"` the images pass through the
     network once, whatever the number of epochs, and their features are held in memory.
 
-    Args:
-        encoder: loaded encoder, whose own copy of the network is trained in place.
-        source: dataset of N images.
-        labels: class of each image.
-        settings: `selection_epochs` and the other settings of the training; of the general settings only `batch_size`
-            and `num_workers` are used, where they do not change the result.
-        device: device that the encoder is on.
-        progress: whether to show a progress bar.
+    The encoder's own copy of the network is trained in place. Of the general settings only `batch_size` and
+    `num_workers` are used, where they do not change the result.
 
     Returns:
         The trained encoder, frozen and in eval mode. The same seed gives the same encoder on one device.

@@ -65,12 +65,10 @@ class Card:
 
 
 def read_card(read: Callable[[str], Any], place: str, *, whole: bool = True) -> Card:
-    """Interpret the files of a model.
+    """Interpret the files of the model in a folder or repository, which `place` names in messages.
 
-    Args:
-        read: function that returns the parsed JSON content of a file, given its name, or None if it does not exist.
-        place: folder or repository of the model, for messages.
-        whole: False ignores the pooling and the modules that follow it, because the user has chosen another pooling.
+    `read` returns the parsed JSON content of a file, given its name, or None if it does not exist. With `whole` False
+    the pooling and the modules that follow it are ignored, because the user has chosen another pooling.
 
     Raises:
         FeatureError: the files ask for a layer, a pooling or a setting that is not supported, or are inconsistent.

@@ -116,10 +116,8 @@ class TextHubOrigin(HubOrigin):
 def text_origin(name: str, description: str, settings: TextConfig) -> TextFolderOrigin | TextHubOrigin:
     """Decide whether a name stands for a local folder or a model on the hub, without loading anything.
 
-    Args:
-        name: path of a folder, optionally after `local-dir:`, or `OWNER/NAME[@REVISION]`, optionally after `hf-hub:`.
-        description: one line about the encoder, for messages.
-        settings: pooling, normalisation, length and prompt.
+    The name is the path of a folder, optionally after `local-dir:`, or `OWNER/NAME[@REVISION]`, optionally after
+    `hf-hub:`.
 
     Raises:
         FeatureError: `name` is a path of a folder without a model.
@@ -231,15 +229,9 @@ class _Normalize(nn.Module):
 class TokenEncoder:
     """A transformers model with its tokenizer and pooling; see `encoders.TextEncoder`.
 
-    Args:
-        module: network that returns `last_hidden_state` [B, T, D]; only the encoder of an encoder-decoder is used.
-        tokenizer: tokenizer of the model.
-        pooling: `"mean"`, `"cls"`, `"max"` or `"last"`.
-        settings: length, prompt and normalisation.
-        card: how the model wants to be used, according to its files.
-        heads: float32 modules that follow the pooling, in order.
-        device: device that the network runs on.
-        precision: precision of the network; the pooling and the heads are float32.
+    The network returns `last_hidden_state` [B, T, D]; only the encoder of an encoder-decoder is used. `settings` give
+    length, prompt and normalisation, and `card` says how the model wants to be used. The heads are modules that follow
+    the pooling, in order; pooling and heads are float32 whatever the precision of the network.
     """
 
     num_classes: None = None
@@ -298,16 +290,11 @@ class TokenEncoder:
 
 
 def pool_tokens(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """Pool the states of tokens to one feature vector for each text.
+    """Pool the states of tokens, floating [B, T, D], to one feature vector float32 [B, D] for each text.
 
-    Args:
-        states: output of the last layer, floating [B, T, D].
-        mask: bool [B, T], True for the tokens that are pooled. For `"cls"` and `"last"` the True entries of each row
-            must come first.
-        pooling: `"mean"` or `"max"` over the tokens, or the state of the first (`"cls"`) or the `"last"` token.
-
-    Returns:
-        Features float32 [B, D].
+    The mask, bool [B, T], is True for the tokens that are pooled; for `"cls"` and `"last"` these must come first in
+    each row. The pooling is `"mean"` or `"max"` over the tokens, or the state of the first (`"cls"`) or the `"last"`
+    token.
     """
     if pooling == "cls":
         return states[:, 0].float()

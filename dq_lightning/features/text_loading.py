@@ -39,16 +39,10 @@ class TextBatch(NamedTuple):
 def iterate_text_batches(
     source: SampleSource, encoder: TextEncoder, batch_size: int, positions: Tensor
 ) -> Iterator[TextBatch]:
-    """Yield batches of some samples, the longest texts of each window first.
+    """Yield batches of the samples at `positions` (int64, ascending), the longest texts of each window first.
 
     Meanwhile a thread tokenizes the next window. Windows are sections of consecutive samples of the whole source, so
     batches that an earlier run has finished do not change the other batches.
-
-    Args:
-        source: dataset of texts.
-        encoder: encoder that splits the texts into tokens.
-        batch_size: largest number of samples in a batch.
-        positions: int64 [n], positions of the samples to read, ascending.
     """
     size = batch_size * BATCHES_PER_WINDOW
     windows = split_at_multiples(positions, size)
@@ -98,14 +92,9 @@ def read_texts(source: SampleSource, positions: Tensor) -> list[str]:
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
-    """Split texts into batches by their number of tokens, the longest first; equal lengths keep their order.
+    """Split texts by their numbers of tokens into batches of at most `batch_size`, the longest first, as int64 indices.
 
-    Args:
-        lengths: number of tokens of each text.
-        batch_size: largest number of texts in a batch; `TOKENS_PER_BATCH` bounds a batch, too.
-
-    Returns:
-        The indices of the texts of each batch, int64.
+    `TOKENS_PER_BATCH` bounds a batch, too. Texts of equal length keep their order.
     """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     batches, first = [], 0

@@ -84,14 +84,9 @@ class TargetChoice:
         self.class_map = None if class_map is None else torch.tensor(class_map, dtype=torch.int64)
 
     def choose(self, logits: Tensor, labels: Tensor | None) -> Tensor:
-        """Choose the explained class of each image.
+        """Choose the explained output of each image, int64 [B], by the classifier's outputs [B, C].
 
-        Args:
-            logits: [B, C], the classifier's outputs.
-            labels: int64 [B], or None; a label outside of the classes counts as unknown.
-
-        Returns:
-            int64 [B], number of the chosen output.
+        A label, int64 [B], outside of the classes counts as unknown.
 
         Raises:
             PatchError: if labels are required but not known, or if `class_map` names an output that does not exist.

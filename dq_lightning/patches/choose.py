@@ -15,7 +15,7 @@ from dq_lightning.core.records import Grid, PatchChoice, pack_mask
 
 
 def kept_count(num_patches: int, drop_ratio: float) -> int:
-    """Return the number of patches to keep: floor(L * (1 - drop_ratio) + 1/2), computed with the decimal ratio.
+    """Return the number of L patches to keep: floor(L * (1 - drop_ratio) + 1/2), computed with the decimal ratio.
 
     Masks, stores and models all take their counts from this function. The ratio is read as the decimal number that was
     written, and the computation is done with fractions, because in binary floating point 15 * (1 - 0.9) is
@@ -23,10 +23,6 @@ def kept_count(num_patches: int, drop_ratio: float) -> int:
 
     >>> kept_count(64, 0.2), kept_count(15, 0.9), kept_count(196, 0.1)
     (51, 2, 176)
-
-    Args:
-        num_patches: L, number of patches in the image.
-        drop_ratio: share of the patches that is dropped, in [0, 1).
 
     Raises:
         PatchError: if the ratio is outside [0, 1).
@@ -37,14 +33,9 @@ def kept_count(num_patches: int, drop_ratio: float) -> int:
 
 
 def choose_kept(scores: Tensor, count: int) -> Tensor:
-    """Choose the `count` patches with the highest scores in every image; ties go to the lowest index.
+    """Choose the `count` patches with the highest scores [B, L] in every image; ties go to the lowest index.
 
-    Args:
-        scores: real [B, L], finite.
-        count: k, number of patches to keep of each image.
-
-    Returns:
-        int64 [B, k], ascending.
+    They are returned as int64 [B, k], ascending.
 
     Raises:
         PatchError: if scores are not finite, do not have two dimensions, or there are fewer than `count` patches.
@@ -66,19 +57,12 @@ def mask_of(kept: Tensor, num_patches: int) -> Tensor:
 
 
 def spread_budget(scores: Sequence[Tensor], total: int, least: Sequence[int] | None = None) -> list[Tensor]:
-    """Keep the `total` best patches of all images together, but at least some of every image.
+    """Keep the `total` best patches of all images together, but at least some of every image, as masks bool [L_i].
 
     So an image whose saliency is concentrated on few patches loses more of the others than an image that is salient
-    everywhere. Scores must be comparable across images.
-
-    Args:
-        scores: for each of M images a real tensor [L_i], finite.
-        total: number of patches to keep in all images together.
-        least: for each image the number of its best patches that are kept in any case; None means 0 for all images.
-
-    Returns:
-        For each image a mask bool [L_i]. Exactly `total` patches are kept, and of each image the best ones. Ties go to
-        the image with the lowest position, then to the patch with the lowest index.
+    everywhere. The scores, a finite [L_i] for each of M images, must be comparable across images. Of image i the
+    `least[i]` best patches are kept in any case. Ties go to the image with the lowest position, then to the patch with
+    the lowest index.
 
     Raises:
         PatchError: if scores are not finite, or no masks can have `total` patches and at least `least` of every image.
@@ -115,13 +99,7 @@ def spread_budget(scores: Sequence[Tensor], total: int, least: Sequence[int] | N
 
 
 def make_choice(masks: Sequence[Tensor], sizes: Sequence[tuple[int, int]], patch_size: int) -> PatchChoice:
-    """Make the record of the kept patches of M images.
-
-    Args:
-        masks: for each image bool [L_i], True at the kept patches.
-        sizes: for each image (height, width) in pixels.
-        patch_size: P, side of a patch in pixels.
-    """
+    """Make the record of the kept patches of images, from masks bool [L_i] and sizes (height, width) in pixels."""
     packed = bytearray(b"".join(map(pack_mask, masks)))
     return PatchChoice(
         patch_size,
@@ -139,19 +117,11 @@ def choose_patches(
     spread: bool = False,
     least_ratio: float = 0.0,
 ) -> PatchChoice:
-    """Choose the kept patches of M images.
+    """Choose the kept patches of M images by their scores [L_i]; the images' sizes are (height, width) in pixels.
 
-    Args:
-        scores: for each image a real tensor [L_i].
-        sizes: for each image (height, width) in pixels.
-        patch_size: P, side of a patch in pixels.
-        drop_ratio: share of the patches that is dropped; each image keeps `kept_count(L_i, drop_ratio)` patches.
-        spread: whether to distribute the same total number over all images by `spread_budget` instead.
-        least_ratio: with `spread`, the share of its patches that every image keeps in any case. It never requires more
-            patches of an image than `kept_count` gives.
-
-    Returns:
-        The choice; its `counts` have the same sum with and without `spread`.
+    Each image keeps `kept_count(L_i, drop_ratio)` patches. With `spread`, the same total number is distributed over all
+    images by `spread_budget` instead; then every image keeps the share `least_ratio` of its patches in any case, but
+    never more for that than `kept_count` gives.
 
     Raises:
         PatchError: if scores do not fit the images' grids, or are not finite, or `drop_ratio` is outside [0, 1).

@@ -25,16 +25,9 @@ class Reconstructor(Protocol):
 
 
 def fill_by_mask(reconstructor: Reconstructor, images: Tensor, mask: Tensor, patch_size: int) -> Tensor:
-    """Fill images that keep different numbers of patches, with one call of the reconstructor for each number.
+    """Fill floating images [B, C, H, W] that keep different numbers of patches, those in the mask bool [B, L].
 
-    Args:
-        reconstructor: reconstructor that takes these images.
-        images: floating [B, C, H, W].
-        mask: bool [B, L], True at the kept patches.
-        patch_size: P, side of a patch in pixels.
-
-    Returns:
-        Filled images of the same shape, dtype and device.
+    The reconstructor is called once for each number.
     """
     filled = images.clone()
     counts = mask.sum(1)
@@ -54,19 +47,11 @@ def fill_pixels(
     mean: tuple[float, ...] = (0.0, 0.0, 0.0),
     std: tuple[float, ...] = (1.0, 1.0, 1.0),
 ) -> Tensor:
-    """Fill images with pixels from 0 to 255.
+    """Fill images uint8 [B, C, H, W] where the mask, bool [B, L], is not True; kept pixels are unchanged.
 
-    Args:
-        reconstructor: reconstructor that takes images in [0, 1], normalised with `mean` and `std`.
-        images: uint8 [B, C, H, W]; an image with one channel is passed as three equal channels, and the result is
-            averaged.
-        mask: bool [B, L], True at the kept patches.
-        patch_size: P, side of a patch in pixels.
-        mean: mean of each channel that the reconstructor expects.
-        std: standard deviation of each channel that the reconstructor expects.
-
-    Returns:
-        uint8 [B, C, H, W]; kept pixels are unchanged, and the others are rounded to the nearest value in 0 ... 255.
+    The reconstructor takes images in [0, 1], normalised with `mean` and `std` of each channel. An image with one
+    channel is passed to it as three equal channels, and the result is averaged. Filled pixels are rounded to the
+    nearest value in 0 ... 255.
     """
     means, stds = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (mean, std))
     wide = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images

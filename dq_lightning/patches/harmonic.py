@@ -31,23 +31,16 @@ VALUES_AT_ONCE = 1 << 18
 def fill_harmonically(
     images: Tensor, mask: Tensor, patch_size: int, tolerance: float = SINGLE_PRECISION_TOLERANCE
 ) -> Tensor:
-    """Fill dropped patches by solving Laplace's equation for their pixels.
+    """Fill dropped patches of floating images [B, C, H, W] by solving Laplace's equation for their pixels.
 
     Each of these pixels becomes the mean of its two to four neighbours. The image's border is a Neumann boundary:
-    pixels there have fewer neighbours.
+    pixels there have fewer neighbours. Kept pixels (mask bool [B, L]) are unchanged; an image that keeps no patch is 0.
 
-    Args:
-        images: floating [B, C, H, W]; the content of dropped patches is ignored.
-        mask: bool [B, L], True at the kept patches of the grid of `patch_size` pixels.
-        patch_size: P, side of a patch in pixels.
-        tolerance: largest norm of the residual, relative to its norm when the dropped patches have the mean colour.
-            Below 1e-5 the computation is done in float64, except on the device "mps", which lacks it.
+    `tolerance` is the largest norm of the residual, relative to its norm when the dropped patches have the mean colour.
+    Below 1e-5 the computation is done in float64, except on the device "mps", which lacks it.
 
-    Returns:
-        Filled images of the same shape, dtype and device. Kept pixels are unchanged; an image that keeps no patch is 0.
-
-    Complexity: the time of each step is proportional to the number of dropped pixels times P. The number of steps
-    grows with the diameter of the holes.
+    Complexity: the time of each step is proportional to the number of dropped pixels times P. The number of steps grows
+    with the diameter of the holes.
     """
     single = images.device.type == "mps" or tolerance >= SINGLE_PRECISION_TOLERANCE
     step = len(images) if images.device.type != "cpu" else max(1, VALUES_AT_ONCE // max(1, images[:1].numel()))

@@ -70,12 +70,9 @@ def read_original(path: Path) -> dict[str, Tensor]:
 
 
 def read_sizes(state: dict[str, Tensor], num_heads: int | None, decoder_num_heads: int | None) -> dict[str, Any]:
-    """Determine the arguments of `ViTMAEConfig` from the shapes of a model's weights.
+    """Determine the arguments of `ViTMAEConfig` from the shapes of the weights that `read_original` returned.
 
-    Args:
-        state: weights that `read_original` returned.
-        num_heads: number of heads of the encoder; None takes the number for an official size.
-        decoder_num_heads: number of heads of the decoder; None takes the number for the official size.
+    A number of heads that is None is taken from the official size that the encoder or decoder has.
 
     Raises:
         PatchError: if a number of heads is neither given nor known, or does not divide the width.

@@ -43,13 +43,9 @@ class ReconstructorSpec:
     decoder_num_heads: int | None = None
 
     def identity(self, memory: DigestMemory) -> str | None:
-        """Identify weights and configuration without loading the network.
+        """Identify weights and configuration without loading the network, by a hexadecimal digest.
 
-        Args:
-            memory: digests and hub commits that are remembered from earlier runs.
-
-        Returns:
-            A hexadecimal digest, or None if the commit of the hub name is not known: then call `resolve` first.
+        It is None if the commit of the hub name is not remembered: then call `resolve` first.
         """
         if self.module is not None:
             return digest_text("mae_module", digest_module(self.module, without=MASK_SHARE))
@@ -67,9 +63,6 @@ class ReconstructorSpec:
     def resolve(self, memory: DigestMemory) -> "ReconstructorSpec":
         """Return the same choice with its hub commit, and record that in `memory`; no other method may ask the hub.
 
-        Args:
-            memory: digests and hub commits that are remembered from earlier runs.
-
         Raises:
             PatchError: if the weights are neither in the local cache nor reachable; the message says what to pass
                 instead.
@@ -82,10 +75,7 @@ class ReconstructorSpec:
         return replace(self, commit=commit)
 
     def load(self, device: str = "cpu") -> MaskedAutoencoder:
-        """Load the reconstructor with its frozen model.
-
-        Args:
-            device: device that the model runs on.
+        """Load the reconstructor onto a device, with its frozen model.
 
         Raises:
             PatchError: if it cannot be found or read.

@@ -95,11 +95,7 @@ class ClassifierScorer:
         return pool_to_patches(self._maps(self._prepare(images), labels, size), patch_size)
 
     def check(self, images: Tensor, labels: Tensor | None) -> None:
-        """Find the target layer and try the classifier on some images.
-
-        Args:
-            images: images as for `scores`.
-            labels: labels as for `scores`.
+        """Find the target layer and try the classifier on some images; the arguments are as for `scores`.
 
         Raises:
             PatchError: if scores cannot be computed for images like these.
@@ -144,14 +140,9 @@ def make_scorer(
 ) -> PatchScorer:
     """Make the scorer that a config names.
 
-    Args:
-        config: settings, of which `saliency`, `target`, `class_map`, `target_layer` and `seed` are used.
-        classifier: network on its device; `"random"` and `"variance"` need none.
-        mean: mean of each channel, see `ClassifierScorer`.
-        std: standard deviation of each channel, see `ClassifierScorer`.
-        input_size: (height, width) of the classifier's input, see `ClassifierScorer`.
-        num_classes: number of classes in the dataset, or None without labels.
-        preprocess: function that makes the classifier's input, see `ClassifierScorer`.
+    The settings `saliency`, `target`, `class_map`, `target_layer` and `seed` are used. The classifier is on its device;
+    `"random"` and `"variance"` need none. `num_classes` is the number of classes in the dataset, None without labels.
+    The other arguments are those of `ClassifierScorer`.
 
     Raises:
         PatchError: if there is no classifier for a method that needs one.

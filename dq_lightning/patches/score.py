@@ -55,22 +55,11 @@ def score_images(
     progress: bool = True,
     shards: Shards | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Score every patch of some images of a source.
+    """Score every patch of the images of a source at the positions `index`, int64 [M].
 
-    Images of the same size share a batch. If the GPU's memory is not enough, the batch is halved. Neither changes a
-    score.
-
-    Args:
-        source: source that gives RGB images by position.
-        index: int64 [M], positions of the images in the source.
-        scorer: scorer that runs on `device`.
-        patch_size: P, side of a patch in pixels.
-        labels: int64 [M], class of each of these images, or None.
-        device: device that the scorer runs on.
-        batch_size: number of images in each batch.
-        num_workers: number of worker processes that read images.
-        progress: whether to show a progress bar.
-        shards: where finished scores are saved, so that a killed run continues with the rest; None saves nothing.
+    The scorer runs on `device`. Images of the same size share a batch. If the GPU's memory is not enough, the batch is
+    halved. Neither changes a score. `labels`, int64 [M], are the classes of these images. The shards hold the finished
+    scores of an earlier run, which continues with the rest, and new ones are added to them.
 
     Returns:
         scores float32 [sum of L_i], image after image, and sizes int32 [M, 2], height and width of each image in
@@ -145,13 +134,7 @@ class _Scores:
 
 
 def split_scores(scores: Tensor, sizes: Tensor, patch_size: int) -> list[Tensor]:
-    """Split the concatenated scores that `score_images` returned into one view [L_i] for each image.
-
-    Args:
-        scores: float32 [sum of L_i].
-        sizes: int32 [M, 2], height and width of each image in pixels.
-        patch_size: P, side of a patch in pixels.
-    """
+    """Split the concatenated scores that `score_images` returned, with sizes, into a view [L_i] for each image."""
     counts = [Grid(height, width, patch_size).num_patches for height, width in sizes.tolist()]
     return list(torch.split(scores, counts)) if counts else []
 

@@ -88,25 +88,17 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 class TargetLayers:
-    """The layer of a network that maps are computed at, for images of every size.
-
-    Args:
-        module: the classifier; it is not changed.
-        name: name of the layer; None finds one by `find_target_layer`.
-    """
+    """The layer, named or found by `find_target_layer`, at which maps of images of every size are computed."""
 
     def __init__(self, module: nn.Module, name: str | None = None) -> None:
         self._module, self._name = module, name
         self._known: dict[tuple[int, ...], TargetLayer] = {}
 
     def of(self, images: Tensor) -> TargetLayer:
-        """Return the layer for images of this size.
+        """Return the layer for images [B, C, H, W] of this size, as the classifier takes them.
 
         It is looked for once for each size. If an earlier size has a layer that also gives a map for this size, that
         layer is used again.
-
-        Args:
-            images: [B, C, H, W] as the classifier takes them.
 
         Raises:
             PatchError: if no layer is found.
@@ -211,16 +203,9 @@ def activation_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Compute a layer's output, and the gradient of the chosen class scores with respect to it.
 
-    The part of the network before the layer runs without an autograd graph, and no parameter gets a gradient.
-
-    Args:
-        module: the classifier; it is not changed.
-        layer: the layer of the classifier, and its layout.
-        images: [B, C, H, W] as the classifier takes them.
-        choose: function from logits [B, C] to the class of every image, int64 [B].
-
-    Returns:
-        activation and gradient, both as maps [B, C, rows, columns].
+    Both are returned as maps [B, C, rows, columns]. The part of the network before the layer runs without an autograd
+    graph, no parameter gets a gradient, and the network is not changed. `choose` is a function from logits [B, C] to
+    the class of every image, int64 [B].
 
     Raises:
         PatchError: if the logits do not depend on the layer, or if their gradient is zero in the whole map.
@@ -379,13 +364,8 @@ def _last_names(shapes: dict[str, torch.Size]) -> str:
 def make_probes(images: Tensor, times: int = 1) -> tuple[Tensor, Tensor]:
     """Make a plain image, and nine copies of it, each with a textured square in another place.
 
-    Args:
-        images: [B, C, H, W] as the network takes them; the probes get their mean and standard deviation.
-        times: side of the probes divided by the side of the images.
-
-    Returns:
-        probes [1 + 9, C, times * H, times * W], the plain one first, and places [9, 1, times * H, times * W], which are
-        1 in the square and 0 elsewhere.
+    The probes [1 + 9, C, times * H, times * W], the plain one first, have the mean and standard deviation of the given
+    images [B, C, H, W]. The places [9, 1, times * H, times * W] are 1 in the square and 0 elsewhere.
     """
     channels, height, width = images.shape[1], times * images.shape[2], times * images.shape[3]
     draw = torch.Generator().manual_seed(0)

@@ -98,14 +98,7 @@ def leave_one_out(
     Features are centred, and all sums over blocks of rows are made, in float64. So are the products of rows; on a CPU
     beyond 2**33 multiplications these are computed in float32, and margins differ by about 1e-5.
 
-    Args:
-        features: floating [N, D] with finite values.
-        labels: integers [N], at least two different ones.
-        device: device to compute on; None takes that of the features.
-
-    Raises:
-        FeatureError: the features are not a floating matrix, or hold values that are not finite or too large.
-        ConfigError: the labels are no integers, their number is not N, or all of them are equal.
+    Arguments and errors are those of `margin_scores`.
     """
     values = features if isinstance(features, Tensor) else torch.from_numpy(np.array(features, copy=None, order="C"))
     if values.ndim != 2 or not values.is_floating_point() or 0 in values.shape:

@@ -59,12 +59,7 @@ class Shares:
         return len(self._segments) == 1 and all(self.pulls[p] > 0 for p, n in enumerate(self.sizes) if n > 0)
 
     def reached(self, party: int, units: int) -> tuple[int, int]:
-        """Return the count m at which the share of a party reaches `units`, as numerator and denominator.
-
-        Args:
-            party: number of the party, whose pull must be positive.
-            units: number of units, at most the size of the party.
-        """
+        """Return the count m, as a fraction, at which the share of a party of positive pull reaches `units`."""
         pull = self.pulls[party]  # level = units / pull
         low, high = 0, len(self._segments) - 1
         while low < high:

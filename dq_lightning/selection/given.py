@@ -22,17 +22,13 @@ CHOOSING = ("keep_ratio", "num_bins", "encoder", "scores", "drop_worst", "balanc
 
 
 def check_alone(indices: Any, config: QuantizeConfig | None = None, **given: Any) -> None:
-    """Check that positions are not combined with settings that would choose them.
+    """Check that positions, unless they are None, are not combined with settings that would choose them.
 
-    Args:
-        indices: positions as in `quantize`; None may be combined with everything.
-        config: settings, whose fields for features, bins and selection must have their defaults; seeds, batch size and
-            number of workers may differ, since loaders use them.
-        **given: keywords that the user may have passed, of which those in `CHOOSING` are looked at; None stands for a
-            keyword that was not passed.
+    The fields of the config for features, bins and selection must have their defaults; seeds, batch size and number of
+    workers may differ, since loaders use them. Of the keywords `given`, those in `CHOOSING` must not have been passed.
 
     Raises:
-        ConfigError: `indices` is not None, and a keyword was passed or a field differs from its default.
+        ConfigError: a keyword was passed or a field differs from its default.
     """
     if indices is None:
         return
@@ -54,14 +50,10 @@ def check_alone(indices: Any, config: QuantizeConfig | None = None, **given: Any
 
 
 def read_indices(indices: Any, total: int | None = None) -> Tensor:
-    """Read the positions that a user has chosen.
+    """Read the positions that a user has chosen, in ascending order, int64 [M].
 
-    Args:
-        indices: integers [M] as an array, tensor or list, a `Selection`, or the path of a file that `read_index` reads.
-        total: number of samples of the dataset, which bounds the positions; None makes no comparison.
-
-    Returns:
-        Positions int64 [M], ascending.
+    They are integers [M] as an array, tensor or list, a `Selection`, or the path of a file that `read_index` reads.
+    `total` is the number of samples of the dataset, which bounds the positions.
 
     Raises:
         ConfigError: `indices` is not a list of integers, is empty, or holds a position that is negative, beyond the
@@ -85,15 +77,9 @@ def read_indices(indices: Any, total: int | None = None) -> Tensor:
 
 
 def read_index(path: str | Path, total: int | None = None, *, ordered: bool = True) -> NDArray[np.int64]:
-    """Read row numbers from an `.npy` file, or from the array `index` of an `.npz` file.
+    """Read row numbers int64 [M] from an `.npy` file, or from the array `index` of an `.npz` file; M may be 0.
 
-    Args:
-        path: path of the file.
-        total: number of samples of the dataset, which bounds the row numbers; None makes no comparison.
-        ordered: whether to sort the row numbers; False keeps the order of the file.
-
-    Returns:
-        Row numbers int64 [M], ascending unless `ordered` is False; M may be 0.
+    They are sorted, unless `ordered` is False. `total` is the number of samples of the dataset, which bounds them.
 
     Raises:
         StoreError: the file cannot be read, or it holds anything but integers [M], or row numbers that are negative,
