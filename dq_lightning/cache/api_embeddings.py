@@ -28,10 +28,8 @@ Rows = NDArray[np.float32]
 class StoredEmbeddings:
     """The embeddings that an API has returned for one model, for several threads and processes.
 
-    Embeddings in a damaged file are ignored, and requested again.
-
-    Args:
-        folder: folder of the model, which is created when the first embeddings are stored; None stores nothing.
+    Embeddings in a damaged file are ignored, and requested again. The folder of the model is created when the first
+    ones are stored; None stores nothing.
     """
 
     def __init__(self, folder: Path | None) -> None:

@@ -85,14 +85,7 @@ class _ObservedFile(io.FileIO):
 
 
 class Writer(io.BufferedWriter):
-    """Writer of a new file, from start to end, that keeps track of its size and sha256.
-
-    Args:
-        path: path of the file, which must not exist.
-
-    Attributes:
-        path: path of the file.
-        size: number of bytes written so far.
+    """Writer of a new file at `path`, from start to end, that counts the bytes in `size` and makes their sha256.
 
     Raises:
         OSError: the file exists or cannot be written.

@@ -35,13 +35,11 @@ class HalvedBatches:
         self._limit: int | None = None
 
     def run(self, function: Callable[..., Tensor], batch: Tensor, *others: Tensor | None) -> Tensor:
-        """Return what the function gives for a batch, put together from the pieces.
+        """Return what the function gives for a batch [B, ...], B > 0, put together from the pieces.
 
-        Args:
-            function: function from pieces of `batch` and of each of `others` to a tensor with one row a sample. What it
-                gives for a sample must not depend on the other samples of the piece.
-            batch: tensor [B, ...], B > 0.
-            *others: further tensors [B, ...]; None is passed on as it is.
+        The function takes pieces of the batch and of each of the other tensors [B, ...] (None is passed on as it is),
+        and returns a tensor with one row a sample. What it gives for a sample must not depend on the other samples of
+        the piece.
 
         Raises:
             DQError: a single sample does not fit into the memory; the class of the error is the one given at the start.

@@ -256,10 +256,8 @@ def _warn_once(text: str) -> None:
 def read_in_order(dataset: Any, num_workers: int, *, pin_memory: bool = False) -> Iterator[Any]:
     """Yield all items of a map-style dataset in order; an exception that the dataset raises is raised unchanged.
 
-    Args:
-        dataset: dataset that `num_workers` processes may read, see `loader_processes`.
-        num_workers: number of processes that read the items; 0 reads them in this process.
-        pin_memory: whether tensors are put into pinned memory, from which they are copied to a GPU faster.
+    `num_workers` processes, which may read the dataset (see `loader_processes`), read the items; 0 reads them in this
+    process. `pin_memory` puts tensors into pinned memory, from which they are copied to a GPU faster.
     """
     options: dict[str, Any] = {}
     if num_workers:

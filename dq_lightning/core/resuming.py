@@ -18,12 +18,10 @@ class Shards:
     """
 
     def restore(self, total: int, made_from: str = "") -> Iterator[dict[str, Array]]:
-        """Yield the pieces that earlier runs passed to `keep`, in the order of the work.
+        """Yield the pieces that earlier runs passed to `keep`, in the order of the work on `total` samples.
 
-        Args:
-            total: number of samples of the whole stage.
-            made_from: what the work depends on beside the cache key, such as a digest of weights that were trained for
-                it.
+        `made_from` is what the work depends on beside the cache key, such as a digest of weights that were trained for
+        it.
         """
         return iter(())
 

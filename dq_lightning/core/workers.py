@@ -12,13 +12,10 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[int]:
-    """Run torch's operations in one thread inside the block, and restore the number of threads afterwards.
+    """Run torch's operations in one thread inside the block, then restore the number of threads, which is yielded.
 
     OpenMP's threads synchronise after each operation and spin while they wait. If the operations are short and another
     program wants the same core, the waiting takes far longer than the work.
-
-    Yields:
-        The number of threads that torch used before.
     """
     count = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -79,11 +79,10 @@ class SmallResNet(nn.Module):
 
 
 def load_small_resnet(path: str | Path = BUNDLED_ENCODER_FILE) -> tuple[SmallResNet, dict[str, str]]:
-    """Read a `SmallResNet` from a safetensors file (float16 on disk, float32 in memory) with its metadata.
+    """Read a `SmallResNet` in eval mode from a safetensors file (float16 on disk, float32 in memory) with metadata.
 
-    Returns:
-        The network in eval mode, and the metadata with the keys `widths`, `depths`, `num_classes` (all JSON),
-        `test_accuracy` and those that the training script adds.
+    The metadata have the keys `widths`, `depths`, `num_classes` (all JSON), `test_accuracy` and those that the training
+    script adds.
     """
     with safe_open(str(path), framework="pt") as file:
         metadata: dict[str, str] = file.metadata()

@@ -82,13 +82,9 @@ def collect(
 
 
 class _Table:
-    """The rows that have been collected so far.
+    """The rows that have been collected so far, tensors float32 [N, width] by name, and which are `seen`, bool [N].
 
-    Attributes:
-        filled: tensors float32 [N, width] by name.
-        seen: bool [N], True for samples whose rows have been collected.
-        not_finite: positions whose rows are not finite. They are stored in no shard, because another run may make
-            finite rows.
+    Samples whose rows are not finite are in no shard, because another run may make finite rows.
     """
 
     def __init__(self, num_samples: int, allocate: Allocate, shards: Shards) -> None:

@@ -50,11 +50,7 @@ class TextEncoder(Protocol):
         """Return the token ids of each text, special tokens included: at least one and at most `max_length`."""
 
     def embed(self, tokens: Tensor, /) -> Tensor:
-        """Return pooled features, float32 [B, D] on the encoder's device.
-
-        Args:
-            tokens: token ids, int64 [B, T], padded with -1 after the end of each text.
-        """
+        """Return pooled features, float32 [B, D] on the encoder's device, of token ids [B, T], padded with -1."""
 
 
 @runtime_checkable
@@ -205,10 +201,7 @@ class NetworkEncoder:
         return None if self._head is None else self._head.out_features
 
     def embed(self, batch: Tensor) -> Tensor:
-        """Return the features of a batch, float32 [B, D].
-
-        Args:
-            batch: images [B, 3, H, W] on any device, uint8 or already normalised floating point.
+        """Return the features, float32 [B, D], of images [B, 3, H, W] on any device, uint8 or already normalised.
 
         Raises:
             FeatureError: the network fails on the batch, or the batch is uint8 and there are no mean and std.

@@ -54,9 +54,7 @@ _SPEAKS_OF_ENCODING = re.compile(r"base64|encoding.?format", re.IGNORECASE)
 class OpenAIOrigin(EncoderSpec):
     """A model behind the API, identified by its name and, if `OPENAI_BASE_URL` is set, the address of the server.
 
-    Attributes:
-        retries: number of attempts after the first one fails.
-        timeout: time limit of one request, in seconds.
+    A request that fails is repeated up to `retries` times; it may take `timeout` seconds each time.
     """
 
     retries: int = MAX_RETRIES

@@ -125,11 +125,7 @@ class HubOrigin(EncoderSpec):
 
 @dataclass(frozen=True)
 class BundledOrigin(EncoderSpec):
-    """A file with a `SmallResNet`; by default the one in `assets/`.
-
-    Attributes:
-        path: safetensors file that `load_small_resnet` reads.
-    """
+    """A safetensors file with a `SmallResNet`, which `load_small_resnet` reads; by default the one in `assets/`."""
 
     path: Path = BUNDLED_ENCODER_FILE
 

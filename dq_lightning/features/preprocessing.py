@@ -16,9 +16,6 @@ class ResizeToSquare:
     """Scale the whole image to `side` x `side` pixels with Pillow's bicubic filter, which averages when it shrinks.
 
     The result is uint8 [3, side, side]; the encoder normalises whole batches on its device.
-
-    Attributes:
-        side: height and width of the result in pixels.
     """
 
     side: int

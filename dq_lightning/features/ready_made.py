@@ -23,12 +23,7 @@ ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class ReadyOrigin(EncoderSpec):
-    """Ready-made embeddings as an array in memory or as a file.
-
-    Attributes:
-        path: `.npy` file with the embeddings, or None if they are in memory.
-        array: embeddings, floating [N, D], or None if they are in a file.
-    """
+    """Ready-made embeddings, floating [N, D], as an array in memory or as a `.npy` file; the other of both is None."""
 
     path: Path | None = None
     array: Any = field(default=None, repr=False, compare=False)

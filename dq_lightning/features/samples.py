@@ -22,11 +22,7 @@ class SampleSource(Protocol):
 
 
 class CheckedSource(SampleSource, Protocol):
-    """A dataset whose samples can be checked one by one.
-
-    Attributes:
-        modality: `"image"` or `"text"`.
-    """
+    """A dataset of the modality `"image"` or `"text"`, whose samples can be checked one by one."""
 
     modality: str
 

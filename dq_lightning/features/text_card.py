@@ -30,12 +30,9 @@ _ADVICE = 'set config.text.pooling to "mean" or "cls" to use the network without
 
 @dataclass(frozen=True)
 class Layer:
-    """A module that follows the pooling.
+    """A module that follows the pooling: `"Normalize"` scales features to length one, `"Dense"` has an activation.
 
-    Attributes:
-        kind: `"Normalize"` scales features to length one; `"Dense"` is a linear layer with an activation.
-        path: folder of the module's files, relative to the folder of the model.
-        config: settings of a dense layer, or None.
+    The files of the module are in the folder `path` of the model's folder; `config` has the settings of a dense layer.
     """
 
     kind: Literal["Normalize", "Dense"]

@@ -37,12 +37,7 @@ DEFAULT_LENGTH = 512
 
 @dataclass(frozen=True)
 class TextFolderOrigin(EncoderSpec):
-    """A local folder with a transformers model and its tokenizer.
-
-    Attributes:
-        path: the folder.
-        settings: pooling, normalisation, length and prompt.
-    """
+    """A local folder with a transformers model and its tokenizer, and the settings of pooling, length and prompt."""
 
     path: Path
     settings: TextConfig
@@ -67,11 +62,7 @@ class TextFolderOrigin(EncoderSpec):
 
 @dataclass(frozen=True)
 class TextHubOrigin(HubOrigin):
-    """A transformers model on the Hugging Face hub.
-
-    Attributes:
-        settings: pooling, normalisation, length and prompt.
-    """
+    """A transformers model on the Hugging Face hub, with the settings of pooling, normalisation, length and prompt."""
 
     settings: TextConfig
     instead: ClassVar[str] = INSTEAD

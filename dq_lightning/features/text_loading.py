@@ -25,11 +25,9 @@ PADDING = -1
 
 
 class TextBatch(NamedTuple):
-    """Token ids of samples of about the same length.
+    """Token ids, int64 [B, T], of samples of about the same length, padded with -1 after the end of each text.
 
-    Attributes:
-        positions: int64 [B], positions of the samples in the source.
-        tokens: int64 [B, T], token ids of the samples, padded with -1 after the end of each text.
+    The positions of the samples in the source are int64 [B].
     """
 
     positions: Tensor

@@ -27,12 +27,9 @@ INSTEAD = 'pass weights="FILE.safetensors" (or .pth) with a timm name, a folder 
 
 @dataclass(frozen=True)
 class TimmFileOrigin(EncoderSpec):
-    """A timm architecture with a local weight file; no hub is contacted.
+    """A timm architecture with a local weight file (.safetensors or .pth), of which no code is executed.
 
-    The name may have a tag, which decides the preprocessing.
-
-    Attributes:
-        path: .safetensors or .pth file with the weights, which is read without executing code from it.
+    No hub is contacted. The name may have a tag, which decides the preprocessing.
     """
 
     path: Path
@@ -63,11 +60,7 @@ class TimmFileOrigin(EncoderSpec):
 
 @dataclass(frozen=True)
 class TimmFolderOrigin(EncoderSpec):
-    """A local folder with timm's `config.json` and a weight file, which timm calls `local-dir:`.
-
-    Attributes:
-        path: the folder.
-    """
+    """A local folder with timm's `config.json` and a weight file, which timm calls `local-dir:`."""
 
     path: Path
 
@@ -173,12 +166,10 @@ def _create(name: str, what: str, **arguments: Any) -> nn.Module:
 def module_preprocessing(
     module: nn.Module,
 ) -> tuple[Preprocessing, tuple[float, ...], tuple[float, ...], str]:
-    """Return the preprocessing that belongs to the weights of a timm network.
+    """Return the preprocessing that belongs to the weights of a timm network, from an RGB image to uint8 [3, H, W].
 
-    Returns:
-        A transform from an RGB image to uint8 [3, H, W], the mean and the standard deviation of each channel on the
-        scale [0, 1], and a description in JSON. The transform is timm's evaluation transform without its last step, the
-        normalisation, which runs on the device.
+    It is timm's evaluation transform without its last step, the normalisation, which runs on the device. The mean and
+    the standard deviation of each channel on the scale [0, 1], and a description in JSON, are returned with it.
     """
     from timm import data
 

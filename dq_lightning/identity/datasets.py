@@ -176,19 +176,17 @@ def find_state(
 
     The digest covers all attributes; the dataset's class and other classes of the user, by their code and what that
     refers to; and files named in the attributes, by size and times. Attributes that change by reading items (counters,
-    caches) are left out. To find them, the object is described before and after some items are read.
+    caches) are left out. To find them, the object is described before and after some items are read; their names are
+    remembered for as long as the user's own object, `owner`, lives.
 
     Args:
         view: dataset without the user's transforms, or `Parts`.
-        owner: the user's own object; names of attributes that change by reading are remembered for as long as it lives.
+        owner: the user's own object.
         read: reads a few items and returns their digest, which covers state that the attributes do not show; with the
             argument True it reads a few other items, so that a cache of read items is seen to grow.
         without: names of attributes that are identified elsewhere or have no influence on the items.
         root: folder of the dataset if its files are identified elsewhere; the digest then stays the same if the folder
             is moved.
-
-    Returns:
-        The digest, and the reasons why equal digests do not guarantee equal items.
     """
     names = set(without)
     read(False)  # whatever is opened or filled by the first read is there from now on

@@ -76,13 +76,10 @@ def _bookkeeping(kind: type) -> set[str]:
 
 
 def described_module(module: nn.Module, without: Collection[str] = ()) -> tuple[str, list[str]]:
-    """Return the digest of a network, and the reasons why equal digests do not guarantee equal outputs.
+    """Return the digest of a network, and the reasons, if any, why equal digests do not guarantee equal outputs.
 
     Every byte of the weights is read once. The device, the precision of the computation and train mode have no
     influence, and neither have the settings named in `without`.
-
-    Returns:
-        Hexadecimal digest, and a list of reasons, which is empty if everything was resolved.
 
     Raises:
         DQError: a parameter has no values (meta or lazy).

@@ -247,13 +247,9 @@ def _worst(origins: list[str]) -> str:
 
 
 class Call(NamedTuple):
-    """A call in code, with one of its arguments.
+    """A call in some code, with the last part of the name of what is called and one of its arguments.
 
-    Attributes:
-        code: code that the call is in.
-        name: last part of the name of what is called.
-        first: whether a function that reads files would take this argument as the file.
-        argument: expression of the argument.
+    `first` says whether a function that reads files would take this argument as the file.
     """
 
     code: Code

@@ -12,15 +12,10 @@ class Reconstructor(Protocol):
     """Fills the patches that are not kept, and leaves the pixels of the others unchanged bit by bit."""
 
     def reconstruct(self, images: Tensor, kept: Tensor, patch_size: int | None = None) -> Tensor:
-        """Fill the patches that are not kept.
+        """Fill the patches of floating images [B, C, H, W] that are not kept.
 
-        Args:
-            images: floating [B, C, H, W].
-            kept: int64 [B, k], numbers of the kept patches of each image.
-            patch_size: P, side of a patch in pixels, of the grid that `kept` refers to; None takes the default.
-
-        Returns:
-            Filled images [B, C, H, W].
+        `kept`, int64 [B, k], has the numbers of the kept patches of each image on the grid of patches of `patch_size`
+        pixels a side; None takes the default.
         """
 
 

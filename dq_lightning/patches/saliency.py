@@ -36,11 +36,7 @@ class PatchScorer(Protocol):
 
 @dataclass(frozen=True)
 class RandomScorer:
-    """Draws independent uniform scores, as a baseline; they depend only on the seed and the image's position.
-
-    Attributes:
-        seed: seed for all images.
-    """
+    """Draws independent uniform scores, as a baseline; they depend only on the seed and the image's position."""
 
     seed: int = 0
 

@@ -36,11 +36,8 @@ _RANK_GROUPS, _LEVELS = 5, 20
 class Mislabelled:
     """What the margins show about the labels of N samples.
 
-    Attributes:
-        found: bool [N], whether a sample is among those to leave out.
-        share: estimated share of the labels that are wrong, 0 to 1; NaN if the features cannot tell.
-        error: standard error of `share`.
-        left: estimated share of wrong labels among the samples that are not found; NaN if `share` is.
+    `found`, bool [N], says which samples to leave out. `share` is the estimated share of the labels that are wrong, 0
+    to 1, `error` its standard error, and `left` the share among the other samples; NaN if the features cannot tell.
     """
 
     found: Tensor

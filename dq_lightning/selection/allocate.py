@@ -23,13 +23,8 @@ class Shares:
     """The ideal share of every party (a group or bin) when m units are given out, 0 <= m <= sum of the sizes.
 
     Party b of size n_b and pull p_b has the share `min(n_b, level * p_b)`: it is proportional to the pull until the
-    party is exhausted. The level is determined by the sum of the shares, which is m. All arithmetic is exact.
-
-    Args:
-        sizes: number of units that each party can give at most.
-        weights: one non-negative weight for each party, whose pull is weight times size; None gives all parties the
-            same weight.
-        pulls: one pull for each party, a whole number and not negative, in place of `weights`.
+    party is exhausted. The level is determined by the sum of the shares, which is m. All arithmetic is exact. The pulls
+    are whole numbers and not negative, or else weight times size for a weight of each party; None means equal weights.
     """
 
     def __init__(

@@ -116,13 +116,10 @@ def _with_skips(source: ItemSource, *, skips: bool) -> ItemSource:
 
 
 def grouping_id(source: Source) -> str | None:
-    """Identify the grouping that a source was given in place of its dataset's own classes.
+    """Identify the grouping that a source was given in place of its dataset's own classes; None if it uses these.
 
-    This reads the given classes at most, and no item of the dataset.
-
-    Returns:
-        `"none"` for a source without groups, a hexadecimal SHA-256 digest of given classes, `"column:NAME"` for a named
-        column, and None when the source uses its dataset's own classes.
+    This reads the given classes at most, and no item of the dataset. It is `"none"` for a source without groups, a
+    hexadecimal SHA-256 digest of given classes, and `"column:NAME"` for a named column.
     """
     grouping, column = source.grouping, source.label_column
     if grouping is False:

@@ -27,14 +27,9 @@ class Finisher(Protocol):
     """
 
     def __call__(self, position: int, plain_item: Any) -> Any:
-        """Finish one plain item.
+        """Turn a plain item into the item as the dataset delivers it.
 
-        Args:
-            position: position of the sample in the index that the finisher was made for.
-            plain_item: the item without the user's transforms.
-
-        Returns:
-            The item as the dataset delivers it.
+        `position` is that of the sample in the index that the finisher was made for.
         """
 
 

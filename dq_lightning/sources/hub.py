@@ -47,15 +47,8 @@ class HubSource(ItemSource):
     """Adapter for a Hugging Face `Dataset` of images.
 
     Its items are dicts. A function given to `set_transform` and a format given to `set_format` count as the user's
-    transforms.
-
-    Args:
-        dataset: the dataset.
-        image_column: name of the column with the image; it is looked for when None.
-        label_column: name of the column with the class; it is looked for when None.
-        transform: function of a batch that replaces the dataset's own transform and format; None removes these,
-            `"keep"` keeps them.
-        target_transform: must be `"keep"`.
+    transforms. The columns and the transform, which replaces both, are as in `as_source`; `target_transform` must be
+    `"keep"`.
 
     Raises:
         SourceError: `target_transform` is given, the dataset is empty, or no single image column is found.

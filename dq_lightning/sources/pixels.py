@@ -21,11 +21,9 @@ _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 @dataclass(frozen=True)
 class Scale:
-    """Linear map to uint8 for pixel values whose type does not define their range.
+    """Linear map of pixel values from `low`, which becomes 0, to `high`, which becomes 255.
 
-    Attributes:
-        low: pixel value that becomes 0.
-        high: pixel value that becomes 255.
+    It is for values whose type does not define their range.
     """
 
     low: float

@@ -292,16 +292,13 @@ def choose_template(
 ) -> Template:
     """Choose the template that reads rows with the given columns.
 
+    The template `wanted` is named, or `"auto"` for that of the first of `LAYOUTS` whose required columns are all
+    present. `named` are the columns to read instead of the usual ones, in the order of `Template.columns`
+    (`config.text.columns`); with them, `"auto"` means `"plain"`.
+
     Example:
         >>> choose_template(["question", "answer"]).name
         'prompt'
-
-    Args:
-        columns: names of the columns that the rows have.
-        wanted: name of a template, or `"auto"` for the template of the first of `LAYOUTS` whose required columns are
-            all present. With `named`, `"auto"` means `"plain"`.
-        named: names of the columns to read instead of the usual ones, in the order of `Template.columns`
-            (`config.text.columns`).
 
     Raises:
         ConfigError: `wanted` is not the name of a template, or `named` has too few or too many columns for it.

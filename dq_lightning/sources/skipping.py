@@ -10,10 +10,9 @@ from dq_lightning.sources.base import Source
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Placeholder for an unreadable item. It holds no error message, since messages may contain paths and times.
+    """Placeholder for an unreadable item, with the name of the exception's class.
 
-    Attributes:
-        reason: name of the exception's class.
+    It holds no error message, since messages may contain paths and times.
     """
 
     reason: str

@@ -18,11 +18,9 @@ UNLABELED = -1
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """The class of every sample as the dataset gives it.
+    """The class of every sample as the dataset gives it, and the name of each class integer, if known.
 
-    Attributes:
-        values: classes of N samples, int64 [N] (a negative value means no label) or unicode strings [N].
-        names: name of each class integer, or None when unknown.
+    The values are int64 [N] (a negative value means no label) or unicode strings [N].
     """
 
     values: NDArray[Any]

@@ -23,8 +23,7 @@ from dq_lightning.sources.targets import Targets, as_targets
 class TextRows(ItemSource):
     """Mixin that turns an adapter for images into an adapter for rows of text.
 
-    Attributes:
-        settings: settings that say which columns are read, and which part of a row is embedded.
+    The settings say which columns are read, and which part of a row is embedded.
     """
 
     modality = "text"
@@ -131,11 +130,8 @@ class HubTextSource(TextRows, HubSource):
 class RowsSource(TextRows, MapSource):
     """Adapter for rows in memory (a list of dicts), or for any map-style dataset whose items are dicts of text.
 
-    Args:
-        dataset: the rows.
-        label_column: name of the field that rows are grouped by; None for no groups.
-        transform: transform of a whole row that replaces the dataset's own; None removes it, `"keep"` keeps it.
-        name: name of the dataset in messages.
+    Rows are grouped by the field `label_column`, if any. A transform of a whole row replaces the dataset's own; None
+    removes it, `"keep"` keeps it. `name` is that of the dataset in messages.
 
     Raises:
         SourceError: the dataset is empty, or an element of a list or tuple is no dict.

@@ -67,11 +67,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Fixed:
-    """A constant argument, which a call receives for every item.
-
-    Attributes:
-        value: the constant.
-    """
+    """A constant argument, which a call receives for every item."""
 
     value: Any
 
