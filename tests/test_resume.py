@@ -298,9 +298,9 @@ def count_batches(work):
 def count_filled(call):
     real = filling.fill_pixels
 
-    def counted(model, images, *others):
+    def counted(model, images, *others, **more):
         call(len(images))
-        return real(model, images, *others)
+        return real(model, images, *others, **more)
 
     filling.fill_pixels = counted
 
