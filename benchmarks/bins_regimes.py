@@ -42,8 +42,8 @@ def unit(values):
     return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-30)
 
 
-def distribution(name, total, width):
-    generator = np.random.default_rng(0)
+def distribution(name, total, width, seed=0):
+    generator = np.random.default_rng(seed)
     values = generator.standard_normal((total, width), dtype=np.float32)
     if name in ("clusters", "centred"):
         spectrum = np.arange(1, width + 1, dtype=np.float32) ** -0.5
@@ -54,9 +54,9 @@ def distribution(name, total, width):
     if name == "relu":
         values = np.maximum(values, 0)
     if name == "rank 8 + noise":
-        values = values[:, :8] @ generator.standard_normal((8, width), dtype=np.float32) + 0.01 * values
+        values = values[:, :8] @ generator.standard_normal((min(8, width), width), dtype=np.float32) + 0.01 * values
     if name == "duplicates":
-        values = values[generator.integers(0, total // 10, total)]
+        values = values[generator.integers(0, max(1, total // 10), total)]
     if name == "one-hot":
         values = np.eye(width, dtype=np.float32)[generator.integers(0, width, total)] + 0.01 * values
     if name == "strong mean":

@@ -13,8 +13,9 @@ def cifar(shared_dir):
     return np.load(shared_dir / "golden" / "cifar10_resnet20_500_per_class.npz")
 
 
-def test_cifar_embeddings_per_class(cifar):
-    bins = make_bins(cifar["embedding"], labels=cifar["label"])
+@pytest.mark.parametrize("engine", ["dense", "candidates", "stream"])
+def test_cifar_embeddings_per_class(cifar, engine):
+    bins = make_bins(cifar["embedding"], labels=cifar["label"], engine=engine)
     assert np.array_equal(bins.assignment, cifar["bin_embedding"])
     assert np.array_equal(bins.rank, cifar["rank_embedding"])
 
@@ -32,8 +33,9 @@ def alpaca_rows(shared_dir):
     return values / np.linalg.norm(values, axis=1, keepdims=True)
 
 
-def test_alpaca_without_labels(shared_dir):
+@pytest.mark.parametrize("engine", ["dense", "candidates"])
+def test_alpaca_without_labels(shared_dir, engine):
     golden = np.load(shared_dir / "golden" / "alpaca_rows0_2000_k10.npz")
-    bins = make_bins(alpaca_rows(shared_dir)[golden["rows"]], similarity="dot")
+    bins = make_bins(alpaca_rows(shared_dir)[golden["rows"]], similarity="dot", engine=engine)
     assert np.array_equal(bins.assignment, golden["bin"])
     assert np.array_equal(bins.rank, golden["rank"])
