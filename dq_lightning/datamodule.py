@@ -17,6 +17,7 @@ from dq_lightning.core.config import (
     AnyConfig,
     Balance,
     OnError,
+    Preset,
     Reconstruct,
     StoreKind,
     VerifyPolicy,
@@ -111,6 +112,8 @@ class QuantizedHooks(Base):
             the samples whose labels seem wrong; what was left out is in `info.suspects`. 0 when None.
         balance: whether classes share the kept samples in proportion to their sizes (`"proportional"`), to the square
             roots of their sizes (`"sqrt"`), or in equal numbers (`"equal"`); `"proportional"` when None.
+        preset: `"published"` for the paper's way of choosing, whatever the defaults are (ten bins, a uniform draw, no
+            sample or patch left out; see `QuantizeConfig`). A keyword or setting that says otherwise is an error.
         config: all further settings: a `QuantizeConfig`, a dict of its fields, or a YAML or JSON file. A keyword of
             this class that is None counts as not given; a keyword that contradicts a setting that was changed in
             `config` is an error.
@@ -190,6 +193,7 @@ class QuantizedHooks(Base):
         scores: Any = None,
         drop_worst: float | Literal["auto"] | None = None,
         balance: Balance | None = None,
+        preset: Preset | None = None,
         config: AnyConfig | None = None,
         store: StoreKind | None = None,
         transform: Any = "keep",
@@ -235,6 +239,7 @@ class QuantizedHooks(Base):
             scores=scores,
             drop_worst=drop_worst,
             balance=balance,
+            preset=preset,
         )
         if num_workers == 0 and wanted.config.features.num_workers == "auto":
             wanted = replace(wanted, config=replace_fields(wanted.config, {"features.num_workers": 0}))

@@ -61,7 +61,7 @@ def test_a_fixed_number_of_samples_takes_the_finest_setting_that_fits(table, bud
 def test_one_line_tells_the_choice_and_what_it_left():
     table = [ByteSetting("jpeg", 30, None, 160.0, 26.7), ByteSetting("keep", None, None, 3090.0)]
     assert plan_bytes(table, 160_000, 5000).describe(5000) == (
-        "1,000 samples as JPEG 30 (160 bytes each, 26.7 dB) of 5,000; instead of 51 samples as the dataset's own bytes "
+        "1,000 of 5,000 samples as JPEG 30 (160 bytes each, 26.7 dB); instead of 51 samples as the dataset's own bytes "
         "(3,090 bytes each, exact)"
     )
     assert math.isinf(plan_bytes(table, 31_000, 10).setting.psnr)

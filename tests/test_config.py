@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dq_lightning import BinConfig, FeatureConfig, PatchConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig
-from dq_lightning.core.config import as_config, with_short_forms
+from dq_lightning.core.config import PRESETS, as_config, with_short_forms
 from dq_lightning.core.errors import ConfigError
 
 configs = st.builds(
@@ -72,6 +72,24 @@ def test_short_forms():
         ConfigError, match=r"keep_ratio=0.25 was passed as a keyword, but config.selection.keep_ratio is 0.5"
     ):
         with_short_forms(given_there, {"selection.keep_ratio": 0.25})
+
+
+def test_the_published_way_is_fixed_whatever_the_defaults_are():
+    for made in (
+        QuantizeConfig.from_dict({"preset": "published"}),
+        QuantizedDataModule([(0, 0)] * 4, preset="published").config,
+        with_short_forms({"selection": {"keep_ratio": 0.1}}, {"preset": "published"}),
+    ):
+        values = {path: getattr(getattr(made, path.split(".")[0]), path.split(".")[1]) for path in PRESETS["published"]}
+        assert values == PRESETS["published"]
+        assert QuantizeConfig.from_json(made.to_json()) == made
+    for other in ({"bins": {"num_bins": 5}}, {"quality": {"drop_worst": 0.2}}, {"patches": {"drop_ratio": 0.2}}):
+        with pytest.raises(ConfigError, match="leave one of the two out"):
+            QuantizeConfig.from_dict({"preset": "published", **other})
+        with pytest.raises(ConfigError, match="leave one of the two out"):
+            with_short_forms(other, {"preset": "published"})
+    with pytest.raises(ConfigError, match="or None"):
+        QuantizeConfig(preset="paper")
 
 
 def test_equal_numbers_are_the_same_setting():

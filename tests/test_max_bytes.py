@@ -1,6 +1,7 @@
 """Compact sets under a budget of bytes, from real images and rows to the train loader."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from dq_lightning import (
     FeatureConfig,
     PackedDataset,
     PatchConfig,
+    QualityConfig,
     QuantizeConfig,
     QuantizedDataModule,
     SelectionConfig,
@@ -21,7 +23,9 @@ from dq_lightning import (
     quantize,
 )
 from dq_lightning.core.errors import ConfigError
-from dq_lightning.pipeline import fitting, frontier
+from dq_lightning.packed.patches import unpack_image
+from dq_lightning.pipeline import frontier
+from dq_lightning.pipeline.frontier import Frontier
 from tests.lightning_scripts.common import photos
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
@@ -54,8 +58,9 @@ def made(cache, data, settings):
     return info
 
 
-def test_real_small_images(tmp_path, cifar_root, features, caplog):
+def test_real_small_images(tmp_path, cifar_root, features, caplog, monkeypatch):
     """As many as fit, down to the floor; then finer ones; each is what the codec makes of the image."""
+    monkeypatch.setattr(frontier, "COMPARED", {"small": 40})
     data = Subset(CIFAR10(cifar_root, train=True), range(400))
     sizes = []
     for share, wanted in (("2%", (90, 180)), ("10%", (400, 400))):
@@ -67,6 +72,7 @@ def test_real_small_images(tmp_path, cifar_root, features, caplog):
         assert wanted[0] <= info.num_samples <= wanted[1]
         assert told["psnr"] >= 26
         assert f"samples as {told['codec'].upper()} {told['quality']}" in caplog.text
+        assert "dropping a fifth of the patches too, the dullest, would give" in caplog.text
         sizes.append((info.num_samples, told["psnr"]))
         errors = []
         for (image, label), position in zip(
@@ -107,11 +113,9 @@ def test_no_budget_is_exceeded(tmp_path, features, fewer, seed, monkeypatch):
     count = int(draw.integers(100, 300))
     data = photos(count, None)
     if seed % 2:
-        real = fitting.measure_again
+        real = Frontier.measure_again
         monkeypatch.setattr(
-            fitting,
-            "measure_again",
-            lambda plan, one: frontier.replace(real(plan, one), sample_bytes=0.6 * one.sample_bytes),
+            Frontier, "measure_again", lambda own, one: replace(real(own, one), sample_bytes=0.6 * one.sample_bytes)
         )
     kept = []
     fixed = EncodingConfig("jpeg", quality=int(draw.integers(20, 90)), least_psnr=0.0)
@@ -142,6 +146,83 @@ def test_arrays_stay_arrays(tmp_path, features, fewer):
     image, label = PackedDataset(info.path)[0]
     assert (image.dtype, image.shape, type(label)) == (np.uint8, (32, 32, 3), int)
     assert info.encoding["codec"] in ("jpeg", "webp")
+
+
+def test_a_fixed_drop_ratio_is_kept_to(tmp_path, cifar_root, features, fewer):
+    """As many samples as fit without their dullest quarter, down to the floor on what is kept; then finer ones."""
+    data, found = Subset(CIFAR10(cifar_root, train=True), range(150)), []
+    patches = PatchConfig(drop_ratio=0.25, saliency="variance", reconstruct="off")
+    for budget, encoding in ((25_000, EncodingConfig()), (90_000, EncodingConfig()), (90_000, EncodingConfig("keep"))):
+        settings = QuantizeConfig(max_bytes=budget, patches=patches, encoding=encoding, features=features(150))
+        info = made(tmp_path, data, settings)
+        assert 0.5 * budget <= info.bytes <= budget
+        assert info.patch_keep_ratio == 0.75
+        errors = []
+        for (stored, _), position in zip(
+            PackedDataset(info.path, patches="packed"), load_selection(info.path).index.tolist(), strict=True
+        ):
+            pixels, mask = unpack_image(stored)
+            stays = mask.reshape(8, 8).repeat(4, 0).repeat(4, 1)
+            errors.append(np.mean((pixels[stays].astype(np.float32) - np.asarray(data[position][0])[stays]) ** 2))
+        found.append((info.num_samples, info.encoding["psnr"], float(np.mean(errors))))
+        assert made(tmp_path, data, settings).reused
+    (few, coarse, error), (every, fine, _), (exact, none, lossless) = found
+    assert few < every == 150
+    assert 26 <= coarse < fine
+    assert 10 * np.log10(255**2 / error) == pytest.approx(coarse, abs=0.7)
+    assert (none, lossless) == (None, 0.0)
+    assert exact < 50  # 2,304 bytes of pixels each
+
+
+def test_dropped_patches_within_a_budget_are_filled(tmp_path, features, fewer):
+    module = QuantizedDataModule(
+        photos(60),
+        max_bytes="40%",
+        drop_ratio=0.2,
+        config={"features": features(60).to_dict()},
+        cache_dir=tmp_path,
+        batch_size=10,
+    )
+    module.prepare_data()
+    module.setup("fit")
+    assert module.info.bytes <= 60 * 3072 * 0.4
+    assert module.data_keep_ratio == pytest.approx(0.8, abs=0.01)
+    assert tuple(next(iter(module.train_dataloader()))[0].shape) == (10, 3, 32, 32)
+    plain = QuantizedDataModule.from_store(module.info.path, batch_size=10, cache_dir=tmp_path)
+    plain.prepare_data()
+    plain.setup("fit")
+    assert plain.train_dataloader().dataset[0][0].size == (32, 32)
+
+
+def test_wrong_labels_and_unequal_classes_within_a_budget(tmp_path, fewer):
+    """Suspects are left out and listed, and classes share what fits in equal numbers."""
+    draw = np.random.default_rng(0)
+    true = np.repeat(np.arange(4), (160, 120, 80, 40))
+    labels = np.where(draw.random(400) < 0.2, (true + 1) % 4, true)
+    np.save(tmp_path / "features.npy", (6 * np.eye(8)[true] + draw.normal(size=(400, 8))).astype(np.float32))
+    data = [(image, int(label)) for (image, _), label in zip(photos(400, None), labels, strict=True)]
+    features = FeatureConfig(encoder=str(tmp_path / "features.npy"))
+    quality, encoding = QualityConfig(drop_worst="auto"), EncodingConfig("webp", quality=30)
+    settings = QuantizeConfig(
+        max_bytes=40_000,
+        quality=quality,
+        encoding=encoding,
+        features=features,
+        selection=SelectionConfig(balance="equal"),
+    )
+    info = made(tmp_path, data, settings)
+    kept, suspects = load_selection(info.path).index, info.suspects
+    assert 0.85 * 40_000 <= info.bytes <= 40_000
+    assert not set(kept.tolist()) & set(suspects.index.tolist())
+    wrong = labels != true
+    assert 0.15 * 400 < len(suspects) < 0.35 * 400
+    assert wrong[kept.numpy()].mean() < 0.03 < wrong.mean()
+    counts = np.bincount(labels[kept.numpy()])
+    left = np.bincount(labels[np.setdiff1d(np.arange(400), suspects.index.numpy())])
+    assert all(count in (counts.max(), counts.max() - 1, most) for count, most in zip(counts, left, strict=True))
+    again = made(tmp_path, data, settings)
+    assert again.reused
+    assert again.suspects.index.tolist() == suspects.index.tolist()
 
 
 def test_rows_of_text(tmp_path, features, caplog):
@@ -178,7 +259,10 @@ def test_the_data_module_trains_on_what_is_stored(tmp_path, features, fewer):
         lambda: QuantizeConfig(max_bytes="many"),
         lambda: QuantizeConfig(max_bytes=0),
         lambda: QuantizeConfig(max_bytes="1MB", store="indices"),
-        lambda: QuantizeConfig(max_bytes="1MB", patches=PatchConfig(drop_ratio=0.2)),
+        lambda: QuantizeConfig(max_bytes="1MB", patches=PatchConfig(drop_ratio=0.2, max_bytes=10)),
+        lambda: QuantizeConfig(
+            max_bytes="1MB", patches=PatchConfig(drop_ratio=0.2), encoding=EncodingConfig(longest_side=9)
+        ),
         lambda: quantize(photos(10), QuantizeConfig(encoding=EncodingConfig(quality=50))),
         lambda: EncodingConfig("jpeg", quality=0),
         lambda: EncodingConfig("gif"),

@@ -15,6 +15,7 @@ from dq_lightning.core.config import (
     FeatureConfig,
     OnError,
     PatchConfig,
+    Preset,
     QualityConfig,
     QuantizeConfig,
     SelectionConfig,
@@ -40,6 +41,7 @@ def quantize_dataset(
     scores: str | None = None,
     drop_worst: float | Literal["auto"] | None = None,
     balance: Balance | None = None,
+    preset: Preset | None = None,
     features: FeatureConfig = FeatureConfig(),  # noqa: B008 (frozen)
     bins: BinConfig = BinConfig(),  # noqa: B008
     selection: SelectionConfig = SelectionConfig(),  # noqa: B008
@@ -87,6 +89,8 @@ def quantize_dataset(
         drop_worst: share of each class that is left out for its low scores, or auto for the samples whose labels seem
             wrong; short for quality.drop_worst. With output, they are listed in suspects.csv.
         balance: proportional, sqrt or equal shares of the classes; short for selection.balance.
+        preset: published for the paper's way of choosing, whatever the defaults are (ten bins, a uniform draw, no sample
+            or patch left out).
         features: settings of station 1, which turns samples into feature vectors.
         bins: settings of station 2, which splits every class into bins.
         selection: settings of station 3, which draws samples from the bins.
@@ -130,6 +134,7 @@ def quantize_dataset(
         "balance": balance,
         "scores": scores,
         "drop_worst": drop_worst,
+        "preset": preset,
     }
     config = replace_fields(config, {SHORT_FORMS[name]: value for name, value in short.items()})
     from dq_lightning.commands.opening import open_dataset

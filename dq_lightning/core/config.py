@@ -381,6 +381,9 @@ class TextConfig(JsonFields):
 class EncodingConfig(JsonFields):
     """How whole images are stored in a packed set. What is stored is what is trained on.
 
+    Under `max_bytes` with a `drop_ratio` it says how the kept patches are stored, unless `patches.codec` does: `"keep"`
+    then keeps their pixels exactly.
+
     Attributes:
         codec: `"keep"` stores images as the dataset has them; `"jpeg"` and `"webp"` encode them anew, unless their own
             file is smaller; `"auto"` lets `max_bytes` choose, and is `"keep"` without it.
@@ -415,6 +418,31 @@ class EncodingConfig(JsonFields):
         self._require("least_psnr", 0 <= self.least_psnr < float("inf"), "a number of at least 0")
 
 
+Preset = Literal["published"]
+# The paper's way of choosing (Zhou et al. 2023): exact graph cut in ten bins of each class, the same share of each bin
+# drawn uniformly, and nothing left out before or inside the images.
+PRESETS: dict[str, dict[str, Any]] = {
+    "published": {
+        "features.whiten": False,
+        "bins.num_bins": 10,
+        "bins.objective": "graph_cut",
+        "bins.maximizer": "naive",
+        "bins.similarity": "cosine",
+        "bins.lam": 1.0,
+        "bins.by_label": True,
+        "bins.clusters": None,
+        "bins.deduplicate": None,
+        "selection.draw": "seeded",
+        "selection.bin_weights": None,
+        "selection.balance": "proportional",
+        "quality.score": "none",
+        "quality.drop_worst": 0.0,
+        "patches.drop_ratio": 0.0,
+        "patches.max_bytes": None,
+    }
+}
+
+
 @dataclass(frozen=True)
 class QuantizeConfig(JsonFields):
     """All settings of Dataset Quantization, from features to the stored compact set.
@@ -435,8 +463,12 @@ class QuantizeConfig(JsonFields):
         encoding: how whole images are stored.
         max_bytes: bytes that the set may take, everything counted: a number, a size (`"15MB"`), or a share of the
             dataset's bytes (`"10%"`). The number of samples and, for images, codec, quality and longest side are then
-            chosen, unless they are fixed in `encoding`, or by `keep_ratio`. None sets no bound.
+            chosen, unless they are fixed in `encoding`, or by `keep_ratio`. Patches are dropped only where
+            `patches.drop_ratio` says so; what dropping a fifth of them would change is logged. None sets no bound.
         quality: which samples are left out before the bins, because their labels seem wrong or their scores are low.
+        preset: `"published"` is the paper's way of choosing, whatever the defaults are: the fields in
+            `core.config.PRESETS`, from ten bins to no dropped patch, have its values, and another value in one of them
+            is an error. Encoder and kind of features, ratio, seed and budget stay free. None changes nothing.
 
     Raises:
         ConfigError: a value is unknown or out of range, or settings contradict each other.
@@ -459,9 +491,22 @@ class QuantizeConfig(JsonFields):
     encoding: EncodingConfig = field(default_factory=EncodingConfig)
     max_bytes: int | str | None = None
     quality: QualityConfig = field(default_factory=QualityConfig)
+    preset: Preset | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._require("preset", self.preset is None or self.preset in PRESETS, '"published" or None')
+        for path, value in PRESETS.get(self.preset or "", {}).items():
+            owner, _, name = path.partition(".")
+            part: Any = getattr(self, owner)
+            if getattr(part, name) == value:
+                continue
+            if getattr(part, name) != getattr(type(part)(), name):
+                raise ConfigError(
+                    f"preset={self.preset!r} means {path}={value!r}, and {getattr(part, name)!r} was asked for: leave one of "
+                    "the two out"
+                )
+            object.__setattr__(self, owner, replace(part, **{name: value}))
         share = self.quality.drop_worst
         # Under a budget without a keep ratio, as many samples are kept as are left.
         keep_ratio = self.selection.share if self.max_bytes is None else self.selection.keep_ratio or 0.0
@@ -477,11 +522,31 @@ class QuantizeConfig(JsonFields):
                 raise ConfigError(
                     f'store="indices" copies nothing, so {name} has nothing to act on: leave one of them out'
                 )
-            if asked and self.patches.drops:
-                raise ConfigError(
-                    f"{name} stores images whole, and drop_ratio= drops patches: leave one of them out; "
-                    "config.patches.max_bytes bounds the bytes of patches"
-                )
+        if self.patches.drops:
+            self._check_patches()
+
+    def _check_patches(self) -> None:
+        """Raise ConfigError if settings of whole images and of dropped patches contradict each other."""
+        if self.max_bytes is None and self.encoding.encodes:
+            raise ConfigError(
+                "encoding.codec stores images whole, and drop_ratio= drops patches: leave one of them out; patches.codec is "
+                "the codec of the kept patches"
+            )
+        if self.max_bytes is not None and self.patches.max_bytes is not None:
+            raise ConfigError(
+                "max_bytes bounds the whole set and patches.max_bytes its patches: leave one of them out. With "
+                "drop_ratio= the first keeps this share of the patches, and as many samples as fit"
+            )
+        if self.max_bytes is not None and self.encoding.longest_side is not None:
+            raise ConfigError(
+                "encoding.longest_side reduces whole images, and drop_ratio= drops patches of images of their own size: "
+                "leave one of them out"
+            )
+        own = self.encoding.codec != "auto" or self.encoding.quality is not None
+        if self.max_bytes is not None and self.patches.codec != "auto" and own:
+            raise ConfigError(
+                f"patches.codec={self.patches.codec!r} fixes how patches are stored, and so does encoding: set one of them"
+            )
 
 
 # What a user may pass as `config=`.
@@ -544,6 +609,7 @@ SHORT_FORMS = {
     "max_bytes": "max_bytes",
     "store": "store",
     "on_error": "on_error",
+    "preset": "preset",
 }
 
 

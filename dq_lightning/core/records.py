@@ -349,8 +349,9 @@ class StoreInfo:
         num_unreadable: number of samples of the whole dataset that could not be read and were skipped, with
             `on_error="skip"`.
         encoding: how the images were encoded anew: `codec`, `quality`, `longest_side` in pixels, `psnr` in dB (estimated
-            from a few images; None if nothing was lost or it was not measured), and the budget `max_bytes` in bytes or
-            None; None for a set whose samples are stored as the dataset has them.
+            from a few images, of the kept pixels alone where patches are dropped; None if nothing was lost or it was
+            not measured), and the budget `max_bytes` in bytes or None; None for a set whose samples are stored as the
+            dataset has them.
         suspects: samples of the whole dataset that were left out because of their scores, such as those whose labels
             seem wrong; None if none were looked for.
 

@@ -4,7 +4,8 @@ The rule: of the settings whose images come back with at least `least_psnr`, the
 the budget is taken, and of those that keep equally many the one with the smallest error.
 
 So a growing budget first brings more samples, each as coarse as the floor allows, and once all samples are kept, finer
-images. Nothing in this file reads data.
+images. Patches are dropped only where the user gave a drop ratio: that takes a pass of a classifier over the images
+and a filled copy of them, so what it would change is told and not done. Nothing in this file reads data.
 """
 
 import math
@@ -22,12 +23,14 @@ class ByteSetting:
     """One way to store a sample, and what it costs.
 
     Attributes:
-        codec: `"keep"` (as the dataset has it), `"jpeg"` or `"webp"`.
-        quality: quality of the codec, 1 to 100; None for `"keep"`.
+        codec: `"keep"` (as the dataset has it), `"jpeg"` or `"webp"`, with dropped patches also `"raw"` or `"png"`.
+        quality: quality of JPEG and WebP, 1 to 100; else None.
         longest_side: longest side in pixels that larger images are reduced to; None keeps every size.
         sample_bytes: mean bytes of a sample in the store, everything that grows with the number of samples included.
         psnr: peak signal-to-noise ratio in dB, of the mean squared error of the images after they are scaled back to
-            their own size; infinite if nothing is lost.
+            their own size; infinite if nothing is lost. With dropped patches it is that of the kept pixels.
+        drop_ratio: share of the patches of each image that is dropped.
+        own_share: share of the images that keep the dataset's own file, because it is no larger than a new one.
     """
 
     codec: str
@@ -35,13 +38,23 @@ class ByteSetting:
     longest_side: int | None
     sample_bytes: float
     psnr: float = math.inf
+    drop_ratio: float = 0.0
+    own_share: float = 0.0
 
     def describe(self) -> str:
         """Return the setting in a few words, for instance `JPEG 75 at most 256 px`."""
         if self.codec == "keep":
             return "the dataset's own bytes"
         side = "" if self.longest_side is None else f" at most {self.longest_side} px"
-        return f"{self.codec.upper()} {self.quality}{side}"
+        quality = "" if self.quality is None else f" {self.quality}"
+        own = f" ({self.own_share:.0%} of them as their own smaller files)" if self.own_share else ""
+        dropped = f" without {self.drop_ratio:.4g} of their patches" if self.drop_ratio else ""
+        return f"{self.codec.upper()}{quality}{side}{own}{dropped}"
+
+    @property
+    def family(self) -> tuple[str, int | None, float]:
+        """Codec, side and drop ratio, without the quality."""
+        return self.codec, self.longest_side, self.drop_ratio
 
 
 @dataclass(frozen=True)
@@ -59,14 +72,18 @@ class BytePlan:
     others: tuple[tuple[ByteSetting, int], ...] = ()
 
     def describe(self, total: int) -> str:
-        """Return one line for the log: the choice, and the three next best settings.
+        """Return one line for the log: the choice, and the best of up to three other codecs or sides.
 
         Args:
             total: number of samples of the whole dataset.
         """
-        told = [_told(one, count) for one, count in self.others[:3]]
+        best: dict[tuple[str, int | None, float], tuple[ByteSetting, int]] = {}
+        for one, count in self.others:
+            if one.family != self.setting.family:
+                best.setdefault(one.family, (one, count))
+        told = [told_setting(*pair) for pair in list(best.values())[:3]]
         instead = f"; instead of {', or '.join(told)}" if told else ""
-        return f"{_told(self.setting, self.num_samples)} of {total:,}{instead}"
+        return f"{told_setting(self.setting, self.num_samples, total)}{instead}"
 
 
 def plan_bytes(
@@ -129,6 +146,8 @@ def plan_bytes(
     return BytePlan(chosen, count_of(chosen), tuple((setting, count_of(setting)) for setting in ranked[1:]))
 
 
-def _told(setting: ByteSetting, count: int) -> str:
+def told_setting(setting: ByteSetting, count: int, total: int | None = None) -> str:
+    """Return what a setting gives as text: samples (of a total), codec, bytes and error."""
     error = "exact" if math.isinf(setting.psnr) else f"{setting.psnr:.1f} dB"
-    return f"{count:,} samples as {setting.describe()} ({setting.sample_bytes:,.0f} bytes each, {error})"
+    of = "" if total is None else f" of {total:,}"
+    return f"{count:,}{of} samples as {setting.describe()} ({setting.sample_bytes:,.0f} bytes each, {error})"

@@ -53,7 +53,8 @@ STEPS = (
 # Under a budget of bytes the number of samples follows from what they take, so that step draws them itself.
 FITTING_STEPS = (
     *STEPS[:2],
-    Step("store", STORE, (BINS,), make_fitting_store, partial(open_compact, parts={}, reused=False)),
+    Step("store", STORE, (BINS,), make_fitting_store, STEPS[4].read, check=check_saliency),
+    STEPS[5],
 )
 # So many times a run walks back at most, because entries keep being removed or damaged while it works.
 MAX_WALKS = 5

@@ -184,11 +184,19 @@ def open_compact(
 
 
 def _read_selection(path: Path, described: dict[str, Any]) -> Selection:
-    """Read the selection of an entry. A store that is to take few bytes has it in its samples alone."""
+    """Read the selection of an entry.
+
+    A store that is to take few bytes has it in its samples alone, and beside them a selection of no samples if any were
+    left out because of their scores.
+    """
+    left_out = None
     if (path / TENSORS_FILE).exists() or not (path / STORE_FILE).exists():
-        return read_selection(path)
+        left_out = read_selection(path)
+        if len(left_out) or not (path / STORE_FILE).exists():
+            return left_out
     samples = PackedDataset(path)
-    return Selection(samples.index, samples.bin, described.get("num_unreadable", 0))
+    suspects = None if left_out is None else left_out.suspects
+    return Selection(samples.index, samples.bin, described.get("num_unreadable", 0), suspects)
 
 
 def _check_described(described: dict[str, Any], selection: Selection) -> None:

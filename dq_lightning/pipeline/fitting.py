@@ -7,21 +7,29 @@ of one seed are a subset of more.
 
 import json
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from dq_lightning.cache.tensors import write_selection
 from dq_lightning.core.config import replace_fields
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import ConfigError
-from dq_lightning.core.records import Bins, Selection
+from dq_lightning.core.records import Bins, PatchChoice, Selection
 from dq_lightning.core.sizes import budget_bytes
+from dq_lightning.patches.score import split_scores
 from dq_lightning.pipeline.budget import BytePlan, plan_bytes
 from dq_lightning.pipeline.compact import write_description
 from dq_lightning.pipeline.encoding import described_setting, encoded_items
-from dq_lightning.pipeline.frontier import Frontier, measure_again, source_bytes
+from dq_lightning.pipeline.frontier import Frontier, source_bytes
 from dq_lightning.pipeline.packing import write_samples
+from dq_lightning.pipeline.patch_bytes import measure_bytes
+from dq_lightning.pipeline.patch_frontier import in_codec
+from dq_lightning.pipeline.patching import choose, image_place, packed_items, patches_of
 from dq_lightning.pipeline.plan import Plan
+from dq_lightning.pipeline.scoring import score_selection
 from dq_lightning.pipeline.selecting import chosen_selection, drawn_selection
 from dq_lightning.pipeline.step import Task, reading_again
 from dq_lightning.selection.allocate import count_kept
@@ -30,6 +38,8 @@ from dq_lightning.selection.allocate import count_kept
 MAX_ROUNDS = 8
 # What the manifest says of a file, and of the entry beside the parts of its key, in bytes at most.
 MANIFEST_FILE_BYTES, MANIFEST_BYTES = 160, 700
+# What the list of suspects takes, and each of them.
+SUSPECTS_BYTES, SUSPECT_BYTES = 2_000, 32
 
 
 def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
@@ -52,9 +62,11 @@ def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
     chosen = chosen_selection(task) if bins is None else None
     fixed = _fixed_count(plan) if chosen is None else len(chosen)
     present = len(plan.source) if bins is None else int((bins.assignment >= 0).sum())
-    room = budget - len(json.dumps(task.parts))
-    frontier = Frontier(plan, room, present if fixed is None else fixed, fixed is not None)
-    beside = frontier.fixed_bytes + len(json.dumps(task.parts))
+    left_out = None if bins is None else bins.suspects
+    beside = len(json.dumps(task.parts)) + (0 if left_out is None else SUSPECTS_BYTES + SUSPECT_BYTES * len(left_out))
+    frontier = Frontier(plan, budget - beside, present if fixed is None else fixed, fixed is not None, task.device)
+    scores = PatchScores(task)
+    beside += frontier.fixed_bytes
     settings, measured = frontier.settings, set[int]()
     selection, total = Selection(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int16)), 0
     for round_ in range(MAX_ROUNDS):
@@ -70,15 +82,16 @@ def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
             at = settings.index(byte_plan.setting)
             if at in measured:
                 break
+            frontier.adjust(at, measured)
             measured.add(at)
-            settings[at] = measure_again(plan, settings[at])
         if round_ == 0:
-            get_logger().info(f"max_bytes={budget:,}: {byte_plan.describe(present)}")
+            dropped = frontier.with_dropped_patches(byte_plan.setting)
+            get_logger().info(f"max_bytes={budget:,}: {byte_plan.describe(present)}{dropped}")
         if bins is not None:
             selection = drawn_selection(task, bins, byte_plan.num_samples / len(bins))
         elif chosen is not None:
             selection = chosen
-        total = _write(task, selection, byte_plan, budget)
+        total = _write(task, selection, byte_plan, budget, scores)
         if total <= budget:
             return
         # With what these samples took, the next plan has at least one sample less, or another setting.
@@ -96,23 +109,69 @@ def _fixed_count(plan: Plan) -> int | None:
     return None if ratio is None else count_kept(len(plan.source), ratio)
 
 
-def _write(task: Task, selection: Selection, byte_plan: BytePlan, budget: int) -> int:
+class PatchScores:
+    """Scores of the patches of samples, made once where a plan drops patches and a store is packed several times.
+
+    Args:
+        task: task of the step.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def choice(self, selection: Selection) -> tuple[PatchChoice, bool]:
+        """Return the kept patches of a selection, and whether all its images have one size.
+
+        Raises:
+            PatchError: the classifier cannot score patches.
+            SourceError: an image cannot be read.
+        """
+        plan, task = self._task.plan, self._task
+        new = torch.tensor([i for i in selection.index.tolist() if i not in self._known], dtype=torch.int64)
+        if len(new):
+            # Shards are kept of the first selection, which later ones hardly differ from.
+            shards = None if self._known else task.shards("saliency", part="saliency")
+            some = Selection(new, torch.zeros(len(new), dtype=torch.int16))
+            scored, sizes = score_selection(plan, some, device=task.device, progress=task.progress, shards=shards)
+            rows = split_scores(scored, sizes, patches_of(plan).patch_size)
+            self._known |= dict(zip(new.tolist(), zip(rows, sizes, strict=True), strict=True))
+        known = [self._known[i] for i in selection.index.tolist()]
+        sizes = torch.stack([size for _, size in known])
+        return choose(plan, selection, torch.cat([row for row, _ in known]), sizes), bool((sizes == sizes[:1]).all())
+
+
+def _write(task: Task, selection: Selection, byte_plan: BytePlan, budget: int, scores: PatchScores) -> int:
     """Write the entry with a setting, and return its bytes with the manifest that is still to come."""
-    plan, setting = task.plan, byte_plan.setting
-
-    def items(start: int) -> Any:
-        return encoded_items(plan, setting, selection.index, start)
-
+    plan, setting, facts = task.plan, byte_plan.setting, None
     size = round(setting.sample_bytes * len(selection))
     encoding = described_setting(setting, budget)
+    made_from = f"{selection.content_hash()} {json.dumps(encoding)}"
     with reading_again(plan):
-        made_from = f"{selection.content_hash()} {json.dumps(encoding)}"
-        write_samples(task, selection, items, size, made_from=made_from, squeeze=True)
+        if plan.patches is None:
+            items: Any = partial(encoded_items, plan, setting, selection.index)
+            write_samples(task, selection, items, size, made_from=made_from, squeeze=True)
+        else:
+            (choice, one_size), made = scores.choice(selection), in_codec(plan, setting)
+            write_samples(
+                task,
+                selection,
+                partial(packed_items, made, selection, choice),
+                size,
+                made_from=f"{made_from} {choice.content_hash()}",
+                squeeze=True,
+                image_place=list(image_place(plan)),
+                one_size=one_size,
+            )
+            facts = measure_bytes(made, selection, choice)
         task.check_unchanged()
+    if selection.suspects is not None:
+        # The samples hold the rest of the selection.
+        write_selection(task.folder, replace(selection, index=selection.index[:0], bin=selection.bin[:0]))
     kept = replace(
         plan,
         config=replace_fields(plan.config, {"selection.keep_ratio": len(selection) / len(plan.source)}),
     )
-    write_description(task.folder, kept, encoding=encoding, num_unreadable=selection.num_unreadable)
+    write_description(task.folder, kept, facts, encoding=encoding, num_unreadable=selection.num_unreadable)
     files = [path.stat().st_size for path in task.folder.iterdir()]
     return sum(files) + len(files) * MANIFEST_FILE_BYTES + MANIFEST_BYTES + len(json.dumps(task.parts))

@@ -3,9 +3,9 @@
 import io
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,14 +16,16 @@ from PIL import Image
 
 from dq_lightning.core.config import EncodingConfig
 from dq_lightning.core.errors import ConfigError, PatchError, StoreError
-from dq_lightning.core.records import StoredImage
+from dq_lightning.core.records import PatchedImage, StoredImage
 from dq_lightning.packed.file_stream import shared_starts, write_file
 from dq_lightning.packed.layouts import pixels_of
 from dq_lightning.packed.values import encode_value
 from dq_lightning.packed.writer import STORE_FILE, Item, write_packed
-from dq_lightning.pipeline.budget import ByteSetting
+from dq_lightning.pipeline.budget import ByteSetting, told_setting
 from dq_lightning.pipeline.encoding import as_image, encode_leaf, encoded_items, reduced
 from dq_lightning.pipeline.patch_bytes import owner_bytes
+from dq_lightning.pipeline.patch_frontier import TRIED_DROP_RATIO, PatchTrial, without_dull_patches
+from dq_lightning.pipeline.patch_plan import PatchPlan
 from dq_lightning.pipeline.patching import image_place
 from dq_lightning.pipeline.plan import Plan
 from dq_lightning.sources.items import at, evenly_spaced, plain_parts
@@ -33,10 +35,13 @@ SMALL_SIDE = 64
 # Settings are compared on so many images; the bytes of the chosen one are then measured on more.
 COMPARED = {"small": 96, "photo": 24}
 MEASURED = {"small": 1000, "photo": 200}
+# Of photos up to this many pixels are measured, and at least the number above.
+MEASURED_PIXELS = 40_000_000
 # Bytes and error change steadily with the quality, so the best one is found by bisection.
 QUALITIES: dict[str, Sequence[int]] = {
     "small": range(5, 97),
-    "photo": (10, 15, 20, 25, 30, 40, 50, 60, 70, 75, 80, 85, 90, 95),
+    # Qualities between these are measured where they may be chosen.
+    "photo": (10, 20, 30, 40, 50, 60, 70, 80, 86, 91, 95),
 }
 # A photo is tried at these shares of its longest side, too.
 SIDE_SHARES = (0.75, 0.5)
@@ -48,13 +53,15 @@ DESCRIPTION_BYTES = 4_500
 class Frontier:
     """What the settings of the codecs that `config.encoding` leaves open cost and lose, measured on a few samples.
 
-    Samples of text, and images without a known place in their sample, are stored as they are.
+    Samples of text, and images without a known place in their sample, are stored as they are. A plan that drops patches
+    is measured with its own share of them dropped, and the errors are those of the kept pixels.
 
     Args:
         plan: plan of the run.
         room: bytes that the store may take, apart from the parts of its key.
         wanted: number of samples that are kept if they fit.
         is_fixed: whether exactly so many are kept.
+        device: device that a classifier runs on, if patches are dropped by one.
 
     Attributes:
         settings: the settings that may be chosen: of each codec and side those that bisection looked at.
@@ -66,28 +73,182 @@ class Frontier:
         StoreError: a sample cannot be stored.
     """
 
-    def __init__(self, plan: Plan, room: int, wanted: int, is_fixed: bool) -> None:
-        self._wanted, self._is_fixed = wanted, is_fixed
+    def __init__(self, plan: Plan, room: int, wanted: int, is_fixed: bool, device: str) -> None:
+        self._wanted, self._is_fixed, self._device = wanted, is_fixed, device
         self._plan, self._fixed, self._size = plan, plan.config.encoding, _size_name(plan)
-        kept = ByteSetting("keep", None, None, 0.0)
-        sample_bytes, self.fixed_bytes, _ = _packed_bytes(plan, kept, _positions(plan, MEASURED[self._size]))
+        self._room, self._floor = float(room), self._fixed.least_psnr
+        self._few = _readable(plan, _positions(plan, COMPARED[self._size]))
+        self._images: list[tuple[Any, Any]] = []
         self.settings: list[ByteSetting] = []
-        if self._fixed.codec in ("auto", "keep"):
-            self.settings.append(replace(kept, sample_bytes=sample_bytes))
-        few = _positions(plan, COMPARED[self._size])
-        self._images = _images(plan, few) if self._fixed.codec != "keep" else []
+        self.fixed_bytes = 0
         # Bytes of a sample beside the file of its image.
         self._beside: float | None = None
-        self._few, self._room, self._floor = few, room - self.fixed_bytes, self._fixed.least_psnr
+        # What gives a setting its bytes and its error on the few samples.
+        self._measure: Callable[[ByteSetting], ByteSetting] = self._measured
+        if plan.patches is None:
+            self._measure_whole()
+        else:
+            self._measure_patches(plan.patches)
+
+    def _measure_whole(self) -> None:
+        plan = self._plan
+        kept = ByteSetting("keep", None, None, 0.0)
+        many = _readable(plan, _positions(plan, self._number_measured()))
+        sample_bytes, self.fixed_bytes = _packed_bytes(plan, many, encoded_items(plan, kept, torch.tensor(many)))
+        self._room -= self.fixed_bytes
+        if self._fixed.codec in ("auto", "keep"):
+            self.settings.append(replace(kept, sample_bytes=sample_bytes))
+        self._images = _images(plan, self._few) if self._fixed.codec != "keep" else []
         codecs = ("jpeg", "webp") if self._fixed.codec == "auto" else (self._fixed.codec,)
         for side in _sides(self._fixed, self._size, self._images):
             for codec in codecs if self._images and self._may_win(side) else ():
-                self._search(codec, side)
+                self._search(ByteSetting(codec, None, side, 0.0))
         if not self.settings:
             raise ConfigError(
                 f"encoding.codec={self._fixed.codec!r} encodes 8-bit grey or RGB images, and {plan.source.describe()} has "
                 "none: leave it out"
             )
+
+    def _measure_patches(self, patches: PatchPlan) -> None:
+        trial, ratio = PatchTrial(self._plan, self._few, self._device), patches.config.drop_ratio
+        self._measure = partial(self._patched, trial)
+        lossless = ("raw",) if self._size == "small" else ("png",)
+        codecs: tuple[str, ...] = (self._fixed.codec,)
+        if patches.config.codec != "auto":
+            codecs = (patches.config.codec,)
+        elif self._fixed.codec in ("auto", "keep"):
+            codecs = lossless if self._fixed.codec == "keep" else (*lossless, "jpeg", "webp")
+        for codec in codecs:
+            one = ByteSetting(codec, None, None, 0.0, drop_ratio=ratio)
+            if codec in ("raw", "png"):
+                self.settings.append(self._patched(trial, one))
+            else:
+                self._search(one)
+
+    def with_dropped_patches(self, chosen: ByteSetting) -> str:
+        """Return a sentence on what dropping a fifth of the patches would give in place of a chosen setting.
+
+        The patches of least variance are dropped on trial, and the error is that after harmonic filling. Samples that
+        are stored as they are, or with dropped patches already, give an empty text.
+
+        Args:
+            chosen: setting that was chosen.
+        """
+        if self._plan.patches is not None or chosen.codec == "keep" or chosen.longest_side is not None:
+            return ""
+        if self._size == "small" and self._fixed.codec == "auto":
+            # Patches of a few pixels are no blocks of a JPEG.
+            fine = [one for one in self.settings if one.codec == "webp" and one.psnr >= min(self._floor, chosen.psnr)]
+            chosen = max(fine, key=lambda one: (self._count(one), one.psnr), default=chosen)
+        height, width = pixels_of(self._images[0][0])[2].shape[:2]
+        trial = PatchTrial(without_dull_patches(self._plan, (height, width)), self._few, self._device, fills=True)
+        open_, quality = self._fixed.quality is None, chosen.quality
+        finer = [other for other in QUALITIES[self._size] if quality is not None and other > quality] if open_ else []
+
+        @cache
+        def at(number: int) -> ByteSetting:
+            one = replace(chosen, quality=[quality, *finer][number], drop_ratio=TRIED_DROP_RATIO, own_share=0.0)
+            return self._patched(trial, one)
+
+        most = self._count(at(0))
+        if most == self._wanted:
+            first = bisect_left(
+                range(1 + len(finer)), True, lo=1, key=lambda number: at(number).sample_bytes * most > self._room
+            )
+            told = at(first - 1)
+        else:
+            told = at(0)
+        return (
+            f"; dropping a fifth of the patches too, the dullest, would give {told_setting(told, most)[:-1]} after filling); "
+            "drop_ratio=0.2 does so by a classifier, in one more pass over the images"
+        )
+
+    def adjust(self, at: int, known: Collection[int]) -> None:
+        """Measure a setting on more samples, and correct what is known of other qualities of its codec and side.
+
+        Args:
+            at: number of the setting in `settings`.
+            known: numbers of the settings that were measured on more samples already.
+        """
+        old, new = self.settings[at], self.measure_again(self.settings[at])
+        self.settings[at] = new
+        if new.quality is None:
+            return
+        ratio = new.sample_bytes / old.sample_bytes
+        gain = new.psnr - old.psnr if math.isfinite(old.psnr) and math.isfinite(new.psnr) else 0.0
+        for number, other in enumerate(self.settings):
+            if other.family == new.family and number != at and number not in known:
+                self.settings[number] = replace(other, sample_bytes=other.sample_bytes * ratio, psnr=other.psnr + gain)
+
+        def is_too_large(setting: ByteSetting) -> bool:
+            return setting.sample_bytes * self._wanted > self._room
+
+        # Finer images may fit after all.
+        same = [one for one in self.settings if one.family == new.family and (one.quality or 0) > new.quality]
+        too_fine = min((one.quality or 0 for one in same if is_too_large(one)), default=new.quality)
+        fitting = max((one.quality or 0 for one in same if not is_too_large(one)), default=new.quality)
+
+        def key(quality: int) -> bool:
+            made = self._measure(replace(new, quality=quality))
+            made = replace(made, sample_bytes=made.sample_bytes * ratio, psnr=made.psnr + gain)
+            self.settings.append(made)
+            return is_too_large(made)
+
+        if not is_too_large(new):
+            bisect_left(range(fitting + 1, too_fine), True, key=key)
+
+    def measure_again(self, setting: ByteSetting) -> ByteSetting:
+        """Return a setting measured on more samples.
+
+        The bytes are two standard errors more than their mean, because a store that is too large is packed twice; the
+        squared error is one standard error more. Where all samples are measured, both are exact.
+        """
+        plan, many = self._plan, self._many
+        if plan.patches is None:
+            items: list[Item] = list(encoded_items(plan, setting, torch.tensor(many)))
+            mean, _ = _packed_bytes(plan, many, items)
+            if setting.codec == "keep":
+                return replace(setting, sample_bytes=mean)
+            leaves = [at(sample, image_place(plan)) for sample, _ in items]
+            sizes, errors, own_share = _measures(
+                _images(plan, many), [one for one in leaves if isinstance(one, StoredImage)]
+            )
+            setting = replace(setting, own_share=own_share)
+        else:
+            items = self._many_patched.items(setting)
+            mean, _ = _packed_bytes(plan, many, items)
+            images = [at(sample, image_place(plan)) for sample, _ in items]
+            sizes = [len(one.data) for one in images if isinstance(one, PatchedImage)]
+            errors = self._many_patched.errors(items)
+        share = math.sqrt(1 - len(many) / len(plan.candidates)) / math.sqrt(max(1, len(sizes)))
+        error = float(np.mean(errors) + np.std(errors) * share) if errors else 0.0
+        return replace(setting, sample_bytes=mean + 2 * float(np.std(sizes)) * share, psnr=_psnr(error))
+
+    @cached_property
+    def _many(self) -> list[int]:
+        return _readable(self._plan, _positions(self._plan, self._number_measured()))
+
+    @cached_property
+    def _many_patched(self) -> PatchTrial:
+        return PatchTrial(self._plan, self._many, self._device)
+
+    def _number_measured(self) -> int:
+        """Return how many samples the chosen setting is measured on: more of small photos than of large ones."""
+        if self._size == "small" or not self._few:
+            return MEASURED[self._size]
+        leaf = at(plain_parts(self._plan.source.plain(self._few[0])), image_place(self._plan))
+        shape = leaf.size if isinstance(leaf, Image.Image) else tuple(leaf.shape)
+        return min(MEASURED["small"], max(MEASURED["photo"], MEASURED_PIXELS // max(1, int(math.prod(shape)))))
+
+    def _patched(self, trial: PatchTrial, setting: ByteSetting) -> ByteSetting:
+        items = trial.items(setting)
+        sample_bytes, fixed = _packed_bytes(trial.plan, trial.positions, items)
+        if not self.fixed_bytes:
+            self.fixed_bytes = fixed
+            self._room -= fixed
+        errors = trial.errors(items)
+        psnr = _psnr(float(np.mean(errors))) if errors else math.inf
+        return replace(setting, sample_bytes=sample_bytes, psnr=psnr)
 
     def _may_win(self, side: int | None) -> bool:
         """Whether images of a smaller side can reach the floor, and more than what all samples fit with already."""
@@ -97,48 +258,66 @@ class Frontier:
         errors = [_error(pixels_of(leaf)[2], reduced(as_image(leaf), side)) for leaf, _ in self._images]
         return _psnr(float(np.mean(errors))) > max(self._floor, *fitting, 0.0)
 
-    def _search(self, codec: str, side: int | None) -> None:
-        """Measure the coarsest quality above the floor and the finest that all samples fit with."""
-        qualities = QUALITIES[self._size] if self._fixed.quality is None else (self._fixed.quality,)
+    def _search(self, one: ByteSetting) -> None:
+        """Measure the coarsest quality above the floor and the finest that all samples fit with.
+
+        Args:
+            one: a setting whose quality is to be found.
+        """
+        qualities: Sequence[int] = QUALITIES[self._size]
+        patches = self._plan.config.patches
+        if self._fixed.quality is not None or (one.drop_ratio and patches.codec != "auto"):
+            qualities = (patches.quality if self._fixed.quality is None else self._fixed.quality,)
 
         @cache
         def at(number: int) -> ByteSetting:
-            self.settings.append(self._measured(ByteSetting(codec, qualities[number], side, 0.0)))
+            self.settings.append(self._measure(replace(one, quality=qualities[number])))
             return self.settings[-1]
 
+        def too_large(number: int) -> bool:
+            return at(number).sample_bytes * self._wanted > self._room
+
         numbers = range(len(qualities))
+        finest = -1 if too_large(0) else bisect_left(numbers, True, lo=1, key=too_large) - 1
+        if finest >= 0 and at(finest).psnr >= self._floor:
+            at(max(0, finest - 1))  # in its place, should it be too large on more images
+            between = range(qualities[finest], qualities[min(finest + 1, len(qualities) - 1)])[1:]
+            self._between(one, between, lambda made: made.sample_bytes * self._wanted > self._room)
+            return
+        # Not all samples fit above the floor. If their number is fixed, they are kept below it.
         low = bisect_left(numbers, True, hi=len(numbers) - 1, key=lambda number: at(number).psnr >= self._floor)
-        at(min(low + 1, len(numbers) - 1))  # in place of the lowest, should it miss the floor on more images
-        if at(low).sample_bytes * self._wanted <= self._room:
-            bisect_left(numbers, True, lo=low, key=lambda number: at(number).sample_bytes * self._wanted > self._room)
-        elif self._is_fixed:
-            # Fixed samples are kept even below the floor.
-            bisect_left(numbers, True, hi=low, key=lambda number: at(number).sample_bytes * self._wanted > self._room)
-            at(0)
+        at(min(low + 1, len(numbers) - 1))  # in its place, should it miss the floor on more images
+        between = range(qualities[max(0, low - 1)], qualities[low])[1:]
+        self._between(one, between, lambda made: made.psnr >= self._floor)
+
+    def _between(self, one: ByteSetting, qualities: range, is_beyond: Callable[[ByteSetting], bool]) -> None:
+        """Measure qualities between two of the table, if their codec and side may be what is chosen."""
+
+        def best(settings: Sequence[ByteSetting]) -> tuple[int, float]:
+            fine = (setting for setting in settings if setting.psnr >= self._floor)
+            return max(((self._count(setting), setting.psnr) for setting in fine), default=(0, 0.0))
+
+        def key(quality: int) -> bool:
+            self.settings.append(self._measure(replace(one, quality=quality)))
+            return is_beyond(self.settings[-1])
+
+        own = [other for other in self.settings if other.family == one.family]
+        if best(own) >= best([other for other in self.settings if other.family != one.family]):
+            bisect_left(qualities, True, key=key)
+
+    def _count(self, setting: ByteSetting) -> int:
+        return min(self._wanted, math.floor(self._room / setting.sample_bytes))
 
     def _measured(self, setting: ByteSetting) -> ByteSetting:
         files = [encode_leaf(leaf, own, setting) for leaf, own in self._images]
-        sizes, errors = _sizes_and_errors(self._images, files)
+        sizes, errors, own_share = _measures(self._images, files)
         if self._beside is None:
-            self._beside = _packed_bytes(self._plan, setting, self._few)[0] - float(np.mean(sizes))
-        return replace(setting, sample_bytes=self._beside + float(np.mean(sizes)), psnr=_psnr(float(np.mean(errors))))
-
-
-def measure_again(plan: Plan, setting: ByteSetting) -> ByteSetting:
-    """Return a setting measured on more samples.
-
-    The bytes are two standard errors more than their mean, because a store that is too large is packed twice; the
-    squared error is one standard error more.
-    """
-    few = _positions(plan, MEASURED[_size_name(plan)])
-    mean, _, items = _packed_bytes(plan, setting, few)
-    if setting.codec == "keep":
-        return replace(setting, sample_bytes=mean)
-    leaves = [at(sample, image_place(plan)) for sample, _ in items]
-    sizes, errors = _sizes_and_errors(_images(plan, few), [one for one in leaves if isinstance(one, StoredImage)])
-    share = math.sqrt(1 - len(few) / len(plan.candidates)) / math.sqrt(len(sizes))
-    error = float(np.mean(errors) + np.std(errors) * share)
-    return replace(setting, sample_bytes=mean + 2 * float(np.std(sizes)) * share, psnr=_psnr(error))
+            packed, _ = _packed_bytes(
+                self._plan, self._few, encoded_items(self._plan, setting, torch.tensor(self._few))
+            )
+            self._beside = packed - float(np.mean(sizes))
+        sample_bytes = self._beside + float(np.mean(sizes))
+        return replace(setting, sample_bytes=sample_bytes, psnr=_psnr(float(np.mean(errors))), own_share=own_share)
 
 
 def source_bytes(plan: Plan) -> int:
@@ -204,16 +383,17 @@ def _sides(fixed: EncodingConfig, size: str, found: Sequence[tuple[Any, Any]]) -
     return [None, *(round(share * longest) for share in SIDE_SHARES)]
 
 
-def _sizes_and_errors(
+def _measures(
     found: Sequence[tuple[Any, Any]], files: Sequence[StoredImage | None]
-) -> tuple[list[int], list[float]]:
-    """Return the stored bytes of each file, and its mean squared error on the scale of 0 to 255."""
-    kept = [(leaf, file) for (leaf, _), file in zip(found, files, strict=True) if file is not None]
+) -> tuple[list[int], list[float], float]:
+    """Return the stored bytes of each file, its mean squared error from 0 to 255, and the share of the dataset's own."""
+    kept = [(leaf, own, file) for (leaf, own), file in zip(found, files, strict=True) if file is not None]
     errors = []
-    for leaf, file in kept:
+    for leaf, _, file in kept:
         with Image.open(io.BytesIO(file.data)) as opened:
             errors.append(_error(pixels_of(leaf)[2], opened))
-    return _sizes([file for _, file in kept]), errors
+    own_files = sum(own is not None and own.data == file.data for _, own, file in kept)
+    return _sizes([file for _, _, file in kept]), errors, own_files / max(1, len(kept))
 
 
 def _error(pixels: Any, image: Image.Image) -> float:
@@ -236,20 +416,22 @@ def _sizes(files: Sequence[StoredImage]) -> list[int]:
     return [size + (1 if size < 128 else 2 if size < 1 << 14 else 3) for size in sizes]
 
 
-def _packed_bytes(plan: Plan, setting: ByteSetting, positions: Sequence[int]) -> tuple[float, int, list[Item]]:
-    """Pack a few samples; return the mean bytes of one, the bytes that any number of them takes, and the samples."""
-    readable = [position for position, _ in readable_items(plan.source, positions)]
-    items: list[Item] = list(encoded_items(plan, setting, torch.tensor(readable, dtype=torch.int64)))
+def _readable(plan: Plan, positions: Sequence[int]) -> list[int]:
+    return [position for position, _ in readable_items(plan.source, positions)]
+
+
+def _packed_bytes(plan: Plan, positions: Sequence[int], items: Iterable[Item]) -> tuple[float, int]:
+    """Pack a few samples; return the mean bytes of one, and the bytes that any number of them takes."""
     with TemporaryDirectory(prefix="dq_lightning-", ignore_cleanup_errors=True) as folder:
         write_packed(
             Path(folder),
             items,
-            ids=[plan.source.sample_id(position) for position in readable],
-            index=torch.tensor(readable, dtype=torch.int64),
-            bins=torch.zeros(len(readable), dtype=torch.int16),
+            ids=[plan.source.sample_id(position) for position in positions],
+            index=torch.tensor(positions, dtype=torch.int64),
+            bins=torch.zeros(len(positions), dtype=torch.int16),
             attributes={"source": plan.source.describe()},
             squeeze=True,
         )
         sizes = {path.name: path.stat().st_size for path in Path(folder).iterdir()}
     fixed = sizes[STORE_FILE] + NPY_HEADER_BYTES * sum(name.endswith(".npy") for name in sizes)
-    return (sum(sizes.values()) - fixed) / max(1, len(readable)), fixed + DESCRIPTION_BYTES, items
+    return (sum(sizes.values()) - fixed) / max(1, len(positions)), fixed + DESCRIPTION_BYTES

@@ -65,11 +65,13 @@ def choose(plan: Plan, selection: Selection, scores: Tensor, sizes: Tensor) -> P
     )
 
 
-def packed_items(plan: Plan, selection: Selection, choice: PatchChoice, start: int = 0) -> Iterator[Item]:
+def packed_items(
+    plan: Plan, selection: Selection, choice: PatchChoice, start: int = 0, *, warns: bool = True
+) -> Iterator[Item]:
     """Yield the kept samples from number `start` on, each with the kept patches of its image in place of the image.
 
     An image that cannot be cut into patches, because its mode is neither RGB nor L, stays whole; a warning at the end
-    counts such images.
+    counts such images if `warns` is set.
     """
     place, whole = image_place(plan), []
     for packed in _packed_images(plan, selection, choice, start):
@@ -78,7 +80,7 @@ def packed_items(plan: Plan, selection: Selection, choice: PatchChoice, start: i
             yield packed.sample, plan.source.encoded(packed.position)
         else:
             yield with_value(packed.sample, place, packed.image), None
-    if whole:
+    if whole and warns:
         named = ", ".join(map(str, whole[:NAMED_SAMPLES])) + (", ..." if len(whole) > NAMED_SAMPLES else "")
         get_logger().warning(
             f"{len(whole):,} images are stored whole, because patches can only be kept of RGB and grey images (samples "

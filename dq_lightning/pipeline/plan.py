@@ -248,8 +248,9 @@ def station_parts(plan: Plan, source: str, identities: dict[str, str]) -> Parts:
         store = parts[PATCHES] | {"stored_patches": plan.patches.store_parts()}
     parts[STORE] = store | {"store": plan.store_kind, "store_version": version[STORE]}
     if plan.config.max_bytes is not None:
-        # The number of samples follows from the budget, so there is no selection apart from the store.
+        # The number of samples follows from the budget, so there are no selection and no scores apart from the store.
         del parts[SELECTION]
+        parts.pop(PATCHES, None)
         parts[STORE] |= {"max_bytes": plan.config.max_bytes, "budget_version": version[BUDGET]}
     if plan.config.max_bytes is not None or plan.config.encoding.encodes:
         parts[STORE]["encoding"] = plan.config.encoding.to_dict()

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from dq_lightning.cache.entries import Cache, default_cache_dir
 from dq_lightning.cache.tensors import read_bins, read_features
-from dq_lightning.core.config import AnyConfig, OnError, QuantizeConfig, VerifyPolicy
+from dq_lightning.core.config import AnyConfig, OnError, Preset, QuantizeConfig, VerifyPolicy
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.core.records import Bins, Features, StoreInfo
@@ -30,6 +30,7 @@ def quantize(
     indices: Indices = None,
     scores: Any = None,
     drop_worst: float | Literal["auto"] | None = None,
+    preset: Preset | None = None,
     cache_dir: str | Path | None = None,
     device: str = "auto",
     fingerprint: str | None = None,
@@ -57,6 +58,7 @@ def quantize(
             which it is the short form.
         drop_worst: share of each class that is left out for its low scores, or `"auto"`; short form of
             `config.quality.drop_worst`. None uses the value of the config.
+        preset: `"published"` for the paper's way of choosing; short form of `config.preset`.
         cache_dir: folder of the cache; None uses `DQ_LIGHTNING_CACHE` or the platform's cache folder.
         device: device that the networks and the bins run on: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, ...
         fingerprint: identity of the dataset given by the user, in place of the digest of its content.
@@ -91,6 +93,7 @@ def quantize(
         indices=indices,
         scores=scores,
         drop_worst=drop_worst,
+        preset=preset,
         fingerprint=fingerprint,
         on_error=on_error,
     )

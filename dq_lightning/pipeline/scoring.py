@@ -71,12 +71,14 @@ def score_selection(
 def check_saliency(plan: Plan, device: str) -> None:
     """Check before the long work that the classifier can score patches, by scoring two images of noise.
 
+    Nothing is checked where all patches are kept.
+
     Raises:
         PatchError: the target layer of the classifier cannot be found, or the classifier fails on the images.
         FeatureError: the weights of the classifier cannot be found.
     """
-    patches = patches_of(plan)
-    if patches.classifier is None:
+    patches = plan.patches
+    if patches is None or patches.classifier is None:
         return
     target, labels = resolve_device(device), plan.labels
     try:

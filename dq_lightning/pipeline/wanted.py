@@ -9,6 +9,7 @@ from dq_lightning.core.config import (
     AnyConfig,
     Balance,
     OnError,
+    Preset,
     QuantizeConfig,
     StoreKind,
     with_short_forms,
@@ -30,6 +31,7 @@ class Choices(TypedDict, total=False):
     scores: Any
     drop_worst: float | Literal["auto"] | None
     balance: Balance | None
+    preset: Preset | None
     store: StoreKind | None
     fingerprint: str | None
 
