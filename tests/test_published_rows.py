@@ -1,4 +1,4 @@
-"""Every row of the README's table for people who come from the published scripts, run as it is written, on small real data."""
+"""Every row of the table in docs/published.md is run as it is written, on small real data."""
 
 import json
 import lzma
@@ -11,7 +11,7 @@ from PIL import Image
 from dq_lightning import cli
 from dq_lightning.demo.sample_data import SampleCIFAR10
 from dq_lightning.selection.given import read_index
-from tests.readme_table import published_rows, words
+from tests.published_table import published_rows, words
 from tests.test_examples import run, write_small_cifar10
 
 IMAGES = ("quantize_sample.py", "quantize_bin.py", "quantize_pixel.py", "the three at once", "validate_cifar.py")

@@ -6,9 +6,11 @@ import shlex
 from pathlib import Path
 
 import dq_lightning
+from dq_lightning import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks" / "README.md"])
 
 
 def test_there_are_exactly_two_set_up_lines():
@@ -26,21 +28,44 @@ def test_ci_runs_the_test_line_of_the_readme():
 
 
 def test_python_blocks_parse_and_import_public_names():
-    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+    texts = "\n".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
+    for block in re.findall(r"```python\n(.*?)```", texts, re.DOTALL):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and node.module == "dq_lightning":
                 assert all(hasattr(dq_lightning, alias.name) for alias in node.names)
 
 
 def test_named_files_exist():
-    for document in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"):
-        text = (ROOT / document).read_text(encoding="utf-8")
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
         for name in re.findall(r"`((?:examples|benchmarks|tests|dq_lightning)/[\w/.]+\.(?:py|md))`", text):
             assert (ROOT / name).is_file(), f"{document} names {name}"
 
 
+def test_relative_links_lead_to_files():
+    """Links work on the repository's own pages; the build of the site also follows those to headings."""
+    found = 0
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)\s]*)?\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document} links to {target}"
+            found += 1
+    assert found > 30
+
+
+def test_the_reference_has_every_public_name_and_command():
+    folder = ROOT / "docs" / "reference"
+    text = (folder / "api.md").read_text(encoding="utf-8") + (folder / "settings.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^\.\. auto(?:class|function|exception):: (\w+)$", text, re.MULTILINE))
+    assert documented == set(dq_lightning.__all__)
+    shown = re.findall(
+        r"^```\{command-help\} ([\w-]+)$", (folder / "commands.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert shown == list(cli.COMMANDS)
+
+
 def test_the_tests_behind_the_promises_exist():
-    table = README.split("## Promises")[1].split("\n\n")[1]
+    page = (ROOT / "docs" / "explanation" / "promises.md").read_text(encoding="utf-8")
+    table = next(part for part in page.split("\n\n") if part.startswith("| promise"))
     folder, named = "tests", 0
     for name in re.findall(r"`([\w/.:]+?)(?:\.\.\.)?`", table):
         path, _, function = name.partition("::")

@@ -16,7 +16,7 @@ from dq_lightning.core.errors import StoreError
 from dq_lightning.demo.sample_data import SampleCIFAR10
 from dq_lightning.exports.published import open_image_folder
 from tests import warm_processes
-from tests.readme_table import words
+from tests.published_table import words
 from tests.test_examples import EXAMPLES, run, write_small_cifar10
 
 QUIET = ["--accelerator", "cpu", "--num_workers", "0", "--quiet"]
@@ -94,7 +94,7 @@ def photos(shared_dir, tmp_path):
 
 
 def test_imagenet_recipe_on_small_photos(photos, tmp_path):
-    """The README's command, at a small size."""
+    """The command of docs/published.md, at a small size."""
     np.save(tmp_path / "rows.npy", np.arange(0, 36, 3))
     photos.rename(tmp_path / "data_imagenet")
     # the images of the file alone, as `dq-lightning reconstruct` writes them; photos need no encoder for that, and no network

@@ -66,7 +66,7 @@ def make_bins(
             `"sum_redundancy"` or `"feature_based"`.
         maximizer: greedy algorithm: `"naive"`, `"lazy"`, `"stochastic"` or `"approximate_lazy"`.
         similarity: `"cosine"` is 1/2 + cos/2 (the cosine with a zero vector is 0), `"dot"` is the inner product and
-            `"rbf"` is exp(-gamma |a - b|^2).
+            `"rbf"` is `exp(-gamma |a - b|^2)`.
         lam: weight of representativeness against diversity in the graph cut.
         clusters: number of k-means clusters that every group is split into before bins are made inside each cluster;
             `Bins.group` then numbers the clusters 0, 1, ... across all labels. None makes no clusters.

@@ -191,7 +191,7 @@ class BinConfig(JsonFields):
             dataset.
         clusters: number of k-means clusters that every group is split into before bins are made inside each cluster;
             None does not split the groups.
-        gamma: factor in the radial basis function exp(-gamma |a - b|^2); None means one over the mean squared distance.
+        gamma: factor in the radial basis function `exp(-gamma |a - b|^2)`; None means one over the mean squared distance.
         epsilon: accuracy of the maximizer `"stochastic"`: probability that its sample misses the best gain, between 0
             and 1.
         beta: accuracy of the maximizer `"approximate_lazy"`: share of the best gain that is good enough, 0 < beta <= 1.

@@ -1,4 +1,4 @@
-"""The commands of the README's table "Coming from the published scripts", word by word."""
+"""The commands of the first table in docs/published.md, word by word."""
 
 import re
 import shlex
@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def published_rows() -> dict[str, str]:
     """The first command of every row, by what it replaces."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "published.md").read_text(encoding="utf-8")
     table = text.split("| published | here |")[1].split("\n\n")[0]
     rows = re.findall(r"^\| (.+?) \| `(.+?)`.*\|$", table, re.MULTILINE)
     return {name.replace("`", ""): command for name, command in rows}

@@ -1,0 +1,80 @@
+"""How the documentation is built: `python -m sphinx -W --keep-going docs build/docs`.
+
+Nothing is fetched while it is built or read: formulas become MathML, and no page loads a script from elsewhere.
+"""
+
+import os
+from contextlib import redirect_stdout, suppress
+from importlib.metadata import version as version_of
+from io import StringIO
+from typing import Any
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+project = "dq_lightning"
+author = "The dq_lightning authors"
+project_copyright = "the dq_lightning authors"
+release = version_of("dq-lightning")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "dq_lightning"
+html_show_copyright = False
+html_copy_source = False
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+html_math_renderer = "mathml"
+
+# A name in backticks becomes a link where the reference has it, and is code elsewhere.
+default_role = "py:obj"
+add_module_names = False
+python_use_unqualified_type_names = True
+maximum_signature_line_length = 100
+autodoc_member_order = "bysource"
+napoleon_numpy_docstring = False
+# Fields are listed in the docstring of their class, and not once more as members.
+napoleon_use_ivar = True
+
+
+class CommandHelp(SphinxDirective):
+    """Shows what `dq-lightning COMMAND --help` prints; the argument is the name of the command."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Return a literal block with the printed text."""
+        from dq_lightning.cli import main
+
+        printed = StringIO()
+        with redirect_stdout(printed), suppress(SystemExit):
+            main([self.arguments[0], "--help"])
+        text = printed.getvalue().strip()
+        if "usage:" not in text:
+            raise self.error(f"dq-lightning {self.arguments[0]} --help printed {text[:200]!r}")
+        return [nodes.literal_block(text, text, language="none")]
+
+
+def inline_formula(writer: Any, node: nodes.math) -> None:
+    """Write a formula in a line of text as MathML."""
+    writer.body.append(tex2mathml(node.astext(), as_block=False))
+    raise nodes.SkipNode
+
+
+def displayed_formula(writer: Any, node: nodes.math_block) -> None:
+    """Write a formula on lines of its own as MathML."""
+    writer.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>\n')
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> None:
+    """Register the formulas and the directive `command-help`."""
+    os.environ["COLUMNS"] = "110"  # the width of the printed help
+    app.add_html_math_renderer(
+        "mathml", inline_renderers=(inline_formula, None), block_renderers=(displayed_formula, None)
+    )
+    app.add_directive("command-help", CommandHelp)
