@@ -19,7 +19,7 @@ from PIL import Image
 
 from dq_lightning.core.arrays import TENSOR_DTYPES, plain_shape
 from dq_lightning.core.errors import StoreError
-from dq_lightning.core.records import ImageLayout, PatchedImage, StoredImage
+from dq_lightning.core.records import Grid, ImageLayout, PatchedImage, StoredImage
 from dq_lightning.packed.file_stream import MAX_START_BYTES, MAX_STARTS, Start, shared_starts
 from dq_lightning.packed.images import MODE_BITS, image_from_raw, is_plain, raw_bytes_of
 from dq_lightning.packed.patch_stream import MAX_PROPERTIES_BYTES, check_facts, shared_heads
@@ -181,7 +181,7 @@ def file_facts(dtype: str) -> tuple[str, str, bool]:
 
 def _mask_bytes(leaf: Leaf) -> int:
     height, width, patch_size, _ = leaf.shape
-    return -(-(-(-height // patch_size) * -(-width // patch_size)) // 8)
+    return -(-Grid(height, width, patch_size).num_patches // 8)
 
 
 def leaf_bytes(value: Any, leaf: Leaf) -> bytes:

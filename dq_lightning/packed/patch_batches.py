@@ -29,7 +29,7 @@ class BatchDecoder:
         self.whole: PatchedImage = leaf_reader(leaf)(bytes(leaf.row_bytes))
         self.mask_bytes = len(self.whole.mask)
         bare = layout_of(self.whole)
-        count = leaf.shape[3] // (bare.patch**2 * bare.channels)
+        count = leaf.shape[3] // (bare.patch_size**2 * bare.channels)
         self.layout = replace(bare, count=count)
         self.give_properties = properties_setter(leaf.properties)
 
@@ -53,7 +53,7 @@ class BatchDecoder:
         good = masks.sum(1) == count
         masks = masks[:, : self.whole.num_patches]
         good &= masks.sum(1) == count
-        if data.shape[1] != count * layout.patch**2 * layout.channels or not good.any():
+        if data.shape[1] != count * layout.patch_size**2 * layout.channels or not good.any():
             return [None] * len(rows)
         if good.all():
             return self._values(_place_all(data, masks, layout))
@@ -74,8 +74,8 @@ class BatchDecoder:
 
 def _place_all(data: Pixels, masks: np.ndarray[Any, np.dtype[np.bool_]], layout: Layout) -> Pixels:
     """Arrange pixels [B, k * P * P * C] with masks [B, L], which keep k patches each, as filled images [B, H, W, C]."""
-    rows, columns = layout.grid
-    patch, channels, batch = layout.patch, layout.channels, len(data)
+    rows, columns = layout.rows, layout.columns
+    patch, channels, batch = layout.patch_size, layout.channels, len(data)
     run = np.dtype((np.void, patch * channels))
     whole = np.empty((batch, layout.height, layout.width, channels), np.uint8)
     cells = whole.reshape(batch, rows, patch, columns, patch * channels).view(run)[..., 0].swapaxes(2, 3)

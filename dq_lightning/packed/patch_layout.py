@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dq_lightning.core.errors import StoreError
-from dq_lightning.core.records import MAX_PIXELS
+from dq_lightning.core.records import MAX_PIXELS, Grid
 
 # A longer strip is divided into several rows, because JPEG allows at most 65,500 pixels per side.
 MAX_STRIP_SIDE = 65_500
@@ -23,14 +23,11 @@ Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Sizes of an image's grid, and of the strip that holds its kept patches.
+class Layout(Grid):
+    """The grid of patches over an image, and the strip that holds its kept patches.
 
     Attributes:
-        height: height of the image in pixels.
-        width: width of the image in pixels.
         channels: C, number of channels.
-        patch: P, side of a patch in pixels.
         side: side of a cell of the strip in pixels, at least P.
         count: k, number of kept patches.
 
@@ -38,31 +35,23 @@ class Layout:
         StoreError: if the padded image or the strip would be too large.
     """
 
-    height: int
-    width: int
     channels: int
-    patch: int
     side: int
     count: int
 
     def __post_init__(self) -> None:
-        rows, columns = self.grid
-        padded = max(rows * columns * self.patch**2, self.strip_size[0] * self.strip_size[1])
+        super().__post_init__()
+        padded = max(self.num_patches * self.patch_size**2, self.strip_size[0] * self.strip_size[1])
         if padded > 4 * MAX_PIXELS or max(self.strip_size) > MAX_STRIP_SIDE:
             raise StoreError(
-                f"patches of {self.patch} pixels of an image of {self.height} x {self.width} cannot be laid out: "
+                f"patches of {self.patch_size} pixels of an image of {self.height} x {self.width} cannot be laid out: "
                 "take smaller patches or a smaller image"
             )
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Number of rows and columns of patches."""
-        return -(-self.height // self.patch), -(-self.width // self.patch)
-
-    @property
     def divides(self) -> bool:
         """Whether the patch side divides the image's sides, so that no patch is partial."""
-        return self.height % self.patch == 0 == self.width % self.patch
+        return self.height % self.patch_size == 0 == self.width % self.patch_size
 
     @property
     def strip_cells(self) -> tuple[int, int]:
@@ -79,8 +68,8 @@ class Layout:
 
 def cut(pixels: Pixels, mask: Mask, layout: Layout) -> Pixels:
     """Cut the kept patches [k, side, side, C] out of pixels [H, W, C]; padding copies their last row and column."""
-    rows, columns = layout.grid
-    patch, spare = layout.patch, layout.side - layout.patch
+    rows, columns = layout.rows, layout.columns
+    patch, spare = layout.patch_size, layout.side - layout.patch_size
     padding = ((0, rows * patch - layout.height), (0, columns * patch - layout.width), (0, 0))
     whole = pixels if layout.divides else np.pad(pixels, padding, "edge")
     cells = whole.reshape(rows, patch, columns, patch, layout.channels).swapaxes(1, 2)
@@ -101,23 +90,23 @@ def patches_in(strip: Pixels, layout: Layout) -> Pixels:
     rows, columns = layout.strip_cells
     wide = strip.reshape(rows, layout.side, columns, layout.side * layout.channels).swapaxes(1, 2)
     cells = wide.reshape(rows * columns, layout.side, layout.side * layout.channels)
-    return cells[: layout.count, : layout.patch, : layout.patch * layout.channels]
+    return cells[: layout.count, : layout.patch_size, : layout.patch_size * layout.channels]
 
 
 def place(patches: Pixels, mask: Mask, layout: Layout) -> Pixels:
     """Put patches [k, P, P * C] where the mask keeps them, fill the rest with the mean colour, and return [H, W, C]."""
-    rows, columns = layout.grid
-    padded = np.zeros((rows * layout.patch, columns * layout.patch, layout.channels), np.uint8)
-    run = np.dtype((np.void, layout.patch * layout.channels))
+    rows, columns = layout.rows, layout.columns
+    padded = np.zeros((rows * layout.patch_size, columns * layout.patch_size, layout.channels), np.uint8)
+    run = np.dtype((np.void, layout.patch_size * layout.channels))
     _cells(padded, layout)[mask.reshape(rows, columns)] = patches.view(run)[..., 0]
     return _fill_zeros(np.ascontiguousarray(padded[: layout.height, : layout.width]), mask, layout)
 
 
 def _cells(whole: Pixels, layout: Layout) -> np.ndarray[Any, np.dtype[np.void]]:
     """View contiguous pixels as rows of patches [rows, columns, P]; numpy copies each row, one element, at once."""
-    rows, columns = layout.grid
-    run = np.dtype((np.void, layout.patch * layout.channels))
-    return whole.reshape(rows, layout.patch, columns, -1).view(run)[..., 0].swapaxes(1, 2)
+    rows, columns = layout.rows, layout.columns
+    run = np.dtype((np.void, layout.patch_size * layout.channels))
+    return whole.reshape(rows, layout.patch_size, columns, -1).view(run)[..., 0].swapaxes(1, 2)
 
 
 def refill(pixels: Pixels, mask: Mask, layout: Layout) -> Pixels:
@@ -145,25 +134,27 @@ def _paint(whole: Pixels, colour: Pixels, mask: Mask, layout: Layout) -> None:
     if not layout.divides:
         whole[~pixel_mask(mask, layout)] = colour
         return
-    run = np.dtype((np.void, layout.patch * layout.channels))
-    _cells(whole, layout)[~mask.reshape(layout.grid)] = np.frombuffer(colour.tobytes() * layout.patch, run)[0]
+    run = np.dtype((np.void, layout.patch_size * layout.channels))
+    _cells(whole, layout)[~mask.reshape(layout.rows, layout.columns)] = np.frombuffer(
+        colour.tobytes() * layout.patch_size, run
+    )[0]
 
 
 def _num_pixels(mask: Mask, layout: Layout) -> int:
     """Return the number of pixels in the kept patches."""
     if layout.divides:
-        return layout.count * layout.patch**2
-    rows, columns = layout.grid
-    heights = np.full(rows, layout.patch)
-    heights[-1] -= rows * layout.patch - layout.height
-    widths = np.full(columns, layout.patch)
-    widths[-1] -= columns * layout.patch - layout.width
+        return layout.count * layout.patch_size**2
+    rows, columns = layout.rows, layout.columns
+    heights = np.full(rows, layout.patch_size)
+    heights[-1] -= rows * layout.patch_size - layout.height
+    widths = np.full(columns, layout.patch_size)
+    widths[-1] -= columns * layout.patch_size - layout.width
     return int(heights @ mask.reshape(rows, columns).astype(np.int64) @ widths)
 
 
 def pixel_mask(mask: Mask, layout: Layout) -> Mask:
     """Return a mask bool [H, W] that is True at the kept pixels."""
-    wide = mask.reshape(layout.grid).repeat(layout.patch, 0).repeat(layout.patch, 1)
+    wide = mask.reshape(layout.rows, layout.columns).repeat(layout.patch_size, 0).repeat(layout.patch_size, 1)
     return wide[: layout.height, : layout.width]
 
 
@@ -185,7 +176,7 @@ def place_raw(data: bytes, mask: Mask, layout: Layout) -> Pixels:
         raise StoreError(f"a patched image has {len(data)} bytes of pixels, its mask keeps {expected}")
     flat = np.frombuffer(data, np.uint8)
     if layout.divides:
-        return place(flat.reshape(layout.count, layout.patch, -1), mask, layout)
+        return place(flat.reshape(layout.count, layout.patch_size, -1), mask, layout)
     whole = np.zeros((layout.height, layout.width, layout.channels), np.uint8)
     whole.reshape(-1, layout.channels)[_kept_places(mask, layout)] = flat.reshape(-1, layout.channels)
     return _fill_zeros(whole, mask, layout)
@@ -193,8 +184,8 @@ def place_raw(data: bytes, mask: Mask, layout: Layout) -> Pixels:
 
 def _kept_places(mask: Mask, layout: Layout) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return the indices of the kept pixels in the flat image, int64 [n], in the order in which they are stored."""
-    rows, columns = layout.grid
-    patch = layout.patch
+    rows, columns = layout.rows, layout.columns
+    patch = layout.patch_size
     places = np.full((rows * patch, columns * patch), -1)
     places[: layout.height, : layout.width] = np.arange(layout.height * layout.width).reshape(layout.height, -1)
     kept = places.reshape(rows, patch, columns, patch).swapaxes(1, 2)[mask.reshape(rows, columns)].ravel()

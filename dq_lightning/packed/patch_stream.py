@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dq_lightning.core.errors import StoreError
-from dq_lightning.core.records import MAX_PIXELS, PatchedImage
+from dq_lightning.core.records import MAX_PIXELS, Grid, PatchedImage
 
 # Mode, layout, codec and patch size, which are the same for all images of a stream.
 Facts = tuple[str, str, str, int]
@@ -89,7 +89,7 @@ def check_facts(kind: str, dtype: str, shape: tuple[int, ...]) -> None:
     if not fit or (kind == "patches" and (facts[2] != "raw" or sizes[3] > 3 * sizes[0] * sizes[1])):
         raise StoreError(f"store.json has an impossible column of patches: {dtype!r:.40} {shape!r:.80}")
     height, width, patch_size = sizes[:3]
-    num_patches = -(-height // patch_size) * -(-width // patch_size)
+    num_patches = Grid(height, width, patch_size).num_patches
     if num_patches > MAX_PIXELS:
         raise StoreError(f"store.json has an image of {num_patches} patches")
     PatchedImage(height, width, facts[0], facts[1], patch_size, bytes(-(-num_patches // 8)), facts[2], b"")

@@ -156,7 +156,7 @@ def _layout(height: int, width: int, channels: int, patch_size: int, in_blocks: 
     # A patch that is larger than the image covers the whole image, so its side is limited to the image's longer side.
     patch = min(patch_size, max(height, width))
     side = -(-patch // JPEG_BLOCK) * JPEG_BLOCK if in_blocks else patch
-    return Layout(height, width, channels, patch, side, count)
+    return Layout(height, width, patch, channels, side, count)
 
 
 def map_patched(value: Any, change: Any) -> Any:
@@ -198,7 +198,7 @@ def _with_predictions(pixels: Pixels, mask: Mask, layout: Layout) -> Pixels:
     """
     out = pixels.copy()
     first = pixels[pixel_mask(mask, layout)].mean(0).round()
-    patch, columns = layout.patch, layout.grid[1]
+    patch, columns = layout.patch_size, layout.columns
     for number in np.flatnonzero(~mask).tolist():
         top, left = number // columns * patch, number % columns * patch
         inside = np.s_[top : top + patch, left : left + patch]
