@@ -244,7 +244,7 @@ class QuantizedHooks(Base):
         if num_workers == 0 and wanted.config.features.num_workers == "auto":
             wanted = replace(wanted, config=replace_fields(wanted.config, {"features.num_workers": 0}))
         self.config = wanted.config
-        train_set = make_train_set(train, wanted, verify)
+        train_set = make_train_set(train, wanted, verify, cache_dir)
         check_batch_transform(batch_transform, transform, train_set.fills_late)
         selected = wanted.config.selection
         # The hyperparameters are the values in effect, whether a keyword or the config set them, and None where nothing is
@@ -323,7 +323,8 @@ class QuantizedHooks(Base):
     ) -> Self:
         """Train from a packed compact set alone; the original dataset is not needed.
 
-        `path` is the folder of the entry (`StoreInfo.path`), in the cache or copied from another machine. `transform`
+        `path` is the folder of the entry (`StoreInfo.path`), in the cache or copied from another machine, or its address
+        in any file system of fsspec (`"s3://bucket/set"`), which is copied into the cache once. `transform`
         is applied to the image of each sample and `target_transform` to its target; a store never holds transforms,
         because they are code, so `"keep"` and None both mean no transform. For a store of patches, `reconstruct`
         (`"prepare"`, `"batch"`, `"off"`) and `reconstructor` replace the settings that the store was made with. All
@@ -333,7 +334,7 @@ class QuantizedHooks(Base):
             StoreError: the folder holds no packed set, or a damaged one.
             ConfigError: an argument is invalid.
         """
-        return cls(StoreFolder(Path(path), reconstruct), **options)
+        return cls(StoreFolder(path, reconstruct), **options)
 
     @classmethod
     def from_datasets(  # type: ignore[override]

@@ -40,6 +40,7 @@ DOORS = {
         "commands/opening.py",
     ),
     "transformers": ("patches/mae.py", "features/text_encoder.py", "tokens/tokenizer.py"),
+    "fsspec": ("pipeline/remote.py",),
     "openai": ("features/openai_embeddings.py",),
     "pytorch_grad_cam": ("patches/package_maps.py",),
 }

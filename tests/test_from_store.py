@@ -11,6 +11,7 @@ from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms import v2
 
 from dq_lightning import PackedDataset, QuantizeConfig, QuantizedDataModule, as_source, load_selection, quantize
+from dq_lightning.cli import main
 from dq_lightning.core.errors import CacheError, ConfigError, DQError, SourceError, StoreError
 from dq_lightning.demo.sample_data import SampleCIFAR10
 from tests import warm_processes
@@ -290,3 +291,56 @@ def test_a_store_is_a_finished_choice(store):
         QuantizedDataModule(store, keep_ratio=0.5, labels=False)
     # what the set was drawn by is in the set's own description
     assert QuantizedDataModule.from_store(store, seed=3).hparams == {"keep_ratio": None, "num_bins": None, "seed": 3}
+
+
+def test_a_set_at_an_address_is_copied_once(tmp_path, monkeypatch, capsys):
+    fsspec = pytest.importorskip("fsspec")
+    info = quantize(photos(20), {"store": "packed"}, indices=[3, 1, 7], cache_dir=tmp_path / "made", progress=False)
+    bucket, address = fsspec.filesystem("memory"), "memory://bucket/results"
+    bucket.put(info.path, "/bucket/results/compact", recursive=True)
+    monkeypatch.setenv("DQ_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    module = QuantizedDataModule.from_store(address)
+    module.setup("fit")
+    assert module.info.path.startswith(str(tmp_path / "cache"))
+    copied, made = (list(PackedDataset(path)) for path in (module.info.path, info.path))
+    assert [(name_of(image), label) for image, label in copied] == [(name_of(image), label) for image, label in made]
+    main(["verify", address])
+    assert "1 of 1 entry is intact" in capsys.readouterr().out
+    # the copy serves as long as the manifest there is the same
+    for name in bucket.ls("/bucket/results/compact", detail=False):
+        if not name.endswith("manifest.json"):
+            bucket.rm(name)
+    QuantizedDataModule.from_store(address)
+    with pytest.raises(StoreError, match="can't be read as a compact set"):
+        QuantizedDataModule.from_store(address, cache_dir=tmp_path / "other")
+    with pytest.raises(StoreError, match=r"can't be read as a compact set .*nowhere"):
+        QuantizedDataModule("memory://nowhere")
+    for opener in (PackedDataset, load_selection):
+        with pytest.raises(StoreError, match="from_store copies"):
+            opener(address)
+    with pytest.raises(StoreError, match="pass it as text"):
+        QuantizedDataModule.from_store(Path(address))
+
+
+def test_another_set_of_the_same_key_is_no_copy(tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    made = [
+        quantize(Noisy(shift), {"store": "packed"}, indices=[3], fingerprint="one", cache_dir=tmp_path / str(shift))
+        for shift in (0, 1)
+    ]
+    fsspec.filesystem("memory").put(made[0].path, "/bucket/other", recursive=True)
+    with pytest.raises(StoreError, match="came out different"):
+        QuantizedDataModule.from_store("memory://bucket/other", cache_dir=tmp_path / "1")
+
+
+class Noisy:
+    """Five dark images, lighter by a shift."""
+
+    def __init__(self, shift):
+        self.shift = shift
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, i):
+        return torch.full((3, 8, 8), (i + self.shift) / 10), i % 2

@@ -16,6 +16,7 @@ from typing import Any
 from dq_lightning.cache import files
 from dq_lightning.core.config import VerifyPolicy
 from dq_lightning.core.errors import CacheError, DQError, StoreError
+from dq_lightning.core.fields import check_no_address
 
 MANIFEST = "manifest.json"
 # This empty file beside the manifest requests a full check; by its leading dot it is not taken for a file of the entry.
@@ -150,8 +151,9 @@ def check_copied_entry(folder: Path, verify: VerifyPolicy, *, station: str) -> N
     """Verify an entry outside the cache, such as a copy, whatever the name of its folder is.
 
     Raises:
-        StoreError: the folder is missing, is no entry of this station, or is incomplete or damaged.
+        StoreError: the folder is missing or an address, is no entry of this station, or is incomplete or damaged.
     """
+    check_no_address(folder)
     if not folder.exists():
         raise StoreError(f"{folder} does not exist: pass the folder that StoreInfo.path names, or a whole copy of it")
     try:

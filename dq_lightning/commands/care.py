@@ -13,9 +13,10 @@ def info(path: str) -> None:
     """
     import json
 
-    from dq_lightning.pipeline.compact import open_compact, set_folder
+    from dq_lightning.pipeline.compact import open_compact
+    from dq_lightning.pipeline.remote import local_set
 
-    compact = open_compact(set_folder(path))
+    compact = open_compact(local_set(path))
     # Only the run that made the set knows how long that took.
     facts = {name: value for name, value in compact.info.to_dict().items() if name not in ("reused", "seconds")}
     print(json.dumps(facts | {"config": compact.config}, indent=2))
@@ -31,9 +32,9 @@ def verify(path: str) -> None:
     """
     from dq_lightning.commands.cache_care import verify_folder
     from dq_lightning.core.errors import StoreError
-    from dq_lightning.pipeline.compact import set_folder
+    from dq_lightning.pipeline.remote import local_set
 
-    problems = verify_folder(set_folder(path))
+    problems = verify_folder(local_set(path))
     for entry, problem in problems.items():
         print(f"{'DAMAGED' if problem else 'ok':8} {entry}")
     damaged = [f"{entry}: {problem}" for entry, problem in problems.items() if problem]

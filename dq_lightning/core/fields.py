@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
-from dq_lightning.core.errors import ConfigError
+from dq_lightning.core.errors import ConfigError, StoreError
 
 
 def check_choice(owner: str, name: str, value: object, choices: Any) -> None:
@@ -26,16 +26,36 @@ def check_ratio(owner: str, name: str, value: float, *, zero: bool = False) -> N
         raise ConfigError(f"{owner}.{name} must be in {'[0, 1)' if zero else '(0, 1]'}, got {value!r}{hint}")
 
 
+def address_scheme(path: str | Path | None) -> str | None:
+    """Return the scheme of an address, or None for a path of this machine.
+
+    Example:
+        >>> address_scheme("s3://bucket/set"), address_scheme("C:/sets"), address_scheme("sets/a:b")
+        ('s3', None, None)
+    """
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+(?=:/)", str(path or ""))
+    return None if scheme is None else scheme[0]
+
+
 def check_local(name: str, path: str | Path | None) -> None:
     """Raise ConfigError if a path is an address such as `s3://...`.
 
     Without this check it would be written to a local folder of that name below the working directory.
     """
-    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+(?=:/)", str(path or ""))
+    scheme = address_scheme(path)
     if scheme is not None:
-        advice = "leave out file: and the slashes after it" if scheme[0] == "file" else "mount it, and pass that folder"
+        advice = "leave out file: and the slashes after it" if scheme == "file" else "mount it, and pass that folder"
         raise ConfigError(
             f"{name}={str(path)!r} is an address, and only folders of this machine can be written: {advice}"
+        )
+
+
+def check_no_address(folder: str | Path) -> None:
+    """Raise StoreError if the folder of a compact set is an address such as `s3://...`."""
+    if address_scheme(folder) is not None:
+        raise StoreError(
+            f"{folder} is an address, and this opens folders of this machine: QuantizedDataModule.from_store copies a compact "
+            "set from an address, and its info.path is the copy"
         )
 
 

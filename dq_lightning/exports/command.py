@@ -15,8 +15,9 @@ from dq_lightning.exports.images import write_ids, write_image_folder, write_lit
 from dq_lightning.exports.rows import write_dataset, write_index, write_json
 from dq_lightning.exports.samples import kept_of_source, kept_of_store
 from dq_lightning.packed.reader import PackedDataset
-from dq_lightning.pipeline.compact import open_compact, set_folder
+from dq_lightning.pipeline.compact import open_compact
 from dq_lightning.pipeline.plan import GIVEN
+from dq_lightning.pipeline.remote import local_set
 from dq_lightning.selection.given import read_index
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.sources.base import Source
@@ -54,7 +55,7 @@ def export_set(
     Raises:
         StoreError: the set and the dataset do not belong together, or lack what the format needs.
     """
-    path = set_folder(path)
+    path = local_set(path)
     selection, packed, source = _opened(path, dataset)
     if format == "indices":
         return _write_indices(Path(output), selection, packed, source, name)

@@ -140,6 +140,7 @@ def whole(target: Path, write: Callable[[Path], Any]) -> Path:
     Raises:
         StoreError: the target cannot be written, or a folder stands where a file is to be written, or the reverse.
     """
+    check_local("output", target)
     check_writable(target.parent)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

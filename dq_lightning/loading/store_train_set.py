@@ -12,6 +12,7 @@ from dq_lightning.cache.shards import KeptShards
 from dq_lightning.core.config import Reconstruct, VerifyPolicy
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import CacheError, ConfigError
+from dq_lightning.core.fields import address_scheme
 from dq_lightning.loading.inner import AnyDataModule
 from dq_lightning.loading.loaders import check_collatable
 from dq_lightning.loading.paths import open_path
@@ -31,6 +32,7 @@ from dq_lightning.pipeline.compact import filled_key, open_compact, open_packed,
 from dq_lightning.pipeline.filling import write_filled
 from dq_lightning.pipeline.patch_plan import PatchPlan
 from dq_lightning.pipeline.plan import FILLED
+from dq_lightning.pipeline.remote import local_set
 from dq_lightning.pipeline.wanted import Wanted
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.sources.strip import KEEP
@@ -41,12 +43,12 @@ class StoreFolder:
     """A compact set that the user passed as a folder.
 
     Attributes:
-        path: folder of the entry.
+        path: folder of the entry, or its address in a file system of fsspec.
         reconstruct: when dropped patches are filled: `"prepare"`, `"batch"` or `"off"`; None uses the setting that the
             set was made with.
     """
 
-    path: Path
+    path: str | Path
     reconstruct: Reconstruct | None = None
 
 
@@ -60,13 +62,15 @@ class StoreTrainSet(TrainSet):
         StoreError: the folder holds no packed set, or a damaged one.
     """
 
-    def __init__(self, folder: StoreFolder, wanted: Wanted, verify: VerifyPolicy) -> None:
+    def __init__(
+        self, folder: StoreFolder, wanted: Wanted, verify: VerifyPolicy, cache_dir: str | Path | None = None
+    ) -> None:
         if wanted.choosing:
             named = ", ".join(f"{name}=" for name in wanted.choosing)
             raise ConfigError(
                 f"{folder.path} is a packed compact set, a finished choice: leave out {named}, or pass the original dataset"
             )
-        self._path, self._wanted = set_folder(folder.path), wanted
+        self._path, self._wanted = local_set(folder.path, cache_dir), wanted
         self._samples = open_packed(self._path, verify=verify)
         self._compact = open_compact(self._path, verify="off")
         self._patches = self._patch_plan(folder.reconstruct)
@@ -146,11 +150,12 @@ class StoreTrainSet(TrainSet):
         return source.finisher(torch.arange(len(self._samples)))
 
 
-def make_train_set(train: Any, wanted: Wanted, verify: VerifyPolicy) -> TrainSet:
+def make_train_set(train: Any, wanted: Wanted, verify: VerifyPolicy, cache_dir: str | Path | None = None) -> TrainSet:
     """Make the training set for what the user passed as `train`.
 
-    That is a data module, a dataset, a `StoreFolder`, or a path: of a packed set or of a dataset, see `open_path`.
-    `verify` says how a packed set is checked when it is opened, as in `quantize`.
+    That is a data module, a dataset, a `StoreFolder`, or a path: of a packed set or of a dataset, see `open_path`; an
+    address is that of a packed set. `verify` says how a packed set is checked when it is opened, as in `quantize`, and
+    `cache_dir` is the folder of the cache that keeps the copy of a set at an address.
 
     Raises:
         ConfigError: a path is none of these.
@@ -159,6 +164,8 @@ def make_train_set(train: Any, wanted: Wanted, verify: VerifyPolicy) -> TrainSet
     if isinstance(train, AnyDataModule):
         return DataModuleTrainSet(train, wanted)
     if isinstance(train, str | Path):
-        place = set_folder(train)
-        train = StoreFolder(place) if (place / MANIFEST).is_file() else open_path(train, "train")
-    return StoreTrainSet(train, wanted, verify) if isinstance(train, StoreFolder) else DatasetTrainSet(train, wanted)
+        held = address_scheme(train) is not None or (set_folder(train) / MANIFEST).is_file()
+        train = StoreFolder(train) if held else open_path(train, "train")
+    if isinstance(train, StoreFolder):
+        return StoreTrainSet(train, wanted, verify, cache_dir)
+    return DatasetTrainSet(train, wanted)

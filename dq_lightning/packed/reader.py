@@ -25,7 +25,7 @@ from dq_lightning.cache.manifest import Damage, check_file, request_full_check
 from dq_lightning.cache.tensors import TENSORS_FILE
 from dq_lightning.core.config import VerifyPolicy
 from dq_lightning.core.errors import DQError, StoreError
-from dq_lightning.core.fields import check_choice
+from dq_lightning.core.fields import check_choice, check_no_address
 from dq_lightning.core.records import PatchedImage
 from dq_lightning.packed.columns import (
     FILE_KIND,
@@ -108,6 +108,7 @@ class PackedDataset(Dataset[Any]):
         """
         check_choice("PackedDataset", "verify", verify, VerifyPolicy)
         check_choice("PackedDataset", "patches", patches, Patches)
+        check_no_address(path)
         self.path = Path(path).absolute()
         self.finisher = finisher
         self.verify: VerifyPolicy = verify

@@ -1,0 +1,94 @@
+"""Compact sets at an address such as `s3://bucket/set`: they are copied into the cache, and used from there."""
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from dq_lightning.cache.entries import Cache, default_cache_dir, require_space
+from dq_lightning.cache.manifest import MANIFEST, check_file, read_manifest
+from dq_lightning.core.console import get_logger
+from dq_lightning.core.errors import DQError, StoreError
+from dq_lightning.core.fields import address_scheme
+from dq_lightning.pipeline.compact import SET_FOLDER, set_folder
+from dq_lightning.pipeline.plan import STORE
+
+
+def local_set(path: str | Path, cache_dir: str | Path | None = None) -> Path:
+    """Return the folder of a compact set on this machine; a set at an address is copied into the cache first.
+
+    Args:
+        path: folder as `set_folder` takes it, or the address of such a folder in any file system of fsspec.
+        cache_dir: folder of the cache that keeps the copy; None uses `DQ_LIGHTNING_CACHE` or the platform's folder.
+
+    Raises:
+        StoreError: no compact set can be read at the address.
+        CacheError: the copy cannot be written.
+    """
+    if address_scheme(path) is None:
+        return set_folder(path)
+    if isinstance(path, Path):
+        raise StoreError(f"{str(path)!r} was an address before it became a Path, which drops a slash: pass it as text")
+    return copy_set(path, Cache(cache_dir or default_cache_dir()))
+
+
+def copy_set(address: str, cache: Cache) -> Path:
+    """Copy the compact set at an address into the cache, where it is an entry like those made here.
+
+    A copy that is there is used again, after the manifests of both are compared; only the manifest is read then.
+
+    Returns:
+        Folder of the entry.
+
+    Raises:
+        StoreError: there is no compact set, it cannot be read, or the cache holds another one under the same key.
+        CacheError: the copy cannot be written.
+    """
+    try:
+        from fsspec.core import url_to_fs
+
+        system, root = url_to_fs(address)
+        inside = f"{root}/{SET_FOLDER}"
+        place = inside if system.exists(f"{inside}/{MANIFEST}") else root
+        with TemporaryDirectory(prefix="dq_lightning-") as scratch:
+            system.get_file(f"{place}/{MANIFEST}", f"{scratch}/{MANIFEST}")
+            manifest = read_manifest(Path(scratch))
+    except Exception as error:
+        # Every file system has errors of its own, for missing packages, files, networks and credentials.
+        raise _unreadable(address, error) from error
+    if manifest["station"] != STORE:
+        raise _unreadable(address, StoreError(f"it is an entry of {manifest['station']}"))
+    write = _copying(system, place, manifest["files"], address)
+    entry = cache.build(STORE, manifest["parts"], write)
+    if read_manifest(entry)["files"] != manifest["files"]:
+        raise StoreError(
+            f"{entry} was made from the same data and settings as {address} and came out different, as on another device: "
+            "pass another cache_dir= for the copy, or train from one of the two by its folder"
+        )
+    return entry
+
+
+def _copying(system: Any, place: str, listed: dict[str, Any], address: str) -> Callable[[Path], None]:
+    """Return a function that copies the files of a manifest into a folder and compares them with it."""
+
+    def write(folder: Path) -> None:
+        size = sum(facts["size"] for facts in listed.values())
+        require_space(folder, size)
+        get_logger().info(f"copying {address} ({size:,} bytes) into the cache")
+        for name, facts in listed.items():
+            try:
+                system.get_file(f"{place}/{name}", str(folder / name))
+                check_file(folder, name, facts, hashed=True)
+            except Exception as error:
+                raise _unreadable(address, error) from error
+
+    return write
+
+
+def _unreadable(address: str, error: Exception) -> DQError:
+    named = str(error) if isinstance(error, DQError) else f"{type(error).__name__}: {error}"
+    return StoreError(
+        f"{address} can't be read as a compact set ({named}): pass the address of the folder that StoreInfo.path names, as "
+        "text, install the package of its file system and give it the credentials that it asks for; or copy the folder to "
+        "this machine and pass that"
+    )
