@@ -39,7 +39,12 @@ DOORS = {
         "exports/hub.py",
         "commands/opening.py",
     ),
-    "transformers": ("patches/mae.py", "features/text_encoder.py", "tokens/tokenizer.py"),
+    "transformers": (
+        "patches/mae.py",
+        "features/text_encoder.py",
+        "features/image_transformer.py",
+        "tokens/tokenizer.py",
+    ),
     "fsspec": ("pipeline/remote.py",),
     "openai": ("features/openai_embeddings.py",),
     "pytorch_grad_cam": ("patches/package_maps.py",),

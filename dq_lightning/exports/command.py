@@ -92,7 +92,9 @@ def _opened(path: Path, dataset: Any) -> tuple[Selection, PackedDataset | None, 
         return selection, packed, None
     # The dataset is read with the same options as when the set was made.
     columns = {name: config.get(name) for name in ("image_column", "label_column")}
-    source = as_source(dataset, text=text, on_error=config.get("on_error", "raise"), **columns)
+    # The writers of images say what is missing where there is none.
+    skips = config.get("on_error", "raise")
+    source = as_source(dataset, text=text, on_error=skips, needs_images=False, **columns)
     if (total is not None and len(source) != total) or (len(selection) and int(selection.index[-1]) >= len(source)):
         raise StoreError(
             f"{path} was made from a dataset of {total or int(selection.index[-1]) + 1:,} samples, but the given dataset "

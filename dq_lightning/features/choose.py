@@ -10,10 +10,13 @@ from torch import nn
 from dq_lightning.core.config import TextConfig
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.features.bundled import BUNDLED_ENCODER_FILE
+from dq_lightning.features.image_transformer import PREFIX as TRANSFORMERS
+from dq_lightning.features.image_transformer import image_origin
 from dq_lightning.features.openai_embeddings import PREFIX as OPENAI
 from dq_lightning.features.openai_embeddings import openai_origin
 from dq_lightning.features.origins import BundledOrigin, EncoderSpec, ModuleOrigin
 from dq_lightning.features.ready_made import is_ready_made, ready_origin
+from dq_lightning.features.sample_function import function_origin, is_function
 from dq_lightning.features.text_encoder import INSTEAD as TEXT_INSTEAD
 from dq_lightning.features.text_encoder import text_origin
 
@@ -43,9 +46,12 @@ def choose_encoder(
     | timm name | weights from the hub, or from the local file `weights` (.safetensors or .pth) |
     | `"hf-hub:OWNER/NAME"` | a timm network on the Hugging Face hub |
     | `"local-dir:FOLDER"` or a folder | a folder with timm's `config.json` and weights |
+    | `"transformers:OWNER/NAME[@REVISION]"` | an image model of transformers (DINOv2, CLIP, SigLIP) with its processor |
+    | `"transformers:FOLDER"` | the same in a local folder |
     | `nn.Module` | the network, with the preprocessing of its own `pretrained_cfg` (timm) or `preprocess` attribute |
     | `(nn.Module, callable)` | the network, with a callable that turns one RGB image into a tensor |
-    | array or tensor [N, D], `"FILE.npy"` | ready-made embeddings, of images or text |
+    | array or tensor [N, D], `"FILE.npy"` | ready-made embeddings, of samples of any kind |
+    | a function | features [D] of one raw sample of any kind; called in this process, one sample at a time |
 
     For text:
 
@@ -69,6 +75,9 @@ def choose_encoder(
     if is_ready_made(encoder):
         _refuse_weights(weights, "ready-made embeddings need none")
         return ready_origin(encoder)
+    if is_function(encoder):
+        _refuse_weights(weights, "a function needs none")
+        return function_origin(encoder)
     if modality == "text":
         return _text_spec(encoder, weights, text or TextConfig())
     if modality != "image":
@@ -90,7 +99,15 @@ def choose_encoder(
         return _timm_spec(AUTO_PHOTO_ENCODER, None, f" (auto: images over {AUTO_SMALL_SIDE} px)")
     if encoder == "bundled":
         return _bundled_spec(path, "")
+    if str(encoder).startswith(TRANSFORMERS):
+        _refuse_weights(weights, "a transformers model has its own weights")
+        return image_origin(str(encoder))
     return _timm_spec(str(encoder), path, "")
+
+
+def takes_any_sample(encoder: Any) -> bool:
+    """Return whether an `encoder` argument makes features of samples of any kind, so that they need no image."""
+    return is_ready_made(encoder) or is_function(encoder)
 
 
 def _refuse_weights(weights: str | Path | None, reason: str) -> None:
@@ -103,6 +120,7 @@ def _text_spec(encoder: Any, weights: str | Path | None, text: TextConfig) -> En
         seen = "weights=" if weights is not None else repr(encoder) if encoder == "bundled" else type(encoder).__name__
         raise FeatureError(f"{seen} is for images, but the samples are text: {TEXT_INSTEAD}")
     name, reason = (AUTO_TEXT_ENCODER, " (auto: text)") if encoder == "auto" else (str(encoder), "")
+    name = name.removeprefix(TRANSFORMERS)
     if name.startswith(OPENAI):
         return openai_origin(name, text)
     return text_origin(name, f"transformers {name}{reason}", text)
@@ -145,7 +163,8 @@ def _timm_spec(name: str, weights: Path | None, reason: str) -> EncoderSpec:
         return TimmHubOrigin(name, f"{name}{reason}")
     if "/" in name or "\\" in name or ":" in name:
         raise FeatureError(
-            f"{name!r} is neither an existing folder nor a timm name: for the Hugging Face hub pass 'hf-hub:{name}'"
+            f"{name!r} is neither an existing folder nor a timm name: for the Hugging Face hub pass 'hf-hub:{name}' (a timm "
+            f"network) or 'transformers:{name}'"
         )
     if weights is not None:
         return TimmFileOrigin(name, f"timm {name}, weights {weights}{reason}", weights)

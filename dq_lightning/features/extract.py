@@ -21,6 +21,7 @@ from dq_lightning.features.encoders import Encoder, RowEncoder, TextEncoder
 from dq_lightning.features.gradient import head_gradient
 from dq_lightning.features.loading import ImageBatches, explaining_lost_loaders, iterate_batches, split_at_multiples
 from dq_lightning.features.origins import EncoderSpec
+from dq_lightning.features.sample_function import RawSamples, SampleEncoder
 from dq_lightning.features.samples import SampleSource
 from dq_lightning.features.selection_training import TrainedEncoder
 from dq_lightning.features.text_loading import iterate_text_batches
@@ -100,6 +101,9 @@ def extract_features(
             if isinstance(encoder, RowEncoder):
                 rows_of = partial(encoder.rows, source, batch_size, num_workers, api_embeddings)
                 advice, kept = encoder.advice, Shards()
+            elif isinstance(encoder, SampleEncoder):
+                # Processes that are forked could not use a GPU that the function has begun to use in this one.
+                rows_of = partial(_images_to_rows, encoder, RawSamples(source), batch_size, None, target, 0)
             elif isinstance(encoder, TextEncoder):
                 rows_of = partial(_text_to_rows, encoder, source, batch_size)
             else:

@@ -28,11 +28,13 @@ class EncoderSpec(ABC):
         name: short name of the encoder.
         description: one line about the encoder, for messages.
         reads_samples: whether the encoder reads the samples; False for ready-made embeddings.
+        needs_images: whether it reads the images, or texts, in the samples; False where samples may be of any kind.
     """
 
     name: str
     description: str
     reads_samples: ClassVar[bool] = True
+    needs_images: ClassVar[bool] = True
 
     @abstractmethod
     def identity(self, memory: DigestMemory) -> str | None:

@@ -28,6 +28,7 @@ class ReadyOrigin(EncoderSpec):
     path: Path | None = None
     array: Any = field(default=None, repr=False, compare=False)
     reads_samples: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = False
 
     def identity(self, memory: DigestMemory) -> str | None:
         """Return a digest of the content; an array has the digest of the file that `numpy.save` would write of it."""

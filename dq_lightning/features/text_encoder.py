@@ -43,9 +43,7 @@ class TextFolderOrigin(EncoderSpec):
     settings: TextConfig
 
     def identity(self, memory: DigestMemory) -> str | None:
-        files = sorted(file for file in self.path.iterdir() if file.suffix in FOLDER_SUFFIXES)
-        if any(file.suffix == ".safetensors" for file in files):  # transformers ignores the others then
-            files = [file for file in files if file.suffix != ".bin"]
+        files = model_files(self.path)
         files += [file for place in _module_folders(self.path) for file in sorted(place.iterdir()) if file.is_file()]
         names = [file.relative_to(self.path).as_posix() for file in files]
         digests = memory.files([str(file) for file in files])
@@ -121,6 +119,14 @@ def text_origin(name: str, description: str, settings: TextConfig) -> TextFolder
     if name.startswith(("local-dir:", "/", ".", "~")) or "\\" in name or len(parts) > 2 or not all(parts):
         raise FeatureError(f"{name!r} is not a folder with a transformers model (config.json and weights): {INSTEAD}")
     return TextHubOrigin(repository, description, settings)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that decide what transformers loads from it, sorted."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in FOLDER_SUFFIXES)
+    if any(file.suffix == ".safetensors" for file in files):  # transformers ignores the others then
+        files = [file for file in files if file.suffix != ".bin"]
+    return files
 
 
 def _relevant(settings: TextConfig) -> tuple[Any, ...]:

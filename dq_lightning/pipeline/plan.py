@@ -16,7 +16,7 @@ from dq_lightning.core.config import EncodingConfig, QuantizeConfig
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.core.records import Labels, Selection
-from dq_lightning.features.choose import choose_encoder
+from dq_lightning.features.choose import choose_encoder, takes_any_sample
 from dq_lightning.features.origins import EncoderSpec
 from dq_lightning.patches.reconstructors import ReconstructorSpec
 from dq_lightning.pipeline.patch_plan import PatchPlan, make_patch_plan
@@ -140,6 +140,9 @@ def make_plan(dataset: Any, wanted: Wanted) -> Plan:
             "encoding.quality, longest_side and least_psnr only have an effect when images are encoded anew: set "
             'encoding.codec="jpeg" or "webp", or max_bytes=, or leave them out'
         )
+    encoder = config.features.encoder if wanted.encoder is None else wanted.encoder
+    chosen_already = wanted.indices is not None or keeps_all(config)
+    changes_images = config.patches.drops or config.max_bytes is not None or encoding.encodes
     source = as_source(
         dataset,
         image_column=config.image_column,
@@ -149,6 +152,7 @@ def make_plan(dataset: Any, wanted: Wanted) -> Plan:
         target_transform=wanted.target_transform,
         text=config.text,
         on_error=config.on_error,
+        needs_images=changes_images or not (chosen_already or takes_any_sample(encoder)),
     )
     if not config.quality.drops and (wanted.scores is not None or config.quality.score not in ("margin", "none")):
         get_logger().warning("the scores have no effect, because drop_worst= is 0: pass the share to leave out")
@@ -157,7 +161,7 @@ def make_plan(dataset: Any, wanted: Wanted) -> Plan:
         chosen = torch.arange(len(source))
     spec = given = patches = None
     if chosen is None:
-        spec = _encoder(source, config, wanted.encoder)
+        spec = _encoder(source, config, encoder)
         given = given_scores(wanted.scores, config.quality, len(source))
     if config.patches.drops:
         if source.modality != "image":
@@ -182,7 +186,6 @@ def keeps_all(config: QuantizeConfig) -> bool:
 
 
 def _encoder(source: Source, config: QuantizeConfig, encoder: Any) -> EncoderSpec:
-    encoder = config.features.encoder if encoder is None else encoder
     by_size = isinstance(encoder, str) and encoder == "auto" and source.modality == "image"
     spec = choose_encoder(
         encoder,
@@ -191,9 +194,9 @@ def _encoder(source: Source, config: QuantizeConfig, encoder: Any) -> EncoderSpe
         modality=source.modality,
         text=config.text,
     )
-    if spec.reads_samples:
+    if spec.needs_images:
         source.check_columns()
-    if config.features.selection_epochs and not (source.modality == "image" and spec.reads_samples):
+    if config.features.selection_epochs and not (source.modality == "image" and spec.needs_images):
         raise ConfigError(
             f"selection_epochs trains a network of images, and features come from {spec.description}: leave it out"
         )

@@ -11,7 +11,7 @@ from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.base import CompletedSource, Source, dataset_length, is_source
 from dq_lightning.sources.files import FileSource, file_list
-from dq_lightning.sources.hub import HubSource, hub_kind
+from dq_lightning.sources.hub import HubRecordSource, HubSource, holds_images, hub_kind
 from dq_lightning.sources.items import quoted
 from dq_lightning.sources.jsonl import NAMES, is_rows_file, read_rows
 from dq_lightning.sources.mapped import ArraySource, MapSource, arrays_of, getter_module, reads_as_installed
@@ -40,6 +40,7 @@ def as_source(
     target_transform: Any = KEEP,
     text: TextConfig | None = None,
     on_error: OnError = "raise",
+    needs_images: bool = True,
 ) -> Source:
     """Present any dataset through the `Source` protocol. The given object is never changed.
 
@@ -60,6 +61,8 @@ def as_source(
             strings and no image; rows of other datasets do when a template or columns are named here.
         on_error: with `"skip"`, computing the identity and the classes passes over items that cannot be read. Reading
             such an item itself is an error either way.
+        needs_images: False for samples of any kind (sound, tables, volumes) whose features are given: then an item
+            without an image is no error.
 
     Returns:
         The adapter around the dataset.
@@ -89,8 +92,12 @@ def as_source(
                 )
             return ready
     options = (image_column, label_column, transform, target_transform)
-    source = dataset if isinstance(dataset, ItemSource) else _adapt(dataset, text or TextConfig(), *options)
-    source = _with_skips(source, skips=on_error == "skip")
+    source = (
+        dataset
+        if isinstance(dataset, ItemSource)
+        else _adapt(dataset, text or TextConfig(), *options, needs_images=needs_images)
+    )
+    source = _with_settings(source, skips=on_error == "skip", needs_images=needs_images)
     if isinstance(source, TextRows) and text is not None:
         source = copy.copy(source)
         source.settings = text
@@ -102,16 +109,16 @@ def as_source(
     return source
 
 
-def _with_skips(source: ItemSource, *, skips: bool) -> ItemSource:
-    """Return the source with `skips` set on it and on the sources inside it. The given source is not changed."""
-    if source.skips == skips:
+def _with_settings(source: ItemSource, **settings: bool) -> ItemSource:
+    """Return the source with attributes set on it and on the sources inside it. The given source is not changed."""
+    if all(getattr(source, name) == value for name, value in settings.items()):
         return source
     changed = copy.copy(source)
-    changed.skips = skips
+    vars(changed).update(settings)
     if isinstance(changed, SubsetSource):
-        changed.inner = _with_skips(changed.inner, skips=skips)
+        changed.inner = _with_settings(changed.inner, **settings)
     if isinstance(changed, ConcatSource):
-        changed.parts = [_with_skips(part, skips=skips) for part in changed.parts]
+        changed.parts = [_with_settings(part, **settings) for part in changed.parts]
     return changed
 
 
@@ -142,14 +149,14 @@ def _check_ready(source: Source, columns: dict[str, str | None], transforms: dic
         )
 
 
-def _adapt(dataset: Any, text: TextConfig, *options: Any) -> ItemSource:
+def _adapt(dataset: Any, text: TextConfig, *options: Any, needs_images: bool = True) -> ItemSource:
     kind = hub_kind(dataset)
     if kind == "DatasetDict":
         if "train" not in dataset:
             raise SourceError(
                 f"The DatasetDict has no 'train' split but {quoted(dataset)}: pass one split, dataset[name]"
             )
-        return _adapt(dataset["train"], text, *options)
+        return _adapt(dataset["train"], text, *options, needs_images=needs_images)
     if kind in ("IterableDataset", "IterableDatasetDict"):
         raise SourceError(
             f"A Hugging Face {kind} is a stream, but every sample must be compared with every other: load it with "
@@ -157,17 +164,21 @@ def _adapt(dataset: Any, text: TextConfig, *options: Any) -> ItemSource:
         )
     if kind == "Dataset":
         is_text = options[0] is None and (_named_as_text(text) or hub_is_text(dataset))
-        return HubTextSource(dataset, *options) if is_text else HubSource(dataset, *options)
+        if is_text:
+            return HubTextSource(dataset, *options)
+        imageless = not needs_images and options[0] is None and not holds_images(dataset)
+        return HubRecordSource(dataset, *options) if imageless else HubSource(dataset, *options)
     if isinstance(dataset, str | Path):
         return _rows_of_file(dataset, *options)
     dataset_length(dataset)
     # A subclass with a `__getitem__` of its own is adapted like any other dataset.
     by_torch = getter_module(dataset) == "torch.utils.data.dataset"
     if isinstance(dataset, Subset) and by_torch:
-        inner = _adapt(dataset.dataset, text, *options)
+        inner = _adapt(dataset.dataset, text, *options, needs_images=needs_images)
         return TextSubsetSource(dataset, inner) if isinstance(inner, TextRows) else SubsetSource(dataset, inner)
     if isinstance(dataset, ConcatDataset) and by_torch:
-        return _concatenation(dataset, [_adapt(part, text, *options) for part in filled_parts(dataset)])
+        parts = [_adapt(part, text, *options, needs_images=needs_images) for part in filled_parts(dataset)]
+        return _concatenation(dataset, parts)
     in_memory = isinstance(dataset, list | tuple) and is_row(dataset[0])
     if options[0] is None and (in_memory or _named_as_text(text)):
         return _rows(dataset, None, *options)

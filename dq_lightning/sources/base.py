@@ -8,7 +8,6 @@ from types import MethodType
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -252,15 +251,14 @@ class Positions(Sequence[int]):
 
 
 def dataset_length(dataset: Any) -> int:
-    """Number of samples of a map-style dataset.
+    """Number of samples of a dataset that is read by position, whatever its base class is.
 
     Raises:
         SourceError: the dataset is a stream, has no `__getitem__` or no length, or is empty.
     """
     name = type(dataset).__name__
-    streaming = isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__getitem__")
     try:
-        length = None if streaming else len(dataset)
+        length = _whole_length(dataset) if _is_read_by_position(dataset) else None
     except (TypeError, NotImplementedError):
         length = None
     if length is None:
@@ -270,17 +268,28 @@ def dataset_length(dataset: Any) -> int:
     return length
 
 
+def _is_read_by_position(dataset: Any) -> bool:
+    """Whether a class of the dataset defines `__getitem__`; that of torch's own `Dataset` only raises an error."""
+    owner = next((owner for owner in type(dataset).__mro__ if "__getitem__" in vars(owner)), None)
+    return owner is not None and owner is not Dataset
+
+
+def _whole_length(dataset: Any) -> int:
+    """Number of samples of all ranks, also for classes whose `len` is the share of this rank, as DataLoaders want it."""
+    homes = {
+        owner.__module__.partition(".")[0] for owner in type(dataset).__mro__ if owner.__name__ == "StreamingDataset"
+    }
+    if "litdata" in homes:
+        return sum(end - begin for begin, end in dataset.region_of_interest)
+    return int(dataset.size) if "streaming" in homes else len(dataset)
+
+
 def _why_unordered(dataset: Any, name: str) -> str:
     """The error message for a dataset that cannot be read by position, with the advice what to pass instead."""
     if isinstance(dataset, DataLoader) or (hasattr(dataset, "dataset") and hasattr(dataset, "batch_size")):
         return (
             f"{name} is a loader, which gives batches of a dataset: pass the dataset itself (loader.dataset) with batch_size= "
             "and the like, or the data module that makes the loader"
-        )
-    if type(dataset).__module__.startswith("litdata"):
-        return (
-            f"{name} of litdata is read as a stream, but every sample must be compared with every other: pass the dataset that "
-            "it was made from, or collect its samples into a list, if they fit into memory"
         )
     return (
         f"{name} can't be read by position (a stream, or no __getitem__ and __len__), but every sample must be compared "

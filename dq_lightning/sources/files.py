@@ -172,5 +172,5 @@ class FileSource(MapSource):
         # Values that are not classes are delivered too, so they are part of the identity.
         values = targets.values if targets is not None else digest_of(self._listed())
         return digest_of(
-            "files", self.image_leaf(), "\n".join(relative_paths(paths, self._root())), values, content, reading
+            "files", self.image_place(), "\n".join(relative_paths(paths, self._root())), values, content, reading
         )

@@ -219,7 +219,7 @@ class HubSource(ItemSource):
         rows = self.plain_dataset.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE)
         content, saw_files = digest_tables(rows, names, memory, skips=self.skips)
         schema = json.dumps(self.plain_dataset.features.to_dict(), sort_keys=True, default=str)
-        digest = digest_of("hub", self.image_leaf(), schema, content)
+        digest = digest_of("hub", self.image_place(), schema, content)
         if key is not None and not saw_files:  # Files outside the table can change while the table does not.
             memory.remember(key, digest)
         return digest
@@ -236,6 +236,21 @@ class HubSource(ItemSource):
         indices = b"" if mapping is None else mapping.column(0).to_numpy().tobytes()
         history = _history(self.plain_dataset.data) or self.plain_dataset._fingerprint
         return f"hub-table:{digest_of(state, history, hashlib.sha256(indices).hexdigest(), self._column)}"
+
+
+class HubRecordSource(HubSource):
+    """Adapter for a Hugging Face `Dataset` without images, whose features are given."""
+
+    def _open_pictures(self) -> None:
+        self._column, self._mode, self._decodes, self._stored = "", None, False, None
+
+    def image_leaf(self) -> Leaf:
+        raise SourceError(f"No column of {self.describe()} is of the Image type: {quoted(self.dataset.features)}")
+
+
+def holds_images(dataset: Any) -> bool:
+    """Whether a column of a Hugging Face `Dataset` is of a type that images have."""
+    return any(type(feature).__name__ in ("Image", "Array2D", "Array3D") for feature in dataset.features.values())
 
 
 def _history(table: Any) -> list[Any] | None:

@@ -250,12 +250,12 @@ def _advice(item: Any, leaves: list[Leaf]) -> str:
     )
 
 
-def find_target(item: Any, image: Leaf, wanted: str | None) -> Leaf | None:
+def find_target(item: Any, image: Leaf | None, wanted: str | None) -> Leaf | None:
     """The path to the target of an item, or None when there is none.
 
     `wanted` is the key or position that the user named, if any. Without it, in a mapping or dataclass this is the first
-    usual name of targets, in a pair the place that is not the image, and in a longer sequence the place after the
-    image.
+    usual name of targets, in a pair the place that is not the image (the second where `image` is None, because there is
+    no image), and in a longer sequence the place after the image.
 
     Raises:
         SourceError: the item has nothing at `wanted`.
@@ -264,7 +264,9 @@ def find_target(item: Any, image: Leaf, wanted: str | None) -> Leaf | None:
         return _named_leaf(item, wanted, "label_column")
     if isinstance(item, Mapping) or is_dataclass(item):
         names = {key for key, _ in children(item)}
-        return next(((name,) for name in TARGET_NAMES if name in names and (name,) != image[:1]), None)
+        return next(((name,) for name in TARGET_NAMES if name in names and (name,) != (image or ())[:1]), None)
+    if image is None:
+        return (1,) if isinstance(item, tuple | list) and len(item) == 2 else None
     if not isinstance(item, tuple | list) or not image or len(item) < 2:
         return None
     place = int(image[0])

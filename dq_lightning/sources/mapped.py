@@ -120,7 +120,7 @@ class MapSource(ItemSource):
             return added or TransformFinisher()
         names = ", ".join(used) or "parts"
         try:
-            found = explain(traces, [leaf for leaf in (self.image_leaf(), self.target_leaf()) if leaf is not None])
+            found = explain(traces, [leaf for leaf in (self.image_place(), self.target_leaf()) if leaf is not None])
             return replace(found, added=added)
         except SourceError as error:
             raise SourceError(
@@ -156,7 +156,7 @@ class ArraySource(MapSource):
 
     def digest(self, memory: DigestMemory) -> str:
         # Classes and settings may read the same arrays differently, which the digest of a few items distinguishes.
-        return digest_of("arrays", self.image_leaf(), arrays_of(self.plain_dataset), self.sample_digest())
+        return digest_of("arrays", self.image_place(), arrays_of(self.plain_dataset), self.sample_digest())
 
 
 def arrays_of(dataset: Any) -> list[Any] | None:

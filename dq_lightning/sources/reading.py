@@ -76,6 +76,8 @@ class ItemSource(Source):
     """Whether unreadable items are left out, so that they do not stop a pass over the whole dataset."""
     shows_progress = True
     """Whether a pass over all items shows a progress bar (on a terminal)."""
+    needs_images = True
+    """Whether an item without an image is an error; False where features are given and images are not looked at."""
     trusts_list = False
     """Whether `listed_targets` is known to agree with the targets inside the items, so that no items are compared."""
 
@@ -86,6 +88,7 @@ class ItemSource(Source):
         self.image_column = image_column
         self.label_column = label_column
         self._leaf: Leaf | None = None
+        self._has_no_image = False
         self._scale: Scale | None = None
         self._several_images: bool | None = None
         self._targets: tuple[Targets | None] | None = None
@@ -238,6 +241,22 @@ class ItemSource(Source):
             self._leaf = find(self.first_item(find))
         return self._leaf
 
+    def image_place(self) -> Leaf | None:
+        """The path to the image inside an item, or None where there is no image and none is needed.
+
+        Raises:
+            SourceError: no single image is found, and `needs_images` is set.
+        """
+        if self._has_no_image and not self.needs_images:
+            return None
+        try:
+            return self.image_leaf()
+        except SourceError:
+            if self.needs_images:
+                raise
+            self._has_no_image = True
+            return None
+
     def check_columns(self) -> None:
         if self.image_column is None:
             return  # An image that was looked for and found is one.
@@ -253,6 +272,9 @@ class ItemSource(Source):
             return to_rgb(leaf, self.scale() if needs_scale(leaf) else None)
 
     def check(self, index: int) -> None:
+        if self.image_place() is None:
+            self.plain(index)
+            return
         self.image(index)
         if self._several_images is None:
             self._several_images = len(image_leaves(self.first_item())) > 1
@@ -334,7 +356,7 @@ class ItemSource(Source):
 
     def target_leaf(self) -> Leaf | None:
         """The path of keys and positions that leads to the target inside an item, or None without a target."""
-        return find_target(self.first_item(), self.image_leaf(), self.label_column)
+        return find_target(self.first_item(), self.image_place(), self.label_column)
 
     def targets(self) -> Targets | None:
         """The dataset's own classes, or None when it has none.
@@ -374,7 +396,7 @@ class ItemSource(Source):
         if self._scan is None:
             self._check_same_reads()  # Randomness inside the dataset is found before the long pass, not after it.
             leaf = self.target_leaf()
-            content = hashlib.sha256(repr(self.image_leaf()).encode())
+            content = hashlib.sha256(repr(self.image_place()).encode())
             values: list[Any] = []
             started = time.perf_counter()
             logger.info(
@@ -418,7 +440,7 @@ class ItemSource(Source):
             found = find_state(
                 self.plain_view(),
                 self.given,
-                lambda others: digest_of(len(self), self.image_leaf(), self.sample_digest(others)),
+                lambda others: digest_of(len(self), self.image_place(), self.sample_digest(others)),
                 without=TRANSFORM_NAMES,
             )
             if self._state is not None:

@@ -535,3 +535,55 @@ def test_cifar10(cifar_root, memory):
     for index in (0, 31_415, 49_999):
         assert np.array_equal(np.asarray(source.image(index)), plain.data[index])
     source.check_repeatable()
+
+
+class OneRank(IterableDataset):
+    """What MosaicML's StreamingDataset looks like on one of two ranks: it has positions, and `len` is half of them."""
+
+    def __init__(self):
+        self.pictures = Pictures(6)
+
+    def __getitem__(self, index):
+        return self.pictures[index]
+
+    def __len__(self):
+        return 3
+
+    @property
+    def size(self):
+        return 6
+
+
+@pytest.mark.parametrize(
+    ("name", "home", "length"), [("StreamingDataset", "streaming.base.dataset", 6), ("Mine", "mine", 3)]
+)
+def test_what_has_positions_is_read_by_them_whatever_its_base_class(name, home, length):
+    source = as_source(type(name, (OneRank,), {"__module__": home})())
+    assert len(source) == length
+    assert source.labels().values.tolist() == [Pictures(6)[i][1] for i in range(length)]
+    kept = source.subset(torch.tensor([0, 2]))
+    assert kept[1][1] == Pictures(6)[2][1]
+    stream = type("Stream", (IterableDataset,), {"__iter__": lambda self: iter(())})
+    with pytest.raises(SourceError, match="can't be read by position"):
+        as_source(stream())
+
+
+def test_chunks_of_litdata_are_read_by_position(tmp_path):
+    litdata = pytest.importorskip("litdata")
+    from litdata.streaming.writer import BinaryWriter
+
+    (tmp_path / "chunks").mkdir()
+    writer = BinaryWriter(cache_dir=str(tmp_path / "chunks"), chunk_size=3)
+    for index, (image, label) in enumerate(Pictures(8)):
+        writer[index] = (image, label)
+    writer.done()
+    writer.merge()
+    made = as_source(Pictures(8))
+    for shuffle in (False, True):
+        dataset = litdata.StreamingDataset(str(tmp_path / "chunks"), cache_dir=str(tmp_path / "read"), shuffle=shuffle)
+        source = as_source(dataset)
+        assert len(source) == 8
+        assert source.labels().values.tolist() == made.labels().values.tolist()
+        for place, index in enumerate((6, 1)):
+            assert source.image(index).tobytes() == made.image(index).tobytes()
+            assert source.subset(torch.tensor([6, 1]))[place][1] == Pictures(8)[index][1]
