@@ -95,8 +95,9 @@ class QuantizedHooks(Base):
         max_bytes: bytes that the compact set may take, everything counted: a number, a size (`"15MB"`), or a share of
             the dataset's bytes (`"10%"`). How many samples are kept and, for images, as which JPEG or WebP, is then
             chosen (see `config.encoding`); a `keep_ratio` is kept to. No bound when None.
-        encoder: network that makes the features: `"auto"`, `"bundled"`, a timm name, a folder or file, an `nn.Module`,
-            or `(module, preprocessing)`; `"auto"` when None.
+        encoder: network that makes the features: `"auto"`, `"bundled"`, a timm name, `"transformers:OWNER/NAME"`, a
+            folder or file, an `nn.Module`, or `(module, preprocessing)`; or ready features [N, D] or a function of one
+            raw sample, for which the samples may be of any kind; `"auto"` when None.
         classifier: network, or `(network, preprocessing)`, whose saliency maps score the patches; it replaces the name
             in `config.patches.classifier`.
         reconstructor: `ViTMAEForPreTraining` that fills dropped patches; it replaces the name in

@@ -119,8 +119,9 @@ class FeatureConfig(JsonFields):
     """How samples become feature vectors.
 
     Attributes:
-        encoder: for images `"auto"`, `"bundled"`, a timm name, `"hf-hub:OWNER/NAME"`, or a folder or file that timm can
-            load; for text a model of transformers or `"openai:MODEL"`; for both an .npy file of ready-made features.
+        encoder: for images `"auto"`, `"bundled"`, a timm name, `"hf-hub:OWNER/NAME"`, a folder or file that timm can
+            load, or `"transformers:OWNER/NAME"` or `"transformers:FOLDER"`; for text a model of transformers or
+            `"openai:MODEL"`; for samples of any kind an .npy file of ready-made features.
         weights: local weight file (.safetensors or .pth) for a timm name; no hub is then asked for weights.
         kind: `"embedding"` (pooled features) or `"gradient"` (last-layer gradient; needs an encoder with a head for the
             classes of this dataset, or `selection_epochs`, which train such a head for any network).

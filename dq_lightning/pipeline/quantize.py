@@ -46,7 +46,8 @@ def quantize(
         config: settings as a `QuantizeConfig`, a dict of its fields, or a YAML or JSON file; the defaults keep 12.5 %
             of the samples from 10 bins.
         encoder: network that makes the features: an `nn.Module`, `(module, preprocessing)`, or a value of
-            `config.features.encoder`, for which it is the short form.
+            `config.features.encoder`, for which it is the short form; or ready features [N, D] or a function of one raw
+            sample, for which the samples may be of any kind.
         classifier: network, or `(network, preprocessing)`, whose saliency maps score the patches; None uses
             `config.patches.classifier`.
         reconstructor: `ViTMAEForPreTraining` that fills dropped patches; None uses `config.patches.reconstructor`.
