@@ -87,8 +87,8 @@ def choose_encoder(
         return _module_spec(*encoder) if isinstance(encoder, tuple) else _module_spec(encoder, None)
     if not isinstance(encoder, str | Path):
         raise FeatureError(
-            "encoder must be a name, a folder, an nn.Module, (nn.Module, preprocessing), ready features [N, D] or a function of "
-            f"one sample, got {type(encoder).__name__}"
+            "encoder must be a name, a folder, an nn.Module, (nn.Module, preprocessing), ready features [N, D] or a function "
+            f"of one sample, got {type(encoder).__name__}"
         )
     path = _existing_weights(weights)
     if encoder == "auto" and path is not None:

@@ -543,6 +543,9 @@ class OneRank(IterableDataset):
     def __init__(self):
         self.pictures = Pictures(6)
 
+    def __iter__(self):
+        return iter(self.pictures)
+
     def __getitem__(self, index):
         return self.pictures[index]
 
