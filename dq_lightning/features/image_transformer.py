@@ -134,7 +134,7 @@ def _load(place: str, pinned: dict[str, Any], device: torch.device, precision: P
     from transformers import AutoImageProcessor, AutoModel
 
     try:
-        processor = AutoImageProcessor.from_pretrained(place, trust_remote_code=False, **pinned)
+        processor = AutoImageProcessor.from_pretrained(place, trust_remote_code=False, **pinned)  # type: ignore[no-untyped-call]
         model, report = AutoModel.from_pretrained(
             place, trust_remote_code=False, dtype=torch.float32, output_loading_info=True, **pinned
         )

@@ -47,7 +47,7 @@ def copy_set(address: str, cache: Cache) -> Path:
     try:
         from fsspec.core import url_to_fs
 
-        system, root = url_to_fs(address)
+        system, root = url_to_fs(address)  # type: ignore[no-untyped-call]
         inside = f"{root}/{SET_FOLDER}"
         place = inside if system.exists(f"{inside}/{MANIFEST}") else root
         with TemporaryDirectory(prefix="dq_lightning-") as scratch:
