@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dq_lightning.bins.graph_cut.pool import Pool
-from dq_lightning.bins.graph_cut.scores import single_rows
+from dq_lightning.bins.graph_cut.scores import scaled_rows
 from dq_lightning.bins.rows import Rows
 
 # From this many rows on a GPU picks from a matrix faster than the processor does.
@@ -44,7 +44,7 @@ class DevicePicks:
     def __init__(self, pool: Pool, *, matrix: bool) -> None:
         assert isinstance(pool.table, Rows)
         self._pool, self._exact = pool, pool.table
-        self._single, self._scale = single_rows(pool)
+        self._single, self._scale = scaled_rows(pool)
         self.matrix: Tensor | None = _products(self._single) if matrix else None
         device = pool.vector.device
         self._scores = torch.zeros(len(pool), device=device)

@@ -4,6 +4,7 @@
 `PassScores` holds single-precision rows, so a pick is one product of the rows with a vector.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from dq_lightning.bins.graph_cut.exact import Array
 from dq_lightning.bins.graph_cut.pool import Pool
-from dq_lightning.bins.graph_cut.referee import ROUNDING
 from dq_lightning.bins.rows import Rows
 
 Tick = Callable[[int], object]
@@ -32,7 +32,7 @@ _MOST_PICKS = 1024
 _DEAD, _LOWEST, _FLOOR = -3 << 29, -2 << 29, -1 << 29
 # What it costs to decide between rows and to start again from float64 gains, and for each row, in the time that float64
 # takes for one entry of a row, as measured.
-_DECIDING, _STARTING = 60_000, 200_000
+_DECIDING, _STARTING = 150_000, 200_000
 # Inner products are computed in squares of this many rows, whose float64 form fits a processor's cache.
 _TILE = {"cpu": 512, "cuda": 4096}
 
@@ -52,18 +52,13 @@ class MatrixScores:
 
     def __init__(self, pool: Pool) -> None:
         size = 4 if len(pool) <= WIDE else 2
-        single = FULL[size] * (pool.group.depth + 8) * SINGLE
-        double = FULL[size] * (pool.group.depth + 8) * ROUNDING
-        if single < 1.0:
-            factors, scale = single_rows(pool)
-            table = Rows(factors)
-        else:
-            # Rows that are stored in another type are converted once.
-            table = pool.table if isinstance(pool.table, Rows) else pool.table.take(torch.arange(len(pool)))
-            scale = max(pool.group.longest**2, 2.0**-1000)
-        self._unit = 2.0 * scale / FULL[size]
-        self._step_error = 0.5 + (single if single < 1.0 else double)
-        self.matrix = _products(pool, table, FULL[size] if single < 1.0 else 2.0 / self._unit, size)
+        error = FULL[size] * (pool.group.depth + 8) * SINGLE
+        single = error < 1.0
+        factors, scale = scaled_rows(pool, torch.float32 if single else torch.float64)
+        # Products too small for float64 are all 0 in this unit.
+        self._unit = 2.0 * max(scale, 2.0**-1000) / FULL[size]
+        self._step_error = 0.5 + (error if single else error * 2.0**-28)
+        self.matrix = _products(pool, Rows(factors), 2.0 * scale / self._unit, size)
         self.values: NDArray[np.int32] = np.empty(0, dtype=np.int32)
         self._error, self._picks = 0.0, 0
 
@@ -96,7 +91,7 @@ class PassScores:
     dead = floor = -float("inf")
 
     def __init__(self, pool: Pool) -> None:
-        self._rows, self._scale = single_rows(pool)
+        self._rows, self._scale = scaled_rows(pool)
         self._workers = pool.group.workers
         self._relative = (pool.group.depth + 8) * SINGLE * self._scale
         self.values: Array = np.empty(0)
@@ -188,13 +183,12 @@ def _products(pool: Pool, table: Rows, factor: float, size: int) -> NDArray[np.s
     return whole
 
 
-def single_rows(pool: Pool) -> tuple[tuple[Tensor, ...], float]:
-    """Return the factors of all rows in float32, and the scale of their inner products.
-
-    The factors are divided by powers of two so that no row is longer than 1.
+def scaled_rows(pool: Pool, dtype: torch.dtype = torch.float32) -> tuple[tuple[Tensor, ...], float]:
+    """Return the factors of all rows, divided by their greatest lengths and rounded to a type, and what that divides.
 
     Returns:
-        Factors float32 [n, width], and the number that inner products of these rows have to be multiplied by.
+        Factors [n, width] of length at most 1, to within a rounding, and the number that inner products of these rows
+        have to be multiplied by.
     """
     table, workers = pool.table, pool.group.workers
     ranges = table.ranges()
@@ -202,13 +196,10 @@ def single_rows(pool: Pool) -> tuple[tuple[Tensor, ...], float]:
     def lengths(ends: tuple[int, int]) -> Tensor:
         return torch.stack([torch.linalg.vector_norm(factor, dim=1).amax() for factor in table.span(*ends).factors])
 
-    longest = torch.stack(list(workers.map(lengths, ranges))).amax(dim=0).cpu()
-    # The allowance is for the rounding of the lengths.
-    exponents = torch.frexp(longest * (1.0 + 2.0**-20))[1].tolist()
+    longest = [length or 1.0 for length in torch.stack(list(workers.map(lengths, ranges))).amax(dim=0).tolist()]
 
     def convert(ends: tuple[int, int]) -> list[Tensor]:
-        factors = table.span(*ends).factors
-        return [(factor * 2.0**-exponent).float() for factor, exponent in zip(factors, exponents, strict=True)]
+        return [(factor / length).to(dtype) for factor, length in zip(table.span(*ends).factors, longest, strict=True)]
 
     parts = zip(*workers.map(convert, ranges), strict=True)
-    return tuple(torch.cat(part) for part in parts), 4.0 ** sum(exponents)
+    return tuple(torch.cat(part) for part in parts), math.prod(longest) ** 2
