@@ -93,7 +93,10 @@ class DigestMemory:
             return []
         here = os.getcwd()  # noqa: PTH109
         places = [path if os.path.isabs(path) else os.path.join(here, path) for path in map(os.fspath, paths)]  # noqa: PTH117, PTH118
-        table = _Table(self.folder / f"files-{_name(_common_folder(places))}.npz")
+        # commonpath splits every path, which is slow for many; the first and last path in order have the same common
+        # prefix.
+        folder = os.path.commonpath([os.path.dirname(one) for one in (min(places), max(places))])  # noqa: PTH120
+        table = _Table(self.folder / f"files-{_name(folder)}.npz")
         unreadable: dict[int, str] = {}
 
         def tried(function: Callable[[str], Any], i: int, instead: Any) -> Any:
@@ -141,13 +144,6 @@ class DigestMemory:
 
 def _name(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
-
-
-def _common_folder(places: list[str]) -> str:
-    # commonpath splits every path, which is slow for many; the first and last path in order have the same common
-    # prefix.
-    first, last = min(places), max(places)
-    return os.path.commonpath([os.path.dirname(first), os.path.dirname(last)])  # noqa: PTH120
 
 
 def _try_replace(path: Path, data: bytes) -> None:

@@ -156,6 +156,10 @@ class NetworkEncoder:
         mean: mean of each channel on the scale [0, 1], which uint8 batches are normalised with; None if `preprocess`
             normalises.
         std: standard deviation of each channel on the scale [0, 1], used together with `mean`.
+
+    Attributes:
+        network: the whole network, on its device, frozen and in eval mode.
+        head: linear head inside `network` that produces its output, or None if there is no such layer.
     """
 
     def __init__(
@@ -176,8 +180,8 @@ class NetworkEncoder:
         for parameter in own.parameters():
             parameter.requires_grad_(False)
         # Convolutions are fastest in the channels-last layout, both on CPUs and on GPUs.
-        self._module: Any = own.to(memory_format=torch.channels_last)
-        self._head = find_head(self._module)
+        self.network: Any = own.to(memory_format=torch.channels_last)
+        self.head = find_head(self.network)
         self._has_timm_methods = hasattr(module, "forward_features") and hasattr(module, "forward_head")
         self._mean = self._std = None
         if mean is not None and std is not None:
@@ -185,20 +189,9 @@ class NetworkEncoder:
             self._std = 255 * torch.tensor(std, device=device)[:, None, None]
 
     @property
-    def network(self) -> nn.Module:
-        """The whole network, on its device, frozen and in eval mode."""
-        module: nn.Module = self._module
-        return module
-
-    @property
-    def head(self) -> nn.Linear | None:
-        """Linear head inside `network` that produces its output, or None if there is no such layer."""
-        return self._head
-
-    @property
     def num_classes(self) -> int | None:
         """Number of outputs of the linear head, or None if there is no head."""
-        return None if self._head is None else self._head.out_features
+        return None if self.head is None else self.head.out_features
 
     def embed(self, batch: Tensor) -> Tensor:
         """Return the features, float32 [B, D], of images [B, 3, H, W] on any device, uint8 or already normalised.
@@ -228,7 +221,7 @@ class NetworkEncoder:
             batch = batch.contiguous(memory_format=torch.channels_last)
         try:
             if self._has_timm_methods:
-                return pool(self._module.forward_head(self._module.forward_features(batch), pre_logits=True))
+                return pool(self.network.forward_head(self.network.forward_features(batch), pre_logits=True))
             return self._hooked_features(batch)
         except torch.OutOfMemoryError:
             raise
@@ -237,7 +230,7 @@ class NetworkEncoder:
             if "DataLoader worker" in str(error):
                 raise
             raise FeatureError(
-                f"{type(self._module).__name__} fails on a batch {tuple(batch.shape)} of its preprocessing ({error}): pass "
+                f"{type(self.network).__name__} fails on a batch {tuple(batch.shape)} of its preprocessing ({error}): pass "
                 "(network, preprocessing), where preprocessing turns one RGB PIL image into what the first layer takes"
             ) from error
 
@@ -247,10 +240,10 @@ class NetworkEncoder:
         Raises:
             FeatureError: the encoder has no linear head.
         """
-        if self._head is None:
+        if self.head is None:
             raise FeatureError("this encoder has no linear head, so it gives no logits")
         with torch.no_grad():
-            output: Tensor = self._head(embedding.to(self._device).float())
+            output: Tensor = self.head(embedding.to(self._device).float())
         return output
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -260,16 +253,16 @@ class NetworkEncoder:
 
     def _hooked_features(self, batch: Tensor) -> Tensor:
         seen: list[tuple[Tensor, Tensor]] = []
-        if self._head is None:
-            return pool(self._module(batch))
-        handle = self._head.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+        if self.head is None:
+            return pool(self.network(batch))
+        handle = self.head.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
         try:
-            output = self._module(batch)
+            output = self.network(batch)
         finally:
             handle.remove()
         # Classifiers of transformers return a record with the output of the head in `logits`.
         if seen and (seen[-1][1] is output or seen[-1][1] is getattr(output, "logits", None)):
             return pool(seen[-1][0])
         # The linear layer that was found is an inner layer, so the output of the network is taken as the features.
-        self._head = None
+        self.head = None
         return pool(output)

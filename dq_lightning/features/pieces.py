@@ -35,12 +35,7 @@ class Part:
 
     def texts(self, positions: Sequence[int]) -> list[str]:
         """Return the texts of some samples, as `samples.SampleSource` does."""
-        # A range of positions stays a range, so that the source can read the samples at once.
-        if isinstance(positions, range) and positions.step == 1 and len(positions):
-            chosen: Sequence[int] = self._rows[positions[0] : positions[-1] + 1]
-        else:
-            chosen = [self._rows[position] for position in positions]
-        return self._source.texts(chosen)
+        return self._source.texts([self._rows[position] for position in positions])
 
     def image(self, index: int) -> Any:
         """Return the RGB image of a sample, as `samples.SampleSource` does."""

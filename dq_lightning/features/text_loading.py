@@ -74,10 +74,7 @@ def read_texts(source: SampleSource, positions: Tensor) -> list[str]:
     Raises:
         FeatureError: a text holds half of a character (a lone surrogate).
     """
-    places: Sequence[int] = positions.tolist()
-    if len(places) and places[-1] - places[0] + 1 == len(places):
-        # Consecutive positions are passed as a range, because a source may read consecutive texts at once.
-        places = range(places[0], places[-1] + 1)
+    places = positions.tolist()
     texts = source.texts(places)
     for position, text in zip(places, texts, strict=True):
         try:
