@@ -25,7 +25,8 @@ from dq_lightning.core.config import (
 )
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import ConfigError
-from dq_lightning.core.records import Bins, Selection, StoreInfo
+from dq_lightning.core.notebook import facts_as_html
+from dq_lightning.core.records import Bins, Features, Labels, Selection, StoreInfo
 from dq_lightning.loading.batch_filling import BatchFiller, check_batch_transform, is_unfilled
 from dq_lightning.loading.inner import (
     AnyDataModule,
@@ -47,10 +48,10 @@ from dq_lightning.loading.loaders import (
 from dq_lightning.loading.options import DataModuleOptions, StoreOptions, listing
 from dq_lightning.loading.paths import open_paths, other_splits
 from dq_lightning.loading.preparation import Preparation
-from dq_lightning.loading.steps import report_steps
+from dq_lightning.loading.steps import facts_for_loggers, report_steps
 from dq_lightning.loading.store_train_set import StoreFolder, StoreTrainSet, make_train_set
 from dq_lightning.loading.trainer_facts import TrainerFacts
-from dq_lightning.pipeline.compact import read_bins_of
+from dq_lightning.pipeline.compact import read_bins_of, read_features_of
 from dq_lightning.pipeline.wanted import want
 from dq_lightning.selection.given import Indices, read_indices
 from dq_lightning.sources.strip import KEEP
@@ -390,6 +391,9 @@ class QuantizedHooks(Base):
                 get_logger().info(str(rows.report))
         if self.trainer is not None:
             report_steps(self.trainer, self.info, settings, quiet=self._reported)
+            if not self._reported:
+                for logger in self.trainer.loggers:
+                    logger.log_hyperparams(facts_for_loggers(self.info))
             self._reported = True
 
     def teardown(self, stage: str) -> None:
@@ -486,6 +490,34 @@ class QuantizedHooks(Base):
         return read_bins_of(self._preparation.opened.compact, self._preparation.cache())
 
     @property
+    def features(self) -> Features:
+        """Features of all N samples, as the encoder made them; available after `setup`. A wrapped data module's own come first.
+
+        Raises:
+            CacheError: the features are not in the cache, or none were made because all samples were kept or given.
+            ConfigError: `setup` has not run.
+        """
+        own: Features | None = getattr(self._inner, "features", None)
+        if own is not None:
+            return own
+        return read_features_of(self._preparation.opened.compact, self._preparation.cache())
+
+    @property
+    def labels(self) -> Labels | None:
+        """Classes of all N samples, or None without classes; available after `setup`. A wrapped data module's own come first.
+
+        Raises:
+            ConfigError: `setup` has not run, or the set was opened without its dataset.
+        """
+        own: Labels | None = getattr(self._inner, "labels", None)
+        if own is not None:
+            return own
+        plan = self._preparation.opened.plan
+        if plan is None:
+            raise ConfigError("a packed set was opened without its dataset, so the labels of the whole are not known")
+        return plan.labels
+
+    @property
     def data_keep_ratio(self) -> float:
         """Share of the data that is kept: share of samples times share of their patches; available after `setup`.
 
@@ -526,6 +558,29 @@ class QuantizedHooks(Base):
     def hparams_initial(self) -> Any:
         """The hyperparameters of `hparams` as they were when they were saved."""
         return getattr(self.__dict__.get("_inner"), "hparams_initial", None) or super().hparams_initial
+
+    def __repr__(self) -> str:
+        """Describe in one line what is kept of what, or before `setup` what is asked for."""
+        if self._preparation.is_open:
+            return f"{type(self).__name__}({self.info!r})"
+        asked = ", ".join(f"{name}={value}" for name, value in self._asked().items() if value is not None)
+        return f"{type(self).__name__}({asked}; the compact set is known after setup)"
+
+    def __str__(self) -> str:
+        """Describe what is kept of what, and then the loaders, as Lightning does."""
+        return f"{self!r}\n{super().__str__()}"
+
+    def _repr_html_(self) -> str:
+        """Return the table that notebooks show."""
+        return self.info._repr_html_() if self._preparation.is_open else facts_as_html(repr(self), self._asked())
+
+    def _asked(self) -> dict[str, Any]:
+        selection = self.config.selection
+        return {
+            "keep_ratio": selection.share if self.config.max_bytes is None else selection.keep_ratio,
+            "max_bytes": self.config.max_bytes,
+            "drop_ratio": self.config.patches.drop_ratio or None,
+        }
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; a Trainer of the other Lightning package is refused when it takes the data module.

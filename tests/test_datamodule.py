@@ -3,17 +3,20 @@
 import inspect
 import pickle
 import time
+from pathlib import Path
 from typing import get_type_hints
 
 import lightning as L
 import pytest
 import torch
+import yaml
 from jsonargparse import ArgumentParser
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
 import dq_lightning
-from dq_lightning import BinConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig
+from dq_lightning import BinConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig, make_bins
 from dq_lightning.core.errors import CacheError, ConfigError
 from dq_lightning.loading.options import DataModuleOptions, StoreOptions
 from dq_lightning.pipeline import binning, extracting, selecting
@@ -291,8 +294,11 @@ def test_notebook_use(warm):
 
 def test_printing_and_pickling(warm):
     module = make(warm, val=held_out(7))
+    assert repr(module) == "QuantizedDataModule(keep_ratio=0.25; the compact set is known after setup)"
     assert "Train dataloader: None" in str(module)
     assert "Train dataloader: size=50" in str(ready(module))
+    assert str(module).startswith("QuantizedDataModule(StoreInfo(50 of 200 samples, indices, ")
+    assert "<td>50 of 200</td>" in module._repr_html_()
     assert "Validation dataloader: size=7" in str(module)
     again = pickle.loads(pickle.dumps(module))
     assert again.info == module.info
@@ -301,7 +307,7 @@ def test_printing_and_pickling(warm):
 
 
 def test_known_only_after_setup(warm):
-    for name in ("info", "selection", "bins", "data_keep_ratio"):
+    for name in ("info", "selection", "bins", "features", "labels", "data_keep_ratio"):
         with pytest.raises(ConfigError, match=r"setup\('fit'\)"):
             getattr(make(warm), name)
     with pytest.raises(ConfigError, match=r"setup\('fit'\)"):
@@ -309,6 +315,34 @@ def test_known_only_after_setup(warm):
     with pytest.raises(CacheError, match=r"no compact set.*prepare_data_per_node"):
         make(warm, seed=12345).setup("fit")
     assert make(warm).num_classes == 10
+
+
+def test_what_the_choice_was_made_from_can_be_looked_at(warm):
+    module = ready(make(warm))
+    assert len(module.features) == len(module.labels.values) == 200
+    assert module.labels.values.tolist() == [int(label) for _, label in photos()]
+    again = make_bins(module.features, num_bins=module.bins.num_bins, labels=module.labels.values)
+    assert torch.equal(again.assignment, module.bins.assignment)
+    assert (repr(module.bins), len(module.info.encoder_digest)) == ("Bins(200 samples, 5 bins, 10 groups)", 64)
+    assert repr(module.selection).startswith("Selection(50 samples, 5 bins, content hash ")
+    assert module.info.encoder in repr(module.info)
+
+
+def test_loggers_get_what_was_chosen_beside_the_hyperparameters_of_the_model(warm, tmp_path):
+    class WithHyperparameters(Recorder):
+        def __init__(self, keep_ratio=7):
+            super().__init__()
+            self.save_hyperparameters()
+
+    loggers = [CSVLogger(tmp_path, "runs"), CSVLogger(tmp_path, "others")]
+    module = make(warm)
+    trainer(logger=loggers).fit(WithHyperparameters(), module)
+    for logger in loggers:
+        written = yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text())
+        assert written.pop("keep_ratio") == 7
+        assert written == {"dq/keep_ratio": 0.25} | {
+            f"dq/{name}": getattr(module.info, name) for name in ("num_samples", "content_hash", "encoder", "bytes")
+        }
 
 
 def test_keywords_and_config(warm):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dq_lightning.core.errors import DQError, PatchError, StoreError
+from dq_lightning.core.notebook import facts_as_html
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +161,23 @@ class Bins:
     def __len__(self) -> int:
         return len(self.assignment)
 
+    def _facts(self) -> dict[str, int | None]:
+        left_out = int((self.assignment < 0).sum())
+        return {
+            "samples": len(self),
+            "bins": self.num_bins,
+            "groups": len(np.unique(self.group[self.assignment >= 0].cpu().numpy())),
+            "left out": left_out or None,
+        }
+
+    def __repr__(self) -> str:
+        """Describe the bins in one line."""
+        return f"Bins({_listed(self._facts())})"
+
+    def _repr_html_(self) -> str:
+        """Return the table that notebooks show."""
+        return facts_as_html("Bins", self._facts())
+
 
 @dataclass(frozen=True, eq=False)
 class Selection:
@@ -186,12 +204,27 @@ class Selection:
     def __len__(self) -> int:
         return len(self.index)
 
+    def _facts(self) -> dict[str, int | None]:
+        return {"samples": len(self), "bins": len(np.unique(self.bin.cpu().numpy())), "unreadable": self.num_unreadable or None}
+
+    def __repr__(self) -> str:
+        """Describe the selection in one line."""
+        return f"Selection({_listed(self._facts())}, content hash {self.content_hash()[:8]})"
+
+    def _repr_html_(self) -> str:
+        """Return the table that notebooks show."""
+        return facts_as_html("Selection", self._facts() | {"content hash": self.content_hash()[:8]})
+
     def content_hash(self) -> str:
         """Hexadecimal SHA-256 of index and bin, equal for two selections exactly if they hold the same samples."""
         digest = hashlib.sha256()
         digest.update(self.index.to(torch.int64).numpy().tobytes())
         digest.update(self.bin.to(torch.int16).numpy().tobytes())
         return digest.hexdigest()
+
+
+def _listed(facts: dict[str, int | None]) -> str:
+    return ", ".join(f"{value:,} {name}" for name, value in facts.items() if value is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -354,11 +387,16 @@ class StoreInfo:
             dataset has them.
         suspects: samples of the whole dataset that were left out because of their scores, such as those whose labels
             seem wrong; None if none were looked for.
+        encoder: the encoder that made the features, by its full name, such as the timm name with its weights; None where
+            no features were needed.
+        encoder_digest: digest of the encoder's weights, preprocessing and architecture, or None.
 
     Example:
         >>> info = StoreInfo("/cache/5-store/0f", "packed", 125, 1000, 1 << 20, "9d", patch_keep_ratio=0.8)
         >>> info.data_keep_ratio
         0.1
+        >>> info
+        StoreInfo(125 of 1,000 samples, packed, 1,048,576 bytes, 80.0% of the patches, /cache/5-store/0f)
     """
 
     path: str
@@ -377,6 +415,32 @@ class StoreInfo:
     num_unreadable: int = 0
     encoding: dict[str, Any] | None = None
     suspects: Suspects | None = field(default=None, compare=False)
+    encoder: str | None = None
+    encoder_digest: str | None = None
+
+    def __repr__(self) -> str:
+        """Describe the set in one line; `to_dict` has all facts."""
+        patches = f", {self.patch_keep_ratio:.1%} of the patches" if self.patch_keep_ratio < 1 else ""
+        encoder = f", encoder {self.encoder}" if self.encoder else ""
+        return (
+            f"StoreInfo({self.num_samples:,} of {self.num_source_samples:,} samples, {self.kind}, {self.bytes:,} bytes"
+            f"{patches}{encoder}, {self.path})"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return the table that notebooks show."""
+        facts = {
+            "samples": f"{self.num_samples:,} of {self.num_source_samples:,}",
+            "patches": f"{self.patch_keep_ratio:.1%}" if self.patch_keep_ratio < 1 else None,
+            "bytes": self.bytes,
+            "stored as": self.kind,
+            "classes": self.num_classes,
+            "encoder": self.encoder,
+            "suspects left out": None if self.suspects is None else len(self.suspects),
+            "content hash": self.content_hash[:8],
+            "folder": self.path,
+        }
+        return facts_as_html("Compact set", facts)
 
     @property
     def data_keep_ratio(self) -> float:

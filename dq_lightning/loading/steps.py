@@ -75,6 +75,23 @@ def check_steps(trainer: Any, steps: int, *, num_samples: int, batch_size: int, 
     return advice
 
 
+def facts_for_loggers(info: StoreInfo) -> dict[str, Any]:
+    """Return what loggers record of a compact set; the prefix keeps the names apart from a model's hyperparameters.
+
+    Example:
+        >>> facts_for_loggers(StoreInfo("/cache/5-store/0f", "packed", 125, 1000, 1 << 20, "9d"))["dq/keep_ratio"]
+        0.125
+    """
+    facts = {
+        "keep_ratio": info.data_keep_ratio,
+        "num_samples": info.num_samples,
+        "content_hash": info.content_hash,
+        "encoder": info.encoder,
+        "bytes": info.bytes,
+    }
+    return {f"dq/{name}": value for name, value in facts.items() if value is not None}
+
+
 def report_steps(trainer: Any, info: StoreInfo, settings: LoaderSettings, *, quiet: bool) -> None:
     """Check the Trainer's settings, and log on rank 0 how many steps an epoch has with the compact set and without it.
 

@@ -40,12 +40,14 @@ class Opened:
         settings: settings of the wrapped data module's own train loader, adjusted to the compact set; None without a
             wrapped data module.
         patches: patch plan if the images are filled batch by batch during training, else None.
+        plan: plan for the data of this process; None for a packed store, which is opened without its dataset.
     """
 
     compact: Compact
     dataset: Any
     settings: LoaderSettings | None = None
     patches: PatchPlan | None = None
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ class _PlannedTrainSet(TrainSet):
         assert plan is not None
         dataset = compact_dataset(plan, compact, cache.verify)
         own = None if settings is None else cut_down(settings, compact)
-        return Opened(compact, dataset, own, filled_late(plan.patches))
+        return Opened(compact, dataset, own, filled_late(plan.patches), plan)
 
 
 class DatasetTrainSet(_PlannedTrainSet):

@@ -10,10 +10,10 @@ import torch
 from dq_lightning.cache.entries import Cache
 from dq_lightning.cache.files import read_sealed, seal, sealed_digest, write_bytes
 from dq_lightning.cache.manifest import MANIFEST, check_copied_entry, request_full_check
-from dq_lightning.cache.tensors import TENSORS_FILE, read_bins, read_selection
+from dq_lightning.cache.tensors import TENSORS_FILE, read_bins, read_features, read_selection
 from dq_lightning.core.config import PatchConfig, Reconstruct, VerifyPolicy
 from dq_lightning.core.errors import CacheError, DQError, StoreError
-from dq_lightning.core.records import Bins, Selection, StoreInfo
+from dq_lightning.core.records import Bins, Features, Selection, StoreInfo
 from dq_lightning.packed.reader import PackedDataset, Patches
 from dq_lightning.packed.writer import STORE_FILE
 from dq_lightning.pipeline.patch_bytes import PatchFacts
@@ -21,6 +21,7 @@ from dq_lightning.pipeline.patch_plan import PatchPlan, make_patch_plan
 from dq_lightning.pipeline.plan import (
     ALGORITHM_VERSIONS,
     BINS,
+    FEATURES,
     FILLED,
     STORE,
     Parts,
@@ -87,6 +88,7 @@ def write_description(
         "kind": plan.store_kind,
         "source": plan.source.describe(),
         "encoder": None if plan.encoder is None else plan.encoder.description,
+        "encoder_digest": plan.encoder_digest,
         "num_source_samples": len(plan.source),
         "num_classes": labels.num_classes if labels is not None else None,
         "class_names": list(labels.names) if labels is not None and labels.names is not None else None,
@@ -171,6 +173,8 @@ def open_compact(
             suspects=selection.suspects,
             reused=reused,
             encoding=described.get("encoding"),
+            encoder=described.get("encoder"),
+            encoder_digest=described.get("encoder_digest"),
             **(_costs(patches) if patches else {}),
         )
         digest = sealed_digest(read_sealed(path / STORE_FILE)) if patches else None
@@ -215,6 +219,8 @@ def _check_described(described: dict[str, Any], selection: Selection) -> None:
         "config": isinstance(described["config"], dict),
         "num_unreadable": is_count(described.get("num_unreadable", 0)),
         "encoding": _is_encoding(described.get("encoding")),
+        "encoder": isinstance(described.get("encoder"), str | None),
+        "encoder_digest": isinstance(described.get("encoder_digest"), str | None),
         "patches": patches is None
         or (
             is_count(patches["patch_size"], 1)
@@ -316,12 +322,7 @@ def read_bins_of(compact: Compact, cache: Cache) -> Bins:
             f"there are no bins behind the compact set {compact.info.path}: its samples were given as indices=, or all were "
             "kept. make_bins makes bins of any features"
         )
-    path = cache.find(BINS, compact.parts[BINS]) if BINS in compact.parts else None
-    if path is None:
-        raise CacheError(
-            f"the bins behind the compact set {compact.info.path} are not in {cache.root}: they stay in the cache where it was "
-            "made, and a run with force_recompute=True over the original dataset makes them again"
-        )
+    path = _behind(compact, cache, BINS, "bins")
     bins, selection = read_bins(path), compact.selection
     fit = len(bins) == compact.info.num_source_samples
     if not fit or not torch.equal(bins.assignment[selection.index], selection.bin):
@@ -330,6 +331,31 @@ def read_bins_of(compact: Compact, cache: Cache) -> Bins:
             "features of another device differ in their last bits): a run with force_recompute=True makes both anew"
         )
     return bins
+
+
+def read_features_of(compact: Compact, cache: Cache) -> Features:
+    """Return the features that a compact set was chosen by, if they are in the cache.
+
+    Raises:
+        CacheError: the features are not in this cache, or there are none because the samples were given or all kept.
+    """
+    if compact.parts and FEATURES not in compact.parts:
+        raise CacheError(
+            f"there are no features behind the compact set {compact.info.path}: its samples were given as indices=, or all "
+            "were kept"
+        )
+    return read_features(_behind(compact, cache, FEATURES, "features"))
+
+
+def _behind(compact: Compact, cache: Cache, station: str, name: str) -> Path:
+    """Return the folder of the entry of a station that a compact set was made from."""
+    path = cache.find(station, compact.parts[station]) if station in compact.parts else None
+    if path is None:
+        raise CacheError(
+            f"the {name} behind the compact set {compact.info.path} are not in {cache.root}: they stay in the cache where it "
+            "was made, and a run with force_recompute=True over the original dataset makes them again"
+        )
+    return path
 
 
 def open_packed(

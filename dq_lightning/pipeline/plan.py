@@ -110,6 +110,11 @@ class Plan:
         """Return this plan with what is known of the networks of another plan, which was made of the same `Wanted`."""
         return replace(self, _identities=other._identities)
 
+    @property
+    def encoder_digest(self) -> str | None:
+        """Identity of the encoder, once `identities` has computed it; None before, or without an encoder."""
+        return self._identities.get("encoder")
+
     def identities(self, memory: DigestMemory) -> dict[str, str] | None:
         """Return the identities of the networks in use, by name; None when one was never resolved with this memory.
 
