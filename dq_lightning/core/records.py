@@ -205,7 +205,11 @@ class Selection:
         return len(self.index)
 
     def _facts(self) -> dict[str, int | None]:
-        return {"samples": len(self), "bins": len(np.unique(self.bin.cpu().numpy())), "unreadable": self.num_unreadable or None}
+        return {
+            "samples": len(self),
+            "bins": len(np.unique(self.bin.cpu().numpy())),
+            "unreadable": self.num_unreadable or None,
+        }
 
     def __repr__(self) -> str:
         """Describe the selection in one line."""
