@@ -62,10 +62,11 @@ def main(arguments: list[str] | None = None) -> None:
         before = signal.signal(signal.SIGTERM, _end)
     # Nested settings are listed one by one in the help; otherwise jsonargparse would hide them behind a class path.
     set_parsing_settings(subclasses_disabled=[JsonFields])
+    normal = _normal(given or ["--help"])
+    # A parser of all commands takes half a second to make, and only a command that is missing or unknown needs one.
+    commands = {normal[0]: COMMANDS[normal[0]]} if normal[0] in COMMANDS else COMMANDS
     try:
-        auto_cli(
-            COMMANDS, args=_normal(given or ["--help"]), prog="dq-lightning", as_positional=True, exit_on_error=False
-        )
+        auto_cli(commands, args=normal, prog="dq-lightning", as_positional=True, exit_on_error=False)
         sys.stdout.flush()
     except ArgumentError as error:
         print(f"dq-lightning: {_advised(str(error), given)}", file=sys.stderr)

@@ -3,13 +3,14 @@
 import gc
 import importlib.util
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests import warm_processes
+from tests import shortcuts, warm_processes
 from tests.full_count import FULL
 
 # a test must never reach a hub, nor leave anything in the user's cache
@@ -26,12 +27,15 @@ settings.register_profile(
 settings.load_profile("any_machine")
 
 WARM = pytest.StashKey()
+# these tests are about what networks compute, and how often
+ABOUT_FEATURES = ("features", "patches", "bins", "test_batching.py", "test_resume.py", "test_gpu.py")
 SHARED = Path(os.environ.get("DQ_LIGHTNING_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
 def pytest_configure(config):
     """One process forks scripts for the whole session, whichever of the test processes starts them."""
     if not hasattr(config, "workerinput"):
+        os.environ[shortcuts.FOLDER] = tempfile.mkdtemp(prefix="dq_features_")
         config.stash[WARM] = warm_processes.begin()
 
 
@@ -40,6 +44,18 @@ def pytest_unconfigure(config):
     if WARM in config.stash:
         config.stash[WARM].stdin.close()
         config.stash[WARM].wait()
+        shutil.rmtree(os.environ[shortcuts.FOLDER], ignore_errors=True)
+
+
+def pytest_sessionstart(session):
+    """What is computed once for many tests."""
+    if hasattr(session.config, "workerinput") or not session.config.getoption("numprocesses", None):
+        shortcuts.install()
+
+
+def pytest_runtest_setup(item):
+    """Tests of features compute them."""
+    shortcuts.compute_features(not set(ABOUT_FEATURES).isdisjoint(item.nodeid.partition("::")[0].split("/")))
 
 
 def pytest_collection_modifyitems(items):

@@ -156,6 +156,16 @@ QUESTIONS = {
     "command line": "import dq_lightning.cli",
     "stations": "import torch; import dq_lightning.bins.make, dq_lightning.selection.select, dq_lightning.packed.reader"
     ", dq_lightning.pipeline.quantize",
+    "list of images": "import torch; from dq_lightning.sources.adapt import as_source; from PIL import Image"
+    "; as_source([(Image.new('L', (4, 4)), 0)]).labels()",
+    "command": """import torch
+import contextlib, io, numpy, tempfile
+from dq_lightning.cli import main
+with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    os.environ["DQ_LIGHTNING_CACHE"] = folder
+    numpy.save(f"{folder}/ready.npy", numpy.random.default_rng(0).normal(size=(2000, 4)).astype("float32"))
+    main(["quantize", "--dataset", "dq_lightning.demo.sample_data.SampleCIFAR10", "--encoder", f"{folder}/ready.npy"])
+""",
     "lightning": "import torch, lightning; tell(); from dq_lightning import QuantizedDataModule",
     "pytorch_lightning": "import torch, pytorch_lightning; tell(); from dq_lightning.pytorch import QuantizedDataModule",
 }
@@ -203,6 +213,15 @@ def test_the_package_and_the_command_line_load_nothing_heavy(loaded):
 
 def test_bins_selection_and_store_work_without_lightning(loaded):
     assert not loaded["stations"][0] & {"lightning", "pytorch_lightning", "timm", "datasets", "transformers"}
+
+
+def test_a_library_is_loaded_only_for_its_own_datasets(loaded):
+    assert not loaded["list of images"][0] & {"datasets", "pyarrow", "torchvision", "transformers"}
+
+
+def test_a_whole_run_of_a_command_leaves_lightning_alone(loaded):
+    assert "torch" in loaded["command"][0]
+    assert not loaded["command"][0] & {"lightning", "pytorch_lightning", "timm", "transformers", "openai"}
 
 
 @pytest.mark.parametrize("package", ["lightning", pytest.param("pytorch_lightning", marks=pytest.mark.slow)])

@@ -347,19 +347,6 @@ def test_help_explains_every_option(command, function):
     assert "lightning" not in {name.split(".")[0] for name in function.__globals__}
 
 
-def test_stations_need_no_lightning(tmp_path, ready):
-    """A whole run of a command leaves Lightning alone."""
-    code = (
-        "import sys; from dq_lightning.cli import main\n"
-        f"main({['quantize', *SAMPLE, *ready]!r})\n"
-        "print(' '.join(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()}
-    assert "torch" in loaded
-    assert not loaded & {"lightning", "pytorch_lightning", "timm", "transformers", "openai"}
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Class folders of small images."""

@@ -9,25 +9,34 @@ import torch
 
 from dq_lightning.core.workers import torch_threads
 
-FORKS, THREADS = 100, 8
+# without the care of torch_threads, 9 of 10 forks fail where torch's own pool has so many threads, which take time to start
+FORKS, THREADS = 5, 8
+
+
+@pytest.fixture
+def a_large_pool():
+    """Torch has a pool of its own that forked processes inherit, as after the bins of every run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.usefixtures("a_large_pool")
 def test_threads_of_a_forked_process_use_torch(capfd):
-    # as every run does for its bins: from here on torch has a pool that forked processes inherit
-    torch.set_num_threads(torch.get_num_threads())
+    together = threading.Barrier(THREADS)
+
+    def work(number):
+        together.wait()
+        return int(torch.arange(THREADS)[number])
+
     failed = 0
     for _ in range(FORKS):
         child = os.fork()
         if child == 0:
             status = 1
             try:
-                together = threading.Barrier(THREADS)
-
-                def work(number, together=together):
-                    together.wait()
-                    return int(torch.arange(8)[number])
-
                 with torch_threads(THREADS) as pool:
                     assert list(pool.map(work, range(THREADS))) == list(range(THREADS))
                 status = 0

@@ -2,7 +2,8 @@
 
 One process a test session imports the heavy libraries when it is first asked for something, and forks for each script. A
 script finds what a fresh interpreter has: its own arguments, environment, folder and output, and a `__main__` module. The
-modules that are loaded and the seed of hashes are not fresh; tests of those start an interpreter instead.
+modules that are loaded are not fresh; tests of those start an interpreter instead. The seed of hashes is another one than that
+of the tests.
 """
 
 import atexit
@@ -41,7 +42,7 @@ def begin() -> subprocess.Popen[bytes]:
     folder = tempfile.mkdtemp(prefix="dq_warm_")
     os.environ[ADDRESS] = f"{folder}/socket"
     command = [sys.executable, str(Path(__file__)), os.environ[ADDRESS]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "1"}
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
 
 
@@ -136,6 +137,7 @@ def _serve(path: str) -> None:
             if not loaded:
                 for name in HEAVY:
                     __import__(name)
+                __import__("tests.shortcuts").shortcuts.install()
                 # the scripts do not look through the objects of the libraries, which would also copy their memory
                 gc.collect()
                 gc.freeze()

@@ -2,7 +2,6 @@ import logging
 import os
 import random
 import signal
-import subprocess
 import sys
 import weakref
 
@@ -18,6 +17,7 @@ from dq_lightning.features.extract import extract_features
 from dq_lightning.features.gradient import head_gradient
 from dq_lightning.features.loading import ImageBatches, choose_num_workers
 from dq_lightning.features.origins import EncoderSpec
+from tests import warm_processes
 
 SIZE = (32, 32)
 
@@ -137,8 +137,8 @@ def test_the_process_is_left_as_it_was(spec, make_source, num_workers, fails):
         torch.set_float32_matmul_precision(before_flags[1])
 
 
-def test_a_seed_that_waits_for_the_gpu_is_still_the_callers():
-    """Until there is a context, torch keeps the call that will seed the GPU; in a fresh process there is none."""
+def test_a_seed_that_waits_for_the_gpu_is_still_the_callers(tmp_path):
+    """Until there is a context, torch keeps the call that will seed the GPU; in a process of its own there is none."""
     code = (
         "import torch\n"
         "from dq_lightning.core.isolation import isolated\n"
@@ -149,8 +149,9 @@ def test_a_seed_that_waits_for_the_gpu_is_still_the_callers():
         "assert not torch.cuda.is_initialized()\n"
         "print([cell.cell_contents for cell in waiting.__closure__], torch.initial_seed())\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["[42]", "42"]
+    (tmp_path / "script.py").write_text(code)
+    done = warm_processes.run([tmp_path / "script.py"], warm_processes.environment())
+    assert done.stdout.split() == ["[42]", "42"], done.stderr
 
 
 def test_random_preprocessing_does_not_depend_on_the_callers_seed(tiny, to_float, make_source):

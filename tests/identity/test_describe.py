@@ -5,10 +5,8 @@ import functools
 import importlib
 import io
 import logging
-import os
 import random
 import re
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from torchvision.transforms import v2
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.identity.callables import describe_callable
 from dq_lightning.identity.networks import digest_module
+from tests import warm_processes
 
 FACTOR = 2.0
 log = logging.getLogger(__name__)
@@ -151,7 +150,7 @@ def test_what_cannot_be_looked_into_is_refused_and_an_identity_believed():
     assert describe_callable(steps(step)) != describe_callable(steps(Shift(0.1)))
 
 
-def test_other_processes_find_the_same_text():
+def test_other_processes_find_the_same_text(tmp_path):
     code = (
         "import importlib.util, sys\n"
         f"spec = importlib.util.spec_from_file_location('elsewhere', {__file__!r})\n"
@@ -160,8 +159,9 @@ def test_other_processes_find_the_same_text():
         "spec.loader.exec_module(module)\n"
         "print([module.describe_callable(make()) for make, _ in module.PAIRS.values()])\n"
     )
-    environment = os.environ | {"PYTHONHASHSEED": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    (tmp_path / "script.py").write_text(code)
+    done = warm_processes.run([tmp_path / "script.py"], warm_processes.environment())
+    assert done.returncode == 0, done.stderr
     here = io.StringIO()
     with contextlib.redirect_stdout(here):
         exec(code, {})

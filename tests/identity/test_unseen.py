@@ -3,10 +3,8 @@
 import importlib
 import importlib.metadata
 import os
-import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +22,7 @@ from dq_lightning.identity.callables import describe_callable
 from dq_lightning.identity.networks import digest_encoder, digest_module
 from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.adapt import grouping_id
+from tests import warm_processes
 from tests.memories import DictMemory
 
 COUNT = 60
@@ -897,10 +896,8 @@ if __name__ == "__main__":
 
 def test_a_script_in_another_process_and_a_module_are_the_same(tmp_path, monkeypatch, capsys):
     (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": f"{root}{os.pathsep}{tmp_path}"}
-    command = [sys.executable, "elsewhere.py"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
+    done = warm_processes.run([tmp_path / "elsewhere.py"], warm_processes.environment(), tmp_path)
+    assert done.returncode == 0, done.stderr
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module("elsewhere").show()
     del sys.modules["elsewhere"]

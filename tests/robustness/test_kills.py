@@ -1,6 +1,7 @@
 """A builder that is killed, interrupted or ended at any instant leaves nothing that a later run takes for an entry."""
 
 import itertools
+import multiprocessing
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from tqdm import auto
 
 from dq_lightning import PatchConfig, QuantizeConfig, SelectionConfig, quantize
 from dq_lightning.cache import files, shards
@@ -217,3 +219,20 @@ def test_a_notebook_goes_on_after_an_interrupt(place: Path) -> None:
     (place / "go on").touch()
     assert ended(child) == 0
     assert len(entries(root)) == 4
+
+
+def test_a_lock_of_the_progress_bars_that_was_never_given_back(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forked processes share tqdm's lock: one killed while it holds it must not stop the others, which want no bar."""
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    shared = multiprocessing.get_context("fork").RLock()
+    monkeypatch.setattr(auto.tqdm, "_lock", shared, raising=False)
+    assert auto.tqdm.get_lock() is shared
+
+    def take_it() -> None:
+        shared.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert ended(forked(take_it)) == -signal.SIGKILL
+    for name in ("patches", "paid"):
+        assert ended(forked(lambda name=name: RUNS[name](place / name)), 20) == 0
+    assert not shared.acquire(block=False)

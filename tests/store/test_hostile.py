@@ -1,9 +1,8 @@
 """Hostile stores, entries and images: an error of the package, and memory that stays small."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from tests import warm_processes
 
 SCRIPT = Path(__file__).with_name("hostile.py")
 MOST_MEBIBYTES = 128
@@ -12,9 +11,7 @@ MOST_OF_A_SAMPLE = 2048
 
 
 def test_what_lies_is_an_error_in_little_memory_and_a_large_sample_in_bounded_memory(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "h")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = warm_processes.run([SCRIPT, tmp_path / "h"], warm_processes.environment())
     assert done.returncode == 0, done.stderr[-2000:]
     small, large = map(int, done.stdout.split()[-2:])
     assert small < MOST_MEBIBYTES
