@@ -1,10 +1,7 @@
 """What people get wrong at first is said at once, before any work, in words that say what to pass."""
 
 import logging
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -20,6 +17,7 @@ from dq_lightning.core.config import QuantizeConfig, SelectionConfig
 from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.pipeline import extracting
 from dq_lightning.sources.adapt import as_source
+from tests import warm_processes
 from tests.lightning_scripts.common import Recorder, held_out, photos, trainer
 
 GIVEN = {"keep_ratio": 0.25, "num_bins": 2, "batch_size": 5, "num_workers": 0}
@@ -253,16 +251,15 @@ def test_names_of_datasets_are_guessed(capsys, name, tmp_path):
 
 def test_a_closed_pipe_is_no_error(tmp_path, images):
     info = quantize(ImageFolder(images / "train"), indices=[1, 2], cache_dir=tmp_path / "cache")
-    script = "import sys; from dq_lightning import cli; cli.main(sys.argv[1:])"
-    reading, writing = os.pipe()
-    os.close(reading)
-    done = subprocess.run(
-        [sys.executable, "-c", script, "info", info.path],
-        stdout=writing,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=120,
+    script = (
+        "import os, sys\n"
+        "from dq_lightning import cli\n"
+        "reading, writing = os.pipe()\n"
+        "os.close(reading)\n"
+        "os.dup2(writing, 1)\n"
+        "cli.main(sys.argv[1:])\n"
     )
-    os.close(writing)
+    (tmp_path / "script.py").write_text(script)
+    done = warm_processes.run([tmp_path / "script.py", "info", info.path], warm_processes.environment())
     assert done.stderr == ""
     assert done.returncode == 141

@@ -61,7 +61,7 @@ def made(cache, data, settings):
 def test_real_small_images(tmp_path, cifar_root, features, caplog, monkeypatch):
     """As many as fit, down to the floor; then finer ones; each is what the codec makes of the image."""
     monkeypatch.setattr(frontier, "COMPARED", {"small": 40})
-    data = Subset(CIFAR10(cifar_root, train=True), range(400))
+    data = Subset(CIFAR10(cifar_root, train=False), range(400))
     sizes = []
     for share, wanted in (("2%", (90, 180)), ("10%", (400, 400))):
         with caplog.at_level(logging.INFO, "dq_lightning"):

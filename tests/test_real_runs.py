@@ -22,8 +22,8 @@ def ready_in(module):
 
 
 def test_cifar10_in_part(cifar_root, tmp_path):
-    data = CIFAR10(cifar_root, transform=to_tensor)
-    part = Subset(data, range(0, 50000, 50))
+    data = CIFAR10(cifar_root, train=False, transform=to_tensor)
+    part = Subset(data, range(0, 10000, 10))
     module = QuantizedDataModule(part, keep_ratio=0.125, batch_size=25, cache_dir=tmp_path)
     model = Recorder()
     running = trainer()
