@@ -21,6 +21,10 @@ def test_there_are_exactly_two_set_up_lines():
     ]
 
 
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 120
+
+
 def test_ci_runs_the_test_line_of_the_readme():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert 'python -m pip install -q -e ".[test]"' in script
