@@ -25,6 +25,7 @@ import torch
 
 from dq_lightning.bins.make import make_bins
 from dq_lightning.core.records import Features
+from dq_lightning.features.whitening import whiten
 
 DISTRIBUTIONS = (
     "gaussian",
@@ -79,9 +80,7 @@ def alpaca(path, total=None, whitened=False):
     stored = np.load(path)
     values = unit(stored["q"].astype(np.float32) * stored["scale"][:, None])[:total]
     if whitened:
-        centred = values - values.mean(axis=0)
-        spectrum, directions = np.linalg.eigh((centred.T @ centred / len(values)).astype(np.float64))
-        values = unit(centred @ (directions / np.sqrt(spectrum)).astype(np.float32))
+        values = unit(whiten(torch.from_numpy(values)).numpy())
     return values
 
 
