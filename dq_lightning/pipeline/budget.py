@@ -139,9 +139,12 @@ def plan_bytes(
         allowed = [setting.sample_bytes for setting in settings if num_samples is not None or setting.psnr >= floor]
         needed = math.ceil(fixed_bytes + least * min(allowed))
         asked = "one sample" if num_samples is None else f"the {num_samples:,} samples"
+        encoded = any(setting.codec != "keep" for setting in settings)
+        advice = ", or leave codec, quality and longest_side open" if encoded else ""
+        fewer = "" if num_samples is None else ", keep fewer samples"
         raise ConfigError(
             f"max_bytes={max_bytes:,} is too little for {asked}: at least about {needed:,} bytes are needed with the "
-            "settings that may be chosen. Raise it, keep fewer samples, or leave codec, quality and longest_side open"
+            f"settings that may be chosen, {fixed_bytes:,} of them to describe the set. Raise it{fewer}{advice}"
         )
     return BytePlan(chosen, count_of(chosen), tuple((setting, count_of(setting)) for setting in ranked[1:]))
 
@@ -150,4 +153,5 @@ def told_setting(setting: ByteSetting, count: int, total: int | None = None) -> 
     """Return what a setting gives as text: samples (of a total), codec, bytes and error."""
     error = "exact" if math.isinf(setting.psnr) else f"{setting.psnr:.1f} dB"
     of = "" if total is None else f" of {total:,}"
-    return f"{count:,}{of} samples as {setting.describe()} ({setting.sample_bytes:,.0f} bytes each, {error})"
+    noun = "sample" if count == 1 and total is None else "samples"
+    return f"{count:,}{of} {noun} as {setting.describe()} ({setting.sample_bytes:,.0f} bytes each, {error})"

@@ -183,19 +183,22 @@ class Frontier:
         def is_too_large(setting: ByteSetting) -> bool:
             return setting.sample_bytes * self._wanted > self._room
 
-        # Finer images may fit after all.
-        same = [one for one in self.settings if one.family == new.family and (one.quality or 0) > new.quality]
-        too_fine = min((one.quality or 0 for one in same if is_too_large(one)), default=new.quality)
-        fitting = max((one.quality or 0 for one in same if not is_too_large(one)), default=new.quality)
-
-        def key(quality: int) -> bool:
+        def measure(quality: int) -> ByteSetting:
             made = self._measure(replace(new, quality=quality))
-            made = replace(made, sample_bytes=made.sample_bytes * ratio, psnr=made.psnr + gain)
-            self.settings.append(made)
-            return is_too_large(made)
+            self.settings.append(replace(made, sample_bytes=made.sample_bytes * ratio, psnr=made.psnr + gain))
+            return self.settings[-1]
 
-        if not is_too_large(new):
-            bisect_left(range(fitting + 1, too_fine), True, key=key)
+        own = [(one.quality or 0, one) for one in self.settings if one.family == new.family]
+        if self._is_fixed or (not is_too_large(new) and new.psnr >= self._floor):
+            # Finer images may fit after all, or only coarser ones.
+            too_fine = min((quality for quality, one in own if is_too_large(one)), default=0)
+            fitting = max((quality for quality, one in own if not is_too_large(one)), default=too_fine)
+            bisect_left(range(fitting + 1, too_fine), True, key=lambda quality: is_too_large(measure(quality)))
+            return
+        # Coarser images may reach the floor, or only finer ones.
+        fine = min((quality for quality, one in own if one.psnr >= self._floor), default=0)
+        coarse = max((quality for quality, one in own if one.psnr < self._floor and quality < fine), default=fine)
+        bisect_left(range(coarse + 1, fine), True, key=lambda quality: measure(quality).psnr >= self._floor)
 
     def measure_again(self, setting: ByteSetting) -> ByteSetting:
         """Return a setting measured on more samples.

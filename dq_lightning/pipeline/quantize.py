@@ -57,8 +57,9 @@ def quantize(
             list [M], or an `.npy` file of these (such as the published `select_indices_*.npy`).
         scores: what each sample is worth, higher is better: numbers [N], or a value of `config.quality.score`, for
             which it is the short form.
-        drop_worst: share of each class that is left out for its low scores, or `"auto"`; short form of
-            `config.quality.drop_worst`. None uses the value of the config.
+        drop_worst: share of each class that is left out for its low scores, in [0, 1), or `"auto"`, which leaves out
+            the samples whose labels seem wrong; short form of `config.quality.drop_worst`. None uses the value of the
+            config.
         preset: `"published"` for the paper's way of choosing; short form of `config.preset`.
         cache_dir: folder of the cache; None uses `DQ_LIGHTNING_CACHE` or the platform's cache folder.
         device: device that the networks and the bins run on: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, ...
