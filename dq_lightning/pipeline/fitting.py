@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dq_lightning.cache.shards import remove_shards
 from dq_lightning.cache.tensors import write_selection
 from dq_lightning.core.config import replace_fields
 from dq_lightning.core.console import get_logger
@@ -96,6 +97,7 @@ def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
             return
         # With what these samples took, the next plan has at least one sample less, or another setting.
         settings[at] = replace(settings[at], sample_bytes=(total - beside) / len(selection) * (1 + 0.001 * round_))
+        remove_shards(task.entry)
         for path in task.folder.iterdir():
             path.unlink()
     raise ConfigError(

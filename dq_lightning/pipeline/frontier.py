@@ -46,6 +46,8 @@ QUALITIES: dict[str, Sequence[int]] = {
 # A photo is tried at these shares of its longest side, too.
 SIDE_SHARES = (0.75, 0.5)
 NPY_HEADER_BYTES = 128
+# About one in so many samples is kept where positions matter.
+MEAN_GAP = 8
 # Bytes of the manifest and of compact.json, without the parts of the key.
 DESCRIPTION_BYTES = 4_500
 
@@ -424,14 +426,28 @@ def _readable(plan: Plan, positions: Sequence[int]) -> list[int]:
 
 
 def _packed_bytes(plan: Plan, positions: Sequence[int], items: Iterable[Item]) -> tuple[float, int]:
-    """Pack a few samples; return the mean bytes of one, and the bytes that any number of them takes."""
+    """Pack a few samples; return the mean bytes of one, and the bytes that any number of them takes.
+
+    Positions and bins are random, as those of a draw are: evenly spaced ones would take hardly any bytes.
+    """
+    draw, names = torch.Generator().manual_seed(0), [plan.source.sample_id(position) for position in positions]
+    index = (
+        torch.empty(len(positions), dtype=torch.float64)
+        .exponential_(1 / MEAN_GAP, generator=draw)
+        .ceil()
+        .cumsum(0)
+        .long()
+    )
+    if names == [str(position) for position in positions]:
+        names = [str(position) for position in index.tolist()]
+    num_bins = plan.config.bins.num_bins if plan.chosen is None else 1
     with TemporaryDirectory(prefix="dq_lightning-", ignore_cleanup_errors=True) as folder:
         write_packed(
             Path(folder),
             items,
-            ids=[plan.source.sample_id(position) for position in positions],
-            index=torch.tensor(positions, dtype=torch.int64),
-            bins=torch.zeros(len(positions), dtype=torch.int16),
+            ids=names,
+            index=index,
+            bins=torch.randint(0, num_bins, (len(positions),), generator=draw).to(torch.int16),
             attributes={"source": plan.source.describe()},
             squeeze=True,
         )
