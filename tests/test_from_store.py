@@ -1,6 +1,7 @@
 """Packed compact sets: the same items as the wrapped dataset gives, alone, elsewhere, and verified."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -322,15 +323,24 @@ def test_a_set_at_an_address_is_copied_once(tmp_path, monkeypatch, capsys):
         QuantizedDataModule.from_store(Path(address))
 
 
-def test_another_set_of_the_same_key_is_no_copy(tmp_path):
+def test_a_set_from_an_address_never_takes_the_place_of_an_own_one(tmp_path):
     fsspec = pytest.importorskip("fsspec")
     made = [
         quantize(Noisy(shift), {"store": "packed"}, indices=[3], fingerprint="one", cache_dir=tmp_path / str(shift))
         for shift in (0, 1)
     ]
     fsspec.filesystem("memory").put(made[0].path, "/bucket/other", recursive=True)
-    with pytest.raises(StoreError, match="came out different"):
-        QuantizedDataModule.from_store("memory://bucket/other", cache_dir=tmp_path / "1")
+    cache = tmp_path / "1"
+    copied = QuantizedDataModule.from_store("memory://bucket/other", cache_dir=cache)
+    copied.setup("fit")
+    own = quantize(Noisy(1), {"store": "packed"}, indices=[3], fingerprint="one", cache_dir=cache)
+    assert own == replace(made[1], reused=True, seconds=own.seconds)
+    assert copied.info.path != own.path
+    assert not torch.equal(PackedDataset(copied.info.path)[0][0], PackedDataset(own.path)[0][0])
+    # also where there is none of one's own yet
+    cache = tmp_path / "none"
+    QuantizedDataModule.from_store("memory://bucket/other", cache_dir=cache).setup("fit")
+    assert not quantize(Noisy(1), {"store": "packed"}, indices=[3], fingerprint="one", cache_dir=cache).reused
 
 
 class Noisy:
