@@ -14,6 +14,8 @@ from torchvision.datasets import ImageFolder
 from dq_lightning import FeatureConfig, QuantizeConfig, QuantizedDataModule
 from tests.lightning_scripts.common import Recorder, to_tensor, trainer
 
+EVERY = 25  # 40 photos, 4 of each class
+
 
 def tensor_rows(rows):
     return {"image": [to_tensor(image) for image in rows["image"]], "label": rows["label"]}
@@ -60,7 +62,7 @@ def quantized(kind, shared, every, cache_dir):
 
 def main(shared, cache_dir, reports):
     for kind in ("folder", "hub"):
-        model, module = Recorder(), quantized(kind, shared, 10, cache_dir)
+        model, module = Recorder(), quantized(kind, shared, EVERY, cache_dir)
         running = trainer(devices=2, strategy="ddp")
         running.fit(model, module)
         report = {"seen": model.seen, "hash": module.info.content_hash}
