@@ -24,6 +24,7 @@ from dq_lightning.core.config import (
     replace_fields,
 )
 from dq_lightning.core.console import get_logger
+from dq_lightning.core.devices import DeviceNames
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.notebook import facts_as_html
 from dq_lightning.core.records import Bins, Features, Labels, Selection, StoreInfo
@@ -150,8 +151,9 @@ class QuantizedHooks(Base):
             also compares the digests of all files, and `"off"` checks the manifest only.
         on_error: what happens when a sample cannot be read: `"raise"` ends the run, `"skip"` leaves the sample out and
             counts it in `info.num_unreadable`; `"raise"` when None.
-        device: device that the networks and the bins run on; `"auto"` is the Trainer's device, or without a Trainer a
-            GPU if there is one.
+        device: device that the networks and the bins run on; several, such as `["cuda:0", "cuda:1"]`, share the batches
+            of features, saliency and filling, and the result is that of one. `"auto"` is every GPU of this node that the
+            Trainer was given, else the Trainer's device, or without a Trainer a GPU if there is one.
 
     Attributes:
         prepare_data_per_node: as in Lightning; True runs `prepare_data` on every node. If the nodes share the cache,
@@ -215,7 +217,7 @@ class QuantizedHooks(Base):
         force_recompute: bool = False,
         verify: VerifyPolicy = "size",
         on_error: OnError | None = None,
-        device: str = "auto",
+        device: DeviceNames = "auto",
     ) -> None:
         super().__init__()
         check_given(train=train, val=val, test=test, predict=predict)

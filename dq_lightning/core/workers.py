@@ -58,6 +58,11 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def automatic_workers(processes_on_node: int = 1) -> int:
-    """Return the number of loader processes, at most 8, that leaves a core to each training process of this machine."""
-    return max(0, min(8, available_cores() // max(1, processes_on_node) - 1))
+def automatic_workers(processes_on_node: int = 1, num_devices: int = 1) -> int:
+    """Return the number of loader processes that leaves one core to each training process, at most 8 for each device.
+
+    Args:
+        processes_on_node: number of training processes on this machine.
+        num_devices: number of devices that each process feeds.
+    """
+    return max(0, min(8 * num_devices, available_cores() // max(1, processes_on_node) - 1))

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dq_lightning.cache.files import read_sealed
+from dq_lightning.core.devices import DeviceNames
 from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import Selection
 from dq_lightning.packed.images import exif_beside
@@ -105,7 +106,12 @@ def kept_of_source(
 
 
 def kept_of_store(
-    path: str | Path, *, fill: bool = True, reconstructor: Any = None, device: str = "auto", progress: bool = True
+    path: str | Path,
+    *,
+    fill: bool = True,
+    reconstructor: Any = None,
+    device: DeviceNames = "auto",
+    progress: bool = True,
 ) -> KeptImages:
     """Return the kept images of a packed set, without its dataset.
 
@@ -139,7 +145,13 @@ def kept_of_store(
 
 
 def _samples(
-    compact: Compact, store: PackedDataset, image: Leaf, fill: bool, reconstructor: Any, device: str, progress: bool
+    compact: Compact,
+    store: PackedDataset,
+    image: Leaf,
+    fill: bool,
+    reconstructor: Any,
+    device: DeviceNames,
+    progress: bool,
 ) -> Iterator[Any]:
     """Return the samples with whole images: unchanged, filled, or with the mean colour in dropped patches."""
     if compact.patches is None:

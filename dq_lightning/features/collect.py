@@ -117,12 +117,18 @@ class _Table:
 
     def copy(self) -> None:
         """Copy the rows of the waiting batches to the host and fill them in."""
-        if not self._waiting:
-            return
-        positions = torch.cat([rows.positions for rows in self._waiting])
+        by_device: dict[torch.device, list[Rows]] = {}
+        for rows in self._waiting:
+            by_device.setdefault(rows.embedding.device, []).append(rows)
+        self._waiting.clear()
+        for batches in by_device.values():
+            self._copy(batches)
+
+    def _copy(self, batches: list[Rows]) -> None:
+        positions = torch.cat([rows.positions for rows in batches])
         finite = torch.ones(len(positions), dtype=torch.bool)
         for name in ("embedding", "head_gradient"):
-            parts = [part for rows in self._waiting if (part := getattr(rows, name)) is not None]
+            parts = [part for rows in batches if (part := getattr(rows, name)) is not None]
             if parts:
                 block = torch.cat(parts).to("cpu", torch.float32)
                 self._fill(name, positions, block)
@@ -130,7 +136,6 @@ class _Table:
         self.not_finite.append(positions[~finite])
         self._to_keep.append(positions[finite])
         self.seen[positions] = True
-        self._waiting.clear()
 
     def _fill(self, name: str, positions: Tensor, rows: Tensor) -> None:
         if name not in self.filled:

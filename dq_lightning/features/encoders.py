@@ -38,6 +38,9 @@ class Encoder(Protocol):
     def logits(self, embedding: Tensor, /) -> Tensor:
         """Return the output of the linear head, float32 [B, C], for features [B, D]."""
 
+    def replica(self, device: torch.device, /) -> "Encoder":
+        """Return a copy with networks of its own on another device, of the same precision."""
+
 
 @runtime_checkable
 class TextEncoder(Protocol):
@@ -51,6 +54,9 @@ class TextEncoder(Protocol):
 
     def embed(self, tokens: Tensor, /) -> Tensor:
         """Return pooled features, float32 [B, D] on the encoder's device, of token ids [B, T], padded with -1."""
+
+    def replica(self, device: torch.device, /) -> "TextEncoder":
+        """Return a copy with networks of its own on another device, of the same precision."""
 
 
 @runtime_checkable
@@ -245,6 +251,17 @@ class NetworkEncoder:
         with torch.no_grad():
             output: Tensor = self.head(embedding.to(self._device).float())
         return output
+
+    def replica(self, device: torch.device) -> "NetworkEncoder":
+        """Return a copy with a network of its own on another device, of the same precision."""
+        twin = copy.copy(self)
+        twin._device = device
+        # The head is a layer of the network, and is so in the copy as well.
+        twin.network, twin.head = copy.deepcopy((self.network, self.head))
+        twin.network.to(device)
+        if self._mean is not None and self._std is not None:
+            twin._mean, twin._std = self._mean.to(device), self._std.to(device)
+        return twin
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._dtype == torch.float32:

@@ -11,20 +11,27 @@ from torch import Tensor
 
 from dq_lightning.core.batching import HalvedBatches
 from dq_lightning.core.config import FeatureKind, Precision
-from dq_lightning.core.devices import resolve_device
+from dq_lightning.core.devices import DeviceNames, resolve_devices
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.isolation import isolated, release_memory
 from dq_lightning.core.records import Features
+from dq_lightning.core.replicas import run_in_order
 from dq_lightning.core.resuming import Shards
 from dq_lightning.features.collect import NAMED_SAMPLES, Allocate, Rows, allocate_in_memory, collect
 from dq_lightning.features.encoders import Encoder, RowEncoder, TextEncoder
 from dq_lightning.features.gradient import head_gradient
-from dq_lightning.features.loading import ImageBatches, explaining_lost_loaders, iterate_batches, split_at_multiples
+from dq_lightning.features.loading import (
+    ImageBatch,
+    ImageBatches,
+    explaining_lost_loaders,
+    iterate_batches,
+    split_at_multiples,
+)
 from dq_lightning.features.origins import EncoderSpec
 from dq_lightning.features.sample_function import RawSamples, SampleEncoder
 from dq_lightning.features.samples import SampleSource
 from dq_lightning.features.selection_training import TrainedEncoder
-from dq_lightning.features.text_loading import iterate_text_batches
+from dq_lightning.features.text_loading import TextBatch, iterate_text_batches
 
 logger = logging.getLogger("dq_lightning")
 
@@ -38,7 +45,7 @@ def extract_features(
     kind: FeatureKind = "embedding",
     labels: Tensor | None = None,
     num_classes: int | None = None,
-    device: str = "auto",
+    device: DeviceNames = "auto",
     precision: Precision = "auto",
     batch_size: int = 256,
     num_workers: int | Literal["auto"] = "auto",
@@ -50,9 +57,10 @@ def extract_features(
 ) -> Features:
     """Run every sample of a source through an encoder.
 
-    The result is deterministic on one device. The global state of the process does not change: random state, flags and
-    GPU memory are afterwards as they were before. When GPU memory runs out, the batch is halved and the run continues;
-    up to rounding, the features do not depend on the batch size.
+    The result is deterministic on one device. Several devices of the same kind give the same bytes as one of them,
+    because each takes whole batches, and the batches stay the same. The global state of the process does not change:
+    random state, flags and GPU memory are afterwards as they were before. When GPU memory runs out, the batch is halved
+    and the run continues; up to rounding, the features do not depend on the batch size.
 
     Args:
         source: dataset of N samples. An image encoder calls `image(i)` (RGB) and `decode_warning(i)`, a text encoder
@@ -62,7 +70,9 @@ def extract_features(
             logits.
         labels: class of each sample, int64 [N]; required for `"gradient"`.
         num_classes: number of classes; None takes the largest label plus one.
-        device: device that the encoder runs on; `"auto"` takes the GPU if there is one.
+        device: device that the encoder runs on; `"auto"` takes the GPU if there is one. With several, such as
+            `["cuda:0", "cuda:1"]`, each holds a replica of the encoder; an encoder that is trained first is trained on
+            the first of them.
         precision: precision of the network, see `resolve_precision`. The features are always float32.
         batch_size: number of samples in one batch.
         num_workers: number of loader processes, or of concurrent requests to an API; `"auto"` measures how long a few
@@ -89,10 +99,10 @@ def extract_features(
         raise FeatureError("the dataset is empty: there is nothing to make features of")
     if kind == "gradient" and labels is None:
         raise FeatureError('kind="gradient" needs class labels; pass labels=, or use kind="embedding"')
-    target = resolve_device(device)
+    devices = resolve_devices(device)
     try:
         with isolated(), explaining_lost_loaders():
-            encoder = spec.load(str(target), precision)
+            encoder = spec.load(str(devices[0]), precision)
             wanted = labels if kind == "gradient" else None
             if wanted is not None:
                 _check_head(encoder, wanted, len(source), num_classes)
@@ -103,11 +113,11 @@ def extract_features(
                 advice, kept = encoder.advice, Shards()
             elif isinstance(encoder, SampleEncoder):
                 # Processes that are forked could not use a GPU that the function has begun to use in this one.
-                rows_of = partial(_images_to_rows, encoder, RawSamples(source), batch_size, None, target, 0)
+                rows_of = partial(_images_to_rows, encoder, RawSamples(source), batch_size, None, devices[:1], 0)
             elif isinstance(encoder, TextEncoder):
-                rows_of = partial(_text_to_rows, encoder, source, batch_size)
+                rows_of = partial(_text_to_rows, encoder, source, batch_size, devices)
             else:
-                rows_of = partial(_images_to_rows, encoder, source, batch_size, wanted, target, num_workers)
+                rows_of = partial(_images_to_rows, encoder, source, batch_size, wanted, devices, num_workers)
             made_from = encoder.digest() if isinstance(encoder, TrainedEncoder) and shards is not None else ""
             out = out or allocate_in_memory
             features = collect(rows_of, len(source), progress, out, advice, kept, made_from, left_out)
@@ -137,10 +147,23 @@ def _check_head(
         )
 
 
-def _text_to_rows(encoder: TextEncoder, source: SampleSource, batch_size: int, missing: Tensor) -> Iterator[Rows]:
-    halved = HalvedBatches("features", FeatureError)
-    for batch in iterate_text_batches(source, encoder, batch_size, missing):
-        yield Rows(batch.positions, halved.run(encoder.embed, batch.tokens))
+def _text_to_rows(
+    encoder: TextEncoder, source: SampleSource, batch_size: int, devices: list[torch.device], missing: Tensor
+) -> Iterator[Rows]:
+    encoders = [encoder, *(encoder.replica(device) for device in devices[1:])]
+    batches = iterate_text_batches(source, encoder, batch_size, missing)
+    rows_on = [_TextRows(one) for one in encoders]
+    yield from run_in_order(list(zip(devices, rows_on, strict=True)), batches)
+
+
+class _TextRows:
+    """Makes the rows of a batch of texts with one replica of the encoder."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self._encoder, self._halved = encoder, HalvedBatches("features", FeatureError)
+
+    def __call__(self, batch: TextBatch) -> Rows:
+        return Rows(batch.positions, self._halved.run(self._encoder.embed, batch.tokens))
 
 
 def _images_to_rows(
@@ -148,24 +171,38 @@ def _images_to_rows(
     source: SampleSource,
     batch_size: int,
     labels: Tensor | None,
-    device: torch.device,
+    devices: list[torch.device],
     num_workers: int | Literal["auto"],
     missing: Tensor,
 ) -> Iterator[Rows]:
-    """Yield the rows of the samples `missing`, batch by batch in order; the tensors stay on the device."""
+    """Yield the rows of the samples `missing`, batch by batch in order; the tensors stay on their device."""
     batches = ImageBatches(source, encoder.preprocess, split_at_multiples(missing, batch_size))
+    # A device for which there is no batch gets no replica.
+    devices = devices[: max(1, len(batches.batches))]
+    encoders = [encoder, *(encoder.replica(device) for device in devices[1:])]
+    read = iterate_batches(batches, num_workers, devices[0], len(devices))
+    rows_on = [_ImageRows(one, labels) for one in encoders]
     warnings: list[tuple[int, str]] = []
-    halved = HalvedBatches("features", FeatureError)
-    done = 0
-    for positions, batch in zip(batches.batches, iterate_batches(batches, num_workers, device), strict=True):
-        warnings += batch.warnings
-        embedding = halved.run(encoder.embed, batch.images)
-        gradient = None
-        if labels is not None:
-            gradient = head_gradient(encoder.logits(embedding), labels[positions])
-        done += len(positions)
-        yield Rows(positions, embedding, gradient)
+    for rows, told in run_in_order(list(zip(devices, rows_on, strict=True)), zip(batches.batches, read, strict=True)):
+        warnings += told
+        yield rows
     if warnings:
         first = "; ".join(f"sample {index}: {text}" for index, text in warnings[:NAMED_SAMPLES])
         more = f"; and {len(warnings) - NAMED_SAMPLES} more" if len(warnings) > NAMED_SAMPLES else ""
-        logger.warning("%d of %d images may have been decoded wrongly: %s%s", len(warnings), done, first, more)
+        logger.warning("%d of %d images may have been decoded wrongly: %s%s", len(warnings), len(missing), first, more)
+
+
+class _ImageRows:
+    """Makes the rows of a batch of images with one replica of the encoder, and returns them with its warnings."""
+
+    def __init__(self, encoder: Encoder, labels: Tensor | None) -> None:
+        self._encoder, self._labels = encoder, labels
+        self._halved = HalvedBatches("features", FeatureError)
+
+    def __call__(self, read: tuple[Tensor, ImageBatch]) -> tuple[Rows, list[tuple[int, str]]]:
+        positions, batch = read
+        embedding = self._halved.run(self._encoder.embed, batch.images)
+        gradient = None
+        if self._labels is not None:
+            gradient = head_gradient(self._encoder.logits(embedding), self._labels[positions])
+        return Rows(positions, embedding, gradient), batch.warnings

@@ -107,10 +107,10 @@ def stack(images: list[Tensor], indices: list[int]) -> Tensor:
     return torch.stack(images)
 
 
-def choose_num_workers(batches: ImageBatches, device: torch.device) -> int:
+def choose_num_workers(batches: ImageBatches, device: torch.device, num_devices: int = 1) -> int:
     """Choose the number of loader processes by the time that up to eight samples take to prepare.
 
-    The number is 0 if all samples together would take less than two seconds.
+    The number is 0 if all samples together would take less than two seconds, and at most eight for each device.
     """
     total = sum(map(len, batches.batches))
     tried = [index for batch in batches.batches[:1] for index in batch[:8].tolist()]
@@ -126,18 +126,20 @@ def choose_num_workers(batches: ImageBatches, device: torch.device) -> int:
         return 0
     cores = available_cores()
     # If the network runs on the CPU, it needs the cores itself, so the loader processes get only half of them.
-    return min(MAX_WORKERS, cores if device.type != "cpu" else max(1, cores // 2))
+    return min(MAX_WORKERS * num_devices, cores if device.type != "cpu" else max(1, cores // 2))
 
 
 def iterate_batches(
-    batches: ImageBatches, num_workers: int | Literal["auto"], device: torch.device
+    batches: ImageBatches, num_workers: int | Literal["auto"], device: torch.device, num_devices: int = 1
 ) -> Iterator[ImageBatch]:
     """Yield all batches in order, from loader processes if these pay off, and in pinned memory for a GPU.
+
+    `num_devices` of the kind of `device` take the batches.
 
     A dataset that processes cannot share, or that cannot be sent to them (on systems without fork), is read in this
     process, and a warning says so.
     """
-    workers = choose_num_workers(batches, device) if num_workers == "auto" else num_workers
+    workers = choose_num_workers(batches, device, num_devices) if num_workers == "auto" else num_workers
     # The result is stored in the cache, so unsafe sharing is not allowed even if the user set the number of processes.
     source, workers = loader_processes(batches.source, workers, asked=False, context=FORK, also=batches.preprocess)
     batches = copy.copy(batches)

@@ -88,6 +88,10 @@ class SampleEncoder:
         """Raise FeatureError, because a function has no linear head."""
         raise FeatureError(f"{self._name} has no linear head, so it gives no logits")
 
+    def replica(self, device: torch.device) -> "SampleEncoder":
+        """Return this encoder: its features are ready before a device sees them."""
+        return self
+
 
 class RawSamples:
     """A source whose samples take the place of images: they are passed on as they are, without transforms.

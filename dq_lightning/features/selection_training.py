@@ -1,5 +1,6 @@
 """Train an encoder on the dataset's own classes before it makes features, as in the selection epochs of the paper."""
 
+import copy
 import logging
 import math
 from collections.abc import Iterator
@@ -97,6 +98,10 @@ class TrainedEncoder:
         with torch.no_grad():
             output: Tensor = self._head(embedding.to(self._head.weight.device).float())
         return output
+
+    def replica(self, device: torch.device) -> "TrainedEncoder":
+        """Return a copy of the trained encoder on another device."""
+        return TrainedEncoder(self._body.replica(device), copy.deepcopy(self._head).to(device))
 
 
 def train_encoder(

@@ -1,5 +1,6 @@
 """Text encoders of transformers, loaded from the Hugging Face hub or from a folder and pooled as their files say."""
 
+import copy
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -279,6 +280,13 @@ class TokenEncoder:
                 mask = torch.where(pooled.any(dim=1, keepdim=True), pooled, mask)
             features = self._heads(pool_tokens(output.last_hidden_state, mask, self._pooling))
         return functional.normalize(features, dim=1) if self._normalize else features
+
+    def replica(self, device: torch.device) -> "TokenEncoder":
+        """Return a copy with networks of its own on another device, of the same precision."""
+        twin = copy.copy(self)
+        twin._device = device
+        twin._module, twin._heads = copy.deepcopy(self._module).to(device), copy.deepcopy(self._heads).to(device)
+        return twin
 
     def _prompt_tokens(self) -> int:
         """Return the number of tokens of the prompt, including special tokens at its beginning but not at its end."""

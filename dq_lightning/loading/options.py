@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from dq_lightning.core.config import AnyConfig, OnError, VerifyPolicy
+from dq_lightning.core.devices import DeviceNames
 from dq_lightning.loading.loaders import AutoBool, AutoInt
 from dq_lightning.pipeline.wanted import Choices, Delivery
 
@@ -31,7 +32,7 @@ class RunOptions(Delivery, total=False):
     cache_dir: str | Path | None
     force_recompute: bool
     verify: VerifyPolicy
-    device: str
+    device: DeviceNames
 
 
 class DataModuleOptions(RunOptions, Choices, total=False):

@@ -12,6 +12,7 @@ from typing import Any
 
 from dq_lightning.cache.entries import Cache, default_cache_dir
 from dq_lightning.core.config import VerifyPolicy
+from dq_lightning.core.devices import DeviceNames, device_names
 from dq_lightning.core.errors import CacheError, ConfigError
 from dq_lightning.core.fields import check_local
 from dq_lightning.core.isolation import isolated_random_state
@@ -32,7 +33,8 @@ class Preparation:
         inner: wrapped data module, whose hooks `prepare_data` and `setup` are called here too; or None.
         cache_dir: folder of the cache; None uses `DQ_LIGHTNING_CACHE` or the platform's cache folder.
         verify: how cache entries are checked before use, as in `quantize`.
-        device: device that the networks and the bins run on; `"auto"` uses the Trainer's device.
+        device: device that the networks and the bins run on; several share the batches of the networks. `"auto"` uses
+            the devices of this node that the Trainer was given.
         force: make again, once in this process, what is already in the cache.
         seed: seed of the random state in which the wrapped data module makes its split.
         check: function that checks the whole dataset before anything is made of it; see `BuildOptions`.
@@ -42,7 +44,7 @@ class Preparation:
         expected_hash: content hash of the compact set that a checkpoint was trained on, or None.
 
     Raises:
-        ConfigError: `cache_dir` is not a local path.
+        ConfigError: `cache_dir` is not a local path, or `device` names no devices.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class Preparation:
         *,
         cache_dir: str | Path | None,
         verify: VerifyPolicy,
-        device: str,
+        device: DeviceNames,
         force: bool,
         seed: int,
         check: Callable[[Any], object] | None = None,
@@ -61,7 +63,8 @@ class Preparation:
         check_local("cache_dir", cache_dir)
         self.check, self.default_collate = check, default_collate
         self.train, self.inner = train, inner
-        self.cache_dir, self.verify, self.device, self.force, self.seed = cache_dir, verify, device, force, seed
+        self.cache_dir, self.verify, self.force, self.seed = cache_dir, verify, force, seed
+        self.devices = device_names(device)
         self.expected_hash: str | None = None
         self._located: Located | None = None
         self._opened: Opened | None = None
@@ -113,8 +116,9 @@ class Preparation:
             if facts.fits:
                 # Without a Trainer nobody may ever make batches, so the check is left out.
                 collates = self.default_collate and trainer is not None
-                device = facts.device if self.device == "auto" else self.device
-                options = BuildOptions(device, self.force, facts.progress, self.check, collates)
+                found = facts.node_devices or (facts.device,)
+                devices = found if self.devices == ("auto",) else self.devices
+                options = BuildOptions(list(devices), self.force, facts.progress, self.check, collates)
                 with isolated_random_state():
                     if collates and val is not None:
                         check_collatable(val, "val=")

@@ -13,6 +13,7 @@ import torch
 
 from dq_lightning.cache.entries import Cache
 from dq_lightning.core.config import VerifyPolicy
+from dq_lightning.core.devices import DeviceNames
 from dq_lightning.core.errors import CacheError, ConfigError, SourceError
 from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.loading.batch_filling import UnfilledDataset
@@ -55,7 +56,7 @@ class BuildOptions:
     """Options of a build that do not change the compact set.
 
     Attributes:
-        device: device that the networks and the bins run on, as in `quantize`.
+        device: device that the networks and the bins run on, or several, as in `quantize`.
         force: make again what is already in the cache.
         progress: show progress bars.
         check: function that is called with the whole dataset, transforms included, before anything is made of it, and
@@ -63,7 +64,7 @@ class BuildOptions:
         default_collate: whether torch's own collate function will make the batches of a training.
     """
 
-    device: str = "auto"
+    device: DeviceNames = "auto"
     force: bool = False
     progress: bool = True
     check: Callable[[Any], object] | None = None

@@ -19,6 +19,8 @@ class TrainerFacts:
         processes_on_node: number of training processes that share this node's cores.
         device: device for the networks and the bins: the one that this process computes on if that is CUDA or MPS, else
             the CPU; `"auto"` without a Trainer.
+        node_devices: CUDA devices of this node that the Trainer was given, this process's own first; empty if it has no
+            other.
         reloads: whether loaders are made again every few epochs.
         progress: whether progress bars are shown.
     """
@@ -29,6 +31,7 @@ class TrainerFacts:
     epoch: int = 0
     processes_on_node: int = 1
     device: str = "auto"
+    node_devices: tuple[str, ...] = ()
     reloads: bool = False
     progress: bool = True
 
@@ -45,6 +48,7 @@ class TrainerFacts:
             num_shares=_num_shares(trainer),
             epoch=trainer.current_epoch,
             device=str(root) if root.type in ("cuda", "mps") else "cpu",
+            node_devices=_node_devices(trainer.strategy),
             reloads=bool(trainer.reload_dataloaders_every_n_epochs),
             progress=trainer.progress_bar_callback is not None,
         )
@@ -62,3 +66,15 @@ def _num_shares(trainer: Any) -> int:
     if not getattr(connector, "use_distributed_sampler", True):
         return 1
     return int((trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1))
+
+
+def _node_devices(strategy: Any) -> tuple[str, ...]:
+    """Return the CUDA devices of a strategy, the root device first, or nothing if there is no other than that.
+
+    The processes of a CPU strategy share the cores that torch uses in one process as well.
+    """
+    given = [strategy.root_device, *(getattr(strategy, "parallel_devices", None) or ())]
+    names = dict.fromkeys(str(device) for device in given if torch.device(device).type == "cuda")
+    # Where each process sees one device alone, others may be listed that it cannot reach.
+    reached = [name for name in names if (torch.device(name).index or 0) < torch.cuda.device_count()]
+    return tuple(reached) if len(reached) > 1 else ()

@@ -1,7 +1,9 @@
 """Grad-CAM and related methods, in batches: one forward pass, and a backward pass that ends at the feature map."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +161,13 @@ class SaliencyMaps(ABC):
         Raises:
             PatchError: if they cannot.
         """
+
+    def replica(self, device: torch.device) -> Self:
+        """Return a copy with a classifier of its own on another device; both know the layers that either finds."""
+        twin = copy.copy(self)
+        twin._module = copy.deepcopy(self._module).to(device)
+        twin._layers = self._layers.of_copy(twin._module)
+        return twin
 
 
 class ActivationMaps(SaliencyMaps):

@@ -1,8 +1,9 @@
 """Scores every patch of an image by a classifier's saliency map, by variance, or at random."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -33,6 +34,14 @@ class PatchScorer(Protocol):
             float32 [B, L] on the images' device; a patch with a higher score is more informative.
         """
 
+    def replica(self, device: torch.device, /) -> "PatchScorer":
+        """Return a scorer for another device, which runs in another thread.
+
+        The first images decide at which layer of a classifier all replicas compute their maps, so they have to be scored
+        before two replicas run at the same time.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class RandomScorer:
@@ -48,6 +57,9 @@ class RandomScorer:
         ]
         return torch.from_numpy(np.stack(drawn)).to(images.device)
 
+    def replica(self, device: torch.device) -> Self:
+        return self
+
 
 @dataclass(frozen=True)
 class VarianceScorer:
@@ -58,6 +70,9 @@ class VarianceScorer:
         pixels = images.double().flatten(0, 1)
         variance = pool_to_patches(pixels**2, patch_size) - pool_to_patches(pixels, patch_size) ** 2
         return variance.clamp(min=0).view(*images.shape[:2], -1).sum(1).float()
+
+    def replica(self, device: torch.device) -> Self:
+        return self
 
 
 class ClassifierScorer:
@@ -89,6 +104,11 @@ class ClassifierScorer:
     def scores(self, images: Tensor, labels: Tensor | None, positions: Tensor, patch_size: int) -> Tensor:
         size = (images.shape[2], images.shape[3])
         return pool_to_patches(self._maps(self._prepare(images), labels, size), patch_size)
+
+    def replica(self, device: torch.device) -> Self:
+        twin = copy.copy(self)
+        twin._maps = self._maps.replica(device)
+        return twin
 
     def check(self, images: Tensor, labels: Tensor | None) -> None:
         """Find the target layer and try the classifier on some images; the arguments are as for `scores`.

@@ -1,7 +1,9 @@
 """Loops over images of any sizes and computes a score for every patch of each image."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -15,6 +17,7 @@ from dq_lightning.core.console import progress_bar
 from dq_lightning.core.errors import PatchError
 from dq_lightning.core.handles import read_in_order
 from dq_lightning.core.records import Grid
+from dq_lightning.core.replicas import run_in_order
 from dq_lightning.core.resuming import Shards
 from dq_lightning.patches.saliency import PatchScorer
 
@@ -49,7 +52,7 @@ def score_images(
     patch_size: int,
     *,
     labels: Tensor | None = None,
-    device: str | torch.device = "cpu",
+    devices: Sequence[torch.device] = (torch.device("cpu"),),
     batch_size: int = 64,
     num_workers: int = 0,
     progress: bool = True,
@@ -57,9 +60,10 @@ def score_images(
 ) -> tuple[Tensor, Tensor]:
     """Score every patch of the images of a source at the positions `index`, int64 [M].
 
-    The scorer runs on `device`. Images of the same size share a batch. If the GPU's memory is not enough, the batch is
-    halved. Neither changes a score. `labels`, int64 [M], are the classes of these images. The shards hold the finished
-    scores of an earlier run, which continues with the rest, and new ones are added to them.
+    The `devices` share the batches: the scorer runs on the first of them, and each of the others gets a replica. Images
+    of the same size share a batch. If the GPU's memory is not enough, the batch is halved. Neither changes a score.
+    `labels`, int64 [M], are the classes of these images. The shards hold the finished scores of an earlier run, which
+    continues with the rest, and new ones are added to them.
 
     Returns:
         scores float32 [sum of L_i], image after image, and sizes int32 [M, 2], height and width of each image in
@@ -71,29 +75,49 @@ def score_images(
             memory.
     """
     table = _Scores(len(index), patch_size, shards or Shards())
-    halved = HalvedBatches("saliency", PatchError)
+    scorers = [scorer, *(scorer.replica(device) for device in devices[1:])]
+    replicas = [
+        (device, partial(_score, one, device, HalvedBatches("saliency", PatchError), index, labels, patch_size))
+        for device, one in zip(devices, scorers, strict=True)
+    ]
+    with progress_bar(progress, total=len(index), unit="img", description="saliency") as bar:
+        missing = table.restore(made_from=hashlib.sha256(index.numpy().tobytes()).hexdigest())
+        bar.update(len(index) - len(missing))
+        reads = zip(missing, read_in_order(_Images(source, index[missing]), num_workers), strict=True)
+        batches = _batches(reads, batch_size)
+        # All replicas use the target layer that the first batch decides.
+        for some in (run_in_order(replicas[:1], islice(batches, 1)), run_in_order(replicas, batches)):
+            for places, scores, size in some:
+                table.add(places, scores, size)
+                bar.update(len(places))
+    return torch.cat([torch.empty(0), *table.rows]), table.sizes
+
+
+def _score(
+    scorer: PatchScorer,
+    device: torch.device,
+    halved: HalvedBatches,
+    index: Tensor,
+    labels: Tensor | None,
+    patch_size: int,
+    batch: tuple[list[int], Tensor],
+) -> tuple[list[int], Tensor, tuple[int, int]]:
+    """Score a batch of images on one device; return places, scores float32 [B, L] and the size of the images."""
+    places, images = batch
 
     def scores_of(images: Tensor, positions: Tensor, labels: Tensor | None) -> Tensor:
         own = None if labels is None else labels.to(device)
         return scorer.scores(images.to(device, non_blocking=True), own, positions, patch_size)
 
-    with progress_bar(progress, total=len(index), unit="img", description="saliency") as bar:
-        missing = table.restore(made_from=hashlib.sha256(index.numpy().tobytes()).hexdigest())
-        bar.update(len(index) - len(missing))
-        reads = zip(missing, read_in_order(_Images(source, index[missing]), num_workers), strict=True)
-        for places, images in _batches(reads, batch_size):
-            chosen = torch.tensor(places)
-            batch_labels = None if labels is None else labels[chosen]
-            scores = halved.run(scores_of, images, index[chosen], batch_labels).float().cpu()
-            if not bool(scores.isfinite().all()):
-                bad = int((~scores.isfinite().all(1)).nonzero()[0])
-                raise PatchError(
-                    f"the saliency of sample {int(index[places[bad]])} is not finite: look at its pixels, or use "
-                    'saliency="variance"'
-                )
-            table.add(places, scores, (images.shape[2], images.shape[3]))
-            bar.update(len(places))
-    return torch.cat([torch.empty(0), *table.rows]), table.sizes
+    chosen = torch.tensor(places)
+    scores = halved.run(scores_of, images, index[chosen], None if labels is None else labels[chosen]).float().cpu()
+    if not bool(scores.isfinite().all()):
+        bad = int((~scores.isfinite().all(1)).nonzero()[0])
+        raise PatchError(
+            f"the saliency of sample {int(index[places[bad]])} is not finite: look at its pixels, or use "
+            'saliency="variance"'
+        )
+    return places, scores, (images.shape[2], images.shape[3])
 
 
 class _Scores:

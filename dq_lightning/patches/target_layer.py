@@ -109,8 +109,15 @@ class TargetLayers:
             self._known[shape] = layer
         return self._known[shape]
 
+    def of_copy(self, module: nn.Module) -> "TargetLayers":
+        """Return the same for a copy of the network; a layer that is found for one is known to both."""
+        twin = TargetLayers(module, self._name)
+        twin._known = self._known
+        return twin
+
     def _known_layer(self, images: Tensor) -> TargetLayer | None:
-        first = next(iter(self._known.values()), None)
+        # A copy in another thread may add a layer meanwhile.
+        first = next(iter(list(self._known.values())), None)
         if first is None:
             return None
         output = _outputs(self._module, images[:1], [first.name])[first.name]

@@ -17,6 +17,7 @@ from typing import Any
 from dq_lightning.cache.entries import Cache
 from dq_lightning.cache.tensors import read_bins, read_features, read_scores, read_selection
 from dq_lightning.core.console import get_logger
+from dq_lightning.core.devices import DeviceNames, device_names
 from dq_lightning.core.errors import CacheError, StoreError
 from dq_lightning.features.loading import explaining_lost_loaders
 from dq_lightning.pipeline.binning import make_bins_entry
@@ -67,7 +68,7 @@ class Build:
         plan: plan of the run.
         source: identity of the data.
         cache: cache that keeps the entry of every step.
-        device: device that the networks and the bins run on.
+        device: device that the networks and the bins run on; several share the batches of the networks.
         force: make again what is already in the cache.
         progress: show progress bars.
         seconds: wall time in seconds that was spent before this build, by the name of the work.
@@ -86,7 +87,7 @@ class Build:
         plan: Plan,
         source: str,
         cache: Cache,
-        device: str,
+        device: DeviceNames,
         *,
         force: bool,
         progress: bool,
@@ -98,7 +99,8 @@ class Build:
             raise CacheError(
                 f"the digest of a network's weights could not be written to {cache.root}: pass a cache_dir= that can be written"
             )
-        self.cache, self.source, self.device, self.force, self.progress = cache, source, device, force, progress
+        self.cache, self.source, self.force, self.progress = cache, source, force, progress
+        self.devices = device_names(device)
         self.seconds = seconds
         self.parts, *self._equivalent = usable_parts(self.plan, source, identities)
         self.steps = [
@@ -223,7 +225,7 @@ class Build:
             folder=folder,
             entry=place(parts),
             parts=parts,
-            device=self.device,
+            devices=self.devices,
             progress=self.progress,
             force=self.force,
             also=next(iter(also), None),
@@ -236,7 +238,7 @@ class Build:
         for step in missing:
             if step.check is not None:
                 started = time.perf_counter()
-                step.check(self.plan, self.device)
+                step.check(self.plan, self.devices[0])
                 self._spent(step, started)
 
     def _reason(self, first: Step, target: Step, parts: dict[str, Any]) -> str:

@@ -50,7 +50,7 @@ def make_features(task: Task) -> None:
         kind=settings.kind,
         labels=labels.values if labels is not None else None,
         num_classes=labels.num_classes if labels is not None else None,
-        device=task.device,
+        device=list(task.devices),
         precision=settings.precision,
         batch_size=settings.batch_size,
         num_workers=settings.num_workers,

@@ -1,6 +1,7 @@
 """The step "filling": run the reconstructor over the samples of a store, so that their dropped patches are filled."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from dq_lightning.cache.entries import require_space
 from dq_lightning.cache.shards import KeptShards
 from dq_lightning.core.batching import HalvedBatches
 from dq_lightning.core.console import progress_bar
-from dq_lightning.core.devices import resolve_device
+from dq_lightning.core.devices import DeviceNames, resolve_devices
 from dq_lightning.core.errors import PatchError, StoreError
 from dq_lightning.core.isolation import isolated, release_memory
 from dq_lightning.core.records import PatchedImage
+from dq_lightning.core.replicas import run_in_order
 from dq_lightning.packed.patches import image_leaf, unpack_image
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.packed.writer import Item, write_packed
@@ -41,14 +43,21 @@ def make_filled(task: Task, compact: Compact) -> None:
         Path(compact.info.path),
         task.parts["store"],
         task.plan.patches,
-        device=task.device,
+        device=list(task.devices),
         progress=task.progress,
         shards=task.shards("filling"),
     )
 
 
 def write_filled(
-    folder: Path, store: Path, digest: str, patches: PatchPlan, *, device: str, progress: bool, shards: KeptShards
+    folder: Path,
+    store: Path,
+    digest: str,
+    patches: PatchPlan,
+    *,
+    device: DeviceNames,
+    progress: bool,
+    shards: KeptShards,
 ) -> None:
     """Write the samples of a store of patches as a packed store of whole images, with the dropped patches filled.
 
@@ -84,7 +93,7 @@ def filled_items(
     place: tuple[str | int, ...],
     patches: PatchPlan,
     *,
-    device: str,
+    device: DeviceNames,
     progress: bool,
     start: int = 0,
 ) -> Iterator[Item]:
@@ -93,24 +102,41 @@ def filled_items(
     `place` is the place of the image in a sample, and `start` the number of the first sample to fill. If it is a
     multiple of the window, `WINDOW * batch_size` samples, the batches are those of a run from the first sample.
     """
-    target = resolve_device(device)
+    devices = resolve_devices(device)
     try:
         with isolated():
-            filler = Filler(patches, str(target))
-            window: list[Any] = []
+            filler = Filler(patches, str(devices[0]))
+            fillers = [filler, *(filler.replica(device) for device in devices[1:])]
+            replicas = [(one, partial(_fill_window, two, place)) for one, two in zip(devices, fillers, strict=True)]
+            rest = samples if start == 0 else map(samples.__getitem__, range(start, len(samples)))
             with progress_bar(progress, total=len(samples), unit="img", description="filling") as bar:
                 bar.update(start)
-                for sample in samples if start == 0 else map(samples.__getitem__, range(start, len(samples))):
-                    window.append(sample)
-                    if len(window) == WINDOW * patches.config.batch_size:
-                        yield from filler.samples(window, place)
-                        bar.update(len(window))
-                        window = []
-                yield from filler.samples(window, place)
-                bar.update(len(window))
-            del filler
+                for window, filled in run_in_order(replicas, _windows(rest, WINDOW * patches.config.batch_size)):
+                    for number, sample in enumerate(window):
+                        if number in filled:
+                            sample = with_value(sample, place, image_leaf(at(sample, place), filled[number]))
+                        yield sample, None
+                    bar.update(len(window))
+            del filler, fillers, replicas
     finally:
         release_memory()
+
+
+def _windows(samples: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    window: list[Any] = []
+    for sample in samples:
+        window.append(sample)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+def _fill_window(
+    filler: "Filler", place: tuple[str | int, ...], window: list[Any]
+) -> tuple[list[Any], dict[int, np.ndarray[Any, Any]]]:
+    return window, filler.pixels(window, place)
 
 
 def stored_place(samples: PackedDataset) -> tuple[str | int, ...]:
@@ -174,10 +200,21 @@ class Filler:
         fill = partial(fill_pixels, model, patch_size=size, mean=model.mean, std=model.std)
         return self._halved.run(fill, images.to(model.device), mask.to(model.device))
 
-    def samples(self, window: list[Any], place: tuple[str | int, ...]) -> Iterator[Item]:
-        """Yield the samples of a window with their images filled, which are found at `place` in each sample.
+    def replica(self, device: torch.device) -> "Filler":
+        """Return a filler with a reconstructor of its own on another device."""
+        twin = copy.copy(self)
+        twin._model = copy.deepcopy(self._model).to(device)
+        twin._halved = HalvedBatches("filling", PatchError)
+        return twin
 
-        Images of one shape and number of kept patches share a batch. An image that was stored whole is not changed.
+    def pixels(self, window: list[Any], place: tuple[str | int, ...]) -> dict[int, np.ndarray[Any, Any]]:
+        """Return the filled images of some samples, uint8 [H, W, C], by the number of the sample among them.
+
+        Images of one shape and number of kept patches share a batch. An image that was stored whole is not among them.
+
+        Args:
+            window: samples with packed images.
+            place: place of the image in a sample.
         """
         groups: dict[tuple[int, ...], list[int]] = {}
         for number, sample in enumerate(window):
@@ -194,10 +231,7 @@ class Filler:
                 images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
                 whole = self.fill(images, torch.from_numpy(np.stack(masks)), patch_size)
                 filled.update(zip(chosen, whole.permute(0, 2, 3, 1).cpu().numpy(), strict=True))
-        for number, sample in enumerate(window):
-            if number in filled:
-                sample = with_value(sample, place, image_leaf(at(sample, place), filled[number]))
-            yield sample, None
+        return filled
 
 
 def _filled_bytes(image: Any) -> int:

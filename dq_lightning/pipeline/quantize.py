@@ -9,6 +9,7 @@ from dq_lightning.cache.entries import Cache, default_cache_dir
 from dq_lightning.cache.tensors import read_bins, read_features
 from dq_lightning.core.config import AnyConfig, OnError, Preset, QuantizeConfig, VerifyPolicy
 from dq_lightning.core.console import get_logger
+from dq_lightning.core.devices import DeviceNames
 from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.core.records import Bins, Features, StoreInfo
 from dq_lightning.pipeline.build import Build
@@ -32,7 +33,7 @@ def quantize(
     drop_worst: float | Literal["auto"] | None = None,
     preset: Preset | None = None,
     cache_dir: str | Path | None = None,
-    device: str = "auto",
+    device: DeviceNames = "auto",
     fingerprint: str | None = None,
     force_recompute: bool = False,
     verify: VerifyPolicy = "size",
@@ -62,7 +63,9 @@ def quantize(
             config.
         preset: `"published"` for the paper's way of choosing; short form of `config.preset`.
         cache_dir: folder of the cache; None uses `DQ_LIGHTNING_CACHE` or the platform's cache folder.
-        device: device that the networks and the bins run on: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, ...
+        device: device that the networks and the bins run on: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, ... Several, such
+            as `["cuda:0", "cuda:1"]`, share the batches of features, saliency and filling, in one thread each; all else
+            runs on the first. The result is that of one device.
         fingerprint: identity of the dataset given by the user, in place of the digest of its content.
         force_recompute: build again what is already in the cache.
         verify: how cache entries are checked before use: `"size"` compares names and sizes of their files, `"hash"`
@@ -109,7 +112,7 @@ def find_or_build(
     plan: Plan,
     cache: Cache,
     *,
-    device: str = "auto",
+    device: DeviceNames = "auto",
     force: bool = False,
     progress: bool = True,
     check: Callable[[], object] | None = None,
@@ -144,7 +147,7 @@ def bins_of_dataset(
     *,
     labels: Any = None,
     cache_dir: str | Path | None = None,
-    device: str = "auto",
+    device: DeviceNames = "auto",
     progress: bool = True,
 ) -> Bins:
     """Return only the bins of a dataset: from the cache if they are there, else made now.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dq_lightning.cache.tensors import write_scores
-from dq_lightning.core.devices import resolve_device
+from dq_lightning.core.devices import DeviceNames, resolve_device, resolve_devices
 from dq_lightning.core.handles import FORK, loader_processes
 from dq_lightning.core.isolation import isolated, release_memory
 from dq_lightning.core.records import Selection
@@ -24,13 +24,13 @@ def make_scores(task: Task, selection: Selection) -> None:
     """Write the entry of the scores of the patches of the M kept samples."""
     with reading_again(task.plan):
         shards = task.shards("saliency")
-        scored = score_selection(task.plan, selection, device=task.device, progress=task.progress, shards=shards)
+        scored = score_selection(task.plan, selection, device=list(task.devices), progress=task.progress, shards=shards)
         task.check_unchanged()
     write_scores(task.folder, *scored)
 
 
 def score_selection(
-    plan: Plan, selection: Selection, *, device: str, progress: bool, shards: Shards | None = None
+    plan: Plan, selection: Selection, *, device: DeviceNames, progress: bool, shards: Shards | None = None
 ) -> tuple[Tensor, Tensor]:
     """Score every patch of the M kept samples; `shards` keeps finished scores, so that an interrupted run continues.
 
@@ -44,19 +44,21 @@ def score_selection(
         FeatureError: the classifier's weights cannot be found or do not fit.
     """
     patches = patches_of(plan)
-    target = resolve_device(device)
+    devices = resolve_devices(device)
     labels = plan.labels if patches.classifier is not None else None
-    source, workers = loader_processes(plan.source, _num_workers(plan, len(selection)), asked=False, context=FORK)
+    source, workers = loader_processes(
+        plan.source, _num_workers(plan, len(selection), len(devices)), asked=False, context=FORK
+    )
     try:
         with isolated():
-            scorer = patches.load_scorer(str(target), labels.num_classes if labels is not None else None)
+            scorer = patches.load_scorer(str(devices[0]), labels.num_classes if labels is not None else None)
             scored = score_images(
                 source,
                 selection.index,
                 scorer,
                 patches.patch_size,
                 labels=labels.values[selection.index] if labels is not None else None,
-                device=target,
+                devices=devices,
                 batch_size=patches.config.batch_size,
                 num_workers=workers,
                 progress=progress,
@@ -93,8 +95,8 @@ def check_saliency(plan: Plan, device: str) -> None:
         release_memory()
 
 
-def _num_workers(plan: Plan, count: int) -> int:
+def _num_workers(plan: Plan, count: int, num_devices: int) -> int:
     asked = plan.config.features.num_workers
     if asked != "auto":
         return asked
-    return automatic_workers() if count >= WORKERS_PAY_FROM else 0
+    return automatic_workers(num_devices=num_devices) if count >= WORKERS_PAY_FROM else 0

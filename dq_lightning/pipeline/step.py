@@ -49,7 +49,7 @@ class Task:
         folder: empty folder that the entry is written to.
         entry: folder where the finished entry will be.
         parts: parts of the entry's key.
-        device: device that networks and bins run on.
+        devices: devices that share the batches of networks; work that one device does runs on the first.
         progress: show progress bars.
         force: remove finished work of interrupted runs instead of using it.
         also: folder of another entry whose finished work is valid for this entry too, or None.
@@ -62,10 +62,15 @@ class Task:
     folder: Path
     entry: Path
     parts: dict[str, Any]
-    device: str
+    devices: tuple[str, ...]
     progress: bool
     force: bool
     also: Path | None
+
+    @property
+    def device(self) -> str:
+        """The device for work that several do not share, such as bins."""
+        return self.devices[0]
 
     def shards(self, noun: str, part: str = "") -> KeptShards:
         """Return the shards of the entry: finished work that an interrupted run kept, and that this run adds to.
