@@ -104,7 +104,7 @@ def quantize_dataset(
         label_column: class column of a Hugging Face dataset; found by its feature type when left out.
         labels: a column to group by in place of the classes, or false for no groups.
         cache_dir: folder of the cache; when left out, DQ_LIGHTNING_CACHE or else the platform's cache folder.
-        device: device that the networks run on: auto, cpu, cuda, cuda:1, ...
+        device: device that the networks run on: auto, cpu, cuda, cuda:1, or several: cuda:0,cuda:1
         fingerprint: identity of the dataset, in place of the digest of its content.
         force_recompute: build again what is in the cache already.
         verify: how a cache entry is checked before use: size, hash or off.

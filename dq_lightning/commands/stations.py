@@ -52,7 +52,7 @@ def bins(
         text: how rows of text are read.
         labels: a column to group by in place of the classes, or false for no groups.
         cache_dir: folder of the cache.
-        device: device that the encoder runs on: auto, cpu, cuda, ...
+        device: device that the encoder runs on: auto, cpu, cuda, cuda:1, or several: cuda:0,cuda:1
         on_error: raise stops at a sample that cannot be read; skip leaves such samples out of all bins.
         progress: show progress bars.
     """
@@ -105,7 +105,7 @@ def suspects(
         text: how rows of text are read.
         labels: a column that takes the place of the classes.
         cache_dir: folder of the cache.
-        device: device that the encoder runs on: auto, cpu, cuda, ...
+        device: device that the encoder runs on: auto, cpu, cuda, cuda:1, or several: cuda:0,cuda:1
         on_error: raise stops at a sample that cannot be read; skip passes over such samples.
         progress: show progress bars.
     """
@@ -280,7 +280,7 @@ def reconstruct(
             leaving out cam_mask in the published script.
         cache_dir: folder of the cache. The cache keeps the results (as raw pixels, until prune removes them), so that a
             stopped run can go on.
-        device: device that the networks run on: auto, cpu, cuda, ...
+        device: device that the networks run on: auto, cpu, cuda, cuda:1, or several: cuda:0,cuda:1
         progress: show progress bars.
     """
     config = QuantizeConfig(patches=patches)

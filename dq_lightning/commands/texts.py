@@ -43,7 +43,7 @@ def embed(
         text: which part of a row is embedded, the pooling, and the other settings of text.
         features: settings of the encoder; batch_size, num_workers and precision are used.
         cache_dir: folder of the cache; the results of paid API requests are kept beside the pieces instead.
-        device: device that the encoder runs on: auto, cpu, cuda, ...
+        device: device that the encoder runs on: auto, cpu, cuda, cuda:1, or several: cuda:0,cuda:1
         progress: show progress bars.
     """
     from dq_lightning.commands.embedding_pieces import embed_rows, merge_rows
@@ -94,7 +94,7 @@ def sample_text(
         features: settings of the encoder; batch_size, num_workers and precision are used.
         bins: objective, maximizer and the other settings of bins.
         cache_dir: folder of the cache.
-        device: device that the encoder runs on: auto, cpu, cuda, ...
+        device: device that the encoder runs on: auto, cpu, cuda, cuda:1, or several: cuda:0,cuda:1
         progress: show progress bars.
     """
     if not output.endswith((".json", ".jsonl")):
