@@ -167,7 +167,7 @@ def features_of_dataset(
     *,
     labels: Any = None,
     cache_dir: str | Path | None = None,
-    device: str = "auto",
+    device: DeviceNames = "auto",
     progress: bool = True,
 ) -> Features:
     """Return only the features of a dataset: from the cache if they are there, else made now.
@@ -190,7 +190,7 @@ def _found_or_made(
     station: str,
     read: Callable[[Path], Any],
     cache_dir: str | Path | None,
-    device: str,
+    device: DeviceNames,
     *,
     progress: bool,
 ) -> Any:
