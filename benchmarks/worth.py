@@ -176,7 +176,14 @@ def _winner(work: Path, ratio: float) -> tuple[str, ...]:
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """Return the jobs of the plans, in the order in which they are done."""
     return list(dict.fromkeys(job for name in args.plan for job in plan_rows(name, args.seeds, args.work)))
+
+
+def waiting_jobs(args: argparse.Namespace, part: int = 0, parts: int = 1) -> list[Job]:
+    """Return every `parts`-th job from `part` on, of those that have no result yet."""
+    done = {Job(**line["job"]) for line in _lines(args.work / "results.jsonl")}
+    return [job for job in jobs_of(args)[part::parts] if job not in done]
 
 
 def load(work: Path, job: Job) -> Condition:
@@ -203,11 +210,11 @@ def prepare(args: argparse.Namespace) -> None:
             np.save(work / f"{name}.npy", getattr(whole, name))
         np.save(work / "test_images.npy", test.data)
         np.save(work / "test_labels.npy", np.array(test.targets))
-    wanted = {job.data: job for job in jobs_of(args) if not (work / job.data).exists()}
+    wanted = {job.data: job for job in waiting_jobs(args) if not (work / job.data).exists()}
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
         for line in pool.map(_prepare, [args] * len(wanted), wanted.values()):
             print(line, flush=True)
-        if any(job.condition == "bytes" for job in jobs_of(args)):
+        if any(job.condition == "bytes" for job in waiting_jobs(args)):
             list(pool.map(_recode, [work] * len(CODED), CODED))
             _drop_patches(args)
 
@@ -281,7 +288,7 @@ def choose(args: argparse.Namespace) -> None:
     """Write the positions that every job trains on."""
     (args.work / "choices").mkdir(exist_ok=True)
     groups: dict[str, dict[str, Job]] = defaultdict(dict)
-    for job in jobs_of(args):
+    for job in waiting_jobs(args):
         if not (args.work / "choices" / f"{job.choice}.npy").exists():
             groups[job.data][job.choice] = job
     tasks = [list(group.values()) for group in groups.values()]
@@ -319,9 +326,8 @@ def train(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     lanes: dict[str, list[worth_training.Lane]] = {}
     while time.perf_counter() - started < args.seconds:
-        done = {Job(**line["job"]) for line in _lines(results)}
         # The winners of the search are known once it is done, so the jobs are listed anew each time.
-        waiting = [job for job in jobs_of(args)[part::parts] if job not in done]
+        waiting = waiting_jobs(args, part, parts)
         if not waiting:
             break
         ready = [job for job in waiting[:200] if (args.work / "choices" / f"{job.choice}.npy").exists()]

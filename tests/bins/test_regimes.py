@@ -26,7 +26,7 @@ REGIMES = ["dense", "dense in 2 bytes", "candidates", "stream", "dense in blocks
 def small(monkeypatch):
     monkeypatch.setattr(candidates, "LEAST", 4)
     monkeypatch.setattr(proof, "_PICKS_A_CHECKPOINT", 3)
-    monkeypatch.setattr(scores, "_TILE", {"cpu": 32})
+    monkeypatch.setattr(scores, "_TILE", {"cpu": 32, "cuda": 32})
     # with entries of 2**24 the range of 4 bytes ends 64 similarities below the greatest gain
     monkeypatch.setattr(scores, "FULL", {4: 1 << 24, 2: 32700})
     monkeypatch.setattr(scores, "_MOST_PICKS", 32)

@@ -30,7 +30,7 @@ def held_out(count=20, transform=to_tensor):
 
 def name_of(image):
     """A number that tells images apart."""
-    return zlib.crc32(np.ascontiguousarray(image).tobytes())
+    return zlib.crc32(np.ascontiguousarray(torch.as_tensor(image).cpu()).tobytes())
 
 
 class Recorder(L.LightningModule):
