@@ -41,6 +41,7 @@ def make_bins(
     beta: float = 0.9,
     search_seed: int = 0,
     engine: Engine = "auto",
+    matrix_memory: int | str = "50%",
     device: str | torch.device = "auto",
     progress: bool | None = None,
 ) -> Bins:
@@ -75,8 +76,10 @@ def make_bins(
         beta: accuracy of the `"approximate_lazy"` maximizer.
         search_seed: seed of the `"stochastic"` maximizer and of the k-means clusters.
         engine: regime of the graph cut with the `"naive"` maximizer: `"dense"` keeps a matrix of n x n inner products
-            of a group in 16 bits, `"candidates"` proves picks among few rows, `"stream"` makes a pass over the rows for
+            of a group in 16 or 32 bits, `"candidates"` proves picks among few rows, `"stream"` makes a pass over the rows for
             each pick, and `"auto"` chooses by size, free memory and what the picks turn out to cost.
+        matrix_memory: most memory that this matrix takes: a number of bytes, a size (`"2GB"`), or a share of the free
+            memory (`"50%"`). Groups whose matrix does not fit use the other regimes.
         device: device that the similarities are computed on, such as `"cpu"` or `"cuda"`; `"auto"` chooses one.
         progress: whether to show a progress bar; None shows one on a terminal if there are at least 20,000 samples.
 
@@ -95,7 +98,8 @@ def make_bins(
         [1, 0, 0, 1, 0]
     """
     config = BinConfig(
-        num_bins, objective, maximizer, similarity, lam, True, clusters, gamma, epsilon, beta, search_seed, None, engine
+        num_bins, objective, maximizer, similarity, lam, True, clusters, gamma, epsilon, beta, search_seed, None, engine,
+        matrix_memory,
     )  # fmt: skip
     factors = as_factors(features)
     total = len(next(iter(factors.values())))

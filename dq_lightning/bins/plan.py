@@ -17,6 +17,7 @@ from dq_lightning.bins.sizes import bin_sizes
 from dq_lightning.core.config import BinConfig
 from dq_lightning.core.devices import named_device
 from dq_lightning.core.errors import ConfigError
+from dq_lightning.core.sizes import budget_bytes
 
 log = logging.getLogger("dq_lightning")
 
@@ -36,18 +37,23 @@ class Room:
     rows: int = 1 << 25
 
     @classmethod
-    def beside(cls, stored: int, device: torch.device) -> "Room":
+    def beside(cls, stored: int, device: torch.device, matrix: int | str = "50%") -> "Room":
         """Choose the limits for features of `stored` bytes on a device.
 
-        The matrix may take half of the free memory. The limits of candidates and of copies of rows are proportional to
-        the size of the features; on a GPU, whose speed depends on them, the matrix and the float64 copy of the rows may
-        each take a third of its free memory.
+        The matrix may take `matrix`, as `BinConfig.matrix_memory` says it. The limits of candidates and of copies of
+        rows are proportional to the size of the features; on a GPU, whose speed depends on it, the float64 copy of the
+        rows may take a third of its free memory.
         """
-        dense = int((free_memory(torch.device("cpu")) / 2 / 2) ** 0.5)
-        candidates = int(min(1 << 26, max(1 << 23, stored // 4)) ** 0.5)
+        memory = free_memory(device)
+        allowed = budget_bytes(matrix, memory, "matrix_memory")
+        # Entries have 4 bytes on a GPU and in small matrices, and 2 otherwise.
+        entry = 4 if device.type != "cpu" or allowed <= 4 * WIDE**2 else 2
+        dense = int((allowed / entry) ** 0.5)
         if device.type != "cpu":
-            third = free_memory(device) // 3
-            return cls(min(dense, int((third / 4) ** 0.5)), 1 << 13, third // 8)
+            # Exact matrices of whole numbers are the processor's.
+            most = int((free_memory(torch.device("cpu")) / 4) ** 0.5)
+            return cls(min(dense, most), 1 << 13, memory // 3 // 8)
+        candidates = int(min(1 << 26, max(1 << 23, stored // 4)) ** 0.5)
         # For very large features, this lets the rows of the last bins be held as float64, which makes a pass over them
         # several times faster.
         rows = min(1 << 28, stored // 8) if stored > 1 << 30 else min(1 << 25, max(1 << 22, stored // 16))
@@ -85,7 +91,7 @@ def make_plan(config: BinConfig, factors: dict[str, Tensor], sizes: list[int], d
     width = sum(values.shape[1] + number for number, values in enumerate(factors.values()))
     stored = sum(values.numel() * values.element_size() for values in factors.values())
     exact = config.objective == "graph_cut" and config.maximizer == "naive" and config.similarity != "rbf"
-    room = Room.beside(stored, device)
+    room = Room.beside(stored, device, config.matrix_memory)
     free = free_memory(device)
     if exact:
         entry = 4 if device.type != "cpu" or largest <= WIDE else 2
@@ -96,8 +102,8 @@ def make_plan(config: BinConfig, factors: dict[str, Tensor], sizes: list[int], d
         way = f"graph cut ({_expected(config, sizes, room, costs)})"
         if config.engine == "dense" and largest > room.dense:
             raise ConfigError(
-                f"engine='dense' needs {_size(2 * largest**2)} for a group of {largest:,} samples, more than half of the free "
-                "memory; use engine='auto', or clusters=... for smaller groups"
+                f"engine='dense' needs {_size(entry * largest**2)} for a group of {largest:,} samples, more than "
+                f"matrix_memory={config.matrix_memory!r} allows; use engine='auto', or clusters=... for smaller groups"
             )
     else:
         need = OBJECTIVES[config.objective].memory

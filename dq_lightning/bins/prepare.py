@@ -1,12 +1,15 @@
 """Examine every row of the features once before bins are made: check that it is finite, measure it, and hash it."""
 
+import math
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dq_lightning.bins.graph_cut.exact import two_product
 from dq_lightning.bins.graph_cut.workers import Workers
 from dq_lightning.bins.rows import StoredRows, row_lengths, wide_factor
 from dq_lightning.core.errors import FeatureError
@@ -15,6 +18,8 @@ from dq_lightning.core.records import Features
 _ROWS = 4096
 # The squares of numbers beyond this power of two may leave the range of float64.
 _SAFE_EXPONENT = 450
+# Entries may be whole multiples of this number, or of the smallest of them, if its size is not extreme.
+_FRACTION, _SENSIBLE = 2.0**-10, (1e-100, 1e100)
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,14 +31,15 @@ class Prepared:
         longest: bound on the Euclidean length of a row.
         largest: bound on the absolute value of an entry of a row, after factors are multiplied out.
         marks: int64 [N], hash of each row; equal rows have equal hashes, and other rows almost never do.
-        on_grid: whether there is one factor and all entries of its rows are multiples of 2**-10.
+        step: number that all entries of all rows are whole multiples of, exactly, such as 1 for one-hot rows and
+            0.7071... for the cosine of rows that have two ones; 0.0 if none was found, or if there are two factors.
     """
 
     rows: StoredRows
     longest: float
     largest: float
     marks: NDArray[np.int64]
-    on_grid: bool
+    step: float
 
 
 def as_factors(features: Features | Tensor | NDArray[np.floating]) -> dict[str, Tensor]:
@@ -89,9 +95,10 @@ def prepare(factors: dict[str, Tensor], *, unit: bool, device: torch.device, wor
     lengths = [torch.empty(total, dtype=torch.float64) for _ in raw]
     marks = torch.zeros(total, dtype=torch.int64)
     largest = [0.0] * len(raw)
-    on_grid = [len(raw) == 1]
+    step = 0.0
 
-    def look(start: int) -> list[float]:
+    def look(start: int) -> tuple[list[float], int]:
+        nonlocal step
         samples = torch.arange(start, min(start + _ROWS, total))
         reach = [0.0] * len(raw)
         zero = torch.zeros(len(samples), dtype=torch.bool, device=device)
@@ -106,14 +113,19 @@ def prepare(factors: dict[str, Tensor], *, unit: bool, device: torch.device, wor
             if unit:
                 values /= torch.where(length > 0, length, torch.ones_like(length))[:, None]
             mark = mark * 31 + _mark(values)
+        if start == 0 and len(raw) == 1:
+            step = _possible_step(values)
+        divisor = _divisor(values, step) if step else 0
+        if not divisor:
             # The first block decides for almost all features.
-            if on_grid[0] and not bool((values * 1024.0 == (values * 1024.0).round()).all()):
-                on_grid[0] = False
+            step = 0.0
         marks[samples] = mark.masked_fill(zero, 0).cpu()
-        return reach
+        return reach, divisor
 
-    for reach in workers.map(look, range(0, total, _ROWS)):
+    common = 0
+    for reach, divisor in chain([look(0)], workers.map(look, range(_ROWS, total, _ROWS))):
         largest = [max(pair) for pair in zip(largest, reach, strict=True)]
+        common = math.gcd(common, divisor)
     for (name, values), length in zip(factors.items(), lengths, strict=True):
         _check_finite(name, values, length)
     longest = float(np.prod([float(length.max()) if total else 0.0 for length in lengths]))
@@ -121,7 +133,7 @@ def prepare(factors: dict[str, Tensor], *, unit: bool, device: torch.device, wor
     rows = StoredRows(raw, scales, torch.arange(total), device, workers)
     if unit:
         longest, largest = 1.0 + 2.0**-40, [1.0]
-    return Prepared(rows, longest, float(np.prod(largest)), marks.numpy(), on_grid[0])
+    return Prepared(rows, longest, float(np.prod(largest)), marks.numpy(), step * common)
 
 
 def _within_range(values: Tensor) -> Tensor:
@@ -141,6 +153,29 @@ def _mark(values: Tensor) -> Tensor:
     words = (values + 0.0).view(torch.int64)
     # The low bits of numbers with short fractions are zero, so the high bits are mixed in.
     return ((words ^ (words >> 29)) * torch.from_numpy(bits).to(values.device)).sum(dim=1)
+
+
+def _possible_step(values: Tensor) -> float:
+    """Return the one number that all entries may be whole multiples of, or 0.0 if there is none."""
+    if _divisor(values, _FRACTION):
+        return _FRACTION
+    least = float(values.abs().masked_fill(values == 0, torch.inf).min())
+    return least if _SENSIBLE[0] < least < _SENSIBLE[1] else 0.0
+
+
+def _divisor(values: Tensor, step: float) -> int:
+    """Return a common divisor of the whole numbers that `step` has to be multiplied by to give all values exactly.
+
+    It is the greatest one, or 1 if all values are zero. The result is 0 if some value is no such multiple.
+    """
+    multiples = values / step
+    if not bool(((multiples == multiples.round()) & (multiples.abs() < 2.0**26)).all()):
+        return 0
+    whole = multiples.cpu().numpy()
+    product, error = two_product(whole, step)
+    if error.any() or (product != values.cpu().numpy()).any():
+        return 0
+    return int(np.gcd.reduce(whole.astype(np.int64), axis=None)) or 1
 
 
 def _check_finite(name: str, values: Tensor, length: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -105,6 +105,7 @@ class StoredRows:
         members: int64 [n], positions of the samples among all N, ascending.
         device: device that blocks are computed on.
         workers: threads that compute the blocks.
+        step: number that all entries are whole multiples of and are divided by; 1.0 leaves them as they are.
     """
 
     raw: tuple[Tensor, ...]
@@ -112,6 +113,7 @@ class StoredRows:
     members: Tensor
     device: torch.device
     workers: Workers
+    step: float = 1.0
 
     def __len__(self) -> int:
         return len(self.members)
@@ -138,7 +140,7 @@ class StoredRows:
 
     def only(self, chosen: Tensor) -> "StoredRows":
         """Return the store restricted to the members with the indices `chosen`, int64 [k]; no row is copied."""
-        return StoredRows(self.raw, self.scales, self.members[chosen], self.device, self.workers)
+        return replace(self, members=self.members[chosen])
 
     def take(self, chosen: Tensor) -> Rows:
         """Return the rows of the members with the indices `chosen`, int64 [k], in float64."""
@@ -169,6 +171,8 @@ class StoredRows:
             values = wide_factor(self.raw, number, samples, self.device)
             if self.scales is not None:
                 values /= self.scales[number][samples].to(self.device)[:, None]
+            if self.step != 1.0:
+                values /= self.step
             factors.append(values)
         return Rows(tuple(factors))
 

@@ -202,6 +202,8 @@ class BinConfig(JsonFields):
             None keeps near-duplicates.
         engine: regime of the exact graph cut, see `dq_lightning.bins.graph_cut`: `"auto"` chooses by size, memory and
             what the picks turn out to cost. All make the same picks, so it is not part of the cache key.
+        matrix_memory: most memory that the matrix of the regime `"dense"` takes: a number of bytes, a size (`"2GB"`), or
+            a share of the free memory of the device (`"50%"`). It does not enter the cache key.
 
     Raises:
         ConfigError: a value is unknown or out of range.
@@ -224,6 +226,7 @@ class BinConfig(JsonFields):
     search_seed: int = 0
     deduplicate: float | None = None
     engine: Engine = "auto"
+    matrix_memory: int | str = "50%"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,6 +236,7 @@ class BinConfig(JsonFields):
         self._require("gamma", self.gamma is None or 0 < self.gamma < float("inf"), "a positive number or None")
         self._require("epsilon", 0 < self.epsilon < 1, "in (0, 1)")
         self._require("beta", 0 < self.beta <= 1, "in (0, 1]")
+        budget_bytes(self.matrix_memory, 1 << 60, "matrix_memory")
         self._require("deduplicate", self.deduplicate is None or 0 < self.deduplicate <= 1, "in (0, 1] or None")
 
 

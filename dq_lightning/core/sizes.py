@@ -27,12 +27,13 @@ def parse_bytes(text: str) -> int:
     return round(float(match[1]) * UNITS[match[2]])
 
 
-def budget_bytes(budget: int | str, source_bytes: int) -> int:
+def budget_bytes(budget: int | str, source_bytes: int, setting: str = "max_bytes") -> int:
     """Convert a budget to bytes.
 
     Args:
-        budget: a number of bytes, a size as `parse_bytes` reads it, or a share of the source's bytes (`"10%"`).
-        source_bytes: bytes of the whole source.
+        budget: a number of bytes, a size as `parse_bytes` reads it, or a share of a whole (`"10%"`).
+        source_bytes: bytes of the whole that a share is of.
+        setting: name of the setting, for errors.
 
     Example:
         >>> budget_bytes("15MB", 0), budget_bytes("2.5%", 153_600_000), budget_bytes(700, 0)
@@ -49,9 +50,8 @@ def budget_bytes(budget: int | str, source_bytes: int) -> int:
             size = budget if isinstance(budget, int) else parse_bytes(budget)
     except (ValueError, ZeroDivisionError) as error:
         raise ConfigError(
-            f'max_bytes={budget!r} is not a budget: write a number of bytes, a size ("15MB"), or a share of the source\'s '
-            'bytes ("10%")'
+            f'{setting}={budget!r} is not a budget: write a number of bytes, a size ("15MB"), or a share ("10%")'
         ) from error
     if size <= 0 and source_bytes > 0:
-        raise ConfigError(f"max_bytes={budget!r} must be positive")
+        raise ConfigError(f"{setting}={budget!r} must be positive")
     return math.floor(size)

@@ -283,8 +283,8 @@ def _parts_of_choice(plan: Plan, data: dict[str, Any], identities: dict[str, str
     if config.features.kind == "gradient" or training:
         features["labels"] = plan.labels_id
     grouped = {"labels": plan.labels_id, "whiten": config.features.whiten, "bins_version": version[BINS]}
-    # The regime changes how long the picks take, not which they are.
-    settings = {name: value for name, value in config.bins.to_dict().items() if name != "engine"}
+    # The regime and its memory change how long the picks take, not which they are.
+    settings = {k: value for k, value in config.bins.to_dict().items() if k not in ("engine", "matrix_memory")}
     bins = features | settings | grouped
     # Settings that change nothing are left out, so that entries of versions without them are found.
     if config.quality.drops:

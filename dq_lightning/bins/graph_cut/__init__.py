@@ -7,6 +7,11 @@ few rows in question are computed in float64, and where that does not decide eit
 rounding (`referee.Referee`); gains that are then equal are ties, which go to the lowest position. So the picks are the
 same in every regime, for any number of threads, and on every device.
 
+Equal rows are one row of the pool, which stands for the lowest of their samples that is left. Rows that differ may have
+equal gains at every pick, as one-hot rows do. If all entries are whole multiples of one number (`prepare.Prepared.step`,
+such as 1, or 0.7071... for the cosine of rows of two ones), the rows are divided by it, and float64 adds whole numbers
+without any error: gains are then compared as they are, ties need no exact arithmetic, and the matrix is exact.
+
 `"dense"` (`scores.MatrixScores`): all inner products as whole numbers of 4 bytes, or of 2 with more than 8,192 rows, and
     a row of them subtracted for a pick. The product of matrices is made once for all bins that follow, and a pick costs
     about n additions. Additions of whole numbers make no error, so after t picks a gain is off by t times the error of
@@ -30,6 +35,6 @@ On the CPU, and for rows that do not fit the GPU in float64, it makes the matrix
 less than twice what candidates would at best. Otherwise it begins with candidates, and counts what its rounds cost above
 their steady cost. Once that, and what all picks that are left would add if rounds went on to keep as few, exceeds the
 cost of the matrix and of those picks, the matrix is made and kept for all bins that follow, so what was learned is paid
-at most once over. If the matrix does not fit half of the free memory, passes are made for the rest of a bin in which a
-pass for each pick costs less than such rounds.
+at most once over. If the matrix does not fit the memory allowed (`BinConfig.matrix_memory`), passes are made for the rest
+of a bin in which a pass for each pick costs less than such rounds.
 """

@@ -1,6 +1,7 @@
 """Exact greedy graph cut of one group, bin after bin, for similarities that are linear in the inner product."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from dq_lightning.bins.graph_cut.device import MATRIX_FROM, DevicePicks
 from dq_lightning.bins.graph_cut.exact import Array
 from dq_lightning.bins.graph_cut.pool import Group, Pool
 from dq_lightning.bins.graph_cut.referee import ROUNDING, Referee
-from dq_lightning.bins.graph_cut.scores import MatrixScores, PassScores, pick_in_turn
+from dq_lightning.bins.graph_cut.scores import MatrixScores, PassScores, holds_exactly, pick_in_turn
 from dq_lightning.bins.plan import Room
 from dq_lightning.bins.prepare import Prepared, next_twins
 from dq_lightning.bins.rows import Rows
@@ -56,7 +57,7 @@ def pick_group(
     for number, size in enumerate(sizes):
         if size:
             left = run.group.referee.num_left
-            gains = run.one_bin(sizes[number:])
+            gains = run.one_bin(sizes[number:]) * run.step**2
             order.append(run.group.referee.close_bin())
             values.append(0.5 * (lam * left - 2.0 * np.arange(size)) + 0.5 * gains if halved else gains)
     return np.concatenate(order), np.concatenate(values)
@@ -67,6 +68,7 @@ class _Run:
 
     Attributes:
         group: what does not change.
+        step: number that the rows were divided by.
     """
 
     def __init__(
@@ -80,19 +82,23 @@ class _Run:
         room: Room,
         tick: Callable[[int], object],
     ) -> None:
-        rows = prepared.rows.only(torch.from_numpy(members))
         twins = next_twins(prepared, members)
-        referee = Referee(rows, lam=lam, halved=halved, largest=prepared.largest)
-        # Sums of multiples of 2**-20 are exact in float64 up to 2**33.
-        whole = prepared.on_grid and lam == int(lam) and len(members) * (lam + 2) * prepared.longest**2 < 2.0**33
-        self.group = Group(referee, prepared.longest, twins, whole)
+        # Rows whose entries are whole multiples of one number are divided by it if float64 then adds all gains exactly.
+        self.step = prepared.step or 1.0
+        longest, largest = prepared.longest / self.step, prepared.largest / self.step
+        unit = next((2.0**-power for power in range(11) if (lam * 2.0**power).is_integer()), 0.0)
+        if not prepared.step or len(members) * (lam + 2) * longest**2 > 2.0**50 * unit:
+            self.step, longest, largest, unit = 1.0, prepared.longest, prepared.largest, 0.0
+        rows = replace(prepared.rows.only(torch.from_numpy(members)), step=self.step)
+        referee = Referee(rows, lam=lam, halved=halved, largest=largest)
+        self.group = Group(referee, longest, twins, unit)
         self._lam, self._engine, self._room, self._tick = lam, engine, room, tick
         # Equal samples share one row, which represents the lowest of them that is left.
         distinct = np.ones(len(members), dtype=bool)
         if twins is not None:
             distinct[twins[twins >= 0]] = False
         self._row = np.flatnonzero(distinct)
-        self._sum, self._sum_error = _sum_of_rows(referee, prepared.longest)
+        self._sum, self._sum_error = _sum_of_rows(referee, longest)
         self._pool = Pool(self.group, rows, self._row.copy(), self._sum, 0.0)
         self._scores: MatrixScores | PassScores | DevicePicks | None = None
         self._gains: list[Array] = []
@@ -148,7 +154,7 @@ class _Run:
         if not self._pool.alive.all():
             self._gains.append(self._pool.values)
             self._begin(self._pool.vector, self._pool.error)
-        picks_there = on_device(self._pool, MATRIX_FROM)
+        picks_there = on_device(self._pool, MATRIX_FROM) and not holds_exactly(self._pool)
         self._scores = DevicePicks(self._pool, matrix=True) if picks_there else MatrixScores(self._pool)
 
     def _dense(self, picks: int) -> float:
@@ -163,12 +169,14 @@ class _Run:
     def _dense_at_once(self, sizes: Sequence[int]) -> bool:
         """Return whether the matrix is made at the start of a bin.
 
-        On a GPU that is if it saves a tenth of what passes cost. Otherwise, in the first bin, it is if it costs less than
-        twice what candidates would at best, and in a later bin if it costs less than what was wasted so far.
+        On a GPU that is if it saves a tenth of what passes cost, or if it is exact, because blocks of picks end at ties.
+        Otherwise, in the first bin, it is if it costs less than twice what candidates would at best, and in a later bin
+        if it costs less than what was wasted so far.
         """
         worth, rows = self._wasted, len(self._pool)
         if on_device(self._pool):
-            worth = 0.9 * self._costs.passes(rows, sizes)
+            exact = holds_exactly(self._pool) and rows <= self._room.dense
+            worth = float("inf") if exact else 0.9 * self._costs.passes(rows, sizes)
         elif self.group.referee.bins_closed == 0:
             worth = 2.0 * sum(sizes) * steady_cost(rows, self._costs, self._room.candidates)
         return self._dense(sum(sizes)) <= worth

@@ -21,13 +21,14 @@ class Group:
         referee: exact state of the group, which decides between gains that float64 cannot distinguish.
         longest: bound on the Euclidean length of a row.
         twins: int64 [n], next sample with an equal row, or -1 if there is none; None if no two rows are equal.
-        whole: whether float64 computes all gains without rounding, because the rows are small whole numbers.
+        unit: number that all gains are whole multiples of, small enough that float64 computes them without rounding,
+            because the rows are whole numbers; 0.0 if there is none.
     """
 
     referee: Referee
     longest: float
     twins: NDArray[np.int64] | None
-    whole: bool = False
+    unit: float = 0.0
 
     @property
     def depth(self) -> int:
@@ -38,6 +39,15 @@ class Group:
     def workers(self) -> Workers:
         """Threads that compute blocks of rows."""
         return self.referee.rows.workers
+
+    def decide(self, near: NDArray[np.int64], length: int | None = None) -> int:
+        """Return which of the samples `near`, whose gains lie within the bounds of each other, is the greedy pick.
+
+        Args:
+            near: int64, the samples.
+            length: number of picks of the current bin that the gains are computed after; None takes all picks.
+        """
+        return int(near.min()) if self.unit else self.referee.settle(near, length)
 
 
 class Pool:
@@ -90,7 +100,7 @@ class Pool:
 
     def bound(self, picks: int = 0) -> float:
         """Return a bound on the error of a gain computed in float64 before any of the next `picks` picks."""
-        if self.group.whole:
+        if self.group.unit:
             return 0.0
         longest = self.group.longest
         reach = self._norm + 2.0 * picks * longest
@@ -132,9 +142,7 @@ class Pool:
         near = near[gains >= gains.max() - 2.0 * bound]
         if len(near) == 1:
             return int(near[0])
-        if self.group.whole:
-            return int(near[self.samples[near].argmin()])
-        winner = self.group.referee.settle(self.samples[near])
+        winner = self.group.decide(self.samples[near])
         return int(near[np.flatnonzero(self.samples[near] == winner)[0]])
 
     def finish(self) -> None:

@@ -153,14 +153,14 @@ class Proof:
                 over = over[:, : sure[0]]
             for row, at in zip(*np.nonzero(over >= -self.slack), strict=True):
                 close.setdefault(chunk.first + int(at), []).append(int(some[row]))
-        # At these steps the gains of the pick and of an outside row differ by less than the rounding bound, so the
-        # exact arithmetic of the referee decides, step by step.
-        samples, referee = self.pool.samples, self.pool.group.referee
+        # At these steps the gains of the pick and of an outside row differ by less than the rounding bound, or by
+        # nothing, so it is decided step by step.
+        samples, group = self.pool.samples, self.pool.group
         for at in sorted(close):
             if at >= step:
                 break
-            others, pick = samples[close[at]], referee.trail[self.start + at]
-            winner = referee.settle(np.append(others, pick), self.start + at)
+            others, pick = samples[close[at]], group.referee.trail[self.start + at]
+            winner = group.decide(np.append(others, pick), self.start + at)
             if winner != pick:
                 step, spoilers = at, np.array(close[at], dtype=np.int64)[others == winner]
         return step, spoilers

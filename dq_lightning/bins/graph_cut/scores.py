@@ -42,7 +42,8 @@ class MatrixScores:
 
     Additions of whole numbers make no error, so after t picks a score is off by at most the rounding of its start plus
     t times the error of an entry: half a unit for the rounding, and that of the product. The product is made in float64
-    unless float32's error is below one unit.
+    unless float32's error is below one unit. Scores are exact if the gains are whole multiples of a unit that entries
+    can be stored in.
 
     Args:
         pool: n rows; memory is 4 n^2 bytes up to 8,192 rows, and 2 n^2 with more.
@@ -51,13 +52,15 @@ class MatrixScores:
     dead, floor = float(_DEAD), float(_FLOOR)
 
     def __init__(self, pool: Pool) -> None:
-        size = 4 if len(pool) <= WIDE else 2
+        size = entry_bytes(pool)
         error = FULL[size] * (pool.group.depth + 8) * SINGLE
         single = error < 1.0
-        factors, scale = scaled_rows(pool, torch.float32 if single else torch.float64)
+        exact = holds_exactly(pool)
+        factors, scale = scaled_rows(pool, torch.float32 if single or exact else torch.float64, as_they_are=exact)
         # Products too small for float64 are all 0 in this unit.
-        self._unit = 2.0 * max(scale, 2.0**-1000) / FULL[size]
-        self._step_error = 0.5 + (error if single else error * 2.0**-28)
+        self._unit = pool.group.unit if exact else 2.0 * max(scale, 2.0**-1000) / FULL[size]
+        self._start_error = 0.0 if exact else 1.0
+        self._step_error = 0.0 if exact else 0.5 + (error if single else error * 2.0**-28)
         self.matrix = _products(pool, Rows(factors), 2.0 * scale / self._unit, size)
         self.values: NDArray[np.int32] = np.empty(0, dtype=np.int32)
         self._error, self._picks = 0.0, 0
@@ -66,7 +69,7 @@ class MatrixScores:
         gains = pool.gains().cpu().numpy()
         whole = np.rint(np.maximum((gains - gains.max()) / self._unit, _LOWEST))
         self.values = np.where(pool.alive, whole, _DEAD).astype(np.int32)
-        self._error, self._picks = 1.0 + pool.bound() / self._unit, 0
+        self._error, self._picks = self._start_error + pool.bound() / self._unit, 0
 
     def picked(self, row: int, gone: bool) -> None:
         self.values -= self.matrix[row]
@@ -154,13 +157,28 @@ def _until_stale(pool: Pool, scores: MatrixScores | PassScores, count: int) -> i
         doubtful = values.max() >= least or least <= scores.floor
         values[best] = top
         if doubtful:
-            near = np.flatnonzero(pool.alive & ((values >= least) | (least <= scores.floor)))
-            best = pool.settle(near)
-            spent += _DECIDING + len(near) * depth
+            if scores.window() == 0.0 and least > scores.floor:
+                near = (values == top).nonzero()[0]
+                best = int(near[pool.samples[near].argmin()])
+            else:
+                near = np.flatnonzero(pool.alive & ((values >= least) | (least <= scores.floor)))
+                best = pool.settle(near)
+                spent += _DECIDING + len(near) * depth
         scores.picked(best, not pool.take(best))
         if spent > _STARTING + len(values) * depth:
             return step + 1
     return count
+
+
+def entry_bytes(pool: Pool) -> int:
+    """Return the number of bytes of an entry of the matrix."""
+    return 4 if len(pool) <= WIDE else 2
+
+
+def holds_exactly(pool: Pool) -> bool:
+    """Return whether the matrix holds twice the inner products exactly; float32 then computes them exactly, too."""
+    most = FULL[entry_bytes(pool)] * pool.group.unit
+    return 0.0 < 2.0 * pool.group.longest**2 <= min(most, 2.0**24)
 
 
 def _products(pool: Pool, table: Rows, factor: float, size: int) -> NDArray[np.signedinteger]:
@@ -183,8 +201,15 @@ def _products(pool: Pool, table: Rows, factor: float, size: int) -> NDArray[np.s
     return whole
 
 
-def scaled_rows(pool: Pool, dtype: torch.dtype = torch.float32) -> tuple[tuple[Tensor, ...], float]:
+def scaled_rows(
+    pool: Pool, dtype: torch.dtype = torch.float32, *, as_they_are: bool = False
+) -> tuple[tuple[Tensor, ...], float]:
     """Return the factors of all rows, divided by their greatest lengths and rounded to a type, and what that divides.
+
+    Args:
+        pool: the rows.
+        dtype: floating type of the result.
+        as_they_are: whether to leave rows of one factor as long as they are.
 
     Returns:
         Factors [n, width] of length at most 1, to within a rounding, and the number that inner products of these rows
@@ -196,7 +221,9 @@ def scaled_rows(pool: Pool, dtype: torch.dtype = torch.float32) -> tuple[tuple[T
     def lengths(ends: tuple[int, int]) -> Tensor:
         return torch.stack([torch.linalg.vector_norm(factor, dim=1).amax() for factor in table.span(*ends).factors])
 
-    longest = [length or 1.0 for length in torch.stack(list(workers.map(lengths, ranges))).amax(dim=0).tolist()]
+    longest = [1.0]
+    if not as_they_are:
+        longest = [length or 1.0 for length in torch.stack(list(workers.map(lengths, ranges))).amax(dim=0).tolist()]
 
     def convert(ends: tuple[int, int]) -> list[Tensor]:
         return [(factor / length).to(dtype) for factor, length in zip(table.span(*ends).factors, longest, strict=True)]
