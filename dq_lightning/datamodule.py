@@ -105,7 +105,8 @@ class QuantizedHooks(Base):
         reconstructor: `ViTMAEForPreTraining` that fills dropped patches; it replaces the name in
             `config.patches.reconstructor`.
         labels: class of every sample [N], the name of a column, or False to make bins over the whole set; None uses the
-            dataset's own labels.
+            dataset's own labels. 0 and 1 for several labels a sample [N, C], `"quantiles"` or `"quantiles:5"` for groups
+            of a number, `"dominant"` for the class that covers most of an image; see `as_source`.
         indices: positions of the samples to keep, in place of keep_ratio and num_bins: an integer array, tensor or list
             [M], or an `.npy` file of these (such as the published `select_indices_*.npy`). No encoder runs then.
         scores: what each sample is worth, higher is better: `"margin"` (how well its label fits its features), numbers

@@ -62,7 +62,8 @@ def make_bins(
             Samples of a `Features` record with `head_gradient` are compared by the gradient of the last layer.
         num_bins: number K of bins, from 1 to 32767.
         labels: class of every sample as N integers or strings, or None to treat all samples as one group. `Bins.group`
-            numbers strings in their sorted order.
+            numbers strings in their sorted order. Samples with several labels, 0 and 1 [N, C], are grouped by the label
+            that the fewest samples have; those without any are group C.
         objective: set function that is maximized: `"graph_cut"`, `"facility_location"`, `"log_determinant"`,
             `"sum_redundancy"` or `"feature_based"`.
         maximizer: greedy algorithm: `"naive"`, `"lazy"`, `"stochastic"` or `"approximate_lazy"`.

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dq_lightning.core.errors import DQError
+from dq_lightning.core.label_sets import multi_hot, rarest_labels
 
 
 def bin_sizes(total: int, num_bins: int) -> list[int]:
@@ -22,10 +23,12 @@ def bin_sizes(total: int, num_bins: int) -> list[int]:
 def group_of_each(labels: NDArray[np.generic] | Tensor | Sequence[int | str] | None, total: int) -> NDArray[np.int32]:
     """Return the group of each sample, int32 [N], which is its label.
 
-    Without labels all samples are in group 0. Labels that are strings are numbered in sorted order.
+    Without labels all samples are in group 0. Labels that are strings are numbered in sorted order. The group of a sample
+    that may have several labels is its rarest one.
 
     Args:
-        labels: class of each of the N samples as integers, booleans or strings, or None.
+        labels: class of each of the N samples as integers, booleans or strings, or 0 and 1 [N, C] for several labels,
+            or None.
         total: number N of samples.
 
     Raises:
@@ -34,6 +37,9 @@ def group_of_each(labels: NDArray[np.generic] | Tensor | Sequence[int | str] | N
     if labels is None:
         return np.zeros(total, dtype=np.int32)
     values = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    members = multi_hot(values) if len(values) == total else None
+    if members is not None:
+        return rarest_labels(members).astype(np.int32)
     if values.shape != (total,):
         raise DQError(f"labels must have one entry for each of {total} samples, got shape {values.shape}")
     if total and (values.dtype.kind == "U" or (values.dtype.kind == "O" and all(isinstance(v, str) for v in values))):

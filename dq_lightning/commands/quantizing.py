@@ -102,7 +102,8 @@ def quantize_dataset(
             dropped.
         image_column: image column of a Hugging Face dataset; found by its feature type when left out.
         label_column: class column of a Hugging Face dataset; found by its feature type when left out.
-        labels: a column to group by in place of the classes, or false for no groups.
+        labels: a column to group by in place of the classes (it may list several labels), false for no groups, quantiles
+            or quantiles:5 for groups of a number, or dominant for the class that covers most of an image.
         cache_dir: folder of the cache; when left out, DQ_LIGHTNING_CACHE or else the platform's cache folder.
         device: device that the networks run on: auto, cpu, cuda, cuda:1, or several: cuda:0,cuda:1
         fingerprint: identity of the dataset, in place of the digest of its content.

@@ -65,11 +65,16 @@ class Labels:
         values: int64 [N], 0 <= value < num_classes; if `unlabeled` is True, the value `num_classes` means "no label".
         names: name of each class, if the dataset knows the names.
         unlabeled: whether some samples have no label. These samples form a group of their own, which is not a class.
+        are_classes: whether a network can be asked for the values; False where they only group the samples, as ranges
+            of a number do, or the rarest labels of samples that have several.
+        members: bool [N, C], all labels of each sample, where samples may have several; else None.
     """
 
     values: Tensor
     names: tuple[str, ...] | None = None
     unlabeled: bool = False
+    are_classes: bool = True
+    members: Tensor | None = None
 
     @property
     def num_classes(self) -> int:

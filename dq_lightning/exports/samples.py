@@ -90,6 +90,7 @@ def kept_of_source(
     source.
     """
     labels = source.labels()
+    labels = labels if labels is not None and labels.are_classes else None
 
     def items() -> Iterator[KeptImage]:
         others = [None] * len(selection) if samples is None else samples()

@@ -198,7 +198,7 @@ class DatasetTrainSet(_PlannedTrainSet):
 
     @cached_property
     def num_classes(self) -> int | None:
-        labels = self._plan().labels
+        labels = self._plan().classes
         return labels.num_classes if labels is not None else None
 
 

@@ -24,7 +24,7 @@ def make_bins_entry(task: Task, features: Features) -> None:
     grouping = plan.labels if settings.by_label else None
     labels = grouping.values if grouping is not None else None
     kept, total, skipped = None, len(features), len(features.unreadable)
-    classes = plan.labels if plan.config.quality.drops else None
+    classes = plan.classes if plan.config.quality.drops else None
     suspects = find_suspects(plan.config.quality, plan.scores, plan.source, classes, features, device=task.device)
     if skipped or suspects is not None:
         usable = torch.ones(total, dtype=torch.bool)

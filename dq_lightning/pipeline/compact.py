@@ -75,7 +75,7 @@ def write_description(
     `encoding` says how the images were encoded anew, as in `StoreInfo.encoding`. `num_unreadable` is the number of
     skipped samples, for an entry whose selection is in its samples alone.
     """
-    labels = plan.labels
+    labels = plan.classes
     # A `Source` that the user passed may have been made with columns that the config does not name.
     columns = {"image_column": plan.source.image_column, "label_column": plan.source.label_column}
     config = plan.config.to_dict()

@@ -29,7 +29,7 @@ def make_features(task: Task) -> None:
     assert plan.encoder is not None
     plan.source.check_repeatable()
     shards = task.shards("features")
-    labels = plan.labels if settings.kind == "gradient" or settings.selection_epochs else None
+    labels = plan.classes if settings.kind == "gradient" or settings.selection_epochs else None
     learned, left_out = labels, None
     if plan.config.on_error == "skip":
         reading = task.shards("reading", part="reading")

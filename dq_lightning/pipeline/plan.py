@@ -85,8 +85,13 @@ class Plan:
 
     @cached_property
     def labels(self) -> Labels | None:
-        """The class of every sample; a dataset that does not list its classes is read once in full to find them."""
+        """The class or group of every sample; a dataset that does not list its classes is read once in full to find them."""
         return self.source.labels()
+
+    @property
+    def classes(self) -> Labels | None:
+        """The class of every sample where a network can be asked for it; None where labels only group the samples."""
+        return self.labels if self.labels is not None and self.labels.are_classes else None
 
     @cached_property
     def store_kind(self) -> str:

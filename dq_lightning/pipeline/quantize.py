@@ -53,7 +53,7 @@ def quantize(
             `config.patches.classifier`.
         reconstructor: `ViTMAEForPreTraining` that fills dropped patches; None uses `config.patches.reconstructor`.
         labels: class of every sample [N], the name of a column, or False for no classes; None uses the dataset's own
-            labels.
+            labels. 0 and 1 for several labels a sample [N, C], `"quantiles"` or `"dominant"`: see `as_source`.
         indices: positions of the samples to keep, in place of features, bins and a draw: an integer array, tensor or
             list [M], or an `.npy` file of these (such as the published `select_indices_*.npy`).
         scores: what each sample is worth, higher is better: numbers [N], or a value of `config.quality.score`, for

@@ -45,7 +45,7 @@ def score_selection(
     """
     patches = patches_of(plan)
     devices = resolve_devices(device)
-    labels = plan.labels if patches.classifier is not None else None
+    labels = plan.classes if patches.classifier is not None else None
     source, workers = loader_processes(
         plan.source, _num_workers(plan, len(selection), len(devices)), asked=False, context=FORK
     )
@@ -82,7 +82,7 @@ def check_saliency(plan: Plan, device: str) -> None:
     patches = plan.patches
     if patches is None or patches.classifier is None:
         return
-    target, labels = resolve_device(device), plan.labels
+    target, labels = resolve_device(device), plan.classes
     try:
         with isolated():
             scorer = patches.load_scorer(str(target), labels.num_classes if labels is not None else None)

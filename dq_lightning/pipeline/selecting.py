@@ -37,6 +37,7 @@ def drawn_selection(task: Task, bins: Bins, keep_ratio: float) -> Selection:
         draw=settings.draw,
         bin_weights=settings.bin_weights,
         balance=settings.balance,
+        labels=None if grouping is None else grouping.members,
     )
     _warn_of_lost_classes(task.plan, bins, selection)
     return selection

@@ -1,16 +1,20 @@
 """Draws the selection: the exact number of samples from every group and bin. All functions are pure."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import isqrt
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dq_lightning.core.config import Balance, Draw, SelectionConfig
+from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import ConfigError
+from dq_lightning.core.label_sets import multi_hot
 from dq_lightning.core.records import Bins, Selection
 from dq_lightning.selection.allocate import Shares, apportion, count_kept
+from dq_lightning.selection.exchange import Exchange
 
 # Numbers of the independent random streams: ties among groups, ties among the bins of a group, order inside a bin.
 _GROUP_TIES, _BIN_TIES, _ORDER = range(3)
@@ -24,6 +28,7 @@ def select(
     draw: Draw = "seeded",
     bin_weights: Sequence[float] | None = None,
     balance: Balance = "proportional",
+    labels: Tensor | NDArray[np.generic] | None = None,
 ) -> Selection:
     """Draw the wanted share of samples from every bin (Zhou et al. 2023, section 3.2).
 
@@ -42,6 +47,10 @@ def select(
         balance: whether the groups share the kept samples in proportion to their sizes (`"proportional"`), to the square
             roots of their sizes (`"sqrt"`), or in equal numbers (`"equal"`). A group gives at most the samples that it
             has in bins; the others share the rest in the same way.
+        labels: multi-hot targets, 0 or 1 [N, C], of samples that have several labels. Drawn samples are then exchanged
+            for others until every label, too, is within one of its share, if exchanges of one pair lead there; else a
+            warning says how far they are. A smaller ratio is then not always a subset of a larger one. Needs
+            `balance="proportional"`.
 
     Returns:
         Selection of M samples: `index` int64 [M] ascending, `bin` int16 [M].
@@ -62,6 +71,7 @@ def select(
     """
     SelectionConfig(keep_ratio=keep_ratio, seed=seed, draw=draw, bin_weights=None, balance=balance)
     _check_weights(bin_weights, bins.num_bins)
+    members = _label_sets(labels, len(bins), balance)
     wanted = _wanted(len(bins), keep_ratio)
     present = np.flatnonzero(bins.assignment.cpu().numpy() >= 0)
     if wanted > len(present):
@@ -72,8 +82,18 @@ def select(
     order, groups, sizes = _sort(bins, present)
     group_sizes = [int(n) for n in sizes.sum(axis=1)]
     quotas = apportion(_group_shares(group_sizes, balance), wanted, _ranks(seed, _GROUP_TIES, 0, 0, len(groups)))
-    kept = list(_take(order, groups, sizes, quotas, seed, draw, bin_weights))
-    index = np.sort(np.concatenate(kept))
+    counts = _bin_counts(groups, sizes, quotas, seed, bin_weights)
+    if draw == "seeded":
+        order = _shuffled(order, groups, sizes, counts, seed, every_bin=members is not None)
+    if members is None:
+        places = np.arange(len(order)) - np.repeat(_starts(sizes), sizes.reshape(-1))
+        kept = places < np.repeat(counts, sizes.reshape(-1))
+    else:
+        exchange = Exchange(members[order], sizes, counts)
+        kept = exchange.run(between=bin_weights is None)
+        if not exchange.near:
+            get_logger().warning(exchange.describe())
+    index = np.sort(order[kept])
     bin_of_each = bins.assignment.cpu()[torch.from_numpy(index)].to(torch.int16)
     return Selection(torch.from_numpy(index), bin_of_each, bins.num_unreadable, bins.suspects)
 
@@ -121,29 +141,62 @@ def _sort(bins: Bins, present: NDArray[np.int64]) -> tuple[NDArray[np.int64], ND
     return present[order], groups, sizes
 
 
-def _take(
-    order: NDArray[np.int64],
+def _starts(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return where each bin of each group begins in the sorted order, int64 [G * K]."""
+    return np.asarray(np.cumsum(sizes) - sizes.reshape(-1))
+
+
+def _bin_counts(
     groups: NDArray[np.int64],
     sizes: NDArray[np.int64],
     quotas: list[int],
     seed: int,
-    draw: Draw,
     weights: Sequence[float] | None,
-) -> Iterator[NDArray[np.int64]]:
-    """Yield the positions that are drawn from every bin of every group, int64 [number of samples drawn]."""
-    start = 0
-    for group, bin_sizes, quota in zip(groups, sizes, quotas, strict=True):
+) -> NDArray[np.int64]:
+    """Return the number of samples that are drawn from every bin of every group, int64 [G, K]."""
+    counts = np.zeros_like(sizes)
+    for number, (group, bin_sizes, quota) in enumerate(zip(groups, sizes, quotas, strict=True)):
         ties = _ranks(seed, _BIN_TIES, int(group), 0, len(bin_sizes))
         try:
-            counts = apportion(Shares([int(n) for n in bin_sizes], weights), quota, ties)
+            counts[number] = apportion(Shares([int(n) for n in bin_sizes], weights), quota, ties)
         except ConfigError as error:
             raise ConfigError(f"group {group}: {error}") from error
-        for number, (size, count) in enumerate(zip(bin_sizes, counts, strict=True)):
-            members = order[start : start + size]
-            start += size
-            if count and draw == "seeded":
-                members = members[np.argsort(_keys(seed, _ORDER, int(group), number, int(size)), kind="stable")]
-            yield members[:count]
+    return counts
+
+
+def _shuffled(
+    order: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    seed: int,
+    *,
+    every_bin: bool,
+) -> NDArray[np.int64]:
+    """Shuffle the positions inside every bin of every group; without `every_bin` only where samples are drawn."""
+    order = order.copy()
+    starts = _starts(sizes).reshape(sizes.shape)
+    for row, number in np.argwhere((counts > 0) | every_bin):
+        start, size = int(starts[row, number]), int(sizes[row, number])
+        keys = _keys(seed, _ORDER, int(groups[row]), int(number), size)
+        order[start : start + size] = order[start : start + size][np.argsort(keys, kind="stable")]
+    return order
+
+
+def _label_sets(labels: Tensor | NDArray[np.generic] | None, total: int, balance: Balance) -> NDArray[np.bool_] | None:
+    """Return multi-hot targets as bool [N, C], or None where there are none."""
+    if labels is None:
+        return None
+    members = multi_hot(labels)
+    if members is None or len(members) != total:
+        shape = list(getattr(labels, "shape", ())) or type(labels).__name__
+        raise ConfigError(f"labels= of select are 0 or 1 for every sample and label, [{total}, C], got {shape}")
+    if balance != "proportional":
+        raise ConfigError(
+            f"balance={balance!r} gives classes other shares than they have, but these samples have several labels each: "
+            'leave it out, or group by one class of each sample, for objects by labels="dominant"'
+        )
+    return members
 
 
 def _keys(seed: int, stream: int, group: int, number: int, count: int) -> NDArray[np.uint64]:

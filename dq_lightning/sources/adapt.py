@@ -11,6 +11,7 @@ from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.base import CompletedSource, Source, dataset_length, is_source
 from dq_lightning.sources.files import FileSource, file_list
+from dq_lightning.sources.groups import given_labels, is_rule
 from dq_lightning.sources.hub import HubRecordSource, HubSource, holds_images, hub_kind
 from dq_lightning.sources.items import quoted
 from dq_lightning.sources.jsonl import NAMES, is_rows_file, read_rows
@@ -18,7 +19,6 @@ from dq_lightning.sources.mapped import ArraySource, MapSource, arrays_of, gette
 from dq_lightning.sources.nested import ConcatSource, SubsetSource, filled_parts
 from dq_lightning.sources.reading import ItemSource
 from dq_lightning.sources.strip import KEEP
-from dq_lightning.sources.targets import given_labels
 from dq_lightning.sources.text import (
     HubTextSource,
     RowsSource,
@@ -52,7 +52,10 @@ def as_source(
         image_column: column, key or position of the image in an item; it is looked for when None.
         label_column: column, key or position of the class in an item; it is looked for when None.
         labels: grouping that replaces the dataset's own classes: N whole numbers or strings, the name of a column, or
-            False for no groups. The delivered targets stay as they are.
+            False for no groups; for samples with several labels 0 and 1 [N, C], or the name of the column that lists
+            them. `"quantiles"` (or `"quantiles:5"`) makes ten (five) groups of equal size of a number, and `"dominant"`
+            takes the class that covers most of an image, of masks or boxes; both read the target, or `label_column`.
+            The delivered targets stay as they are.
         transform: transform of the image that replaces the dataset's own: None removes it, `"keep"` keeps it. For a
             Hugging Face dataset this is a function of a batch, as for `set_transform`.
         target_transform: transform of the target that replaces the dataset's own: None removes it, `"keep"` keeps it.
@@ -78,7 +81,7 @@ def as_source(
         >>> source.modality, source.image(0).size, source.labels().values.tolist()
         ('image', (8, 8), [0, 1, 2, 0, 1, 2])
     """
-    if isinstance(labels, str):
+    if isinstance(labels, str) and not is_rule(labels):
         label_column, labels = labels, None
     if is_source(dataset):
         ready = cast(Source, dataset if isinstance(dataset, Source | CompletedSource) else CompletedSource(dataset))
@@ -101,7 +104,7 @@ def as_source(
     if isinstance(source, TextRows) and text is not None:
         source = copy.copy(source)
         source.settings = text
-    if labels is not None and labels is not False:
+    if labels is not None and labels is not False and not isinstance(labels, str):
         given_labels(labels, len(source))  # A wrong number of labels is reported before features are computed.
     if labels is not None:
         source = copy.copy(source)  # A source that was passed in keeps its own grouping.
@@ -126,14 +129,18 @@ def grouping_id(source: Source) -> str | None:
     """Identify the grouping that a source was given in place of its dataset's own classes; None if it uses these.
 
     This reads the given classes at most, and no item of the dataset. It is `"none"` for a source without groups, a
-    hexadecimal SHA-256 digest of given classes, and `"column:NAME"` for a named column.
+    hexadecimal SHA-256 digest of given classes, `"column:NAME"` for a named column, and `"RULE"` or `"RULE of NAME"`
+    for a rule such as `"dominant"`.
     """
     grouping, column = source.grouping, source.label_column
     if grouping is False:
         return "none"
+    if isinstance(grouping, str):
+        return grouping if column is None else f"{grouping} of {column}"
     if grouping is not None:
         given = given_labels(grouping, len(source))
-        return digest_of(given.values, given.names, given.unlabeled)
+        sets = () if given.members is None else (given.members,)
+        return digest_of(given.values, given.names, given.unlabeled, *sets)
     # The values of the column are already part of the source's own identity, so the name of the column is enough.
     return None if column is None else f"column:{column}"
 

@@ -43,7 +43,7 @@ class Source(ABC):
         modality: `"image"` or `"text"`. A source of text also defines `texts`, and its `image` is never called.
         image_column: column, key or position of the image in an item, if it was named; else None.
         label_column: column, key or position of the class in an item, if it was named; else None.
-        grouping: classes that replace the dataset's own, False for no groups, or None.
+        grouping: classes that replace the dataset's own, a rule such as `"dominant"`, False for no groups, or None.
         by_items: whether the identity is a digest of all plain items, so that every item must be read to compute it.
     """
 

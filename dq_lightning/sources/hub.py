@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,22 @@ class HubSource(ItemSource):
         numeric = values.null_count == 0 and feature.dtype.startswith(("int", "uint", "bool"))
         return as_targets(values.to_numpy() if numeric else values.to_pylist(), names)
 
+    def read_target(self, index: int) -> Any:
+        if self.by_items:
+            return super().read_target(index)
+        column = str(self._named_target()[0])
+        return self.plain_dataset.select_columns([column])[index][column]
+
+    def target_names(self) -> tuple[str, ...] | None:
+        return _names_inside(self.dataset.features[str(self._named_target()[0])])
+
+    def target_values(self, read: Callable[[Any], Any]) -> list[Any]:
+        if self.by_items or self.skips:
+            return super().target_values(read)
+        column = str(self._named_target()[0])
+        rows = self.plain_dataset.select_columns([column]).iter(batch_size=_ROWS_AT_ONCE)
+        return [None if value is None else read(value) for batch in rows for value in batch[column]]
+
     def plain_view(self) -> Any:
         return self.plain_dataset
 
@@ -251,6 +268,16 @@ class HubRecordSource(HubSource):
 def holds_images(dataset: Any) -> bool:
     """Whether a column of a Hugging Face `Dataset` is of a type that images have."""
     return any(type(feature).__name__ in ("Image", "Array2D", "Array3D") for feature in dataset.features.values())
+
+
+def _names_inside(feature: Any) -> tuple[str, ...] | None:
+    """The names of the only type of class in a column, however deep it lies; None if there is none, or several."""
+    if type(feature).__name__ == "ClassLabel":
+        return tuple(feature.names)
+    inner = feature.values() if isinstance(feature, dict) else feature if isinstance(feature, list) else ()
+    inner = inner or ([feature.feature] if hasattr(feature, "feature") else [])
+    found = {names for one in inner if (names := _names_inside(one)) is not None}
+    return found.pop() if len(found) == 1 else None
 
 
 def _history(table: Any) -> list[Any] | None:

@@ -36,6 +36,13 @@ class NestedSource(ItemSource):
         source, position = self.place(index)
         return source.read_image(position)
 
+    def read_target(self, index: int) -> Any:
+        source, position = self.place(index)
+        return source.read_target(position)
+
+    def target_names(self) -> tuple[str, ...] | None:
+        return self.place(0)[0].target_names()
+
     def path(self, index: int) -> str | None:
         source, position = self.place(index)
         return source.path(position)

@@ -24,6 +24,17 @@ from dq_lightning.core.records import EncodedImage, Labels
 from dq_lightning.identity.datasets import State, find_state
 from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.base import Positions, Source, dataset_length
+from dq_lightning.sources.groups import (
+    DOMINANT,
+    dominant_class,
+    dominant_labels,
+    given_labels,
+    listed_sets,
+    looks_like_set,
+    num_quantiles,
+    number_of,
+    quantile_labels,
+)
 from dq_lightning.sources.items import (
     MANY_CHANNELS,
     Leaf,
@@ -39,7 +50,7 @@ from dq_lightning.sources.pixels import Scale, check_pixels, decide_scale, needs
 from dq_lightning.sources.skipping import Unreadable
 from dq_lightning.sources.streams import generators_in, random_states
 from dq_lightning.sources.strip import TRANSFORM_NAMES
-from dq_lightning.sources.targets import Targets, as_targets, given_labels, target_of, to_labels
+from dq_lightning.sources.targets import Targets, as_targets, target_of, to_labels
 
 logger = logging.getLogger("dq_lightning")
 
@@ -94,6 +105,7 @@ class ItemSource(Source):
         self._targets: tuple[Targets | None] | None = None
         self._scan: tuple[str, Targets | None] | None = None
         self._state: State | None = None
+        self._ruled: tuple[str, Labels | None] | None = None
         self._logged_no_classes = False
         self._repeatable = False
 
@@ -301,16 +313,39 @@ class ItemSource(Source):
     def labels(self) -> Labels | None:
         if self.grouping is False:
             return None
+        if isinstance(self.grouping, str):
+            return self._labels_by_rule(self.grouping)
         if self.grouping is not None:
             return given_labels(self.grouping, len(self))
         targets = self.targets()
         labels = to_labels(targets) if targets is not None else None
+        if labels is None and self.label_column is not None:
+            labels = self._label_sets()
         if self.modality == "image":
             self._check_classes(labels, has_names=targets is not None and targets.names is not None)
         if labels is None and not self._logged_no_classes:
             self._logged_no_classes = True
             logger.info("%s: no classes found, so bins are made over the whole set", self.describe())
         return labels
+
+    def _labels_by_rule(self, rule: str) -> Labels | None:
+        """The groups that a rule such as `"quantiles:5"` makes of the targets; every target is read once."""
+        if self._ruled is None or self._ruled[0] != rule:
+            if rule == DOMINANT:
+                made = dominant_labels(self.target_values(dominant_class), self.target_names())
+            else:
+                made = quantile_labels(self.target_values(number_of), num_quantiles(rule))
+            self._ruled = rule, made
+        return self._ruled[1]
+
+    def _label_sets(self) -> Labels | None:
+        """Labels of samples that have several, from the named target; None if it holds something else."""
+        sampled = [self.read_target(index) for index in self.readable(range(len(self)), SAMPLED_ITEMS)]
+        if not any(map(looks_like_set, sampled)):
+            return None
+        if self._ruled is None or self._ruled[0] != "sets":
+            self._ruled = "sets", listed_sets(self.target_values(_as_set), self.target_names())
+        return self._ruled[1]
 
     def _check_classes(self, labels: Labels | None, *, has_names: bool) -> None:
         """Raise a SourceError that asks the user for the classes if those that were found are not plausible.
@@ -357,6 +392,44 @@ class ItemSource(Source):
     def target_leaf(self) -> Leaf | None:
         """The path of keys and positions that leads to the target inside an item, or None without a target."""
         return find_target(self.first_item(), self.image_place(), self.label_column)
+
+    def read_target(self, index: int) -> Any:
+        """The target in the plain item. Reading may raise any exception."""
+        return at(self.read_plain(index), self._named_target())
+
+    def _named_target(self) -> Leaf:
+        leaf = self.target_leaf()
+        if leaf is None:
+            raise SourceError(
+                f"labels= groups {self.describe()} by its targets, and none is found in {outline(self.first_item())}: name it "
+                "with label_column="
+            )
+        return leaf
+
+    def target_names(self) -> tuple[str, ...] | None:
+        """Names of the class numbers inside the targets, where the dataset tells them."""
+        return None
+
+    def target_values(self, read: Callable[[Any], Any]) -> list[Any]:
+        """What a function makes of every target, in order; None for items that are skipped because they are unreadable.
+
+        Raises:
+            SourceError: an item cannot be read, or the function raises it, or there is no target.
+        """
+        self._named_target()
+        values: list[Any] = []
+        show = self.shows_progress and len(self) >= _MIN_SAMPLES_FOR_BAR
+        with progress_bar(show, total=len(self), unit="item", description="reading targets") as bar:
+            for index in range(len(self)):
+                try:
+                    with self.explaining(index):
+                        target = self.read_target(index)
+                except SourceError as error:
+                    self._or_unreadable(error)
+                    target = None
+                values.append(None if target is None else read(target))
+                bar.update()
+        return values
 
     def targets(self) -> Targets | None:
         """The dataset's own classes, or None when it has none.
@@ -503,3 +576,8 @@ class ItemSource(Source):
                     "something random is hidden inside. Features are made once from the plain image, so give the "
                     "dataset its augmentation as an attribute named `transform`, or pass transform= here instead."
                 )
+
+
+def _as_set(target: Any) -> Any:
+    """The labels of a sample as an array or list; other targets unchanged."""
+    return target.detach().cpu().numpy() if isinstance(target, Tensor) and target.ndim == 1 else target

@@ -125,27 +125,6 @@ def to_labels(targets: Targets) -> Labels | None:
     return Labels(grouped, names, unlabeled=bool(missing.any()))
 
 
-def given_labels(labels: Any, length: int) -> Labels:
-    """Convert the grouping that the user passed as `labels=`: one whole number or string for each of `length` samples.
-
-    Raises:
-        SourceError: `labels` has another length, or holds other values, or all of its values mean no label.
-    """
-    try:
-        count = len(labels)
-    except TypeError as error:
-        raise SourceError(
-            f"labels= must hold one class per sample, or be False or a column name; got {type(labels).__name__}"
-        ) from error
-    if count != length:
-        raise SourceError(f"labels= holds {count} values but the dataset has {length} samples; pass one for each")
-    found = as_targets(labels)
-    made = to_labels(found) if found is not None else None
-    if made is None:
-        raise SourceError("labels= must hold whole numbers or strings, one per sample; round or bin other values first")
-    return made
-
-
 def target_of(item: Any, leaf: Leaf | None) -> Any:
     """The target of an item if it can be a class, None where there is none, and 0.5 for any other target.
 

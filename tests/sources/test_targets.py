@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dq_lightning.core.errors import SourceError
-from dq_lightning.sources.targets import as_targets, given_labels, join, to_labels
+from dq_lightning.sources.groups import given_labels
+from dq_lightning.sources.targets import as_targets, join, to_labels
 
 
 def labels_of(values, names=None):
