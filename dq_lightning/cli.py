@@ -31,6 +31,7 @@ COMMANDS: dict[str, Any] = {
     "embed": texts.embed,
     "sample-text": texts.sample_text,
     "info": care.info,
+    "report": care.report,
     "verify": care.verify,
     "export": care.export,
     "prune": care.prune,

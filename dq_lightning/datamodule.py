@@ -27,7 +27,7 @@ from dq_lightning.core.console import get_logger
 from dq_lightning.core.devices import DeviceNames
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.notebook import facts_as_html
-from dq_lightning.core.records import Bins, Features, Labels, Selection, StoreInfo
+from dq_lightning.core.records import Bins, Duplicates, Features, Labels, Selection, StoreInfo
 from dq_lightning.loading.batch_filling import BatchFiller, check_batch_transform, is_unfilled
 from dq_lightning.loading.inner import (
     AnyDataModule,
@@ -53,6 +53,7 @@ from dq_lightning.loading.steps import facts_for_loggers, report_steps
 from dq_lightning.loading.store_train_set import StoreFolder, StoreTrainSet, make_train_set
 from dq_lightning.loading.trainer_facts import TrainerFacts
 from dq_lightning.pipeline.compact import read_bins_of, read_features_of
+from dq_lightning.pipeline.duplicates import read_duplicates_of
 from dq_lightning.pipeline.wanted import want
 from dq_lightning.selection.given import Indices, read_indices
 from dq_lightning.sources.strip import KEEP
@@ -68,7 +69,7 @@ else:
 Data = Dataset | AnyDataModule | Any  # type: ignore[type-arg]
 # Attributes of QuantizedDataModule that hide attributes of the same name of a wrapped data module. A model may expect
 # the wrapped module's values, so a warning names those that are hidden.
-HIDING = ("config", "info", "selection", "bins", "data_keep_ratio", "eval_batch_size")
+HIDING = ("config", "info", "selection", "bins", "data_keep_ratio", "eval_batch_size", "report")
 
 
 class QuantizedHooks(Base):
@@ -506,6 +507,23 @@ class QuantizedHooks(Base):
         return read_features_of(self._preparation.opened.compact, self._preparation.cache())
 
     @property
+    def duplicates(self) -> Duplicates | None:
+        """Near-duplicates that `bins.deduplicate` left out, each with the sample that stays; available after `setup`.
+
+        None if none were looked for. A wrapped data module's own come first.
+
+        Raises:
+            CacheError: the features or the bins are not in the cache.
+            ConfigError: `setup` has not run.
+        """
+        own: Duplicates | None = getattr(self._inner, "duplicates", None)
+        if own is not None:
+            return own
+        opened = self._preparation.opened
+        labels = None if opened.plan is None else opened.plan.labels
+        return read_duplicates_of(opened.compact, self._preparation.cache(), labels)
+
+    @property
     def labels(self) -> Labels | None:
         """Classes of all N samples, or None without classes; available after `setup`. A wrapped data module's own come first.
 
@@ -519,6 +537,35 @@ class QuantizedHooks(Base):
         if plan is None:
             raise ConfigError("a packed set was opened without its dataset, so the labels of the whole are not known")
         return plan.labels
+
+    def report(self, path: str | Path = "report.html", *, projection: Literal["pca", "umap"] = "pca") -> Path:
+        """Write a page that shows what was kept, what was left, and what looks wrong: one HTML file that needs no network.
+
+        Call it after `setup`, in one process.
+
+        Args:
+            path: file that is written, or a folder, which gets a `report.html`.
+            projection: how the embeddings become a map: `"pca"`, or `"umap"` with the package umap-learn.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            ConfigError: `setup` has not run, or umap-learn is missing.
+            StoreError: the file cannot be written.
+        """
+        from dq_lightning.report.make import report_of_opened
+
+        settings = self._settings()
+        return report_of_opened(
+            self._preparation.opened,
+            self._preparation.cache(),
+            path,
+            batch_size=settings.batch_size,
+            num_ranks=TrainerFacts.of(self.trainer).num_shares,
+            drop_last=settings.drop_last,
+            projection=projection,
+        )
 
     @property
     def data_keep_ratio(self) -> float:

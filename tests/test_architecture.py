@@ -17,7 +17,7 @@ RANKS = (
     ("sources", "features", "quality", "bins", "selection", "patches", "packed"),
     ("pipeline",),
     ("loading", "exports", "evaluation"),
-    ("tokens",),
+    ("tokens", "report"),
     ("datamodule",),
     ("lightning", "pytorch"),
     ("demo",),

@@ -12,14 +12,16 @@ def gain_curve(bins: Bins) -> Tensor:
     """Compute the mean gain over the groups at every rank of every bin.
 
     Args:
-        bins: bins of N samples.
+        bins: bins of N samples; those that were left out of the bins do not count.
 
     Returns:
         float64 [num_bins, size of the largest bin]; NaN where no group has a sample of that rank.
     """
-    length = int(bins.rank.max()) + 1 if len(bins) else 0
-    cell = bins.assignment.long() * length + bins.rank.long()
-    total = torch.zeros(bins.num_bins * length, dtype=torch.float64).index_add_(0, cell, bins.gain.double())
+    inside = bins.assignment >= 0
+    rank = bins.rank[inside].long()
+    length = int(rank.max()) + 1 if len(rank) else 0
+    cell = bins.assignment[inside].long() * length + rank
+    total = torch.zeros(bins.num_bins * length, dtype=torch.float64).index_add_(0, cell, bins.gain[inside].double())
     count = torch.bincount(cell, minlength=bins.num_bins * length)
     return (total / count).reshape(bins.num_bins, length)
 

@@ -1,4 +1,4 @@
-"""The commands `info`, `verify`, `export`, `prune` and `demo`."""
+"""The commands `info`, `report`, `verify`, `export`, `prune` and `demo`."""
 
 from typing import Any, Literal
 
@@ -20,6 +20,52 @@ def info(path: str) -> None:
     # Only the run that made the set knows how long that took.
     facts = {name: value for name, value in compact.info.to_dict().items() if name not in ("reused", "seconds")}
     print(json.dumps(facts | {"config": compact.config}, indent=2))
+
+
+def report(
+    path: str,
+    output: str = "report.html",
+    dataset: str | dict[str, Any] | None = None,
+    data_path: str | None = None,
+    split: str = "train",
+    labels: bool | str | None = None,
+    projection: Literal["pca", "umap"] = "pca",
+    cache_dir: str | None = None,
+    device: str = "auto",
+) -> None:
+    """Write a page that shows what was kept, what was left, and what looks wrong: one HTML file that needs no network.
+
+    Example: dq-lightning report results/cifar --dataset CIFAR10 --data_path ~/data_cifar --output report.html
+
+    Args:
+        path: folder of the compact set, or the folder that quantize wrote its results into.
+        output: file that is written, or a folder, which gets a report.html.
+        dataset: the dataset that the set was made from, as in quantize, which gives pictures and labels of what was
+            left; a packed set shows its own samples without it.
+        data_path: folder or file of the dataset, as in quantize.
+        split: split to read, for datasets that have several.
+        labels: the column that was used in place of the classes, or false.
+        projection: how the embeddings become a map, pca or umap (needs the package umap-learn).
+        cache_dir: folder of the cache that holds the features and bins behind the set; when left out, the cache that the
+            set is in, else the default one.
+        device: device that fills the dropped patches of a few images.
+    """
+    from dq_lightning.commands.opening import open_dataset
+    from dq_lightning.report.make import report_of_set
+
+    given = dataset is not None or data_path is not None
+    place = {"dataset": dataset, "data_path": data_path, "split": None if split == "train" else split}
+    written = report_of_set(
+        path,
+        output,
+        dataset=open_dataset(dataset, data_path, split) if given else None,
+        labels=labels,
+        place=place if given else None,
+        cache_dir=cache_dir,
+        projection=projection,
+        device=device,
+    )
+    print(f"wrote the report ({written.stat().st_size:,} bytes): {written}")
 
 
 def verify(path: str) -> None:

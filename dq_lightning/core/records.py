@@ -3,6 +3,8 @@
 import hashlib
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -126,6 +128,35 @@ class Suspects:
                 if number >= 0:
                     text += f", {word} {self.names[number] if self.names is not None else number}"
         return f"Suspects({text})"
+
+
+@dataclass(frozen=True, eq=False)
+class Duplicates:
+    """Near-duplicates that were left out, the closest pair first.
+
+    Attributes:
+        pairs: int64 [P, 2], positions in the source: a sample that was left out, and the sample that stays in its place.
+        cosine: float64 [P], cosines of their features.
+
+    Example:
+        >>> import torch
+        >>> Duplicates(torch.tensor([[7, 3]]), torch.tensor([0.99]))
+        Duplicates(1 pair; closest: position 7 like 3, cosine 0.990)
+    """
+
+    pairs: Tensor
+    cosine: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __repr__(self) -> str:
+        """Describe the near-duplicates in one line: how many pairs there are, and the closest one."""
+        text = f"{len(self):,} pair{'' if len(self) == 1 else 's'}"
+        if len(self):
+            left, stays = self.pairs[0].tolist()
+            text += f"; closest: position {left} like {stays}, cosine {float(self.cosine[0]):.3f}"
+        return f"Duplicates({text})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -455,6 +486,30 @@ class StoreInfo:
     def data_keep_ratio(self) -> float:
         """Share of the data that is kept: kept samples over all samples, times the share of their patches."""
         return self.num_samples / self.num_source_samples * self.patch_keep_ratio
+
+    def report(
+        self, path: str | Path = "report.html", *, dataset: Any = None, cache_dir: str | Path | None = None
+    ) -> Path:
+        """Write a page that shows what was kept, what was left, and what looks wrong: one HTML file that needs no network.
+
+        Args:
+            path: file that is written, or a folder, which gets a `report.html`.
+            dataset: the dataset that the set was made from, which gives pictures and labels of what was left; without it
+                the page shows of samples only those that a packed set holds.
+            cache_dir: folder of the cache that holds the features and bins behind the set; None takes the cache that
+                the set is in, else the default one.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            StoreError: the set cannot be read, the dataset is another one, or the file cannot be written.
+        """
+        # The report is made from folders above this one, so it is imported by name and at its first use.
+        made: Path = import_module("dq_lightning.report.make").report_of_set(
+            self.path, path, dataset=dataset, cache_dir=cache_dir, seconds=self.seconds
+        )
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """Return the attributes as a dict of plain values, which JSON can hold; of suspects only their number."""

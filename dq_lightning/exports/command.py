@@ -95,6 +95,18 @@ def _opened(path: Path, dataset: Any) -> tuple[Selection, PackedDataset | None, 
     # The writers of images say what is missing where there is none.
     skips = config.get("on_error", "raise")
     source = as_source(dataset, text=text, on_error=skips, needs_images=False, **columns)
+    check_same_dataset(path, source, total, selection)
+    return selection, packed, source
+
+
+def check_same_dataset(path: Path, source: Source, total: int | None, selection: Selection) -> None:
+    """Check that a source is the dataset that a compact set was made from, by its length and its content.
+
+    `total` is the number of samples of that dataset; None for a file of positions, whose content is not known.
+
+    Raises:
+        StoreError: it is another dataset, or has changed.
+    """
     if (total is not None and len(source) != total) or (len(selection) and int(selection.index[-1]) >= len(source)):
         raise StoreError(
             f"{path} was made from a dataset of {total or int(selection.index[-1]) + 1:,} samples, but the given dataset "
@@ -102,7 +114,6 @@ def _opened(path: Path, dataset: Any) -> tuple[Selection, PackedDataset | None, 
         )
     if total is not None:
         _check_content(path, source)
-    return selection, packed, source
 
 
 def _check_content(path: Path, source: Source) -> None:

@@ -4,6 +4,7 @@ Nothing in this file computes features, bins, scores or stores.
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dq_lightning.cache.digests import DigestMemory
-from dq_lightning.core.config import EncodingConfig, QuantizeConfig
+from dq_lightning.core.config import BinConfig, EncodingConfig, QuantizeConfig, SelectionConfig
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.core.records import Labels, Selection
@@ -271,6 +272,31 @@ def station_parts(plan: Plan, source: str, identities: dict[str, str]) -> Parts:
         # The full parts also need the digest of the finished store; `compact.filled_key` makes them.
         parts[FILLED] = {"reconstructor": identities["reconstructor"]}
     return parts
+
+
+def parts_behind(store: dict[str, Any]) -> Parts:
+    """Return the parts of the stations that a store was made from, given the parts of the store's own entry.
+
+    This inverts `station_parts`, because the parts of a station contain those of the stations before it. Bins and
+    features are missing where the samples were given or all kept, and filled images, whose key needs more, always are.
+    """
+
+    def without(parts: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+        return {name: value for name, value in parts.items() if name not in set(names)}
+
+    behind: Parts = {STORE: store}
+    rest = without(store, ("stored_patches", "store", "store_version", "max_bytes", "budget_version", "encoding"))
+    if "patches" in rest:
+        behind[PATCHES] = rest
+    behind[SELECTION] = rest = without(rest, ("patches", "patches_version"))
+    if "features_version" not in rest:
+        return behind
+    behind[BINS] = rest = without(rest, (*SelectionConfig().to_dict(), "selection_version"))
+    quality = ("quality", "quality_version", "duplicates_version")
+    rest = without(rest, (*BinConfig().to_dict(), "whiten", "bins_version", *quality))
+    of_labels = rest.get("kind") == "gradient" or "selection_epochs" in rest
+    behind[FEATURES] = rest if of_labels else without(rest, ("labels",))
+    return behind
 
 
 def _parts_of_choice(plan: Plan, data: dict[str, Any], identities: dict[str, str]) -> Parts:

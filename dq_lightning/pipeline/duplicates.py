@@ -1,0 +1,53 @@
+"""The near-duplicates that were left out of the bins behind a compact set, found again from its features and bins."""
+
+import numpy as np
+import torch
+
+from dq_lightning.bins.duplicates import find_duplicates, near_pairs
+from dq_lightning.cache.entries import Cache
+from dq_lightning.core.errors import CacheError
+from dq_lightning.core.records import Duplicates, Labels
+from dq_lightning.pipeline.compact import Compact, read_bins_of, read_features_of
+
+
+def read_duplicates_of(compact: Compact, cache: Cache, labels: Labels | None) -> Duplicates | None:
+    """Return the near-duplicates that were left out, each with the sample that stays; None if none were looked for.
+
+    Only the samples that were left out are compared with the others, which takes much less time than to search anew.
+
+    Args:
+        compact: the compact set.
+        cache: cache that holds its features and bins.
+        labels: classes of all samples of its dataset, or None without classes.
+
+    Raises:
+        CacheError: the features or the bins are not in the cache, or the classes are needed and not given.
+    """
+    settings = compact.config.get("bins", {})
+    if settings.get("deduplicate") is None:
+        return None
+    by_label = settings.get("by_label", True)
+    if by_label and labels is None and compact.info.num_classes is not None:
+        raise CacheError(
+            "near-duplicates were compared inside each class, and the classes of what was left out are in the dataset alone: "
+            "pass it as dataset="
+        )
+    features, bins = read_features_of(compact, cache), read_bins_of(compact, cache)
+    # Suspects and samples that could not be read were left out before near-duplicates were looked for.
+    compared = torch.ones(len(bins), dtype=torch.bool)
+    compared[features.unreadable] = False
+    if bins.suspects is not None:
+        compared[bins.suspects.index] = False
+    inside = bins.assignment >= 0
+    groups = torch.zeros(len(bins), dtype=torch.int64) if labels is None or not by_label else labels.values
+    found = [torch.empty(0, 2, dtype=torch.int64)]
+    for group in np.unique(groups[compared & ~inside].numpy()).tolist():
+        left = (compared & ~inside & (groups == group)).nonzero().flatten()
+        stays = (compared & inside & (groups == group)).nonzero().flatten()
+        of = find_duplicates(features.embedding[left], settings["deduplicate"], against=features.embedding[stays])
+        close = of >= 0
+        found.append(torch.stack([left[close], stays[of[close]]], dim=1))
+    pairs = torch.cat(found)
+    of = torch.arange(len(bins))
+    of[pairs[:, 0]] = pairs[:, 1]
+    return Duplicates(*near_pairs(features.embedding, of))

@@ -1,0 +1,285 @@
+"""Gathers everything that a report says, as records, from what is at hand."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dq_lightning.bins.curve import gain_curve
+from dq_lightning.core.devices import DeviceNames
+from dq_lightning.core.records import Bins, Features
+from dq_lightning.loading.steps import steps_per_epoch
+from dq_lightning.report.again import make_again
+from dq_lightning.report.embedding_map import make_map
+from dq_lightning.report.material import NO_DATASET, Material
+from dq_lightning.report.patch_step import show_patches
+from dq_lightning.report.records import (
+    STATES,
+    BinSheet,
+    ClassCount,
+    DuplicateGroup,
+    DuplicateList,
+    GainCurve,
+    Report,
+    Sheets,
+    Steps,
+    SuspectList,
+    SuspectSample,
+)
+from dq_lightning.report.samples import Samples, some_of
+
+MOST_SHEETS, PICTURES_A_SHEET, TEXTS_A_SHEET = 20, 8, 4
+MOST_SUSPECTS, MOST_GROUPS, MOST_OF_A_GROUP = 60, 24, 6
+MOST_CURVE_POINTS = 600
+ASSUMED_BATCH_SIZE = 128
+
+
+def gather(
+    material: Material,
+    *,
+    seconds: dict[str, float] | None = None,
+    batch_size: int | None = None,
+    num_ranks: int = 1,
+    drop_last: bool = False,
+    place: dict[str, Any] | None = None,
+    projection: str = "pca",
+    device: DeviceNames = "auto",
+) -> Report:
+    """Gather what a report says.
+
+    Args:
+        material: what the report is made from.
+        seconds: wall time in seconds of every step that made the set, where it is known.
+        batch_size: samples a batch and process of the training; None assumes 128 and says so.
+        num_ranks: number of processes that train.
+        drop_last: whether the last, smaller batch is left out.
+        place: where the dataset is: `dataset`, `data_path` and `split` of the command, as far as they are known.
+        projection: how the map is made, `"pca"` or `"umap"`.
+        device: device that fills the dropped patches of a few images.
+    """
+    info, samples = material.compact.info, Samples(material)
+    classes = _classes(material)
+    size = batch_size or ASSUMED_BATCH_SIZE
+    before, after = (
+        steps_per_epoch(count, size, num_ranks, drop_last) for count in (info.num_source_samples, info.num_samples)
+    )
+    return Report(
+        dataset=str(material.described["source"]),
+        num_samples=info.num_samples,
+        num_source_samples=info.num_source_samples,
+        content_hash=info.content_hash,
+        facts=_facts(material),
+        seconds=info.seconds or seconds or {},
+        findings=tuple(_findings(material, classes)),
+        classes=classes,
+        map=make_map(material, samples, projection),
+        sheets=_sheets(material, samples),
+        curve=_curve(material.bins),
+        suspects=_suspects(material, samples),
+        duplicates=_duplicates(material, samples),
+        patches=show_patches(material, samples, device),
+        steps=Steps(size, batch_size is None, num_ranks, before, after),
+        again=make_again(material, place or {}),
+        settings=material.compact.config,
+    )
+
+
+def _facts(material: Material) -> dict[str, str]:
+    """Return the table of facts: names and values, in the order in which they are shown."""
+    info, config = material.compact.info, material.compact.config
+    bins, selection = config.get("bins", {}), config.get("selection", {})
+    encoding = info.encoding
+    whole = info.num_source_samples
+    facts: dict[str, Any] = {
+        "Dataset": material.described["source"],
+        "Kept": f"{info.num_samples:,} of {whole:,} samples ({info.num_samples / whole:.2%})",
+        "Chosen by": "positions that were given" if "indices" in selection else None,
+        "Bins": f"{bins['num_bins']}{_inside(material)}" if "num_bins" in bins else None,
+        "Objective": f"{bins['objective']}, {bins['similarity']} similarity" if "objective" in bins else None,
+        "Draw": f"{selection['draw']}, seed {selection['seed']}" if "draw" in selection else None,
+        "Encoder": info.encoder,
+        "Encoder digest": info.encoder_digest,
+        "Features": _width(material.features),
+        "Patches kept": f"{info.patch_keep_ratio:.1%} of each kept image" if info.patch_keep_ratio < 1 else None,
+        "Data kept": f"{info.data_keep_ratio:.2%}" if info.patch_keep_ratio < 1 else None,
+        "Images stored as": ", ".join(
+            f"{name} {value}" for name, value in (encoding or {}).items() if value is not None
+        ),
+        "Stored": "row numbers only" if info.kind == "indices" else "samples, packed",
+        "Bytes on the disk": f"{info.bytes:,}",
+        "Bytes of the same samples before": _number(info.original_bytes),
+        "Bytes of the whole dataset": _number(info.source_bytes),
+        "Bytes of the same samples without dropped patches": _number(info.unpatched_bytes),
+        "Not readable": _number(info.num_unreadable or None),
+        "Content hash": info.content_hash,
+        "Folder": info.path,
+    }
+    return {name: str(value) for name, value in facts.items() if value}
+
+
+def _inside(material: Material) -> str:
+    bins = material.bins
+    if isinstance(bins, Bins):
+        groups = len(np.unique(bins.group[bins.assignment >= 0].numpy()))
+        return "" if groups == 1 else f", inside each of {groups:,} groups"
+    return ""
+
+
+def _width(features: Features | str) -> str | None:
+    return None if isinstance(features, str) else f"{features.embedding.shape[1]:,} numbers a sample"
+
+
+def _number(value: int | None) -> str | None:
+    return None if value is None else f"{value:,}"
+
+
+def _classes(material: Material) -> tuple[ClassCount, ...] | str:
+    names, index = material.class_names(), material.index
+    if material.labels is not None:
+        values = material.labels.values
+        before = torch.bincount(values, minlength=len(names)).tolist()
+        after = torch.bincount(values[index], minlength=len(names)).tolist()
+        return tuple(ClassCount(*row) for row in zip(names, before, after, strict=True))
+    if material.kept_labels is not None:
+        after = torch.bincount(material.kept_labels.values, minlength=len(names)).tolist()
+        return tuple(ClassCount(name, None, count) for name, count in zip(names, after, strict=True))
+    if material.compact.info.num_classes is None:
+        return "The samples have no classes."
+    return NO_DATASET
+
+
+def _findings(material: Material, classes: tuple[ClassCount, ...] | str) -> list[str]:
+    """Return sentences on what should be looked at."""
+    info, found = material.compact.info, []
+    whole = info.num_source_samples
+    if info.suspects is not None and len(info.suspects):
+        text = f"{len(info.suspects):,} samples ({len(info.suspects) / whole:.2%}) were left out for their low scores"
+        if info.suspects.noise is not None:
+            text += f"; about {info.suspects.noise:.1%} of all labels seem wrong"
+        found.append(f"{text}. See Labels.")
+    elif info.suspects is not None:
+        found.append("The labels were judged, and none seems wrong.")
+    if not isinstance(material.duplicates, str | None):
+        count = len(material.duplicates)
+        found.append(f"{count:,} near-duplicates ({count / whole:.2%}) were left out. See Near-duplicates.")
+    if info.num_unreadable:
+        found.append(f"{info.num_unreadable:,} samples could not be read and were left out.")
+    if not isinstance(classes, str):
+        empty = [one.name for one in classes if one.after == 0 and one.before != 0]
+        if empty:
+            named = ", ".join(empty[:8]) + (", …" if len(empty) > 8 else "")
+            found.append(f"{len(empty):,} of {len(classes):,} classes lost all their samples: {named}.")
+        share = info.num_samples / whole
+        far = [
+            one
+            for one in classes
+            if one.before and one.after and abs(one.after - share * one.before) > max(2.0, 0.25 * share * one.before)
+        ]
+        if far:
+            named = ", ".join(f"{one.name} ({one.after:,} of {one.before:,})" for one in far[:5])
+            found.append(
+                f"{len(far):,} classes were kept in another share than the whole: {named}{', …' * (len(far) > 5)}."
+            )
+    if isinstance(material.bins, Bins):
+        sizes = torch.bincount(
+            material.bins.assignment[material.bins.assignment >= 0].long(), minlength=material.bins.num_bins
+        )
+        if int((sizes == 0).sum()):
+            found.append(
+                f"{int((sizes == 0).sum()):,} of {material.bins.num_bins:,} bins are empty: there are too few samples."
+            )
+    if isinstance(material.features, Features):
+        zero = int((material.features.embedding.abs().amax(1) == 0).sum()) - len(material.features.unreadable)
+        if zero > 0:
+            found.append(f"{zero:,} samples have features that are all zero, so nothing tells them apart.")
+    return found
+
+
+def _sheets(material: Material, samples: Samples) -> Sheets | str:
+    """Return some kept and some left samples of every bin, or of evenly spaced bins where there are many."""
+    selection, bins = material.compact.selection, material.bins
+    if samples.source is None:
+        return f"The set holds row numbers, not samples. {NO_DATASET}"
+    has_bins = isinstance(bins, Bins)
+    count = bins.num_bins if isinstance(bins, Bins) else int(selection.bin.max()) + 1 if len(selection) else 0
+    numbers = range(count) if count else range(-1, 0)
+    step = max(1, -(-len(numbers) // MOST_SHEETS))
+    shown = PICTURES_A_SHEET if samples.source.modality == "image" else TEXTS_A_SHEET
+    is_left = material.state == STATES.index("left")
+    sheets = []
+    for number in numbers[::step]:
+        kept = selection.index[selection.bin == number]
+        left, size = torch.empty(0, dtype=torch.int64), None
+        if isinstance(bins, Bins):
+            inside = bins.assignment == number
+            size, left = int(inside.sum()), (inside & is_left).nonzero().flatten()
+        elif number == -1:
+            size, left = len(material.state), is_left.nonzero().flatten()
+        if material.source is None:
+            left = left[:0]
+        parts = [tuple(map(samples.show, some_of(part, shown, seed=number))) for part in (kept, left)]
+        sheets.append(BinSheet(number, size, len(kept), *parts))
+    why = NO_DATASET if material.source is None else None if has_bins or numbers[0] == -1 else str(bins)
+    return Sheets(tuple(sheets), max(count, 0), why)
+
+
+def _curve(bins: Bins | str) -> GainCurve | str:
+    if isinstance(bins, str):
+        return bins
+    curve = gain_curve(bins)
+    if not curve.numel() or not bool(torch.isfinite(curve).any()):
+        return "No gains were recorded."
+    rows, sizes = [], []
+    most = max(2, MOST_CURVE_POINTS // max(1, len(curve)))
+    for row in curve:
+        known = torch.isfinite(row).nonzero().flatten()
+        sizes.append(len(known))
+        places = known[torch.linspace(0, len(known) - 1, min(most, len(known))).round().long()] if len(known) else known
+        rows.append(tuple((int(place), float(row[place])) for place in places))
+    groups = len(np.unique(bins.group[bins.assignment >= 0].numpy()))
+    return GainCurve(tuple(sizes), tuple(rows), groups)
+
+
+def _suspects(material: Material, samples: Samples) -> SuspectList | str:
+    suspects = material.compact.info.suspects
+    if suspects is None:
+        return (
+            'Labels were not judged. With drop_worst="auto" (--drop_worst auto) the samples whose labels do not fit their '
+            "features are left out and listed here."
+        )
+    names = suspects.names or material.class_names()
+    worst = []
+    columns = (suspects.index, suspects.score, suspects.suggested)
+    for position, score, other in zip(*(column[:MOST_SUSPECTS].tolist() for column in columns), strict=True):
+        shown = samples.show(position)
+        named = names[other] if 0 <= other < len(names) else str(other) if other >= 0 else None
+        worst.append(SuspectSample(shown, score, named))
+    return SuspectList(len(suspects), suspects.noise, tuple(worst))
+
+
+def _duplicates(material: Material, samples: Samples) -> DuplicateList | str:
+    found = material.duplicates
+    if isinstance(found, str):
+        return found
+    if found is None:
+        return (
+            "Near-duplicates were not looked for. With bins.deduplicate (a cosine, such as 0.98) samples that are close to an "
+            "earlier one are left out and shown here."
+        )
+    groups = _largest_groups(found.pairs)
+    cosine = dict(zip(found.pairs[:, 0].tolist(), found.cosine.tolist(), strict=True))
+    shown = []
+    for stays, left in groups[:MOST_GROUPS]:
+        some = tuple((samples.show(one), cosine[one]) for one in left[:MOST_OF_A_GROUP])
+        shown.append(DuplicateGroup(samples.show(stays), some, len(left)))
+    threshold = material.compact.config["bins"]["deduplicate"]
+    return DuplicateList(threshold, len(found), len(groups), tuple(shown))
+
+
+def _largest_groups(pairs: Tensor) -> list[tuple[int, list[int]]]:
+    """Return each sample that stays with those that were left out for it, the largest groups first."""
+    groups: dict[int, list[int]] = {}
+    for left, stays in pairs.tolist():
+        groups.setdefault(stays, []).append(left)
+    return sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
