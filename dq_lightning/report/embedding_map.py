@@ -40,6 +40,7 @@ def make_map(material: Material, samples: Samples, projection: str = "pca") -> E
         )
         method = f"the two directions in which they vary most (PCA; {explained:.0%} of the variance)"
     places = _scaled(flat)
+    samples.read_texts(chosen)
     tiles, sprite, tile = _pictures(samples, chosen)
     points = []
     for (x, y), position in zip(places, chosen, strict=True):

@@ -207,7 +207,7 @@ def _sheets(material: Material, samples: Samples) -> Sheets | str:
     step = max(1, -(-len(numbers) // MOST_SHEETS))
     shown = PICTURES_A_SHEET if samples.source.modality == "image" else TEXTS_A_SHEET
     is_left = material.state == STATES.index("left")
-    sheets = []
+    chosen = []
     for number in numbers[::step]:
         kept = selection.index[selection.bin == number]
         left, size = torch.empty(0, dtype=torch.int64), None
@@ -218,8 +218,12 @@ def _sheets(material: Material, samples: Samples) -> Sheets | str:
             size, left = len(material.state), is_left.nonzero().flatten()
         if material.source is None:
             left = left[:0]
-        parts = [tuple(map(samples.show, some_of(part, shown, seed=number))) for part in (kept, left)]
-        sheets.append(BinSheet(number, size, len(kept), *parts))
+        chosen.append((number, size, len(kept), *(some_of(part, shown, seed=number) for part in (kept, left))))
+    samples.read_texts(position for *_, kept, left in chosen for position in (*kept, *left))
+    sheets = [
+        BinSheet(number, size, num_kept, tuple(map(samples.show, kept)), tuple(map(samples.show, left)))
+        for number, size, num_kept, kept, left in chosen
+    ]
     why = NO_DATASET if material.source is None else None if has_bins or numbers[0] == -1 else str(bins)
     return Sheets(tuple(sheets), max(count, 0), why)
 
@@ -250,6 +254,7 @@ def _suspects(material: Material, samples: Samples) -> SuspectList | str:
         )
     names = suspects.names or material.class_names()
     worst = []
+    samples.read_texts(suspects.index[:MOST_SUSPECTS].tolist())
     columns = (suspects.index, suspects.score, suspects.suggested)
     for position, score, other in zip(*(column[:MOST_SUSPECTS].tolist() for column in columns), strict=True):
         shown = samples.show(position)
@@ -269,8 +274,10 @@ def _duplicates(material: Material, samples: Samples) -> DuplicateList | str:
         )
     groups = _largest_groups(found.pairs)
     cosine = dict(zip(found.pairs[:, 0].tolist(), found.cosine.tolist(), strict=True))
+    groups_shown = groups[:MOST_GROUPS]
+    samples.read_texts(one for stays, left in groups_shown for one in (stays, *left[:MOST_OF_A_GROUP]))
     shown = []
-    for stays, left in groups[:MOST_GROUPS]:
+    for stays, left in groups_shown:
         some = tuple((samples.show(one), cosine[one]) for one in left[:MOST_OF_A_GROUP])
         shown.append(DuplicateGroup(samples.show(stays), some, len(left)))
     threshold = material.compact.config["bins"]["deduplicate"]
