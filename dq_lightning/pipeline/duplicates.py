@@ -18,7 +18,7 @@ def read_duplicates_of(compact: Compact, cache: Cache, labels: Labels | None) ->
     Args:
         compact: the compact set.
         cache: cache that holds its features and bins.
-        labels: classes of all samples of its dataset, or None without classes.
+        labels: classes or groups of all samples of its dataset, or None without classes.
 
     Raises:
         CacheError: the features or the bins are not in the cache, or the classes are needed and not given.
@@ -27,18 +27,18 @@ def read_duplicates_of(compact: Compact, cache: Cache, labels: Labels | None) ->
     if settings.get("deduplicate") is None:
         return None
     by_label = settings.get("by_label", True)
-    if by_label and labels is None and compact.info.num_classes is not None:
+    features, bins = read_features_of(compact, cache), read_bins_of(compact, cache)
+    inside = bins.assignment >= 0
+    if by_label and labels is None and len(np.unique(bins.group[inside].numpy())) > 1:
         raise CacheError(
             "near-duplicates were compared inside each class, and the classes of what was left out are in the dataset alone: "
             "pass it as dataset="
         )
-    features, bins = read_features_of(compact, cache), read_bins_of(compact, cache)
     # Suspects and samples that could not be read were left out before near-duplicates were looked for.
     compared = torch.ones(len(bins), dtype=torch.bool)
     compared[features.unreadable] = False
     if bins.suspects is not None:
         compared[bins.suspects.index] = False
-    inside = bins.assignment >= 0
     groups = torch.zeros(len(bins), dtype=torch.int64) if labels is None or not by_label else labels.values
     found = [torch.empty(0, 2, dtype=torch.int64)]
     for group in np.unique(groups[compared & ~inside].numpy()).tolist():

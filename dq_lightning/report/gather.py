@@ -18,6 +18,7 @@ from dq_lightning.report.records import (
     STATES,
     BinSheet,
     ClassCount,
+    ClassTable,
     DuplicateGroup,
     DuplicateList,
     GainCurve,
@@ -134,22 +135,27 @@ def _number(value: int | None) -> str | None:
     return None if value is None else f"{value:,}"
 
 
-def _classes(material: Material) -> tuple[ClassCount, ...] | str:
-    names, index = material.class_names(), material.index
-    if material.labels is not None:
-        values = material.labels.values
-        before = torch.bincount(values, minlength=len(names)).tolist()
-        after = torch.bincount(values[index], minlength=len(names)).tolist()
-        return tuple(ClassCount(*row) for row in zip(names, before, after, strict=True))
+def _classes(material: Material) -> ClassTable | str:
+    names, index, labels = material.class_names(), material.index, material.labels
+    if labels is not None:
+        note = None
+        if labels.members is not None:
+            before, after = (members.sum(0).tolist() for members in (labels.members, labels.members[index]))
+            note = "A sample may have several of these labels, so it may count more than once."
+        else:
+            values = (labels.values, labels.values[index])
+            before, after = (torch.bincount(some, minlength=len(names)).tolist() for some in values)
+            note = None if labels.are_classes else "These are groups that the samples were chosen in, not classes."
+        return ClassTable(tuple(ClassCount(*row) for row in zip(names, before, after, strict=False)), note)
     if material.kept_labels is not None:
         after = torch.bincount(material.kept_labels.values, minlength=len(names)).tolist()
-        return tuple(ClassCount(name, None, count) for name, count in zip(names, after, strict=True))
+        return ClassTable(tuple(ClassCount(name, None, count) for name, count in zip(names, after, strict=True)))
     if material.compact.info.num_classes is None:
         return "The samples have no classes."
     return NO_DATASET
 
 
-def _findings(material: Material, classes: tuple[ClassCount, ...] | str) -> list[str]:
+def _findings(material: Material, classes: ClassTable | str) -> list[str]:
     """Return sentences on what should be looked at."""
     info, found = material.compact.info, []
     whole = info.num_source_samples
@@ -166,14 +172,15 @@ def _findings(material: Material, classes: tuple[ClassCount, ...] | str) -> list
     if info.num_unreadable:
         found.append(f"{info.num_unreadable:,} samples could not be read and were left out.")
     if not isinstance(classes, str):
-        empty = [one.name for one in classes if one.after == 0 and one.before != 0]
+        rows = classes.rows
+        empty = [one.name for one in rows if one.after == 0 and one.before != 0]
         if empty:
             named = ", ".join(empty[:8]) + (", …" if len(empty) > 8 else "")
-            found.append(f"{len(empty):,} of {len(classes):,} classes lost all their samples: {named}.")
+            found.append(f"{len(empty):,} of {len(rows):,} classes lost all their samples: {named}.")
         share = info.num_samples / whole
         far = [
             one
-            for one in classes
+            for one in rows
             if one.before and one.after and abs(one.after - share * one.before) > max(2.0, 0.25 * share * one.before)
         ]
         if far:
@@ -207,7 +214,7 @@ def _sheets(material: Material, samples: Samples) -> Sheets | str:
     step = max(1, -(-len(numbers) // MOST_SHEETS))
     shown = PICTURES_A_SHEET if samples.source.modality == "image" else TEXTS_A_SHEET
     is_left = material.state == STATES.index("left")
-    chosen = []
+    chosen: list[tuple[int, int | None, int, list[int], list[int]]] = []
     for number in numbers[::step]:
         kept = selection.index[selection.bin == number]
         left, size = torch.empty(0, dtype=torch.int64), None
@@ -218,11 +225,12 @@ def _sheets(material: Material, samples: Samples) -> Sheets | str:
             size, left = len(material.state), is_left.nonzero().flatten()
         if material.source is None:
             left = left[:0]
-        chosen.append((number, size, len(kept), *(some_of(part, shown, seed=number) for part in (kept, left))))
-    samples.read_texts(position for *_, kept, left in chosen for position in (*kept, *left))
+        some = [some_of(part, shown, seed=number) for part in (kept, left)]
+        chosen.append((number, size, len(kept), some[0], some[1]))
+    samples.read_texts(position for *_, first, second in chosen for position in (*first, *second))
     sheets = [
-        BinSheet(number, size, num_kept, tuple(map(samples.show, kept)), tuple(map(samples.show, left)))
-        for number, size, num_kept, kept, left in chosen
+        BinSheet(number, size, num_kept, tuple(map(samples.show, first)), tuple(map(samples.show, second)))
+        for number, size, num_kept, first, second in chosen
     ]
     why = NO_DATASET if material.source is None else None if has_bins or numbers[0] == -1 else str(bins)
     return Sheets(tuple(sheets), max(count, 0), why)

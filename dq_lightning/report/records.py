@@ -42,6 +42,14 @@ class ClassCount:
     after: int
 
 
+@dataclass(frozen=True)
+class ClassTable:
+    """The classes, or the groups that samples were chosen by, and a sentence on what they are where they are no classes."""
+
+    rows: tuple[ClassCount, ...]
+    note: str | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class MapPoint:
     """One point of the map: coordinates from 0 to 1000 and 0 to 640, and the sample that it stands for."""
@@ -215,7 +223,7 @@ class Report:
     facts: dict[str, str]
     seconds: dict[str, float]
     findings: tuple[str, ...]
-    classes: tuple[ClassCount, ...] | str
+    classes: ClassTable | str
     map: EmbeddingMap | str
     sheets: Sheets | str
     curve: GainCurve | str

@@ -8,6 +8,7 @@ from dq_lightning.report.records import (
     Again,
     BinSheet,
     ClassCount,
+    ClassTable,
     DuplicateList,
     EmbeddingMap,
     GainCurve,
@@ -183,17 +184,18 @@ def _sheet(sheet: BinSheet) -> str:
     return f'<div class="sheet"><h3>{name} <small>{count}</small></h3><div class="sides">{shown}</div></div>'
 
 
-def classes_section(classes: tuple[ClassCount, ...] | str) -> str:
+def classes_section(classes: ClassTable | str) -> str:
     """Return the classes before and after: a table with bars for a few, a chart and a folded table for many."""
     if isinstance(classes, str):
         return _sentence(classes)
-    if len(classes) <= BARS:
-        return _class_table(list(classes), bars=True)
-    ordered = sorted(classes, key=lambda one: (-(one.before or 0), -one.after, one.name))
+    note = _about(classes.note) if classes.note else ""
+    if len(classes.rows) <= BARS:
+        return note + _class_table(list(classes.rows), bars=True)
+    ordered = sorted(classes.rows, key=lambda one: (-(one.before or 0), -one.after, one.name))
     shown = ordered if len(ordered) <= ROWS else [*ordered[: ROWS // 2], *ordered[-ROWS // 2 :]]
     some = "" if len(shown) == len(ordered) else f" (the {ROWS // 2} largest and the {ROWS // 2} smallest)"
     return (
-        f'{charts.class_chart(ordered)}<ul class="legend"><li><i class="before"></i>before</li>'
+        f'{note}{charts.class_chart(ordered)}<ul class="legend"><li><i class="before"></i>before</li>'
         f'<li><i class="after"></i>kept</li></ul><details><summary>Table of {len(shown):,} classes{some}</summary>'
         f"{_class_table(shown, bars=False)}</details>"
     )

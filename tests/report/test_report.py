@@ -4,15 +4,18 @@ import importlib.util
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dq_lightning import QuantizedDataModule, quantize
+from dq_lightning import QuantizedDataModule, as_source, load_selection, quantize
+from dq_lightning.bins.duplicates import find_duplicates, near_pairs
 from dq_lightning.cli import main
 from dq_lightning.core.errors import ConfigError, StoreError
+from dq_lightning.pipeline.duplicates import read_duplicates_of
 from dq_lightning.pipeline.plan import (
     BINS,
     FEATURES,
@@ -25,7 +28,9 @@ from dq_lightning.pipeline.plan import (
 )
 from dq_lightning.pipeline.wanted import want
 from dq_lightning.report.again import changed_settings
+from dq_lightning.report.gather import gather
 from dq_lightning.report.make import report_of_set
+from dq_lightning.report.material import collect, material_of_set
 
 EVIL = "<script>alert(1)</script>\"'&\u2028"
 # elements without an end
@@ -327,3 +332,24 @@ def test_the_parts_behind_a_store_are_those_that_it_was_made_with(tmp_path):
         behind = parts_behind(parts[STORE])
         for station in (FEATURES, BINS, STORE, *({SELECTION, PATCHES} & set(parts))):
             assert behind[station] == parts[station], (config, station)
+
+
+def test_labels_of_samples_with_several_are_counted_one_by_one(tmp_path):
+    rows = np.random.default_rng(1).random((60, 4)) < 0.4
+    dataset = [{"text": f"row {number}"} for number in range(60)]
+    features = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
+    info = quantize(dataset, {"bins": {"deduplicate": 0.8}}, encoder=features, labels=rows, cache_dir=tmp_path)
+    made = gather(collect(*material_of_set(Path(info.path), None), as_source(dataset, labels=rows)))
+    kept = load_selection(info.path).index.numpy()
+    assert [(one.before, one.after) for one in made.classes.rows[:4]] == list(
+        zip(rows.sum(0).tolist(), rows[kept].sum(0).tolist(), strict=True)
+    )
+    assert "several" in made.classes.note
+    # the near-duplicates are those that a search inside each group leaves out
+    groups = as_source(dataset, labels=rows).labels().values
+    of = find_duplicates(features, 0.8, labels=groups)
+    pairs, cosine = near_pairs(features, of)
+    found = read_duplicates_of(*material_of_set(Path(info.path), None), as_source(dataset, labels=rows).labels())
+    assert len(pairs) > 5
+    assert torch.equal(found.pairs, pairs)
+    assert torch.equal(found.cosine, cosine)
