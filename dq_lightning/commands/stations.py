@@ -61,10 +61,13 @@ def bins(
     from dq_lightning.commands.opening import open_dataset
     from dq_lightning.exports.published import write_bin_files
     from dq_lightning.exports.results import CONFIG, dataset_name, write_config
-    from dq_lightning.pipeline.quantize import bins_of_dataset
+    from dq_lightning.pipeline.plan import BINS
+    from dq_lightning.pipeline.quantize import station_of_dataset
 
     opened = open_dataset(dataset, data_path, split)
-    made = bins_of_dataset(opened, config, labels=labels, cache_dir=cache_dir, device=device, progress=progress)
+    made = station_of_dataset(
+        opened, config, BINS, labels=labels, cache_dir=cache_dir, device=device, progress=progress
+    )
     folder, name = Path(output).expanduser(), dataset_name(dataset, data_path)
     write_bin_files(folder, name, made)
     place = {"dataset": dataset, "data_path": data_path, "split": split, "labels": labels}
@@ -116,11 +119,14 @@ def suspects(
     from dq_lightning.commands.opening import open_dataset
     from dq_lightning.core.errors import ConfigError
     from dq_lightning.exports.results import write_suspects
-    from dq_lightning.pipeline.quantize import bins_of_dataset
+    from dq_lightning.pipeline.plan import BINS
+    from dq_lightning.pipeline.quantize import station_of_dataset
     from dq_lightning.sources.adapt import as_source
 
     opened = open_dataset(dataset, data_path, split)
-    made = bins_of_dataset(opened, config, labels=labels, cache_dir=cache_dir, device=device, progress=progress)
+    made = station_of_dataset(
+        opened, config, BINS, labels=labels, cache_dir=cache_dir, device=device, progress=progress
+    )
     if made.suspects is None:
         raise ConfigError(
             "no label can be judged, because the samples have fewer than two classes or too few samples of each: pass other "
@@ -178,12 +184,13 @@ def duplicates(
     from dq_lightning.bins.duplicates import find_duplicates, near_pairs
     from dq_lightning.commands.opening import open_dataset
     from dq_lightning.exports.results import write_duplicates
-    from dq_lightning.pipeline.quantize import features_of_dataset
+    from dq_lightning.pipeline.plan import FEATURES
+    from dq_lightning.pipeline.quantize import station_of_dataset
     from dq_lightning.sources.adapt import as_source
 
     def vectors(opened: Any) -> Any:
-        made = features_of_dataset(opened, config, labels=labels, cache_dir=cache_dir, device=device, progress=progress)
-        return made.embedding
+        given: dict[str, Any] = {"labels": labels, "cache_dir": cache_dir, "device": device, "progress": progress}
+        return station_of_dataset(opened, config, FEATURES, **given).embedding
 
     opened = open_dataset(dataset, data_path, split)
     source = other = as_source(opened, labels=labels, text=text, on_error=on_error)

@@ -39,6 +39,27 @@ def plain_shape(value: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
+def as_image(value: Any) -> Image.Image:
+    """Return a Pillow image as it is, or make one of a uint8 array [H, W] or [H, W, C] or tensor [H, W] or [C, H, W].
+
+    Raises:
+        StoreError: the value is of another type.
+    """
+    if isinstance(value, Image.Image):
+        return value
+    pixels = value.cpu().numpy() if isinstance(value, Tensor) else value
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+        seen = f"{getattr(value, 'dtype', '')} {tuple(getattr(value, 'shape', ()))}".strip()
+        raise StoreError(
+            f"the image is a {type(value).__name__} {seen}: only Pillow images and uint8 arrays can be written as files; "
+            "convert it in the dataset"
+        )
+    if isinstance(value, Tensor) and pixels.ndim == 3:
+        pixels = pixels.transpose(1, 2, 0)
+    flat = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
+    return Image.fromarray(np.ascontiguousarray(flat))
+
+
 def image_to_uint8(image: Image.Image) -> Tensor:
     """Return an RGB image as a tensor uint8 [3, H, W]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

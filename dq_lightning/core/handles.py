@@ -14,7 +14,7 @@ import pickle
 import sys
 import threading
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -266,7 +266,7 @@ def read_in_order(dataset: Any, num_workers: int, *, pin_memory: bool = False) -
     # Without a generator of its own, the loader would draw its seed from the global random state.
     generator = torch.Generator().manual_seed(0)
     loader = DataLoader(
-        _Caught(dataset),
+        Items(len(dataset), functools.partial(_caught, dataset)),
         batch_size=None,
         num_workers=num_workers,
         pin_memory=pin_memory,
@@ -279,17 +279,22 @@ def read_in_order(dataset: Any, num_workers: int, *, pin_memory: bool = False) -
         yield item
 
 
-class _Caught(Dataset[tuple[Any, Exception | None]]):
-    """A dataset that returns what another one raises, because a DataLoader wraps a raised exception in another one."""
+def _caught(dataset: Any, index: int) -> tuple[Any, Exception | None]:
+    # A DataLoader would wrap a raised exception in another one.
+    try:
+        return dataset[index], None
+    except Exception as error:
+        return None, error
 
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
+
+class Items(Dataset[Any]):
+    """A map-style dataset of `count` items, each of which a function makes from its position."""
+
+    def __init__(self, count: int, make: Callable[[int], Any]) -> None:
+        self._count, self._make = count, make
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return self._count
 
-    def __getitem__(self, index: int) -> tuple[Any, Exception | None]:
-        try:
-            return self._dataset[index], None
-        except Exception as error:
-            return None, error
+    def __getitem__(self, index: int) -> Any:
+        return self._make(index)

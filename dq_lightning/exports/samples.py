@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from dq_lightning.cache.files import read_sealed
+from dq_lightning.core.arrays import as_image
 from dq_lightning.core.devices import DeviceNames
 from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import Selection
@@ -173,7 +172,7 @@ def as_png(leaf: Any) -> bytes:
     Raises:
         StoreError: the image is of another type or mode, which PNG cannot hold exactly.
     """
-    image = leaf if isinstance(leaf, Image.Image) else _from_array(leaf)
+    image = as_image(leaf)
     if image.mode == "P":
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
     if image.mode not in PNG_MODES:
@@ -187,21 +186,6 @@ def as_png(leaf: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", **known)  # Pillow writes the colour profile by itself.
     return buffer.getvalue()
-
-
-def _from_array(leaf: Any) -> Image.Image:
-    pixels = leaf.numpy() if isinstance(leaf, Tensor) else leaf
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
-        seen = f"{getattr(leaf, 'dtype', '')} {tuple(getattr(leaf, 'shape', ()))}".strip()
-        raise StoreError(
-            f"the image is a {type(leaf).__name__} {seen}: only Pillow images and uint8 arrays can be written as files; "
-            "convert it in the dataset"
-        )
-    if isinstance(leaf, Tensor) and pixels.ndim == 3:
-        pixels = pixels.transpose(1, 2, 0)
-    return Image.fromarray(
-        np.ascontiguousarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
-    )
 
 
 def _file_of(source: Source, position: int) -> tuple[bytes, str]:

@@ -9,13 +9,12 @@ from typing import Protocol
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from dq_lightning.core.arrays import image_to_uint8
 from dq_lightning.core.batching import HalvedBatches
 from dq_lightning.core.console import progress_bar
 from dq_lightning.core.errors import PatchError
-from dq_lightning.core.handles import read_in_order
+from dq_lightning.core.handles import Items, read_in_order
 from dq_lightning.core.records import Grid
 from dq_lightning.core.replicas import run_in_order
 from dq_lightning.core.resuming import Shards
@@ -32,17 +31,8 @@ class ImageSource(Protocol):
         """Return the RGB image of a sample."""
 
 
-class _Images(Dataset[Tensor]):
-    """Images of a source as tensors uint8 [3, H, W]."""
-
-    def __init__(self, source: ImageSource, index: Tensor) -> None:
-        self._source, self._index = source, index
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, place: int) -> Tensor:
-        return image_to_uint8(self._source.image(int(self._index[place]))).contiguous()
+def _image(source: ImageSource, index: Tensor, place: int) -> Tensor:
+    return image_to_uint8(source.image(int(index[place]))).contiguous()
 
 
 def score_images(
@@ -83,7 +73,8 @@ def score_images(
     with progress_bar(progress, total=len(index), unit="img", description="saliency") as bar:
         missing = table.restore(made_from=hashlib.sha256(index.numpy().tobytes()).hexdigest())
         bar.update(len(index) - len(missing))
-        reads = zip(missing, read_in_order(_Images(source, index[missing]), num_workers), strict=True)
+        images = Items(len(missing), partial(_image, source, index[missing]))
+        reads = zip(missing, read_in_order(images, num_workers), strict=True)
         batches = _batches(reads, batch_size)
         # All replicas use the target layer that the first batch decides.
         for some in (run_in_order(replicas[:1], islice(batches, 1)), run_in_order(replicas, batches)):

@@ -9,21 +9,20 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from dq_lightning.core.arrays import as_image
 from dq_lightning.core.config import EncodingConfig
 from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import EncodedImage, StoredImage
 from dq_lightning.core.workers import in_threads
 from dq_lightning.packed.images import gives_pixels
-from dq_lightning.packed.layouts import layout_of_image, pixels_of
+from dq_lightning.packed.layouts import layout_of_image
 from dq_lightning.packed.lossy import encode_lossy
 from dq_lightning.packed.values import encode_properties
 from dq_lightning.packed.writer import Item
 from dq_lightning.pipeline.budget import ByteSetting
-from dq_lightning.pipeline.patching import image_place
 from dq_lightning.pipeline.plan import Plan
 from dq_lightning.sources.items import at, plain_parts, with_value
 
@@ -42,7 +41,7 @@ def encoded_items(plan: Plan, setting: ByteSetting, index: Tensor, start: int = 
     if setting.codec == "keep":
         yield from read
         return
-    place = image_place(plan)
+    place = plan.source.image_leaf()
 
     def encode(items: list[Item]) -> list[Item]:
         files = [encode_leaf(at(sample, place), encoded, setting) for sample, encoded in items]
@@ -104,14 +103,6 @@ def encode_leaf(leaf: Any, encoded: EncodedImage | None, setting: ByteSetting) -
     if encoded is not None and layout == "pil" and len(encoded.data) <= len(data) and gives_pixels(encoded, image):
         return StoredImage(encoded.data, encoded.decoder, layout, properties)
     return StoredImage(data, "pil_rgb" if plain else "pil", layout, properties)
-
-
-def as_image(leaf: Any) -> Image.Image:
-    """Return an 8-bit grey or RGB image of any type as a Pillow image."""
-    if isinstance(leaf, Image.Image):
-        return leaf
-    _, mode, pixels = pixels_of(leaf)
-    return Image.fromarray(np.ascontiguousarray(pixels if mode == "RGB" else pixels[..., 0]))
 
 
 def reduced(image: Image.Image, longest_side: int | None) -> Image.Image:

@@ -28,7 +28,7 @@ from dq_lightning.pipeline.frontier import Frontier, source_bytes
 from dq_lightning.pipeline.packing import write_samples
 from dq_lightning.pipeline.patch_bytes import measure_bytes
 from dq_lightning.pipeline.patch_frontier import in_codec
-from dq_lightning.pipeline.patching import choose, image_place, packed_items, patches_of
+from dq_lightning.pipeline.patching import choose, packed_items, patches_of
 from dq_lightning.pipeline.plan import Plan
 from dq_lightning.pipeline.scoring import score_selection
 from dq_lightning.pipeline.selecting import chosen_selection, drawn_selection
@@ -162,7 +162,7 @@ def _write(task: Task, selection: Selection, byte_plan: BytePlan, budget: int, s
                 size,
                 made_from=f"{made_from} {choice.content_hash()}",
                 squeeze=True,
-                image_place=list(image_place(plan)),
+                image_place=list(plan.source.image_leaf()),
                 one_size=one_size,
             )
             facts = measure_bytes(made, selection, choice)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dq_lightning.core.arrays import as_image
 from dq_lightning.core.config import EncodingConfig
 from dq_lightning.core.errors import ConfigError, PatchError, StoreError
 from dq_lightning.core.records import PatchedImage, StoredImage
@@ -22,11 +23,10 @@ from dq_lightning.packed.layouts import pixels_of
 from dq_lightning.packed.values import encode_value
 from dq_lightning.packed.writer import STORE_FILE, Item, write_packed
 from dq_lightning.pipeline.budget import ByteSetting, told_setting
-from dq_lightning.pipeline.encoding import as_image, encode_leaf, encoded_items, reduced
+from dq_lightning.pipeline.encoding import encode_leaf, encoded_items, reduced
 from dq_lightning.pipeline.patch_bytes import owner_bytes
 from dq_lightning.pipeline.patch_frontier import TRIED_DROP_RATIO, PatchTrial, without_dull_patches
 from dq_lightning.pipeline.patch_plan import PatchPlan
-from dq_lightning.pipeline.patching import image_place
 from dq_lightning.pipeline.plan import Plan
 from dq_lightning.sources.items import at, evenly_spaced, plain_parts
 from dq_lightning.sources.skipping import readable_items
@@ -214,7 +214,7 @@ class Frontier:
             mean, _ = _packed_bytes(plan, many, items)
             if setting.codec == "keep":
                 return replace(setting, sample_bytes=mean)
-            leaves = [at(sample, image_place(plan)) for sample, _ in items]
+            leaves = [at(sample, plan.source.image_leaf()) for sample, _ in items]
             sizes, errors, own_share = _measures(
                 _images(plan, many), [one for one in leaves if isinstance(one, StoredImage)]
             )
@@ -222,7 +222,7 @@ class Frontier:
         else:
             items = self._many_patched.items(setting)
             mean, _ = _packed_bytes(plan, many, items)
-            images = [at(sample, image_place(plan)) for sample, _ in items]
+            images = [at(sample, plan.source.image_leaf()) for sample, _ in items]
             sizes = [len(one.data) for one in images if isinstance(one, PatchedImage)]
             errors = self._many_patched.errors(items)
         share = math.sqrt(1 - len(many) / len(plan.candidates)) / math.sqrt(max(1, len(sizes)))
@@ -241,7 +241,7 @@ class Frontier:
         """Return how many samples the chosen setting is measured on: more of small photos than of large ones."""
         if self._size == "small" or not self._few:
             return MEASURED[self._size]
-        leaf = at(plain_parts(self._plan.source.plain(self._few[0])), image_place(self._plan))
+        leaf = at(plain_parts(self._plan.source.plain(self._few[0])), self._plan.source.image_leaf())
         shape = leaf.size if isinstance(leaf, Image.Image) else tuple(leaf.shape)
         return min(MEASURED["small"], max(MEASURED["photo"], MEASURED_PIXELS // max(1, int(math.prod(shape)))))
 
@@ -344,7 +344,7 @@ def _has_images(plan: Plan) -> bool:
     if plan.source.modality != "image":
         return False
     try:
-        image_place(plan)
+        plan.source.image_leaf()
     except PatchError:
         return False
     return True
@@ -354,7 +354,7 @@ def _size_name(plan: Plan) -> str:
     if not _has_images(plan):
         return "small"
     for _, sample in readable_items(plan.source, _positions(plan, 1)):
-        leaf = at(plain_parts(sample), image_place(plan))
+        leaf = at(plain_parts(sample), plan.source.image_leaf())
         shape = leaf.size if isinstance(leaf, Image.Image) else tuple(leaf.shape)
         return "small" if sorted(shape)[-1] <= SMALL_SIDE else "photo"
     return "small"
@@ -371,7 +371,7 @@ def _images(plan: Plan, positions: Sequence[int]) -> list[tuple[Any, Any]]:
     if not _has_images(plan):
         return found
     for position, sample in readable_items(plan.source, positions):
-        leaf = at(plain_parts(sample), image_place(plan))
+        leaf = at(plain_parts(sample), plan.source.image_leaf())
         try:
             pixels_of(leaf)
         except StoreError:

@@ -24,7 +24,6 @@ from dq_lightning.pipeline.patching import (
     TRIED_SAMPLES,
     check_packable,
     choose,
-    image_place,
     packed_items,
     with_all_patches,
 )
@@ -85,7 +84,7 @@ def _write_patches(task: Task, selection: Selection, scores: Tensor, sizes: Tens
         partial(packed_items, plan, selection, choice),
         round(facts.unpatched_bytes * facts.keep_ratio),
         made_from=f"{selection.content_hash()} {choice.content_hash()}",
-        image_place=list(image_place(plan)),
+        image_place=list(plan.source.image_leaf()),
         one_size=bool((sizes == sizes[:1]).all()),
     )
     return facts
@@ -171,7 +170,7 @@ def check_storable(plan: Plan, finisher: Any = None) -> None:
 def _tried_item(plan: Plan, position: int, sample: Any) -> Item:
     if plan.patches is not None:
         try:
-            return with_all_patches(plan, sample, image_place(plan)), None
+            return with_all_patches(plan, sample, plan.source.image_leaf()), None
         except StoreError:
             pass  # The image cannot be cut into patches and is stored whole.
     return sample, plan.source.encoded(position)

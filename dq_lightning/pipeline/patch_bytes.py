@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dq_lightning.core.arrays import as_image
 from dq_lightning.core.errors import SourceError
 from dq_lightning.core.records import PatchChoice, Selection, StoreInfo
 from dq_lightning.packed.patches import can_keep_patches
 from dq_lightning.packed.values import encode_properties
-from dq_lightning.pipeline.encoding import as_image
-from dq_lightning.pipeline.patching import image_place, patches_of, whole_bytes
+from dq_lightning.pipeline.patching import patches_of, whole_bytes
 from dq_lightning.pipeline.plan import Plan
 from dq_lightning.sources.items import at, evenly_spaced
 from dq_lightning.sources.skipping import readable_items
@@ -50,7 +50,7 @@ def measure_bytes(plan: Plan, selection: Selection, choice: PatchChoice) -> Patc
     For a folder of image files the size of every file is asked from the file system. Without files, and for the whole
     images in the codec of the store, at most 1,000 samples are read and the result is scaled up.
     """
-    patches, place = patches_of(plan), image_place(plan)
+    patches, place = patches_of(plan), plan.source.image_leaf()
     kept, whole = selection.index.tolist(), len(plan.source)
     tried = [kept[place] for place in evenly_spaced(len(kept), MEASURED_SAMPLES)]
     unpatched = 0
@@ -99,7 +99,7 @@ def _file_bytes(path: str) -> int:
 
 def _read_bytes(plan: Plan, positions: Sequence[int]) -> int:
     """Estimate the bytes of samples in the original dataset from at most 1,000 of them, without using file sizes."""
-    place, sizes = image_place(plan), []
+    place, sizes = plan.source.image_leaf(), []
     tried = [positions[number] for number in evenly_spaced(len(positions), MEASURED_SAMPLES)]
     for position, sample in readable_items(plan.source, tried):
         with contextlib.suppress(SourceError):

@@ -16,7 +16,7 @@ from dq_lightning.packed.writer import Item
 from dq_lightning.patches.harmonic import fill_harmonically
 from dq_lightning.pipeline.budget import ByteSetting
 from dq_lightning.pipeline.patch_plan import make_patch_plan
-from dq_lightning.pipeline.patching import choose, image_place, packed_items, patches_of
+from dq_lightning.pipeline.patching import choose, packed_items, patches_of
 from dq_lightning.pipeline.plan import Plan
 from dq_lightning.pipeline.scoring import score_selection
 from dq_lightning.sources.items import at, plain_parts
@@ -82,7 +82,7 @@ class PatchTrial:
 
     def errors(self, items: list[Item]) -> list[float]:
         """Return the mean squared error of each image that is stored as patches, on the scale of 0 to 255."""
-        place, groups, errors = image_place(self.plan), dict[Any, list[tuple[Any, Any, Any]]](), list[float]()
+        place, groups, errors = self.plan.source.image_leaf(), dict[Any, list[tuple[Any, Any, Any]]](), list[float]()
         for position, (sample, _) in zip(self.positions, items, strict=True):
             patched = at(sample, place)
             if isinstance(patched, PatchedImage):

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from dq_lightning.cache.digests import DigestMemory
+from dq_lightning.core.arrays import as_image
 from dq_lightning.core.config import PatchConfig
 from dq_lightning.core.errors import PatchError
 from dq_lightning.features.choose import choose_encoder
@@ -111,13 +111,8 @@ class PatchPlan:
             size = (prepared.shape[1], prepared.shape[2])
             options: dict[str, Any] = {"mean": encoder.mean, "std": encoder.std, "input_size": size}
         else:
-            options = {"preprocess": lambda image: encoder.preprocess(_as_pil(image))}
+            options = {"preprocess": lambda image: encoder.preprocess(as_image(image))}
         return make_scorer(self.config, encoder.network, num_classes=num_classes, **options)
-
-
-def _as_pil(image: Tensor) -> Image.Image:
-    """Return a uint8 tensor [3, H, W] as a Pillow image."""
-    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
 
 
 def make_patch_plan(

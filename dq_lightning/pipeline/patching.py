@@ -73,7 +73,7 @@ def packed_items(
     An image that cannot be cut into patches, because its mode is neither RGB nor L, stays whole; a warning at the end
     counts such images if `warns` is set.
     """
-    place, whole = image_place(plan), []
+    place, whole = plan.source.image_leaf(), []
     for packed in _packed_images(plan, selection, choice, start):
         if packed.image is None:
             whole.append(packed.position)
@@ -88,11 +88,6 @@ def packed_items(
         )
 
 
-def image_place(plan: Plan) -> tuple[str | int, ...]:
-    """Return the place of the image in a sample: the keys and positions that lead to it, from outside to inside."""
-    return plan.source.image_leaf()
-
-
 def check_packable(plan: Plan) -> None:
     """Check before the long work, on a few samples, that the images of a dataset can be stored as patches.
 
@@ -102,7 +97,7 @@ def check_packable(plan: Plan) -> None:
     Raises:
         StoreError: the images cannot be stored as patches; the message says what the dataset should deliver instead.
     """
-    place, problems, fitting = image_place(plan), [], 0
+    place, problems, fitting = plan.source.image_leaf(), [], 0
     tried = [int(plan.candidates[number]) for number in evenly_spaced(len(plan.candidates), TRIED_SAMPLES)]
     for _, sample in readable_items(plan.source, tried):
         try:
@@ -140,7 +135,7 @@ class _Packed:
         """Return about how many bytes the image takes in the store."""
         if self.image is not None:
             return len(self.image.data) + len(self.image.mask)
-        return whole_bytes(plan, self.position, at(self.sample, image_place(plan)))
+        return whole_bytes(plan, self.position, at(self.sample, plan.source.image_leaf()))
 
 
 def _packed_images(plan: Plan, selection: Selection, choice: PatchChoice, start: int = 0) -> Iterator[_Packed]:
@@ -149,7 +144,7 @@ def _packed_images(plan: Plan, selection: Selection, choice: PatchChoice, start:
     The samples are read in the calling thread, because few datasets are safe to read from several threads. The images
     are packed in other threads.
     """
-    patches, place = patches_of(plan), image_place(plan)
+    patches, place = patches_of(plan), plan.source.image_leaf()
 
     def pack(position: int, sample: Any, mask: Tensor) -> _Packed:
         leaf = at(sample, place)

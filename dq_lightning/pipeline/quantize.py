@@ -11,7 +11,7 @@ from dq_lightning.core.config import AnyConfig, OnError, Preset, QuantizeConfig,
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.devices import DeviceNames
 from dq_lightning.core.isolation import isolated_random_state
-from dq_lightning.core.records import Bins, Features, StoreInfo
+from dq_lightning.core.records import StoreInfo
 from dq_lightning.pipeline.build import Build
 from dq_lightning.pipeline.compact import Compact, find_compact
 from dq_lightning.pipeline.packing import check_storable
@@ -141,61 +141,25 @@ def find_or_build(
     return Build(plan, source, cache, device, force=force, progress=progress, seconds=seconds).compact()
 
 
-def bins_of_dataset(
+def station_of_dataset(
     dataset: Any,
     config: QuantizeConfig,
-    *,
-    labels: Any = None,
-    cache_dir: str | Path | None = None,
-    device: DeviceNames = "auto",
-    progress: bool = True,
-) -> Bins:
-    """Return only the bins of a dataset: from the cache if they are there, else made now.
-
-    The arguments are those of `quantize`; of the settings, those of `store`, `selection` and `patches` have no effect.
-
-    Raises:
-        DQError: the bins cannot be made.
-    """
-    bins: Bins = _found_or_made(dataset, config, labels, BINS, read_bins, cache_dir, device, progress=progress)
-    return bins
-
-
-def features_of_dataset(
-    dataset: Any,
-    config: QuantizeConfig,
-    *,
-    labels: Any = None,
-    cache_dir: str | Path | None = None,
-    device: DeviceNames = "auto",
-    progress: bool = True,
-) -> Features:
-    """Return only the features of a dataset: from the cache if they are there, else made now.
-
-    The arguments are those of `quantize`; of the settings, only those of the features, of texts and `on_error` matter.
-
-    Raises:
-        DQError: the features cannot be made.
-    """
-    made: Features = _found_or_made(
-        dataset, config, labels, FEATURES, read_features, cache_dir, device, progress=progress
-    )
-    return made
-
-
-def _found_or_made(
-    dataset: Any,
-    config: QuantizeConfig,
-    labels: Any,
     station: str,
-    read: Callable[[Path], Any],
-    cache_dir: str | Path | None,
-    device: DeviceNames,
     *,
-    progress: bool,
+    labels: Any = None,
+    cache_dir: str | Path | None = None,
+    device: DeviceNames = "auto",
+    progress: bool = True,
 ) -> Any:
-    """Return the result of one station, found in the cache or made."""
-    cache = Cache(cache_dir or default_cache_dir())
+    """Return only the features or the bins of a dataset: from the cache if they are there, else made now.
+
+    The station is `plan.FEATURES` or `plan.BINS`, and the result a record `Features` or `Bins`. The other arguments are
+    those of `quantize`; settings of later stations have no effect.
+
+    Raises:
+        DQError: the result cannot be made.
+    """
+    cache, read = Cache(cache_dir or default_cache_dir()), {FEATURES: read_features, BINS: read_bins}[station]
     with isolated_random_state():
         plan = make_plan(dataset, Wanted(config, labels=labels))
         source = source_identity(plan, cache.memory)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.errors import PatchError, SourceError
+from dq_lightning.core.handles import Items
 from dq_lightning.core.records import EncodedImage, Labels
 from dq_lightning.sources.items import Leaf
 
@@ -175,7 +176,7 @@ class Source(ABC):
 
     def plain_items(self) -> Any:
         """A map-style dataset of the plain items; Hugging Face data stay a Hugging Face `Dataset`."""
-        return PlainItems(self)
+        return Items(len(self), self.plain)
 
     def marks(self, *, fresh: bool) -> str:
         """A text by which a change of the data while they are processed is noticed, without reading them all.
@@ -188,19 +189,6 @@ class Source(ABC):
     def sample_digest(self) -> str:
         """Digest of a few plain items, by which another process checks that its dataset is the same; else empty."""
         return ""
-
-
-class PlainItems:
-    """The plain items of a source as a map-style dataset."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._source.plain(index)
 
 
 class CompletedSource:

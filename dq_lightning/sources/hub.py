@@ -256,7 +256,7 @@ class HubSource(ItemSource):
 
 
 class HubRecordSource(HubSource):
-    """Adapter for a Hugging Face `Dataset` without images, whose features are given."""
+    """Adapter for a Hugging Face `Dataset` without images: rows of text, or samples whose features are given."""
 
     def _open_pictures(self) -> None:
         self._column, self._mode, self._decodes, self._stored = "", None, False, None

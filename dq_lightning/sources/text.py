@@ -10,7 +10,7 @@ from dq_lightning.core.config import TextConfig
 from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.core.records import EncodedImage, Labels
 from dq_lightning.identity.values import digest_of
-from dq_lightning.sources.hub import HubSource
+from dq_lightning.sources.hub import HubRecordSource
 from dq_lightning.sources.items import IMAGE_NAMES, Leaf, image_leaves, quoted
 from dq_lightning.sources.mapped import MapSource
 from dq_lightning.sources.nested import ConcatSource, SubsetSource
@@ -109,11 +109,8 @@ class TextRows(ItemSource):
         return found
 
 
-class HubTextSource(TextRows, HubSource):
+class HubTextSource(TextRows, HubRecordSource):
     """Adapter for a Hugging Face `Dataset` of text rows."""
-
-    def _open_pictures(self) -> None:
-        self._column, self._mode, self._decodes, self._stored = "", None, False, None
 
     def columns(self) -> list[str]:
         return list(self.plain_dataset.column_names)

@@ -31,7 +31,7 @@ from dq_lightning.features import readable
 from dq_lightning.features.readable import find_unreadable
 from dq_lightning.pipeline.compact import open_compact
 from dq_lightning.pipeline.plan import BINS, FEATURES, make_plan
-from dq_lightning.pipeline.quantize import bins_of_dataset, find_or_build
+from dq_lightning.pipeline.quantize import find_or_build, station_of_dataset
 from dq_lightning.pipeline.wanted import Wanted
 from tests.inputs.broken import MeanColour, Pictures, compact, encode, encoded, picture, settings
 from tests.lightning_scripts.common import to_tensor
@@ -321,7 +321,7 @@ def test_reading_goes_on_where_it_was(per_shard, monkeypatch):
 def test_the_bins_alone(tmp_path):
     data = Pictures(broken={3: OSError("gone")})
     config = QuantizeConfig(FeatureConfig(encoder="bundled"), on_error="skip", selection=SelectionConfig())
-    assert bins_of_dataset(data, config, cache_dir=tmp_path, device="cpu", progress=False).num_unreadable == 1
+    assert station_of_dataset(data, config, BINS, cache_dir=tmp_path, device="cpu", progress=False).num_unreadable == 1
 
 
 class Fading(Pictures):
