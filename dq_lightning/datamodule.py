@@ -30,12 +30,12 @@ from dq_lightning.core.notebook import facts_as_html
 from dq_lightning.core.records import Bins, Duplicates, Features, Labels, Selection, StoreInfo
 from dq_lightning.loading.batch_filling import BatchFiller, check_batch_transform, is_unfilled
 from dq_lightning.loading.inner import (
+    TRANSFER_HOOKS,
     AnyDataModule,
     check_given,
     check_package,
     defined_by_user,
     not_iterable,
-    overridden_transfer_hooks,
 )
 from dq_lightning.loading.loaders import (
     AutoBool,
@@ -676,10 +676,11 @@ class QuantizedHooks(Base):
                 f"{type(datamodule).__name__} has {named}, and so has QuantizedDataModule, whose own is what "
                 "trainer.datamodule gives: read yours from the data module that you passed"
             )
-        for name, hook in overridden_transfer_hooks(datamodule).items():
+        for name in TRANSFER_HOOKS:
             # Only overridden hooks are set, and on the instance: Lightning checks whether the data module overrides a
             # hook, and if it does, skips the model's own hook.
-            setattr(self, name, hook)
+            if defined_by_user(datamodule, name):
+                setattr(self, name, getattr(datamodule, name))
 
     def _fill_batch(self, batch: Any, dataloader_idx: int) -> Any:
         """Fill the images of a train batch on its device, then call the hook that would have run without this one."""

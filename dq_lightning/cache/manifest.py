@@ -6,7 +6,6 @@ next process that finds the entry then compares all files, under any verificatio
 """
 
 import contextlib
-import importlib.metadata
 import os
 import stat
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from dq_lightning.cache import files
 from dq_lightning.core.config import VerifyPolicy
 from dq_lightning.core.errors import CacheError, DQError, StoreError
 from dq_lightning.core.fields import check_no_address
+from dq_lightning.core.libraries import library_version
 
 MANIFEST = "manifest.json"
 # This empty file beside the manifest requests a full check; by its leading dot it is not taken for a file of the entry.
@@ -29,14 +29,6 @@ SMALL_BYTES = 1 << 20
 
 class Damage(DQError):  # noqa: N818 (a finding, caught inside the station)
     """An entry does not match its manifest; the message gives the reason."""
-
-
-def package_version() -> str:
-    """Return the version of the installed dq_lightning, or "unknown" for a checkout that was not installed."""
-    try:
-        return importlib.metadata.version("dq-lightning")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def is_plain_name(name: object) -> bool:
@@ -77,7 +69,8 @@ def write_manifest(folder: Path, *, station: str, key: str, parts: dict[str, Any
         "key": key,
         "parts": parts,
         "files": listed,
-        "package": package_version(),
+        # A checkout need not be installed.
+        "package": library_version("dq-lightning") or "unknown",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     files.write_bytes(folder / MANIFEST, files.seal(values))

@@ -234,25 +234,22 @@ def sample(
         split: split of that dataset.
     """
     SelectionConfig(keep_ratio, seed, draw, bin_weights, balance)
+    import torch
+
     from dq_lightning.commands.opening import open_dataset
-    from dq_lightning.exports.published import select_from_files, selection_file
+    from dq_lightning.exports.published import read_bin_files, selection_file
     from dq_lightning.exports.rows import write_index
+    from dq_lightning.selection.select import select
     from dq_lightning.sources.adapt import as_source
 
     labels = None
     if dataset is not None or data_path is not None:
         labels = as_source(open_dataset(dataset, data_path, split)).labels()
-    selection, name = select_from_files(
-        bins_path,
-        keep_ratio=keep_ratio,
-        seed=seed,
-        labels=None if labels is None else labels.values,
-        draw=draw,
-        bin_weights=bin_weights,
-        balance=balance,
-    )
-    path = write_index(selection.index, Path(output or bins_path).expanduser() / selection_file(name, keep_ratio))
-    print(f"kept {len(selection):,} samples and wrote their positions: {path}")
+    bins, positions, name = read_bin_files(bins_path, None if labels is None else labels.values)
+    drawn = select(bins, keep_ratio=keep_ratio, seed=seed, draw=draw, bin_weights=bin_weights, balance=balance)
+    index, folder = positions[drawn.index.numpy()], Path(output or bins_path).expanduser()
+    path = write_index(torch.from_numpy(index), folder / selection_file(name, keep_ratio))
+    print(f"kept {len(index):,} samples and wrote their positions: {path}")
 
 
 def reconstruct(

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -37,6 +38,14 @@ def plain_shape(value: Any) -> tuple[int, ...]:
     if not sizes_fit:
         raise StoreError(f"{value!r:.80} is not the shape of an array that can be stored")
     return tuple(value)
+
+
+def as_numpy(value: Any) -> NDArray[Any]:
+    """Return an array, tensor, image or list as an array; NumPy has no bfloat16, so such a tensor becomes float32."""
+    if not isinstance(value, Tensor):
+        return np.asarray(value)
+    plain = value.detach().cpu().as_subclass(Tensor)
+    return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
 
 
 def as_image(value: Any) -> Image.Image:

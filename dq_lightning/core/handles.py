@@ -9,7 +9,6 @@ import functools
 import gc
 import logging
 import multiprocessing
-import os
 import pickle
 import sys
 import threading
@@ -21,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+from dq_lightning.core.libraries import is_library
 
 logger = logging.getLogger("dq_lightning")
 
@@ -131,7 +132,7 @@ def _referents(value: Any) -> Iterable[Any]:
         cells = [*(value.__closure__ or ()), value.__defaults__, value.__kwdefaults__, value.__dict__]
         return [*cells, *_used_globals(value)]
     if isinstance(value, type):
-        return [] if _is_library(value.__module__) else [*vars(value).values(), *value.__bases__]
+        return [] if is_library(value) else [*vars(value).values(), *value.__bases__]
     if _root(type(value)) in _FILE_LIBRARIES and not _is_open(value):
         # what a closed file still refers to cannot be read either
         return []
@@ -142,14 +143,14 @@ def _referents(value: Any) -> Iterable[Any]:
 
 def _used_globals(function: types.FunctionType) -> Iterator[Any]:
     """Global objects that the user's code names, and the attributes that it uses of the user's own modules."""
-    if _is_library(function.__module__):
+    if is_library(function):
         return
     names = set(_code_names(function.__code__))
     for name in names:
         if name in function.__globals__:
             found = function.__globals__[name]
             yield found
-            if isinstance(found, types.ModuleType) and not _is_library(found.__name__):
+            if isinstance(found, types.ModuleType) and not is_library(found):
                 yield from (vars(found)[one] for one in names if one in vars(found))
 
 
@@ -158,15 +159,6 @@ def _code_names(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _code_names(constant)
-
-
-@functools.lru_cache(4096)
-def _is_library(module: str | None) -> bool:
-    """Whether a module is installed or part of Python, and not a script or notebook of the user or a file beside it."""
-    root = (module or "builtins").partition(".")[0]
-    place = getattr(sys.modules.get(root), "__file__", None) or ""
-    installed = any(f"{os.sep}{name}{os.sep}" in place for name in ("site-packages", "dist-packages"))
-    return installed or root == "dq_lightning" or (root in sys.stdlib_module_names and root != "__main__")
 
 
 def _root(kind: type) -> str:
@@ -217,7 +209,7 @@ def _open_check(kind: type[Any]) -> str | None:
     # An object of a library that can be closed and cannot be pickled is most likely a file opened by compiled code.
     closes = any(callable(getattr(kind, name, None)) for name in ("close", "release"))
     own = root in sys.stdlib_module_names or root in _NOT_LOOKED_INTO
-    return "closes" if closes and not own and _is_library(kind.__module__) else None
+    return "closes" if closes and not own and is_library(kind) else None
 
 
 def _is_open(value: Any) -> bool:

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import StoreError
-from dq_lightning.core.records import Bins, Selection
+from dq_lightning.core.records import Bins
 from dq_lightning.exports.rows import whole, write_index
 from dq_lightning.selection.given import read_index
-from dq_lightning.selection.select import select
 
 BINS_FILE = "bins.npz"
 FIELDS = {"assignment": np.int16, "rank": np.int32, "gain": np.float32, "group": np.int32}
@@ -110,23 +109,6 @@ def read_bin_files(folder: str | Path, labels: Tensor | None = None) -> tuple[Bi
     gain = np.zeros(len(positions), np.float32)
     made = [torch.from_numpy(array) for array in (assignment, rank, gain, group)]
     return Bins(made[0], made[1], made[2], made[3], len(parts)), positions, name
-
-
-def select_from_files(
-    folder: str | Path, *, keep_ratio: float, seed: int = 0, labels: Tensor | None = None, **options: object
-) -> tuple[Selection, str]:
-    """Draw samples from the bins of a folder, which is read as in `read_bin_files`; the options are those of `select`.
-
-    Returns:
-        The selection, with positions in the dataset, and the dataset's name.
-
-    Raises:
-        StoreError: the files cannot be used.
-        ConfigError: a setting is out of range, or the bins are too small.
-    """
-    bins, positions, name = read_bin_files(folder, labels)
-    drawn = select(bins, keep_ratio=keep_ratio, seed=seed, **options)  # type: ignore[arg-type]
-    return Selection(torch.from_numpy(positions[drawn.index.numpy()]), drawn.bin), name
 
 
 def selection_file(name: str, keep_ratio: float) -> str:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.config import Precision
 from dq_lightning.core.errors import FeatureError
+from dq_lightning.core.libraries import library_version
 from dq_lightning.features.encoders import NetworkEncoder, pool
 from dq_lightning.features.origins import EncoderSpec, HubOrigin
 from dq_lightning.features.text_encoder import model_files
-from dq_lightning.identity.callables import library_version
 from dq_lightning.identity.values import digest_text
 
 PREFIX = "transformers:"

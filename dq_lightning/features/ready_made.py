@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dq_lightning.cache.digests import DigestMemory
+from dq_lightning.core.arrays import as_numpy
 from dq_lightning.core.config import Precision
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.features.collect import Rows
@@ -40,7 +41,7 @@ class ReadyOrigin(EncoderSpec):
     def _open(self) -> np.ndarray[Any, Any]:
         """Return the embeddings as a NumPy array, a file memory-mapped; FeatureError if they are not floating [N, D]."""
         if self.path is None:
-            array = _as_numpy(self.array)
+            array = as_numpy(self.array)
         else:
             try:
                 array = np.load(self.path, mmap_mode="r", allow_pickle=False)
@@ -112,14 +113,6 @@ def ready_origin(encoder: Any) -> ReadyOrigin:
         origin = ReadyOrigin("ready-made", f"ready-made embeddings in {path}", path)
     origin._open()
     return origin
-
-
-def _as_numpy(array: Any) -> np.ndarray[Any, Any]:
-    if not isinstance(array, Tensor):
-        return np.asarray(array)
-    plain = array.detach().cpu()
-    # NumPy has no bfloat16, so such tensors are converted to float32.
-    return plain.float().numpy() if plain.dtype == torch.bfloat16 else plain.numpy()
 
 
 def digest_of_npy(array: np.ndarray[Any, Any]) -> str:

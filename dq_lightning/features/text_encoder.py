@@ -16,10 +16,10 @@ from torch.nn import functional
 from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.config import Precision, TextConfig
 from dq_lightning.core.errors import FeatureError
+from dq_lightning.core.libraries import library_version
 from dq_lightning.features.encoders import resolve_precision
 from dq_lightning.features.origins import EncoderSpec, HubOrigin
 from dq_lightning.features.text_card import MODULES, Card, Layer, read_card
-from dq_lightning.identity.callables import library_version
 from dq_lightning.identity.networks import WEIGHT_FILES
 from dq_lightning.identity.values import digest_text
 

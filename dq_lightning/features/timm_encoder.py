@@ -14,10 +14,10 @@ from torch import nn
 from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.config import Precision
 from dq_lightning.core.errors import FeatureError
+from dq_lightning.core.libraries import library_version
 from dq_lightning.features.encoders import NetworkEncoder
 from dq_lightning.features.origins import EncoderSpec, HubOrigin
 from dq_lightning.features.preprocessing import Preprocessing
-from dq_lightning.identity.callables import library_version
 from dq_lightning.identity.networks import WEIGHT_FILES
 from dq_lightning.identity.values import digest_text
 

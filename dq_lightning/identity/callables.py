@@ -9,14 +9,11 @@ completely; the reasons why it could not are collected in `CodeDescriber.unknown
 import builtins
 import enum
 import functools
-import importlib.metadata
 import io
 import linecache
-import os
 import random
 import re
 import sys
-import sysconfig
 import types
 import weakref
 from typing import Any
@@ -27,14 +24,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dq_lightning.core.errors import FeatureError
+from dq_lightning.core.libraries import is_library, library_version, module_of
 from dq_lightning.identity.syntax import Call, Code, cells_of, composed_names
 from dq_lightning.identity.values import Describer, digest_text
 
-_INSTALLED = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-# Folders of other installations: one that this one builds on, the user's, or the distribution's.
-_INSTALL_FOLDERS = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
-# Packages that count as libraries wherever their files are.
-_LIBRARIES = ("dq_lightning", "torch", "torchvision", "numpy", "PIL")
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator, torch.Generator)
 _BUILTIN_FUNCTIONS = (
     *(types.BuiltinFunctionType, types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType),
@@ -93,41 +86,6 @@ _GENERATED_METHODS = _words(
 )
 _MODULE_NAMES = frozenset(vars(nn.Module()))
 _MISSING = object()
-
-
-def _is_installed(place: str) -> bool:
-    return place.startswith(("<frozen ", *_INSTALLED)) or any(folder in place for folder in _INSTALL_FOLDERS)
-
-
-def module_of(value: Any) -> str:
-    """Return the name of the module that defines a function, class or module.
-
-    For a function it is found by where the code is, since wrappers carry the names of the functions that they wrap.
-    """
-    if isinstance(value, types.ModuleType):
-        return value.__name__
-    code = getattr(value, "__code__", None)
-    if isinstance(code, types.CodeType) and not code.co_filename.startswith("<"):
-        return str(value.__globals__.get("__name__", ""))
-    name = getattr(value, "__module__", None)
-    if name is None:  # true for methods of built-in types
-        owner = getattr(value, "__objclass__", None) or getattr(value, "__self__", None)
-        name = getattr(owner, "__module__", None) or getattr(owner, "__name__", None)
-    return str(name or "builtins")
-
-
-def is_library(value: Any) -> bool:
-    """Whether an installed library or Python itself defines a function, class or module."""
-    name = module_of(value)
-    if name.partition(".")[0] in _LIBRARIES:
-        return True
-    code = getattr(value, "__code__", None)
-    if isinstance(code, types.CodeType) and not code.co_filename.startswith("<"):
-        return _is_installed(code.co_filename)
-    module = value if isinstance(value, types.ModuleType) else sys.modules.get(name)
-    place = getattr(module, "__file__", None)
-    # A module without a file is built into Python, or it is the interactive session.
-    return _is_installed(place) if place else name.partition(".")[0] in sys.builtin_module_names
 
 
 def patches_of(kind: type) -> list[tuple[str, Any]]:
@@ -271,7 +229,13 @@ class CodeDescriber(Describer):
         library = self.library(module)
         if library is None or not _is_trusted(module.__name__):
             self.unresolved(f"the whole module {module.__name__} is used")
-        return library or digest_text("module", module.__name__.replace("__mp_main__", "__main__"), _content_of(module))
+        if library is not None:
+            return library
+        # The source as it was loaded or is on the disk.
+        file = getattr(module, "__file__", None) or ""
+        linecache.checkcache(file)
+        name = module.__name__.replace("__mp_main__", "__main__")
+        return digest_text("module", name, digest_text(*linecache.getlines(file)))
 
     def _class(self, kind: type) -> str:
         library = self.library(kind)
@@ -453,14 +417,6 @@ def _version(top: str) -> str | None:
     return version.partition("+")[0] if isinstance(version, str) else library_version(top) or None
 
 
-def library_version(name: str) -> str:
-    """Return the version of an installed distribution, which need not be imported; "" if it is not installed."""
-    try:
-        return importlib.metadata.version(name).partition("+")[0]
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
 def _is_trusted(name: str) -> bool:
     return name.startswith("builtins.") or (_TRUSTED.match(name) is not None and _UNTRUSTED.match(name) is None)
 
@@ -469,12 +425,6 @@ def _reads(value: Any) -> bool:
     """Whether a function of a trusted library reads the file whose name it is given."""
     names = {value.__name__, getattr(value, "__qualname__", "").partition(".")[0]}
     return not names.isdisjoint(_READERS | _INDIRECT_NAMES)
-
-
-def _content_of(module: types.ModuleType) -> str:
-    """Return the hexadecimal digest of a module's source, as it was loaded or is on the disk."""
-    linecache.checkcache(getattr(module, "__file__", None) or "")
-    return digest_text(*linecache.getlines(getattr(module, "__file__", None) or ""))
 
 
 def describe_callable(function: Any) -> tuple[str, list[str]]:

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from dq_lightning.core.arrays import image_to_uint8
 from dq_lightning.core.errors import DQError
 from dq_lightning.core.isolation import isolated_random_state
+from dq_lightning.core.libraries import is_library
 from dq_lightning.core.workers import one_thread
-from dq_lightning.identity.callables import CodeDescriber, describe_callable, is_library
+from dq_lightning.identity.callables import CodeDescriber, describe_callable
 from dq_lightning.identity.values import digest_tensor, digest_text
 
 logger = logging.getLogger("dq_lightning")

@@ -3,7 +3,7 @@
 Loaders deliver images with dropped patches together with their masks, and the batch-transfer hook fills the images.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from dq_lightning.packed.patches import unpack_image
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.pipeline.filling import Filler, stored_image
 from dq_lightning.pipeline.patch_plan import PatchPlan
-from dq_lightning.sources.items import at, with_value
+from dq_lightning.sources.items import at, parts, with_value
 from dq_lightning.sources.strip import KEEP
 
 # Keys of the dict that a loader process sends to the hook.
@@ -159,7 +159,7 @@ def find_images(batch: Any, place: Place) -> Place:
             return place
     except (KeyError, IndexError, TypeError):
         pass  # The collate function changed the structure, so the images are searched below.
-    found = _image_places(batch)
+    found = [there for there, part in parts(batch) if _is_images(part)]
     if len(found) != 1:
         raise PatchError(
             f"the collate function gives {len(found)} tensors uint8 [B, C, H, W], so the images to fill are not known: let "
@@ -170,14 +170,3 @@ def find_images(batch: Any, place: Place) -> Place:
 
 def _is_images(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.uint8 and value.ndim == 4
-
-
-def _image_places(value: Any, prefix: Place = ()) -> list[Place]:
-    if _is_images(value):
-        return [prefix]
-    children: Any = ()
-    if isinstance(value, Mapping):
-        children = value.items()
-    elif isinstance(value, tuple | list):
-        children = enumerate(value)
-    return [place for key, child in children for place in _image_places(child, (*prefix, key))]

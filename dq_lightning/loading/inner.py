@@ -1,8 +1,6 @@
 """Recognize and read a user's own data module of `lightning` or `pytorch_lightning`, without importing either."""
 
-import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 from dq_lightning.core.errors import ConfigError
@@ -80,21 +78,6 @@ def check_given(**given: Any) -> None:
                 "of a torch Dataset or a data module: what a function makes (datasets.load_dataset) has to be given whole, in "
                 f'the YAML file or as --data.init_args.{name}=\'{{"class_path": ..., "init_args": {{...}}}}\''
             )
-
-
-def overridden_transfer_hooks(datamodule: Any) -> dict[str, Callable[..., Any]]:
-    """Return the batch-transfer hooks that the user's class overrides, as bound methods by name."""
-    return {name: getattr(datamodule, name) for name in TRANSFER_HOOKS if defined_by_user(datamodule, name)}
-
-
-def probe_train_loader(datamodule: Any) -> Any:
-    """Return the train loader of a data module after `setup("fit")`.
-
-    Both run on a shallow copy, so that attributes that are set there do not appear on the user's object.
-    """
-    probe = copy.copy(datamodule)
-    probe.setup("fit")
-    return probe.train_dataloader()
 
 
 def defined_by_user(datamodule: Any, name: str) -> bool:

@@ -3,6 +3,7 @@
 The kind for a packed store is in `store_train_set.py`. This file does not import Lightning.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +18,6 @@ from dq_lightning.core.devices import DeviceNames
 from dq_lightning.core.errors import CacheError, ConfigError, SourceError
 from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.loading.batch_filling import UnfilledDataset
-from dq_lightning.loading.inner import probe_train_loader
 from dq_lightning.loading.loaders import LoaderSettings, check_collatable, read_loader
 from dq_lightning.loading.ranks import global_rank
 from dq_lightning.packed.reader import PackedDataset
@@ -210,8 +210,11 @@ class DataModuleTrainSet(_PlannedTrainSet):
         self._datamodule = datamodule
 
     def prepare(self, cache: Cache, options: BuildOptions) -> Located:
+        # Attributes that are set on a shallow copy do not appear on the user's object.
+        probe = copy.copy(self._datamodule)
         with isolated_random_state(self._wanted.config.selection.seed):
-            dataset, _ = read_loader(probe_train_loader(self._datamodule))
+            probe.setup("fit")
+            dataset, _ = read_loader(probe.train_dataloader())
         return _build(make_plan(dataset, self._wanted), cache, options)
 
     def locate(self, cache: Cache, prepared: Located | None = None, peer: PeerIdentity | None = None) -> Located:

@@ -141,12 +141,6 @@ def read_compressed(data: bytes, at: int, shared: bytes, max_bytes: int, what: s
     return _decompress(data[at : at + length], shared, max_bytes, what) if length else b"", at + length
 
 
-def stream_facts(dtype: str, patch_size: int) -> Facts:
-    """Return mode, layout, codec and patch size of a stream from its stored description."""
-    mode, layout, codec = dtype.split("/")
-    return mode, layout, codec, patch_size
-
-
 def take_streams(
     streams: Sequence[tuple[int, Callable[[bytes, int], tuple[Any, int]]]],
     leaves: list[Any],

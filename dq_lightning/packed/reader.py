@@ -41,7 +41,7 @@ from dq_lightning.packed.names import Names, PositionNames
 from dq_lightning.packed.npy import npy_header
 from dq_lightning.packed.open_files import OpenFiles, Row, read_piece
 from dq_lightning.packed.patch_batches import BatchDecoder
-from dq_lightning.packed.patch_stream import read_stream, stream_facts, take_streams
+from dq_lightning.packed.patch_stream import read_stream, take_streams
 from dq_lightning.packed.patches import map_patched, mean_filled, patched_images
 from dq_lightning.packed.small_arrays import SmallArrays, small_from_bytes
 from dq_lightning.packed.trees import tree_builder, tree_from_json
@@ -359,9 +359,10 @@ def _rows_of(rows: NDArray[np.uint8]) -> Callable[[int], Row]:
 
 
 def _stream_reader(leaf: Leaf) -> Callable[[bytes, int], tuple[Any, int]]:
-    facts, shared = stream_facts(leaf.dtype, leaf.shape[0]), leaf.shared
+    mode, layout, codec = leaf.dtype.split("/")
+    facts = mode, layout, codec, leaf.shape[0]
     # The pixels of patched images are decoded, and counted, later.
-    return lambda data, max_pixels: (read_stream(data, facts, shared), 0)
+    return lambda data, max_pixels: (read_stream(data, facts, leaf.shared), 0)
 
 
 def _numbers(values: NDArray[Any], code: str) -> memoryview:

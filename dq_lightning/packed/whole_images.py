@@ -45,24 +45,24 @@ def with_files(sample: Any, encoded: EncodedImage | None, raw_images: bool = Fal
         if isinstance(value, Image.Image | StoredImage):
             original = originals.pop() if originals else None
             if isinstance(value, Image.Image) and (every or describe_leaf(value, raw_images).kind == VALUE_KIND):
-                return _as_file(value, original, place)
+                facts, data = encode_image(value, original)
+                properties = None if facts[0] == "e" else encode_properties(value, place)
+                return value if facts[0] == "r" else StoredImage(data, facts[1], properties=properties)
         return value
 
     return walk(sample, "item", 0)
 
 
-def _as_file(image: Image.Image, original: EncodedImage | None, place: str) -> Any:
-    facts, data = encode_image(image, original)
-    if facts[0] == "r":
-        return image
-    return StoredImage(data, facts[1], properties=None if facts[0] == "e" else encode_properties(image, place))
-
-
 def without_array_files(sample: Any) -> Any:
     """Return a sample in which files of images that are no Pillow images are replaced by the decoded arrays."""
-    return map_leaves(
-        sample, lambda leaf: decode_stored(leaf) if isinstance(leaf, StoredImage) and leaf.layout != "pil" else leaf
-    )
+
+    def decoded(leaf: Any) -> Any:
+        if not isinstance(leaf, StoredImage) or leaf.layout == "pil":
+            return leaf
+        give = None if leaf.properties is None else properties_setter(leaf.properties)
+        return _decode(leaf.data, leaf.decoder, leaf.layout, give, MAX_PIXELS)
+
+    return map_leaves(sample, decoded)
 
 
 def decode_stored(image: StoredImage) -> Any:

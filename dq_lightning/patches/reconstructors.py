@@ -9,7 +9,7 @@ from torch import nn
 
 from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.errors import PatchError
-from dq_lightning.identity.callables import library_version
+from dq_lightning.core.libraries import library_version
 from dq_lightning.identity.networks import WEIGHT_FILES, digest_module, find_commit
 from dq_lightning.identity.values import digest_text
 from dq_lightning.patches.mae import INSTEAD, MaskedAutoencoder, bundled_folder, load_mae

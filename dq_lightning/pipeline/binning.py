@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from dq_lightning.bins.duplicates import find_duplicates, spread_bins
 from dq_lightning.bins.make import make_bins
@@ -39,8 +38,11 @@ def make_bins_entry(task: Task, features: Features) -> None:
         kept = candidates[of == torch.arange(len(candidates))]
         get_logger().info(f"{len(candidates) - len(kept):,} of {total:,} samples are near-duplicates of others")
     labels = labels[kept] if labels is not None and kept is not None else labels
+    embedding, gradient = features.embedding, features.head_gradient
+    if kept is not None:
+        embedding, gradient = embedding[kept], None if gradient is None else gradient[kept]
     bins = make_bins(
-        _refined(features, kept, whitened=plan.config.features.whiten),
+        Features(whiten(embedding) if plan.config.features.whiten else embedding, gradient),
         labels=labels,
         device=task.device,
         progress=None if task.progress else False,
@@ -49,11 +51,3 @@ def make_bins_entry(task: Task, features: Features) -> None:
     if kept is not None:
         bins = replace(spread_bins(bins, kept, total), num_unreadable=skipped, suspects=suspects)
     write_bins(task.folder, bins)
-
-
-def _refined(features: Features, kept: Tensor | None, *, whitened: bool) -> Features:
-    """Return the features of the samples at `kept` (int64 [n]; None for all), whitened if `whitened`."""
-    embedding, gradient = features.embedding, features.head_gradient
-    if kept is not None:
-        embedding, gradient = embedding[kept], None if gradient is None else gradient[kept]
-    return Features(whiten(embedding), gradient) if whitened else Features(embedding, gradient)

@@ -29,7 +29,6 @@ from dq_lightning.pipeline.packing import write_samples
 from dq_lightning.pipeline.patch_bytes import measure_bytes
 from dq_lightning.pipeline.patch_frontier import in_codec
 from dq_lightning.pipeline.patching import choose, packed_items, patches_of
-from dq_lightning.pipeline.plan import Plan
 from dq_lightning.pipeline.scoring import score_selection
 from dq_lightning.pipeline.selecting import chosen_selection, drawn_selection
 from dq_lightning.pipeline.step import Task, reading_again
@@ -61,7 +60,8 @@ def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
     assert plan.config.max_bytes is not None
     budget = budget_bytes(plan.config.max_bytes, source_bytes(plan))
     chosen = chosen_selection(task) if bins is None else None
-    fixed = _fixed_count(plan) if chosen is None else len(chosen)
+    ratio = plan.config.selection.keep_ratio
+    fixed = len(chosen) if chosen is not None else None if ratio is None else count_kept(len(plan.source), ratio)
     present = len(plan.source) if bins is None else int((bins.assignment >= 0).sum())
     left_out = None if bins is None else bins.suspects
     beside = len(json.dumps(task.parts)) + (0 if left_out is None else SUSPECTS_BYTES + SUSPECT_BYTES * len(left_out))
@@ -103,12 +103,6 @@ def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
     raise ConfigError(
         f"max_bytes={budget:,} is too little: {len(selection):,} samples took {total:,} bytes. Raise it, or leave more open"
     )
-
-
-def _fixed_count(plan: Plan) -> int | None:
-    """Return the number of samples that the settings fix, or None."""
-    ratio = plan.config.selection.keep_ratio
-    return None if ratio is None else count_kept(len(plan.source), ratio)
 
 
 class PatchScores:

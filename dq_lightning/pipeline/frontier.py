@@ -186,8 +186,8 @@ class Frontier:
             return setting.sample_bytes * self._wanted > self._room
 
         def measure(quality: int) -> ByteSetting:
-            made = self._measure(replace(new, quality=quality))
-            self.settings.append(replace(made, sample_bytes=made.sample_bytes * ratio, psnr=made.psnr + gain))
+            made = self._add(replace(new, quality=quality))
+            self.settings[-1] = replace(made, sample_bytes=made.sample_bytes * ratio, psnr=made.psnr + gain)
             return self.settings[-1]
 
         own = [(one.quality or 0, one) for one in self.settings if one.family == new.family]
@@ -276,8 +276,7 @@ class Frontier:
 
         @cache
         def at(number: int) -> ByteSetting:
-            self.settings.append(self._measure(replace(one, quality=qualities[number])))
-            return self.settings[-1]
+            return self._add(replace(one, quality=qualities[number]))
 
         def too_large(number: int) -> bool:
             return at(number).sample_bytes * self._wanted > self._room
@@ -302,13 +301,14 @@ class Frontier:
             fine = (setting for setting in settings if setting.psnr >= self._floor)
             return max(((self._count(setting), setting.psnr) for setting in fine), default=(0, 0.0))
 
-        def key(quality: int) -> bool:
-            self.settings.append(self._measure(replace(one, quality=quality)))
-            return is_beyond(self.settings[-1])
-
         own = [other for other in self.settings if other.family == one.family]
         if best(own) >= best([other for other in self.settings if other.family != one.family]):
-            bisect_left(qualities, True, key=key)
+            bisect_left(qualities, True, key=lambda quality: is_beyond(self._add(replace(one, quality=quality))))
+
+    def _add(self, setting: ByteSetting) -> ByteSetting:
+        """Measure a setting on the few samples, and add it to the settings."""
+        self.settings.append(self._measure(setting))
+        return self.settings[-1]
 
     def _count(self, setting: ByteSetting) -> int:
         return min(self._wanted, math.floor(self._room / setting.sample_bytes))
@@ -398,7 +398,11 @@ def _measures(
         with Image.open(io.BytesIO(file.data)) as opened:
             errors.append(_error(pixels_of(leaf)[2], opened))
     own_files = sum(own is not None and own.data == file.data for _, own, file in kept)
-    return _sizes([file for _, _, file in kept]), errors, own_files / max(1, len(kept))
+    starts = shared_starts([file for *_, file in kept[:64]])
+    sizes = [len(write_file(file, starts)) for *_, file in kept]
+    # Each file in the store is preceded by its length.
+    sizes = [size + (1 if size < 128 else 2 if size < 1 << 14 else 3) for size in sizes]
+    return sizes, errors, own_files / max(1, len(kept))
 
 
 def _error(pixels: Any, image: Image.Image) -> float:
@@ -412,13 +416,6 @@ def _error(pixels: Any, image: Image.Image) -> float:
 
 def _psnr(error: float) -> float:
     return 10 * math.log10(255**2 / error) if error else math.inf
-
-
-def _sizes(files: Sequence[StoredImage]) -> list[int]:
-    starts = shared_starts(files[:64])
-    sizes = [len(write_file(file, starts)) for file in files]
-    # Each file in the store is preceded by its length.
-    return [size + (1 if size < 128 else 2 if size < 1 << 14 else 3) for size in sizes]
 
 
 def _readable(plan: Plan, positions: Sequence[int]) -> list[int]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -60,14 +59,7 @@ def copy_set(address: str, cache: Cache) -> Path:
         raise _unreadable(address, error) from error
     if manifest["station"] != STORE:
         raise _unreadable(address, StoreError(f"it is an entry of {manifest['station']}"))
-    write = _copying(system, place, manifest["files"], address)
-    # The address and the content are parts of the key: a set that somebody else made never takes the place of one's own.
-    content = hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
-    return cache.build(STORE, manifest["parts"] | {"copied_from": address, "content": content}, write)
-
-
-def _copying(system: Any, place: str, listed: dict[str, Any], address: str) -> Callable[[Path], None]:
-    """Return a function that copies the files of a manifest into a folder and compares them with it."""
+    listed: dict[str, Any] = manifest["files"]
 
     def write(folder: Path) -> None:
         size = sum(facts["size"] for facts in listed.values())
@@ -80,7 +72,9 @@ def _copying(system: Any, place: str, listed: dict[str, Any], address: str) -> C
             except Exception as error:
                 raise _unreadable(address, error) from error
 
-    return write
+    # The address and the content are parts of the key: a set that somebody else made never takes the place of one's own.
+    content = hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+    return cache.build(STORE, manifest["parts"] | {"copied_from": address, "content": content}, write)
 
 
 def _unreadable(address: str, error: Exception) -> DQError:

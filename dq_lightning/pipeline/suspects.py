@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from dq_lightning.core.arrays import as_numpy
 from dq_lightning.core.config import QualityConfig
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.devices import resolve_device
@@ -56,7 +56,7 @@ def given_scores(scores: Any, config: QualityConfig, total: int) -> GivenScores 
     name = "scores=" if scores is not None else config.score
     try:
         read = np.load(Path(config.score).expanduser(), allow_pickle=False) if scores is None else scores
-        values = np.asarray(read.detach().cpu() if isinstance(read, Tensor) else read)
+        values = as_numpy(read)
     except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"{name} cannot be read as numbers [N]: {error}") from error
     if values.shape != (total,) or values.dtype.kind not in "iuf":

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dq_lightning.core.arrays import as_numpy
 from dq_lightning.core.config import BinConfig, FeatureConfig, QualityConfig, QuantizeConfig, SelectionConfig
 from dq_lightning.core.errors import ConfigError, StoreError
 from dq_lightning.core.records import Selection
@@ -68,7 +69,7 @@ def read_indices(indices: Any, total: int | None = None) -> Tensor:
     else:
         given = indices.index if isinstance(indices, Selection) else indices
         try:
-            values = np.asarray(given.detach().cpu().numpy() if isinstance(given, Tensor) else given)
+            values = as_numpy(given)
         except ValueError as error:  # lists of different lengths
             raise ConfigError(f"indices= must be integers [M], in one flat list or array: {error}") from error
     if not values.size:

@@ -185,7 +185,12 @@ def _adapt(dataset: Any, text: TextConfig, *options: Any, needs_images: bool = T
         return TextSubsetSource(dataset, inner) if isinstance(inner, TextRows) else SubsetSource(dataset, inner)
     if isinstance(dataset, ConcatDataset) and by_torch:
         parts = [_adapt(part, text, *options, needs_images=needs_images) for part in filled_parts(dataset)]
-        return _concatenation(dataset, parts)
+        kinds = {part.modality for part in parts}
+        if len(kinds) > 1:
+            raise SourceError(
+                "The ConcatDataset joins images and text, which can't be compared: quantize each on its own"
+            )
+        return TextConcatSource(dataset, parts) if kinds == {"text"} else ConcatSource(dataset, parts)
     in_memory = isinstance(dataset, list | tuple) and is_row(dataset[0])
     if options[0] is None and (in_memory or _named_as_text(text)):
         return _rows(dataset, None, *options)
@@ -197,13 +202,6 @@ def _adapt(dataset: Any, text: TextConfig, *options: Any, needs_images: bool = T
 def _named_as_text(text: TextConfig) -> bool:
     """Whether the settings name a template or columns, which means that the rows hold text."""
     return text.template != "auto" or text.columns is not None
-
-
-def _concatenation(dataset: Any, parts: list[ItemSource]) -> ItemSource:
-    kinds = {part.modality for part in parts}
-    if len(kinds) > 1:
-        raise SourceError("The ConcatDataset joins images and text, which can't be compared: quantize each on its own")
-    return TextConcatSource(dataset, parts) if kinds == {"text"} else ConcatSource(dataset, parts)
 
 
 def _rows_of_file(path: str | Path, *options: Any) -> ItemSource:

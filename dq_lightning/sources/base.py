@@ -246,7 +246,8 @@ def dataset_length(dataset: Any) -> int:
     """
     name = type(dataset).__name__
     try:
-        length = _whole_length(dataset) if _is_read_by_position(dataset) else None
+        # The `__getitem__` of torch's own `Dataset` only raises an error.
+        length = None if getter_owner(dataset) in (None, Dataset) else _whole_length(dataset)
     except (TypeError, NotImplementedError):
         length = None
     if length is None:
@@ -256,10 +257,9 @@ def dataset_length(dataset: Any) -> int:
     return length
 
 
-def _is_read_by_position(dataset: Any) -> bool:
-    """Whether a class of the dataset defines `__getitem__`; that of torch's own `Dataset` only raises an error."""
-    owner = next((owner for owner in type(dataset).__mro__ if "__getitem__" in vars(owner)), None)
-    return owner is not None and owner is not Dataset
+def getter_owner(dataset: Any) -> type | None:
+    """The class that defines the dataset's `__getitem__`, which may be a base class; None where no class does."""
+    return next((owner for owner in type(dataset).__mro__ if "__getitem__" in vars(owner)), None)
 
 
 def _whole_length(dataset: Any) -> int:

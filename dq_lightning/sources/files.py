@@ -11,8 +11,9 @@ from typing import Any
 from PIL import Image
 
 from dq_lightning.cache.digests import DigestMemory, file_stamp
+from dq_lightning.core.libraries import is_library
 from dq_lightning.core.records import EncodedImage
-from dq_lightning.identity.callables import is_library, patches_of
+from dq_lightning.identity.callables import patches_of
 from dq_lightning.identity.datasets import State, find_state
 from dq_lightning.identity.values import digest_of, digest_text
 from dq_lightning.sources.base import relative_paths
@@ -27,7 +28,9 @@ _LISTS = ("samples", "_samples", "imgs", "_image_files")
 
 def file_list(dataset: Any) -> str | None:
     """Name of the dataset's attribute that lists one file per sample; None when it has no such list with classes."""
-    if not _is_folder(dataset) and not getter_module(dataset).startswith("torchvision.datasets."):
+    folder = "torchvision.datasets.folder", "DatasetFolder"
+    is_folder = any((owner.__module__, owner.__name__) == folder for owner in type(dataset).__mro__)
+    if not is_folder and not getter_module(dataset).startswith("torchvision.datasets."):
         return None
     for name in _LISTS:
         entries = getattr(dataset, name, None)
@@ -39,13 +42,6 @@ def file_list(dataset: Any) -> str | None:
         if isinstance(first, str | os.PathLike) and len(getattr(dataset, "_labels", ())) == len(entries):
             return name
     return None
-
-
-def _is_folder(dataset: Any) -> bool:
-    return any(
-        owner.__module__ == "torchvision.datasets.folder" and owner.__name__ == "DatasetFolder"
-        for owner in type(dataset).__mro__
-    )
 
 
 def _opens_as_installed() -> bool:

@@ -145,13 +145,16 @@ def tv_tensor(value: Any) -> str:
     return kind.__name__ if known else ""
 
 
-def image_leaves(item: Any, prefix: Leaf = ()) -> list[Leaf]:
-    """The paths to all values of an item that are taken for images, in order, each after `prefix`."""
-    if looks_like_image(item):
-        return [prefix]
-    if isinstance(item, int | float | str):
-        return []
-    return [leaf for key, child in children(item) for leaf in image_leaves(child, (*prefix, key))]
+def parts(value: Any, place: Leaf = ()) -> Iterator[tuple[Leaf, Any]]:
+    """Iterate over (path, value) of a value and everything inside it, each container before its content."""
+    yield place, value
+    for key, part in children(value):
+        yield from parts(part, (*place, key))
+
+
+def image_leaves(item: Any) -> list[Leaf]:
+    """The paths to all values of an item that are taken for images, in order."""
+    return [leaf for leaf, part in parts(item) if looks_like_image(part)]
 
 
 def outline(value: Any, depth: int = 2) -> str:

@@ -55,20 +55,15 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
         raise SourceError(f"{path} can't be read: {type(error).__name__}: {error}") from error
     # The content decides how the file is read, not its name.
-    rows = _parsed_list(text, path) if text.lstrip().startswith("[") else _lines(text, path)
+    try:
+        rows: list[Any] = json.loads(text) if text.lstrip().startswith("[") else _lines(text, path)
+    except _NO_JSON as error:
+        raise SourceError(f"{path} is not valid JSON: {error}; repair the file") from error
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise SourceError(
                 f"{path}, row {number}: expected an object {{field: value}}, got {short_repr(row)}; repair it"
             )
-    return rows
-
-
-def _parsed_list(text: str, path: Path) -> list[Any]:
-    try:
-        rows: list[Any] = json.loads(text)
-    except _NO_JSON as error:
-        raise SourceError(f"{path} is not valid JSON: {error}; repair the file") from error
     return rows
 
 

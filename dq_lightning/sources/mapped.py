@@ -11,9 +11,10 @@ from torch import Tensor
 
 from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.errors import ChangedError, SourceError
-from dq_lightning.identity.callables import is_library, is_untouched, patches_of
+from dq_lightning.core.libraries import is_library
+from dq_lightning.identity.callables import is_untouched, patches_of
 from dq_lightning.identity.values import digest_of
-from dq_lightning.sources.base import Finisher
+from dq_lightning.sources.base import Finisher, getter_owner
 from dq_lightning.sources.finish import TransformFinisher
 from dq_lightning.sources.items import plain_parts
 from dq_lightning.sources.reading import ItemSource
@@ -31,10 +32,8 @@ from dq_lightning.sources.traced import TRACED_SAMPLES, Trace, explain, same, tr
 
 def getter_module(dataset: Any) -> str:
     """Name of the module that defines the dataset's `__getitem__`, which may be that of a base class."""
-    for owner in type(dataset).__mro__:
-        if "__getitem__" in vars(owner):
-            return owner.__module__
-    return ""
+    owner = getter_owner(dataset)
+    return "" if owner is None else owner.__module__
 
 
 _DIGEST_BYTES = 8

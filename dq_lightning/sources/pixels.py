@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dq_lightning.core.arrays import as_numpy
 from dq_lightning.core.errors import SourceError
 from dq_lightning.sources.items import may_be_image
 
@@ -68,7 +69,7 @@ def decide_scale(values: list[Any]) -> Scale:
     Floats in [0, 1] are multiplied by 255, values in [0, 255] stay, and integers in [0, 65535] are divided by 257.
     Other ranges are stretched so that the smallest value becomes 0 and the largest 255, with a warning.
     """
-    arrays = [_as_array(value) for value in values]
+    arrays = [as_numpy(value) for value in values]
     # Values that are not finite are left out here; they are reported when their own image is converted.
     finite = [array[np.isfinite(array)] for array in arrays]
     low = min((float(array.min()) for array in finite if array.size), default=0.0)
@@ -86,16 +87,6 @@ def decide_scale(values: list[Any]) -> Scale:
         stacklevel=2,
     )
     return Scale(low, high)
-
-
-def _as_array(value: Any) -> Array:
-    if isinstance(value, Image.Image):
-        return np.asarray(value)
-    if isinstance(value, Tensor):
-        plain = value.detach().cpu().as_subclass(torch.Tensor)
-        array: Array = (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
-        return array
-    return np.asarray(value)
 
 
 def _channels_last(array: Array, *, channels_first: bool) -> Array:
@@ -128,7 +119,7 @@ def to_rgb(value: Any, scale: Scale | None = None) -> Image.Image:
         if value.mode not in (*_SIXTEEN_BIT, "I", "F"):
             # Pillow does not warn of transparency when the image is converted to RGBA first; the pixels are the same.
             return (value.convert("RGBA") if "transparency" in value.info else value).convert("RGB")
-    array = _as_array(value)
+    array = as_numpy(value)
     if array.dtype == np.dtype(bool):
         array = array.astype(np.uint8) * np.uint8(255)
     elif array.dtype.kind == "u" and array.dtype.itemsize == 2:

@@ -206,14 +206,13 @@ class ItemSource(Source):
             return item, digest_of(item)
         except SourceError:
             raise  # No digest can be made of this type of value, which is no fault of this one item.
-        except Exception as error:
-            failure = error
-        try:
-            with self.explaining(index):
-                raise failure
-        except SourceError as error:
-            missing = self._or_unreadable(error)
-            return missing, digest_of(missing)
+        except Exception as failure:
+            try:
+                with self.explaining(index):
+                    raise failure
+            except SourceError as error:
+                missing = self._or_unreadable(error)
+                return missing, digest_of(missing)
 
     def readable(self, index: Any, count: int) -> list[int]:
         """At most `count` evenly spaced positions out of `index`; with `skips`, only positions of readable items."""

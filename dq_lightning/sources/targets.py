@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dq_lightning.core.arrays import as_numpy
 from dq_lightning.core.errors import SourceError
 from dq_lightning.core.records import Labels
 from dq_lightning.sources.items import Leaf, at
@@ -65,7 +66,7 @@ def as_targets(values: Any, names: Sequence[str] | None = None) -> Targets | Non
     """
     known = tuple(names) if names is not None else None
     if isinstance(values, Tensor):
-        values = values.detach().cpu().numpy() if values.dtype != torch.bfloat16 else values.float().numpy()
+        values = as_numpy(values)
     if isinstance(values, np.ndarray) and not values.dtype.hasobject:
         if values.ndim == 2 and values.shape[1] == 1 and _is_integer(values):
             values = values[:, 0]

@@ -11,7 +11,7 @@ arguments, and an equal delivered item, of the same types.
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from dq_lightning.core.errors import SourceError
 from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.identity.values import digest_of
-from dq_lightning.sources.items import Leaf, at, children, is_dataclass, outline, tv_tensor
+from dq_lightning.sources.items import Leaf, at, children, is_dataclass, outline, parts, tv_tensor
 from dq_lightning.sources.streams import generators_in, random_states
 from dq_lightning.sources.strip import replaced, with_attributes
 
@@ -313,7 +313,7 @@ class _Explanation:
         self._plain_first = plain_first
         # The parts at the usual paths come first, the others in their order in the item.
         self._plain = sorted(
-            _parts(seen.plain), key=lambda part: usual.index(part[0]) if part[0] in usual else len(usual)
+            parts(seen.plain), key=lambda part: usual.index(part[0]) if part[0] in usual else len(usual)
         )
         self._touched: list[Leaf] = []
 
@@ -356,7 +356,7 @@ class _Explanation:
                 same_place = (Taken(0, leaf) for leaf, part in self._plain if leaf == place and same(part, value))
                 kept = next(same_place, None)
             given = self._result_like(value, number)
-            original = any(part is value for call in self._seen.calls for _, part in _parts(call.live_given))
+            original = any(part is value for call in self._seen.calls for _, part in parts(call.live_given))
             # While a transform changes nothing, a delivered copy may be a copy of its argument or of its result. Numbers
             # and strings cannot be distinguished by object identity, so the result of a transform is preferred.
             first = touched and (isinstance(value, _SCALARS) or not (original or self._plain_first))
@@ -378,7 +378,7 @@ class _Explanation:
             return None
         for number in range(before, 0, -1):
             call = self._seen.calls[number - 1]
-            for leaf, part in _parts(call.live_result):
+            for leaf, part in parts(call.live_result):
                 if part is value and same(at(call.result, leaf), value):
                     return Taken(number, leaf)
         return None
@@ -386,28 +386,23 @@ class _Explanation:
     def _result_like(self, value: Any, before: int) -> Taken | None:
         """The part of a result of the first `before` calls that is equal to the value; latest call first."""
         for number in range(before, 0, -1):
-            for leaf, part in _parts(self._seen.calls[number - 1].result):
+            for leaf, part in parts(self._seen.calls[number - 1].result):
                 if same(part, value):
                     return Taken(number, leaf)
         return None
 
     def _plain_like(self, value: Any, place: Leaf | None = None) -> Taken | None:
         """The part of the plain item that equals the value, if need be after conversion; that at `place` is preferred."""
-        parts = sorted(self._plain, key=lambda part: part[0] != place)
-        for leaf, part in parts:
+        candidates = sorted(self._plain, key=lambda part: part[0] != place)
+        for leaf, part in candidates:
             if same(part, value):
                 return Taken(0, leaf)
-        kind = _kind_of(value)
-        for leaf, part in parts:
+        # Datasets often convert images to these types for a transform; see `Taken.kind`.
+        kind = "array" if type(value) is np.ndarray else tv_tensor(value)
+        for leaf, part in candidates:
             if kind and isinstance(part, Image.Image | Tensor | np.ndarray) and same(_made(part, kind), value):
                 return Taken(0, leaf, kind)
         return None
-
-
-def _parts(value: Any, place: Leaf = ()) -> Iterator[tuple[Leaf, Any]]:
-    yield place, value
-    for key, part in children(value):
-        yield from _parts(part, (*place, key))
 
 
 def _is_container(value: Any) -> bool:
@@ -422,8 +417,8 @@ def _container(value: Any, place: Callable[[Any, Any], Any]) -> Built | None:
     if not _is_container(value) or (isinstance(value, list | tuple) and len(value) > _MAX_LENGTH):
         return None
     found = list(children(value))
-    keys, parts = tuple(key for key, _ in found), tuple(place(part, key) for key, part in found)
-    return Built(type(value), keys, parts, value.default_factory if isinstance(value, defaultdict) else None)
+    keys, built = tuple(key for key, _ in found), tuple(place(part, key) for key, part in found)
+    return Built(type(value), keys, built, value.default_factory if isinstance(value, defaultdict) else None)
 
 
 def _build(template: Any, known: Sequence[Any]) -> Any:
@@ -431,21 +426,16 @@ def _build(template: Any, known: Sequence[Any]) -> Any:
         return _made(at(known[template.call], template.leaf), template.kind)
     if isinstance(template, Fixed):
         return template.value
-    parts = [_build(part, known) for part in template.parts]
+    built = [_build(part, known) for part in template.parts]
     kind: Any = template.kind
-    named = dict(zip(template.keys, parts, strict=True))
+    named = dict(zip(template.keys, built, strict=True))
     if issubclass(kind, defaultdict):
         return kind(template.default, named)
     if issubclass(kind, Mapping):
         return named if kind is dict else kind(named)
     if hasattr(kind, "__dataclass_fields__"):
         return kind(**named)
-    return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
-
-
-def _kind_of(value: Any) -> str:
-    """The type of a value, where datasets often convert images to it for a transform (see `Taken.kind`); else empty."""
-    return "array" if type(value) is np.ndarray else tv_tensor(value)
+    return kind(*built) if hasattr(kind, "_fields") else kind(built)
 
 
 def _made(value: Any, kind: str) -> Any:
