@@ -108,7 +108,10 @@ def prune(
         raise CacheError(
             f"there is no cache at {cache.root}: pass the folder of the cache as cache_dir=, or set DQ_LIGHTNING_CACHE"
         )
-    now = _now(cache)
+    now = time.time()
+    with suppress(OSError):
+        # This is the clock that stamps the cache's files; by another clock everything could look old.
+        now = files.clock_of(cache.root)
     entries = cache.entries()
     used = {entry.path: last_used(entry) for entry in entries}
     entries.sort(key=lambda entry: (used[entry.path], entry.path))
@@ -128,13 +131,6 @@ def prune(
         named = [cache.root / name for name in (*STATIONS, ".locks", cache.memory.folder.name)]
         clean([*named, *(cache.root / API_FOLDER).glob("*")])
     return Pruned(removed, busy, total)
-
-
-def _now(cache: Cache) -> float:
-    """Return the time by the clock that stamps the cache's files; by another clock everything could look old."""
-    with suppress(OSError):
-        return files.clock_of(cache.root)
-    return time.time()
 
 
 def last_used(entry: EntryInfo) -> float:

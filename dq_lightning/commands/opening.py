@@ -179,20 +179,14 @@ def _made(described: Any) -> Any:
     return _opened(lambda: _class(described["class_path"])(**arguments), described["class_path"])
 
 
-def _similar(name: str) -> str | None:
-    """Return the name of the known dataset that is written most like this one, or None."""
-    known = {one.casefold(): one for one in (*import_module(TORCHVISION).__all__, *FOLDERS)}
-    near = difflib.get_close_matches(name.casefold(), known, 1)
-    return known[near[0]] if near else None
-
-
 def _class(path: str) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
     try:
         found: Callable[..., Any] = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        meant = _similar(name) if module in ("", TORCHVISION) else None
-        advice = f": did you mean {meant}?" if meant else "."
+        known = {one.casefold(): one for one in (*import_module(TORCHVISION).__all__, *FOLDERS)}
+        near = difflib.get_close_matches(name.casefold(), known, 1) if module in ("", TORCHVISION) else []
+        advice = f": did you mean {known[near[0]]}?" if near else "."
         raise SourceError(f"there is no {path} ({error}){advice} A dataset is {KINDS}") from error
     return found
 

@@ -22,8 +22,6 @@ def reconstruct_images(
     config: PatchConfig,
     *,
     indices: Any = None,
-    classifier: Any = None,
-    reconstructor: Any = None,
     name: str = "dataset",
     cache_dir: str | Path | None = None,
     device: str = "auto",
@@ -52,7 +50,7 @@ def reconstruct_images(
     selection = SelectionConfig(keep_ratio=1.0) if indices is None else SelectionConfig()
     settings = QuantizeConfig(selection=selection, patches=config, store="packed")
     with isolated_random_state():
-        plan = make_plan(dataset, want(settings, classifier=classifier, reconstructor=reconstructor, indices=indices))
+        plan = make_plan(dataset, want(settings, indices=indices))
         cache = Cache(cache_dir or default_cache_dir())
         compact = find_or_build(plan, cache, device=device, progress=progress)
 

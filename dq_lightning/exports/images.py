@@ -5,6 +5,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -154,13 +155,9 @@ def write_parquet(images: KeptImages, path: str | Path) -> Path:
 
     def write(place: Path) -> None:
         with pq.ParquetWriter(place, schema, write_page_checksum=True) as file:
-            waiting: list[dict[str, Any]] = []
-            for image in images:
-                waiting.append(_row(image))
-                if len(waiting) == ROW_GROUP:
-                    file.write_table(pa.Table.from_pylist(waiting, schema))
-                    waiting = []
-            file.write_table(pa.Table.from_pylist(waiting, schema))
+            rows = map(_row, images)
+            while some := list(islice(rows, ROW_GROUP)):
+                file.write_table(pa.Table.from_pylist(some, schema))
 
     return whole(Path(path), write)
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -205,7 +205,8 @@ class NetworkEncoder:
         Raises:
             FeatureError: the network fails on the batch, or the batch is uint8 and there are no mean and std.
         """
-        with torch.no_grad(), self._autocast():
+        half = self._dtype != torch.float32
+        with torch.no_grad(), torch.autocast(self._device.type, self._dtype) if half else nullcontext():
             features = self.features(batch)
         return features.float()
 
@@ -262,11 +263,6 @@ class NetworkEncoder:
         if self._mean is not None and self._std is not None:
             twin._mean, twin._std = self._mean.to(device), self._std.to(device)
         return twin
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self._dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self._device.type, self._dtype)
 
     def _hooked_features(self, batch: Tensor) -> Tensor:
         seen: list[tuple[Tensor, Tensor]] = []

@@ -5,6 +5,7 @@ This file does not import Lightning.
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from dq_lightning.loading.batch_filling import UnfilledCollate
 from dq_lightning.loading.failures import explain_failure
 from dq_lightning.loading.loaders import LoaderSettings, check_collatable
 from dq_lightning.loading.ranks import call_on_all, check_equal_on_all, gather_from_all, raise_on_all, world_size
-from dq_lightning.loading.train_set import BuildOptions, Located, Opened, PeerIdentity, TrainSet
+from dq_lightning.loading.train_set import BuildOptions, Located, Opened, TrainSet
 from dq_lightning.loading.trainer_facts import TrainerFacts
 
 
@@ -151,16 +152,18 @@ class Preparation:
         if wanted:
             # The dataset may change before the next call, so what was prepared is used once.
             prepared, self._located = self._located, None
-            peer_identity = self._peer_identity(prepared)
+            if world_size() > 1:
+                # With the identity from the first rank that prepared, the others need not look at every file again.
+                own = call_on_all(lambda: prepared and prepared.peer_identity(), "computing the identity of the data")
+                peer_identity = next((one for one in gather_from_all(own) if one is not None), None)
 
         def locate() -> Located | None:
-            if self.inner is None:
-                return self.train.locate(self.cache(), prepared, peer_identity) if wanted else None
             # Both calls run in one random state, as in `prepare`, because some data modules make their split in `setup`
             # and others in `train_dataloader`.
-            with isolated_random_state(self.seed):
-                self.inner.trainer = trainer
-                self.inner.setup(stage)
+            with nullcontext() if self.inner is None else isolated_random_state(self.seed):
+                if self.inner is not None:
+                    self.inner.trainer = trainer
+                    self.inner.setup(stage)
                 return self.train.locate(self.cache(), prepared, peer_identity) if wanted else None
 
         located = call_on_all(locate, "looking for the compact set")
@@ -175,16 +178,6 @@ class Preparation:
             if TrainerFacts.of(trainer).fits:
                 self._check_resumed()
         return wanted
-
-    def _peer_identity(self, prepared: Located | None) -> PeerIdentity | None:
-        """Return the identity of the data from the first rank that prepared; None in a run of one process.
-
-        With it the other ranks need not look at every file of the dataset again.
-        """
-        if world_size() == 1:
-            return None
-        own = call_on_all(lambda: prepared and prepared.peer_identity(), "computing the identity of the data")
-        return next((one for one in gather_from_all(own) if one is not None), None)
 
     def explain(self, error: BaseException) -> str | None:
         """Return a sentence on what ended this run on another rank, if this rank's error is only a lost connection."""

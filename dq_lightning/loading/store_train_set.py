@@ -110,7 +110,7 @@ class StoreTrainSet(TrainSet):
         # The folder may hold another store by now than the one that was opened first.
         PackedDataset(self._path).require(self._samples.digest)
         dataset = stored_dataset(located.compact, self._patches, self._finisher(), cache.verify)
-        return Opened(located.compact, dataset, patches=filled_late(self._patches))
+        return Opened(located.compact, dataset=dataset, patches=filled_late(self._patches))
 
     @property
     def num_classes(self) -> int | None:

@@ -31,26 +31,6 @@ from dq_lightning.pipeline.wanted import Wanted
 from dq_lightning.sources.base import Source
 
 
-@dataclass
-class Opened:
-    """A compact set that is ready to load.
-
-    Attributes:
-        compact: the compact set.
-        dataset: map-style dataset of the kept samples; it delivers items as the wrapped dataset does.
-        settings: settings of the wrapped data module's own train loader, adjusted to the compact set; None without a
-            wrapped data module.
-        patches: patch plan if the images are filled batch by batch during training, else None.
-        plan: plan for the data of this process; None for a packed store, which is opened without its dataset.
-    """
-
-    compact: Compact
-    dataset: Any
-    settings: LoaderSettings | None = None
-    patches: PatchPlan | None = None
-    plan: Plan | None = None
-
-
 @dataclass(frozen=True)
 class BuildOptions:
     """Options of a build that do not change the compact set.
@@ -117,6 +97,19 @@ class Located:
         return PeerIdentity(str(self.compact.parts[STORE]["source"]), len(source), source.sample_digest())
 
 
+@dataclass(frozen=True)
+class Opened(Located):
+    """A compact set that is ready to load; the settings of the train loader are adjusted to it.
+
+    Attributes:
+        dataset: map-style dataset of the kept samples; it delivers items as the wrapped dataset does.
+        patches: patch plan if the images are filled batch by batch during training, else None.
+    """
+
+    dataset: Any = None
+    patches: PatchPlan | None = None
+
+
 class TrainSet(ABC):
     """A training set of a data module.
 
@@ -170,7 +163,7 @@ class _PlannedTrainSet(TrainSet):
         assert plan is not None
         dataset = compact_dataset(plan, compact, cache.verify)
         own = None if settings is None else cut_down(settings, compact)
-        return Opened(compact, dataset, own, filled_late(plan.patches), plan)
+        return Opened(compact, plan, own, dataset, filled_late(plan.patches))
 
 
 class DatasetTrainSet(_PlannedTrainSet):

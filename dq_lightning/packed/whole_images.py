@@ -65,16 +65,6 @@ def without_array_files(sample: Any) -> Any:
     return map_leaves(sample, decoded)
 
 
-def decode_stored(image: StoredImage) -> Any:
-    """Decode an image file to the image that the dataset delivered.
-
-    Raises:
-        StoreError: if the file does not give such an image, or its properties are damaged.
-    """
-    give = None if image.properties is None else properties_setter(image.properties)
-    return _decode(image.data, image.decoder, image.layout, give, MAX_PIXELS)
-
-
 class FileReader:
     """Decodes the images of one column of files."""
 

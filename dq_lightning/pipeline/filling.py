@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -123,13 +124,8 @@ def filled_items(
 
 
 def _windows(samples: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    window: list[Any] = []
-    for sample in samples:
-        window.append(sample)
-        if len(window) == size:
-            yield window
-            window = []
-    if window:
+    rest = iter(samples)
+    while window := list(islice(rest, size)):
         yield window
 
 

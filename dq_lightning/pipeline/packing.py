@@ -1,6 +1,7 @@
 """The step "store": write the compact set, with row numbers alone, whole samples, or samples with kept patches."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -140,8 +141,12 @@ def check_storable(plan: Plan, finisher: Any = None) -> None:
     index, positions, items = plan.candidates, [], []
     places = {int(index[place]): place for place in evenly_spaced(len(index), TRIED_SAMPLES)}
     for position, sample in readable_items(plan.source, places):
+        item: Item = plain_parts(sample), plan.source.encoded(position)
+        if plan.patches is not None:
+            with suppress(StoreError):  # An image that cannot be cut into patches is stored whole.
+                item = with_all_patches(plan, item[0], plan.source.image_leaf()), None
         positions.append(position)
-        items.append(_tried_item(plan, position, plain_parts(sample)))
+        items.append(item)
     try:
         # This is the system's folder for temporary files, because a cache that is full has an error of its own.
         with TemporaryDirectory(prefix="dq_lightning-", ignore_cleanup_errors=True) as folder:
@@ -165,15 +170,6 @@ def check_storable(plan: Plan, finisher: Any = None) -> None:
         ) from error
     for position, sample in zip(positions, stored, strict=True) if finisher is not None else ():
         _check_finished(plan, partial(finisher, places[position]), position, sample)
-
-
-def _tried_item(plan: Plan, position: int, sample: Any) -> Item:
-    if plan.patches is not None:
-        try:
-            return with_all_patches(plan, sample, plan.source.image_leaf()), None
-        except StoreError:
-            pass  # The image cannot be cut into patches and is stored whole.
-    return sample, plan.source.encoded(position)
 
 
 def _check_finished(plan: Plan, finish: Callable[[Any], Any], position: int, stored: Any) -> None:

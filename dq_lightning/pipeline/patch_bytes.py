@@ -87,14 +87,13 @@ def owner_bytes(plan: Plan, positions: Sequence[int]) -> int:
     """
     paths = [plan.source.path(position) for position in positions]
     others = [position for position, path in zip(positions, paths, strict=True) if path is None]
-    return sum(_file_bytes(path) for path in paths if path is not None) + _read_bytes(plan, others)
-
-
-def _file_bytes(path: str) -> int:
-    try:
-        return Path(path).stat().st_size
-    except OSError:
-        return 0  # The file is missing: its sample was left out as unreadable, or was never read.
+    total = _read_bytes(plan, others)
+    for path in paths:
+        with contextlib.suppress(
+            OSError
+        ):  # The sample of a missing file was left out as unreadable, or was never read.
+            total += 0 if path is None else Path(path).stat().st_size
+    return total
 
 
 def _read_bytes(plan: Plan, positions: Sequence[int]) -> int:
