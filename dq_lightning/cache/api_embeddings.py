@@ -25,26 +25,19 @@ FORMAT = "dq_lightning paid rows 2"
 Rows = NDArray[np.float32]
 
 
-class StoredEmbeddings:
-    """The embeddings that an API has returned for one model, for several threads and processes.
+class StoredEmbeddings(dict[bytes, Rows]):
+    """The embeddings that an API has returned for one model, float32 [D] by key, for several threads and processes.
 
     Embeddings in a damaged file are ignored, and requested again. The folder of the model is created when the first
     ones are stored; None stores nothing.
     """
 
     def __init__(self, folder: Path | None) -> None:
+        super().__init__()
         self._folder = folder
-        self._rows: dict[bytes, Rows] = {}
         if folder is not None:
             for path in sorted(folder.glob("*.rows")):
                 self._read(path, folder.name)
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._rows
-
-    def __getitem__(self, key: bytes) -> Rows:
-        """Return the embedding with this key, float32 [D]."""
-        return self._rows[key]
 
     def record(self, keys: Sequence[bytes], rows: Rows) -> None:
         """Store the embeddings of a finished request, float32 [B, D], by the SHA-256 digests of its B texts.
@@ -70,7 +63,7 @@ class StoredEmbeddings:
         except (OSError, StoreError, KeyError, TypeError) as error:
             logger.warning("features: %s cannot be used (%s), so its embeddings are requested again", path, error)
             return
-        self._rows.update((key.tobytes(), row) for key, row in zip(keys, rows, strict=True))
+        self.update((key.tobytes(), row) for key, row in zip(keys, rows, strict=True))
 
 
 def _identity(model: str) -> dict[str, str]:

@@ -183,7 +183,7 @@ def duplicates(
     config = replace_fields(config, {"features.encoder": encoder})
     from dq_lightning.bins.duplicates import find_duplicates, near_pairs
     from dq_lightning.commands.opening import open_dataset
-    from dq_lightning.exports.results import write_duplicates
+    from dq_lightning.exports.results import write_table
     from dq_lightning.pipeline.plan import FEATURES
     from dq_lightning.pipeline.quantize import station_of_dataset
     from dq_lightning.sources.adapt import as_source
@@ -200,7 +200,11 @@ def duplicates(
         other, theirs, classes = as_source(second, labels=labels, text=text, on_error=on_error), vectors(second), None
     of = find_duplicates(mine, threshold, labels=None if classes is None else classes.values, against=theirs)
     pairs, cosine = near_pairs(mine, of, against=theirs)
-    path = write_duplicates(pairs, cosine, Path(output).expanduser(), source, other)
+    rows = [
+        (place, source.sample_id(place), near, other.sample_id(near), f"{value:.6g}")
+        for (place, near), value in zip(pairs.tolist(), cosine.tolist(), strict=True)
+    ]
+    path = write_table(Path(output).expanduser(), ("position", "name", "near", "near_name", "cosine"), rows)
     print(f"listed {len(pairs):,} of {len(mine):,} samples, the closest to another one first: {path}")
 
 

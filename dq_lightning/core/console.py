@@ -3,7 +3,9 @@
 import logging
 import os
 import sys
-from typing import Any, Self
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 from tqdm import auto
 
@@ -33,22 +35,9 @@ def progress_bar(show: bool, *, total: int, unit: str, description: str) -> Any:
     for a lock that forked processes share, and a process that is killed meanwhile never gives it back.
     """
     if not show or os.environ.get("TQDM_DISABLE", "") not in ("", "0"):
-        return _NoBar()
+        return nullcontext(SimpleNamespace(update=lambda count=1: None))
     bar: Any = auto.tqdm
     # None makes tqdm draw only on a terminal. Its notebook widget must not make this check, since a notebook is no
     # terminal.
     in_notebook = bar.__name__ == "tqdm_notebook"
     return bar(total=total, unit=unit, desc=description, disable=False if in_notebook else None, mininterval=0.5)
-
-
-class _NoBar:
-    """A bar that nobody sees."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, n: float = 1) -> None:
-        """Take no notice of finished steps."""

@@ -6,8 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from dq_lightning.core.config import QuantizeConfig
 from dq_lightning.core.records import StoreInfo, Suspects
 from dq_lightning.exports.published import selection_file
@@ -98,30 +96,12 @@ def write_suspects(suspects: Suspects, path: str | Path, source: Source | None =
         (position, "" if source is None else source.sample_id(position), f"{score:.6g}", name(label), name(suggested))
         for position, score, label, suggested in zip(*(column.tolist() for column in columns), strict=True)
     ]
-    return _write_table(Path(path), ("position", "name", "score", "label", "suggested"), rows)
+    return write_table(Path(path), ("position", "name", "score", "label", "suggested"), rows)
 
 
-def write_duplicates(pairs: Tensor, cosine: Tensor, path: Path, source: Source, other: Source) -> Path:
-    """Write near-duplicates as a CSV file with the columns position, name, near, near_name and cosine.
+def write_table(path: Path, header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Path:
+    """Write a CSV file, which replaces one that is there, and return its path."""
 
-    Args:
-        pairs: int64 [P, 2], positions in the source and in the other one, as `near_pairs` returns them.
-        cosine: float64 [P], their cosines.
-        path: path of the file, which is replaced; its folder is created.
-        source: source of the samples.
-        other: source of the samples that they are near to.
-
-    Raises:
-        StoreError: the file cannot be written.
-    """
-    rows = [
-        (position, source.sample_id(position), near, other.sample_id(near), f"{value:.6g}")
-        for (position, near), value in zip(pairs.tolist(), cosine.tolist(), strict=True)
-    ]
-    return _write_table(path, ("position", "name", "near", "near_name", "cosine"), rows)
-
-
-def _write_table(path: Path, header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Path:
     def write(place: Path) -> None:
         with place.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([header, *rows])

@@ -113,19 +113,6 @@ def check_collatable(dataset: Any, name: str) -> None:
         )
 
 
-def worker_context(given: Any, num_workers: int) -> Any:
-    """Return the start method or context of loader processes; None if there are none, or for the program's own method.
-
-    On Linux they are forked unless the user or the program chose otherwise, which was torch's default before Python
-    3.14. The default of Python 3.14, forkserver, has to pickle datasets and transforms, which fails for those that are
-    defined in a notebook or hold a lambda.
-    """
-    if num_workers == 0:
-        return None
-    unchosen = multiprocessing.get_start_method(allow_none=True) in (None, "forkserver")
-    return "fork" if given is None and unchosen and sys.platform == "linux" else given
-
-
 def make_loader(dataset: Any, settings: LoaderSettings, facts: TrainerFacts, seed: int = 0) -> DataLoader[Any]:
     """Make a DataLoader of a map-style dataset; settings that are `"auto"` are resolved from the facts about the run.
 
@@ -137,7 +124,11 @@ def make_loader(dataset: Any, settings: LoaderSettings, facts: TrainerFacts, see
     pin = facts.on_cuda if settings.pin_memory == "auto" else settings.pin_memory
     persist = not facts.reloads if settings.persistent_workers == "auto" else settings.persistent_workers
     sampler = make_sampler(dataset, settings, seed + facts.epoch)
-    context = worker_context(settings.multiprocessing_context, workers)
+    context, start_method = settings.multiprocessing_context, multiprocessing.get_start_method(allow_none=True)
+    # On Linux processes are forked unless the user or the program chose otherwise. The default of Python 3.14, forkserver,
+    # has to pickle datasets and transforms, which fails for those that are defined in a notebook or hold a lambda.
+    if context is None and start_method in (None, "forkserver") and sys.platform == "linux":
+        context = "fork"
     asked = settings.num_workers != "auto"
     dataset, workers = loader_processes(dataset, workers, asked=asked, context=context, also=settings.collate_fn)
     options = _shared_arguments(settings) | {"num_workers": workers, "pin_memory": pin, "generator": settings.generator}

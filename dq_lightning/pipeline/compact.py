@@ -317,12 +317,7 @@ def read_bins_of(compact: Compact, cache: Cache) -> Bins:
         CacheError: the bins are not in this cache, there are none because the samples were given or all kept, or they
             were made again and differ from those of the compact set.
     """
-    if compact.parts and BINS not in compact.parts:
-        raise CacheError(
-            f"there are no bins behind the compact set {compact.info.path}: its samples were given as indices=, or all were "
-            "kept. make_bins makes bins of any features"
-        )
-    path = _behind(compact, cache, BINS, "bins")
+    path = _behind(compact, cache, BINS)
     bins, selection = read_bins(path), compact.selection
     fit = len(bins) == compact.info.num_source_samples
     if not fit or not torch.equal(bins.assignment[selection.index], selection.bin):
@@ -339,17 +334,18 @@ def read_features_of(compact: Compact, cache: Cache) -> Features:
     Raises:
         CacheError: the features are not in this cache, or there are none because the samples were given or all kept.
     """
-    if compact.parts and FEATURES not in compact.parts:
-        raise CacheError(
-            f"there are no features behind the compact set {compact.info.path}: its samples were given as indices=, or all "
-            "were kept"
-        )
-    return read_features(_behind(compact, cache, FEATURES, "features"))
+    return read_features(_behind(compact, cache, FEATURES))
 
 
-def _behind(compact: Compact, cache: Cache, station: str, name: str) -> Path:
+def _behind(compact: Compact, cache: Cache, station: str) -> Path:
     """Return the folder of the entry of a station that a compact set was made from."""
-    path = cache.find(station, compact.parts[station]) if station in compact.parts else None
+    name = station.partition("-")[2]
+    if compact.parts and station not in compact.parts:
+        raise CacheError(
+            f"there are no {name} behind the compact set {compact.info.path}: its samples were given as indices=, or all "
+            f"were kept{'. make_bins makes bins of any features' if station == BINS else ''}"
+        )
+    path = cache.find(station, compact.parts[station]) if compact.parts else None
     if path is None:
         raise CacheError(
             f"the {name} behind the compact set {compact.info.path} are not in {cache.root}: they stay in the cache where it "

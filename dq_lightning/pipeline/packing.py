@@ -1,7 +1,6 @@
 """The step "store": write the compact set, with row numbers alone, whole samples, or samples with kept patches."""
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -22,8 +21,6 @@ from dq_lightning.pipeline.compact import write_description
 from dq_lightning.pipeline.encoding import described_setting, encoded_items, fixed_setting
 from dq_lightning.pipeline.patch_bytes import PatchFacts, measure_bytes
 from dq_lightning.pipeline.patching import (
-    TRIED_SAMPLES,
-    check_packable,
     choose,
     packed_items,
     with_all_patches,
@@ -35,6 +32,8 @@ from dq_lightning.sources.skipping import readable_items
 
 # The size of the store is estimated from about so many samples.
 MEASURED_SAMPLES = 16
+# So many samples are checked before the long work.
+TRIED_SAMPLES = 8
 
 
 def make_store(task: Task, selection: Selection, scored: tuple[Tensor, Tensor] | None = None) -> None:
@@ -136,17 +135,21 @@ def check_storable(plan: Plan, finisher: Any = None) -> None:
     """
     if plan.store_kind != "packed":
         return
-    if plan.patches is not None:
-        check_packable(plan)
-    index, positions, items = plan.candidates, [], []
+    index, positions, items, problems = plan.candidates, [], [], []
     places = {int(index[place]): place for place in evenly_spaced(len(index), TRIED_SAMPLES)}
     for position, sample in readable_items(plan.source, places):
         item: Item = plain_parts(sample), plan.source.encoded(position)
         if plan.patches is not None:
-            with suppress(StoreError):  # An image that cannot be cut into patches is stored whole.
+            try:
                 item = with_all_patches(plan, item[0], plan.source.image_leaf()), None
+            except StoreError as error:
+                problems.append(error)
         positions.append(position)
         items.append(item)
+    # Images of other modes than RGB and L stay whole, but not all of them, and none that is filled on the device.
+    fills_late = plan.patches is not None and plan.patches.config.reconstruct == "batch"
+    if problems and (fills_late or len(problems) == len(items)):
+        raise problems[0]
     try:
         # This is the system's folder for temporary files, because a cache that is full has an error of its own.
         with TemporaryDirectory(prefix="dq_lightning-", ignore_cleanup_errors=True) as folder:

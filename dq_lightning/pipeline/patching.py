@@ -20,12 +20,9 @@ from dq_lightning.patches.choose import choose_patches, kept_count, make_choice,
 from dq_lightning.patches.score import split_scores
 from dq_lightning.pipeline.patch_plan import PatchPlan
 from dq_lightning.pipeline.plan import Plan
-from dq_lightning.sources.items import at, evenly_spaced, plain_parts, with_value
-from dq_lightning.sources.skipping import readable_items
+from dq_lightning.sources.items import at, plain_parts, with_value
 
 BUDGET_ROUNDS = 8
-# So many samples are checked before the long work.
-TRIED_SAMPLES = 8
 NAMED_SAMPLES = 5
 
 
@@ -86,27 +83,6 @@ def packed_items(
             f"{len(whole):,} images are stored whole, because patches can only be kept of RGB and grey images (samples "
             f'{named}). To drop patches of them too, let the dataset give all images as RGB (image.convert("RGB"))'
         )
-
-
-def check_packable(plan: Plan) -> None:
-    """Check before the long work, on a few samples, that the images of a dataset can be stored as patches.
-
-    Images of other modes than RGB and L may be among them, since they stay whole. With `reconstruct="batch"` none may
-    be, because every image is filled on the device.
-
-    Raises:
-        StoreError: the images cannot be stored as patches; the message says what the dataset should deliver instead.
-    """
-    place, problems, fitting = plan.source.image_leaf(), [], 0
-    tried = [int(plan.candidates[number]) for number in evenly_spaced(len(plan.candidates), TRIED_SAMPLES)]
-    for _, sample in readable_items(plan.source, tried):
-        try:
-            with_all_patches(plan, plain_parts(sample), place)
-            fitting += 1
-        except StoreError as error:
-            problems.append(error)
-    if problems and (not fitting or patches_of(plan).config.reconstruct == "batch"):
-        raise problems[0]
 
 
 def with_all_patches(plan: Plan, sample: Any, place: tuple[str | int, ...]) -> Any:

@@ -18,6 +18,8 @@ from dq_lightning.pipeline.plan import STORE
 def local_set(path: str | Path, cache_dir: str | Path | None = None) -> Path:
     """Return the folder of a compact set on this machine; a set at an address is copied into the cache first.
 
+    A copy of the same content is used again; only the manifest is read then.
+
     Args:
         path: folder as `set_folder` takes it, or the address of such a folder in any file system of fsspec.
         cache_dir: folder of the cache that keeps the copy; None uses `DQ_LIGHTNING_CACHE` or the platform's folder.
@@ -30,21 +32,7 @@ def local_set(path: str | Path, cache_dir: str | Path | None = None) -> Path:
         return set_folder(path)
     if isinstance(path, Path):
         raise StoreError(f"{str(path)!r} was an address before it became a Path, which drops a slash: pass it as text")
-    return copy_set(path, Cache(cache_dir or default_cache_dir()))
-
-
-def copy_set(address: str, cache: Cache) -> Path:
-    """Copy the compact set at an address into the cache.
-
-    A copy of the same content is used again; only the manifest is read then.
-
-    Returns:
-        Folder of the entry.
-
-    Raises:
-        StoreError: there is no compact set, or it cannot be read.
-        CacheError: the copy cannot be written.
-    """
+    address, cache = path, Cache(cache_dir or default_cache_dir())
     try:
         from fsspec.core import url_to_fs
 

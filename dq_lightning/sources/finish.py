@@ -1,16 +1,12 @@
 """Finishers, which turn plain items into delivered items. They hold the user's transforms, but no data."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dq_lightning.core.errors import SourceError
-from dq_lightning.core.isolation import isolated_random_state
-from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.items import Leaf, at, with_value
 
 
@@ -88,33 +84,3 @@ class ConcatFinisher:
 
     def __call__(self, position: int, plain_item: Any) -> Any:
         return self.finishers[int(self.part[position])](int(self.place[position]), plain_item)
-
-
-def check_finisher(
-    finisher: Any,
-    plain: Callable[[int], Any],
-    delivered: Callable[[int], Any],
-    indices: Sequence[int],
-    name: str,
-) -> None:
-    """Check that a finisher turns plain items into the items that the dataset delivers, under the same random seeds.
-
-    This check is for finishers of libraries that define where a transform is applied. A transform that gives different
-    results under equal seeds, because it has a random generator of its own, is not compared. `plain` and `delivered`
-    read an item at a position, and the positions `indices` are compared.
-
-    Raises:
-        SourceError: the finished item differs from the delivered one.
-    """
-
-    def seeded(call: Callable[[], Any], seed: int) -> str:
-        with isolated_random_state(seed):
-            return digest_of(call())
-
-    for seed, index in enumerate(indices):
-        wanted = {seeded(partial(delivered, index), seed) for _ in range(2)}
-        if len(wanted) == 1 and seeded(lambda index=index: finisher(0, plain(index)), seed) not in wanted:  # type: ignore[misc]
-            raise SourceError(
-                f"What {name} delivers can't be made from its plain items by its format or transform, so a self-contained copy "
-                "would give other items. Use store='indices', which reads through the dataset itself."
-            )
