@@ -1,73 +1,19 @@
-"""Embedding a file of rows in pieces (see `features/pieces.py`), and joining pieces, also published ones."""
+"""Joining pieces of embeddings (see `features/pieces.py`), also published ones."""
 
 import re
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dq_lightning.cache.entries import Cache, default_cache_dir
 from dq_lightning.commands.opening import open_dataset
-from dq_lightning.core.config import FeatureConfig, TextConfig
+from dq_lightning.core.config import TextConfig
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.exports.rows import whole
-from dq_lightning.features.choose import choose_encoder
-from dq_lightning.features.extract import extract_features
-from dq_lightning.features.pieces import embed_piece, merge_pieces
+from dq_lightning.features.pieces import merge_pieces
 from dq_lightning.sources.adapt import as_source
-
-
-def embed_rows(
-    data: str,
-    output: str | Path,
-    *,
-    index: int,
-    nums: int | None,
-    name: str,
-    encoder: Any,
-    text: TextConfig,
-    features: FeatureConfig,
-    cache_dir: str | None = None,
-    device: str = "auto",
-    progress: bool = True,
-) -> Path:
-    """Embed one piece of the rows of a dataset and return the path of its `.npy`.
-
-    The arguments are those of the command `embed`; `name` is the beginning of the files' names. Paid rows of an
-    embeddings API are kept in the folder `paid` beside the pieces.
-
-    Raises:
-        FeatureError: the data are images, `selection_epochs` is set, the piece lies outside of the data, or the encoder
-            fails.
-        SourceError: the data cannot be read.
-    """
-    if features.selection_epochs:
-        raise FeatureError(
-            "selection_epochs trains an encoder of images, but embed reads text: leave selection_epochs out"
-        )
-    source = as_source(open_dataset(None, data), text=text)
-    if source.modality != "text":
-        raise FeatureError(
-            f"{source.describe()} holds images, but embed reads rows of text: use quantize to make features of images"
-        )
-    memory = Cache(cache_dir or default_cache_dir()).memory
-    spec = choose_encoder(encoder, modality="text", text=text).resolve(memory)
-    identity = {"source": source.digest(memory), "encoder": spec.identity(memory), "text": source.text_identity()}
-    embed = partial(
-        extract_features,
-        spec=spec,
-        device=device,
-        precision=features.precision,
-        batch_size=features.batch_size,
-        num_workers=features.num_workers,
-        progress=progress,
-        api_embeddings=Path(output).expanduser() / "paid",
-    )
-    size, folder = len(source) if nums is None else nums, Path(output).expanduser()
-    return embed_piece(source, embed, index=index, nums=size, out_dir=folder, identity=identity, name=name)
 
 
 def merge_rows(data: str, folder: str | Path, *, name: str, text: TextConfig, cache_dir: str | None = None) -> Path:

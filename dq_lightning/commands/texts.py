@@ -46,16 +46,45 @@ def embed(
         device: device that the encoder runs on: auto, cpu, cuda, cuda:1, or several: cuda:0,cuda:1
         progress: show progress bars.
     """
-    from dq_lightning.commands.embedding_pieces import embed_rows, merge_rows
+    from functools import partial
+    from pathlib import Path
+
+    from dq_lightning.cache.entries import Cache, default_cache_dir
+    from dq_lightning.commands.embedding_pieces import merge_rows
+    from dq_lightning.commands.opening import open_dataset
+    from dq_lightning.core.errors import FeatureError
+    from dq_lightning.features.choose import choose_encoder
+    from dq_lightning.features.extract import extract_features
+    from dq_lightning.features.pieces import embed_piece
+    from dq_lightning.sources.adapt import as_source
 
     if merge:
         print(f"joined all pieces: {merge_rows(data, output, name=EMBEDS, text=text, cache_dir=cache_dir)}")
         return
-    path = embed_rows(
-        data, output, index=index, nums=nums, name=EMBEDS, encoder=encoder or features.encoder, text=text, features=features,
-        cache_dir=cache_dir,
-        device=device, progress=progress,
-    )  # fmt: skip
+    if features.selection_epochs:
+        raise FeatureError(
+            "selection_epochs trains an encoder of images, but embed reads text: leave selection_epochs out"
+        )
+    source, folder = as_source(open_dataset(None, data), text=text), Path(output).expanduser()
+    if source.modality != "text":
+        raise FeatureError(
+            f"{source.describe()} holds images, but embed reads rows of text: use quantize to make features of images"
+        )
+    memory = Cache(cache_dir or default_cache_dir()).memory
+    spec = choose_encoder(encoder or features.encoder, modality="text", text=text).resolve(memory)
+    identity = {"source": source.digest(memory), "encoder": spec.identity(memory), "text": source.text_identity()}
+    run = partial(
+        extract_features,
+        spec=spec,
+        device=device,
+        precision=features.precision,
+        batch_size=features.batch_size,
+        num_workers=features.num_workers,
+        progress=progress,
+        api_embeddings=folder / "paid",
+    )
+    size = len(source) if nums is None else nums
+    path = embed_piece(source, run, index=index, nums=size, out_dir=folder, identity=identity, name=EMBEDS)
     print(f"wrote the embeddings of piece {index}: {path}")
 
 

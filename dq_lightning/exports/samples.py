@@ -16,11 +16,10 @@ from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import Selection
 from dq_lightning.packed.images import exif_beside
 from dq_lightning.packed.patches import map_patched, mean_filled
-from dq_lightning.packed.reader import PackedDataset
-from dq_lightning.pipeline.compact import COMPACT_FILE, Compact, open_compact, open_packed, stored_patch_plan
+from dq_lightning.pipeline.compact import COMPACT_FILE, open_compact, open_packed, stored_patch_plan
 from dq_lightning.pipeline.filling import filled_items, stored_place
 from dq_lightning.sources.base import Source
-from dq_lightning.sources.items import Leaf, at, find_image, find_target
+from dq_lightning.sources.items import at, find_image, find_target
 
 # Every image reader knows these encodings; an image in another encoding is written anew, as PNG.
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
@@ -133,34 +132,24 @@ def kept_of_store(
     elif names is None:
         names = [str(number) for number in range(described["num_classes"])]
 
+    def samples() -> Iterator[Any]:
+        """Return the samples with whole images: unchanged, filled, or with the mean colour in dropped patches."""
+        if compact.patches is None:
+            return iter(store)
+        plan = stored_patch_plan(compact, reconstructor=reconstructor, reconstruct=None if fill else "off")
+        if plan.config.reconstruct == "off":
+            return (map_patched(sample, mean_filled) for sample in store)
+        filled = filled_items(store, stored_place(store) or image, plan, device=device, progress=progress)
+        return (sample for sample, _ in filled)
+
     def items() -> Iterator[KeptImage]:
-        samples = _samples(compact, store, image, fill, reconstructor, device, progress)
-        for number, sample in enumerate(samples):
+        for number, sample in enumerate(samples()):
             label = None if target is None else _label(at(sample, target), names)
             position, bin_number = int(store.index[number]), int(store.bin[number])
             name, data = text_of(store.ids[number]), as_png(at(sample, image))
             yield KeptImage(position, bin_number, name, label, data, ".png")
 
     return KeptImages(compact.selection, None if target is None else tuple(names), items, Path(path).name)
-
-
-def _samples(
-    compact: Compact,
-    store: PackedDataset,
-    image: Leaf,
-    fill: bool,
-    reconstructor: Any,
-    device: DeviceNames,
-    progress: bool,
-) -> Iterator[Any]:
-    """Return the samples with whole images: unchanged, filled, or with the mean colour in dropped patches."""
-    if compact.patches is None:
-        return iter(store)
-    plan = stored_patch_plan(compact, reconstructor=reconstructor, reconstruct=None if fill else "off")
-    if plan.config.reconstruct == "off":
-        return (map_patched(sample, mean_filled) for sample in store)
-    filled = filled_items(store, stored_place(store) or image, plan, device=device, progress=progress)
-    return (sample for sample, _ in filled)
 
 
 def as_png(leaf: Any) -> bytes:
