@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from dq_lightning.core.workers import torch_threads
+from dq_lightning.core.workers import available_cores, torch_threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -79,6 +79,11 @@ def run_in_order(
                 yield waiting.popleft().result()
         finally:
             stop = -1
+
+
+def in_threads(calls: Iterable[Callable[[], Result]]) -> Iterator[Result]:
+    """Yield the results of calls in order; a limited number of calls runs ahead in threads, one for each core."""
+    return run_in_order([(torch.device("cpu"), lambda call: call())] * min(16, available_cores()), calls)
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,11 +1,9 @@
 """Threads and processes: one thread for many short steps, threads that may use torch, number of loader processes."""
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -34,23 +32,6 @@ def torch_threads(count: int, name: str = "") -> ThreadPoolExecutor:
     """
     torch.set_num_threads(torch.get_num_threads())
     return ThreadPoolExecutor(count, thread_name_prefix=name)
-
-
-def in_threads(calls: Iterator[Callable[[], Any]]) -> Iterator[Any]:
-    """Yield the results of calls in order; a limited number of calls runs ahead in threads, one for each core."""
-    threads = min(16, available_cores())
-    waiting: deque[Future[Any]] = deque()
-    with torch_threads(threads) as pool:
-        try:
-            for call in calls:
-                waiting.append(pool.submit(call))
-                if len(waiting) >= 4 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def available_cores() -> int:

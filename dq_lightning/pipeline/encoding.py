@@ -16,7 +16,7 @@ from dq_lightning.core.arrays import as_image
 from dq_lightning.core.config import EncodingConfig
 from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import EncodedImage, StoredImage
-from dq_lightning.core.workers import in_threads
+from dq_lightning.core.replicas import in_threads
 from dq_lightning.packed.images import gives_pixels
 from dq_lightning.packed.layouts import layout_of_image
 from dq_lightning.packed.lossy import encode_lossy

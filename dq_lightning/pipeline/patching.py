@@ -12,7 +12,7 @@ from torch import Tensor
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import PatchError, StoreError
 from dq_lightning.core.records import Grid, PatchChoice, PatchedImage, Selection
-from dq_lightning.core.workers import in_threads
+from dq_lightning.core.replicas import in_threads
 from dq_lightning.packed.layouts import layout_of_image, pixels_of
 from dq_lightning.packed.patches import pack_image
 from dq_lightning.packed.writer import Item
