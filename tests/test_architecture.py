@@ -34,6 +34,7 @@ DOORS = {
     "timm": ("features/timm_encoder.py",),
     "datasets": (
         "sources/hub.py",
+        "sources/hub_streams.py",
         "sources/finish.py",
         "exports/rows.py",
         "exports/hub.py",

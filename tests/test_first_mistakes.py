@@ -128,11 +128,11 @@ def tensors(samples):
     return torch.stack([ToTensor()(image) for image in images]), torch.tensor(labels)
 
 
-def test_loaders_and_streams_are_named():
+def test_loaders_and_mixed_streams_are_named():
     with pytest.raises(SourceError, match=r"DataLoader is a loader.*loader\.dataset"):
         as_source(DataLoader(photos(40)))
     litdata = pytest.importorskip("litdata")
-    for kind, said in ((litdata.CombinedStreamingDataset, "a stream"), (litdata.StreamingDataLoader, "is a loader")):
+    for kind, said in ((litdata.CombinedStreamingDataset, "is shuffled"), (litdata.StreamingDataLoader, "is a loader")):
         with pytest.raises(SourceError, match=f"{kind.__name__} .*{said}"):
             as_source(kind.__new__(kind))
 

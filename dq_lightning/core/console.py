@@ -28,8 +28,10 @@ def get_logger() -> logging.Logger:
     return logger
 
 
-def progress_bar(show: bool, *, total: int, unit: str, description: str) -> Any:
+def progress_bar(show: bool, *, total: int | None, unit: str, description: str) -> Any:
     """Return a tqdm progress bar of `total` steps, each called `unit`, to be used as a context manager.
+
+    `total` is None where the number of steps is not known.
 
     A bar that is not wanted (`show`, or the environment variable `TQDM_DISABLE`) is none of tqdm's: making one waits
     for a lock that forked processes share, and a process that is killed meanwhile never gives it back.

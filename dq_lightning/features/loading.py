@@ -139,7 +139,11 @@ def iterate_batches(
     A dataset that processes cannot share, or that cannot be sent to them (on systems without fork), is read in this
     process, and a warning says so.
     """
-    workers = choose_num_workers(batches, device, num_devices) if num_workers == "auto" else num_workers
+    workers = num_workers
+    if getattr(batches.source, "in_order", False):
+        workers = 0  # Every process would read the whole stream.
+    elif workers == "auto":
+        workers = choose_num_workers(batches, device, num_devices)
     # The result is stored in the cache, so unsafe sharing is not allowed even if the user set the number of processes.
     source, workers = loader_processes(batches.source, workers, asked=False, context=FORK, also=batches.preprocess)
     batches = copy.copy(batches)

@@ -68,8 +68,11 @@ class PeerIdentity:
 
     def fits(self, source: Source) -> bool:
         """Whether the length and a few items of a source agree with this identity."""
-        same = bool(self.sample_digest) and len(source) == self.length
-        return same and source.sample_digest() == self.sample_digest
+        same = bool(self.sample_digest) and (source.in_order or len(source) == self.length)
+        if not same or source.sample_digest() != self.sample_digest:
+            return False
+        source.expect(self.source, self.length)
+        return True
 
 
 @dataclass(frozen=True)
@@ -243,7 +246,8 @@ class DataModuleTrainSet(_PlannedTrainSet):
 
 
 def _all_samples(plan: Plan) -> Any:
-    """Return the whole dataset of a plan as a map-style dataset, transforms included."""
+    """Return the whole dataset of a plan as a map-style dataset, transforms included; of a stream its first samples."""
+    plan = plan.head
     return plan.source.subset(torch.arange(len(plan.source)))
 
 
@@ -251,7 +255,8 @@ def _build(plan: Plan, cache: Cache, options: BuildOptions) -> Located:
     """Find the compact set of a plan in the cache or make it."""
     if plan.store_kind == "packed":
         # This is checked also where the set is found, because the transforms are no part of its key.
-        check_storable(plan, plan.source.finisher(plan.candidates))
+        head = plan.head
+        check_storable(head, head.source.finisher(head.candidates))
 
     def check() -> None:
         if options.check is not None:

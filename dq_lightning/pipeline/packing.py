@@ -68,6 +68,8 @@ def _write_whole(task: Task, selection: Selection) -> None:
     plan = task.plan
     setting = fixed_setting(plan.config.encoding)
     few = selection.index[:: max(1, len(selection) // MEASURED_SAMPLES)]
+    if plan.source.in_order:
+        few = torch.tensor(plan.source.spread(MEASURED_SAMPLES))
     size = estimate_bytes(encoded_items(plan, setting, few), len(selection))
     items = partial(encoded_items, plan, setting, selection.index)
     write_samples(task, selection, items, size, made_from=selection.content_hash())

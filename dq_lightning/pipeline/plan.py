@@ -26,7 +26,6 @@ from dq_lightning.pipeline.wanted import Wanted
 from dq_lightning.selection.given import read_indices
 from dq_lightning.sources.adapt import as_source, grouping_id
 from dq_lightning.sources.base import Source
-from dq_lightning.sources.items import evenly_spaced
 
 FEATURES, BINS, SELECTION, PATCHES, STORE = "1-features", "2-bins", "3-selection", "4-patches", "5-store"
 # This station holds images with their dropped patches filled. They are made from the store alone, so its folder may be
@@ -96,16 +95,21 @@ class Plan:
 
     @cached_property
     def store_kind(self) -> str:
-        """Kind of the store with `"auto"` resolved: `"indices"` while images are kept as they are."""
+        """Kind of the store with `"auto"` resolved: `"indices"` while images are kept as they are, except for streams."""
         if self.config.store == "auto":
-            copies = self.patches is not None or self.config.max_bytes is not None or self.config.encoding.encodes
-            return "packed" if copies else "indices"
+            changed = self.patches is not None or self.config.max_bytes is not None or self.config.encoding.encodes
+            return "packed" if changed or self.source.in_order else "indices"
         return self.config.store
 
     @property
     def candidates(self) -> Tensor:
         """Positions int64 [n] of the samples that may be kept: those in `chosen`, or else all."""
         return torch.arange(len(self.source)) if self.chosen is None else self.chosen
+
+    @property
+    def head(self) -> "Plan":
+        """This plan for the first samples of a stream, to try them before a long pass; else the plan itself."""
+        return replace(self, source=self.source.head(), chosen=None) if self.source.in_order else self
 
     def resolve(self, memory: DigestMemory) -> "Plan":
         """Return this plan with the commits of hub names fixed; no other method may send requests to a hub."""
@@ -165,6 +169,8 @@ def make_plan(dataset: Any, wanted: Wanted) -> Plan:
         on_error=config.on_error,
         needs_images=changes_images or not (chosen_already or takes_any_sample(encoder)),
     )
+    if source.in_order:
+        _check_stream(config)
     if not config.quality.drops and (wanted.scores is not None or config.quality.score not in ("margin", "none")):
         get_logger().warning("the scores have no effect, because drop_worst= is 0: pass the share to leave out")
     chosen = None if wanted.indices is None else read_indices(wanted.indices, len(source))
@@ -173,7 +179,7 @@ def make_plan(dataset: Any, wanted: Wanted) -> Plan:
     spec = given = patches = None
     if chosen is None:
         spec = _encoder(source, config, encoder)
-        given = given_scores(wanted.scores, config.quality, len(source))
+        given = given_scores(wanted.scores, config.quality, source)
     if config.patches.drops:
         if source.modality != "image":
             raise ConfigError(
@@ -189,6 +195,20 @@ def make_plan(dataset: Any, wanted: Wanted) -> Plan:
             config.patches, (height, width), classifier=wanted.classifier, reconstructor=wanted.reconstructor
         )
     return Plan(source, spec, config, wanted.fingerprint, grouping_id(source), patches, chosen, given)
+
+
+def _check_stream(config: QuantizeConfig) -> None:
+    """Raise a ConfigError for settings that need the samples of a stream in any order."""
+    if config.store == "indices":
+        raise ConfigError(
+            'store="indices" reads the chosen samples by their positions, which a stream does not allow: use store="packed" '
+            '(or "auto"), which copies them'
+        )
+    if config.max_bytes is not None:
+        raise ConfigError(
+            "max_bytes= tries settings on samples from all over the data, which a stream does not allow: pass keep_ratio= and, "
+            "if the images should take fewer bytes, encoding.codec="
+        )
 
 
 def keeps_all(config: QuantizeConfig) -> bool:
@@ -217,7 +237,7 @@ def _encoder(source: Source, config: QuantizeConfig, encoder: Any) -> EncoderSpe
 def _typical_size(source: Source) -> tuple[int, int]:
     """Return (width, height) in pixels of the image with the median longer side among a few evenly spaced images."""
     sizes, problem = [], None
-    for index in evenly_spaced(len(source), SIZE_SAMPLES):
+    for index in source.spread(SIZE_SAMPLES):
         try:
             sizes.append(source.image(index).size)
         except SourceError as error:
@@ -229,6 +249,8 @@ def _typical_size(source: Source) -> tuple[int, int]:
 
 def source_identity(plan: Plan, memory: DigestMemory) -> str:
     """Return the identity of the data; the dataset is read in full where its digest is not remembered."""
+    if plan.fingerprint is not None:
+        plan.source.know_length(memory, f"fingerprint:{plan.fingerprint}")
     known = known_identity(plan, memory) if plan.fingerprint is not None or plan.source.identity_is_certain else None
     return known or plan.source.digest(memory)
 

@@ -135,7 +135,7 @@ def find_or_build(
         return found
     seconds = {"identity": round(time.perf_counter() - started, 3)}
     if check is None:
-        check_storable(plan)
+        check_storable(plan.head)
     else:
         check()
     return Build(plan, source, cache, device, force=force, progress=progress, seconds=seconds).compact()

@@ -38,8 +38,8 @@ class GivenScores:
     identity: str
 
 
-def given_scores(scores: Any, config: QualityConfig, total: int) -> GivenScores | None:
-    """Read the N scores that the user gave, or None where there are none or they have no use.
+def given_scores(scores: Any, config: QualityConfig, samples: Source) -> GivenScores | None:
+    """Read the scores that the user gave of N samples, or None where there are none or they have no use.
 
     Raises:
         ConfigError: the scores are not N finite numbers, a file cannot be read, or settings contradict each other.
@@ -59,6 +59,7 @@ def given_scores(scores: Any, config: QualityConfig, total: int) -> GivenScores 
         values = as_numpy(read)
     except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"{name} cannot be read as numbers [N]: {error}") from error
+    total = len(samples)
     if values.shape != (total,) or values.dtype.kind not in "iuf":
         raise ConfigError(f"{name} holds {values.dtype} {list(values.shape)}, expected one number a sample, [{total}]")
     values = _finite(values.astype(np.float64), name)

@@ -13,11 +13,14 @@ from dq_lightning.sources.base import CompletedSource, Source, dataset_length, i
 from dq_lightning.sources.files import FileSource, file_list
 from dq_lightning.sources.groups import given_labels, is_rule
 from dq_lightning.sources.hub import HubRecordSource, HubSource, holds_images, hub_kind
+from dq_lightning.sources.hub_streams import hub_stream, open_shards, shard_files
+from dq_lightning.sources.in_order import Rows, StreamSource, TextStreamSource
 from dq_lightning.sources.items import quoted
 from dq_lightning.sources.jsonl import NAMES, is_rows_file, read_rows
 from dq_lightning.sources.mapped import ArraySource, MapSource, arrays_of, getter_module, reads_as_installed
 from dq_lightning.sources.nested import ConcatSource, SubsetSource, filled_parts
 from dq_lightning.sources.reading import ItemSource
+from dq_lightning.sources.shuffles import check_shuffles, is_stream
 from dq_lightning.sources.strip import KEEP
 from dq_lightning.sources.text import (
     HubTextSource,
@@ -104,7 +107,7 @@ def as_source(
     if isinstance(source, TextRows) and text is not None:
         source = copy.copy(source)
         source.settings = text
-    if labels is not None and labels is not False and not isinstance(labels, str):
+    if labels is not None and labels is not False and not isinstance(labels, str) and not source.in_order:
         given_labels(labels, len(source))  # A wrong number of labels is reported before features are computed.
     if labels is not None:
         source = copy.copy(source)  # A source that was passed in keeps its own grouping.
@@ -138,7 +141,7 @@ def grouping_id(source: Source) -> str | None:
     if isinstance(grouping, str):
         return grouping if column is None else f"{grouping} of {column}"
     if grouping is not None:
-        given = given_labels(grouping, len(source))
+        given = given_labels(grouping, len(grouping) if source.in_order else len(source))
         sets = () if given.members is None else (given.members,)
         return digest_of(given.values, given.names, given.unlabeled, *sets)
     # The values of the column are already part of the source's own identity, so the name of the column is enough.
@@ -158,25 +161,24 @@ def _check_ready(source: Source, columns: dict[str, str | None], transforms: dic
 
 def _adapt(dataset: Any, text: TextConfig, *options: Any, needs_images: bool = True) -> ItemSource:
     kind = hub_kind(dataset)
-    if kind == "DatasetDict":
+    if kind in ("DatasetDict", "IterableDatasetDict"):
         if "train" not in dataset:
-            raise SourceError(
-                f"The DatasetDict has no 'train' split but {quoted(dataset)}: pass one split, dataset[name]"
-            )
+            raise SourceError(f"The {kind} has no 'train' split but {quoted(dataset)}: pass one split, dataset[name]")
         return _adapt(dataset["train"], text, *options, needs_images=needs_images)
-    if kind in ("IterableDataset", "IterableDatasetDict"):
-        raise SourceError(
-            f"A Hugging Face {kind} is a stream, but every sample must be compared with every other: load it with "
-            "streaming=False, or collect it with datasets.Dataset.from_generator."
-        )
+    if kind == "IterableDataset":
+        return hub_stream(dataset, text, *options)
     if kind == "Dataset":
         is_text = options[0] is None and (_named_as_text(text) or hub_is_text(dataset))
         if is_text:
             return HubTextSource(dataset, *options)
         imageless = not needs_images and options[0] is None and not holds_images(dataset)
         return HubRecordSource(dataset, *options) if imageless else HubSource(dataset, *options)
+    if (shards := shard_files(dataset)) is not None:
+        return hub_stream(open_shards(shards), text, *options, files=shards)
     if isinstance(dataset, str | Path):
         return _rows_of_file(dataset, *options)
+    if is_stream(dataset):
+        return _stream(dataset, text, *options)
     dataset_length(dataset)
     # A subclass with a `__getitem__` of its own is adapted like any other dataset.
     by_torch = getter_module(dataset) == "torch.utils.data.dataset"
@@ -199,6 +201,15 @@ def _adapt(dataset: Any, text: TextConfig, *options: Any, needs_images: bool = T
     return FileSource(dataset, *options) if file_list(dataset) is not None else MapSource(dataset, *options)
 
 
+def _stream(dataset: Any, text: TextConfig, *options: Any) -> ItemSource:
+    check_shuffles(dataset)
+    rows = Rows(dataset)
+    if options[0] is None and _named_as_text(text):
+        _check_row_options(options[0], options[3])
+        return TextStreamSource(rows, *options)
+    return StreamSource(rows, *options)
+
+
 def _named_as_text(text: TextConfig) -> bool:
     """Whether the settings name a template or columns, which means that the rows hold text."""
     return text.template != "auto" or text.columns is not None
@@ -215,9 +226,14 @@ def _rows_of_file(path: str | Path, *options: Any) -> ItemSource:
     return _rows(rows, Path(path).name, *options)
 
 
+def _check_row_options(image_column: str | None, target_transform: Any) -> None:
+    """Raise a SourceError if rows of text were given options for images."""
+    if image_column is not None or target_transform != KEEP:
+        raise SourceError("image_column= and target_transform= do not fit rows of text; transform= sees the whole row")
+
+
 def _rows(
     rows: Any, name: str | None, image_column: str | None, label_column: str | None, transform: Any, target: Any
 ) -> ItemSource:
-    if image_column is not None or target != KEEP:
-        raise SourceError("image_column= and target_transform= do not fit rows of text; transform= sees the whole row")
+    _check_row_options(image_column, target)
     return RowsSource(rows, label_column, transform, name)

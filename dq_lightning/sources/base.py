@@ -17,7 +17,7 @@ from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.errors import PatchError, SourceError
 from dq_lightning.core.handles import Items
 from dq_lightning.core.records import EncodedImage, Labels
-from dq_lightning.sources.items import Leaf
+from dq_lightning.sources.items import Leaf, evenly_spaced
 
 
 class Finisher(Protocol):
@@ -46,6 +46,8 @@ class Source(ABC):
         label_column: column, key or position of the class in an item, if it was named; else None.
         grouping: classes that replace the dataset's own, a rule such as `"dominant"`, False for no groups, or None.
         by_items: whether the identity is a digest of all plain items, so that every item must be read to compute it.
+        in_order: whether the samples are those of a stream: reading them in ascending order takes one pass, and going
+            back to an earlier one starts another. The length is found by the first pass.
     """
 
     modality: str = "image"
@@ -53,6 +55,7 @@ class Source(ABC):
     label_column: str | None = None
     grouping: Any = None
     by_items: bool = True
+    in_order: bool = False
 
     @property
     @abstractmethod
@@ -151,6 +154,20 @@ class Source(ABC):
             PatchError: the source does not define this method, which is needed to drop patches.
         """
         raise PatchError(f"{self.describe()} does not tell where in its samples the image is (image_leaf)")
+
+    def spread(self, count: int) -> list[int]:
+        """At most `count` positions that show what the samples are like: evenly spaced, or the first ones of a stream."""
+        return evenly_spaced(len(self), count)
+
+    def head(self) -> "Source":
+        """The first samples of a stream as a source of known length, to try them before a long pass; else this source."""
+        return self
+
+    def expect(self, digest: str, length: int) -> None:  # noqa: B027 (only a stream has to be told)
+        """Take over digest and length of a stream that another process has read."""
+
+    def know_length(self, memory: DigestMemory, key: str) -> None:  # noqa: B027 (only a stream has to find it out)
+        """Find out the length of a stream: from the memory under a key, else by reading it."""
 
     def path(self, index: int) -> str | None:
         """Path of the file that holds the sample, or None when there is no such file."""

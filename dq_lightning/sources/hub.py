@@ -46,7 +46,67 @@ def hub_kind(dataset: Any) -> str | None:
     return None
 
 
-class HubSource(ItemSource):
+def check_hub_options(target_transform: Any) -> None:
+    """Check the options of a Hugging Face dataset.
+
+    Raises:
+        SourceError: a transform of the target was given.
+    """
+    if target_transform != KEEP:
+        raise SourceError(
+            "target_transform= does not fit a Hugging Face dataset, whose transform sees the whole row: "
+            "pass transform= with a function as for set_transform, or use dataset.map on the target column."
+        )
+
+
+class HubColumns:
+    """Finds the columns of images and classes of a Hugging Face dataset by the types of its columns."""
+
+    image_column: str | None
+    label_column: str | None
+
+    @property
+    def features(self) -> Any:
+        """The `Features` of the dataset: a type for each column."""
+        raise NotImplementedError
+
+    def _image_column(self) -> str:
+        features = self.features
+        if self.image_column is not None:
+            return self._existing_column("image_column", self.image_column)
+        for kinds in (("Image",), ("Array2D", "Array3D")):
+            found = [name for name, feature in features.items() if type(feature).__name__ in kinds]
+            usual = [name for name in found if name.lower() in IMAGE_NAMES]
+            if len(found) == 1 or len(usual) == 1:
+                return str(found[0] if len(found) == 1 else usual[0])
+            if found:
+                raise SourceError(f"Several columns hold images ({quoted(found)}): pass image_column= with one of them")
+        raise SourceError(
+            f"No column is of the Image type; the columns are {quoted(features)}. Pass image_column=, or cast the column "
+            "first: dataset.cast_column(name, datasets.Image())"
+        )
+
+    def _existing_column(self, option: str, name: str) -> str:
+        if name not in self.features:
+            raise SourceError(f"{option}={name!r}: the columns are {quoted(self.features)}; pass one of them")
+        return name
+
+    def _target_column(self) -> str | None:
+        features = self.features
+        if self.label_column is not None:
+            return self._existing_column("label_column", self.label_column)
+        found = [name for name, feature in features.items() if type(feature).__name__ == "ClassLabel"]
+        usual = [name for name in features if name.lower() in TARGET_NAMES]
+        if len(found) > 1 and len(set(found) & set(usual)) != 1:
+            raise SourceError(
+                f"Several columns hold classes ({quoted(found)}): pass label_column= with one of them, or labels=False"
+            )
+        if found:
+            usual = [name for name in found if name in usual] if len(found) > 1 else found
+        return str(usual[0]) if len(usual) == 1 else None
+
+
+class HubSource(HubColumns, ItemSource):
     """Adapter for a Hugging Face `Dataset` of images.
 
     Its items are dicts. A function given to `set_transform` and a format given to `set_format` count as the user's
@@ -65,11 +125,7 @@ class HubSource(ItemSource):
         dataset_length(dataset)
         # A subclass, or a class that was changed from outside, may return other rows than its table holds.
         self.by_items = not is_untouched(type(dataset))
-        if target_transform != KEEP:
-            raise SourceError(
-                "target_transform= does not fit a Hugging Face dataset, whose transform sees the whole row: "
-                "pass transform= with a function as for set_transform, or use dataset.map on the target column."
-            )
+        check_hub_options(target_transform)
         self.plain_dataset = dataset.with_format(None)
         if transform != KEEP:
             dataset = self.plain_dataset if transform is None else self.plain_dataset.with_transform(transform)
@@ -90,45 +146,14 @@ class HubSource(ItemSource):
         self._pictures = pictures
         self._stored = pictures.with_format("arrow") if hasattr(feature, "decode") else None
 
+    @property
+    def features(self) -> Any:
+        return self.dataset.features
+
     def describe(self) -> str:
         name = getattr(self.dataset.info, "dataset_name", None)
         split = f" ({self.dataset.split})" if self.dataset.split else ""
         return f"Hugging Face dataset{f' {name}' if name else ''}{split} with {len(self):,} samples"
-
-    def _image_column(self) -> str:
-        features = self.dataset.features
-        if self.image_column is not None:
-            return self._existing_column("image_column", self.image_column)
-        for kinds in (("Image",), ("Array2D", "Array3D")):
-            found = [name for name, feature in features.items() if type(feature).__name__ in kinds]
-            usual = [name for name in found if name.lower() in IMAGE_NAMES]
-            if len(found) == 1 or len(usual) == 1:
-                return str(found[0] if len(found) == 1 else usual[0])
-            if found:
-                raise SourceError(f"Several columns hold images ({quoted(found)}): pass image_column= with one of them")
-        raise SourceError(
-            f"No column is of the Image type; the columns are {quoted(features)}. Pass image_column=, or cast the column "
-            "first: dataset.cast_column(name, datasets.Image())"
-        )
-
-    def _existing_column(self, option: str, name: str) -> str:
-        if name not in self.dataset.features:
-            raise SourceError(f"{option}={name!r}: the columns are {quoted(self.dataset.features)}; pass one of them")
-        return name
-
-    def _target_column(self) -> str | None:
-        features = self.dataset.features
-        if self.label_column is not None:
-            return self._existing_column("label_column", self.label_column)
-        found = [name for name, feature in features.items() if type(feature).__name__ == "ClassLabel"]
-        usual = [name for name in features if name.lower() in TARGET_NAMES]
-        if len(found) > 1 and len(set(found) & set(usual)) != 1:
-            raise SourceError(
-                f"Several columns hold classes ({quoted(found)}): pass label_column= with one of them, or labels=False"
-            )
-        if found:
-            usual = [name for name in found if name in usual] if len(found) > 1 else found
-        return str(usual[0]) if len(usual) == 1 else None
 
     # The following methods read items.
 
@@ -223,7 +248,7 @@ class HubSource(ItemSource):
         return self.plain_dataset.select_columns([column])[index][column]
 
     def target_names(self) -> tuple[str, ...] | None:
-        return _names_inside(self.dataset.features[str(self._named_target()[0])])
+        return names_inside(self.dataset.features[str(self._named_target()[0])])
 
     def target_values(self, read: Callable[[Any], Any]) -> list[Any]:
         if self.by_items or self.skips:
@@ -285,13 +310,13 @@ def holds_images(dataset: Any) -> bool:
     return any(type(feature).__name__ in ("Image", "Array2D", "Array3D") for feature in dataset.features.values())
 
 
-def _names_inside(feature: Any) -> tuple[str, ...] | None:
+def names_inside(feature: Any) -> tuple[str, ...] | None:
     """The names of the only type of class in a column, however deep it lies; None if there is none, or several."""
     if type(feature).__name__ == "ClassLabel":
         return tuple(feature.names)
     inner = feature.values() if isinstance(feature, dict) else feature if isinstance(feature, list) else ()
     inner = inner or ([feature.feature] if hasattr(feature, "feature") else [])
-    found = {names for one in inner if (names := _names_inside(one)) is not None}
+    found = {names for one in inner if (names := names_inside(one)) is not None}
     return found.pop() if len(found) == 1 else None
 
 

@@ -17,7 +17,7 @@ Leaf = tuple[str | int, ...]
 values that such paths lead to are called leaves."""
 
 IMAGE_NAMES = ("image", "img", "pixel_values", "pixels")
-TARGET_NAMES = ("label", "labels", "target", "targets", "class", "y", "gt_label")
+TARGET_NAMES = ("label", "labels", "target", "targets", "class", "y", "gt_label", "cls")
 _MAX_WALKED = 64
 MANY_CHANNELS = (
     "Arrays of more than 4 channels are no images for an encoder. Quantize a view of the dataset that shows three of them, "

@@ -67,6 +67,22 @@ _REREAD_POSITIONS = 4
 _REREADS = 64
 
 
+def load_images(item: Any) -> Any:
+    """Decode the Pillow images inside an item, and return the item.
+
+    Pillow opens files without decoding them. Decoding reports damage while the item is known.
+    """
+    for leaf in image_leaves(item):
+        image = at(item, leaf)
+        if isinstance(image, Image.Image):
+            stream = getattr(image, "fp", None)
+            image.load()
+            # `load` drops the reference to a file that the dataset opened, but packing needs its bytes.
+            if not getattr(stream, "closed", True):
+                image.fp = stream  # type: ignore[attr-defined]
+    return item
+
+
 class ItemSource(Source):
     """The base class of all adapters. A subclass defines how an item is read, finished and identified.
 
@@ -95,7 +111,7 @@ class ItemSource(Source):
     def __init__(self, dataset: Any, image_column: str | None, label_column: str | None) -> None:
         self.given = self.dataset = dataset
         self.first = 0
-        self._length = dataset_length(dataset)
+        self._length = self.count(dataset)
         self.image_column = image_column
         self.label_column = label_column
         self._leaf: Leaf | None = None
@@ -120,6 +136,11 @@ class ItemSource(Source):
         return not self.by_items or not self.state().unknown
 
     # A subclass defines the abstract methods below and may override the others of this part.
+
+    @staticmethod
+    def count(dataset: Any) -> int:
+        """Number of samples of the dataset; SourceError if it can't be read by position or is empty."""
+        return dataset_length(dataset)
 
     @abstractmethod
     def read_plain(self, index: int) -> Any:
@@ -163,25 +184,16 @@ class ItemSource(Source):
             raise
         except Exception as error:
             place = self.path(index)
+            leaving = "" if self.in_order else " with torch.utils.data.Subset"
             skipping = "" if self.skips else ', or pass on_error="skip", which leaves out and counts all such items'
             raise SourceError(
                 f"Item {index} of {self.describe()}{f' ({place})' if place else ''} can't be read: "
-                f"{type(error).__name__}: {error}. Repair it, or leave it out with torch.utils.data.Subset{skipping}."
+                f"{type(error).__name__}: {error}. Repair it, or leave it out{leaving}{skipping}."
             ) from error
 
     def plain(self, index: int) -> Any:
         with self.explaining(index):
-            item = self.read_plain(index)
-            # Pillow opens files without decoding them. Decoding here reports damage while the item is known.
-            for leaf in image_leaves(item):
-                image = at(item, leaf)
-                if isinstance(image, Image.Image):
-                    stream = getattr(image, "fp", None)
-                    image.load()
-                    # `load` drops the reference to a file that the dataset opened, but packing needs its bytes.
-                    if not getattr(stream, "closed", True):
-                        image.fp = stream  # type: ignore[attr-defined]
-            return item
+            return load_images(self.read_plain(index))
 
     def _or_unreadable(self, error: SourceError) -> Unreadable:
         """The placeholder for an unreadable item; without `skips`, or if the failure may be temporary, raise it."""
@@ -233,7 +245,7 @@ class ItemSource(Source):
             SourceError: none of the items that were tried can be read and fits.
         """
         problems = []
-        for index in (self.first, *evenly_spaced(len(self), SAMPLED_ITEMS)):
+        for index in (self.first, *self.spread(SAMPLED_ITEMS)):
             try:
                 item = self.plain(index)
                 fits(item)
@@ -296,7 +308,7 @@ class ItemSource(Source):
         """The map to uint8 of all images whose dtype does not define the value range, decided from 64 spread items."""
         if self._scale is None:
             spread = []
-            for index in evenly_spaced(len(self), _SCALE_SAMPLES):
+            for index in self.spread(_SCALE_SAMPLES):
                 with contextlib.suppress(Exception):  # An unreadable item is reported when its turn comes.
                     spread.append(self.read_image(index))
             self._scale = decide_scale([leaf for leaf in spread if needs_scale(leaf)] or spread[:1])
@@ -443,7 +455,7 @@ class ItemSource(Source):
         leaf = self.target_leaf()
         if leaf is None:
             return None
-        items = {index: self._plain_or_unreadable(index) for index in evenly_spaced(len(self), SAMPLED_ITEMS)}
+        items = {index: self._plain_or_unreadable(index) for index in self.spread(SAMPLED_ITEMS)}
         sampled = {i: target_of(item, leaf) for i, item in items.items() if not isinstance(item, Unreadable)}
         seen = as_targets(list(sampled.values()))
         if seen is None and any(value is not None for value in sampled.values()):
@@ -544,9 +556,9 @@ class ItemSource(Source):
 
     def sample_digest(self, others: bool = False) -> str:
         """Digest of 16 evenly spaced plain items, or with `others` of up to 4 items at other positions."""
-        sampled = evenly_spaced(len(self), SAMPLED_ITEMS)
+        sampled = self.spread(SAMPLED_ITEMS)
         if others:
-            sampled = sorted(set(evenly_spaced(len(self), 2 * SAMPLED_ITEMS)).difference(sampled))[:OTHER_ITEMS]
+            sampled = sorted(set(self.spread(2 * SAMPLED_ITEMS)).difference(sampled))[:OTHER_ITEMS]
         return digest_of([self._plain_and_digest(index)[1] for index in sampled])
 
     def check_repeatable(self) -> None:

@@ -221,9 +221,13 @@ def trace(dataset: Any, used: dict[str, Any], index: int, plain: Any, seed: int)
     recorders = {
         name: replaced(value, lambda one, place: _Recorder(one, place, seen), (name,)) for name, value in used.items()
     }
+    recorded = with_attributes(dataset, recorders)
     with isolated_random_state(seed):
         seen.note_random_state()
-        seen.delivered = with_attributes(dataset, recorders)[index]
+        if hasattr(recorded, "go_to"):
+            recorded.go_to(index)  # A stream calls its transforms for the items before this one, too.
+            seen.calls.clear()
+        seen.delivered = recorded[index]
         seen.check_random_state()
     return seen
 

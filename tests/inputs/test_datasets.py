@@ -1,6 +1,6 @@
 """Datasets that misbehave, odd labels, odd sizes and ratios, each through the whole flow.
 
-What is shown elsewhere: streams and empty datasets (tests/sources/test_mapped.py::test_streams_and_empty_datasets_are_refused),
+What is shown elsewhere: empty datasets (tests/sources/test_mapped.py::test_unordered_and_empty_datasets_are_refused),
 items that differ at each read (test_hidden_randomness_is_noticed_and_does_not_move_the_random_state), open handles and the
 identity (test_open_handles_make_the_identity_uncertain), labels that are no classes (tests/sources/test_targets.py), epochs
 without a step (tests/test_loaders.py, tests/test_datamodule.py), items that raise at one index (test_on_error.py).

@@ -255,9 +255,7 @@ def test_a_dict_of_splits_gives_its_train_split():
         as_source(DatasetDict(test=make(3), dev=make(3)))
 
 
-def test_streams_and_empty_datasets_are_refused():
-    with pytest.raises(SourceError, match="streaming=False"):
-        as_source(make().to_iterable_dataset())
+def test_empty_datasets_are_refused():
     with pytest.raises(SourceError, match="empty"):
         as_source(make().select([]))
 

@@ -1,0 +1,239 @@
+"""Streams: read in order, recorded in the first pass, and compared in every later one; the same samples as by position."""
+
+import io
+import itertools
+import os
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+from torch.utils.data import IterableDataset
+
+from dq_lightning import QuantizedDataModule, load_selection, quantize
+from dq_lightning.core.config import QuantizeConfig
+from dq_lightning.core.errors import ChangedError, ConfigError, SourceError
+from dq_lightning.packed.reader import PackedDataset
+from dq_lightning.sources.adapt import as_source
+from dq_lightning.sources.in_order import HEAD_ITEMS
+
+N = 3 * HEAD_ITEMS + 7
+SETTINGS = {"selection": {"keep_ratio": 0.2}, "bins": {"num_bins": 4}, "store": "packed"}
+
+
+def picture(number):
+    pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels // (1 + number % 4))
+
+
+class Stream(IterableDataset):
+    """Samples of a list, in order; `passes` counts how often they were read to the end."""
+
+    def __init__(self, items, transform=None):
+        self.items, self.transform, self.passes = items, transform, 0
+
+    def __iter__(self):
+        for image, label in self.items:
+            yield (image if self.transform is None else self.transform(image)), label
+        self.passes += 1
+
+
+def mean_colour(sample):
+    image = sample["image"] if isinstance(sample, dict) else sample[0]
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32))
+    return torch.cat([pixels.mean((0, 1)), pixels.std((0, 1))])
+
+
+@pytest.fixture(scope="module")
+def items():
+    return [(picture(i), i % 3) for i in range(N)]
+
+
+def same_sets(one, other):
+    """Whether two compact sets hold the same samples in the same bins, packed alike."""
+    first, second = load_selection(one.path), load_selection(other.path)
+    assert torch.equal(first.index, second.index)
+    assert torch.equal(first.bin, second.bin)
+    for left, right in zip(PackedDataset(one.path), PackedDataset(other.path), strict=True):
+        left, right = (list(x.values()) if isinstance(x, dict) else list(x) for x in (left, right))
+        assert len(left) == len(right)
+        for a, b in zip(left, right, strict=True):
+            assert type(a) is type(b)
+            assert a == b
+
+
+def test_a_torch_stream_gives_what_the_list_of_its_samples_gives(items, tmp_path):
+    stream = Stream(items)
+    source = as_source(stream)
+    assert (source.in_order, source.is_read, stream.passes) == (True, False, 0)
+    made = quantize(stream, SETTINGS, encoder=mean_colour, cache_dir=tmp_path / "a", progress=False)
+    same_sets(made, quantize(items, SETTINGS, encoder=mean_colour, cache_dir=tmp_path / "b", progress=False))
+    assert not made.reused
+    assert quantize(Stream(items), SETTINGS, encoder=mean_colour, cache_dir=tmp_path / "a", progress=False).reused
+    named = {"encoder": mean_colour, "cache_dir": tmp_path / "a", "progress": False, "fingerprint": "first"}
+    assert not quantize(Stream(items), SETTINGS, **named).reused
+    stream = Stream(items)
+    assert quantize(stream, SETTINGS, **named).reused
+    assert stream.passes == 0
+    # The identity is that of the same samples in a list.
+    assert quantize(items, SETTINGS, encoder=mean_colour, cache_dir=tmp_path / "a", progress=False).reused
+
+
+def test_a_module_trains_on_a_stream_with_its_transform_and_from_the_store_without_it(items, tmp_path):
+    def to_tensor(image):
+        return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255
+
+    module = QuantizedDataModule(
+        Stream(items, to_tensor), keep_ratio=0.2, num_bins=4, encoder=mean_colour, cache_dir=tmp_path, num_workers=0
+    )
+    module.prepare_data()
+    module.setup("fit")
+    batches = list(module.train_dataloader())
+    assert module.num_classes == 3
+    wanted = {to_tensor(items[i][0]).numpy().tobytes() for i in module.selection.index.tolist()}
+    assert {image.numpy().tobytes() for images, _ in batches for image in images} == wanted
+    again = QuantizedDataModule.from_store(module.info.path, transform=to_tensor, num_workers=0, cache_dir=tmp_path)
+    again.prepare_data()
+    again.setup("fit")
+    assert sum(len(labels) for _, labels in again.train_dataloader()) == len(wanted)
+
+
+@pytest.mark.parametrize("formatted", [False, True])
+def test_a_hugging_face_stream_gives_what_the_dataset_gives(items, formatted, tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    rows = datasets.Dataset.from_dict({"image": [i for i, _ in items], "label": [c for _, c in items]}, features)
+    stream = rows.to_iterable_dataset(num_shards=3)
+    source, by_position = as_source(stream), as_source(rows)
+    assert source.encoded(1) == by_position.encoded(1)
+    assert source.labels().names == ("a", "b", "c")
+    if formatted:
+        stream = stream.with_format("torch")
+        finish = as_source(stream).finisher(torch.arange(2))
+        assert torch.equal(finish(0, by_position.plain(1))["image"], rows.with_format("torch")[1]["image"])
+    one = quantize(stream, SETTINGS, encoder=mean_colour, cache_dir=tmp_path / "a", progress=False)
+    same_sets(one, quantize(rows, SETTINGS, encoder=mean_colour, cache_dir=tmp_path / "b", progress=False))
+
+
+def test_a_hugging_face_stream_of_text(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": [f"row {i * i}" for i in range(N)]})
+    source = as_source(rows.to_iterable_dataset())
+    assert source.modality == "text"
+    assert source.texts(range(N)) == as_source(rows).texts(range(N))
+    assert len(source) == N
+
+
+@pytest.fixture(scope="module")
+def shards(items, tmp_path_factory):
+    """The folder of three tars and of three Parquet files of the same samples; all were written long ago."""
+    folder = tmp_path_factory.mktemp("shards")
+    features = datasets.Features({"jpg": datasets.Image(), "cls": datasets.Value("int64")})
+    for number in range(3):
+        place, rows = folder / "tars" / f"{number}.tar", {"jpg": [], "cls": []}
+        place.parent.mkdir(exist_ok=True)
+        with webdataset.TarWriter(str(place)) as tar:
+            for i in range(number, N, 3):
+                file = io.BytesIO()
+                items[i][0].save(file, "JPEG")
+                tar.write({"__key__": f"{i:05}", "jpg": file.getvalue(), "cls": i % 2})
+                rows["jpg"].append({"bytes": file.getvalue(), "path": None})
+                rows["cls"].append(i % 2)
+        (folder / "parquet").mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(rows, features).to_parquet(folder / "parquet" / f"{number}.parquet")
+    for path in folder.rglob("*.*"):
+        os.utime(path, (1e9, 1e9))
+    return folder
+
+
+def test_tars_and_parquet_files(shards, tmp_path, monkeypatch):
+    # A file is not trusted by its times in the two seconds after a change, of which no test can set the time.
+    monkeypatch.setattr("dq_lightning.sources.hub_streams.RACY_NANOSECONDS", 0)
+    tars = sorted(map(str, (shards / "tars").iterdir()))
+    settings = SETTINGS | {"image_column": "jpg"}
+
+    def made(data, cache="a"):
+        return quantize(data, settings, encoder=mean_jpg, cache_dir=tmp_path / cache, progress=False)
+
+    one = made(tars[::-1])  # The order of the names counts.
+    with monkeypatch.context() as patched:
+        patched.setattr("dq_lightning.sources.in_order.StreamSource.scan", None)
+        assert made(tars).reused  # The files are recognised, so nothing is read.
+    again = made(shards / "tars", "b")
+    same_sets(one, again)
+    stored = PackedDataset(one.path)[0]
+    assert stored["jpg"].format == "JPEG"
+    # A pipeline of the library gives the same pictures and classes, and Parquet files hold the same rows.
+    pipeline = webdataset.WebDataset(tars, shardshuffle=False).decode("pil").to_tuple("jpg", "cls")
+    source, by_tuple, parquet = as_source(tars), as_source(pipeline), as_source(str(shards / "parquet"))
+    assert len(source) == len(by_tuple) == len(parquet) == N
+    assert torch.equal(source.labels().values, by_tuple.labels().values)
+    assert torch.equal(source.labels().values, parquet.labels().values)
+    for i in range(0, N, 20):
+        assert source.image(i).tobytes() == by_tuple.image(i).tobytes() == parquet.image(i).tobytes()
+    assert source.encoded(5) == parquet.encoded(5)
+
+
+def mean_jpg(sample):
+    return mean_colour((sample["jpg"],))
+
+
+def test_files_that_can_t_be_one_stream(tmp_path):
+    for files, said in ((["a.tar", "b.parquet"], "several kinds"), (["a.tar", "a.tar"], "named twice")):
+        with pytest.raises(SourceError, match=said):
+            as_source(files)
+    with pytest.raises(SourceError, match="can't be opened as webdataset"):
+        as_source([tmp_path / "none.tar"])
+
+
+# what is refused
+
+
+class Shuffled(Stream):
+    def __iter__(self):
+        self.passes += 1
+        order = np.random.default_rng(self.passes).permutation(len(self.items))
+        yield from (self.items[i] for i in order)
+
+
+def test_shuffles_are_refused(items):
+    rows = datasets.Dataset.from_dict({"x": list(range(9))}).to_iterable_dataset()
+    pipeline = webdataset.WebDataset(["a.tar"], shardshuffle=False)
+    for shuffled in (
+        rows.shuffle(seed=1),
+        rows.shuffle(seed=1).map(dict),
+        datasets.interleave_datasets([rows, rows], probabilities=[0.5, 0.5], seed=1),
+        pipeline.shuffle(10),
+        webdataset.WebDataset(["a.tar"], shardshuffle=10),
+        webdataset.WebDataset(["a.tar"], shardshuffle=10, detshuffle=True),
+        webdataset.DataPipeline(webdataset.ResampledShards(["a.tar"])),
+    ):
+        with pytest.raises(SourceError, match="is shuffled"):
+            as_source(shuffled, needs_images=False)
+    with pytest.raises(ChangedError, match=r"item 0 .*is another one.*take shuffles out"):
+        as_source(Shuffled(items)).digest(None)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda items: items[:-1], "ends after"),
+        (lambda items: [*items, items[0]], "gives more"),
+        (lambda items: [*items[:150], (picture(9999), 1), *items[151:]], "item 150 "),
+    ],
+)
+def test_a_pass_that_differs_is_an_error_that_names_the_first_difference(items, change, said):
+    stream = Stream(items)
+    source = as_source(stream)
+    assert len(source) == N
+    stream.items = change(items)
+    with pytest.raises(ChangedError, match=said):
+        list(itertools.takewhile(source.has, itertools.count()))
+
+
+def test_what_needs_positions_is_refused(items, tmp_path):
+    for settings, said in ({"store": "indices"}, 'store="packed"'), ({"max_bytes": 10**6}, "keep_ratio"):
+        with pytest.raises(ConfigError, match=said):
+            quantize(Stream(items), QuantizeConfig.from_dict(settings), encoder=mean_colour, cache_dir=tmp_path)
+    with pytest.raises(SourceError, match="is empty"):
+        as_source(Stream([]))
