@@ -13,10 +13,10 @@ from dq_lightning.demo.sample_data import SampleCIFAR10, cut_sheet, decode_sheet
 MAKE_SAMPLE = runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / "make_sample.py"))
 
 
-def test_the_demo_runs_and_prints_what_came_out(monkeypatch, capsys):
+def test_the_demo_runs_and_prints_what_came_out(monkeypatch, capsys, tmp_path):
     for name, value in {"EPOCHS": 1, "SEEDS": (0, 1), "KEEP_RATIO": 0.05}.items():
         monkeypatch.setattr(demo, name, value)
-    accuracies = demo.run_demo(progress=False)
+    accuracies = demo.run_demo(progress=False, output=tmp_path)
     printed = capsys.readouterr().out
     assert {name: len(values) for name, values in accuracies.items()} == dict.fromkeys(demo.NAMES, 2)
     assert all(0 <= value <= 100 for values in accuracies.values() for value in values)
@@ -27,6 +27,8 @@ def test_the_demo_runs_and_prints_what_came_out(monkeypatch, capsys):
     ).groups()
     assert int(left_out) >= 700
     assert float(wrong) < 10
+    assert printed.rstrip().endswith(f"the report on step 4, to open in a browser: {tmp_path / 'report.html'}")
+    assert f"{left_out} samples were left out" in (tmp_path / "report.html").read_text(encoding="utf-8")
     for name in accuracies:
         assert f"{np.mean(accuracies[name]):.1f} %" in printed
 

@@ -41,7 +41,8 @@ def report(
         path: folder of the compact set, or the folder that quantize wrote its results into.
         output: file that is written, or a folder, which gets a report.html.
         dataset: the dataset that the set was made from, as in quantize, which gives pictures and labels of what was
-            left; a packed set shows its own samples without it.
+            left. When left out, it is the one that quantize named in its results, if it is still there; a packed set
+            shows its own samples without it.
         data_path: folder or file of the dataset, as in quantize.
         split: split to read, for datasets that have several.
         labels: the column that was used in place of the classes, or false.
@@ -51,8 +52,13 @@ def report(
         device: device that fills the dropped patches of a few images.
     """
     from dq_lightning.commands.opening import open_dataset
+    from dq_lightning.exports.results import place_beside
     from dq_lightning.report.make import report_of_set
 
+    if dataset is None and data_path is None:
+        beside = place_beside(path)
+        dataset, data_path, split = beside.get("dataset"), beside.get("data_path"), beside.get("split", split)
+        labels = beside.get("labels") if labels is None else labels
     given = dataset is not None or data_path is not None
     place = {"dataset": dataset, "data_path": data_path, "split": None if split == "train" else split}
     written = report_of_set(
@@ -180,12 +186,15 @@ def prune(
     print(f"{done.left_bytes:,} bytes {'would remain' if dry_run else 'remain'} in the cache")
 
 
-def demo(progress: bool = True) -> None:
+def demo(progress: bool = True, output: str = "dq_lightning_demo.html") -> None:
     """Quantize bundled images, train on the result and on random samples, and print the accuracies (no network needed).
+
+    It writes a report on the images, some of which have wrong labels.
 
     Args:
         progress: show progress bars.
+        output: file of the report.
     """
     from dq_lightning.demo.run import run_demo
 
-    run_demo(progress=progress)
+    run_demo(progress=progress, output=output)

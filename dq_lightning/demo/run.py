@@ -31,6 +31,7 @@ NAMES = {
     "wrong_random": "wrong labels, random",
 }
 EPOCHS = 20
+REPORT = "dq_lightning_demo.html"
 BATCH_SIZE = 50
 TO_TENSOR = v2.PILToTensor()
 NORMALIZE = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(CIFAR10_MEAN, CIFAR10_STD)])
@@ -107,11 +108,12 @@ def train_and_test(data: QuantizedDataModule | DataLoader[Any], seed: int, progr
     return 100 * trainer.test(model, test, verbose=False)[0]["accuracy"]
 
 
-def run_demo(progress: bool = True) -> dict[str, list[float]]:
+def run_demo(progress: bool = True, output: str | Path = REPORT) -> dict[str, list[float]]:
     """Run the whole flow on 2,000 bundled CIFAR-10 images, without a network connection and in a temporary cache.
 
     Args:
         progress: show progress bars.
+        output: file of the report on the set of images with wrong labels, or a folder, which gets a `report.html`.
 
     Returns:
         Test accuracies in percent, one for each seed, under `"dq"`, `"patches"` (the same samples, a fifth of whose
@@ -155,6 +157,7 @@ def run_demo(progress: bool = True) -> dict[str, list[float]]:
             f"   {left_out:,} samples left out; {(truth != given)[kept].float().mean():.1%} of the kept labels are wrong, "
             f"{(truth != given).float().mean():.1%} of all"
         )
+        report = cleaned.report(output)
         print(f"5. Train a small network, {EPOCHS} epochs of {info.num_samples} samples")
         for seed in SEEDS:
             accuracies["dq"].append(train_and_test(_quantized(cache_dir, seed), seed, progress))
@@ -172,7 +175,7 @@ def run_demo(progress: bool = True) -> dict[str, list[float]]:
     print(
         "   The bundled encoder was trained on these images with their true labels, so it finds wrong ones too easily"
     )
-    print(f"done in {time.perf_counter() - started:.0f} s")
+    print(f"done in {time.perf_counter() - started:.0f} s; the report on step 4, to open in a browser: {report}")
     return accuracies
 
 

@@ -70,6 +70,27 @@ def write_config(path: Path, values: dict[str, Any]) -> None:
     _write_text(path, tools.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
+def place_beside(folder: str | Path) -> dict[str, Any]:
+    """Return where the dataset of a set is, as the command `quantize` wrote it into the folder of its results.
+
+    The dict has `dataset`, `data_path`, `split` and `labels`, as far as they are known. It is empty where the data are
+    no longer there, and where the name of the dataset would import other code or ask a hub: a folder that was copied from
+    somebody else must not decide what is loaded here.
+    """
+    import yaml
+
+    tools: Any = yaml
+    try:
+        written = tools.safe_load((Path(folder).expanduser() / CONFIG).read_text(encoding="utf-8"))
+        place = {name: written.get(name) for name in ("dataset", "data_path", "split", "labels")}
+    except (OSError, ValueError, AttributeError, tools.YAMLError):
+        return {}
+    dataset, data_path = place["dataset"], place["data_path"]
+    plain = dataset is None or (isinstance(dataset, str) and dataset.isidentifier())
+    there = isinstance(data_path, str) and Path(data_path).expanduser().exists()
+    return {name: value for name, value in place.items() if value is not None} if plain and there else {}
+
+
 def _write_text(path: Path, text: str) -> None:
     whole(path, lambda place: place.write_text(text, encoding="utf-8"))
 

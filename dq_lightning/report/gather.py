@@ -146,7 +146,9 @@ def _classes(material: Material) -> ClassTable | str:
             values = (labels.values, labels.values[index])
             before, after = (torch.bincount(some, minlength=len(names)).tolist() for some in values)
             note = None if labels.are_classes else "These are groups that the samples were chosen in, not classes."
-        return ClassTable(tuple(ClassCount(*row) for row in zip(names, before, after, strict=False)), note)
+        rows = (ClassCount(*row) for row in zip(names, before, after, strict=False))
+        # Classes without a sample, such as those of a list of names that a part of a dataset still has, say nothing.
+        return ClassTable(tuple(row for row in rows if row.before), note)
     if material.kept_labels is not None:
         after = torch.bincount(material.kept_labels.values, minlength=len(names)).tolist()
         return ClassTable(tuple(ClassCount(name, None, count) for name, count in zip(names, after, strict=True)))
@@ -175,7 +177,7 @@ def _findings(material: Material, classes: ClassTable | str) -> list[str]:
         rows = classes.rows
         empty = [one.name for one in rows if one.after == 0 and one.before != 0]
         if empty:
-            named = ", ".join(empty[:8]) + (", …" if len(empty) > 8 else "")
+            named = ", ".join(empty[:8]) + (" and others" if len(empty) > 8 else "")
             found.append(f"{len(empty):,} of {len(rows):,} classes lost all their samples: {named}.")
         share = info.num_samples / whole
         far = [
@@ -186,7 +188,7 @@ def _findings(material: Material, classes: ClassTable | str) -> list[str]:
         if far:
             named = ", ".join(f"{one.name} ({one.after:,} of {one.before:,})" for one in far[:5])
             found.append(
-                f"{len(far):,} classes were kept in another share than the whole: {named}{', …' * (len(far) > 5)}."
+                f"{len(far):,} classes were kept in another share than the whole: {named}{' and others' * (len(far) > 5)}."
             )
     if isinstance(material.bins, Bins):
         sizes = torch.bincount(
@@ -231,9 +233,10 @@ def _sheets(material: Material, samples: Samples) -> Sheets | str:
     sheets = [
         BinSheet(number, size, num_kept, tuple(map(samples.show, first)), tuple(map(samples.show, second)))
         for number, size, num_kept, first, second in chosen
+        if size != 0 and (first or second)
     ]
     why = NO_DATASET if material.source is None else None if has_bins or numbers[0] == -1 else str(bins)
-    return Sheets(tuple(sheets), max(count, 0), why)
+    return Sheets(tuple(sheets), len(chosen), max(count, 1), why)
 
 
 def _curve(bins: Bins | str) -> GainCurve | str:

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dq_lightning.cache.tensors import read_scores
-from dq_lightning.core.devices import DeviceNames
+from dq_lightning.core.devices import DeviceNames, resolve_devices
 from dq_lightning.core.errors import DQError
+from dq_lightning.core.isolation import isolated
 from dq_lightning.core.records import PatchedImage
 from dq_lightning.packed.patches import unpack_image
 from dq_lightning.packed.reader import PackedDataset
@@ -135,8 +136,8 @@ def _filled(
         plan = stored_patch_plan(compact)
         if plan.reconstructor is None:
             return {}, 'the set was made with reconstruct="off", which fills dropped patches with the mean colour.'
-        name = device if isinstance(device, str) else device[0]
-        made = Filler(plan, str(name)).pixels(stored, place)
+        with isolated():
+            made = Filler(plan, str(resolve_devices(device)[0])).pixels(stored, place)
         return {order: from_pixels(pixels) for order, pixels in made.items()}, None
     except DQError as error:
         return {}, str(error)

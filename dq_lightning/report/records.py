@@ -102,12 +102,14 @@ class Sheets:
     """Sheets of some or all bins.
 
     Attributes:
-        bins: one sheet for each bin that is shown, by number.
+        bins: one sheet for each bin that is shown and not empty, by number.
+        num_tried: number of the bins that are shown, the empty ones counted.
         num_bins: number of all bins.
         why_no_left: why no left samples are shown; None where they are.
     """
 
     bins: tuple[BinSheet, ...]
+    num_tried: int
     num_bins: int
     why_no_left: str | None = None
 

@@ -19,7 +19,7 @@ from dq_lightning.sources.base import Source
 
 # Pictures of a sheet have at most this many pixels a side; smaller images are shown as they are.
 SIDE = 112
-MOST_CHARACTERS = 280
+MOST_CHARACTERS = 240
 _QUALITY = 80
 
 

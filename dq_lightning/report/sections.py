@@ -52,7 +52,7 @@ def _how(report: Report) -> str:
         return f"The samples were chosen by {facts['Chosen by']}."
     if "Bins" not in facts:
         return "All samples were kept."
-    encoder = f" from the features of the {facts['Encoder']}" if "Encoder" in facts else ""
+    encoder = f" from the features of the {facts['Encoder'].removeprefix('the ')}" if "Encoder" in facts else ""
     return (
         f"The samples were split into {facts['Bins'].partition(',')[0]} bins{facts['Bins'].partition(',')[1]}"
         f"{facts['Bins'].partition(',')[2]}{encoder}: early bins hold typical samples, late ones unusual ones. The same share "
@@ -170,8 +170,10 @@ def sheets_section(shown: Sheets | str) -> str:
         return _sentence(shown)
     about = "Samples of each bin, drawn at random. Compare what was kept with what was left: both should look alike in a bin, "
     about += "and bins should go from typical to unusual."
-    if shown.num_bins > len(shown.bins):
-        about += f" {len(shown.bins)} of the {shown.num_bins:,} bins are shown."
+    if shown.num_bins > shown.num_tried:
+        about += f" {shown.num_tried} of the {shown.num_bins:,} bins are shown."
+    if shown.num_tried > len(shown.bins):
+        about += f" {shown.num_tried - len(shown.bins)} of them are empty."
     why = _sentence(shown.why_no_left) if shown.why_no_left else ""
     return f"{_about(about)}{why}{''.join(map(_sheet, shown.bins))}"
 

@@ -15,6 +15,7 @@ from dq_lightning import QuantizedDataModule, as_source, load_selection, quantiz
 from dq_lightning.bins.duplicates import find_duplicates, near_pairs
 from dq_lightning.cli import main
 from dq_lightning.core.errors import ConfigError, StoreError
+from dq_lightning.exports.results import place_beside
 from dq_lightning.pipeline.duplicates import read_duplicates_of
 from dq_lightning.pipeline.plan import (
     BINS,
@@ -240,6 +241,8 @@ def test_patches_are_shown_from_original_to_filled(tmp_path):
     text = Page(data.report(tmp_path)).text["patches"]
     assert [text.count(word) for word in ("original", "saliency", "filled ")] == [6, 6, 7]
     assert "75% of the patches" in text
+    # the filled images are in the cache of the data module; the report of a folder fills some anew
+    assert Page(data.info.report(tmp_path, dataset=dataset)).text["patches"] == text
     alone = QuantizedDataModule.from_store(data.info.path, cache_dir=tmp_path / "other", num_workers=0)
     alone.prepare_data()
     alone.setup("fit")
@@ -292,6 +295,8 @@ def test_the_command_names_the_file(tmp_path, capsys):
     name = "dq_lightning.demo.sample_data.SampleCIFAR10"
     given = ["--dataset", name, "--cache_dir", str(tmp_path / "cache")]
     main(["quantize", *given, "--encoder", str(tmp_path / "ready.npy"), "--output", str(tmp_path / "out")])
+    # a class of somebody's package is not imported because a folder names it
+    assert place_beside(tmp_path / "out") == {}
     main(["report", str(tmp_path / "out"), *given, "--output", str(tmp_path / "page.html")])
     assert f"wrote the report ({(tmp_path / 'page.html').stat().st_size:,} bytes)" in capsys.readouterr().out
     page = Page(tmp_path / "page.html")
@@ -353,3 +358,19 @@ def test_labels_of_samples_with_several_are_counted_one_by_one(tmp_path):
     assert len(pairs) > 5
     assert torch.equal(found.pairs, pairs)
     assert torch.equal(found.cosine, cosine)
+
+
+def test_the_command_finds_the_dataset_that_quantize_named(tmp_path, capsys):
+    rows = [{"instruction": f"question {number}", "output": f"answer {number}"} for number in range(40)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    np.save(tmp_path / "ready.npy", np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32))
+    cache = ["--cache_dir", str(tmp_path / "cache")]
+    given = ["--data_path", str(tmp_path / "rows.json"), "--encoder", str(tmp_path / "ready.npy")]
+    main(["quantize", *given, *cache, "--output", str(tmp_path / "out")])
+    main(["report", str(tmp_path / "out"), *cache, "--output", str(tmp_path)])
+    page = Page(tmp_path / "report.html")
+    assert "question 1" in page.text["bins"]
+    assert "--data_path" in page.text["make-it-again"]
+    (tmp_path / "rows.json").unlink()
+    main(["report", str(tmp_path / "out"), *cache, "--output", str(tmp_path)])
+    assert "not at hand" in Page(tmp_path / "report.html").text["bins"]
