@@ -233,7 +233,7 @@ def _sheets(material: Material, samples: Samples) -> Sheets | str:
     sheets = [
         BinSheet(number, size, num_kept, tuple(map(samples.show, first)), tuple(map(samples.show, second)))
         for number, size, num_kept, first, second in chosen
-        if size != 0 and (first or second)
+        if size != 0
     ]
     why = NO_DATASET if material.source is None else None if has_bins or numbers[0] == -1 else str(bins)
     return Sheets(tuple(sheets), len(chosen), max(count, 1), why)
