@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dq_lightning.bins.graph_cut import candidates, device, engine, proof, referee, scores
 from dq_lightning.bins.make import make_bins
+from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.records import Features
 from tests.bins.test_make import KINDS, assert_greedy, random_features
 from tests.full_count import examples
@@ -95,14 +96,24 @@ def test_the_picks_are_those_of_the_dense_greedy(seed, total, width, num_bins, k
     width=st.integers(1, 4),
     reach=st.sampled_from([1, 1, 2, 9]),
     num_bins=st.integers(1, 5),
-    shift=st.sampled_from([0.0, 2.0**-30]),
+    lam=st.sampled_from([1.0, 1.0, 2.0, 0.5]),
+    way=st.sampled_from(["whole", "tenths", "twos", "one-hot", "two-hot", "referee"]),
     regime=st.sampled_from(REGIMES),
 )
-def test_true_ties_go_to_the_lowest_position(seed, total, width, reach, num_bins, shift, regime):
-    values = np.random.default_rng(seed).integers(-reach, reach + 1, (total, width))
-    # a factor that makes no whole numbers sends ties to the exact arithmetic
-    bins = bins_in(regime, values * (1.0 + shift), num_bins=num_bins, similarity="dot")
-    expected = twin.rational_bins_twin(values, num_bins)
+def test_true_ties_go_to_the_lowest_position(seed, total, width, reach, num_bins, lam, way, regime):
+    generator = np.random.default_rng(seed)
+    values = generator.integers(-reach, reach + 1, (total, width)).astype(np.float64)
+    if way.endswith("hot"):
+        # equal rows, and other rows of equal gains; for two ones the cosine divides by a rounded root
+        shuffled = generator.permuted(np.tile(np.arange(width + 2), (total, 1)), axis=1)
+        values = (shuffled < (1 if way == "one-hot" else 2)).astype(np.float64)
+    features = values * {"tenths": float(np.float32(0.1)), "twos": 2.0**-20}.get(way, 1.0)
+    if way == "referee":
+        # a small constant changes no comparison, but is no common measure with the rest, so exact arithmetic decides
+        features = np.concatenate([values, np.full((total, 1), 2.0**-30)], axis=1)
+    similarity = "cosine" if way.endswith("hot") else "dot"
+    bins = bins_in(regime, features, num_bins=num_bins, similarity=similarity, lam=lam)
+    expected = twin.rational_bins_twin(values, num_bins, Fraction(lam))
     assert [part.tolist() for part in picks_of(bins, num_bins)] == expected
 
 
@@ -214,6 +225,27 @@ def test_equal_rows_far_apart_cost_nothing_and_come_in_order():
     for start in (0, 200, 400):
         when = bins.assignment.long()[start : start + 200] * 1000 + bins.rank[start : start + 200]
         assert torch.equal(when, when.sort().values)
+
+
+def test_the_matrix_takes_no_more_memory_than_allowed(caplog, monkeypatch):
+    values = np.random.default_rng(0).standard_normal((300, 4))
+    made, make = [], scores.MatrixScores.__init__
+    monkeypatch.setattr(scores.MatrixScores, "__init__", lambda self, pool: made.append(len(pool)) or make(self, pool))
+    with caplog.at_level("INFO", "dq_lightning"):
+        free = make_bins(values, num_bins=3)
+        assert max(made) == 300
+        made.clear()
+        bound = make_bins(values, num_bins=3, matrix_memory="100KB")
+    # 4 bytes an entry
+    assert all(4 * rows**2 <= 100_000 for rows in made)
+    assert torch.equal(free.rank, bound.rank)
+    assert "graph cut (dense)" in caplog.messages[0]
+    assert "of memory beyond the features" in caplog.messages[0]
+    assert "graph cut (candidates, stream where few of them are proved)" in caplog.messages[1]
+    with pytest.raises(ConfigError, match=r"engine='dense' needs 351.6 KiB .* matrix_memory='100KB' allows"):
+        make_bins(values, engine="dense", matrix_memory="100KB")
+    with pytest.raises(ConfigError, match="matrix_memory='much' is not a budget"):
+        make_bins(values, matrix_memory="much")
 
 
 @pytest.mark.gpu

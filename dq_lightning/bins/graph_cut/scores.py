@@ -154,7 +154,7 @@ def _until_stale(pool: Pool, scores: MatrixScores | PassScores, count: int) -> i
         top = values[best]
         values[best] = scores.dead
         least = top - scores.window()
-        doubtful = values.max() >= least or least <= scores.floor
+        doubtful = values[values.argmax()] >= least or least <= scores.floor
         values[best] = top
         if doubtful:
             if scores.window() == 0.0 and least > scores.floor:
@@ -191,10 +191,10 @@ def _products(pool: Pool, table: Rows, factor: float, size: int) -> NDArray[np.s
     def fill(corner: tuple[int, int]) -> None:
         down, across = corner
         product = table.span(down, down + tile).inner(table.span(across, across + tile))
-        codes = product.mul_(factor).round_().to(matrix.dtype).cpu()
-        matrix[down : down + tile, across : across + tile] = codes
+        codes = whole[down : down + tile, across : across + tile]
+        np.rint(product.mul_(factor).cpu().numpy(), out=codes, casting="unsafe")
         if down != across:
-            matrix[across : across + tile, down : down + tile] = codes.T.contiguous()
+            matrix[across : across + tile, down : down + tile] = torch.from_numpy(codes).T
 
     starts = range(0, total, tile)
     pool.group.workers.run(fill, [(down, across) for down in starts for across in starts if across <= down])
