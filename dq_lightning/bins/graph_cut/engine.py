@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dq_lightning.bins.graph_cut.candidates import Candidates, cost_of_a_pick, steady_cost
+from dq_lightning.bins.graph_cut.candidates import Candidates, steady_cost
 from dq_lightning.bins.graph_cut.costs import Costs
 from dq_lightning.bins.graph_cut.device import MATRIX_FROM, DevicePicks
 from dq_lightning.bins.graph_cut.exact import Array
@@ -104,6 +104,8 @@ class _Run:
         self._gains: list[Array] = []
         self._costs = Costs(sum(rows.widths), rows.width, rows.device.type, max(1, rows.workers.count))
         self._wasted = 0.0
+        # What picks would cost lately, and how many they were; each round counts half as much as the next.
+        self._recent = (0.0, 0.0)
 
     def one_bin(self, sizes: Sequence[int]) -> Array:
         """Make the picks of a bin of `sizes[0]` samples, followed by bins of the other sizes; return their gains."""
@@ -115,7 +117,7 @@ class _Run:
             self._use_matrix()
         elif self._engine == "stream" or (self._engine == "auto" and on_device(self._pool)):
             self._scores = self._passes()
-        rounds = Candidates(self._pool, self._costs, self._room.candidates)
+        rounds = Candidates(self._pool, self._costs, self._room.candidates, self._room.rows)
         while referee.length < sizes[0]:
             left = sizes[0] - referee.length
             if isinstance(self._scores, DevicePicks):
@@ -124,10 +126,10 @@ class _Run:
             if self._scores is not None:
                 pick_in_turn(self._pool, self._scores, left, self._tick)
                 break
-            made, cost = rounds.round(left)
+            made, cost, rate = rounds.round(left)
             self._tick(made)
             if self._engine == "auto" and made < left:
-                self._reconsider(made, cost, sizes, left - made)
+                self._reconsider(made, cost, rate, sizes, left - made)
         self._gains.append(self._pool.values)
         # The vector is now lam * sum(left) - 2 * sum(picked).
         self._sum = self._sum - 0.5 * (vector - self._pool.vector)
@@ -181,7 +183,7 @@ class _Run:
             worth = 2.0 * sum(sizes) * steady_cost(rows, self._costs, self._room.candidates)
         return self._dense(sum(sizes)) <= worth
 
-    def _reconsider(self, made: int, cost: float, sizes: Sequence[int], left: int) -> None:
+    def _reconsider(self, made: int, cost: float, rate: float, sizes: Sequence[int], left: int) -> None:
         """Change over to the matrix or to passes if a round of candidates has kept few picks.
 
         The cost that exceeds the steady one is wasted. If what was wasted so far, and would be until the last pick if
@@ -191,9 +193,9 @@ class _Run:
         rows, picks = len(self._pool), left + sum(sizes[1:])
         steady = steady_cost(rows, self._costs, self._room.candidates)
         a_pass = self._costs.from_pass(rows)
-        # A round that had aimed at the picks that it kept would have needed fewer candidates.
-        rate = cost_of_a_pick(rows, made, self._costs)
         self._wasted += max(0.0, cost - made * steady)
+        self._recent = 0.5 * self._recent[0] + rate * made, 0.5 * self._recent[1] + made
+        rate = self._recent[0] / self._recent[1]
         excess = max(0.0, min(rate, a_pass) - steady)
         if self._wasted + excess * picks > self._dense(picks):
             self._use_matrix()
