@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dq_lightning.bins.graph_cut import candidates, device, engine, proof, referee, scores
+from dq_lightning.bins.graph_cut import candidates, costs, device, engine, proof, referee, scores
 from dq_lightning.bins.make import make_bins
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.records import Features
@@ -26,6 +26,9 @@ REGIMES = ["dense", "dense in 2 bytes", "candidates", "stream", "dense in blocks
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(candidates, "LEAST", 4)
+    monkeypatch.setattr(candidates, "_PART", 2)
+    # passes over few rows cost little, so that candidates have candidates
+    monkeypatch.setattr(costs.Costs, "check", lambda self, rows: rows * 1e-3)
     monkeypatch.setattr(proof, "_PICKS_A_CHECKPOINT", 3)
     monkeypatch.setattr(scores, "_TILE", {"cpu": 32, "cuda": 32})
     # with entries of 2**24 the range of 4 bytes ends 64 similarities below the greatest gain
@@ -217,6 +220,17 @@ def test_features_mapped_from_a_file(tmp_path):
     first, second = make_bins(mapped, num_bins=4), make_bins(values, num_bins=4)
     assert torch.equal(first.rank, second.rank)
     assert torch.equal(first.assignment, second.assignment)
+
+
+def test_candidates_have_candidates(monkeypatch):
+    levels, make = [], candidates.Candidates.round
+    monkeypatch.setattr(
+        candidates.Candidates, "round", lambda rounds, count: levels.append(rounds._level) or make(rounds, count)
+    )
+    values = np.random.default_rng(1).standard_normal((300, 4)) + 2.0
+    bins = make_bins(values, num_bins=3, engine="candidates")
+    assert max(levels) > 1
+    assert torch.equal(bins.rank, make_bins(values, num_bins=3, engine="dense").rank)
 
 
 def test_equal_rows_far_apart_cost_nothing_and_come_in_order():

@@ -19,11 +19,13 @@ without any error: gains are then compared as they are, ties need no exact arith
     is made in float64 unless float32 errs by less than a unit. Gains start again from float64 when decisions have cost
     as much as that.
 `"candidates"` (`candidates.Candidates`, `proof.Proof`): a small matrix of the rows of greatest gain, from which hundreds
-    of picks are made, and one float64 pass over all rows that proves them. Between the ends of a chunk of picks a gain
-    stays near a straight line, to within twice the distance of the sum of the picks from its own line. Memory is of the
-    order of the features. It is the fastest way where one pick hardly changes the order of the gains.
-`"stream"` (`scores.PassScores`): one product of the float32 rows with twice the sum of
-    the picks since the gains were last exact. A gain is off by at most (W + 8) 2**-24 times the length of that sum.
+    of picks are made, and one float64 pass over all rows that proves them. If few are proved, an eighth of the rows
+    becomes candidates that have such rounds among themselves, so that passes over all rows are seldom. Between the
+    ends of a chunk of picks a gain stays near a straight line, to within twice the distance of the sum of the picks
+    from its own line. Memory is of the order of the features. It is the fastest way where one pick hardly changes the
+    order of the gains.
+`"stream"` (`scores.PassScores`): one product of the float32 rows with twice the sum of the picks since the gains were
+    last exact. A gain is off by at most (W + 8) 2**-24 times the length of that sum.
     Memory is 4 n W bytes.
 
 On a GPU (`device.DevicePicks`) "dense" from 4,096 rows on, with a float32 matrix of 4 n^2 bytes, and "stream" need no
@@ -33,7 +35,7 @@ of them are computed by one product of matrices, which confirms them.
 `"auto"` (`engine`) on a GPU makes the matrix if that saves a tenth of the cost of passes (`costs.Costs`), and else passes.
 On the CPU, and for rows that do not fit the GPU in float64, it makes the matrix at once in the first bin if that costs
 less than twice what candidates would at best. Otherwise it begins with candidates, and counts what its rounds cost above
-their steady cost. Once that, and what all picks that are left would add if rounds went on to keep as few, exceeds the
+their steady cost. Once that, and what all picks that are left would add if rounds went on as lately, exceeds the
 cost of the matrix and of those picks, the matrix is made and kept for all bins that follow, so what was learned is paid
 at most once over. If the matrix does not fit the memory allowed (`BinConfig.matrix_memory`), passes are made for the rest
 of a bin in which a pass for each pick costs less than such rounds.

@@ -3,7 +3,7 @@
 One pick hardly changes the order of the gains where the sum of what is left is long, so the next hundreds of picks are
 among the rows whose gains are greatest now. These candidates have a small matrix of inner products. Their picks are
 checked against all other rows in one pass; if another row should have been picked, that pick and all later ones are
-undone and the row becomes a candidate.
+undone and the row becomes a candidate. Candidates of many rows have candidates among themselves.
 """
 
 import numpy as np

@@ -187,7 +187,7 @@ class _Run:
         """Change over to the matrix or to passes if a round of candidates has kept few picks.
 
         The cost that exceeds the steady one is wasted. If what was wasted so far, and would be until the last pick if
-        rounds went on to keep so few, is more than the cost of the matrix and of all picks that are left, the matrix is
+        rounds went on as lately, is more than the cost of the matrix and of all picks that are left, the matrix is
         made. Otherwise passes are made for the rest of the bin if they cost less than such rounds.
         """
         rows, picks = len(self._pool), left + sum(sizes[1:])
