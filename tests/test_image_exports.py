@@ -3,17 +3,21 @@
 import csv
 import io
 import json
+import shutil
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import Dataset, load_dataset, load_from_disk
+from huggingface_hub import DatasetCard, HfApi
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from dq_lightning import PatchConfig, QuantizeConfig, SelectionConfig, quantize
+from dq_lightning import BinConfig, PatchConfig, QuantizeConfig, SelectionConfig, load_selection, quantize
 from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import Selection
 from dq_lightning.demo.sample_data import SampleCIFAR10
@@ -21,6 +25,7 @@ from dq_lightning.exports.command import export_set
 from dq_lightning.exports.hub import push_images
 from dq_lightning.exports.images import folder_names, write_image_folder, write_parquet
 from dq_lightning.exports.samples import kept_of_source, kept_of_store
+from dq_lightning.pipeline.compact import open_compact
 from dq_lightning.selection.given import read_index
 from dq_lightning.sources.adapt import as_source
 
@@ -128,17 +133,72 @@ def test_parquet_and_saved_dataset(tmp_path, images, selection):
     assert saved["bin"][:] == selection.bin.tolist()
 
 
-def test_push_to_hub_uploads_the_images(tmp_path, images, selection, monkeypatch):
-    """A stand-in for the hub's end of `push_to_hub`: a folder that takes the upload."""
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the hub's end: a folder that takes the one upload."""
+    calls = []
 
-    def upload(self, repository, *, private, split):
-        assert (repository, private, split) == ("somebody/kept", True, "train")
-        self.to_parquet(tmp_path / "uploaded.parquet")
+    def create(self, repository, **options):
+        calls.append((repository, options))
 
-    monkeypatch.setattr(Dataset, "push_to_hub", upload)
+    def upload(self, *, repo_id, folder_path, **options):
+        calls.append((repo_id, options))
+        shutil.copytree(folder_path, tmp_path / "uploaded")
+
+    monkeypatch.setattr(HfApi, "create_repo", create)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    return calls
+
+
+def test_push_to_hub_uploads_the_images(tmp_path, images, selection, hub, monkeypatch):
+    monkeypatch.setattr("dq_lightning.exports.hub.SHARD_BYTES", 20_000)
     push_images(images, "somebody/kept")
-    rows = Dataset.from_parquet(str(tmp_path / "uploaded.parquet"), cache_dir=str(tmp_path / "cache"))
+    (created, how), (uploaded, _) = hub
+    assert created == uploaded == "somebody/kept"
+    assert how == {"repo_type": "dataset", "private": True, "exist_ok": True}
+    assert len(list((tmp_path / "uploaded" / "data").iterdir())) > 1
+    # the repository as the library opens it, by the configuration in its card
+    rows = load_dataset(str(tmp_path / "uploaded"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows.features["label"].names == TwelveClasses().classes
     assert_same(((np.asarray(row["image"]), row["label"], row["index"]) for row in rows), selection)
+
+
+def test_the_card_says_what_was_kept_of_what_and_how(tmp_path, hub):
+    path = make_set(tmp_path, bins=BinConfig(num_bins=5))
+    settings = {"dataset": "hub:owner/photos", "split": "train", "data_path": "/home/me/photos", "bins": {"num_bins": 5},
+                "features": {"encoder": "/home/me/nets/net.npy"}}  # fmt: skip
+    export_set(
+        path, "hub", "somebody/kept", dataset=TwelveClasses(), license="cc-by-4.0", private=False, settings=settings
+    )
+    assert hub[0][1]["private"] is False
+    card = DatasetCard.load(tmp_path / "uploaded" / "README.md")
+    assert (card.data.license, card.data.size_categories, card.data.source_datasets) == (
+        "cc-by-4.0",
+        "n<1K",
+        ["owner/photos"],
+    )
+    assert card.data.task_categories == ["image-classification"]
+    facts = dict(
+        line.strip("| ").split(" | ")
+        for line in card.text.split("\n")
+        if line.startswith("| ") and line.count(" | ") == 1 and line[2] != " "
+    )
+    info = open_compact(Path(path)).info
+    assert facts["Source"] == "TwelveClasses with 60 samples"
+    assert (facts["Keep ratio"], facts["Bins"], facts["Content hash"]) == ("0.5", "5", info.content_hash)
+    assert facts["Encoder"] == info.encoder
+    table = [line.strip("| ").split(" | ") for line in card.text.split("\n") if line.startswith("| kind ")]
+    kept = Counter(TwelveClasses().targets[i] for i in load_selection(path).index.tolist())
+    assert table == [[f"kind {11 - c}", str(kept[c]), "5"] for c in range(12)]
+    recipe = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
+    assert recipe == {
+        "dataset": "hub:owner/photos",
+        "split": "train",
+        "bins": {"num_bins": 5},
+        "features": {"encoder": "net.npy"},
+    }
+    assert "dq-lightning quantize --config settings.yaml --output results" in card.text
+    assert "/home/me" not in card.text
 
 
 def test_a_hub_that_cannot_be_reached_is_told(images):

@@ -2,7 +2,9 @@
 
 from typing import Any, Literal
 
-ExportFormat = Literal["imagefolder", "indices", "huggingface", "parquet", "webdataset", "litdata", "json", "hub"]
+ExportFormat = Literal[
+    "imagefolder", "indices", "huggingface", "parquet", "webdataset", "litdata", "json", "fiftyone", "hub"
+]  # fmt: skip
 
 
 def info(path: str) -> None:
@@ -109,6 +111,8 @@ def export(
     fill: bool = True,
     reconstructor: str | None = None,
     public: bool = False,
+    license: str = "unknown",
+    cache_dir: str | None = None,
     device: str = "auto",
     progress: bool = True,
 ) -> None:
@@ -120,32 +124,57 @@ def export(
         path: folder of the compact set, or the folder that quantize wrote its results into, or a .npy of positions; a
             packed set needs no dataset.
         format: imagefolder (with metadata.csv), indices (.npy and ids.txt), huggingface (load_from_disk), parquet,
-            webdataset (tar), litdata, json (rows of text in the layout of the published Alpaca), hub (upload; output is
-            OWNER/NAME).
+            webdataset (tar), litdata, json (rows of text in the layout of the published Alpaca), fiftyone (all samples,
+            with what was kept, bin, rank and gain), hub (upload with a dataset card; output is OWNER/NAME).
         output: folder or file that is written.
-        dataset: the dataset that the set was made from, as in quantize.
+        dataset: the dataset that the set was made from, as in quantize; when left out with data_path, the dataset that
+            quantize --output recorded beside the set is opened where one is needed.
         data_path: folder or file of the dataset, as in quantize.
         split: split to read, for datasets that have several.
         fill: let the reconstructor fill dropped patches; false paints them in the mean colour.
         reconstructor: reconstructor to use in place of the one that the set was made with.
         public: make a new hub repository public.
+        license: licence of the data, by the hub's identifier such as cc-by-4.0, for the dataset card.
+        cache_dir: folder of the cache that the set was made in, where fiftyone finds rank and gain; when left out,
+            DQ_LIGHTNING_CACHE or else the platform's cache folder.
         device: device that the reconstructor runs on.
         progress: show progress bars.
     """
     from dq_lightning.commands.opening import open_dataset
-    from dq_lightning.exports.command import export_set
-    from dq_lightning.exports.results import dataset_name
+    from dq_lightning.core.errors import SourceError, StoreError
+    from dq_lightning.exports.command import export_set, needs_dataset
+    from dq_lightning.exports.results import dataset_name, place_beside, recorded_settings
 
-    given = dataset is not None or data_path is not None
+    settings = recorded_settings(path)
+    # Groups that are no classes are not what an export should call its classes.
+    column = settings.get("labels")
+    labels = column if isinstance(column, str) and not column.startswith("quantiles") else None
+    opened, needed = None, needs_dataset(path, format)
+    if dataset is not None or data_path is not None:
+        opened = open_dataset(dataset, data_path, split)
+    elif needed is not None and (place := place_beside(path)):
+        dataset, data_path = place.get("dataset"), place.get("data_path")
+        try:
+            opened = open_dataset(dataset, data_path, place.get("split", split))
+        except SourceError as error:
+            if needed:
+                raise StoreError(
+                    f"the dataset that was recorded beside {path} cannot be opened again: {error}. Pass it as dataset= and "
+                    "data_path="
+                ) from error
     written = export_set(
         path,
         format,
         output,
-        dataset=open_dataset(dataset, data_path, split) if given else None,
-        name=dataset_name(dataset, data_path) if given else "dataset",
+        dataset=opened,
+        name="dataset" if opened is None else dataset_name(dataset, data_path),
         fill=fill,
         reconstructor=reconstructor,
         private=not public,
+        license=license,
+        labels=labels,
+        settings=settings or None,
+        cache_dir=cache_dir,
         device=device,
         progress=progress,
     )

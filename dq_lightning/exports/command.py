@@ -1,22 +1,28 @@
 """One function for every export format: it finds the samples that a path stands for, and the writer of the format."""
 
+import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dq_lightning.cache.entries import Cache, default_cache_dir
+from dq_lightning.cache.files import read_sealed
 from dq_lightning.cache.manifest import read_manifest
 from dq_lightning.core.config import TextConfig
-from dq_lightning.core.errors import StoreError
-from dq_lightning.core.records import Selection
+from dq_lightning.core.console import get_logger
+from dq_lightning.core.errors import CacheError, StoreError
+from dq_lightning.core.records import Bins, Selection
+from dq_lightning.exports.fiftyone import write_fiftyone, write_fiftyone_of_source
 from dq_lightning.exports.hub import push_images, write_image_dataset
 from dq_lightning.exports.images import write_ids, write_image_folder, write_litdata, write_parquet, write_webdataset
+from dq_lightning.exports.results import HUB
 from dq_lightning.exports.rows import write_dataset, write_index, write_json
 from dq_lightning.exports.samples import kept_of_source, kept_of_store
 from dq_lightning.packed.reader import PackedDataset
-from dq_lightning.pipeline.compact import open_compact
-from dq_lightning.pipeline.plan import GIVEN
+from dq_lightning.pipeline.compact import COMPACT_FILE, Compact, open_compact, read_bins_of
+from dq_lightning.pipeline.plan import BINS, GIVEN, parts_behind
 from dq_lightning.pipeline.remote import local_set
 from dq_lightning.selection.given import read_index
 from dq_lightning.sources.adapt import as_source
@@ -42,21 +48,27 @@ def export_set(
     fill: bool = True,
     reconstructor: Any = None,
     private: bool = True,
+    license: str = "unknown",
+    labels: Any = None,
+    settings: dict[str, Any] | None = None,
+    cache_dir: str | None = None,
     device: str = "auto",
     progress: bool = True,
 ) -> str:
     """Write a compact set in another format, and return what was written, for a message: path or repository.
 
     The arguments are those of the command `export`: `path` is the folder of the set, or a `.npy` file of positions in
-    the dataset; `format` a key of `WRITERS`, or `"indices"`, `"json"` or `"hub"`; `output` the folder or file that is
-    written, or `OWNER/NAME` for the hub. A packed set needs no dataset. Files are named after the dataset's `name`. A
-    new hub repository is private unless `private` is False. Dropped patches are filled as in `kept_of_store`.
+    the dataset; `format` a key of `WRITERS`, or `"indices"`, `"json"`, `"fiftyone"` or `"hub"`; `output` the folder or
+    file that is written, or `OWNER/NAME` for the hub. A packed set needs no dataset. Files are named after the dataset's
+    `name`. A new hub repository is private unless `private` is False, and its card names the `license` and the
+    `settings` that the set was made with. `labels` are those of `as_source`. Dropped patches are filled as in
+    `kept_of_store`.
 
     Raises:
         StoreError: the set and the dataset do not belong together, or lack what the format needs.
     """
     path = local_set(path)
-    selection, packed, source = _opened(path, dataset)
+    compact, selection, packed, source = _opened(path, dataset, labels)
     if format == "indices":
         return _write_indices(Path(output), selection, packed, source, name)
     if source is not None:
@@ -65,20 +77,83 @@ def export_set(
         holds_text = packed is not None and len(packed) > 0 and is_row(packed[0])
     if format == "json" or holds_text:
         return _write_rows(format, output, selection, packed, source)
+    facts = {} if compact is None else set_facts(compact)
+    if format == "fiftyone" and source is not None:
+        bins = None if compact is None else _bins_behind(compact, cache_dir)
+        return str(write_fiftyone_of_source(source, selection, bins, output, name, facts))
     if source is not None and (packed is None or not packed.has_patches):
         images = kept_of_source(source, selection, name)
     elif packed is not None:
         images = kept_of_store(path, fill=fill, reconstructor=reconstructor, device=device, progress=progress)
     else:
         raise _needs_dataset(path)
+    if format == "fiftyone":
+        return str(write_fiftyone(images, output, facts))
     if format == "hub":
-        push_images(images, output, private=private)
+        if settings and str(settings.get("dataset", "")).startswith(HUB):
+            facts["hub"] = str(settings["dataset"]).removeprefix(HUB)
+        of_all = None if source is None else source.labels()
+        whole = None
+        if of_all is not None and of_all.are_classes:
+            whole = torch.bincount(of_all.values, minlength=of_all.num_classes)[: of_all.num_classes].tolist()
+        push_images(images, output, private=private, facts=facts, settings=settings, whole=whole, license=license)
         return output
     return str(WRITERS[format](images, output))
 
 
-def _opened(path: Path, dataset: Any) -> tuple[Selection, PackedDataset | None, Source | None]:
-    """Return the selection, the packed samples or None, and the source (None if no dataset was given)."""
+def needs_dataset(path: str | Path, format: str) -> bool | None:
+    """Return whether an export needs the dataset: True, False where it writes more with it, None where it is of no use.
+
+    Raises:
+        StoreError: the folder holds no compact set.
+    """
+    place = local_set(path)
+    holds_samples = place.suffix not in (".npy", ".npz") and open_compact(place).info.kind == "packed"
+    if not holds_samples:
+        return format != "indices"
+    return False if format == "fiftyone" else None
+
+
+def set_facts(compact: Compact) -> dict[str, Any]:
+    """Return what is known of a compact set, as plain values that JSON can hold; what does not apply is left out."""
+    info, config = compact.info, compact.config
+    facts = {
+        "samples": info.num_samples,
+        "of": info.num_source_samples,
+        "source": read_sealed(Path(info.path) / COMPACT_FILE).get("source"),
+        "encoder": info.encoder,
+        "encoder_digest": info.encoder_digest,
+        "keep_ratio": config.get("selection", {}).get("keep_ratio"),
+        "seed": config.get("selection", {}).get("seed"),
+        "num_bins": config.get("bins", {}).get("num_bins"),
+        "patches": f"{info.patch_keep_ratio:.1%}" if info.patch_keep_ratio < 1 else None,
+        "content_hash": info.content_hash,
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _bins_behind(compact: Compact, cache_dir: str | None) -> Bins | None:
+    """Return the bins that a set was drawn from, from the cache that holds the set or else the user's; None without."""
+    path = Path(compact.info.path)
+    parts = parts_behind(read_manifest(path)["parts"])
+    if BINS not in parts:
+        return None
+    roots = (path.absolute().parent.parent, Path(cache_dir or default_cache_dir()))
+    for root in roots:
+        with contextlib.suppress(CacheError):
+            return read_bins_of(replace(compact, parts=parts), Cache(root))
+    get_logger().warning(
+        f"rank and gain are not written, because the bins behind {path} are not in the cache {roots[1]}: pass the cache "
+        "that it was made in as cache_dir="
+    )
+    return None
+
+
+def _opened(
+    path: Path, dataset: Any, labels: Any
+) -> tuple[Compact | None, Selection, PackedDataset | None, Source | None]:
+    """Return the set, the selection, the packed samples or None, and the source (None if no dataset was given)."""
+    compact = None
     if path.suffix in (".npy", ".npz"):
         index = torch.from_numpy(read_index(path))
         selection, packed, total, text = Selection(index, torch.full((len(index),), -1).short()), None, None, None
@@ -89,14 +164,14 @@ def _opened(path: Path, dataset: Any) -> tuple[Selection, PackedDataset | None, 
         packed = PackedDataset(path) if compact.info.kind == "packed" else None
         text = TextConfig.from_dict(compact.config["text"]) if "text" in compact.config else None
     if dataset is None:
-        return selection, packed, None
+        return compact, selection, packed, None
     # The dataset is read with the same options as when the set was made.
     columns = {name: config.get(name) for name in ("image_column", "label_column")}
     # The writers of images say what is missing where there is none.
     skips = config.get("on_error", "raise")
-    source = as_source(dataset, text=text, on_error=skips, needs_images=False, **columns)
+    source = as_source(dataset, text=text, on_error=skips, needs_images=False, labels=labels, **columns)
     check_same_dataset(path, source, total, selection)
-    return selection, packed, source
+    return compact, selection, packed, source
 
 
 def check_same_dataset(path: Path, source: Source, total: int | None, selection: Selection) -> None:

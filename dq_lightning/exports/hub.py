@@ -1,13 +1,22 @@
 """Writing kept images as a Hugging Face dataset, to the disk or to the hub."""
 
+import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dq_lightning.core.errors import StoreError
+from dq_lightning.exports.card import dataset_card
 from dq_lightning.exports.images import write_parquet
 from dq_lightning.exports.rows import check_free, whole
 from dq_lightning.exports.samples import KeptImages
+
+DATA = "data"
+# Files of about this size are what the hub's library uploads by itself.
+SHARD_BYTES = 500 << 20
 
 
 def write_image_dataset(images: KeptImages, folder: str | Path) -> Path:
@@ -23,23 +32,46 @@ def write_image_dataset(images: KeptImages, folder: str | Path) -> Path:
 
     def write(place: Path) -> None:
         with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
-            _as_dataset(images, Path(scratch)).save_to_disk(str(place))
+            file = write_parquet(images, Path(scratch) / "train.parquet")
+            _read(file, Path(scratch)).save_to_disk(str(place))
 
     return whole(target, write)
 
 
-def push_images(images: KeptImages, repository: str, *, private: bool = True) -> None:
-    """Upload images to a dataset repository on the Hugging Face hub, with the token that the hub library has stored.
+def push_images(
+    images: KeptImages,
+    repository: str,
+    *,
+    private: bool = True,
+    facts: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+    whole: Sequence[int] | None = None,
+    license: str = "unknown",
+) -> None:
+    """Upload images with a dataset card to the Hugging Face hub, in one commit, with the token that its library has stored.
 
-    The repository is named as `OWNER/NAME`; one that this call creates is private unless `private` is False.
+    The repository is named as `OWNER/NAME`; one that this call creates is private unless `private` is False. The card's
+    arguments are those of `dataset_card`; `facts` default to the number of images.
 
     Raises:
         StoreError: the hub refuses the upload or cannot be reached.
     """
+    from huggingface_hub import HfApi
+
     with tempfile.TemporaryDirectory() as scratch:
-        made = _as_dataset(images, Path(scratch))
+        folder = write_repository(
+            images, Path(scratch) / "repository", repository, facts or {}, settings, whole=whole, license=license
+        )
         try:
-            made.push_to_hub(repository, private=private, split="train")
+            hub = HfApi()
+            hub.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+            hub.upload_folder(
+                repo_id=repository,
+                repo_type="dataset",
+                folder_path=str(folder),
+                commit_message="Compact set made by dq-lightning",
+                delete_patterns="data/*",
+            )
         except Exception as error:
             raise StoreError(
                 f"the repository {repository} could not be written ({type(error).__name__}: {error}): log in with "
@@ -47,9 +79,46 @@ def push_images(images: KeptImages, repository: str, *, private: bool = True) ->
             ) from error
 
 
-def _as_dataset(images: KeptImages, scratch: Path) -> Any:
+def write_repository(
+    images: KeptImages,
+    folder: Path,
+    repository: str,
+    facts: dict[str, Any],
+    settings: dict[str, Any] | None = None,
+    *,
+    whole: Sequence[int] | None = None,
+    license: str = "unknown",
+) -> Path:
+    """Write the files of a dataset repository, `README.md` and `data/train-*.parquet`, into a new folder; return it."""
+    (folder / DATA).mkdir(parents=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        file = write_parquet(images, Path(scratch) / "train.parquet")
+        made = _read(file, Path(scratch))
+        kept = None
+        if "label" in made.column_names and images.class_names is not None:
+            kept = np.bincount(made["label"], minlength=len(images.class_names)).tolist()
+        shards = -(-file.stat().st_size // SHARD_BYTES)
+        for number in range(shards):
+            place = folder / DATA / f"train-{number:05d}-of-{shards:05d}.parquet"
+            if shards == 1:
+                shutil.move(file, place)
+            else:
+                made.shard(shards, number, contiguous=True).to_parquet(str(place))
+    text = dataset_card(
+        repository,
+        {"samples": len(images)} | facts,
+        kept=kept,
+        whole=whole,
+        class_names=images.class_names,
+        settings=settings,
+        license=license,
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return folder
+
+
+def _read(file: Path, scratch: Path) -> Any:
+    """Open a Parquet file as a dataset that has a cache of its own, which is removed together with the scratch folder."""
     from datasets import Dataset
 
-    file = write_parquet(images, scratch / "train.parquet")
-    # The dataset gets a cache of its own, which is removed together with the scratch folder.
     return Dataset.from_parquet(str(file), cache_dir=str(scratch / "cache"))

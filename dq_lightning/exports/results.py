@@ -70,6 +70,24 @@ def write_config(path: Path, values: dict[str, Any]) -> None:
     _write_text(path, tools.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
+def recorded_settings(folder: str | Path) -> dict[str, Any]:
+    """Return what the command `quantize` wrote into the folder of its results: settings, and where the dataset is.
+
+    The folder may also be the `compact/` inside it. The dict is empty where nothing was written.
+    """
+    import yaml
+
+    tools: Any = yaml
+    place = Path(folder).expanduser()
+    try:
+        written = tools.safe_load(
+            ((place.parent if place.name == SET_FOLDER else place) / CONFIG).read_text(encoding="utf-8")
+        )
+    except (OSError, ValueError, tools.YAMLError):
+        return {}
+    return written if isinstance(written, dict) else {}
+
+
 def place_beside(folder: str | Path) -> dict[str, Any]:
     """Return where the dataset of a set is, as the command `quantize` wrote it into the folder of its results.
 
@@ -77,14 +95,8 @@ def place_beside(folder: str | Path) -> dict[str, Any]:
     no longer there, and where the name of the dataset would import other code or ask a hub: a folder that was copied from
     somebody else must not decide what is loaded here.
     """
-    import yaml
-
-    tools: Any = yaml
-    try:
-        written = tools.safe_load((Path(folder).expanduser() / CONFIG).read_text(encoding="utf-8"))
-        place = {name: written.get(name) for name in ("dataset", "data_path", "split", "labels")}
-    except (OSError, ValueError, AttributeError, tools.YAMLError):
-        return {}
+    written = recorded_settings(folder)
+    place = {name: written.get(name) for name in ("dataset", "data_path", "split", "labels")}
     dataset, data_path = place["dataset"], place["data_path"]
     plain = dataset is None or (isinstance(dataset, str) and dataset.isidentifier())
     there = isinstance(data_path, str) and Path(data_path).expanduser().exists()

@@ -94,7 +94,7 @@ def kept_of_source(
         others = [None] * len(selection) if samples is None else samples()
         for position, bin_number, other in zip(selection.index.tolist(), selection.bin.tolist(), others, strict=True):
             if samples is None:
-                data, suffix = _file_of(source, position)
+                data, suffix = file_of(source, position)
             else:
                 data, suffix = as_png(at(other, source.image_leaf())), ".png"
             label = None if labels is None else int(labels.values[position])
@@ -177,7 +177,7 @@ def as_png(leaf: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _file_of(source: Source, position: int) -> tuple[bytes, str]:
+def file_of(source: Source, position: int) -> tuple[bytes, str]:
     """Return the bytes and suffix of an image file: the original bytes if every reader can decode them, else PNG."""
     encoded = source.encoded(position)
     if encoded is not None:
