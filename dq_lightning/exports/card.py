@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dq_lightning.cache.manifest import package_version
+from dq_lightning.core.libraries import library_version
 from dq_lightning.exports.results import HUB
 
 # The hub's name for each range of numbers of samples, by its upper end.
@@ -98,7 +98,8 @@ def _class_table(kept: Sequence[int], whole: Sequence[int] | None, names: Sequen
 
 
 def _recipe(facts: dict[str, Any], settings: dict[str, Any] | None) -> list[str]:
-    lines = ["```", f'pip install "dq-lightning=={package_version()}"']
+    release = library_version("dq-lightning")
+    lines = ["```", f'pip install "dq-lightning=={release}"' if release else "pip install dq-lightning"]
     if settings is None:
         return [*lines, "```", "", "The settings that the set was made with are not known to this export."]
     import yaml
