@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dq_lightning.core.errors import DQError, SourceError
+from dq_lightning.core.packages import needed_for
 from dq_lightning.exports.results import HUB
 from dq_lightning.sources.folders import has_class_folders, open_image_folder
 from dq_lightning.sources.jsonl import is_rows_file
@@ -47,7 +48,11 @@ def open_dataset(
     Raises:
         SourceError: there is no such dataset, or it cannot be opened.
     """
-    place = Path(data_path).expanduser() if data_path is not None else None
+    with needed_for("opening this dataset", SourceError):
+        return _open(dataset, Path(data_path).expanduser() if data_path is not None else None, split)
+
+
+def _open(dataset: str | dict[str, Any] | None, place: Path | None, split: str) -> Any:
     if isinstance(dataset, dict):
         return _made(dataset)
     if dataset in FOLDERS:

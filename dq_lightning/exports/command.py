@@ -13,6 +13,7 @@ from dq_lightning.cache.manifest import read_manifest
 from dq_lightning.core.config import TextConfig
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import CacheError, StoreError
+from dq_lightning.core.packages import needed_for
 from dq_lightning.core.records import Bins, Selection
 from dq_lightning.exports.fiftyone import write_fiftyone, write_fiftyone_of_source
 from dq_lightning.exports.hub import push_images, write_image_dataset
@@ -96,9 +97,11 @@ def export_set(
         whole = None
         if of_all is not None and of_all.are_classes:
             whole = torch.bincount(of_all.values, minlength=of_all.num_classes)[: of_all.num_classes].tolist()
-        push_images(images, output, private=private, facts=facts, settings=settings, whole=whole, license=license)
+        with needed_for("the export to the hub", StoreError):
+            push_images(images, output, private=private, facts=facts, settings=settings, whole=whole, license=license)
         return output
-    return str(WRITERS[format](images, output))
+    with needed_for(f"the export as {format}", StoreError):
+        return str(WRITERS[format](images, output))
 
 
 def needs_dataset(path: str | Path, format: str) -> bool | None:
@@ -240,7 +243,8 @@ def _write_rows(
     if format == "json":
         return str(write_json(rows, index, output))
     if format == "huggingface":
-        return str(write_dataset(rows, index, output))
+        with needed_for("the export as huggingface", StoreError):
+            return str(write_dataset(rows, index, output))
     raise StoreError(f"rows of text are exported as json, huggingface or indices, not as {format}: choose one of these")
 
 

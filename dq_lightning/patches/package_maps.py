@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dq_lightning.core.errors import PatchError
+from dq_lightning.core.packages import needed_for
 from dq_lightning.patches.activation_maps import SaliencyMaps, TargetChoice, upscale
 from dq_lightning.patches.target_layer import frozen, logits_of
 
@@ -47,10 +48,7 @@ class PackageMaps(SaliencyMaps):
         super().__init__(own, method, targets, target_layer)
 
     def __call__(self, images: Tensor, labels: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
-        import pytorch_grad_cam
-        import pytorch_grad_cam.utils.model_targets
-
-        package: Any = pytorch_grad_cam
+        package = self._package()
         images = images.detach().float()
         layer = self._layers.of(images)
         with frozen(self._module), torch.no_grad():
@@ -80,7 +78,15 @@ class PackageMaps(SaliencyMaps):
 
     def check(self, images: Tensor, labels: Tensor | None = None) -> None:
         # The slow method itself is not run.
+        self._package()
         images = images.detach().float()
         self._layers.of(images)
         with frozen(self._module), torch.no_grad():
             self._targets.choose(logits_of(self._module(images)), labels)
+
+    def _package(self) -> Any:
+        """Import pytorch-grad-cam, which itself imports OpenCV, scikit-learn and Matplotlib."""
+        with needed_for(f"saliency={self._method!r}", PatchError):
+            import pytorch_grad_cam
+            import pytorch_grad_cam.utils.model_targets
+        return pytorch_grad_cam
