@@ -320,7 +320,12 @@ def read_bins_of(compact: Compact, cache: Cache) -> Bins:
     path = _behind(compact, cache, BINS)
     bins, selection = read_bins(path), compact.selection
     fit = len(bins) == compact.info.num_source_samples
-    if not fit or not torch.equal(bins.assignment[selection.index], selection.bin):
+    if fit:
+        # Suspects that are kept, because too few samples remain without them, are in no bin of the entry.
+        found = bins.assignment[selection.index]
+        inside = found >= 0
+        fit = torch.equal(found[inside], selection.bin[inside]) and (bool(inside.all()) or bins.suspects is not None)
+    if not fit:
         raise CacheError(
             f"the bins in {path} were made again after the compact set {compact.info.path}, and came out different (the "
             "features of another device differ in their last bits): a run with force_recompute=True makes both anew"

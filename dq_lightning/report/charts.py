@@ -22,7 +22,7 @@ def bin_colour(number: int, num_bins: int) -> str:
 def class_colour(number: int, num_classes: int) -> str:
     """Return the colour of a class; those of up to twelve classes are spaced evenly."""
     hue = 360 * number / num_classes if num_classes <= 12 else _GOLDEN_ANGLE * number
-    light = "var(--l)" if number % 2 == 0 or num_classes <= 6 else "calc(var(--l) + .12)"
+    light = "var(--l)" if number % 2 == 0 or num_classes <= 6 else "calc(var(--l) + .1)"
     return f"oklch({light} .15 {(hue + 25) % 360:.0f})"
 
 

@@ -12,6 +12,7 @@ from dq_lightning.core.records import Bins, Features
 from dq_lightning.loading.steps import steps_per_epoch
 from dq_lightning.report.again import make_again
 from dq_lightning.report.embedding_map import make_map
+from dq_lightning.report.findings import find_oddities
 from dq_lightning.report.material import NO_DATASET, Material
 from dq_lightning.report.patch_step import show_patches
 from dq_lightning.report.records import (
@@ -72,7 +73,7 @@ def gather(
         content_hash=info.content_hash,
         facts=_facts(material),
         seconds=info.seconds or seconds or {},
-        findings=tuple(_findings(material, classes)),
+        findings=tuple(find_oddities(material, classes)),
         classes=classes,
         map=make_map(material, samples, projection),
         sheets=_sheets(material, samples),
@@ -155,54 +156,6 @@ def _classes(material: Material) -> ClassTable | str:
     if material.compact.info.num_classes is None:
         return "The samples have no classes."
     return NO_DATASET
-
-
-def _findings(material: Material, classes: ClassTable | str) -> list[str]:
-    """Return sentences on what should be looked at."""
-    info, found = material.compact.info, []
-    whole = info.num_source_samples
-    if info.suspects is not None and len(info.suspects):
-        text = f"{len(info.suspects):,} samples ({len(info.suspects) / whole:.2%}) were left out for their low scores"
-        if info.suspects.noise is not None:
-            text += f"; about {info.suspects.noise:.1%} of all labels seem wrong"
-        found.append(f"{text}. See Labels.")
-    elif info.suspects is not None:
-        found.append("The labels were judged, and none seems wrong.")
-    if not isinstance(material.duplicates, str | None):
-        count = len(material.duplicates)
-        found.append(f"{count:,} near-duplicates ({count / whole:.2%}) were left out. See Near-duplicates.")
-    if info.num_unreadable:
-        found.append(f"{info.num_unreadable:,} samples could not be read and were left out.")
-    if not isinstance(classes, str):
-        rows = classes.rows
-        empty = [one.name for one in rows if one.after == 0 and one.before != 0]
-        if empty:
-            named = ", ".join(empty[:8]) + (" and others" if len(empty) > 8 else "")
-            found.append(f"{len(empty):,} of {len(rows):,} classes lost all their samples: {named}.")
-        share = info.num_samples / whole
-        far = [
-            one
-            for one in rows
-            if one.before and one.after and abs(one.after - share * one.before) > max(2.0, 0.25 * share * one.before)
-        ]
-        if far:
-            named = ", ".join(f"{one.name} ({one.after:,} of {one.before:,})" for one in far[:5])
-            found.append(
-                f"{len(far):,} classes were kept in another share than the whole: {named}{' and others' * (len(far) > 5)}."
-            )
-    if isinstance(material.bins, Bins):
-        sizes = torch.bincount(
-            material.bins.assignment[material.bins.assignment >= 0].long(), minlength=material.bins.num_bins
-        )
-        if int((sizes == 0).sum()):
-            found.append(
-                f"{int((sizes == 0).sum()):,} of {material.bins.num_bins:,} bins are empty: there are too few samples."
-            )
-    if isinstance(material.features, Features):
-        zero = int((material.features.embedding.abs().amax(1) == 0).sum()) - len(material.features.unreadable)
-        if zero > 0:
-            found.append(f"{zero:,} samples have features that are all zero, so nothing tells them apart.")
-    return found
 
 
 def _sheets(material: Material, samples: Samples) -> Sheets | str:

@@ -34,10 +34,10 @@ def render(report: Report) -> str:
         "Make it again": partial(sections.again_section, report.again),
         "Settings": partial(sections.settings_section, report),
     }
-    links = "".join(f'<a href="#{_anchor(title)}">{escape(title)}</a>' for title in parts)
+    links = "".join(f'<a href="#{sections.anchor(title)}">{escape(title)}</a>' for title in parts)
     body = "".join(
-        f'<section id="{_anchor(title)}" aria-labelledby="{_anchor(title)}-title">'
-        f'<h2 id="{_anchor(title)}-title">{escape(title)}</h2>{make()}</section>'
+        f'<section id="{sections.anchor(title)}" aria-labelledby="{sections.anchor(title)}-title">'
+        f'<h2 id="{sections.anchor(title)}-title">{escape(title)}</h2>{make()}</section>'
         for title, make in parts.items()
     )
     title = f"Compact set of {report.dataset}"
@@ -51,7 +51,3 @@ def render(report: Report) -> str:
         f'{sections.summary(report)}</header><nav aria-label="Parts of the report">{links}</nav>'
         f'<main id="main">{body}</main><script>{script}</script></body></html>\n'
     )
-
-
-def _anchor(title: str) -> str:
-    return title.lower().replace(" ", "-")

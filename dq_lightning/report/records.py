@@ -207,6 +207,14 @@ class Again:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """A sentence on what should be looked at, and the title of the part of the page that shows it, or None."""
+
+    text: str
+    part: str | None = None
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that a report says.
 
@@ -214,7 +222,7 @@ class Report:
         dataset: one line that names the dataset.
         facts: names and values of the table of facts.
         seconds: wall time in seconds by the name of the step; empty where it is not known.
-        findings: sentences on what should be looked at.
+        findings: what should be looked at.
         settings: all settings that the set was made with.
     """
 
@@ -224,7 +232,7 @@ class Report:
     content_hash: str
     facts: dict[str, str]
     seconds: dict[str, float]
-    findings: tuple[str, ...]
+    findings: tuple[Finding, ...]
     classes: ClassTable | str
     map: EmbeddingMap | str
     sheets: Sheets | str

@@ -11,6 +11,7 @@ from dq_lightning.report.records import (
     ClassTable,
     DuplicateList,
     EmbeddingMap,
+    Finding,
     GainCurve,
     PatchExample,
     PatchStep,
@@ -38,12 +39,22 @@ def summary(report: Report) -> str:
     tiles.append((report.facts["Bytes on the disk"], f"bytes on the disk ({report.facts['Stored']})"))
     tiles.append((f"{report.steps.after:,}", f"steps an epoch instead of {report.steps.before:,}"))
     if report.seconds:
-        tiles.append((f"{sum(report.seconds.values()):,.1f} s", "to make the set"))
+        tiles.append((f"{sum(report.seconds.values()):,.1f} s", "in the run that made the set"))
     shown = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for value, name in tiles)
     how = f'<p class="lead">{escape(_how(report))}</p>'
-    found = "".join(f"<li>{escape(finding)}</li>" for finding in report.findings)
+    found = "".join(map(_finding, report.findings))
     wrong = f"<ul>{found}</ul>" if found else "<p>Nothing stands out.</p>"
     return f'{how}<dl class="tiles">{shown}</dl><div class="look"><h2>What to look at</h2>{wrong}</div>'
+
+
+def _finding(finding: Finding) -> str:
+    link = f' <a href="#{anchor(finding.part)}">See {escape(finding.part)}</a>' if finding.part else ""
+    return f"<li>{escape(finding.text)}{link}</li>"
+
+
+def anchor(title: str) -> str:
+    """Return the identifier of the part of the page with this title."""
+    return title.lower().replace(" ", "-")
 
 
 def _how(report: Report) -> str:

@@ -374,3 +374,18 @@ def test_the_command_finds_the_dataset_that_quantize_named(tmp_path, capsys):
     (tmp_path / "rows.json").unlink()
     main(["report", str(tmp_path / "out"), *cache, "--output", str(tmp_path)])
     assert "not at hand" in Page(tmp_path / "report.html").text["bins"]
+
+
+def test_suspects_that_are_kept_after_all_do_not_hide_the_bins(tmp_path):
+    dataset = Pictures()
+    features = features_of(dataset)
+    dataset.targets[:18] = [(target + 1) % 3 for target in dataset.targets[:18]]
+    data = QuantizedDataModule(
+        dataset, keep_ratio=0.999, drop_worst="auto", encoder=features, num_workers=0, cache_dir=tmp_path
+    )
+    data.prepare_data()
+    data.setup("fit")
+    assert len(data.info.suspects) > 0
+    page = Page(data.report(tmp_path))
+    assert {point[1] for point in page.points()["points"]} == {"kept"}
+    assert "What each pick added" in page.text["gain"]
