@@ -88,8 +88,10 @@ def read_features(folder: Path) -> Features:
 
 
 def write_bins(folder: Path, bins: Bins) -> None:
-    """Write bins as four tensors and the number of bins, and what was left out of them."""
+    """Write bins as four tensors and the number of bins, what was left out of them, and the scores if there are any."""
     tensors, attributes = _left_out(bins)
+    if bins.score is not None:
+        tensors["score"] = bins.score
     columns = {name: getattr(bins, name) for name in _BINS}
     write_tensor_folder(folder, columns | tensors, {"num_bins": bins.num_bins} | attributes)
 
@@ -99,7 +101,8 @@ def read_bins(folder: Path) -> Bins:
     tensors, attributes = read_tensor_folder(folder)
     assignment, rank, gain, group = _columns(folder, tensors, _BINS)
     num_bins = _count(folder, attributes, "num_bins")
-    return Bins(assignment, rank, gain, group, num_bins, *_read_left_out(folder, tensors, attributes))
+    score = _columns(folder, tensors, {"score": torch.float32})[0] if "score" in tensors else None
+    return Bins(assignment, rank, gain, group, num_bins, *_read_left_out(folder, tensors, attributes), score)
 
 
 def write_selection(folder: Path, selection: Selection) -> None:

@@ -1,4 +1,4 @@
-"""The step "bins": whiten the features if the settings ask for it, leave out near-duplicates, and bin the rest."""
+"""The step "bins": leave out samples of low scores and near-duplicates, and bin the rest, whitened if the settings say so."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from dq_lightning.core.console import get_logger
 from dq_lightning.core.records import Features
 from dq_lightning.features.whitening import whiten
 from dq_lightning.pipeline.step import Task
-from dq_lightning.pipeline.suspects import find_suspects
+from dq_lightning.pipeline.suspects import find_suspects, score_samples
 
 
 def make_bins_entry(task: Task, features: Features) -> None:
@@ -23,8 +23,10 @@ def make_bins_entry(task: Task, features: Features) -> None:
     grouping = plan.labels if settings.by_label else None
     labels = grouping.values if grouping is not None else None
     kept, total, skipped = None, len(features), len(features.unreadable)
-    classes = plan.classes if plan.config.quality.drops else None
-    suspects = find_suspects(plan.config.quality, plan.scores, plan.source, classes, features, device=task.device)
+    by_scores = plan.config.quality.drops or plan.draws_by_scores
+    classes = plan.classes if by_scores else None
+    scored = score_samples(plan.config, plan.scores, plan.source, classes, features, device=task.device)
+    suspects = find_suspects(plan.config.quality, scored, None if classes is None else classes.names)
     if skipped or suspects is not None:
         usable = torch.ones(total, dtype=torch.bool)
         usable[features.unreadable] = False
@@ -50,4 +52,6 @@ def make_bins_entry(task: Task, features: Features) -> None:
     )
     if kept is not None:
         bins = replace(spread_bins(bins, kept, total), num_unreadable=skipped, suspects=suspects)
+    if scored is not None and plan.draws_by_scores:
+        bins = replace(bins, score=scored.of_all(total))
     write_bins(task.folder, bins)

@@ -21,7 +21,7 @@ from dq_lightning.features.choose import choose_encoder, takes_any_sample
 from dq_lightning.features.origins import EncoderSpec
 from dq_lightning.patches.reconstructors import ReconstructorSpec
 from dq_lightning.pipeline.patch_plan import PatchPlan, make_patch_plan
-from dq_lightning.pipeline.suspects import GivenScores, given_scores
+from dq_lightning.pipeline.suspects import GivenScores, draws_by_scores, given_scores
 from dq_lightning.pipeline.wanted import Wanted
 from dq_lightning.selection.given import read_indices
 from dq_lightning.sources.adapt import as_source, grouping_id
@@ -36,8 +36,9 @@ FILLED = "6-filled"
 BUDGET = "budget"
 # Increase the number of a station whenever what it computes changes, so that its old entries are never reused.
 ALGORITHM_VERSIONS = {FEATURES: 2, BINS: 1, SELECTION: 2, PATCHES: 2, STORE: 2, FILLED: 3, BUDGET: 1}
-# Version of what the scores of samples leave out of the bins.
+# Version of what the scores of samples leave out of the bins, and of the scores that are kept with the bins for the draw.
 QUALITY_VERSION = 1
+SCORES_VERSION = 1
 # Near-duplicates are looked for inside each class since version 2.
 DUPLICATES_VERSION = 2
 SIZE_SAMPLES = 16
@@ -92,6 +93,11 @@ class Plan:
     def classes(self) -> Labels | None:
         """The class of every sample where a network can be asked for it; None where labels only group the samples."""
         return self.labels if self.labels is not None and self.labels.are_classes else None
+
+    @cached_property
+    def draws_by_scores(self) -> bool:
+        """Whether the draw inside the bins may use scores."""
+        return draws_by_scores(self.config, self.scores, self.source.modality)
 
     @cached_property
     def store_kind(self) -> str:
@@ -171,15 +177,19 @@ def make_plan(dataset: Any, wanted: Wanted) -> Plan:
     )
     if source.in_order:
         _check_stream(config)
-    if not config.quality.drops and (wanted.scores is not None or config.quality.score not in ("margin", "none")):
-        get_logger().warning("the scores have no effect, because drop_worst= is 0: pass the share to leave out")
+    gives_scores = wanted.scores is not None or config.quality.score not in ("margin", "none")
+    if gives_scores and not config.quality.drops and config.selection.draw != "scored":
+        get_logger().warning(
+            "the scores have no effect, because drop_worst= is 0: pass the share to leave out, or "
+            'selection.draw="scored" to draw from the samples of the best scores'
+        )
     chosen = None if wanted.indices is None else read_indices(wanted.indices, len(source))
     if chosen is None and keeps_all(config):
         chosen = torch.arange(len(source))
     spec = given = patches = None
     if chosen is None:
         spec = _encoder(source, config, encoder)
-        given = given_scores(wanted.scores, config.quality, source)
+        given = given_scores(wanted.scores, config, source)
     if config.patches.drops:
         if source.modality != "image":
             raise ConfigError(
@@ -343,6 +353,9 @@ def _parts_of_choice(plan: Plan, data: dict[str, Any], identities: dict[str, str
     if config.quality.drops:
         bins["quality"] = config.quality.to_dict() | {"score": plan.scores.identity if plan.scores else "margin"}
         bins["quality_version"] = QUALITY_VERSION
+    if plan.draws_by_scores:
+        bins["draw_scores"] = plan.scores.identity if plan.scores else "margin"
+        bins["scores_version"] = SCORES_VERSION
     if config.bins.deduplicate is not None:
         bins["duplicates_version"] = DUPLICATES_VERSION
     drawn = config.selection.to_dict()

@@ -1,4 +1,4 @@
-"""Suspects: samples that are left out of the bins because their scores are low, and where the scores come from."""
+"""Scores of samples: where they come from, and which samples are left out of the bins because theirs are low."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -10,18 +10,18 @@ import torch
 from numpy.typing import NDArray
 
 from dq_lightning.core.arrays import as_numpy
-from dq_lightning.core.config import QualityConfig
+from dq_lightning.core.config import QualityConfig, QuantizeConfig
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.devices import resolve_device
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.records import Bins, Features, Labels, Suspects
-from dq_lightning.quality.margin import leave_one_out
+from dq_lightning.quality.margin import LeaveOneOut, leave_one_out
 from dq_lightning.quality.mislabelled import drop_worst, find_mislabelled
 from dq_lightning.sources.base import Source
 from dq_lightning.sources.columns import number_column
 
-# `drop_worst="auto"` judges no labels where classes have fewer samples than this on average: a class of a few samples cannot
-# be told from its mistakes, and the regression costs time in proportion to the number of classes.
+# `drop_worst="auto"` and `draw="auto"` judge no labels where classes have fewer samples than this on average: a class of a
+# few samples cannot be told from its mistakes, and the regression costs time in proportion to the number of classes.
 MIN_SAMPLES_A_CLASS = 5
 
 
@@ -38,24 +38,59 @@ class GivenScores:
     identity: str
 
 
-def given_scores(scores: Any, config: QualityConfig, samples: Source) -> GivenScores | None:
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """The scores of the samples that have one.
+
+    Attributes:
+        place: int64 [n], positions of these samples among all N, ascending.
+        score: floating [n], higher is better.
+        classes: int64 [n], their classes; -1 without classes.
+        predicted: what the margins were computed from; None where the scores were given.
+    """
+
+    place: Tensor
+    score: Tensor
+    classes: Tensor
+    predicted: LeaveOneOut | None
+
+    def of_all(self, total: int) -> Tensor:
+        """Return float32 [N]: the scores, and minus infinity for samples without one."""
+        scores = torch.full((total,), -float("inf"))
+        scores[self.place] = self.score.float()
+        return scores
+
+
+def draws_by_scores(config: QuantizeConfig, given: GivenScores | None, modality: str) -> bool:
+    """Whether the draw inside the bins may use scores; `"auto"` does so where it is known to help."""
+    if config.selection.draw != "auto":
+        return config.selection.draw == "scored"
+    quality = config.quality
+    judged = given is None and quality.score == "margin" and quality.drop_worst in (0, "auto")
+    return judged and config.bins.by_label and modality != "text"
+
+
+def given_scores(scores: Any, config: QuantizeConfig, samples: Source) -> GivenScores | None:
     """Read the scores that the user gave of N samples, or None where there are none or they have no use.
 
     Raises:
         ConfigError: the scores are not N finite numbers, a file cannot be read, or settings contradict each other.
     """
-    if scores is None and (not config.drops or config.score == "margin"):
+    quality = config.quality
+    if scores is None and (
+        quality.score in ("margin", "none") or not (quality.drops or config.selection.draw == "scored")
+    ):
         return None
-    if scores is not None and config.drop_worst == "auto":
+    if scores is not None and quality.drop_worst == "auto":
         raise ConfigError(
             'drop_worst="auto" estimates from margins how many labels are wrong, which scores of your own do not allow: pass '
             "the share to leave out, such as drop_worst=0.2, or leave scores= out"
         )
-    if scores is None and not config.score.endswith(".npy"):
-        return GivenScores(None, f"column:{config.score}")
-    name = "scores=" if scores is not None else config.score
+    if scores is None and not quality.score.endswith(".npy"):
+        return GivenScores(None, f"column:{quality.score}")
+    name = "scores=" if scores is not None else quality.score
     try:
-        read = np.load(Path(config.score).expanduser(), allow_pickle=False) if scores is None else scores
+        read = np.load(Path(quality.score).expanduser(), allow_pickle=False) if scores is None else scores
         values = as_numpy(read)
     except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"{name} cannot be read as numbers [N]: {error}") from error
@@ -75,58 +110,80 @@ def _finite(values: NDArray[np.float64], name: str) -> NDArray[np.float64]:
     return values
 
 
-def find_suspects(
-    config: QualityConfig,
+def score_samples(
+    config: QuantizeConfig,
     given: GivenScores | None,
     source: Source,
     labels: Labels | None,
     features: Features,
     *,
     device: str,
-) -> Suspects | None:
-    """Find the samples that are left out of the bins because of their scores, and log their number.
-
-    The scores are those that the user gave, or margins, which are computed on the device.
+) -> Scored | None:
+    """Return the scores that samples are left out by, or drawn by: those that the user gave, or margins.
 
     Returns:
-        The suspects, or None where the settings leave nothing out, or where `"auto"` can find nothing since there are
-        no classes to compare.
+        The scores, or None where the settings need none, or where only `"auto"` needs them and there are no classes to
+        compare, or too few samples of each.
 
     Raises:
         ConfigError: margins were asked for without two classes, or given scores are not finite.
     """
-    if not config.drops:
+    drops, drop = config.quality.drops, config.quality.drop_worst
+    if not drops and not draws_by_scores(config, given, source.modality):
         return None
     usable = torch.ones(len(features), dtype=torch.bool)
     usable[features.unreadable] = False
+    asked = (
+        f"drop_worst={drop}"
+        if drops and drop != "auto"
+        else 'draw="scored"'
+        if config.selection.draw == "scored"
+        else None
+    )
     if given is None:
         if labels is not None and labels.unlabeled:
             usable &= labels.values != labels.num_classes
         if labels is None or len(set(labels.values[usable].tolist())) < 2:
-            if config.drop_worst == "auto":
+            if asked is None:
                 return None
             raise ConfigError(
-                f"drop_worst={config.drop_worst} compares labels with features, but {source.describe()} has fewer than two "
-                "classes: pass scores= or labels=, or leave drop_worst= out"
+                f"{asked} compares labels with features, but {source.describe()} has fewer than two classes: pass scores= or "
+                "labels=, or leave it out"
             )
     place = usable.nonzero().flatten()
-    if config.drop_worst == "auto" and labels is not None and len(place) < MIN_SAMPLES_A_CLASS * labels.num_classes:
+    if asked is None and labels is not None and len(place) < MIN_SAMPLES_A_CLASS * labels.num_classes:
         get_logger().info(
             f"the labels are not judged: {len(place):,} samples of {labels.num_classes:,} classes are fewer than "
             f"{MIN_SAMPLES_A_CLASS} a class"
         )
         return None
     classes = labels.values[place] if labels is not None else torch.full((len(place),), -1)
-    suggested, noise = torch.full((len(place),), -1), None
-    if given is not None:
-        values = given.values
-        if values is None:
-            values = _finite(number_column(source, given.identity.removeprefix("column:")), given.identity)
-        score = torch.from_numpy(values)[place]
-    else:
+    if given is None:
         predicted = leave_one_out(features.embedding[place], classes, device=resolve_device(device))
-        score, suggested = predicted.margin, predicted.suggested
+        return Scored(place, predicted.margin, classes, predicted)
+    values = given.values
+    if values is None:
+        values = _finite(number_column(source, given.identity.removeprefix("column:")), given.identity)
+    return Scored(place, torch.from_numpy(values)[place], classes, None)
+
+
+def find_suspects(config: QualityConfig, scored: Scored | None, names: tuple[str, ...] | None) -> Suspects | None:
+    """Find the samples that are left out of the bins because of their scores, and log their number.
+
+    Args:
+        config: which samples are left out.
+        scored: the scores; None where there are none.
+        names: names of the classes, or None.
+
+    Returns:
+        The suspects, or None where the settings leave nothing out or there are no scores.
+    """
+    if scored is None or not config.drops:
+        return None
+    place, score, classes, predicted = scored.place, scored.score, scored.classes, scored.predicted
+    suggested, noise = torch.full((len(place),), -1) if predicted is None else predicted.suggested, None
     if config.drop_worst == "auto":
+        assert predicted is not None
         shown = find_mislabelled(predicted, classes)
         found, noise = shown.found, shown.share if np.isfinite(shown.share) else None
         _log_estimate(shown.share, shown.error, int(found.sum()), len(place))
@@ -135,7 +192,6 @@ def find_suspects(
         get_logger().info(f"{int(found.sum()):,} of {len(place):,} samples are left out because their scores are low")
     left_out = found.nonzero().flatten()
     left_out = left_out[score[left_out].argsort(stable=True)]
-    names = None if labels is None else labels.names
     return Suspects(place[left_out], score[left_out], classes[left_out], suggested[left_out], names, noise)
 
 

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dq_lightning.core.arrays import as_numpy
 from dq_lightning.core.config import Balance, Draw, SelectionConfig
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import ConfigError
@@ -16,8 +17,9 @@ from dq_lightning.core.records import Bins, Selection
 from dq_lightning.selection.allocate import Shares, apportion, count_kept
 from dq_lightning.selection.exchange import Exchange
 
-# Numbers of the independent random streams: ties among groups, ties among the bins of a group, order inside a bin.
-_GROUP_TIES, _BIN_TIES, _ORDER = range(3)
+# Numbers of the independent random streams: ties among groups, ties among the bins of a group, order inside a bin, and draws
+# by scores.
+_GROUP_TIES, _BIN_TIES, _ORDER, _SCORED = range(4)
 
 
 def select(
@@ -26,6 +28,7 @@ def select(
     keep_ratio: float,
     seed: int = 0,
     draw: Draw = "seeded",
+    scores: Tensor | NDArray[np.floating] | None = None,
     bin_weights: Sequence[float] | None = None,
     balance: Balance = "proportional",
     labels: Tensor | NDArray[np.generic] | None = None,
@@ -41,7 +44,11 @@ def select(
         bins: bins of N samples.
         keep_ratio: share of the samples that is kept, 0 < keep_ratio <= 1.
         seed: seed of the draw and of the ties, at least 0.
-        draw: `"seeded"` draws uniformly inside a bin, `"rank"` takes the samples of lowest rank.
+        draw: `"seeded"` draws uniformly inside a bin, `"rank"` takes the samples of lowest rank. `"scored"` draws from the
+            samples of a bin that have the best scores: from the best 30 % where a twentieth of the bin is kept, the best
+            half where a tenth is, the best 70 % where a fifth is, and from all where 30 % or more are; each of them is
+            kept with the same probability. `"auto"` is `"scored"` where there are scores, else `"seeded"`.
+        scores: floating [N], what each sample is worth, higher is better, such as `margin_scores`; used by `"scored"`.
         bin_weights: num_bins weights, not negative; the share of a bin is proportional to weight times size until the
             bin is used up. None gives all bins the same weight.
         balance: whether the groups share the kept samples in proportion to their sizes (`"proportional"`), to the square
@@ -56,8 +63,8 @@ def select(
         Selection of M samples: `index` int64 [M] ascending, `bin` int16 [M].
 
     Raises:
-        ConfigError: a setting is out of range, nothing would be kept, more samples are wanted than are in a bin, or the
-            bins of positive weight are too small.
+        ConfigError: a setting is out of range, nothing would be kept, more samples are wanted than are in a bin, the
+            bins of positive weight are too small, or there are no scores where they are needed.
 
     Complexity: O(N log N + M log K).
 
@@ -72,6 +79,7 @@ def select(
     SelectionConfig(keep_ratio=keep_ratio, seed=seed, draw=draw, bin_weights=None, balance=balance)
     _check_weights(bin_weights, bins.num_bins)
     members = _label_sets(labels, len(bins), balance)
+    worth = _check_scores(scores, len(bins), draw)
     wanted = _wanted(len(bins), keep_ratio)
     present = np.flatnonzero(bins.assignment.cpu().numpy() >= 0)
     if wanted > len(present):
@@ -83,8 +91,8 @@ def select(
     group_sizes = [int(n) for n in sizes.sum(axis=1)]
     quotas = apportion(_group_shares(group_sizes, balance), wanted, _ranks(seed, _GROUP_TIES, 0, 0, len(groups)))
     counts = _bin_counts(groups, sizes, quotas, seed, bin_weights)
-    if draw == "seeded":
-        order = _shuffled(order, groups, sizes, counts, seed, every_bin=members is not None)
+    if draw != "rank":
+        order = _drawn_first(order, groups, sizes, counts, seed, worth, every_bin=members is not None)
     if members is None:
         places = np.arange(len(order)) - np.repeat(_starts(sizes), sizes.reshape(-1))
         kept = places < np.repeat(counts, sizes.reshape(-1))
@@ -115,6 +123,18 @@ def _check_weights(weights: Sequence[float] | None, num_bins: int) -> None:
         raise ConfigError(f"bin_weights has {len(weights)} values for {num_bins} bins; give one a bin")
     if not all(0 <= w < float("inf") for w in weights) or not any(w > 0 for w in weights):
         raise ConfigError(f"bin_weights must be finite, not negative and not all zero, got {tuple(weights)}")
+
+
+def _check_scores(scores: Tensor | NDArray[np.floating] | None, total: int, draw: Draw) -> NDArray[np.floating] | None:
+    """Return the scores that a draw uses, or None where it uses none."""
+    if draw not in ("auto", "scored") or (draw == "auto" and scores is None):
+        return None
+    if scores is None:
+        raise ConfigError('draw="scored" needs the scores of the samples: pass scores=, such as those of margin_scores')
+    values = as_numpy(scores)
+    if values.shape != (total,) or np.isnan(values).any():
+        raise ConfigError(f"scores must be {total} numbers, one a sample, got {values.dtype} {list(values.shape)}")
+    return values
 
 
 def _wanted(total: int, keep_ratio: float) -> int:
@@ -164,22 +184,35 @@ def _bin_counts(
     return counts
 
 
-def _shuffled(
+def _drawn_first(
     order: NDArray[np.int64],
     groups: NDArray[np.int64],
     sizes: NDArray[np.int64],
     counts: NDArray[np.int64],
     seed: int,
+    worth: NDArray[np.floating] | None,
     *,
     every_bin: bool,
 ) -> NDArray[np.int64]:
-    """Shuffle the positions inside every bin of every group; without `every_bin` only where samples are drawn."""
+    """Put the positions inside every bin of every group into the order in which they are drawn.
+
+    They are shuffled; where every sample is worth something, float [N], the `counts` that are drawn come first, and then
+    the others, best first. Without `every_bin` only bins are changed where samples are drawn.
+    """
     order = order.copy()
     starts = _starts(sizes).reshape(sizes.shape)
     for row, number in np.argwhere((counts > 0) | every_bin):
-        start, size = int(starts[row, number]), int(sizes[row, number])
-        keys = _keys(seed, _ORDER, int(groups[row]), int(number), size)
-        order[start : start + size] = order[start : start + size][np.argsort(keys, kind="stable")]
+        start, size, count = int(starts[row, number]), int(sizes[row, number]), int(counts[row, number])
+        members = order[start : start + size]
+        if worth is None:
+            places = np.argsort(_keys(seed, _ORDER, int(groups[row]), int(number), size), kind="stable")
+        else:
+            members = np.sort(members)
+            members = members[np.argsort(-worth[members], kind="stable")]
+            keys = _keys(seed, _SCORED, int(groups[row]), int(number), 2 * count)
+            first = np.array(_places_among_best(size, keys.tolist()), dtype=np.int64)
+            places = np.concatenate([first, np.setdiff1d(np.arange(size), first)])
+        order[start : start + size] = members[places]
     return order
 
 
@@ -197,6 +230,38 @@ def _label_sets(labels: Tensor | NDArray[np.generic] | None, total: int, balance
             'leave it out, or group by one class of each sample, for objects by labels="dominant"'
         )
     return members
+
+
+def _num_best(drawn: int, size: int) -> int:
+    """Return how many of the best samples of a bin of a given size a draw of `drawn` of them is made from.
+
+    The shares are those that were best on held-out images of CIFAR-10 (`benchmarks/worth.py`, plan candidates), with
+    straight lines between them.
+    """
+    tenths = max(3 * size, min(size + 40 * drawn, 3 * size + 20 * drawn), size + 30 * drawn)
+    return min(size, -(-tenths // 10))
+
+
+def _places_among_best(size: int, keys: list[int]) -> list[int]:
+    """Draw places of a bin's samples in the order of their scores, one for every two random numbers of 64 bits.
+
+    After k draws each of the `_num_best(k, size)` best was drawn with the same probability, and a longer draw begins with
+    the shorter one. So in the k-th draw one of the samples that come into the best is drawn with a probability of k times
+    their share of the best, and else one of those that are left of the best of the draw before, each with the same.
+    """
+    drawn, left, before = list[int](), list[int](), 0
+    for number, (first, second) in enumerate(zip(keys[::2], keys[1::2], strict=True), 1):
+        best = _num_best(number, size)
+        coming = list(range(before, best))
+        from_coming = not left or first * best < number * len(coming) << 64
+        pool = coming if from_coming else left
+        place = second * len(pool) >> 64
+        drawn.append(pool[place])
+        pool[place] = pool[-1]
+        pool.pop()
+        left += coming
+        before = best
+    return drawn
 
 
 def _keys(seed: int, stream: int, group: int, number: int, count: int) -> NDArray[np.uint64]:

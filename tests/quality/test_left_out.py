@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from dq_lightning import QualityConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig, load_selection, quantize
+from dq_lightning import (
+    QualityConfig,
+    QuantizeConfig,
+    QuantizedDataModule,
+    SelectionConfig,
+    load_selection,
+    make_bins,
+    margin_scores,
+    quantize,
+    select,
+)
 from dq_lightning.cli import main
 from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.exports.results import write_suspects
@@ -135,3 +145,26 @@ def test_labels_of_tiny_classes_are_not_judged(tmp_path, config, caplog):
     each_its_own = (np.arange(400) // 2).tolist()
     assert quantize(Pictures(), config, labels=each_its_own, drop_worst="auto", cache_dir=tmp_path).suspects is None
     assert "400 samples of 200 classes are fewer than 5 a class" in caplog.text
+
+
+def test_classes_are_drawn_from_their_best_margins_unless_told_otherwise(tmp_path, config):
+    def drawn(**options):
+        module = QuantizedDataModule(Pictures(), config=config, cache_dir=tmp_path, **options)
+        module.prepare_data()
+        module.setup()
+        return module.bins, module.selection.index
+
+    bins, index = drawn()
+    margins = margin_scores(FEATURES.astype(np.float32), GIVEN)
+    assert torch.equal(bins.score, margins.float())
+    assert torch.equal(index, select(bins, keep_ratio=0.25, draw="scored", scores=margins).index)
+    assert WRONG[index].mean() < 0.75 * WRONG.mean()
+    plain = make_bins(FEATURES, labels=torch.from_numpy(GIVEN))
+    for options in ({"preset": "published"}, {"drop_worst": 0.0, "scores": "none"}):
+        bins, index = drawn(**options)
+        assert bins.score is None
+        assert torch.equal(index, select(plain, keep_ratio=0.25).index)
+    own = np.random.default_rng(5).normal(size=400)
+    scored = QuantizeConfig(config.features, selection=SelectionConfig(keep_ratio=0.05, draw="scored"))
+    info = quantize(Pictures(), scored, scores=own, cache_dir=tmp_path)
+    assert torch.equal(load_selection(info.path).index, select(plain, keep_ratio=0.05, draw="scored", scores=own).index)

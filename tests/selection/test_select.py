@@ -37,7 +37,7 @@ UNEQUAL = st.lists(st.one_of(st.integers(1, 3), st.integers(1, 400)), min_size=1
     num_bins=st.integers(1, 12),
     ratios=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)),
     seed=st.integers(0, 5),
-    draw=st.sampled_from(["seeded", "rank"]),
+    draw=st.sampled_from(["seeded", "rank", "scored"]),
 )
 def test_counts_shares_and_subsets(sizes, num_bins, ratios, seed, draw):
     bins = made_up_bins(sizes, num_bins, seed)
@@ -46,7 +46,8 @@ def test_counts_shares_and_subsets(sizes, num_bins, ratios, seed, draw):
         with pytest.raises(ConfigError, match="keeps none"):
             select(bins, keep_ratio=small)
         return
-    selections = [select(bins, keep_ratio=ratio, seed=seed, draw=draw) for ratio in (small, large)]
+    scores = torch.from_numpy(np.random.default_rng(seed).integers(0, 9, len(bins))).float()
+    selections = [select(bins, keep_ratio=ratio, seed=seed, draw=draw, scores=scores) for ratio in (small, large)]
     assert set(selections[0].index.tolist()) <= set(selections[1].index.tolist())
     for ratio, chosen in zip((small, large), selections, strict=True):
         total, kept = len(bins), count_kept(len(bins), ratio)
@@ -160,3 +161,34 @@ def test_ratios_out_of_range(ratio):
 def test_nothing_kept_says_what_would_be_enough():
     with pytest.raises(ConfigError, match=r"keep_ratio=0.01 of 10 samples keeps none; pass at least 0.05"):
         select(made_up_bins([10], 2), keep_ratio=0.01)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "share"), [(0.025, 0.3), (0.05, 0.3), (0.1, 0.5), (0.2, 0.7), (0.3, 1.0), (0.6, 1.0)]
+)
+def test_a_scored_draw_is_uniform_among_the_best_of_a_bin(ratio, share):
+    bins, scores = made_up_bins([240], 2), np.random.default_rng(1).permutation(240).astype(np.float32)
+    hits, runs = np.zeros(240), 400
+    for seed in range(runs):
+        hits[select(bins, keep_ratio=ratio, seed=seed, draw="scored", scores=scores).index.numpy()] += 1
+    for number in (0, 1):
+        members = np.flatnonzero(bins.assignment.numpy() == number)
+        best = members[np.argsort(-scores[members])]
+        pool = round(share * len(members))
+        assert hits[best[pool:]].sum() == 0
+        expected = runs * ratio / share
+        # five standard deviations of each count
+        assert np.abs(hits[best[:pool]] - expected).max() < 5 * np.sqrt(expected * (1 - ratio / share) + 1)
+
+
+def test_scores_are_needed_only_where_they_are_used():
+    bins, scores = made_up_bins([40], 2), torch.arange(40.0)
+    plain = select(bins, keep_ratio=0.2).index
+    assert torch.equal(select(bins, keep_ratio=0.2, draw="auto").index, plain)
+    assert torch.equal(select(bins, keep_ratio=0.2, draw="seeded", scores=scores).index, plain)
+    drawn = select(bins, keep_ratio=0.2, draw="scored", scores=scores).index
+    assert torch.equal(select(bins, keep_ratio=0.2, draw="auto", scores=scores.numpy()).index, drawn)
+    with pytest.raises(ConfigError, match="needs the scores"):
+        select(bins, keep_ratio=0.2, draw="scored")
+    with pytest.raises(ConfigError, match="one a sample"):
+        select(bins, keep_ratio=0.2, draw="scored", scores=scores[1:])
