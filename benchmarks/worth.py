@@ -50,17 +50,17 @@ TITLES = {
     "clean": "clean",
     "wrong20": "20 % of the\nlabels wrong",
     "wrong40": "40 % of the\nlabels wrong",
-    "swapped20": "20 % in\nsimilar classes",
-    "swapped40": "40 % in\nsimilar classes",
+    "swapped20": "20 % in\nsimilar\nclasses",
+    "swapped40": "40 % in\nsimilar\nclasses",
     "long_tail": "long tail\n1:100",
     "duplicates": "30 % near-\nduplicates",
     "foreign": "20 % foreign\nimages",
 }
 WAY_TITLES = {
     "random": ("a random tenth", "#9aa5b1"),
-    "published": ("a tenth, DQ as published", "#5b8def"),
-    "auto": ('a tenth, DQ with drop_worst="auto"', "#e07a3f"),
-    "margin 50": ("a tenth, DQ with drop_worst=0.5", "#b5452c"),
+    "published": ('a tenth, preset="published"', "#5b8def"),
+    "bins, best 50": ("a tenth, by default", "#e07a3f"),
+    "auto": ('a tenth, DQ with drop_worst="auto"', "#b5452c"),
     "whole": ("the whole set, as many steps", "#3d4451"),
 }
 BYTES_TITLES = {
@@ -95,7 +95,16 @@ class Job:
 
 
 DIRTY = ("wrong20", "wrong40", "swapped20", "swapped40", "duplicates", "foreign")
-MAIN = ("random", "published", "auto", "margin 50", "margin 50, stratified", "bins, best 50")
+MAIN = (
+    "random",
+    "published",
+    "default",
+    "auto",
+    "auto, default",
+    "margin 50",
+    "margin 50, stratified",
+    "bins, best 50",
+)
 MAIN_TOO = {
     "long_tail": ("equal", "equal, stratified"),
     "duplicates": ("no copies 0.95", "no copies 0.9", "no copies 0.9, margin 50"),
@@ -410,25 +419,25 @@ def _lines(path: Path) -> list[dict]:
 
 
 def table(args: argparse.Namespace) -> None:
-    """Print the results as a Markdown table: mean, standard error, the difference from random by seed, every seed."""
-    rows: dict[tuple, dict[tuple, dict]] = defaultdict(dict)
+    """Print the results as a Markdown table: mean, standard error, the difference from random by seed, every seed's mean."""
+    rows: dict[tuple, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for line in _lines(args.work / "results.jsonl"):
         job = line["job"]
-        # `worth_results.jsonl` holds two runs of some rows: trained twice, they differ by the noise of a GPU's arithmetic.
-        trained = line.get("run"), job["seed"]
-        rows[job["split"], job["network"], job["condition"], job["ratio"], job["steps"], job["way"]][trained] = line
+        key = job["split"], job["network"], job["condition"], job["ratio"], job["steps"], job["way"]
+        # `worth_results.jsonl` holds several trainings of some rows, which differ by the noise of a GPU's arithmetic.
+        rows[key][job["seed"]].append(line)
     columns = ("split", "network", "condition", "ratio", "steps", "way")
     measured = ("samples", "wrong", "copies", "accuracy", "against random", "each seed")
     print(f"| {' | '.join(columns + measured)} |\n|{'---|' * len(columns + measured)}")
-    for key, seeds in rows.items():
-        values = [line["accuracy"] for line in seeds.values()]
-        first = next(iter(seeds.values()))
+    for key, seeds in sorted(rows.items()):
+        values = {seed: _mean(lines, "accuracy") for seed, lines in sorted(seeds.items())}
+        lines = [line for trained in seeds.values() for line in trained]
         random = rows.get((*key[:3], 0.1 if key[5] == "whole" else key[3], key[4], "random"), {})
-        paired = [line["accuracy"] - random[seed]["accuracy"] for seed, line in seeds.items() if seed in random]
+        paired = [value - _mean(random[seed], "accuracy") for seed, value in values.items() if seed in random]
         print(
-            f"| {' | '.join(str(part) for part in key)} | {first['samples']:,} | {_mean(seeds, 'wrong'):.1%} "
-            f"| {_mean(seeds, 'copies'):.1%} | {_spread(values, '')} | {_spread(paired, '+')} "
-            f"| {', '.join(f'{value:.1f}' for value in values)} |"
+            f"| {' | '.join(str(part) for part in key)} | {lines[0]['samples']:,} | {_mean(lines, 'wrong'):.1%} "
+            f"| {_mean(lines, 'copies'):.1%} | {_spread(list(values.values()), '')} | {_spread(paired, '+')} "
+            f"| {', '.join(f'{value:.1f}' for value in values.values())} |"
         )
 
 
@@ -437,12 +446,15 @@ def plot(args: argparse.Namespace) -> None:
     from matplotlib import pyplot
 
     pyplot.rcParams["svg.hashsalt"] = "dq_lightning"
-    values: dict[tuple, list[float]] = defaultdict(list)
+    trained: dict[tuple, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for line in _lines(args.work / "results.jsonl"):
         job = Job(**line["job"])
         if job.split == "test" and job.network == "small" and job.steps == STEPS:
             planned = job.condition == "bytes" and job.way == BYTES[job.ratio][0]
-            values[job.condition, "planned" if planned else job.way, job.ratio].append(line["accuracy"])
+            trained[job.condition, "planned" if planned else job.way, job.ratio][job.seed].append(line)
+    values = defaultdict(
+        list, {key: [_mean(lines, "accuracy") for lines in seeds.values()] for key, seeds in trained.items()}
+    )
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(12, 4.6), layout="constrained", gridspec_kw={"width_ratios": [1.9, 1]}
     )
@@ -480,8 +492,8 @@ def _mean_and_error(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
-def _mean(seeds: dict[tuple, dict], name: str) -> float:
-    return statistics.mean(line[name] for line in seeds.values())
+def _mean(lines: list[dict], name: str) -> float:
+    return statistics.mean(line[name] for line in lines)
 
 
 def _spread(values: list[float], sign: str) -> str:

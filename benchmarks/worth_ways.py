@@ -99,6 +99,12 @@ def binned(
     return kept[select(bins, keep_ratio=min(1.0, count / len(kept)), seed=seed, **options).index.numpy()]
 
 
+def default(data: Choosing, count: int, seed: int, *, kept: Index | None = None) -> Index:
+    """Make ten bins, and draw from the samples of every bin that have the best margins, as the library does."""
+    kept = np.arange(len(data)) if kept is None else kept
+    return binned(data, count, seed, kept=kept, draw="scored", scores=data.margin[kept])
+
+
 def stratified(data: Choosing, count: int, seed: int, *, kept: Index | None = None, **options) -> Index:
     """Draw from every class in proportion to its size: each class is one bin."""
     kept = np.arange(len(data)) if kept is None else kept
@@ -230,6 +236,7 @@ WAYS: dict[str, Callable[[Choosing, int, int], Index]] = {
     "whole": whole,
     "stratified": stratified,
     "published": binned,
+    "default": default,
     "early bins": lambda data, count, seed: binned(data, count, seed, bin_weights=EARLY),
     "late bins": lambda data, count, seed: binned(data, count, seed, bin_weights=LATE),
     "whitened": lambda data, count, seed: binned(data, count, seed, whitened=True),
@@ -249,6 +256,7 @@ WAYS: dict[str, Callable[[Choosing, int, int], Index]] = {
     "bins, best 80": eased(0.8),
     "bins, best 90": eased(0.9),
     "auto": automatic(binned),
+    "auto, default": automatic(default),
     "auto, stratified": automatic(stratified),
     "hard 50": hard(0.5, binned),
     "moderate": moderate,

@@ -111,8 +111,9 @@ class QuantizedHooks(Base):
         indices: positions of the samples to keep, in place of keep_ratio and num_bins: an integer array, tensor or list
             [M], or an `.npy` file of these (such as the published `select_indices_*.npy`). No encoder runs then.
         scores: what each sample is worth, higher is better: `"margin"` (how well its label fits its features), numbers
-            [N], an `.npy` file of these, or the name of a column of numbers. `"margin"` when None. It matters only with
-            `drop_worst`.
+            [N], an `.npy` file of these, or the name of a column of numbers. `"margin"` when None: images with classes
+            are then drawn from the best margins of every bin. Scores of your own matter with `drop_worst`, and with
+            `config.selection.draw="scored"`.
         drop_worst: share of each class that is left out for its low scores, in [0, 1), or `"auto"`, which leaves out
             the samples whose labels seem wrong; what was left out is in `info.suspects`. 0 when None.
         balance: whether classes share the kept samples in proportion to their sizes (`"proportional"`), to the square

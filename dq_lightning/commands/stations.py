@@ -229,7 +229,8 @@ def sample(
         keep_ratio: share of samples kept; exactly floor(N * keep_ratio + 1/2) of N samples are kept.
         output: folder that the file is written into; bins_path when left out.
         seed: seed of the random draw.
-        draw: seeded draws uniformly inside a bin; rank takes the samples that were picked first.
+        draw: seeded (or auto) draws uniformly inside a bin; rank takes the samples that were picked first. These files hold
+            no scores to draw by.
         bin_weights: one weight for each bin, in place of equal shares.
         balance: proportional, sqrt or equal shares of the classes.
         dataset: dataset that gives the classes, for published files without bins.npz; the shares are then also equal by

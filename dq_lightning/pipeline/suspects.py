@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dq_lightning.core.arrays import as_numpy
 from dq_lightning.core.config import QualityConfig, QuantizeConfig
