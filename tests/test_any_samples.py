@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from dq_lightning import PackedDataset, QuantizedDataModule, as_source, load_selection, make_bins, quantize, select
+from dq_lightning import (
+    PackedDataset,
+    QuantizedDataModule,
+    as_source,
+    load_selection,
+    make_bins,
+    margin_scores,
+    quantize,
+    select,
+)
 from dq_lightning.core.errors import FeatureError, SourceError
 from dq_lightning.features.choose import choose_encoder
 
@@ -61,7 +70,8 @@ def test_ready_features_and_functions_make_any_sample_fit(kind, tmp_path):
     dataset, classes = Samples(kind), [i % 2 for i in range(COUNT)]
     features = torch.stack([summary(dataset[i]) for i in range(COUNT)]).float()
     own = kind in ("sound and class", "table")
-    wanted = select(make_bins(features, num_bins=3, labels=torch.tensor(classes)), keep_ratio=0.25).index
+    bins = make_bins(features, num_bins=3, labels=torch.tensor(classes))
+    wanted = select(bins, keep_ratio=0.25, scores=margin_scores(features, classes)).index
     for name, encoder in (("array", features), ("function", summary)):
         module = QuantizedDataModule(
             dataset, encoder=encoder, labels=None if own else classes, cache_dir=tmp_path / name, **SETTINGS
@@ -86,7 +96,8 @@ def test_rows_of_a_table_of_hugging_face(tmp_path):
     made = quantize(table, encoder=lambda row: [row["a"], 1.0], cache_dir=tmp_path, progress=False)
     features = [[float(i), 1.0] for i in range(COUNT)]
     bins = make_bins(torch.tensor(features), labels=torch.arange(COUNT) % 2)
-    assert torch.equal(load_selection(made.path).index, select(bins, keep_ratio=0.125).index)
+    margins = margin_scores(torch.tensor(features), torch.arange(COUNT) % 2)
+    assert torch.equal(load_selection(made.path).index, select(bins, keep_ratio=0.125, scores=margins).index)
 
 
 def test_what_needs_images_still_says_so(tmp_path):

@@ -44,7 +44,7 @@ def test_json_both_ways(config):
         (lambda: SelectionConfig(keep_ratio=1.01), "keep_ratio"),
         (lambda: SelectionConfig(keep_ratio=float("nan")), "keep_ratio"),
         (lambda: SelectionConfig(seed=-1), "seed must be at least 0"),
-        (lambda: SelectionConfig(draw="best"), "draw must be one of 'seeded', 'rank', got 'best'"),
+        (lambda: SelectionConfig(draw="best"), "draw must be one of 'auto', 'seeded', 'scored', 'rank', got 'best'"),
         (lambda: BinConfig(num_bins=0), "num_bins must be between 1 and 32767"),
         (lambda: BinConfig(objective="cut"), "objective must be one of"),
         (lambda: FeatureConfig(kind="gradients"), "kind must be one of"),

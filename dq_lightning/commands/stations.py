@@ -213,7 +213,7 @@ def sample(
     keep_ratio: float = 0.125,
     output: str | None = None,
     seed: int = 0,
-    draw: Draw = "seeded",
+    draw: Draw = "auto",
     bin_weights: tuple[float, ...] | None = None,
     balance: Balance = "proportional",
     dataset: str | dict[str, Any] | None = None,
@@ -229,8 +229,8 @@ def sample(
         keep_ratio: share of samples kept; exactly floor(N * keep_ratio + 1/2) of N samples are kept.
         output: folder that the file is written into; bins_path when left out.
         seed: seed of the random draw.
-        draw: seeded (or auto) draws uniformly inside a bin; rank takes the samples that were picked first. These files hold
-            no scores to draw by.
+        draw: scored draws from the samples of a bin that have the best scores, seeded from all of them; rank takes the
+            samples that were picked first. auto is scored where the bins hold scores, else seeded.
         bin_weights: one weight for each bin, in place of equal shares.
         balance: proportional, sqrt or equal shares of the classes.
         dataset: dataset that gives the classes, for published files without bins.npz; the shares are then also equal by

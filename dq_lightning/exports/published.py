@@ -49,6 +49,8 @@ def write_bin_files(folder: str | Path, name: str, bins: Bins) -> list[Path]:
             path.unlink()
     values: dict[str, Any] = {field: getattr(bins, field).numpy().astype(dtype) for field, dtype in FIELDS.items()}
     values["num_bins"] = np.int64(bins.num_bins)
+    if bins.score is not None:
+        values["score"] = bins.score.numpy()
     return [*written, whole(folder / BINS_FILE, lambda place: np.savez_compressed(place, **values))]
 
 
@@ -194,7 +196,8 @@ def _read_whole(folder: Path, parts: list[NDArray[np.int64]]) -> Bins:
     try:
         with np.load(folder / BINS_FILE, allow_pickle=False) as file:
             assignment, rank, gain, group = (torch.from_numpy(file[field]) for field in FIELDS)
-            bins = Bins(assignment, rank, gain, group, int(file["num_bins"]))
+            score = torch.from_numpy(file["score"]) if "score" in file else None
+            bins = Bins(assignment, rank, gain, group, int(file["num_bins"]), score=score)
     except (OSError, ValueError, KeyError) as error:
         raise StoreError(f"{folder / BINS_FILE} cannot be read ({error}): make the bins again") from error
     same = len(parts) == bins.num_bins and all(

@@ -35,7 +35,6 @@ def drawn_selection(task: Task, bins: Bins, keep_ratio: float) -> Selection:
         keep_ratio=keep_ratio,
         seed=settings.seed,
         draw=settings.draw,
-        scores=bins.score,
         bin_weights=settings.bin_weights,
         balance=settings.balance,
         labels=None if grouping is None else grouping.members,

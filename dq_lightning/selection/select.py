@@ -27,7 +27,7 @@ def select(
     *,
     keep_ratio: float,
     seed: int = 0,
-    draw: Draw = "seeded",
+    draw: Draw = "auto",
     scores: Tensor | NDArray[np.floating] | None = None,
     bin_weights: Sequence[float] | None = None,
     balance: Balance = "proportional",
@@ -48,7 +48,8 @@ def select(
             samples of a bin that have the best scores: from the best 30 % where a twentieth of the bin is kept, the best
             half where a tenth is, the best 70 % where a fifth is, and from all where 30 % or more are; each of them is
             kept with the same probability. `"auto"` is `"scored"` where there are scores, else `"seeded"`.
-        scores: floating [N], what each sample is worth, higher is better, such as `margin_scores`; used by `"scored"`.
+        scores: floating [N], what each sample is worth, higher is better, such as `margin_scores`; None takes
+            `bins.score`. Bins of `make_bins` have none, those of a data module may have.
         bin_weights: num_bins weights, not negative; the share of a bin is proportional to weight times size until the
             bin is used up. None gives all bins the same weight.
         balance: whether the groups share the kept samples in proportion to their sizes (`"proportional"`), to the square
@@ -79,7 +80,7 @@ def select(
     SelectionConfig(keep_ratio=keep_ratio, seed=seed, draw=draw, bin_weights=None, balance=balance)
     _check_weights(bin_weights, bins.num_bins)
     members = _label_sets(labels, len(bins), balance)
-    worth = _check_scores(scores, len(bins), draw)
+    worth = _check_scores(bins.score if scores is None else scores, len(bins), draw)
     wanted = _wanted(len(bins), keep_ratio)
     present = np.flatnonzero(bins.assignment.cpu().numpy() >= 0)
     if wanted > len(present):

@@ -30,7 +30,8 @@ def held_out(count=20, transform=to_tensor):
 
 def name_of(image):
     """A number that tells images apart."""
-    return zlib.crc32(np.ascontiguousarray(torch.as_tensor(image).cpu()).tobytes())
+    image = image.cpu() if isinstance(image, torch.Tensor) else image
+    return zlib.crc32(np.ascontiguousarray(image).tobytes())
 
 
 class Recorder(L.LightningModule):
