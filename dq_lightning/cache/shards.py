@@ -98,7 +98,7 @@ class KeptShards(Shards):
         self._interval = MIN_SECONDS
         self._given_up = False
 
-    def restore(self, total: int, made_from: str = "") -> Iterator[dict[str, Array]]:
+    def restore(self, total: int | None, made_from: str = "") -> Iterator[dict[str, Array]]:
         """Yield the arrays of earlier runs; only one shard at a time is in memory."""
         self._loop_made_from, self._done = made_from, 0
         listed = sorted((path for folder in self._keys for path in folder.glob("*.shard")), key=_stop, reverse=True)
@@ -121,7 +121,8 @@ class KeptShards(Shards):
             yield {name: tensor.clone().numpy() for name, tensor in tensors.items()}
             self._done = stop
         if self._done:
-            logger.info("resuming %s: %s of %s samples are done already", self._noun, f"{self._done:,}", f"{total:,}")
+            of = "" if total is None else f"of {total:,} "
+            logger.info("resuming %s: %s %ssamples are done already", self._noun, f"{self._done:,}", of)
 
     def is_due(self) -> bool:
         """Return whether enough time has passed to write a shard."""

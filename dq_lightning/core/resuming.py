@@ -17,11 +17,11 @@ class Shards:
     cache are in `cache/shards.py`.
     """
 
-    def restore(self, total: int, made_from: str = "") -> Iterator[dict[str, Array]]:
+    def restore(self, total: int | None, made_from: str = "") -> Iterator[dict[str, Array]]:
         """Yield the pieces that earlier runs passed to `keep`, in the order of the work on `total` samples.
 
-        `made_from` is what the work depends on beside the cache key, such as a digest of weights that were trained for
-        it.
+        `total` is None if their number is not known. `made_from` is what the work depends on beside the cache key, such
+        as a digest of weights that were trained for it.
         """
         return iter(())
 

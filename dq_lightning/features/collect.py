@@ -69,16 +69,25 @@ def collect(
         table.copy()
     if not table.seen.all():
         raise FeatureError(f"the encoder gave no features for {int((~table.seen).sum())} of {num_samples} samples")
-    bad = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *table.not_finite]))
+    check_finite(table.not_finite, num_samples, advice)
+    for tensor in table.filled.values():
+        tensor[skipped] = 0
+    return Features(table.filled["embedding"], table.filled.get("head_gradient"), skipped)
+
+
+def check_finite(not_finite: list[Tensor], num_samples: int, advice: str) -> None:
+    """Check that no sample has features that are not finite; the tensors hold positions of such samples.
+
+    Raises:
+        FeatureError: there are such samples.
+    """
+    bad = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *not_finite]))
     if len(bad):
         names = ", ".join(map(str, bad[:NAMED_SAMPLES].tolist()))
         raise FeatureError(
             f"{len(bad)} of {num_samples} samples have features that are NaN or infinite; the first are samples {names}. "
             f"{advice}"
         )
-    for tensor in table.filled.values():
-        tensor[skipped] = 0
-    return Features(table.filled["embedding"], table.filled.get("head_gradient"), skipped)
 
 
 class _Table:

@@ -152,11 +152,11 @@ def _text_to_rows(
 ) -> Iterator[Rows]:
     encoders = [encoder, *(encoder.replica(device) for device in devices[1:])]
     batches = iterate_text_batches(source, encoder, batch_size, missing)
-    rows_on = [_TextRows(one) for one in encoders]
+    rows_on = [TextRows(one) for one in encoders]
     yield from run_in_order(list(zip(devices, rows_on, strict=True)), batches)
 
 
-class _TextRows:
+class TextRows:
     """Makes the rows of a batch of texts with one replica of the encoder."""
 
     def __init__(self, encoder: TextEncoder) -> None:
@@ -181,18 +181,23 @@ def _images_to_rows(
     devices = devices[: max(1, len(batches.batches))]
     encoders = [encoder, *(encoder.replica(device) for device in devices[1:])]
     read = iterate_batches(batches, num_workers, devices[0], len(devices))
-    rows_on = [_ImageRows(one, labels) for one in encoders]
+    rows_on = [ImageRows(one, labels) for one in encoders]
     warnings: list[tuple[int, str]] = []
     for rows, told in run_in_order(list(zip(devices, rows_on, strict=True)), zip(batches.batches, read, strict=True)):
         warnings += told
         yield rows
+    warn_of_decoding(warnings, len(missing))
+
+
+def warn_of_decoding(warnings: list[tuple[int, str]], count: int) -> None:
+    """Log one warning of the images, out of `count`, that may have been decoded wrongly."""
     if warnings:
         first = "; ".join(f"sample {index}: {text}" for index, text in warnings[:NAMED_SAMPLES])
         more = f"; and {len(warnings) - NAMED_SAMPLES} more" if len(warnings) > NAMED_SAMPLES else ""
-        logger.warning("%d of %d images may have been decoded wrongly: %s%s", len(warnings), len(missing), first, more)
+        logger.warning("%d of %d images may have been decoded wrongly: %s%s", len(warnings), count, first, more)
 
 
-class _ImageRows:
+class ImageRows:
     """Makes the rows of a batch of images with one replica of the encoder, and returns them with its warnings."""
 
     def __init__(self, encoder: Encoder, labels: Tensor | None) -> None:

@@ -46,15 +46,12 @@ class ImageBatches(Dataset[ImageBatch]):
         return len(self.batches)
 
     def __getitem__(self, batch: int) -> ImageBatch:
-        images: list[Tensor] = []
-        warnings: list[tuple[int, str]] = []
         indices = self.batches[batch].tolist()
-        for index in indices:
-            images.append(self.prepare(index))
-            text = self.source.decode_warning(index)
-            if text is not None:
-                warnings.append((index, text))
-        return ImageBatch(stack(images, indices), warnings)
+        return batch_of([self.prepared(index) for index in indices], indices)
+
+    def prepared(self, index: int) -> tuple[Tensor, str | None]:
+        """Read and preprocess one sample; the text says why it may have been decoded wrongly."""
+        return self.prepare(index), self.source.decode_warning(index)
 
     def prepare(self, index: int) -> Tensor:
         """Read and preprocess one sample.
@@ -90,6 +87,12 @@ def split_at_multiples(positions: Tensor, size: int) -> list[Tensor]:
     """
     _, counts = torch.unique_consecutive(positions // size, return_counts=True)
     return list(torch.split(positions, counts.tolist()))
+
+
+def batch_of(prepared: list[tuple[Tensor, str | None]], indices: list[int]) -> ImageBatch:
+    """Make a batch of the prepared samples `indices`; FeatureError as `stack` raises it."""
+    warnings = [(index, text) for index, (_, text) in zip(indices, prepared, strict=True) if text is not None]
+    return ImageBatch(stack([image for image, _ in prepared], indices), warnings)
 
 
 def stack(images: list[Tensor], indices: list[int]) -> Tensor:

@@ -1,8 +1,10 @@
 """What encoders need of a dataset. The sources of the package have all of it, and parts of a source have some."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 
@@ -28,3 +30,16 @@ class CheckedSource(SampleSource, Protocol):
 
     def check(self, index: int, /) -> None:
         """Read a sample and ignore the result; a `SourceError` is raised if it cannot be read."""
+
+
+class OrderedSource(SampleSource, Protocol):
+    """A stream: its samples are read in ascending order, and how many there are is known at its end."""
+
+    def has(self, index: int, /) -> bool:
+        """Whether there is a sample at a position; the reading goes on to it."""
+
+    def plain(self, index: int, /) -> Any:
+        """Return a sample without the user's transforms."""
+
+    def digests(self, start: int, stop: int, /) -> NDArray[np.uint8]:
+        """Return the first bytes of the digests of samples that were read, [stop - start, 8]."""

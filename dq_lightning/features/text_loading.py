@@ -1,8 +1,10 @@
 """Turn texts into batches of token ids, sorted by length so that little padding is needed."""
 
+import itertools
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -42,18 +44,31 @@ def iterate_text_batches(
     Meanwhile a thread tokenizes the next window. Windows are sections of consecutive samples of the whole source, so
     batches that an earlier run has finished do not change the other batches.
     """
-    size = batch_size * BATCHES_PER_WINDOW
-    windows = split_at_multiples(positions, size)
-    full = 0
+    windows = split_at_multiples(positions, batch_size * BATCHES_PER_WINDOW)
+    yield from batches_of_windows(
+        ((window, partial(read_texts, source, window)) for window in windows), encoder, batch_size
+    )
 
-    def tokenized(window: Tensor) -> list[list[int]]:
-        return encoder.tokenize(read_texts(source, window))
+
+def batches_of_windows(
+    windows: Iterator[tuple[Tensor, Callable[[], list[str]]]], encoder: TextEncoder, batch_size: int
+) -> Iterator[TextBatch]:
+    """Yield batches of the texts of windows, each its positions and a function that reads its texts.
+
+    The windows are taken by the calling thread, one ahead; their texts are read and tokenized by another.
+    """
+    full = total = 0
+
+    def tokenized(read: Callable[[], list[str]]) -> list[list[int]]:
+        return encoder.tokenize(read())
 
     with torch_threads(1, "tokenize") as pool:
-        ahead = deque(pool.submit(tokenized, window) for window in windows[:1])
-        for number, window in enumerate(windows, start=1):
-            tokens = ahead.popleft().result()
-            ahead.extend(pool.submit(tokenized, following) for following in windows[number : number + 1])
+        ahead = deque((window, pool.submit(tokenized, read)) for window, read in itertools.islice(windows, 1))
+        while ahead:
+            window, future = ahead.popleft()
+            tokens = future.result()
+            ahead.extend((after, pool.submit(tokenized, read)) for after, read in itertools.islice(windows, 1))
+            total += len(window)
             full += sum(len(row) >= encoder.max_length for row in tokens)
             for places in batches_by_length([len(row) for row in tokens], batch_size):
                 yield TextBatch(window[torch.from_numpy(places)], pad([tokens[place] for place in places]))
@@ -61,7 +76,7 @@ def iterate_text_batches(
         logger.info(
             "features: %d of %d texts have as many tokens as the encoder reads (%d) or more; what goes beyond is not used",
             full,
-            len(positions),
+            total,
             encoder.max_length,
         )
 

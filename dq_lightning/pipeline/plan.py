@@ -260,9 +260,14 @@ def _typical_size(source: Source) -> tuple[int, int]:
 def source_identity(plan: Plan, memory: DigestMemory) -> str:
     """Return the identity of the data; the dataset is read in full where its digest is not remembered."""
     if plan.fingerprint is not None:
-        plan.source.know_length(memory, f"fingerprint:{plan.fingerprint}")
+        plan.source.know_length(memory, length_key(plan.fingerprint))
     known = known_identity(plan, memory) if plan.fingerprint is not None or plan.source.identity_is_certain else None
     return known or plan.source.digest(memory)
+
+
+def length_key(fingerprint: str) -> str:
+    """Return the key under which the length of a stream is remembered whose identity the user gave."""
+    return f"stream of {GIVEN}{fingerprint}"
 
 
 def known_identity(plan: Plan, memory: DigestMemory) -> str | None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.core.records import StoreInfo
 from dq_lightning.pipeline.build import Build
 from dq_lightning.pipeline.compact import Compact, find_compact
+from dq_lightning.pipeline.first_pass import read_stream
 from dq_lightning.pipeline.packing import check_storable
 from dq_lightning.pipeline.plan import BINS, FEATURES, Plan, make_plan, source_identity, usable_parts
 from dq_lightning.pipeline.wanted import Wanted, want
@@ -127,17 +129,16 @@ def find_or_build(
     Raises:
         DQError: the compact set cannot be made.
     """
+    check = check or partial(check_storable, plan.head)
+    seconds = read_stream(plan, cache, device=device, force=force, progress=progress, check=check)
     started = time.perf_counter()
     source = source_identity(plan, cache.memory)
     if not force and (found := find_compact(plan, cache, source)) is not None:
         kept, whole = len(found.selection), len(plan.source)
         get_logger().info(f"reusing the compact set of {kept:,} of {whole:,} samples: {found.info.path}")
         return found
-    seconds = {"identity": round(time.perf_counter() - started, 3)}
-    if check is None:
-        check_storable(plan.head)
-    else:
-        check()
+    seconds = seconds or {"identity": round(time.perf_counter() - started, 3)}
+    check()
     return Build(plan, source, cache, device, force=force, progress=progress, seconds=seconds).compact()
 
 
@@ -162,6 +163,7 @@ def station_of_dataset(
     cache, read = Cache(cache_dir or default_cache_dir()), {FEATURES: read_features, BINS: read_bins}[station]
     with isolated_random_state():
         plan = make_plan(dataset, Wanted(config, labels=labels))
+        read_stream(plan, cache, device=device, force=False, progress=progress, check=list)
         source = source_identity(plan, cache.memory)
         identities = plan.identities(cache.memory)
         for parts in [] if identities is None else usable_parts(plan, source, identities):

@@ -166,6 +166,9 @@ class Source(ABC):
     def expect(self, digest: str, length: int) -> None:  # noqa: B027 (only a stream has to be told)
         """Take over digest and length of a stream that another process has read."""
 
+    def forget(self) -> None:  # noqa: B027 (only a stream remembers)
+        """Forget what `expect` took over, so that a stream is read again to find out what it holds."""
+
     def know_length(self, memory: DigestMemory, key: str) -> None:  # noqa: B027 (only a stream has to find it out)
         """Find out the length of a stream: from the memory under a key, else by reading it."""
 

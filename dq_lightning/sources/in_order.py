@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -88,11 +89,13 @@ class Record:
     Attributes:
         length: number of items; None while the first pass has not come to its end.
         recalled: digest and length that are remembered from an earlier run, or None.
+        remembered: keys under which this run has remembered them.
     """
 
     def __init__(self) -> None:
         self.length: int | None = None
         self.recalled: tuple[str, int] | None = None
+        self.remembered: set[str] = set()
         self._short = bytearray()
         self._hash: Any = None
         self._first: list[bytes] = []
@@ -119,9 +122,10 @@ class Record:
         for item in head:
             self._add_value(item)
 
-    def short(self, position: int) -> bytes:
-        """The first bytes of the digest of an item that was read."""
-        return bytes(self._short[DIGEST_BYTES * position : DIGEST_BYTES * (position + 1)])
+    def digests(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """The first bytes of the digests of items that were read, uint8 [stop - start, 8]."""
+        part = self._short[DIGEST_BYTES * start : DIGEST_BYTES * stop]
+        return np.frombuffer(part, np.uint8).reshape(-1, DIGEST_BYTES)
 
     def note(self, position: int, digest: bytes, row: Any, name: str) -> None:
         """Record a row at the front of the first pass, or compare one of a later pass.
@@ -130,7 +134,8 @@ class Record:
             ChangedError: the row is another one than in the first pass.
         """
         if position < self.count:
-            if self.short(position) != digest[:DIGEST_BYTES]:
+            place = DIGEST_BYTES * position
+            if self._short[place : place + DIGEST_BYTES] != digest[:DIGEST_BYTES]:
                 raise ChangedError(
                     f"item {position:,} of {name} is another one in this pass than in the first. {_REPEAT}"
                 )
@@ -230,6 +235,9 @@ class _Pass:
     def take(self, index: int) -> Any:
         if index < len(self.head):
             return self.head[index]
+        length = self.view.record.length
+        if self._iterator is None and length is not None and index >= length:
+            raise _EndError
         if self._iterator is None or index < self._position:
             self.start()
         while self._position < index:
@@ -380,6 +388,10 @@ class StreamSource(MapSource):
         with self.explaining(index):
             return self.plain_dataset.has(index)
 
+    def digests(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """The first bytes of the digests of items that were read, uint8 [stop - start, 8]."""
+        return self.record.digests(start, stop)
+
     def begin(self) -> None:
         """Prepare the record of the first pass."""
         if not self.record.has_begun:
@@ -452,7 +464,7 @@ class StreamSource(MapSource):
 
     def quick_digest(self, memory: DigestMemory) -> str | None:
         if self.record.length is not None:
-            return self.scan()[0]
+            return self.digest(memory)
         self.recall(memory, self.state_key())
         return None if self.record.recalled is None else self.record.recalled[0]
 
@@ -462,9 +474,13 @@ class StreamSource(MapSource):
             known = json.loads(memory.recall(key) or "null")
             self.expect(str(known["digest"]), int(known["length"]))
 
+    def forget(self) -> None:
+        self.record.recalled = None
+
     def know_length(self, memory: DigestMemory, key: str) -> None:
-        self.recall(memory, key)
-        if not self.is_read:
+        if self.record.length is None:
+            self.recall(memory, key)
+        if self.record.recalled is None:
             self.scan()
             self._remember(memory, key)
 
@@ -474,11 +490,12 @@ class StreamSource(MapSource):
     def digest(self, memory: DigestMemory) -> str:
         key = self.state_key()
         digest = self.scan()[0]
-        if self.is_unchanged():
+        if key not in self.record.remembered and self.is_unchanged():
             self._remember(memory, key)
         return digest
 
     def _remember(self, memory: DigestMemory, key: str) -> None:
+        self.record.remembered.add(key)
         memory.remember(key, json.dumps({"digest": self.scan()[0], "length": len(self)}))
 
     def is_unchanged(self) -> bool:

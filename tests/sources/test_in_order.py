@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -13,8 +14,12 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from dq_lightning import QuantizedDataModule, load_selection, quantize
+from dq_lightning.cache.shards import KeptShards
 from dq_lightning.core.config import QuantizeConfig
 from dq_lightning.core.errors import ChangedError, ConfigError, SourceError
+from dq_lightning.features.choose import choose_encoder
+from dq_lightning.features.extract import extract_features
+from dq_lightning.features.streams import extract_stream
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.sources.in_order import HEAD_ITEMS
@@ -184,6 +189,83 @@ def test_files_that_can_t_be_one_stream(tmp_path):
             as_source(files)
     with pytest.raises(SourceError, match="can't be opened as webdataset"):
         as_source([tmp_path / "none.tar"])
+
+
+def test_a_killed_first_pass_goes_on_where_its_shards_end(items, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("dq_lightning.cache.shards.MIN_SECONDS", 0.0)
+    monkeypatch.setattr("dq_lightning.cache.shards.MAX_SECONDS", 0.0)
+    settings = SETTINGS | {"features": {"batch_size": 16}}
+    calls = []
+
+    def counting(sample):
+        calls.append(sample)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return mean_colour(sample)
+
+    counting.identity = "colour"
+    options = {"encoder": counting, "cache_dir": tmp_path / "a", "progress": False}
+    stop = 100
+    with pytest.raises(KeyboardInterrupt):
+        quantize(Stream(items), settings, **options)
+    calls, stop = [], 0
+    stream = Stream(items)
+    made = quantize(stream, settings, **options)
+    assert len(calls) == N - 96
+    assert stream.passes == 1  # The second pass ends with the last sample that was chosen.
+    assert made.seconds.keys() == {"identity and features", "bins", "selection", "store"}
+    monkeypatch.undo()
+    same_sets(made, quantize(items, settings, **options | {"cache_dir": tmp_path / "b"}))
+    assert not list((tmp_path / "a" / "0-partial" / "1-features").glob("*"))
+
+
+def test_work_of_other_samples_is_not_taken_up(items, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("dq_lightning.cache.shards.MIN_SECONDS", 0.0)
+    monkeypatch.setattr("dq_lightning.cache.shards.MAX_SECONDS", 0.0)
+    source, shards = as_source(Stream(items)), KeptShards(tmp_path / "1-features" / "key", "features")
+    spec = choose_encoder(mean_colour)
+    with pytest.raises(SourceError, match="disk on fire"):
+        extract_stream(as_source(Broken(items)), spec, tmp_path, batch_size=16, progress=False, shards=shards)
+    others = [*items[:40], (picture(9999), 0), *items[41:]]
+    made = extract_stream(as_source(Stream(others)), spec, tmp_path, batch_size=16, progress=False, shards=shards)
+    assert "other samples than before" in caplog.text
+    assert torch.equal(made, torch.stack([mean_colour(sample) for sample in others]))
+    assert torch.equal(
+        extract_stream(source, spec, tmp_path, batch_size=16, progress=False),
+        extract_features(as_source(items), spec, batch_size=16, progress=False).embedding,
+    )
+
+
+class Broken(Stream):
+    def __iter__(self):
+        yield from itertools.islice(super().__iter__(), 100)
+        raise OSError("disk on fire")
+
+
+class Lengths:
+    """An encoder of text whose features tell the batch that a text was in."""
+
+    num_classes, max_length = None, 64
+
+    def tokenize(self, texts):
+        return [list(map(ord, text)) for text in texts]
+
+    def replica(self, device):
+        return self
+
+    def embed(self, tokens):
+        rows = torch.stack([tokens.sum(1), (tokens < 0).sum(1)], 1).float()
+        return torch.cat([rows, torch.full((len(tokens), 1), float(tokens.shape[1] * len(tokens)))], 1)
+
+
+def test_texts_of_a_stream_are_encoded_in_the_batches_of_the_dataset(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": ["x" * (7 * i % 50) + "y" for i in range(N)]})
+    spec = SimpleNamespace(load=lambda device, precision: Lengths())
+    stream = as_source(rows.to_iterable_dataset())
+    made = extract_stream(stream, spec, tmp_path, device="cpu", batch_size=2, progress=False)
+    assert torch.equal(
+        made, extract_features(as_source(rows), spec, device="cpu", batch_size=2, progress=False).embedding
+    )
 
 
 # what is refused
