@@ -3,6 +3,7 @@
 Nothing is fetched while it is built or read: formulas become MathML, and no page loads a script from elsewhere.
 """
 
+import json
 import os
 from contextlib import redirect_stdout, suppress
 from importlib.metadata import version as version_of
@@ -11,6 +12,7 @@ from typing import Any
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
+from myst_parser.parsers.sphinx_ import MystParser
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
@@ -59,6 +61,28 @@ class CommandHelp(SphinxDirective):
         return [nodes.literal_block(text, text, language="none")]
 
 
+class NotebookParser(MystParser):
+    """Reads a notebook as a page: its Markdown, its code, and the outputs that it holds. Nothing is run."""
+
+    supported = ("notebook",)
+
+    def parse(self, inputstring: str, document: nodes.document) -> None:
+        """Parse the text of an `.ipynb` file."""
+        parts = []
+        for cell in json.loads(inputstring)["cells"]:
+            text = "".join(cell["source"])
+            parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+            for output in cell.get("outputs", []):
+                data = output.get("data", {})
+                if "image/png" in data:
+                    picture = f'<img alt="output of the cell above" src="data:image/png;base64,{data["image/png"]}">'
+                    parts.append(f"```{{raw}} html\n{picture}\n```")
+                else:
+                    printed = "".join(output.get("text") or data["text/plain"]).rstrip()
+                    parts.append(f"```text\n{printed}\n```")
+        super().parse("\n\n".join(parts), document)
+
+
 def inline_formula(writer: Any, node: nodes.math) -> None:
     """Write a formula in a line of text as MathML."""
     writer.body.append(tex2mathml(node.astext(), as_block=False))
@@ -78,3 +102,5 @@ def setup(app: Sphinx) -> None:
         "mathml", inline_renderers=(inline_formula, None), block_renderers=(displayed_formula, None)
     )
     app.add_directive("command-help", CommandHelp)
+    app.add_source_suffix(".ipynb", "notebook")
+    app.add_source_parser(NotebookParser)
