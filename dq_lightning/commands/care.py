@@ -53,26 +53,29 @@ def report(
             set is in, else the default one.
         device: device that fills the dropped patches of a few images.
     """
+    from functools import partial
+
     from dq_lightning.commands.opening import open_dataset
+    from dq_lightning.core.console import get_logger
+    from dq_lightning.core.errors import SourceError, StoreError
     from dq_lightning.exports.results import place_beside
     from dq_lightning.report.make import report_of_set
 
-    if dataset is None and data_path is None:
-        beside = place_beside(path)
-        dataset, data_path, split = beside.get("dataset"), beside.get("data_path"), beside.get("split", split)
-        labels = beside.get("labels") if labels is None else labels
+    make = partial(report_of_set, path, output, cache_dir=cache_dir, projection=projection, device=device)
     given = dataset is not None or data_path is not None
-    place = {"dataset": dataset, "data_path": data_path, "split": None if split == "train" else split}
-    written = report_of_set(
-        path,
-        output,
-        dataset=open_dataset(dataset, data_path, split) if given else None,
-        labels=labels,
-        place=place if given else None,
-        cache_dir=cache_dir,
-        projection=projection,
-        device=device,
-    )
+    place: dict[str, Any] = {"dataset": dataset, "data_path": data_path, "split": split, "labels": labels}
+    place = place if given else place_beside(path)
+    where = {name: value for name, value in place.items() if name != "labels" and (name, value) != ("split", "train")}
+    try:
+        opened = (
+            open_dataset(place.get("dataset"), place.get("data_path"), place.get("split", split)) if place else None
+        )
+        written = make(dataset=opened, labels=place.get("labels"), place=where)
+    except (SourceError, StoreError) as error:
+        if given or not place:
+            raise
+        get_logger().warning(f"the dataset that was recorded beside {path} is not shown: {error}")
+        written = make(place=where)
     print(f"wrote the report ({written.stat().st_size:,} bytes): {written}")
 
 

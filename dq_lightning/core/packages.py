@@ -6,7 +6,13 @@ from contextlib import contextmanager
 from dq_lightning.core.errors import DQError
 
 # The name on the package index, where it differs from the name that is imported.
-_INSTALLED_AS = {"cv2": "opencv-python", "sklearn": "scikit-learn", "PIL": "pillow", "yaml": "PyYAML"}
+_INSTALLED_AS = {
+    "cv2": "opencv-python",
+    "sklearn": "scikit-learn",
+    "PIL": "pillow",
+    "yaml": "PyYAML",
+    "umap": "umap-learn",
+}
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dq_lightning.core.errors import ConfigError
+from dq_lightning.core.packages import needed_for
 from dq_lightning.core.records import Bins, Features
 from dq_lightning.report.material import Material
 from dq_lightning.report.records import STATES, EmbeddingMap, MapPoint
@@ -33,12 +34,12 @@ def make_map(material: Material, samples: Samples, projection: str = "pca") -> E
     chosen = _chosen(material)
     unit = material.compact.config.get("bins", {}).get("similarity", "cosine") == "cosine"
     if projection == "umap":
-        flat, method = _umap(_rows(features, chosen, unit=unit)), "UMAP"
+        flat, method = _umap(_rows(features, chosen, unit=unit)), "by UMAP"
     else:
         flat, explained = principal_plane(
             _rows(features, _fitted_rows(features), unit=unit), _rows(features, chosen, unit=unit)
         )
-        method = f"the two directions in which they vary most (PCA; {explained:.0%} of the variance)"
+        method = f"along the two directions in which they vary most (PCA; {explained:.0%} of the variance)"
     places = _scaled(flat)
     samples.read_texts(chosen)
     tiles, sprite, tile = _pictures(samples, chosen)
@@ -109,12 +110,8 @@ def _rows(features: Features, positions: list[int], *, unit: bool) -> Tensor:
 
 
 def _umap(rows: Tensor) -> Tensor:
-    try:
+    with needed_for('projection="umap"', ConfigError):
         import umap
-    except ImportError as error:
-        raise ConfigError(
-            'projection="umap" needs the package umap-learn: python -m pip install "dq-lightning[umap]", or take "pca"'
-        ) from error
     made: Any = umap.UMAP(n_components=2, random_state=0)
     return torch.from_numpy(np.asarray(made.fit_transform(rows.numpy()), dtype=np.float32))
 

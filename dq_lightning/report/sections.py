@@ -63,11 +63,11 @@ def _how(report: Report) -> str:
         return f"The samples were chosen by {facts['Chosen by']}."
     if "Bins" not in facts:
         return "All samples were kept."
-    encoder = f" from the features of the {facts['Encoder'].removeprefix('the ')}" if "Encoder" in facts else ""
+    encoder = f", by the features of the {facts['Encoder'].removeprefix('the ')}" if "Encoder" in facts else ""
+    number, _, inside = facts["Bins"].partition(", ")
     return (
-        f"The samples were split into {facts['Bins'].partition(',')[0]} bins{facts['Bins'].partition(',')[1]}"
-        f"{facts['Bins'].partition(',')[2]}{encoder}: early bins hold typical samples, late ones unusual ones. The same share "
-        "was then drawn from every bin."
+        f"The samples were split into {number} bins{f' {inside}' if inside else ''}{encoder}: early bins hold typical samples, "
+        "late ones unusual ones. The same share was then drawn from every bin."
     )
 
 
@@ -105,7 +105,9 @@ def map_section(shown: EmbeddingMap | str) -> str:
         return _sentence(shown)
     kept = sum(point.sample.state == "kept" for point in shown.points)
     pictures = sum(point.tile is not None for point in shown.points)
-    about = f"Each point is one sample, drawn along {shown.method}: points that are near each other look alike to the encoder. "
+    about = (
+        f"Each point is one sample, drawn {shown.method}: points that are near each other look alike to the encoder. "
+    )
     if len(shown.points) < shown.total:
         about += f"These are {len(shown.points):,} of {shown.total:,} samples, {kept:,} of them kept (large points). "
     else:
