@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, one part after the other; each writes its table to OUT.
-# Usage: gpu.sh CIFAR PHOTOS OUT WEIGHTS FOREIGN
+# Usage: gpu.sh CIFAR PHOTOS OUT WEIGHTS FOREIGN [quick]
 # CIFAR is torchvision's data folder, PHOTOS an ImageFolder of images of 224 px, WEIGHTS the safetensors file of timm's
-# tf_efficientnet_lite0, FOREIGN a .npy file of photos uint8 [P, 64, 64, 3]. Expected: about two hours on one large GPU. Every part of
-# the worth table goes on where it was stopped. On an H200 its data took 82 seconds, a training alone 1.1 seconds, and choosing beside
-# trainings slowed both down threefold; so all choices are made first.
+# tf_efficientnet_lite0, FOREIGN a .npy file of photos uint8 [P, 64, 64, 3]. Expected: about two hours on one large GPU. With "quick" 14
+# minutes: the tests, the worth table without bytes for nine minutes, and the bins. Every part of the worth table goes on where it
+# was stopped. On an H200 a training took 1.1 seconds; choosing on the GPU beside trainings slowed both down threefold, so the CPU
+# chooses (16 cores: 190 seconds).
 set -eu
 cifar=$1 photos=$2 out=$3 weights=$4 foreign=$5
 cd "$(dirname "$0")/.."
@@ -16,12 +17,21 @@ run() {
     echo "$1: $code after $SECONDS s"
 }
 worth=(python benchmarks/worth.py)
-data=(--work "$out/worth" --cifar "$cifar" --weights "$weights" --foreign "$foreign" --device cuda --seeds 3)
-run worth_prepare "${worth[@]}" prepare "${data[@]}" --plan main candidates ratios bytes resnet18 --processes 8
-run worth_choose "${worth[@]}" choose "${data[@]}" --plan main candidates ratios bytes resnet18 --processes 4
-run worth_train "${worth[@]}" train "${data[@]}" --compile --lanes 8 --plan main candidates bytes winners resnet18
+data=(--work "$out/worth" --cifar "$cifar" --weights "$weights" --foreign "$foreign" --seeds 3)
+quick=${6:-}
+plans=(candidates main ratios resnet18)
+test -n "$quick" || plans+=(bytes)
+run worth_prepare "${worth[@]}" prepare "${data[@]}" --device cuda --plan "${plans[@]}" --processes 8
+run worth_choose "${worth[@]}" choose "${data[@]}" --device cpu --plan "${plans[@]}" --processes "$(nproc)" &
+run worth_train "${worth[@]}" train "${data[@]}" --device cuda --compile --lanes 8 --plan "${plans[@]/ratios/winners}" \
+    --seconds "$(test -n "$quick" && echo 480 || echo 7200)"
+wait
 run worth_table "${worth[@]}" table "${data[@]}"
 run tests python -m pytest -m gpu -q
+if test -n "$quick"; then
+    run bins_regimes python benchmarks/bins_gpu.py --regimes --seconds 190
+    exit
+fi
 run stages dq-lightning quantize --dataset CIFAR10 --data_path "$cifar" --keep_ratio 0.125 --drop_ratio 0.2 --device cuda --output "$out/compact"
 run features python benchmarks/features.py --cifar "$cifar" --device cuda
 run bins python benchmarks/bins.py --device cuda

@@ -11,7 +11,7 @@ from dq_lightning.pipeline.plan import Plan, keeps_all
 from dq_lightning.pipeline.step import Task
 from dq_lightning.pipeline.suspects import with_enough
 from dq_lightning.selection.allocate import count_kept
-from dq_lightning.selection.select import select
+from dq_lightning.selection.select import ALL_FROM, select
 
 
 def make_selection(task: Task, bins: Bins | None = None) -> None:
@@ -21,7 +21,13 @@ def make_selection(task: Task, bins: Bins | None = None) -> None:
         ConfigError: all samples were asked for, but some cannot be read.
         SourceError: two reads of one sample differ.
     """
-    ratio = task.plan.config.selection.share
+    settings = task.plan.config.selection
+    ratio = settings.share
+    if bins is not None and bins.score is not None and settings.draw == "auto" and ratio < ALL_FROM:
+        get_logger().info(
+            "inside every bin samples are drawn from those whose labels fit their features best "
+            '(preset="published" draws from all)'
+        )
     write_selection(task.folder, chosen_selection(task) if bins is None else drawn_selection(task, bins, ratio))
 
 

@@ -20,6 +20,8 @@ from dq_lightning.selection.exchange import Exchange
 # Numbers of the independent random streams: ties among groups, ties among the bins of a group, order inside a bin, and draws
 # by scores.
 _GROUP_TIES, _BIN_TIES, _ORDER, _SCORED = range(4)
+# Where at least this share of a bin is kept, a draw by scores is from all samples of the bin.
+ALL_FROM = 0.3
 
 
 def select(
