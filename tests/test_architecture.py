@@ -23,6 +23,7 @@ RANKS = (
     ("demo",),
     ("commands",),
     ("cli",),
+    ("__main__",),
     ("__init__",),
 )
 RANK_OF = {name: rank for rank, names in enumerate(RANKS) for name in names}

@@ -134,7 +134,7 @@ class Sensor:
 @pytest.fixture
 def several(monkeypatch):
     """`"auto"` means two processes, however short the reading is."""
-    monkeypatch.setattr(loading, "choose_num_workers", lambda batches, device, num_devices=1: 2)
+    monkeypatch.setattr(loading, "choose_num_workers", lambda *_: 2)
     monkeypatch.setattr("dq_lightning.pipeline.scoring._num_workers", lambda plan, count: 2)
     monkeypatch.setattr("dq_lightning.loading.loaders.automatic_workers", lambda processes=1: 2)
 
@@ -198,7 +198,7 @@ def test_samples_of_an_archive_are_not_called_unreadable(rows, several, tmp_path
 
 def test_zero_processes_of_a_data_module_hold_for_the_features_too(rows, monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(loading, "choose_num_workers", lambda batches, device, num_devices=1: seen.append("auto") or 0)
+    monkeypatch.setattr(loading, "choose_num_workers", lambda *_: seen.append("auto") or 0)
     make = partial(QuantizedDataModule, InOneFile(rows[0]), encoder=(Flat(), encode), labels=False, cache_dir=tmp_path)
     zero = make(num_workers=0)
     assert zero.config.features.num_workers == 0

@@ -60,6 +60,7 @@ def quantize_dataset(
     verify: VerifyPolicy = "size",
     on_error: OnError = "raise",
     progress: bool = True,
+    distributed: Literal["auto", "all", "off"] = "auto",
 ) -> None:
     """Make the compact set of a dataset: features, bins, sampling, patches, store.
 
@@ -111,6 +112,8 @@ def quantize_dataset(
         verify: how a cache entry is checked before use: size, hash or off.
         on_error: raise stops at a sample that cannot be read; skip leaves such samples out and counts them.
         progress: show progress bars.
+        distributed: auto shares the features among the ranks that torchrun or srun started, and works alone where they
+            cannot reach each other, which is an error with all; off works alone. Rank 0 writes the output.
     """
     config = QuantizeConfig(
         features,
@@ -139,12 +142,15 @@ def quantize_dataset(
     }
     config = replace_fields(config, {SHORT_FORMS[name]: value for name, value in short.items()})
     from dq_lightning.commands.opening import open_dataset
+    from dq_lightning.core.launch import find_launch
     from dq_lightning.exports.rows import check_writable
     from dq_lightning.pipeline.quantize import quantize
     from dq_lightning.selection.given import check_alone
 
     check_alone(indices, **short)
-    if output is not None:
+    launch = find_launch() if distributed != "off" else None
+    reports = launch is None or launch.rank == 0
+    if output is not None and reports:
         output = str(Path(output).expanduser())
         check_writable(output)
     info = quantize(
@@ -157,8 +163,11 @@ def quantize_dataset(
         fingerprint=fingerprint,
         force_recompute=force_recompute,
         verify=verify,
-        progress=progress,
+        progress=progress and reports,
+        distributed=distributed,
     )
+    if not reports:
+        return
     if output is not None:
         from dq_lightning.exports.results import write_results
 

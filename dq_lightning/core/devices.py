@@ -1,6 +1,7 @@
 """Finds the devices that names stand for."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -75,3 +76,21 @@ def resolve_devices(device: str | torch.device | Sequence[str | torch.device]) -
         ConfigError: no device is named, torch knows no such device, or it is a CUDA device that torch does not find.
     """
     return [resolve_device(name) for name in device_names(device)]
+
+
+def device_of_rank(local_rank: int) -> str:
+    """Return the name of the device that a rank uses for `"auto"`: each rank of a machine has a GPU of its own.
+
+    A rank that has set its current GPU, or sees one alone, uses that.
+    """
+    if not torch.cuda.is_available():
+        return "cpu"
+    cuda: Any = torch.cuda
+    current = cuda.current_device() if cuda.is_initialized() else 0
+    return f"cuda:{current or local_rank % torch.cuda.device_count()}"
+
+
+def device_kind(name: str) -> str:
+    """Return the kind of a device; on two of a kind the same work gives the same bytes."""
+    device = resolve_device(name)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -34,6 +34,9 @@ _NOT_LOOKED_INTO = ("logging", "multiprocessing", "torch", "numpy", "pyarrow")
 _STANDARD_STREAMS = 2
 _warned: set[str] = set()
 
+PREFETCHED = 4
+"""A loader process is asked for so many items ahead."""
+
 FORK = "fork" if sys.platform.startswith("linux") else None
 """Start method of the processes of this library's own passes over a dataset.
 
@@ -245,16 +248,24 @@ def _warn_once(text: str) -> None:
         logger.warning("%s", text)
 
 
-def read_in_order(dataset: Any, num_workers: int, *, pin_memory: bool = False) -> Iterator[Any]:
-    """Yield all items of a map-style dataset in order; an exception that the dataset raises is raised unchanged.
+def read_in_order(
+    dataset: Any,
+    num_workers: int,
+    *,
+    pin_memory: bool = False,
+    numbers: Iterator[int] | None = None,
+    prefetch: int = PREFETCHED,
+) -> Iterator[Any]:
+    """Yield items of a map-style dataset in order; an exception that the dataset raises is raised unchanged.
 
     `num_workers` processes, which may read the dataset (see `loader_processes`), read the items; 0 reads them in this
-    process. `pin_memory` puts tensors into pinned memory, from which they are copied to a GPU faster.
+    process. `pin_memory` puts tensors into pinned memory, from which they are copied to a GPU faster. The items are
+    those with the given numbers, or all; each process is asked for `prefetch` items ahead.
     """
     options: dict[str, Any] = {}
     if num_workers:
         # Python 3.14 no longer forks by default, but datasets with local classes and lambdas need it.
-        options = {"multiprocessing_context": multiprocessing.get_context(FORK), "prefetch_factor": 4}
+        options = {"multiprocessing_context": multiprocessing.get_context(FORK), "prefetch_factor": prefetch}
     # Without a generator of its own, the loader would draw its seed from the global random state.
     generator = torch.Generator().manual_seed(0)
     loader = DataLoader(
@@ -263,6 +274,7 @@ def read_in_order(dataset: Any, num_workers: int, *, pin_memory: bool = False) -
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=generator,
+        sampler=numbers,
         **options,
     )
     for item, error in loader:

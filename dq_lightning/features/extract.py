@@ -1,10 +1,13 @@
 """The loop that runs an encoder over all samples of a source and collects one row of features for each sample."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +20,7 @@ from dq_lightning.core.isolation import isolated, release_memory
 from dq_lightning.core.records import Features
 from dq_lightning.core.replicas import run_in_order
 from dq_lightning.core.resuming import Shards
+from dq_lightning.core.sharing import Arrays, Job, Sharing
 from dq_lightning.features.collect import NAMED_SAMPLES, Allocate, Rows, allocate_in_memory, collect
 from dq_lightning.features.encoders import Encoder, RowEncoder, TextEncoder
 from dq_lightning.features.gradient import head_gradient
@@ -31,7 +35,7 @@ from dq_lightning.features.origins import EncoderSpec
 from dq_lightning.features.sample_function import RawSamples, SampleEncoder
 from dq_lightning.features.samples import SampleSource
 from dq_lightning.features.selection_training import TrainedEncoder
-from dq_lightning.features.text_loading import TextBatch, iterate_text_batches
+from dq_lightning.features.text_loading import TextBatch, iterate_text_batches, num_pieces
 
 logger = logging.getLogger("dq_lightning")
 
@@ -54,6 +58,7 @@ def extract_features(
     api_embeddings: Path | None = None,
     shards: Shards | None = None,
     left_out: Tensor | None = None,
+    sharing: Sharing | None = None,
 ) -> Features:
     """Run every sample of a source through an encoder.
 
@@ -85,6 +90,8 @@ def extract_features(
         shards: store for finished rows, from which a killed run can be resumed; it is not used for ready-made
             embeddings and those of an API. None stores nothing.
         left_out: positions of unreadable samples, int64 [U]; their rows are zero.
+        sharing: how batches are shared with other processes, each of which calls `extract_pieces`; ready-made embeddings
+            and those of an API are not shared. None shares nothing.
 
     Returns:
         Features with `embedding` float32 [N, D] and, for `"gradient"`, `head_gradient` float32 [N, C], both on the CPU
@@ -99,32 +106,163 @@ def extract_features(
         raise FeatureError("the dataset is empty: there is nothing to make features of")
     if kind == "gradient" and labels is None:
         raise FeatureError('kind="gradient" needs class labels; pass labels=, or use kind="embedding"')
+    sharing = sharing or Sharing()
     devices = resolve_devices(device)
+    options = _Options(kind, labels, num_classes, batch_size, num_workers, api_embeddings, sharing)
+    out = out or allocate_in_memory
     try:
-        with isolated(), explaining_lost_loaders():
-            encoder = spec.load(str(devices[0]), precision)
-            wanted = labels if kind == "gradient" else None
-            if wanted is not None:
-                _check_head(encoder, wanted, len(source), num_classes)
-            advice, kept = LOOK_AT_SAMPLES, shards or Shards()
-            rows_of: Callable[[Tensor], Iterator[Rows]]
-            if isinstance(encoder, RowEncoder):
-                rows_of = partial(encoder.rows, source, batch_size, num_workers, api_embeddings)
-                advice, kept = encoder.advice, Shards()
-            elif isinstance(encoder, SampleEncoder):
-                # Processes that are forked could not use a GPU that the function has begun to use in this one.
-                rows_of = partial(_images_to_rows, encoder, RawSamples(source), batch_size, None, devices[:1], 0)
-            elif isinstance(encoder, TextEncoder):
-                rows_of = partial(_text_to_rows, encoder, source, batch_size, devices)
-            else:
-                rows_of = partial(_images_to_rows, encoder, source, batch_size, wanted, devices, num_workers)
-            made_from = encoder.digest() if isinstance(encoder, TrainedEncoder) and shards is not None else ""
-            out = out or allocate_in_memory
-            features = collect(rows_of, len(source), progress, out, advice, kept, made_from, left_out)
-            del encoder, rows_of
+        return _collected(source, spec, options, devices, precision, progress, out, shards, left_out)
     finally:
         release_memory()
-    return features
+
+
+def _collected(
+    source: SampleSource,
+    spec: EncoderSpec,
+    options: "_Options",
+    devices: list[torch.device],
+    precision: Precision,
+    progress: bool,
+    out: Allocate,
+    shards: Shards | None,
+    left_out: Tensor | None,
+) -> Features:
+    with _loaded(source, spec, options, devices, precision) as loop:
+        # A stream is read from its beginning, so the ranks cannot share it.
+        is_shared = loop.is_divisible and not getattr(source, "in_order", False)
+        sharing = options.sharing if is_shared else Sharing()
+        made_from = loop.digest() if shards is not None or sharing.num_ranks > 1 else ""
+        fixed = {} if left_out is None else {"left_out": left_out.numpy()}
+
+        def stream_of(missing: Tensor) -> Iterator[Rows]:
+            arrays = {"missing": missing.numpy(), **fixed}
+            job = Job("features", {"made_from": made_from}, arrays, loop.pieces(missing), len(missing))
+            return sharing.share(job, partial(loop.rows, missing), _unpacked, lambda rows: len(rows.positions))
+
+        kept = shards if loop.is_divisible and shards is not None else Shards()
+        return collect(stream_of, len(source), progress, out, loop.advice, kept, made_from, left_out)
+
+
+def extract_pieces(
+    source: SampleSource,
+    spec: EncoderSpec,
+    job: Job,
+    numbers: Iterator[int],
+    *,
+    kind: FeatureKind,
+    labels: Tensor | None,
+    num_classes: int | None,
+    device: DeviceNames,
+    precision: Precision,
+    batch_size: int,
+    num_workers: int | Literal["auto"],
+    sharing: Sharing,
+) -> Iterator[Arrays]:
+    """Yield the rows of some pieces of the job of a process that runs `extract_features` with the same arguments.
+
+    Nothing is yielded if the encoder was trained here to other weights than there.
+    """
+    options = _Options(kind, labels, num_classes, batch_size, num_workers, None, sharing)
+    try:
+        yield from _made_pieces(source, spec, options, resolve_devices(device), precision, job, numbers)
+    finally:
+        release_memory()
+
+
+def _made_pieces(
+    source: SampleSource,
+    spec: EncoderSpec,
+    options: "_Options",
+    devices: list[torch.device],
+    precision: Precision,
+    job: Job,
+    numbers: Iterator[int],
+) -> Iterator[Arrays]:
+    with _loaded(source, spec, options, devices, precision) as loop:
+        if loop.digest() != job.facts["made_from"]:
+            logger.warning(
+                "the encoder was trained to other weights here than on the leading rank, which goes on alone"
+            )
+            return
+        for rows in loop.rows(torch.from_numpy(job.arrays["missing"]), numbers):
+            yield _packed(rows)
+
+
+def _packed(rows: Rows) -> Arrays:
+    arrays = {"positions": rows.positions.numpy(), "embedding": rows.embedding.to("cpu", torch.float32).numpy()}
+    if rows.head_gradient is not None:
+        arrays["head_gradient"] = rows.head_gradient.to("cpu", torch.float32).numpy()
+    return arrays
+
+
+def _unpacked(arrays: Mapping[str, Any]) -> Rows:
+    return Rows(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What the loop over the samples is given beside them, see `extract_features`."""
+
+    kind: FeatureKind
+    labels: Tensor | None
+    num_classes: int | None
+    batch_size: int
+    num_workers: int | Literal["auto"]
+    api_embeddings: Path | None
+    sharing: Sharing
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """A loaded encoder and the samples that it makes rows of.
+
+    Attributes:
+        rows: function that makes the rows of the numbered pieces of the samples at some positions, int64 ascending.
+        pieces: function that returns the number of pieces of these samples.
+        digest: function that returns a digest of weights that were trained for this work; empty if none were.
+        advice: what to do about rows that are not finite.
+        is_divisible: whether the pieces can be done one by one, by other processes and after an interruption.
+    """
+
+    rows: Callable[[Tensor, Iterator[int]], Iterator[Rows]]
+    pieces: Callable[[Tensor], int]
+    digest: Callable[[], str]
+    advice: str = LOOK_AT_SAMPLES
+    is_divisible: bool = True
+
+
+@contextmanager
+def _loaded(
+    source: SampleSource, spec: EncoderSpec, options: _Options, devices: list[torch.device], precision: Precision
+) -> Iterator[_Loop]:
+    """Load the encoder on the first device, in a random state and with flags of its own."""
+    size, workers = options.batch_size, options.num_workers
+    with isolated(), explaining_lost_loaders():
+        encoder = spec.load(str(devices[0]), precision)
+        wanted = options.labels if options.kind == "gradient" else None
+        if wanted is not None:
+            _check_head(encoder, wanted, len(source), options.num_classes)
+        digest = encoder.digest if isinstance(encoder, TrainedEncoder) else str
+        loop: _Loop
+
+        def num_batches(missing: Tensor) -> int:
+            return len(split_at_multiples(missing, size))
+
+        if isinstance(encoder, RowEncoder):
+            rows_of = partial(encoder.rows, source, size, workers, options.api_embeddings)
+            loop = _Loop(lambda missing, _: rows_of(missing), lambda _: 1, digest, encoder.advice, False)
+        elif isinstance(encoder, SampleEncoder):
+            # Processes that are forked could not use a GPU that the function has begun to use in this one.
+            raw = RawSamples(source)
+            rows = partial(_images_to_rows, encoder, raw, size, None, devices[:1], 0, options.sharing)
+            loop = _Loop(rows, num_batches, digest)
+        elif isinstance(encoder, TextEncoder):
+            rows = partial(_text_to_rows, encoder, source, size, devices)
+            loop = _Loop(rows, lambda missing: num_pieces(missing, size), digest)
+        else:
+            rows = partial(_images_to_rows, encoder, source, size, wanted, devices, workers, options.sharing)
+            loop = _Loop(rows, num_batches, digest)
+        yield loop
 
 
 def _check_head(
@@ -148,10 +286,15 @@ def _check_head(
 
 
 def _text_to_rows(
-    encoder: TextEncoder, source: SampleSource, batch_size: int, devices: list[torch.device], missing: Tensor
+    encoder: TextEncoder,
+    source: SampleSource,
+    batch_size: int,
+    devices: list[torch.device],
+    missing: Tensor,
+    numbers: Iterator[int],
 ) -> Iterator[Rows]:
     encoders = [encoder, *(encoder.replica(device) for device in devices[1:])]
-    batches = iterate_text_batches(source, encoder, batch_size, missing)
+    batches = iterate_text_batches(source, encoder, batch_size, missing, numbers)
     rows_on = [TextRows(one) for one in encoders]
     yield from run_in_order(list(zip(devices, rows_on, strict=True)), batches)
 
@@ -173,17 +316,27 @@ def _images_to_rows(
     labels: Tensor | None,
     devices: list[torch.device],
     num_workers: int | Literal["auto"],
+    sharing: Sharing,
     missing: Tensor,
+    numbers: Iterator[int],
 ) -> Iterator[Rows]:
-    """Yield the rows of the samples `missing`, batch by batch in order; the tensors stay on their device."""
+    """Yield the rows of the numbered batches of the samples `missing` in order; the tensors stay on their device."""
     batches = ImageBatches(source, encoder.preprocess, split_at_multiples(missing, batch_size))
     # A device for which there is no batch gets no replica.
     devices = devices[: max(1, len(batches.batches))]
     encoders = [encoder, *(encoder.replica(device) for device in devices[1:])]
-    read = iterate_batches(batches, num_workers, devices[0], len(devices))
+    asked = deque[int]()
+
+    def remembered() -> Iterator[int]:
+        for number in numbers:
+            asked.append(number)
+            yield number
+
+    read = iterate_batches(batches, num_workers, devices[0], len(devices), remembered(), sharing)
+    given = ((batches.batches[asked.popleft()], batch) for batch in read)
     rows_on = [ImageRows(one, labels) for one in encoders]
     warnings: list[tuple[int, str]] = []
-    for rows, told in run_in_order(list(zip(devices, rows_on, strict=True)), zip(batches.batches, read, strict=True)):
+    for rows, told in run_in_order(list(zip(devices, rows_on, strict=True)), given):
         warnings += told
         yield rows
     warn_of_decoding(warnings, len(missing))

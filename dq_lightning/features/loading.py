@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dq_lightning.core.errors import DQError, FeatureError
-from dq_lightning.core.handles import FORK, loader_processes, read_in_order
+from dq_lightning.core.handles import FORK, PREFETCHED, loader_processes, read_in_order
+from dq_lightning.core.sharing import Sharing
 from dq_lightning.core.workers import available_cores
 from dq_lightning.features.preprocessing import Preprocessing
 from dq_lightning.features.samples import SampleSource
@@ -110,11 +111,15 @@ def stack(images: list[Tensor], indices: list[int]) -> Tensor:
     return torch.stack(images)
 
 
-def choose_num_workers(batches: ImageBatches, device: torch.device, num_devices: int = 1) -> int:
+def choose_num_workers(
+    batches: ImageBatches, device: torch.device, num_devices: int = 1, sharing: Sharing | None = None
+) -> int:
     """Choose the number of loader processes by the time that up to eight samples take to prepare.
 
-    The number is 0 if all samples together would take less than two seconds, and at most eight for each device.
+    The number is 0 if all samples together would take less than two seconds, and at most eight for each device. Ranks
+    that share the batches share the cores of their machine.
     """
+    sharing = sharing or Sharing()
     total = sum(map(len, batches.batches))
     tried = [index for batch in batches.batches[:1] for index in batch[:8].tolist()]
     started = time.perf_counter()
@@ -124,18 +129,27 @@ def choose_num_workers(batches: ImageBatches, device: torch.device, num_devices:
     except Exception:
         # The same error occurs again, and is reported, when the sample is read in its turn.
         return 0
-    seconds = (time.perf_counter() - started) / max(len(tried), 1) * total
+    seconds = (time.perf_counter() - started) / max(len(tried), 1) * total / sharing.num_ranks
     if seconds < WORKER_START_SECONDS:
         return 0
-    cores = available_cores()
+    cores = max(1, available_cores() // sharing.ranks_on_node)
     # If the network runs on the CPU, it needs the cores itself, so the loader processes get only half of them.
-    return min(MAX_WORKERS * num_devices, cores if device.type != "cpu" else max(1, cores // 2))
+    count = min(MAX_WORKERS * num_devices, cores if device.type != "cpu" else max(1, cores // 2))
+    # The batches that loader processes have begun are not left to other ranks.
+    return count if sharing.num_ranks == 1 else min(count, len(batches.batches) // (8 * sharing.num_ranks))
 
 
 def iterate_batches(
-    batches: ImageBatches, num_workers: int | Literal["auto"], device: torch.device, num_devices: int = 1
+    batches: ImageBatches,
+    num_workers: int | Literal["auto"],
+    device: torch.device,
+    num_devices: int = 1,
+    numbers: Iterator[int] | None = None,
+    sharing: Sharing | None = None,
 ) -> Iterator[ImageBatch]:
-    """Yield all batches in order, from loader processes if these pay off, and in pinned memory for a GPU.
+    """Yield the batches with the given numbers in their order, or all.
+
+    They come from loader processes if these pay off, and in pinned memory for a GPU.
 
     `num_devices` of the kind of `device` take the batches.
 
@@ -146,12 +160,15 @@ def iterate_batches(
     if getattr(batches.source, "in_order", False):
         workers = 0  # Every process would read the whole stream.
     elif workers == "auto":
-        workers = choose_num_workers(batches, device, num_devices)
+        workers = choose_num_workers(batches, device, num_devices, sharing)
     # The result is stored in the cache, so unsafe sharing is not allowed even if the user set the number of processes.
     source, workers = loader_processes(batches.source, workers, asked=False, context=FORK, also=batches.preprocess)
     batches = copy.copy(batches)
     batches.source = source
-    yield from read_in_order(batches, workers, pin_memory=device.type == "cuda")
+    shared = sharing is not None and sharing.num_ranks > 1
+    yield from read_in_order(
+        batches, workers, pin_memory=device.type == "cuda", numbers=numbers, prefetch=1 if shared else PREFETCHED
+    )
 
 
 @contextmanager

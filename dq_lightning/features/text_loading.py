@@ -4,7 +4,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,8 @@ BATCHES_PER_WINDOW = 64
 TOKENS_PER_BATCH = 131_072
 """Upper bound on rows times longest row: long rows go fewer at a time."""
 PADDING = -1
+# A window is cut into so many pieces, which other processes may do.
+PIECES_PER_WINDOW = 8
 
 
 class TextBatch(NamedTuple):
@@ -36,18 +38,48 @@ class TextBatch(NamedTuple):
     tokens: Tensor
 
 
+def num_pieces(positions: Tensor, batch_size: int) -> int:
+    """Return the number of pieces of the samples at `positions`, see `iterate_text_batches`."""
+    return PIECES_PER_WINDOW * len(split_at_multiples(positions, batch_size * BATCHES_PER_WINDOW))
+
+
 def iterate_text_batches(
-    source: SampleSource, encoder: TextEncoder, batch_size: int, positions: Tensor
+    source: SampleSource, encoder: TextEncoder, batch_size: int, positions: Tensor, numbers: Iterator[int]
 ) -> Iterator[TextBatch]:
     """Yield batches of the samples at `positions` (int64, ascending), the longest texts of each window first.
 
     Meanwhile a thread tokenizes the next window. Windows are sections of consecutive samples of the whole source, so
-    batches that an earlier run has finished do not change the other batches.
+    batches that an earlier run has finished do not change the other batches. A piece is a section of the batches of a
+    window; the pieces with the given numbers are done.
     """
     windows = split_at_multiples(positions, batch_size * BATCHES_PER_WINDOW)
-    yield from batches_of_windows(
-        ((window, partial(read_texts, source, window)) for window in windows), encoder, batch_size
-    )
+    full = seen = 0
+
+    def tokenized(number: int) -> list[list[int]]:
+        return encoder.tokenize(read_texts(source, windows[number]))
+
+    with torch_threads(1, "tokenize") as pool:
+        ahead: dict[int, Future[list[list[int]]]] = {}
+        current = -1
+        for piece in numbers:
+            number, part = divmod(piece, PIECES_PER_WINDOW)
+            if number != current:
+                current, window = number, windows[number]
+                # The window after this one is most likely the next.
+                for wanted in range(number, min(number + 2, len(windows))):
+                    if wanted not in ahead:
+                        ahead[wanted] = pool.submit(tokenized, wanted)
+                tokens = ahead.pop(number).result()
+                batches = batches_by_length([len(row) for row in tokens], batch_size)
+            start, stop = (len(batches) * one // PIECES_PER_WINDOW for one in (part, part + 1))
+            for places in batches[start:stop]:
+                rows = [tokens[place] for place in places]
+                full += sum(len(row) >= encoder.max_length for row in rows)
+                seen += len(rows)
+                yield TextBatch(window[torch.from_numpy(places)], pad(rows))
+        for future in ahead.values():
+            future.cancel()
+    _tell_cut(full, seen, encoder)
 
 
 def batches_of_windows(
@@ -72,11 +104,16 @@ def batches_of_windows(
             full += sum(len(row) >= encoder.max_length for row in tokens)
             for places in batches_by_length([len(row) for row in tokens], batch_size):
                 yield TextBatch(window[torch.from_numpy(places)], pad([tokens[place] for place in places]))
+    _tell_cut(full, total, encoder)
+
+
+def _tell_cut(full: int, count: int, encoder: TextEncoder) -> None:
+    """Log how many texts, out of `count`, have as many tokens as the encoder reads."""
     if full:
         logger.info(
             "features: %d of %d texts have as many tokens as the encoder reads (%d) or more; what goes beyond is not used",
             full,
-            total,
+            count,
             encoder.max_length,
         )
 

@@ -19,6 +19,7 @@ from dq_lightning.cache.tensors import read_bins, read_features, read_scores, re
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.devices import DeviceNames, device_names
 from dq_lightning.core.errors import CacheError, StoreError
+from dq_lightning.core.sharing import Sharing
 from dq_lightning.features.loading import explaining_lost_loaders
 from dq_lightning.pipeline.binning import make_bins_entry
 from dq_lightning.pipeline.compact import Compact, filled_key, open_compact
@@ -74,6 +75,7 @@ class Build:
         seconds: wall time in seconds that was spent before this build, by the name of the work.
 
     Attributes:
+        sharing: how long loops are shared with other processes; with nobody, unless it is set.
         parts: parts of the plan's own entries, by station.
         steps: the steps that the plan goes through.
         has_made: whether this process made any entry, rather than finding all of them.
@@ -109,6 +111,7 @@ class Build:
             if step.station in self.parts
         ]
         self.has_made = False
+        self.sharing = Sharing()
         self._marks = self.plan.source.marks(fresh=False)
         self._results: dict[str, Any] = {}
         self._finished: set[str] = set()
@@ -143,6 +146,7 @@ class Build:
         """
         missing, walks = self._walk_back(targets), 1
         while missing:
+            self.sharing.check()
             try:
                 self._make(missing, targets)
             except StoreError:
@@ -158,6 +162,10 @@ class Build:
                 wanted = {*targets, *(name for step in missing for name in step.needs)}
                 self._results = {name: result for name, result in self._results.items() if name in wanted}
         return self._results
+
+    def entries(self, *targets: str) -> list[tuple[str, dict[str, Any]]]:
+        """Return station and parts of the key of each target that `run` was called with."""
+        return [(step.station, self._key(step)) for step in self.steps if step.station in targets]
 
     def _walk_back(self, targets: Sequence[str]) -> list[Step]:
         """Return the steps that are missing for some targets, in their order, after reading what these start from."""
@@ -229,6 +237,7 @@ class Build:
             progress=self.progress,
             force=self.force,
             also=next(iter(also), None),
+            sharing=self.sharing,
         )
 
     def _begin(self, missing: list[Step], targets: Sequence[str], parts: dict[str, Any]) -> None:

@@ -13,11 +13,13 @@ from dq_lightning.core.console import get_logger
 from dq_lightning.core.devices import DeviceNames
 from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.core.records import StoreInfo
+from dq_lightning.core.sharing import Distributed
 from dq_lightning.pipeline.build import Build
 from dq_lightning.pipeline.compact import Compact, find_compact
 from dq_lightning.pipeline.first_pass import read_stream
 from dq_lightning.pipeline.packing import check_storable
-from dq_lightning.pipeline.plan import BINS, FEATURES, Plan, make_plan, source_identity, usable_parts
+from dq_lightning.pipeline.plan import BINS, FEATURES, FILLED, STORE, Plan, make_plan, source_identity, usable_parts
+from dq_lightning.pipeline.together import build_together
 from dq_lightning.pipeline.wanted import Wanted, want
 from dq_lightning.selection.given import Indices
 
@@ -41,6 +43,7 @@ def quantize(
     verify: VerifyPolicy = "size",
     on_error: OnError | None = None,
     progress: bool = True,
+    distributed: Distributed = "auto",
 ) -> StoreInfo:
     """Make the compact set of a dataset, or find it in the cache.
 
@@ -74,6 +77,11 @@ def quantize(
             also compares the digests of all files, and `"off"` checks the manifest only.
         on_error: short form of `config.on_error`; None uses the value of the config.
         progress: show progress bars.
+        distributed: whether the ranks of a run (processes of one `torch.distributed` group, or started by torchrun or
+            srun) that call this function with the same arguments share the batches of features. `"auto"` does so
+            wherever there are several, waits for none that does not come, and works alone if they cannot reach each
+            other, which is an error with `"all"`. `"off"` works alone; ranks with a common cache then wait for the
+            first. The result is that of one process, on devices of one kind with one number of threads.
 
     Returns:
         The folder of the compact set, its size, and further facts about it.
@@ -107,7 +115,9 @@ def quantize(
     cache = Cache(cache_dir or default_cache_dir(), verify=verify)
     with isolated_random_state():
         plan = make_plan(source, wanted)
-        return find_or_build(plan, cache, device=device, force=force_recompute, progress=progress).info
+        return find_or_build(
+            plan, cache, device=device, force=force_recompute, progress=progress, distributed=distributed
+        ).info
 
 
 def find_or_build(
@@ -118,13 +128,14 @@ def find_or_build(
     force: bool = False,
     progress: bool = True,
     check: Callable[[], object] | None = None,
+    distributed: Distributed = "off",
 ) -> Compact:
     """Return the compact set of a plan: from the cache if it is there, else made now.
 
     One line of the log says whether it was reused or is made, and why. The caller restores the global random state,
     once for the whole of its work (`isolated_random_state`). `check` is called before the work, only if something has
     to be made; an error that it raises ends the run before any long work. None packs a few samples on trial
-    (`check_storable`).
+    (`check_storable`). `distributed` is as in `quantize`.
 
     Raises:
         DQError: the compact set cannot be made.
@@ -139,7 +150,9 @@ def find_or_build(
         return found
     seconds = seconds or {"identity": round(time.perf_counter() - started, 3)}
     check()
-    return Build(plan, source, cache, device, force=force, progress=progress, seconds=seconds).compact()
+    build = Build(plan, source, cache, device, force=force, progress=progress, seconds=seconds)
+    targets = tuple(station for station in (STORE, FILLED) if station in build.parts)
+    return build_together(build, distributed, targets, build.compact, partial(find_compact, plan, cache, source))
 
 
 def station_of_dataset(

@@ -9,6 +9,7 @@ from typing import Any
 from dq_lightning.cache.entries import Cache
 from dq_lightning.cache.shards import KeptShards, remove_shards
 from dq_lightning.core.errors import ChangedError, SourceError
+from dq_lightning.core.sharing import Sharing
 from dq_lightning.pipeline.plan import Plan, source_identity
 
 
@@ -53,6 +54,7 @@ class Task:
         progress: show progress bars.
         force: remove finished work of interrupted runs instead of using it.
         also: folder of another entry whose finished work is valid for this entry too, or None.
+        sharing: how long loops are shared with other processes.
     """
 
     plan: Plan
@@ -66,6 +68,7 @@ class Task:
     progress: bool
     force: bool
     also: Path | None
+    sharing: Sharing
 
     @property
     def device(self) -> str:

@@ -1,0 +1,64 @@
+"""Through this class a long loop shares its work with other processes that run the same program."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from dq_lightning.core.resuming import Array
+
+Result = TypeVar("Result")
+Arrays = dict[str, Array]
+Distributed = Literal["auto", "all", "off"]
+"""Whether the ranks of a run make one compact set together, see `quantize`."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The work of one loop, cut into numbered pieces that any rank may do.
+
+    Attributes:
+        name: name of the loop, by which the other ranks know what to do.
+        facts: plain JSON that the other ranks need.
+        arrays: arrays that the other ranks need.
+        pieces: number of pieces. Each piece gives the same results whichever rank does it, and in whichever order.
+        total: size of the results of all pieces together, such as their number of samples.
+    """
+
+    name: str
+    facts: Mapping[str, Any]
+    arrays: Mapping[str, Array]
+    pieces: int
+    total: int
+
+
+class Sharing:
+    """How the work of loops is shared. This base class shares it with nobody; `pipeline/leader.py` has another one.
+
+    Attributes:
+        num_ranks: number of processes that may share the work.
+        ranks_on_node: number of these that run on this machine, and share its cores.
+    """
+
+    num_ranks = 1
+    ranks_on_node = 1
+
+    def check(self) -> None:
+        """Raise an error if another rank has failed. This call is cheap."""
+
+    def share(
+        self,
+        job: Job,
+        work: Callable[[Iterator[int]], Iterator[Result]],
+        unpack: Callable[[Arrays], Result],
+        size: Callable[[Result], int],
+    ) -> Iterator[Result]:
+        """Yield the results of all pieces of a job, in any order.
+
+        Args:
+            job: the work.
+            work: function that does the pieces whose numbers it is given, and yields their results. It asks for the
+                next number only when it is ready for it, because other ranks may take it otherwise.
+            unpack: function that makes a result of the arrays that another rank sent.
+            size: function that returns the size of a result, in the unit of `Job.total`.
+        """
+        return work(iter(range(job.pieces)))

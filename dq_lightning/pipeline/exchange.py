@@ -1,0 +1,217 @@
+"""Ranks of a run exchange short texts, counts and arrays through the key-value store of `torch.distributed`.
+
+No call waits for another rank: whoever expects something looks for it again and again, and meanwhile compares the
+heartbeats of the others.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch.distributed
+
+from dq_lightning.cache.lock import host_name, process_alive
+from dq_lightning.core.console import get_logger
+from dq_lightning.core.errors import DistributedError
+from dq_lightning.core.launch import Launch
+from dq_lightning.core.sharing import Arrays, Distributed
+
+# The type annotations of torch do not list the stores.
+_dist: Any = torch.distributed
+Result = TypeVar("Result")
+# The store refuses values of more than 8 MiB.
+PART_BYTES = 4 << 20
+BEAT_SECONDS, SILENCE_SECONDS, POLL_SECONDS = 2.0, 40.0, 0.02
+# A rank looks this long for the store of rank 0, which may have started later.
+CONNECT_SECONDS = 60.0
+# The stores of this process, by address, stay open: another rank may still need one that rank 0 has finished with.
+_stores: dict[tuple[str, int], Any] = {}
+
+
+def find_store(launch: Launch, distributed: Distributed) -> Any | None:
+    """Return the store through which all ranks of a launch reach each other.
+
+    It is the store of the default process group, or of the launcher; else rank 0 opens one at the address and port of
+    the launch, which a process group that this process makes later uses as well.
+
+    Returns:
+        The store; None with `"auto"` if there is none, in which case a warning says so.
+
+    Raises:
+        DistributedError: there is none, and `distributed` is `"all"`.
+    """
+    try:
+        if launch.address is None:
+            return _store_of_group()
+        place = (launch.address, launch.port)
+        if place not in _stores:
+            opens = launch.rank == 0 and not launch.is_hosted
+            timeout = timedelta(seconds=CONNECT_SECONDS)
+            _stores[place] = _dist.TCPStore(
+                *place, is_master=opens, wait_for_workers=False, timeout=timeout, multi_tenant=True
+            )
+        return _stores[place]
+    except (RuntimeError, ValueError, AttributeError) as error:
+        problem = f"the ranks of this run cannot reach each other ({error})"
+        if distributed == "all":
+            raise DistributedError(f'{problem}: pass distributed="off", or start the run with torchrun') from error
+        get_logger().warning(f"{problem}, so each works alone")
+        return None
+
+
+def _store_of_group() -> Any:
+    # torch has no public name for it.
+    store: Any = _dist.distributed_c10d._get_default_store()
+    inner = store
+    while isinstance(inner, _dist.PrefixStore):
+        inner = inner.underlying_store
+    if not isinstance(inner, _dist.TCPStore):
+        raise RuntimeError(f"the process group keeps its addresses in a {type(inner).__name__}")
+    return store
+
+
+class Exchange:
+    """What the ranks of one meeting write and read, under names of their own in a store.
+
+    Args:
+        store: store that all ranks reach.
+        prefix: beginning of all names of this meeting.
+        rank: number of this process.
+
+    Raises:
+        DistributedError: by every method, if the store cannot be reached any more.
+    """
+
+    def __init__(self, store: Any, prefix: str, rank: int) -> None:
+        self._store, self.rank = _dist.PrefixStore(prefix, store), rank
+
+    def _call(self, function: Callable[..., Result], *given: Any) -> Result:
+        try:
+            return function(*given)
+        except RuntimeError as error:
+            raise DistributedError(
+                f"rank {self.rank} has lost the store of the ranks, so the process that holds it (rank 0 or the launcher on "
+                f"its machine) has ended: see its output ({str(error).splitlines()[0]})"
+            ) from error
+
+    def claim(self, name: str, text: str) -> bool:
+        """Write a text if no rank has written one under this name, and return whether it is this rank's own."""
+        return bool(self._call(self._store.compare_set, name, "", text) == text.encode())
+
+    def raise_count(self, name: str, by: int = 1) -> int:
+        """Raise a count and return its new value; a count begins with 0."""
+        return int(self._call(self._store.add, name, by))
+
+    def count(self, name: str) -> int:
+        """Return a count."""
+        return self.raise_count(name, 0)
+
+    def write(self, name: str, values: Any) -> None:
+        """Write plain JSON."""
+        self._call(self._store.set, name, json.dumps(values))
+
+    def read(self, name: str) -> Any:
+        """Return what was written, or None if nothing is there."""
+        if not self._call(self._store.check, [name]):
+            return None
+        return json.loads(self._call(self._store.get, name))
+
+    def send(self, name: str, facts: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
+        """Write plain JSON and arrays, in parts that the store can hold; `read` finds nothing before all is there."""
+        listed, number = {}, 0
+        for key, array in arrays.items():
+            content = np.ascontiguousarray(array).tobytes()
+            starts = range(0, len(content), PART_BYTES)
+            for start in starts:
+                self._call(self._store.set, f"{name}/{number}", content[start : start + PART_BYTES])
+                number += 1
+            listed[key] = [array.dtype.str, list(array.shape), len(starts)]
+        self.write(name, {"facts": dict(facts), "arrays": listed})
+
+    def receive(self, name: str, *, keep: bool = False) -> tuple[dict[str, Any], Arrays] | None:
+        """Return what was sent, or None if it is not there; it is removed unless it is to be kept for other ranks."""
+        header = self.read(name)
+        if header is None:
+            return None
+        arrays, number = {}, 0
+        for key, (dtype, shape, parts) in header["arrays"].items():
+            content = bytearray()
+            for _ in range(parts):
+                content += self._call(self._store.get, f"{name}/{number}")
+                if not keep:
+                    self._call(self._store.delete_key, f"{name}/{number}")
+                number += 1
+            arrays[key] = np.frombuffer(content, dtype).reshape(shape)
+        if not keep:
+            self._call(self._store.delete_key, name)
+        return header["facts"], arrays
+
+
+class Pulse:
+    """A thread that shows the others that this rank works, and watches some of them.
+
+    Args:
+        exchange: the meeting.
+        name: name of this rank's heartbeat.
+        watched: function that returns the names of the heartbeats to watch.
+
+    Attributes:
+        failure: why this rank cannot go on, once another one is dead or silent.
+        on_failure: function that is then called once, in the thread.
+    """
+
+    def __init__(self, exchange: Exchange, name: str, watched: Callable[[], list[str]]) -> None:
+        self.failure: str | None = None
+        self.on_failure: Callable[[str], object] = print
+        self._exchange, self._name, self._watched = exchange, name, watched
+        self._seen: dict[str, tuple[int, float]] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ranks", daemon=True)
+
+    def start(self) -> None:
+        """Start to show and to watch."""
+        who = {"rank": self._exchange.rank, "host": host_name(), "pid": os.getpid()}
+        self._exchange.write(f"{self._name}/who", who)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop to show and to watch."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._exchange.raise_count(self._name)
+                self.failure = next((found for name in self._watched() if (found := self._look(name))), None)
+                if self.failure is not None:
+                    self.on_failure(self.failure)
+            except DistributedError as error:
+                self.failure = str(error)
+            if self.failure is not None or self._stop.wait(BEAT_SECONDS):
+                return
+
+    def _look(self, name: str) -> str | None:
+        """Return what is wrong with the rank that a heartbeat belongs to, or None."""
+        beat, now = self._exchange.count(name), time.monotonic()
+        before, since = self._seen.get(name, (-1, now))
+        if beat != before:
+            self._seen[name] = beat, now
+            return None
+        who = self._exchange.read(f"{name}/who") or {"rank": "?", "host": "", "pid": 0}
+        if who["host"] == host_name() and not process_alive(who["pid"]):
+            return (
+                f"the process of rank {who['rank']} (number {who['pid']} on this machine) has ended without a word: it was "
+                "killed, or it crashed"
+            )
+        if now - since > SILENCE_SECONDS:
+            return (
+                f"rank {who['rank']} on {who['host']} has been silent for {now - since:.0f} s: it was killed or stopped, or "
+                "the network to it is gone"
+            )
+        return None

@@ -1,0 +1,310 @@
+"""Ranks that make the same compact set meet: the first of them leads the work, and the others help.
+
+The leader makes every entry of the cache, as a run alone would. The loops that take long (`core/sharing.py`) hand out
+the numbers of their pieces through a counter: whoever is ready takes the next one, so that fast ranks do more, and a
+rank that comes late, or not at all, holds nobody up. Helpers send the results of their pieces to the leader, which keeps
+them in the shards of the entry together with its own. A rank that dies ends the others with the cause; the shards stay.
+
+A meeting has a name, so ranks that make something else meet elsewhere. Below it, the names in the store are these:
+
+    leader, beat/leader       text and heartbeat of the rank that leads
+    joined, beat/N            number of helpers, and the heartbeat of the helper that came as number N
+    left/N                    empty text, or why the helper failed
+    jobs, job/J               number of jobs so far, and job J
+    next/J                    number of the pieces of job J that were taken
+    sent/N, result/N/R        number of the results of helper N so far, and result R, which the leader removes
+    taken/N                   number of these that the leader has read
+    asked/N, file/N/R         number of the entries that the helper has asked for, and their files
+    end, closed               how the work ended; the leader has left
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from dq_lightning.core.console import get_logger
+from dq_lightning.core.errors import DistributedError
+from dq_lightning.core.launch import Launch
+from dq_lightning.core.sharing import Arrays, Job, Result, Sharing
+from dq_lightning.pipeline.exchange import POLL_SECONDS, Exchange, Pulse
+
+# A helper waits while the leader has not read so many of its results.
+MAX_UNREAD = 32
+# Each rank takes about so many times new numbers of pieces in a job. Consecutive pieces are faster to read.
+CLAIMS_PER_JOB, MAX_CLAIM = 16, 32
+
+Handler = Callable[[Job, Iterator[int]], Iterator[Arrays]]
+
+
+@contextmanager
+def meet(store: Any, launch: Launch, name: str) -> "Iterator[Leader | Helper]":
+    """Meet the ranks that make the same thing, as their leader or as a helper.
+
+    A leader that leaves the block with an error ends the helpers with it, and a helper that does so ends the leader.
+    """
+    rounds = Exchange(store, name, launch.rank)
+    # A meeting that is over is followed by another one, for ranks that do not find in their cache what was made.
+    number = rounds.count("round")
+    if rounds.read(f"{number}/closed") is not None:
+        number += 1
+    own = f"{launch.rank} {os.urandom(8).hex()}"
+    exchange = Exchange(store, f"{name}/{number}", launch.rank)
+    one: Leader | Helper
+    if exchange.claim("leader", own):
+        rounds.raise_count("round", number - rounds.count("round"))
+        one = Leader(exchange, launch)
+    else:
+        one = Helper(exchange, launch)
+    try:
+        yield one
+    except BaseException as error:
+        one.leave(_cause(error, launch.rank))
+        raise
+    one.leave(None)
+
+
+def _cause(error: BaseException, rank: int) -> str:
+    if isinstance(error, DistributedError):
+        return str(error)
+    return f"rank {rank} failed while making the compact set: {type(error).__name__}: {error}"
+
+
+def _claims(exchange: Exchange, number: int, pieces: int, num_ranks: int, check: Callable[[], None]) -> Iterator[int]:
+    """Yield numbers of pieces of a job that no other rank has taken, as long as there are any."""
+    size = max(1, min(MAX_CLAIM, pieces // (CLAIMS_PER_JOB * num_ranks)))
+    while True:
+        check()
+        start = exchange.raise_count(f"next/{number}", size) - size
+        if start >= pieces:
+            return
+        for piece in range(start, min(start + size, pieces)):
+            check()
+            yield piece
+
+
+class LeaderLeftError(DistributedError):
+    """The leader has left before a helper had what was made."""
+
+
+class Leader(Sharing):
+    """The rank that makes the entries, and hands out the pieces of long loops to itself and to the others."""
+
+    def __init__(self, exchange: Exchange, launch: Launch) -> None:
+        self.num_ranks, self.ranks_on_node = launch.num_ranks, launch.ranks_on_node
+        self._exchange, self._jobs = exchange, 0
+        self._read: dict[int, int] = {}
+        self._left: set[int] = set()
+        self._pulse = Pulse(exchange, "beat/leader", lambda: [f"beat/{number}" for number in self._present()])
+        self._pulse.on_failure = self._end_all
+        self._pulse.start()
+
+    def _present(self) -> list[int]:
+        """Return the numbers of the helpers that have joined and not left."""
+        for number in range(1, self._exchange.count("joined") + 1):
+            if number not in self._left and self._exchange.read(f"left/{number}") is not None:
+                self._left.add(number)
+        # A helper joins before its heart beats.
+        numbers = set(range(1, self._exchange.count("joined") + 1)) - self._left
+        return [number for number in sorted(numbers) if self._exchange.count(f"beat/{number}")]
+
+    def _end_all(self, cause: str) -> None:
+        self._exchange.write("end", {"error": cause})
+
+    def check(self) -> None:
+        """Raise an error if a helper has failed or is dead.
+
+        Raises:
+            DistributedError: the cause.
+        """
+        if self._pulse.failure is not None:
+            raise DistributedError(self._pulse.failure)
+
+    def share(
+        self,
+        job: Job,
+        work: Callable[[Iterator[int]], Iterator[Result]],
+        unpack: Callable[[Arrays], Result],
+        size: Callable[[Result], int],
+    ) -> Iterator[Result]:
+        """See `Sharing.share`."""
+        if not job.pieces:
+            return
+        number, done, by_others = self._jobs, 0, 0
+        self._jobs += 1
+        facts = {"name": job.name, "facts": dict(job.facts), "pieces": job.pieces, "total": job.total}
+        self._exchange.send(f"job/{number}", facts, job.arrays)
+        self._exchange.raise_count("jobs")
+        for result in work(_claims(self._exchange, number, job.pieces, self.num_ranks, self.check)):
+            done += size(result)
+            yield result
+            for arrays in self._arrived():
+                other = unpack(arrays)
+                done += size(other)
+                by_others += size(other)
+                yield other
+        while done < job.total:
+            self.check()
+            waits = True
+            for arrays in self._arrived():
+                other, waits = unpack(arrays), False
+                done += size(other)
+                by_others += size(other)
+                yield other
+            if waits:
+                time.sleep(POLL_SECONDS)
+        get_logger().info(f"{job.name}: other ranks did {by_others:,} of {job.total:,}")
+
+    def _arrived(self) -> Iterator[Arrays]:
+        """Yield what helpers have sent meanwhile; the error of one that failed is raised."""
+        for number in range(1, self._exchange.count("joined") + 1):
+            read = self._read.get(number, 0)
+            for result in range(read, self._exchange.count(f"sent/{number}")):
+                received = self._exchange.receive(f"result/{number}/{result}")
+                assert received is not None
+                self._read[number] = self._exchange.raise_count(f"taken/{number}")
+                yield received[1]
+            if number not in self._left and (cause := self._exchange.read(f"left/{number}")):
+                raise DistributedError(cause)
+
+    def finish(self, entries: list[Any], serve: Callable[[Any], Iterator[tuple[str, Arrays]]]) -> None:
+        """Tell the helpers that the work is done, and send the files of entries to those that cannot see them.
+
+        Args:
+            entries: plain JSON that tells the helpers which entries to look for.
+            serve: function that yields the files of one of these, each in pieces: its name, and bytes.
+        """
+        self._exchange.write("end", {"entries": entries})
+        # The work is done, so a helper that dies now only ends the wait for it.
+        self._pulse.on_failure = lambda cause: None
+        asked: dict[int, int] = {}
+        while (present := self._present()) and self._pulse.failure is None:
+            for number in present:
+                for request in range(asked.get(number, 0), self._exchange.count(f"asked/{number}")):
+                    asked[number] = request + 1
+                    self._send_files(number, serve(entries[self._exchange.read(f"asked/{number}/{request}")]))
+            time.sleep(POLL_SECONDS)
+
+    def _send_files(self, number: int, files: Iterator[tuple[str, Arrays]]) -> None:
+        for name, content in files:
+            while self._exchange.count(f"files/{number}") - self._exchange.count(f"got/{number}") >= MAX_UNREAD:
+                if self._pulse.failure is not None or number not in self._present():
+                    return
+                time.sleep(POLL_SECONDS)
+            sent = self._exchange.count(f"files/{number}")
+            self._exchange.send(f"file/{number}/{sent}", {"name": name}, content)
+            self._exchange.raise_count(f"files/{number}")
+        sent = self._exchange.count(f"files/{number}")
+        self._exchange.send(f"file/{number}/{sent}", {"name": None}, {})
+        self._exchange.raise_count(f"files/{number}")
+
+    def leave(self, cause: str | None) -> None:
+        """Leave the meeting, which ends it; `cause` is why the work failed."""
+        self._pulse.stop()
+        try:
+            if cause is not None and self._exchange.read("end") is None:
+                self._end_all(cause)
+            self._exchange.write("closed", True)
+        except DistributedError:
+            if cause is None:
+                raise
+
+
+class Helper:
+    """A rank that does pieces of the leader's loops."""
+
+    def __init__(self, exchange: Exchange, launch: Launch) -> None:
+        self.launch, self._exchange = launch, exchange
+        self._number = exchange.raise_count("joined")
+        self._pulse = Pulse(exchange, f"beat/{self._number}", self._watched)
+        self._pulse.start()
+        self._sent = self._got = 0
+
+    def _watched(self) -> list[str]:
+        return [] if self._exchange.read("closed") is not None else ["beat/leader"]
+
+    def check(self) -> None:
+        """Raise an error if the leader has failed or is dead, or another helper because of which it has ended.
+
+        Raises:
+            DistributedError: the cause.
+        """
+        ended = self._exchange.read("end") or {}
+        if "error" in ended:
+            raise DistributedError(ended["error"])
+        if self._pulse.failure is not None:
+            raise DistributedError(self._pulse.failure)
+
+    def help(self, handlers: Mapping[str, Handler]) -> list[Any]:
+        """Do pieces of jobs until the leader has done its work.
+
+        Args:
+            handlers: function for each name of a job: called with the job and the numbers of pieces to do, it yields the
+                arrays of their results. One that yields nothing leaves the job to others.
+
+        Returns:
+            What the leader passed to `finish`.
+
+        Raises:
+            DistributedError: the leader or another helper has failed.
+        """
+        done = 0
+        while True:
+            self.check()
+            ended = self._exchange.read("end")
+            if ended is not None:
+                return list(ended["entries"])
+            jobs = self._exchange.count("jobs")
+            if jobs > done:
+                # Earlier jobs are done, because the leader works on one after the other.
+                done = jobs
+                self._do(jobs - 1, handlers)
+            else:
+                time.sleep(POLL_SECONDS)
+
+    def _do(self, number: int, handlers: Mapping[str, Handler]) -> None:
+        received = self._exchange.receive(f"job/{number}", keep=True)
+        assert received is not None
+        facts, arrays = received
+        job = Job(facts["name"], facts["facts"], arrays, facts["pieces"], facts["total"])
+        if self._exchange.count(f"next/{number}") >= job.pieces or job.name not in handlers:
+            return
+        claims = _claims(self._exchange, number, job.pieces, self.launch.num_ranks, self.check)
+        for result in handlers[job.name](job, claims):
+            while self._sent - self._exchange.count(f"taken/{self._number}") >= MAX_UNREAD:
+                self.check()
+                time.sleep(POLL_SECONDS)
+            self._exchange.send(f"result/{self._number}/{self._sent}", {}, result)
+            self._sent = self._exchange.raise_count(f"sent/{self._number}")
+
+    def files(self, entry: int) -> Iterator[tuple[str, Arrays]]:
+        """Yield the files of one of the entries that `help` returned, by its place, each in pieces: name and bytes.
+
+        Raises:
+            LeaderLeftError: the leader has left.
+        """
+        asked = self._exchange.count(f"asked/{self._number}")
+        self._exchange.write(f"asked/{self._number}/{asked}", entry)
+        self._exchange.raise_count(f"asked/{self._number}")
+        while True:
+            received = self._exchange.receive(f"file/{self._number}/{self._got}")
+            if received is None:
+                self.check()
+                if self._exchange.read("closed") is not None:
+                    raise LeaderLeftError("the rank that has made the compact set has left before it was copied")
+                time.sleep(POLL_SECONDS)
+                continue
+            self._got = self._exchange.raise_count(f"got/{self._number}")
+            if received[0]["name"] is None:
+                return
+            yield received[0]["name"], received[1]
+
+    def leave(self, cause: str | None) -> None:
+        """Leave the meeting; `cause` is why this rank failed, or None."""
+        self._pulse.stop()
+        try:
+            self._exchange.write(f"left/{self._number}", cause or "")
+        except DistributedError:
+            if cause is None:
+                raise

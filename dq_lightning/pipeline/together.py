@@ -1,0 +1,116 @@
+"""Several ranks of a run make one compact set: the leader builds it, and the others help, then find it in their cache."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from dq_lightning.cache import files
+from dq_lightning.cache.entries import Cache
+from dq_lightning.cache.manifest import MANIFEST
+from dq_lightning.core.console import get_logger
+from dq_lightning.core.devices import device_kind, device_of_rank
+from dq_lightning.core.launch import find_launch
+from dq_lightning.core.sharing import Arrays, Distributed, Sharing
+from dq_lightning.pipeline.build import Build
+from dq_lightning.pipeline.exchange import PART_BYTES, find_store
+from dq_lightning.pipeline.extracting import help_features
+from dq_lightning.pipeline.meeting import Handler, Helper, Leader, LeaderLeftError, meet
+
+Made = TypeVar("Made")
+Entry = tuple[str, dict[str, Any]]
+
+
+def build_together(
+    build: Build,
+    distributed: Distributed,
+    targets: tuple[str, ...],
+    make: Callable[[], Made],
+    find: Callable[[], Made | None],
+) -> Made:
+    """Return what a build makes, which the ranks that want the same make together.
+
+    A rank waits for no other one to come. Without other ranks, or with `"off"`, this process makes it.
+
+    Args:
+        build: the build of this process.
+        distributed: see `quantize`.
+        targets: stations whose entries are wanted.
+        make: function that runs the build.
+        find: function that looks for the result in the cache of this process.
+
+    Raises:
+        DQError: the build failed on this rank.
+        DistributedError: it failed on another rank, or another rank is dead.
+    """
+    launch = find_launch() if distributed != "off" else None
+    store = None if launch is None else find_store(launch, distributed)
+    if launch is None or store is None:
+        return make()
+    if build.devices == ("auto",):
+        build.devices = (device_of_rank(launch.local_rank),)
+    name = f"dq_lightning/{launch.attempt}/{_digest(build, targets)}"
+    helping = Sharing()
+    helping.num_ranks, helping.ranks_on_node = launch.num_ranks, launch.ranks_on_node
+    found: Made | None = None
+    while found is None:
+        try:
+            with meet(store, launch, name) as one:
+                if isinstance(one, Leader):
+                    build.sharing = one
+                    found = make()
+                    one.finish(build.entries(*targets), partial(_files_of, build.cache))
+                else:
+                    entries = one.help(_handlers(build, helping))
+                    found = find()
+                    if found is None:
+                        _copy(build.cache, one, entries)
+                        found = find()
+        except LeaderLeftError as error:
+            get_logger().info(f"rank {launch.rank} makes it again: {error}")
+    return found
+
+
+def _digest(build: Build, targets: tuple[str, ...]) -> str:
+    """Return a digest of all that the work depends on; ranks that differ in it do not share it."""
+    features = asdict(build.plan.config.features) | {"num_workers": None}
+    text = files.canonical_json([build.parts, features, build.force, targets, device_kind(build.devices[0])])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _handlers(build: Build, sharing: Sharing) -> dict[str, Handler]:
+    return {"features": partial(help_features, build.plan, list(build.devices), sharing)}
+
+
+def _files_of(cache: Cache, entry: Entry) -> Iterator[tuple[str, Arrays]]:
+    """Yield the files of an entry in pieces: name, and bytes; an empty file has one piece."""
+    for path in sorted(cache.place(*entry).iterdir()):
+        if path.name != MANIFEST:
+            with path.open("rb") as file:
+                content = file.read(PART_BYTES)
+                while True:
+                    yield path.name, {"content": np.frombuffer(content, np.uint8)}
+                    content = file.read(PART_BYTES)
+                    if not content:
+                        break
+
+
+def _copy(cache: Cache, helper: Helper, entries: list[Any]) -> None:
+    """Copy entries from the leader, whose cache this process cannot see, into this one's.
+
+    Of several ranks with the same cache one copies an entry, and the others wait for it.
+    """
+    for number, (station, parts) in enumerate(entries):
+
+        def write(folder: Path, number: int = number) -> None:
+            for name, content in helper.files(number):
+                if Path(name).name != name:
+                    raise ValueError(f"a file of an entry has the name {name!r}")
+                with (folder / name).open("ab") as file:
+                    file.write(content["content"].tobytes())
+
+        cache.build(station, parts, write)

@@ -1,0 +1,133 @@
+"""A rank that makes compact sets together with others: `sharing_ranks.py FOLDER SCENARIO ...`, with a launcher's variables.
+
+For each scenario it leaves FOLDER/SCENARIO/report-RANK.json.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dq_lightning import quantize
+from dq_lightning.cache import shards
+from dq_lightning.core.batching import HalvedBatches
+from tests.lightning_scripts.common import photos, to_tensor
+
+COUNT, BATCH_SIZE, SECONDS = 80, 4, 120.0
+RANK, NUM_RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Edges(nn.Module):
+    """A small classifier with fixed weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 10)
+        with torch.no_grad():
+            for number, weights in enumerate(self.parameters()):
+                weights.copy_(torch.linspace(-9, 9, weights.numel()).sin().view_as(weights) * (number + 1))
+
+    def forward(self, images):
+        return self.head(torch.relu(self.convolution(images)).mean(dim=(2, 3)))
+
+
+class Counted:
+    """Counts the images that go through networks in batches; `before` is called at each batch with their number so far."""
+
+    seen, before = 0, staticmethod(lambda seen: None)
+
+    @classmethod
+    def watch(cls):
+        real = HalvedBatches.run
+
+        def watched(this, function, batch, *others):
+            cls.before(cls.seen)
+            cls.seen += len(batch)
+            return real(this, function, batch, *others)
+
+        HalvedBatches.run = watched
+
+
+def content(root):
+    """Digests of all files of all entries by their names; a manifest holds the time when it was written."""
+    paths = [path for path in sorted(root.glob("[1-9]-*/*/*")) if path.name != "manifest.json"]
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def meet(folder, name):
+    """Wait until all ranks are here."""
+    (folder / f"{name}-{RANK}").touch()
+    until = time.monotonic() + SECONDS
+    while len(list(folder.glob(f"{name}-*"))) < NUM_RANKS:
+        assert time.monotonic() < until, f"a rank is missing at {name}"
+        time.sleep(0.005)
+
+
+def before_of(scenario, folder):
+    """What a rank does before it works on a batch."""
+
+    def before(seen):
+        if scenario == "late" or NUM_RANKS == 1:
+            # the last rank comes when the others have begun
+            if RANK == NUM_RANKS - 1 or NUM_RANKS == 1 or seen != 5 * BATCH_SIZE:
+                return
+            (folder / "begun").touch()
+        if seen == 0 and scenario not in ("late", "only-one", "resumed"):
+            meet(folder, "working")
+        if scenario == "slow" and RANK == 1:
+            time.sleep(0.1)
+        if scenario == "broken" and RANK == 1 and seen == 2 * BATCH_SIZE:
+            raise ValueError("disk on fire")
+        if scenario == f"kill-{RANK}" and seen == 3 * BATCH_SIZE:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if scenario.startswith("kill"):
+            time.sleep(0.02)
+
+    return before
+
+
+def run(scenario, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    Counted.seen, Counted.before = 0, staticmethod(before_of(scenario, folder))
+    root = folder / (f"cache-{RANK}" if scenario == "apart" else "cache")
+    lines, report = [], {}
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("dq_lightning").addHandler(handler)
+    logging.getLogger("dq_lightning").setLevel(logging.INFO)
+    if scenario.startswith(("kill", "resumed")):
+        shards.MIN_SECONDS = shards.MAX_SECONDS = 0.0
+        root = folder.parent / "cache"
+    if scenario != "only-one":
+        # all have left the last scenario
+        meet(folder, "ready")
+    if scenario == "late" and RANK == NUM_RANKS - 1 and NUM_RANKS > 1:
+        while not (folder / "begun").exists():
+            time.sleep(0.005)
+    started = time.monotonic()
+    try:
+        settings = {"features": {"batch_size": BATCH_SIZE, "num_workers": 0, "kind": "gradient"}, "store": "packed"}
+        info = quantize(
+            photos(COUNT, None), settings, encoder=(Edges(), to_tensor), cache_dir=root, device="cpu", progress=False
+        )
+        report = {"path": info.path, "hash": info.content_hash, "reused": info.reused}
+    except Exception as error:
+        report = {"error": f"{type(error).__name__}: {error}"}
+    logging.getLogger("dq_lightning").removeHandler(handler)
+    report |= {"seen": Counted.seen, "seconds": time.monotonic() - started, "log": lines, "content": content(root)}
+    (folder / f"report-{RANK}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    Counted.watch()
+    for name in sys.argv[2:]:
+        if name != "only-one" or RANK == NUM_RANKS - 1:
+            run(name, Path(sys.argv[1]) / name)

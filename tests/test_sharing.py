@@ -1,0 +1,127 @@
+"""Pieces of a loop give the same bytes whoever does them, in whichever order, also after an interruption."""
+
+import random
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from dq_lightning.core.launch import find_launch
+from dq_lightning.core.sharing import Sharing
+from dq_lightning.features import extract, text_loading
+from dq_lightning.features.choose import choose_encoder
+from tests.features.conftest import ListSource, TinyNetwork, random_images, to_float_tensor
+from tests.features.text_models import Texts, save_model
+from tests.store.calls import DueShards
+
+
+class Stop(Exception):  # noqa: N818
+    """The end of a run."""
+
+
+class Dealt(Sharing):
+    """Two ranks that take pieces in an order drawn at random; the work stops after so many results."""
+
+    num_ranks = 2
+
+    def __init__(self, seed, stop_after=None):
+        self.draw, self.stop_after = random.Random(seed), stop_after
+
+    def share(self, job, work, unpack, size):
+        numbers = list(range(job.pieces))
+        self.draw.shuffle(numbers)
+        half = len(numbers) // 3
+        done = 0
+        for hand in (numbers[:half], numbers[half:]):
+            for result in work(iter(hand)):
+                done += size(result)
+                yield result
+                if self.stop_after is not None:
+                    self.stop_after -= 1
+                    if not self.stop_after:
+                        raise Stop
+        assert done == job.total
+
+
+def check(make):
+    expected = make(None, Sharing())
+    for seed in range(4):
+        shards = DueShards(1 + seed % 2)
+        with pytest.raises(Stop):
+            make(shards, Dealt(seed, stop_after=4))
+        shards.asked = 0
+        found = make(shards, Dealt(seed + 10))
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_features_of_images():
+    source, labels = ListSource(random_images(22)), torch.arange(22) % 3
+    spec = choose_encoder((TinyNetwork(), to_float_tensor))
+
+    def make(shards, sharing):
+        made = extract.extract_features(
+            source, spec, device="cpu", batch_size=3, num_workers=0, progress=False, shards=shards, sharing=sharing,
+            left_out=torch.tensor([4, 9]), labels=labels,
+        )  # fmt: skip
+        return (made.embedding,)
+
+    check(make)
+
+
+def test_features_of_text(monkeypatch, tmp_path):
+    save_model(tmp_path)
+    letters = np.random.default_rng(0)
+    source = Texts(["".join(letters.choice(list("abcdefgh"), letters.integers(1, 40))) for _ in range(70)])
+    spec = choose_encoder(str(tmp_path), modality="text")
+    monkeypatch.setattr(text_loading, "BATCHES_PER_WINDOW", 4)
+    monkeypatch.setattr(text_loading, "TOKENS_PER_BATCH", 90)
+
+    def make(shards, sharing):
+        made = extract.extract_features(
+            source, spec, device="cpu", batch_size=4, progress=False, shards=shards, sharing=sharing
+        )
+        return (made.embedding,)
+
+    check(make)
+
+
+def test_loader_processes_take_no_more_batches_than_are_asked_for():
+    """What a rank reads ahead cannot be left to others."""
+    source = ListSource(random_images(30))
+    spec = choose_encoder((TinyNetwork(), to_float_tensor))
+    taken = []
+
+    class Watched(Sharing):
+        num_ranks = 2
+
+        def share(self, job, work, unpack, size):
+            def numbers():
+                for number in range(job.pieces):
+                    taken.append(number)
+                    yield number
+
+            results = work(numbers())
+            first = list(islice(results, 2))
+            assert len(taken) <= 4
+            yield from first
+            yield from results
+
+    made = extract.extract_features(source, spec, batch_size=2, num_workers=1, progress=False, sharing=Watched())
+    expected = extract.extract_features(source, spec, batch_size=2, num_workers=0, progress=False)
+    assert torch.equal(made.embedding, expected.embedding)
+    assert taken == list(range(15))
+
+
+def test_a_slurm_step_is_a_launch_and_a_batch_script_is_none():
+    step = {
+        "SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+        "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "1234567", "SLURM_STEP_ID": "0",
+    }  # fmt: skip
+    found = find_launch(step)
+    assert (found.rank, found.num_ranks, found.local_rank, found.ranks_on_node) == (9, 16, 1, 8)
+    assert found.address == "gpu07"
+    assert found.port == find_launch(step | {"SLURM_PROCID": "0"}).port
+    assert find_launch({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "1234567"}) is None
+    assert find_launch({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}) is None

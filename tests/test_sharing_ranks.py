@@ -1,0 +1,116 @@
+"""Several ranks make one compact set: the bytes of one process, whoever comes, works slowly, fails or dies."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.lightning_scripts.sharing_ranks import BATCH_SIZE, COUNT
+from tests.warm_processes import Process, environment, run
+
+SCRIPT = Path(__file__).with_name("lightning_scripts") / "sharing_ranks.py"
+
+
+def run_ranks(folder, count, *names, statuses=None):
+    """Run scenarios as so many ranks, and return what each rank reported, by scenario and rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    ranks = [
+        Process([SCRIPT, folder, *names], environment(RANK=str(rank), LOCAL_RANK=str(rank), **common))
+        for rank in range(count)
+    ]
+    try:
+        done = [rank.wait(120) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    output = "\n".join(one.stdout + one.stderr for one in done)
+    assert [one.returncode for one in done] == (statuses or [0] * count), output
+    return {
+        name: {int(path.stem[7:]): json.loads(path.read_text()) for path in (folder / name).glob("report-*.json")}
+        for name in names
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process reported, without any other."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = run([SCRIPT, folder, "alone"], environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((folder / "alone" / "report-0.json").read_text())
+    assert report["seen"] == COUNT
+    return report
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return run_ranks(tmp_path_factory.mktemp("two"), 2, "shared", "apart", "slow", "late", "only-one", "broken")
+
+
+def assert_like(reports, alone, count=2):
+    """All ranks have the set of one process; the networks together saw each image once."""
+    assert sorted(reports) == list(range(count))
+    for report in reports.values():
+        assert report.get("hash") == alone["hash"], report
+    assert any(report["content"] == alone["content"] for report in reports.values())
+    assert sum(not report["reused"] for report in reports.values()) == 1
+    assert sum(report["seen"] for report in reports.values()) == COUNT
+
+
+def test_bytes_of_one_process(two, alone):
+    reports = two["shared"]
+    assert_like(reports, alone)
+    assert all(report["seen"] >= BATCH_SIZE for report in reports.values())
+    assert reports[0]["content"] == reports[1]["content"] == alone["content"]
+
+
+def test_without_a_shared_disk(two, alone):
+    """The rank that helped has a cache of its own, into which the finished set is copied, and no other entry."""
+    reports = two["apart"]
+    assert_like(reports, alone)
+    assert all(report["seen"] >= BATCH_SIZE for report in reports.values())
+    helper = next(report for report in reports.values() if report["reused"])
+    assert helper["content"] == {name: digest for name, digest in alone["content"].items() if name.startswith("5-")}
+    assert Path(helper["path"]).is_dir()
+
+
+def test_slow_and_late_ranks_hold_nobody_up(two, alone):
+    assert_like(two["slow"], alone)
+    assert two["slow"][1]["seen"] * 2 < two["slow"][0]["seen"]
+    assert_like(two["late"], alone)
+    # one rank that calls waits for no other
+    assert list(two["only-one"]) == [1]
+    assert two["only-one"][1]["content"] == alone["content"]
+
+
+def test_failure_of_one_rank_is_raised_on_all(two):
+    for report in two["broken"].values():
+        assert "disk on fire" in report["error"]
+        assert report["seconds"] < 30
+
+
+def test_four_ranks(tmp_path, alone):
+    reports = run_ranks(tmp_path, 4, "shared")["shared"]
+    assert_like(reports, alone, count=4)
+    assert all(report["content"] == alone["content"] for report in reports.values())
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_killed_rank_ends_the_others_and_the_next_run_goes_on(tmp_path, alone, killed):
+    statuses = [0, 0]
+    statuses[killed] = -9
+    name = f"kill-{killed}"
+    (report,) = run_ranks(tmp_path, 2, name, statuses=statuses)[name].values()
+    assert report["seconds"] < 60
+    assert "has ended" in report["error"], report["error"]
+    sealed = list((tmp_path / "cache" / "0-partial").rglob("*.shard"))
+    assert sealed
+    reports = run_ranks(tmp_path, 2, "resumed")["resumed"]
+    assert {report["hash"] for report in reports.values()} == {alone["hash"]}
+    assert any("samples are done already" in line for report in reports.values() for line in report["log"])
+    assert reports[0]["content"] == alone["content"]
+    assert sum(report["seen"] for report in reports.values()) < COUNT
