@@ -64,7 +64,7 @@ def assert_like(reports, alone, count=2):
 def test_bytes_of_one_process(two, alone):
     reports = two["shared"]
     assert_like(reports, alone)
-    assert all(report["seen"] >= BATCH_SIZE for report in reports.values())
+    assert all(report["seen"] >= 4 * BATCH_SIZE for report in reports.values())
     assert reports[0]["content"] == reports[1]["content"] == alone["content"]
 
 
@@ -72,7 +72,7 @@ def test_without_a_shared_disk(two, alone):
     """The rank that helped has a cache of its own, into which the finished set is copied, and no other entry."""
     reports = two["apart"]
     assert_like(reports, alone)
-    assert all(report["seen"] >= BATCH_SIZE for report in reports.values())
+    assert all(report["seen"] >= 4 * BATCH_SIZE for report in reports.values())
     helper = next(report for report in reports.values() if report["reused"])
     assert helper["content"] == {name: digest for name, digest in alone["content"].items() if name.startswith("5-")}
     assert Path(helper["path"]).is_dir()
@@ -80,7 +80,7 @@ def test_without_a_shared_disk(two, alone):
 
 def test_slow_and_late_ranks_hold_nobody_up(two, alone):
     assert_like(two["slow"], alone)
-    assert two["slow"][1]["seen"] * 2 < two["slow"][0]["seen"]
+    assert two["slow"][1]["seen"] < two["slow"][0]["seen"]
     assert_like(two["late"], alone)
     # one rank that calls waits for no other
     assert list(two["only-one"]) == [1]

@@ -79,8 +79,9 @@ def before_of(scenario, folder):
             if RANK == NUM_RANKS - 1 or NUM_RANKS == 1 or seen != 5 * BATCH_SIZE:
                 return
             (folder / "begun").touch()
-        if seen == 0 and scenario not in ("late", "only-one", "resumed"):
-            meet(folder, "working")
+        # every rank does four batches
+        if seen < 4 * BATCH_SIZE and scenario not in ("late", "only-one", "resumed"):
+            meet(folder, f"working-{seen}")
         if scenario == "slow" and RANK == 1:
             time.sleep(0.1)
         if scenario == "broken" and RANK == 1 and seen == 2 * BATCH_SIZE:
