@@ -28,6 +28,7 @@ from dq_lightning.core.devices import DeviceNames
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.notebook import facts_as_html
 from dq_lightning.core.records import Bins, Duplicates, Features, Labels, Selection, StoreInfo
+from dq_lightning.core.sharing import Distributed
 from dq_lightning.loading.batch_filling import BatchFiller, check_batch_transform, is_unfilled
 from dq_lightning.loading.inner import (
     TRANSFER_HOOKS,
@@ -157,6 +158,8 @@ class QuantizedHooks(Base):
         device: device that the networks and the bins run on; several, such as `["cuda:0", "cuda:1"]`, share the batches
             of features, saliency and filling, and the result is that of one. `"auto"` is every GPU of this node that the
             Trainer was given, else the Trainer's device, or without a Trainer a GPU if there is one.
+        distributed: `"all"` lets all ranks of the Trainer share the batches of features, in `setup`; otherwise only the
+            processes that Lightning picks for `prepare_data` work (on each node, or on one), and the others wait.
 
     Attributes:
         prepare_data_per_node: as in Lightning; True runs `prepare_data` on every node. If the nodes share the cache,
@@ -221,6 +224,7 @@ class QuantizedHooks(Base):
         verify: VerifyPolicy = "size",
         on_error: OnError | None = None,
         device: DeviceNames = "auto",
+        distributed: Distributed = "auto",
     ) -> None:
         super().__init__()
         check_given(train=train, val=val, test=test, predict=predict)
@@ -294,6 +298,7 @@ class QuantizedHooks(Base):
             default_collate=tokenizer is None
             and collate_fn is None
             and type(self).train_dataloader is QuantizedHooks.train_dataloader,
+            distributed=distributed,
         )
         if self._inner is not None:
             self._wrap(self._inner)

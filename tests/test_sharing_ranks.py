@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.lightning_scripts import all_ranks
 from tests.lightning_scripts.sharing_ranks import BATCH_SIZE, COUNT
 from tests.warm_processes import Process, environment, run
+from tests.warm_processes import run_ranks as launched
 
 SCRIPT = Path(__file__).with_name("lightning_scripts") / "sharing_ranks.py"
 
@@ -115,3 +117,13 @@ def test_killed_rank_ends_the_others_and_the_next_run_goes_on(tmp_path, alone, k
     assert any("samples are done already" in line for report in reports.values() for line in report["log"])
     assert reports[0]["content"] == alone["content"]
     assert sum(report["seen"] for report in reports.values()) < COUNT
+
+
+def test_all_ranks_of_a_trainer_prepare(tmp_path):
+    launched([all_ranks.__file__, tmp_path])
+    first, second = (json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in (0, 1))
+    assert first["hash"] == second["hash"]
+    assert first["embedded"] + second["embedded"] == 80
+    assert min(first["embedded"], second["embedded"]) > 0
+    assert len(first["trained"]) == len(second["trained"]) == 10
+    assert len({*first["trained"], *second["trained"]}) == 20

@@ -2,14 +2,21 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
+from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.resuming import Array
 
 Result = TypeVar("Result")
 Arrays = dict[str, Array]
 Distributed = Literal["auto", "all", "off"]
 """Whether the ranks of a run make one compact set together, see `quantize`."""
+
+
+def check_distributed(value: str) -> None:
+    """Raise ConfigError for a value that is none of `Distributed`."""
+    if value not in get_args(Distributed):
+        raise ConfigError(f'distributed={value!r} is not "auto", "all" or "off"')
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 from dq_lightning.core.config import AnyConfig, OnError, VerifyPolicy
 from dq_lightning.core.devices import DeviceNames
+from dq_lightning.core.sharing import Distributed
 from dq_lightning.loading.loaders import AutoBool, AutoInt
 from dq_lightning.pipeline.wanted import Choices, Delivery
 
@@ -39,6 +40,7 @@ class DataModuleOptions(RunOptions, Choices, total=False):
     """What `from_datamodule` takes: also which samples and patches are kept, and how they are stored."""
 
     on_error: OnError | None
+    distributed: Distributed
 
 
 class StoreOptions(RunOptions, total=False):

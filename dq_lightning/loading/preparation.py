@@ -18,6 +18,7 @@ from dq_lightning.core.errors import CacheError, ConfigError
 from dq_lightning.core.fields import check_local
 from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.core.records import StoreInfo
+from dq_lightning.core.sharing import Distributed, check_distributed
 from dq_lightning.loading.batch_filling import UnfilledCollate
 from dq_lightning.loading.failures import explain_failure
 from dq_lightning.loading.loaders import LoaderSettings, check_collatable
@@ -40,12 +41,13 @@ class Preparation:
         seed: seed of the random state in which the wrapped data module makes its split.
         check: function that checks the whole dataset before anything is made of it; see `BuildOptions`.
         default_collate: whether torch's own collate function makes the batches.
+        distributed: with `"all"` every rank of a run takes part, in `open`; else only those that call `prepare` work.
 
     Attributes:
         expected_hash: content hash of the compact set that a checkpoint was trained on, or None.
 
     Raises:
-        ConfigError: `cache_dir` is not a local path, or `device` names no devices.
+        ConfigError: `cache_dir` is not a local path, `device` names no devices, or `distributed` is unknown.
     """
 
     def __init__(
@@ -60,8 +62,11 @@ class Preparation:
         seed: int,
         check: Callable[[Any], object] | None = None,
         default_collate: bool = False,
+        distributed: Distributed = "auto",
     ) -> None:
         check_local("cache_dir", cache_dir)
+        check_distributed(distributed)
+        self.distributed = distributed
         self.check, self.default_collate = check, default_collate
         self.train, self.inner = train, inner
         self.cache_dir, self.verify, self.force, self.seed = cache_dir, verify, force, seed
@@ -115,22 +120,35 @@ class Preparation:
                 self.inner.trainer = trainer
                 self.inner.prepare_data()
             if facts.fits:
-                # Without a Trainer nobody may ever make batches, so the check is left out.
-                collates = self.default_collate and trainer is not None
-                found = facts.node_devices or (facts.device,)
-                devices = found if self.devices == ("auto",) else self.devices
-                options = BuildOptions(list(devices), self.force, facts.progress, self.check, collates)
                 with isolated_random_state():
-                    if collates and val is not None:
+                    # Without a Trainer nobody may ever make batches, so the check is left out.
+                    if self.default_collate and trainer is not None and val is not None:
                         check_collatable(val, "val=")
-                    self._located = self.train.prepare(self.cache(), options)
-                self.force = False
+                    if not self._is_shared(facts):
+                        self._located = self._make(trainer, facts.node_devices or (facts.device,), "off")
         except (Exception, SystemExit) as error:
             # Lightning's barrier lets the other ranks continue after this failure, so the error is kept until `open`,
             # where every rank raises it.
             if facts.num_ranks == 1:
                 raise
             self._failure = error
+
+    def _is_shared(self, facts: TrainerFacts) -> bool:
+        """Whether all ranks make the compact set together, once they have a process group."""
+        return self.distributed == "all" and facts.num_ranks > 1
+
+    def _make(self, trainer: Any, devices: tuple[str, ...], distributed: Distributed) -> Located:
+        options = BuildOptions(
+            list(devices if self.devices == ("auto",) else self.devices),
+            self.force,
+            TrainerFacts.of(trainer).progress,
+            self.check,
+            self.default_collate and trainer is not None,
+            distributed,
+        )
+        made = self.train.prepare(self.cache(), options)
+        self.force = False
+        return made
 
     def open(self, trainer: Any, stage: str | None) -> bool:
         """Open the compact set, and check that all ranks hold the same one. Every rank must call this method.
@@ -144,7 +162,11 @@ class Preparation:
         """
         failure, self._failure = self._failure, None
         raise_on_all(failure, "preparing the compact set")
+        facts = TrainerFacts.of(trainer)
         with isolated_random_state():
+            if self._is_shared(facts) and facts.fits and stage in (None, "fit"):
+                make = partial(self._make, trainer, (facts.device,), "all")
+                self._located = call_on_all(make, "making the compact set")
             return self._open(trainer, stage)
 
     def _open(self, trainer: Any, stage: str | None) -> bool:

@@ -17,6 +17,7 @@ from dq_lightning.core.config import VerifyPolicy
 from dq_lightning.core.devices import DeviceNames
 from dq_lightning.core.errors import CacheError, ConfigError, SourceError
 from dq_lightning.core.isolation import isolated_random_state
+from dq_lightning.core.sharing import Distributed
 from dq_lightning.loading.batch_filling import UnfilledDataset
 from dq_lightning.loading.loaders import LoaderSettings, check_collatable, read_loader
 from dq_lightning.loading.ranks import global_rank
@@ -42,6 +43,7 @@ class BuildOptions:
         check: function that is called with the whole dataset, transforms included, before anything is made of it, and
             raises an error if the dataset is unsuitable; or None.
         default_collate: whether torch's own collate function will make the batches of a training.
+        distributed: whether ranks share the work, as in `quantize`.
     """
 
     device: DeviceNames = "auto"
@@ -49,6 +51,7 @@ class BuildOptions:
     progress: bool = True
     check: Callable[[Any], object] | None = None
     default_collate: bool = False
+    distributed: Distributed = "off"
 
 
 @dataclass(frozen=True)
@@ -263,7 +266,13 @@ def _build(plan: Plan, cache: Cache, options: BuildOptions) -> Located:
             options.check(_all_samples(plan))
 
     made = find_or_build(
-        plan, cache, device=options.device, force=options.force, progress=options.progress, check=check
+        plan,
+        cache,
+        device=options.device,
+        force=options.force,
+        progress=options.progress,
+        check=check,
+        distributed=options.distributed,
     )
     return Located(made, plan)
 

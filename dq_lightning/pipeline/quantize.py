@@ -13,7 +13,7 @@ from dq_lightning.core.console import get_logger
 from dq_lightning.core.devices import DeviceNames
 from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.core.records import StoreInfo
-from dq_lightning.core.sharing import Distributed
+from dq_lightning.core.sharing import Distributed, check_distributed
 from dq_lightning.pipeline.build import Build
 from dq_lightning.pipeline.compact import Compact, find_compact
 from dq_lightning.pipeline.first_pass import read_stream
@@ -99,6 +99,7 @@ def quantize(
         >>> info.kind, info.num_samples, info.data_keep_ratio
         ('indices', 10, 0.25)
     """
+    check_distributed(distributed)
     wanted = want(
         config,
         encoder=encoder,

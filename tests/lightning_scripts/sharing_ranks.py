@@ -21,7 +21,7 @@ from dq_lightning.core.batching import HalvedBatches
 from tests.lightning_scripts.common import photos, to_tensor
 
 COUNT, BATCH_SIZE, SECONDS = 80, 4, 120.0
-RANK, NUM_RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+RANK, NUM_RANKS = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Edges(nn.Module):
