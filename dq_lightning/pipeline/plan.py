@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dq_lightning.cache.digests import DigestMemory
-from dq_lightning.core.config import BinConfig, EncodingConfig, QuantizeConfig, SelectionConfig
+from dq_lightning.core.config import EncodingConfig, FeatureConfig, QuantizeConfig, SelectionConfig
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.core.records import Labels, Selection
@@ -329,10 +329,10 @@ def parts_behind(store: dict[str, Any]) -> Parts:
     if "features_version" not in rest:
         return behind
     behind[BINS] = rest = without(rest, (*SelectionConfig().to_dict(), "selection_version"))
-    quality = ("quality", "quality_version", "duplicates_version")
-    rest = without(rest, (*BinConfig().to_dict(), "whiten", "bins_version", *quality))
-    of_labels = rest.get("kind") == "gradient" or "selection_epochs" in rest
-    behind[FEATURES] = rest if of_labels else without(rest, ("labels",))
+    training = FeatureConfig(selection_epochs=1).selection_training()
+    names = ["source", "num_source_samples", "on_error", "encoder", "kind", "features_version", "text", *training]
+    names += ["labels"] * (rest["kind"] == "gradient" or "selection_epochs" in rest)
+    behind[FEATURES] = {name: rest[name] for name in names if name in rest}
     return behind
 
 

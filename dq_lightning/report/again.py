@@ -5,6 +5,7 @@ import shlex
 from typing import Any
 
 from dq_lightning.core.config import QuantizeConfig
+from dq_lightning.pipeline.plan import STORE
 from dq_lightning.report.material import Material
 from dq_lightning.report.records import Again
 
@@ -19,6 +20,11 @@ def make_again(material: Material, place: dict[str, Any]) -> Again:
     config, info = material.compact.config, material.compact.info
     given = "indices" in config.get("selection", {})
     changed = {name: value for name, value in changed_settings(config).items() if name != "selection.indices"}
+    if config.get("max_bytes") is not None:
+        # Under a budget, the settings of a set hold the usual ratio where none was asked for.
+        asked = material.compact.parts.get(STORE, {}).get("keep_ratio")
+        changed = {name: value for name, value in changed.items() if name != "selection.keep_ratio"}
+        changed |= {} if asked is None else {"selection.keep_ratio": asked}
     options = [f"--{name} {shlex.quote(_typed(value))}" for name, value in place.items() if value is not None]
     if not options:
         options = ["--dataset NAME --data_path FOLDER"]

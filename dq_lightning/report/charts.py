@@ -93,35 +93,36 @@ def curve_chart(curve: GainCurve) -> str:
     finite = [gain for row in curve.points for _, gain in row]
     low, high = min(finite), max(finite)
     span, total = (high - low) or 1.0, max(1, sum(curve.sizes))
-    bands, lines, begin = [], [], 0
-    for number, (size, row) in enumerate(zip(curve.sizes, curve.points, strict=True)):
-        x = CURVE_WIDTH * begin / total
-        if number % 2 == 0:
-            width = CURVE_WIDTH * size / total
-            bands.append(f'<rect class="band" x="{x:.1f}" y="0" width="{width:.1f}" height="{CURVE_HEIGHT}"/>')
-        places = [
-            (CURVE_WIDTH * (begin + rank + 0.5) / total, 8 + (CURVE_HEIGHT - 16) * (high - gain) / span)
-            for rank, gain in row
-        ]
-        # A bin of one pick is drawn as a short line.
-        places = [(places[0][0] - 2, places[0][1]), (places[0][0] + 2, places[0][1])] if len(places) == 1 else places
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        lines.append(
-            f'<polyline style="stroke:{bin_colour(number, len(curve.sizes))}" points="{line}"><title>bin {number}: '
-            f"{size:,} picks</title></polyline>"
-        )
-        begin += size
+    bands, lines, labels, begin = [], [], [], 0
     step = max(1, -(-len(curve.sizes) // 20))
-    labels = "".join(
-        f'<span style="flex:{max(size, 1)} 0 0">{number if number % step == 0 else ""}</span>'
-        for number, size in enumerate(curve.sizes)
-    )
-    first, last = (row[0][1] if row else low for row in (curve.points[0], curve.points[-1]))
+    for number, (size, row) in enumerate(zip(curve.sizes, curve.points, strict=True)):
+        if number % step == 0:
+            together = sum(curve.sizes[number : number + step])
+            labels.append(f'<span style="flex:{max(together, 1)} 0 0">{number}</span>')
+            if number // step % 2 == 0:
+                x, width = CURVE_WIDTH * begin / total, CURVE_WIDTH * together / total
+                bands.append(f'<rect class="band" x="{x:.1f}" y="0" width="{width:.1f}" height="{CURVE_HEIGHT}"/>')
+        if row:
+            places = [
+                (CURVE_WIDTH * (begin + rank + 0.5) / total, 8 + (CURVE_HEIGHT - 16) * (high - gain) / span)
+                for rank, gain in row
+            ]
+            # A bin of one pick is drawn as a short line.
+            places = (
+                [(places[0][0] - 2, places[0][1]), (places[0][0] + 2, places[0][1])] if len(places) == 1 else places
+            )
+            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            lines.append(
+                f'<polyline style="stroke:{bin_colour(number, len(curve.sizes))}" points="{line}"><title>bin {number}: '
+                f"{size:,} picks</title></polyline>"
+            )
+        begin += size
+    first, last = (row[0][1] for row in (curve.points[0], [row for row in curve.points if row][-1]))
     said = f"The gain goes from {first:.4g} at the first pick of bin 0 to {last:.4g} at the first pick of the last bin."
     return (
         f'<div class="plot"><div class="y"><span>{high:.4g}</span><span>gain</span><span>{low:.4g}</span></div>'
         f'<svg viewBox="0 0 {CURVE_WIDTH} {CURVE_HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{escape(said)}">'
-        f'{"".join(bands)}{"".join(lines)}</svg><div class="x">{labels}</div><div class="x-title">bin</div></div>'
+        f'{"".join(bands)}{"".join(lines)}</svg><div class="x">{"".join(labels)}</div><div class="x-title">bin</div></div>'
     )
 
 

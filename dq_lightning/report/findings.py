@@ -7,6 +7,7 @@ from dq_lightning.report.material import Material
 from dq_lightning.report.records import ClassTable, Finding
 
 NAMED_CLASSES = 6
+_ROWS = 1 << 16
 
 
 def find_oddities(material: Material, classes: ClassTable | str) -> list[Finding]:
@@ -23,7 +24,9 @@ def find_oddities(material: Material, classes: ClassTable | str) -> list[Finding
             text = f"{empty:,} of {material.bins.num_bins:,} bins are empty, because every group has too few samples."
             found.append(Finding(text, "Bins"))
     if isinstance(material.features, Features):
-        zero = int((material.features.embedding.abs().amax(1) == 0).sum()) - len(material.features.unreadable)
+        # Part by part, because features of many samples are read from the disk as they are needed.
+        parts = torch.split(material.features.embedding, _ROWS)
+        zero = sum(int((part == 0).all(1).sum()) for part in parts) - len(material.features.unreadable)
         if zero > 0:
             found.append(
                 Finding(f"{zero:,} samples have features that are all zero, so nothing tells them apart.", "Map")

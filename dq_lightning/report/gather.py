@@ -33,7 +33,7 @@ from dq_lightning.report.samples import Samples, some_of
 
 MOST_SHEETS, PICTURES_A_SHEET, TEXTS_A_SHEET = 20, 8, 4
 MOST_SUSPECTS, MOST_GROUPS, MOST_OF_A_GROUP = 60, 24, 6
-MOST_CURVE_POINTS = 600
+MOST_CURVE_POINTS, MOST_CURVES = 600, 200
 ASSUMED_BATCH_SIZE = 128
 
 
@@ -77,7 +77,7 @@ def gather(
         classes=classes,
         map=make_map(material, samples, projection),
         sheets=_sheets(material, samples),
-        curve=_curve(material.bins),
+        curve=gain_by_bin(material.bins),
         suspects=_suspects(material, samples),
         duplicates=_duplicates(material, samples),
         patches=show_patches(material, samples, device),
@@ -192,17 +192,19 @@ def _sheets(material: Material, samples: Samples) -> Sheets | str:
     return Sheets(tuple(sheets), len(chosen), max(count, 1), why)
 
 
-def _curve(bins: Bins | str) -> GainCurve | str:
+def gain_by_bin(bins: Bins | str) -> GainCurve | str:
+    """Return the gain from pick to pick of every bin, or of evenly spaced ones where there are many."""
     if isinstance(bins, str):
         return bins
     curve = gain_curve(bins)
     if not curve.numel() or not bool(torch.isfinite(curve).any()):
         return "No gains were recorded."
     rows, sizes = [], []
-    most = max(2, MOST_CURVE_POINTS // max(1, len(curve)))
-    for row in curve:
+    most, step = max(2, MOST_CURVE_POINTS // len(curve)), max(1, -(-len(curve) // MOST_CURVES))
+    for number, row in enumerate(curve):
         known = torch.isfinite(row).nonzero().flatten()
         sizes.append(len(known))
+        known = known[:0] if number % step else known
         places = known[torch.linspace(0, len(known) - 1, min(most, len(known))).round().long()] if len(known) else known
         rows.append(tuple((int(place), float(row[place])) for place in places))
     groups = len(np.unique(bins.group[bins.assignment >= 0].numpy()))

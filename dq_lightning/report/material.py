@@ -25,6 +25,7 @@ from dq_lightning.sources.base import Source
 Made = TypeVar("Made")
 # The classes of the kept samples are read from a packed set only up to this many samples, because each is decoded.
 MOST_READ_LABELS = 20_000
+MOST_CLASS_NAME = 80
 NO_DATASET = (
     "The dataset was not at hand: pass it (dataset= in Python, --dataset and --data_path of the command) to see what was "
     "left."
@@ -73,8 +74,13 @@ class Material:
             return ()
         known = labels.names or tuple(self.described["class_names"] or ())
         count = max(labels.num_classes, len(known))
-        names = tuple(map(str, known)) + tuple(map(str, range(len(known), count)))
+        names = tuple(map(_short, known)) + tuple(map(str, range(len(known), count)))
         return (*names, "(no label)") if labels.unlabeled else names
+
+
+def _short(name: object) -> str:
+    text = str(name)
+    return text if len(text) <= MOST_CLASS_NAME else text[: MOST_CLASS_NAME - 1] + "…"
 
 
 def material_of_set(path: Path, cache_dir: str | Path | None) -> tuple[Compact, Cache]:

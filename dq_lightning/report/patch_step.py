@@ -21,7 +21,7 @@ from dq_lightning.pipeline.filling import Filler, stored_image, stored_place
 from dq_lightning.pipeline.plan import PATCHES, scored_parts
 from dq_lightning.report.material import NO_DATASET, Material
 from dq_lightning.report.records import PatchExample, PatchStep
-from dq_lightning.report.samples import Samples, as_address, fitted, from_pixels
+from dq_lightning.report.samples import PICTURE_BYTES, Samples, as_address, fitted, from_pixels
 from dq_lightning.sources.items import evenly_spaced
 
 SHOWN_IMAGES = 6
@@ -91,7 +91,7 @@ def _example(
 
 
 def _shown(image: Image.Image) -> str:
-    return as_address(fitted(image, SIDE), 85)
+    return as_address(fitted(image, SIDE), 85, 2 * PICTURE_BYTES)
 
 
 def _on_pixels(values: NDArray[Any], patched: PatchedImage) -> NDArray[Any]:

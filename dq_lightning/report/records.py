@@ -116,7 +116,10 @@ class Sheets:
 
 @dataclass(frozen=True)
 class GainCurve:
-    """The gain of the objective from pick to pick: for every bin its size and points (rank, mean gain over the groups)."""
+    """The gain of the objective from pick to pick: for every bin its size and points (rank, mean gain over the groups).
+
+    Of very many bins only evenly spaced ones have points.
+    """
 
     sizes: tuple[int, ...]
     points: tuple[tuple[tuple[int, float], ...], ...]

@@ -21,6 +21,9 @@ from dq_lightning.sources.base import Source
 SIDE = 112
 MOST_CHARACTERS = 240
 _QUALITY = 80
+# The pictures of a report take at most about 2.2 MB as files, and a third more as text: 550 of these, and one sprite.
+PICTURE_BYTES, SPRITE_BYTES = 4_000, 800_000
+MOST_NAME = 120
 
 
 class Samples:
@@ -134,7 +137,7 @@ class Samples:
             name = self.source.sample_id(place)
         except DQError:
             return ""
-        return "" if name == str(place) else name
+        return "" if name == str(place) else name[-MOST_NAME:]
 
 
 def _shortened(text: str) -> str:
@@ -156,11 +159,25 @@ def fitted(image: Image.Image, side: int) -> Image.Image:
     return image
 
 
-def as_address(image: Image.Image, quality: int = _QUALITY) -> str:
-    """Return an image as a `data:` address that holds a WebP file."""
+def as_address(image: Image.Image, quality: int = _QUALITY, most_bytes: int = PICTURE_BYTES) -> str:
+    """Return an image as a `data:` address that holds a WebP file.
+
+    An image that takes more bytes is encoded more coarsely, and at last made smaller, so that a report has a bounded size.
+    """
+    for coarser in (quality, quality // 2, quality // 4):
+        data = _webp(image, coarser)
+        if len(data) <= most_bytes:
+            break
+    while len(data) > most_bytes and max(image.size) > 8:
+        image = image.resize((max(1, image.width // 2), max(1, image.height // 2)))
+        data = _webp(image, quality // 4)
+    return "data:image/webp;base64," + base64.b64encode(data).decode("ascii")
+
+
+def _webp(image: Image.Image, quality: int) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=quality, method=2)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return buffer.getvalue()
 
 
 def as_sprite(images: list[Image.Image], tile: int, columns: int) -> str:
@@ -171,7 +188,7 @@ def as_sprite(images: list[Image.Image], tile: int, columns: int) -> str:
         small = fitted(image, tile)
         left, top = number % columns * tile, number // columns * tile
         sheet.paste(small, (left + (tile - small.width) // 2, top + (tile - small.height) // 2))
-    return as_address(sheet, 62)
+    return as_address(sheet, 62, SPRITE_BYTES)
 
 
 def from_pixels(pixels: np.ndarray[Any, Any]) -> Image.Image:

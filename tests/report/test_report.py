@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dq_lightning import QuantizedDataModule, as_source, load_selection, quantize
+from dq_lightning import Bins, QuantizedDataModule, as_source, load_selection, quantize
 from dq_lightning.bins.duplicates import find_duplicates, near_pairs
 from dq_lightning.cli import main
 from dq_lightning.core.errors import ConfigError, StoreError
@@ -29,9 +30,11 @@ from dq_lightning.pipeline.plan import (
 )
 from dq_lightning.pipeline.wanted import want
 from dq_lightning.report.again import changed_settings
-from dq_lightning.report.gather import gather
+from dq_lightning.report.charts import curve_chart
+from dq_lightning.report.gather import gain_by_bin, gather
 from dq_lightning.report.make import report_of_set
 from dq_lightning.report.material import collect, material_of_set
+from dq_lightning.report.samples import PICTURE_BYTES, SPRITE_BYTES, as_address, as_sprite
 
 EVIL = "<script>alert(1)</script>\"'&\u2028"
 # elements without an end
@@ -325,6 +328,7 @@ def test_the_parts_behind_a_store_are_those_that_it_was_made_with(tmp_path):
         {"features": {"whiten": True}, "bins": {"by_label": False, "clusters": 2}, "selection": {"balance": "equal"}},
         {"patches": {"drop_ratio": 0.5, "saliency": "random"}, "store": "packed"},
         {"max_bytes": "50%"},
+        {"selection": {"draw": "scored"}},
         {"features": {"encoder": "bundled", "selection_epochs": 1}},
         {"features": {"encoder": "bundled", "kind": "gradient"}},
     ]
@@ -366,11 +370,17 @@ def test_the_command_finds_the_dataset_that_quantize_named(tmp_path, capsys):
     np.save(tmp_path / "ready.npy", np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32))
     cache = ["--cache_dir", str(tmp_path / "cache")]
     given = ["--data_path", str(tmp_path / "rows.json"), "--encoder", str(tmp_path / "ready.npy")]
-    main(["quantize", *given, *cache, "--output", str(tmp_path / "out")])
+    options = ["--num_bins", "3", "--seed", "5", "--max_bytes", "7kB"]
+    main(["quantize", *given, *cache, *options, "--output", str(tmp_path / "out")])
     main(["report", str(tmp_path / "out"), *cache, "--output", str(tmp_path)])
     page = Page(tmp_path / "report.html")
     assert "question 1" in page.text["bins"]
-    assert "--data_path" in page.text["make-it-again"]
+    # the command that the page names makes the same set
+    command = re.search(r"dq-lightning quantize.*?(?=In Python)", page.text["make-it-again"], re.DOTALL)[0]
+    main([*shlex.split(command.replace("\\\n", ""))[1:], *cache, "--output", str(tmp_path / "again")])
+    hashes = [json.loads((tmp_path / name / "info.json").read_text())["content_hash"] for name in ("out", "again")]
+    assert hashes[0] == hashes[1]
+    assert hashes[0] in page.text["make-it-again"]
     (tmp_path / "rows.json").unlink()
     main(["report", str(tmp_path / "out"), *cache, "--output", str(tmp_path)])
     assert "not at hand" in Page(tmp_path / "report.html").text["bins"]
@@ -389,3 +399,15 @@ def test_suspects_that_are_kept_after_all_do_not_hide_the_bins(tmp_path):
     page = Page(data.report(tmp_path))
     assert {point[1] for point in page.points()["points"]} == {"kept"}
     assert "What each pick added" in page.text["gain"]
+
+
+def test_pictures_and_curves_have_a_bounded_size():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (112, 112, 3), dtype=np.uint8))
+    assert len(as_address(noise)) < 1.4 * PICTURE_BYTES
+    many = [noise.resize((48, 48), Image.Resampling.NEAREST)] * 500
+    assert len(as_sprite(many, 48, 50)) < 1.4 * SPRITE_BYTES
+    number = torch.arange(6000)
+    bins = Bins(number.short() % 3000, (number // 3000).int(), torch.rand(6000), torch.zeros(6000, dtype=torch.int32))
+    curve = gain_by_bin(bins)
+    assert sum(map(bool, curve.points)) == 200
+    assert len(curve_chart(curve)) < 60_000
