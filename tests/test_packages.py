@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 # Saliency by Grad-CAM++ of the bundled classifier, dropped patches, filling, a packed set, and a training on it.
 SCRIPT = """
 import importlib.metadata
@@ -68,6 +70,7 @@ for attempt in (
 """
 
 
+@pytest.mark.slow  # .ci/run runs it: it imports everything once more
 def test_what_is_not_used_is_not_imported_and_what_is_missing_is_named(tmp_path):
     (tmp_path / "table.csv").write_text("text,label\na,b\n")
     arguments = [sys.executable, "-c", SCRIPT, str(tmp_path / "cache"), str(tmp_path / "table.csv")]

@@ -82,7 +82,11 @@ def _warn_of_lost_classes(plan: Plan, bins: Bins, selection: Selection) -> None:
     labels = plan.labels
     if labels is None:
         return
-    lost = sorted(set(labels.values[bins.assignment >= 0].tolist()) - set(labels.values[selection.index].tolist()))
+    if labels.members is None:
+        lost = sorted(set(labels.values[bins.assignment >= 0].tolist()) - set(labels.values[selection.index].tolist()))
+    else:
+        there, kept = (labels.members[places].any(dim=0) for places in (bins.assignment >= 0, selection.index))
+        lost = (there & ~kept).nonzero().flatten().tolist()
     if lost:
         names = labels.names or ()
         first = ", ".join(names[group] if group < len(names) else str(group) for group in lost[:5])

@@ -148,8 +148,8 @@ def score_samples(
             if asked is None:
                 return None
             raise ConfigError(
-                f"{asked} compares labels with features, but {source.describe()} has fewer than two classes: pass scores= or "
-                "labels=, or leave it out"
+                f"{asked} compares labels with features, but {source.describe()} has fewer than two classes (several "
+                "labels a sample, or a number, are none): pass scores= or labels=, or leave it out"
             )
     place = usable.nonzero().flatten()
     if asked is None and labels is not None and len(place) < MIN_SAMPLES_A_CLASS * labels.num_classes:

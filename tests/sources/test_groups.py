@@ -192,7 +192,7 @@ def test_what_has_no_classes_is_told():
         as_source([(picture(), 3)], labels="dominant").labels()
 
 
-def test_a_set_is_made_of_samples_with_several_labels(tmp_path):
+def test_a_set_is_made_of_samples_with_several_labels(tmp_path, caplog):
     """From the dataset to the selection: groups, shares of labels, and a repeated run that finds the set."""
     draw = np.random.default_rng(2)
     members = draw.random((200, 6)) < [0.6, 0.3, 0.2, 0.1, 0.05, 0.03]
@@ -205,3 +205,6 @@ def test_a_set_is_made_of_samples_with_several_labels(tmp_path):
     assert len(kept) == 50
     assert np.abs(members[kept].sum(0) - members.sum(0) / 4).max() <= 1
     assert infos[0].num_classes is None
+    assert "no sample is kept of" not in caplog.text
+    quantize(rows, settings | {"selection": {"keep_ratio": 0.02}}, encoder=features, labels="tags", cache_dir=tmp_path)
+    assert "classes (t5)" in caplog.text or "classes (t4, t5)" in caplog.text
