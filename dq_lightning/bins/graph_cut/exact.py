@@ -65,7 +65,7 @@ def exact_dot(rows: Array, vector: tuple[Array, ...], constant: float = 0.0) -> 
         vector: float64 parts [W] that add up to the vector, the largest part first.
         constant: number that is added to each inner product before it is rounded.
     """
-    products: list[Array] = []
-    for part in vector:
-        products.extend(two_product(rows, part))
-    return [math.fsum([constant, *terms]) for terms in np.concatenate(products, axis=1).tolist()]
+    # Where entries are short, most low parts and errors are zero.
+    pairs = [two_product(rows, part) for part in vector if part.any()]
+    terms = np.concatenate([rows[:, :0], *(terms for pair in pairs for terms in pair if terms.any())], axis=1)
+    return [math.fsum([constant, *row[row != 0.0].tolist()]) for row in terms]

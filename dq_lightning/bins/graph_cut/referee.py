@@ -74,11 +74,6 @@ class Referee:
         self.trail[self.length] = sample
         self.length += 1
 
-    def extend(self, samples: NDArray[np.int64]) -> None:
-        """Record all picks of the current bin, given as int64; those recorded before must come first."""
-        self.trail[self.length : len(samples)] = samples[self.length :]
-        self.length = len(samples)
-
     def rewind(self, length: int) -> None:
         """Undo all picks of the current bin but the first `length`."""
         if self._added > length:
@@ -116,21 +111,10 @@ class Referee:
             -2.0 * self._picked.low,
         )
         constant = self.lam * self.num_left - 2.0 * length if self.halved else 0.0
-        best, winner = -np.inf, int(near[0])
-        seen: set[bytes] = set()
-        start = 0
+        gains: list[float] = []
         for vectors in self.rows.take(torch.from_numpy(near)).written_out():
-            values = vectors.cpu().numpy() + 0.0  # -0.0 becomes 0.0
-            fresh = []
-            for i, row in enumerate(values):
-                if (key := row.tobytes()) not in seen:
-                    seen.add(key)
-                    fresh.append(i)
-            for i, gain in zip(fresh, exact_dot(values[fresh], vector, constant), strict=True):
-                if gain > best:
-                    best, winner = gain, int(near[start + i])
-            start += len(values)
-        return winner
+            gains += exact_dot(vectors.cpu().numpy(), vector, constant)
+        return int(near[gains.index(max(gains))])
 
     def _add(self, total: ExactSum, samples: NDArray[np.int64], sign: float) -> None:
         for start in range(0, len(samples), 4096):
