@@ -79,8 +79,9 @@ class Candidates:
             cost = self._costs.candidates(len(top), target)
         rows, values = child.rows, child.values
         picked = child.table.take(torch.from_numpy(rows))
-        fault = Proof(pool, gains, outside, picked, values, child.slack, start).first_fault()
-        kept = fault.step
+        proof = Proof(pool, gains, outside, picked, values, child.slack, start)
+        fault = proof.first_fault()
+        kept, walking = fault.step, self._costs.pairs(proof.walked)
         referee.rewind(start + kept)
         chosen = top[rows[:kept]]
         pool.apply(chosen, values[:kept], picked.span(0, kept), child.slack)
@@ -92,8 +93,8 @@ class Candidates:
                 self._targets[self._level, many] = min(int(_GREATEST_SHARE * size), max(aim + 1, int(1.2 * aim)))
         else:
             self._targets[self._level, many] = max(4, int(0.9 * kept))
-        cost += proving
-        return kept, cost, cost / kept if many else cost_of_a_pick(len(pool), kept, self._costs)
+        cost += proving + walking
+        return kept, cost, cost / kept if many else cost_of_a_pick(len(pool), kept, self._costs) + walking / kept
 
     def _plan(self, count: int) -> tuple[bool, int, int]:
         """Return whether the candidates of a round have rounds of their own, how many there are, and picks to aim at."""

@@ -30,8 +30,12 @@ class Costs:
 
     def matrix(self, rows: int) -> float:
         """Matrix of inner products of all rows."""
+        return self.pairs(0.5 * rows * rows)
+
+    def pairs(self, number: float) -> float:
+        """So many inner products of two rows."""
         term, entry, _, _ = self._rates
-        return 0.5 * rows * rows * (self.width * term + entry)
+        return number * (self.width * term + entry)
 
     def from_matrix(self, rows: int) -> float:
         """One pick from the matrix of `rows` rows, which one thread makes, or a GPU if there are many rows."""

@@ -66,6 +66,9 @@ class Proof:
         values: float64 [T], gain of each picked row when it was picked.
         error: bound on the error of `values`.
         start: number of picks made in the bin before these.
+
+    Attributes:
+        walked: number of inner products of an outside row and a pick that were computed.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Proof:
     ) -> None:
         self.pool, self.gains, self.outside, self.picked, self.values = pool, gains, outside, picked, values
         self.slack, self.start = error + pool.bound(len(picked)), start
+        self.walked = 0
 
     def first_fault(self) -> Fault:
         """Find the first pick that is not the greedy one on all rows."""
@@ -141,6 +145,7 @@ class Proof:
             span = step - chunk.first
             some = rows[begin : begin + max(1, _TABLE_ENTRIES // span)]
             begin += len(some)
+            self.walked += len(some) * span
             block = self.pool.table.take(torch.from_numpy(some))
             gains = self.gains[torch.from_numpy(some).to(self.gains.device)] - 2.0 * block.against(before)[:, 0]
             drift = block.inner(chunk.rows.span(0, span)).mul_(2.0).cumsum(dim=1)
