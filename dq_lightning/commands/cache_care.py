@@ -1,10 +1,10 @@
 """Maintenance of compact sets and caches: checking whole files, and removing entries by age or size."""
 
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -35,19 +35,16 @@ def verify_folder(path: str | Path) -> dict[Path, str]:
         StoreError: the folder holds no entry.
     """
     place = Path(path).expanduser()
-    entries = [place] if (place / MANIFEST).exists() else list(_entries_below(place))
+    entries = [place]
+    if not (place / MANIFEST).exists():
+        found = (sorted((place / station).iterdir()) for station in STATIONS if (place / station).is_dir())
+        entries = [path for path in chain.from_iterable(found) if path.is_dir() and not path.name.startswith(".")]
     if not entries:
         raise StoreError(
             f"{place} is neither a compact set nor a cache of this package (there is no {MANIFEST}): pass StoreInfo.path, a "
             "copy of that folder, or the folder of the cache"
         )
     return {entry: _problem(entry) for entry in entries}
-
-
-def _entries_below(root: Path) -> Iterator[Path]:
-    for station in STATIONS:
-        if (root / station).is_dir():
-            yield from sorted(p for p in (root / station).iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def _problem(folder: Path) -> str:

@@ -167,9 +167,18 @@ class _PlannedTrainSet(TrainSet):
     def open(self, cache: Cache, located: Located) -> Opened:
         plan, compact, settings = located.plan, located.compact, located.settings
         assert plan is not None
-        dataset = compact_dataset(plan, compact, cache.verify)
-        own = None if settings is None else cut_down(settings, compact)
-        return Opened(compact, plan, own, dataset, filled_late(plan.patches))
+        index = compact.selection.index
+        if compact.info.kind == "packed":
+            dataset = stored_dataset(compact, plan.patches, plan.source.finisher(index), cache.verify)
+        else:
+            dataset = plan.source.subset(index)
+        # The weights of a sampler are those of the kept samples, and its draws per epoch shrink with their number.
+        if settings is not None and settings.weights is not None:
+            settings = replace(settings, weights=settings.weights[index])
+        if settings is not None and settings.num_draws is not None:
+            kept = compact.info.num_samples / compact.info.num_source_samples
+            settings = replace(settings, num_draws=max(1, round(settings.num_draws * kept)))
+        return Opened(compact, plan, settings, dataset, filled_late(plan.patches))
 
 
 class DatasetTrainSet(_PlannedTrainSet):
@@ -299,14 +308,6 @@ def filled_late(patches: PatchPlan | None) -> PatchPlan | None:
     return patches if patches is not None and patches.config.reconstruct == "batch" else None
 
 
-def compact_dataset(plan: Plan, compact: Compact, verify: VerifyPolicy) -> Any:
-    """Return the kept samples as a map-style dataset that delivers items as the wrapped dataset does."""
-    index = compact.selection.index
-    if compact.info.kind != "packed":
-        return plan.source.subset(index)
-    return stored_dataset(compact, plan.patches, plan.source.finisher(index), verify)
-
-
 def stored_dataset(compact: Compact, patches: PatchPlan | None, finisher: Any, verify: VerifyPolicy) -> Any:
     """Return the samples of a packed store as a map-style dataset; the finisher applies the user's transforms to each.
 
@@ -326,17 +327,3 @@ def stored_dataset(compact: Compact, patches: PatchPlan | None, finisher: Any, v
         return open_packed(compact.info.path, finisher=finisher, verify=verify)
     samples = open_packed(compact.info.path, verify=verify, patches="packed")
     return UnfilledDataset(samples, stored_place(samples), finisher)
-
-
-def cut_down(settings: LoaderSettings, compact: Compact) -> LoaderSettings:
-    """Adjust a loader's settings to the compact set.
-
-    The weights of a sampler are those of the kept samples, and its number of draws per epoch shrinks in proportion to
-    the number of samples.
-    """
-    if settings.weights is not None:
-        settings = replace(settings, weights=settings.weights[compact.selection.index])
-    if settings.num_draws is not None:
-        kept = compact.info.num_samples / compact.info.num_source_samples
-        settings = replace(settings, num_draws=max(1, round(settings.num_draws * kept)))
-    return settings

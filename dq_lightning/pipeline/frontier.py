@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from dq_lightning.core.arrays import as_image
-from dq_lightning.core.config import EncodingConfig
+from dq_lightning.core.config import EncodingConfig, PatchConfig
 from dq_lightning.core.errors import ConfigError, PatchError, StoreError
 from dq_lightning.core.records import PatchedImage, StoredImage
 from dq_lightning.packed.file_stream import shared_starts, write_file
@@ -25,8 +25,8 @@ from dq_lightning.packed.writer import STORE_FILE, Item, write_packed
 from dq_lightning.pipeline.budget import ByteSetting, told_setting
 from dq_lightning.pipeline.encoding import encode_leaf, encoded_items, reduced
 from dq_lightning.pipeline.patch_bytes import owner_bytes
-from dq_lightning.pipeline.patch_frontier import TRIED_DROP_RATIO, PatchTrial, without_dull_patches
-from dq_lightning.pipeline.patch_plan import PatchPlan
+from dq_lightning.pipeline.patch_frontier import PatchTrial
+from dq_lightning.pipeline.patch_plan import PatchPlan, make_patch_plan
 from dq_lightning.pipeline.plan import Plan
 from dq_lightning.sources.items import at, evenly_spaced, plain_parts
 from dq_lightning.sources.skipping import readable_items
@@ -48,6 +48,8 @@ SIDE_SHARES = (0.75, 0.5)
 NPY_HEADER_BYTES = 128
 # About one in so many samples is kept where positions matter.
 MEAN_GAP = 8
+# The share of dropped patches whose cost is told where no drop ratio is given.
+TRIED_DROP_RATIO = 0.2
 # Bytes of the manifest and of compact.json, without the parts of the key.
 DESCRIPTION_BYTES = 4_500
 
@@ -79,7 +81,7 @@ class Frontier:
         self._wanted, self._is_fixed, self._device = wanted, is_fixed, device
         self._plan, self._fixed, self._size = plan, plan.config.encoding, _size_name(plan)
         self._room, self._floor = float(room), self._fixed.least_psnr
-        self._few = _readable(plan, _positions(plan, COMPARED[self._size]))
+        self._few = _readable(plan, COMPARED[self._size])
         self._images: list[tuple[Any, Any]] = []
         self.settings: list[ByteSetting] = []
         self.fixed_bytes = 0
@@ -95,8 +97,8 @@ class Frontier:
     def _measure_whole(self) -> None:
         plan = self._plan
         kept = ByteSetting("keep", None, None, 0.0)
-        many = _readable(plan, _positions(plan, self._number_measured()))
-        sample_bytes, self.fixed_bytes = _packed_bytes(plan, many, encoded_items(plan, kept, torch.tensor(many)))
+        items = encoded_items(plan, kept, torch.tensor(self._many))
+        sample_bytes, self.fixed_bytes = _packed_bytes(plan, self._many, items)
         self._room -= self.fixed_bytes
         if self._fixed.codec in ("auto", "keep"):
             self.settings.append(replace(kept, sample_bytes=sample_bytes))
@@ -143,7 +145,10 @@ class Frontier:
             fine = [one for one in self.settings if one.codec == "webp" and one.psnr >= min(self._floor, chosen.psnr)]
             chosen = max(fine, key=lambda one: (self._count(one), one.psnr), default=chosen)
         height, width = pixels_of(self._images[0][0])[2].shape[:2]
-        trial = PatchTrial(without_dull_patches(self._plan, (height, width)), self._few, self._device, fills=True)
+        size = self._plan.config.patches.patch_size
+        config = PatchConfig(TRIED_DROP_RATIO, patch_size=size, saliency="variance", reconstruct="off")
+        dull = replace(self._plan, patches=make_patch_plan(config, (height, width)))
+        trial = PatchTrial(dull, self._few, self._device, fills=True)
         open_, quality = self._fixed.quality is None, chosen.quality
         finer = [other for other in QUALITIES[self._size] if quality is not None and other > quality] if open_ else []
 
@@ -231,7 +236,7 @@ class Frontier:
 
     @cached_property
     def _many(self) -> list[int]:
-        return _readable(self._plan, _positions(self._plan, self._number_measured()))
+        return _readable(self._plan, self._number_measured())
 
     @cached_property
     def _many_patched(self) -> PatchTrial:
@@ -418,8 +423,8 @@ def _psnr(error: float) -> float:
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
-def _readable(plan: Plan, positions: Sequence[int]) -> list[int]:
-    return [position for position, _ in readable_items(plan.source, positions)]
+def _readable(plan: Plan, count: int) -> list[int]:
+    return [position for position, _ in readable_items(plan.source, _positions(plan, count))]
 
 
 def _packed_bytes(plan: Plan, positions: Sequence[int], items: Iterable[Item]) -> tuple[float, int]:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dq_lightning.core.config import PatchConfig
 from dq_lightning.core.records import PatchChoice, PatchedImage, Selection
 from dq_lightning.packed.layouts import pixels_of
 from dq_lightning.packed.patch_layout import pixel_mask
@@ -15,14 +14,10 @@ from dq_lightning.packed.patches import layout_of, unpack_image
 from dq_lightning.packed.writer import Item
 from dq_lightning.patches.harmonic import fill_harmonically
 from dq_lightning.pipeline.budget import ByteSetting
-from dq_lightning.pipeline.patch_plan import make_patch_plan
 from dq_lightning.pipeline.patching import choose, packed_items, patches_of
 from dq_lightning.pipeline.plan import Plan
 from dq_lightning.pipeline.scoring import score_selection
 from dq_lightning.sources.items import at, plain_parts
-
-# The share of dropped patches whose cost is told where no drop ratio is given.
-TRIED_DROP_RATIO = 0.2
 
 
 def in_codec(plan: Plan, setting: ByteSetting) -> Plan:
@@ -32,18 +27,6 @@ def in_codec(plan: Plan, setting: ByteSetting) -> Plan:
     codec: Any = setting.codec
     config = replace(patches.config, codec=codec, quality=quality)
     return replace(plan, patches=replace(patches, config=config))
-
-
-def without_dull_patches(plan: Plan, image_size: tuple[int, int]) -> Plan:
-    """Return a plan that drops the patches of least variance of each image, which needs no network.
-
-    Args:
-        plan: plan of whole images.
-        image_size: (height, width) of a typical image in pixels.
-    """
-    size = plan.config.patches.patch_size
-    config = PatchConfig(TRIED_DROP_RATIO, patch_size=size, saliency="variance", reconstruct="off")
-    return replace(plan, patches=make_patch_plan(config, image_size))
 
 
 @dataclass(frozen=True)
