@@ -144,12 +144,7 @@ def _num_pixels(mask: Mask, layout: Layout) -> int:
     """Return the number of pixels in the kept patches."""
     if layout.divides:
         return layout.count * layout.patch_size**2
-    rows, columns = layout.rows, layout.columns
-    heights = np.full(rows, layout.patch_size)
-    heights[-1] -= rows * layout.patch_size - layout.height
-    widths = np.full(columns, layout.patch_size)
-    widths[-1] -= columns * layout.patch_size - layout.width
-    return int(heights @ mask.reshape(rows, columns).astype(np.int64) @ widths)
+    return int(np.count_nonzero(pixel_mask(mask, layout)))
 
 
 def pixel_mask(mask: Mask, layout: Layout) -> Mask:
