@@ -49,28 +49,39 @@ def embed(
     from functools import partial
     from pathlib import Path
 
+    import numpy as np
+
     from dq_lightning.cache.entries import Cache, default_cache_dir
-    from dq_lightning.commands.embedding_pieces import merge_rows
     from dq_lightning.commands.opening import open_dataset
     from dq_lightning.core.errors import FeatureError
+    from dq_lightning.exports.rows import whole
     from dq_lightning.features.choose import choose_encoder
     from dq_lightning.features.extract import extract_features
-    from dq_lightning.features.pieces import embed_piece
+    from dq_lightning.features.pieces import embed_piece, merge_pieces, merge_published
     from dq_lightning.sources.adapt import as_source
 
-    if merge:
-        print(f"joined all pieces: {merge_rows(data, output, name=EMBEDS, text=text, cache_dir=cache_dir)}")
-        return
-    if features.selection_epochs:
+    if features.selection_epochs and not merge:
         raise FeatureError(
             "selection_epochs trains an encoder of images, but embed reads text: leave selection_epochs out"
         )
     source, folder = as_source(open_dataset(None, data), text=text), Path(output).expanduser()
+    memory = Cache(cache_dir or default_cache_dir()).memory
+    if merge:
+        if any(folder.glob(f"{EMBEDS}_*.json")):
+            merged = merge_pieces(folder, name=EMBEDS, identity={"source": source.digest(memory)})
+        else:
+            merged = merge_published(folder, EMBEDS)
+        if len(merged) != len(source):
+            raise FeatureError(
+                f"the pieces have {len(merged):,} rows, but {data} has {len(source):,}: pass the data that they were made from"
+            )
+        path = whole(folder / f"{EMBEDS}.npy", lambda place: np.save(place, merged, allow_pickle=False))
+        print(f"joined all pieces: {path}")
+        return
     if source.modality != "text":
         raise FeatureError(
             f"{source.describe()} holds images, but embed reads rows of text: use quantize to make features of images"
         )
-    memory = Cache(cache_dir or default_cache_dir()).memory
     spec = choose_encoder(encoder or features.encoder, modality="text", text=text).resolve(memory)
     identity = {"source": source.digest(memory), "encoder": spec.identity(memory), "text": source.text_identity()}
     run = partial(

@@ -7,6 +7,7 @@ made it.
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dq_lightning.cache.files import file_digest
+from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.records import Features
 from dq_lightning.features.samples import SampleSource
@@ -133,6 +135,44 @@ def merge_pieces(
         listed = "; ".join(f"{name}_{i}.npy (rows {i * nums} to {min((i + 1) * nums, total) - 1})" for i in missing[:5])
         raise FeatureError(f"{len(missing)} of {-(-total // nums)} pieces are missing in {folder}: {listed}")
     return _joined([by_index[index] for index in sorted(by_index)], pieces, total)
+
+
+def merge_published(folder: Path, name: str) -> NDArray[np.float32]:
+    """Merge pieces without descriptions in the order of their numbers; only a gap between the numbers can be noticed.
+
+    Raises:
+        FeatureError: there are no pieces, one is missing, or they do not fit together.
+    """
+    found = {
+        int(m[1]): path
+        for path in folder.glob(f"{name}_*.npy")
+        if (m := re.fullmatch(rf"{name}_(\d+)\.npy", path.name))
+    }
+    if not found:
+        raise FeatureError(
+            f"there is no {name}_*.npy in {folder}: run `dq-lightning embed DATA --index 0 --nums 10000` first"
+        )
+    missing = [number for number in range(max(found)) if number not in found]
+    if missing:
+        raise FeatureError(
+            f"{folder / f'{name}_{missing[0]}.npy'} is missing: make this piece, too, with "
+            f"`dq-lightning embed DATA --index {missing[0]}` and the same --nums"
+        )
+    get_logger().warning(
+        f"the pieces in {folder} have no .json files that describe them, so they are used without checking that they were made "
+        "from these data"
+    )
+    try:
+        parts = [np.load(found[number], allow_pickle=False) for number in sorted(found)]
+        merged = np.concatenate([np.asarray(part, dtype=np.float32) for part in parts])
+    except (OSError, ValueError) as error:
+        raise FeatureError(f"the pieces in {folder} do not fit together ({error}): make them again") from error
+    if merged.ndim != 2 or not np.isfinite(merged).all():
+        raise FeatureError(
+            f"the pieces in {folder} must together be a matrix of finite numbers [N, D], but they are of shape "
+            f"{list(merged.shape)} or hold NaN or infinity: make them again"
+        )
+    return merged
 
 
 def _joined(paths: Sequence[Path], pieces: Mapping[Path, Mapping[str, Any]], total: int) -> NDArray[np.float32]:
