@@ -10,7 +10,6 @@ import torch
 from dq_lightning.cache.entries import Cache, default_cache_dir
 from dq_lightning.cache.files import read_sealed
 from dq_lightning.cache.manifest import read_manifest
-from dq_lightning.core.config import TextConfig
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import CacheError, StoreError
 from dq_lightning.core.packages import needed_for
@@ -159,46 +158,39 @@ def _opened(
     compact = None
     if path.suffix in (".npy", ".npz"):
         index = torch.from_numpy(read_index(path))
-        selection, packed, total, text = Selection(index, torch.full((len(index),), -1).short()), None, None, None
-        config: dict[str, Any] = {}
+        selection, packed = Selection(index, torch.full((len(index),), -1).short()), None
     else:
         compact = open_compact(path, verify="hash")
-        selection, total, config = compact.selection, compact.info.num_source_samples, compact.config
-        packed = PackedDataset(path) if compact.info.kind == "packed" else None
-        text = TextConfig.from_dict(compact.config["text"]) if "text" in compact.config else None
-    if dataset is None:
-        return compact, selection, packed, None
-    # The dataset is read with the same options as when the set was made.
-    columns = {name: config.get(name) for name in ("image_column", "label_column")}
-    # The writers of images say what is missing where there is none.
-    skips = config.get("on_error", "raise")
-    source = as_source(dataset, text=text, on_error=skips, needs_images=False, labels=labels, **columns)
-    check_same_dataset(path, source, total, selection)
+        selection, packed = compact.selection, PackedDataset(path) if compact.info.kind == "packed" else None
+    source = None if dataset is None else source_of_set(path, compact, selection, dataset, labels)
     return compact, selection, packed, source
 
 
-def check_same_dataset(path: Path, source: Source, total: int | None, selection: Selection) -> None:
-    """Check that a source is the dataset that a compact set was made from, by its length and its content.
+def source_of_set(
+    path: Path, compact: Compact | None, selection: Selection, dataset: Any, labels: Any = None
+) -> Source:
+    """Open the dataset that a compact set was made from, with the options of that time.
 
-    `total` is the number of samples of that dataset; None for a file of positions, whose content is not known.
+    `compact` is None for a file of positions, for which only the length of the dataset is checked.
 
     Raises:
         StoreError: it is another dataset, or has changed.
     """
+    total, options = None, dict[str, Any]()
+    if compact is not None:
+        total = compact.info.num_source_samples
+        options = compact.reading | {"on_error": compact.config.get("on_error", "raise")}
+    # The writers of images say what is missing where there is none.
+    source = as_source(dataset, needs_images=False, labels=labels, **options)
     if (total is not None and len(source) != total) or (len(selection) and int(selection.index[-1]) >= len(source)):
         raise StoreError(
             f"{path} was made from a dataset of {total or int(selection.index[-1]) + 1:,} samples, but the given dataset "
             f"has {len(source):,}: pass the dataset that it was made from"
         )
-    if total is not None:
-        _check_content(path, source)
-
-
-def _check_content(path: Path, source: Source) -> None:
-    """Raise StoreError if the data differ: positions mean other samples there, as after files were added or renamed."""
-    made_of = str(read_manifest(path)["parts"]["source"])
-    if made_of.startswith(GIVEN):
-        return
+    made_of = None if compact is None else str(read_manifest(path)["parts"]["source"])
+    if made_of is None or made_of.startswith(GIVEN):
+        return source
+    # In other data, positions mean other samples, as after files were added or renamed.
     memory = Cache(default_cache_dir()).memory
     seen = (source.identity_is_certain and source.quick_digest(memory)) or source.digest(memory)
     if seen != made_of:
@@ -206,6 +198,7 @@ def _check_content(path: Path, source: Source) -> None:
             f"{path} was made from other content than {source.describe()} has now (digest {made_of[:8]} then, {seen[:8]} now): "
             "pass the dataset as it was then, or quantize again"
         )
+    return source
 
 
 def _write_indices(

@@ -11,7 +11,7 @@ from dq_lightning.cache.entries import Cache
 from dq_lightning.cache.files import read_sealed, seal, sealed_digest, write_bytes
 from dq_lightning.cache.manifest import MANIFEST, check_copied_entry, request_full_check
 from dq_lightning.cache.tensors import TENSORS_FILE, read_bins, read_features, read_selection
-from dq_lightning.core.config import PatchConfig, Reconstruct, VerifyPolicy
+from dq_lightning.core.config import PatchConfig, Reconstruct, TextConfig, VerifyPolicy
 from dq_lightning.core.errors import CacheError, DQError, StoreError
 from dq_lightning.core.records import Bins, Features, Selection, StoreInfo
 from dq_lightning.packed.reader import PackedDataset, Patches
@@ -61,6 +61,12 @@ class Compact:
     patches: PatchFacts | None = None
     store_digest: str | None = None
     filled: Path | None = None
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The keywords of `as_source` with which its samples are read: how rows of text are read, and the columns."""
+        text = TextConfig.from_dict(self.config["text"]) if "text" in self.config else None
+        return {"text": text} | {name: self.config.get(name) for name in ("image_column", "label_column")}
 
 
 def write_description(

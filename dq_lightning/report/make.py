@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from dq_lightning.cache.entries import Cache
-from dq_lightning.core.config import TextConfig
 from dq_lightning.core.devices import DeviceNames
 from dq_lightning.core.isolation import isolated_random_state
-from dq_lightning.exports.command import check_same_dataset
+from dq_lightning.exports.command import source_of_set
 from dq_lightning.exports.results import INFO
 from dq_lightning.exports.rows import whole
 from dq_lightning.loading.train_set import Opened
@@ -16,7 +15,6 @@ from dq_lightning.pipeline.remote import local_set
 from dq_lightning.report.gather import gather
 from dq_lightning.report.material import Material, collect, material_of_set
 from dq_lightning.report.page import render
-from dq_lightning.sources.adapt import as_source
 
 REPORT = "report.html"
 
@@ -56,14 +54,7 @@ def report_of_set(
     folder = local_set(path, cache_dir)
     with isolated_random_state():
         compact, cache = material_of_set(folder, cache_dir)
-        source = None
-        if dataset is not None:
-            config = compact.config
-            text = TextConfig.from_dict(config["text"]) if "text" in config else None
-            columns = {name: config.get(name) for name in ("image_column", "label_column")}
-            skips = config.get("on_error", "raise")
-            source = as_source(dataset, labels=labels, text=text, on_error=skips, needs_images=False, **columns)
-            check_same_dataset(folder, source, compact.info.num_source_samples, compact.selection)
+        source = None if dataset is None else source_of_set(folder, compact, compact.selection, dataset, labels)
         material = collect(compact, cache, source)
         known = seconds or _seconds_beside(folder)
         return write_report(material, output, seconds=known, place=place, projection=projection, device=device)

@@ -11,7 +11,6 @@ from torch import Tensor
 from dq_lightning.cache.entries import Cache, default_cache_dir
 from dq_lightning.cache.files import read_sealed
 from dq_lightning.cache.manifest import read_manifest
-from dq_lightning.core.config import TextConfig
 from dq_lightning.core.errors import CacheError, DQError, StoreError
 from dq_lightning.core.records import Bins, Duplicates, Features, Labels
 from dq_lightning.packed.reader import PackedDataset
@@ -146,11 +145,9 @@ def _sentence(text: str) -> str:
 def _stored_source(compact: Compact) -> Source | None:
     if compact.info.kind != "packed":
         return None
-    columns: dict[str, Any] = {name: compact.config.get(name) for name in ("image_column", "label_column")}
-    text = TextConfig.from_dict(compact.config["text"]) if "text" in compact.config else None
     samples = PackedDataset(compact.info.path)
     try:
-        return as_source(samples, text=text, needs_images=False, **columns)
+        return as_source(samples, needs_images=False, **compact.reading)
     except DQError:
         return None
 
