@@ -27,6 +27,8 @@ Result = TypeVar("Result")
 # The store refuses values of more than 8 MiB.
 PART_BYTES = 4 << 20
 BEAT_SECONDS, SILENCE_SECONDS, POLL_SECONDS = 2.0, 40.0, 0.02
+# The rank that holds the store leaves if for so long nobody else shows that it still needs it.
+LINGER_SECONDS = 10.0
 # A rank looks this long for the store of rank 0, which may have started later.
 CONNECT_SECONDS = 60.0
 # The stores of this process, by address, stay open: another rank may still need one that rank 0 has finished with.
@@ -204,7 +206,7 @@ class Pulse:
             self._seen[name] = beat, now
             return None
         who = self._exchange.read(f"{name}/who") or {"rank": "?", "host": "", "pid": 0}
-        if who["host"] == host_name() and not process_alive(who["pid"]):
+        if _is_dead_here(who):
             return (
                 f"the process of rank {who['rank']} (number {who['pid']} on this machine) has ended without a word: it was "
                 "killed, or it crashed"
@@ -215,3 +217,26 @@ class Pulse:
                 "the network to it is gone"
             )
         return None
+
+
+def _is_dead_here(who: Mapping[str, Any]) -> bool:
+    """Whether a rank ran on this machine and its process is gone."""
+    return who["host"] == host_name() and not process_alive(who["pid"])
+
+
+def linger(exchange: Exchange, present: Callable[[], list[str]]) -> None:
+    """Wait until no other rank needs the store that this process holds.
+
+    Args:
+        exchange: the meeting.
+        present: function that returns the names of the heartbeats of those that have not left.
+    """
+    beats, since = -1, time.monotonic()
+    while time.monotonic() - since < LINGER_SECONDS:
+        alive = [name for name in present() if not _is_dead_here(exchange.read(f"{name}/who") or {"host": ""})]
+        if not alive:
+            return
+        found = sum(map(exchange.count, alive))
+        if found != beats:
+            beats, since = found, time.monotonic()
+        time.sleep(POLL_SECONDS)

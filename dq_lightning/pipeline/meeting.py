@@ -21,17 +21,19 @@ A meeting has a name, so ranks that make something else meet elsewhere. Below it
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import DistributedError
 from dq_lightning.core.launch import Launch
 from dq_lightning.core.sharing import Arrays, Job, Result, Sharing
-from dq_lightning.pipeline.exchange import POLL_SECONDS, Exchange, Pulse
+from dq_lightning.pipeline.exchange import POLL_SECONDS, Exchange, Pulse, linger
 
 # A helper waits while the leader has not read so many of its results.
 MAX_UNREAD = 32
+# A helper without work looks for some after so long.
+IDLE_SECONDS = 0.1
 # Each rank takes about so many times new numbers of pieces in a job. Consecutive pieces are faster to read.
 CLAIMS_PER_JOB, MAX_CLAIM = 16, 32
 
@@ -57,12 +59,13 @@ def meet(store: Any, launch: Launch, name: str) -> "Iterator[Leader | Helper]":
         one = Leader(exchange, launch)
     else:
         one = Helper(exchange, launch)
+    holds_store = launch.rank == 0 and not launch.is_hosted
     try:
         yield one
     except BaseException as error:
-        one.leave(_cause(error, launch.rank))
+        one.leave(_cause(error, launch.rank), holds_store)
         raise
-    one.leave(None)
+    one.leave(None, holds_store)
 
 
 def _cause(error: BaseException, rank: int) -> str:
@@ -82,6 +85,13 @@ def _claims(exchange: Exchange, number: int, pieces: int, num_ranks: int, check:
         for piece in range(start, min(start + size, pieces)):
             check()
             yield piece
+
+
+def _others(exchange: Exchange) -> list[str]:
+    """Return the names of the heartbeats of those that have not left the meeting."""
+    helpers = [number for number in range(1, exchange.count("joined") + 1) if exchange.read(f"left/{number}") is None]
+    leader = ["beat/leader"] if exchange.read("closed") is None else []
+    return leader + [f"beat/{number}" for number in helpers]
 
 
 class LeaderLeftError(DistributedError):
@@ -199,16 +209,15 @@ class Leader(Sharing):
         self._exchange.send(f"file/{number}/{sent}", {"name": None}, {})
         self._exchange.raise_count(f"files/{number}")
 
-    def leave(self, cause: str | None) -> None:
-        """Leave the meeting, which ends it; `cause` is why the work failed."""
+    def leave(self, cause: str | None, holds_store: bool) -> None:
+        """Leave the meeting, which ends it; `cause` is why the work failed. One that holds the store leaves last."""
         self._pulse.stop()
-        try:
+        with suppress(DistributedError):
             if cause is not None and self._exchange.read("end") is None:
                 self._end_all(cause)
             self._exchange.write("closed", True)
-        except DistributedError:
-            if cause is None:
-                raise
+            if holds_store:
+                linger(self._exchange, lambda: _others(self._exchange))
 
 
 class Helper:
@@ -261,7 +270,7 @@ class Helper:
                 done = jobs
                 self._do(jobs - 1, handlers)
             else:
-                time.sleep(POLL_SECONDS)
+                time.sleep(IDLE_SECONDS)
 
     def _do(self, number: int, handlers: Mapping[str, Handler]) -> None:
         received = self._exchange.receive(f"job/{number}", keep=True)
@@ -300,11 +309,10 @@ class Helper:
                 return
             yield received[0]["name"], received[1]
 
-    def leave(self, cause: str | None) -> None:
-        """Leave the meeting; `cause` is why this rank failed, or None."""
+    def leave(self, cause: str | None, holds_store: bool) -> None:
+        """Leave the meeting; `cause` is why this rank failed, or None. One that holds the store leaves last."""
         self._pulse.stop()
-        try:
+        with suppress(DistributedError):
             self._exchange.write(f"left/{self._number}", cause or "")
-        except DistributedError:
-            if cause is None:
-                raise
+            if holds_store:
+                linger(self._exchange, lambda: _others(self._exchange))

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from dq_lightning.cache.entries import Cache
 from dq_lightning.cache.manifest import MANIFEST
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.devices import device_kind, device_of_rank
+from dq_lightning.core.errors import DistributedError
 from dq_lightning.core.launch import find_launch
 from dq_lightning.core.sharing import Arrays, Distributed, Sharing
 from dq_lightning.pipeline.build import Build
@@ -63,7 +65,9 @@ def build_together(
                 if isinstance(one, Leader):
                     build.sharing = one
                     found = make()
-                    one.finish(build.entries(*targets), partial(_files_of, build.cache))
+                    # What is made is made, also when the others can no longer be told.
+                    with suppress(DistributedError):
+                        one.finish(build.entries(*targets), partial(_files_of, build.cache))
                 else:
                     entries = one.help(_handlers(build, helping))
                     found = find()
