@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from pprint import pformat
 from typing import Any
 
 from dq_lightning.core.config import QuantizeConfig
@@ -31,10 +32,12 @@ def make_again(material: Material, place: dict[str, Any]) -> Again:
     options += ["--indices select_indices.npy"] if given else []
     options += [f"--{name} {shlex.quote(_typed(value))}" for name, value in changed.items()]
     command = " \\\n  ".join(["dq-lightning quantize", *options])
-    positions = 'indices="select_indices.npy", ' if given else ""
+    positions = '    indices="select_indices.npy",\n' if given else ""
+    settings = pformat(_nested(changed), width=76, sort_dicts=False)
     python = (
         "from dq_lightning import QuantizedDataModule\n\n"
-        f"dm = QuantizedDataModule(dataset, {positions}config={_nested(changed)!r})"
+        f"config = {settings}\n"
+        f"dm = QuantizedDataModule(\n    dataset,\n{positions}    config=config,\n)"
     )
     notes = []
     if not place:

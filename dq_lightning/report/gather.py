@@ -99,7 +99,7 @@ def _facts(material: Material) -> dict[str, str]:
         "Chosen by": "positions that were given" if "indices" in selection else None,
         "Bins": f"{bins['num_bins']}{_inside(material)}" if "num_bins" in bins else None,
         "Objective": f"{bins['objective']}, {bins['similarity']} similarity" if "objective" in bins else None,
-        "Draw": f"{selection['draw']}, seed {selection['seed']}" if "draw" in selection else None,
+        "Draw": f"{_draw(material)}, seed {selection['seed']}" if "draw" in selection else None,
         "Encoder": info.encoder,
         "Encoder digest": info.encoder_digest,
         "Features": _width(material.features),
@@ -118,6 +118,21 @@ def _facts(material: Material) -> dict[str, str]:
         "Folder": info.path,
     }
     return {name: str(value) for name, value in facts.items() if value}
+
+
+def _draws_by_scores(material: Material) -> bool:
+    """Whether samples of better scores were preferred inside the bins, as far as it is known."""
+    bins, draw = material.bins, material.compact.config.get("selection", {}).get("draw")
+    return draw == "scored" or (draw == "auto" and isinstance(bins, Bins) and bins.score is not None)
+
+
+def _draw(material: Material) -> str:
+    draw = str(material.compact.config["selection"]["draw"])
+    if _draws_by_scores(material):
+        return "better scores preferred inside the bins"
+    if isinstance(material.bins, str):
+        return draw
+    return "lowest ranks of every bin" if draw == "rank" else "uniform inside the bins"
 
 
 def _inside(material: Material) -> str:
@@ -189,7 +204,7 @@ def _sheets(material: Material, samples: Samples) -> Sheets | str:
         if size != 0
     ]
     why = NO_DATASET if material.source is None else None if has_bins or numbers[0] == -1 else str(bins)
-    return Sheets(tuple(sheets), len(chosen), max(count, 1), why)
+    return Sheets(tuple(sheets), len(chosen), max(count, 1), _draws_by_scores(material), why)
 
 
 def gain_by_bin(bins: Bins | str) -> GainCurve | str:

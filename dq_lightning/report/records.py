@@ -105,12 +105,14 @@ class Sheets:
         bins: one sheet for each bin that is shown and not empty, by number.
         num_tried: number of the bins that are shown, the empty ones counted.
         num_bins: number of all bins.
+        by_scores: whether samples of better scores were preferred inside the bins.
         why_no_left: why no left samples are shown; None where they are.
     """
 
     bins: tuple[BinSheet, ...]
     num_tried: int
     num_bins: int
+    by_scores: bool
     why_no_left: str | None = None
 
 

@@ -181,8 +181,13 @@ def sheets_section(shown: Sheets | str) -> str:
     """Return the sheets of the bins: some kept and some left samples of each."""
     if isinstance(shown, str):
         return _sentence(shown)
-    about = "Samples of each bin, drawn at random. Compare what was kept with what was left: both should look alike in a bin, "
-    about += "and bins should go from typical to unusual."
+    about = "Some samples of each bin: compare what was kept with what was left. "
+    about += (
+        "Samples of better scores were preferred, so the kept ones may look clearer than the left ones of the same bin. "
+        if shown.by_scores
+        else "Both should look alike in a bin. "
+    )
+    about += "Bins should go from typical to unusual."
     if shown.num_bins > shown.num_tried:
         about += f" {shown.num_tried} of the {shown.num_bins:,} bins are shown."
     if shown.num_tried > len(shown.bins):

@@ -381,6 +381,11 @@ def test_the_command_finds_the_dataset_that_quantize_named(tmp_path, capsys):
     hashes = [json.loads((tmp_path / name / "info.json").read_text())["content_hash"] for name in ("out", "again")]
     assert hashes[0] == hashes[1]
     assert hashes[0] in page.text["make-it-again"]
+    code = re.search(r"from dq_lightning.*\n\)", page.text["make-it-again"], re.DOTALL)[0]
+    scope = {"dataset": rows}
+    exec(code, scope)
+    assert scope["dm"].config.bins.num_bins == 3
+    assert scope["dm"].config.max_bytes == "7kB"
     (tmp_path / "rows.json").unlink()
     main(["report", str(tmp_path / "out"), *cache, "--output", str(tmp_path)])
     assert "not at hand" in Page(tmp_path / "report.html").text["bins"]
