@@ -429,6 +429,7 @@ class StreamSource(MapSource):
                     if not self.has(index):
                         break
                     bar.update()
+        self.begin()  # A stream that is shorter than its head was read whole before.
         return self.record.found(self.class_names())
 
     def plain_view(self) -> Any:

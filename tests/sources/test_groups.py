@@ -5,7 +5,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as Pictures
-from torch.utils.data import ConcatDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDataset
 from torchvision.datasets import VOCDetection, VOCSegmentation
 from torchvision.tv_tensors import BoundingBoxes
 
@@ -105,6 +105,33 @@ def test_numbers_are_read_from_arrays_columns_rows_and_joined_datasets():
         as_source(rows, labels="quantiles", label_column="text").labels()
     with pytest.raises(SourceError, match="name it with label_column="):
         as_source(rows, labels="quantiles").labels()
+
+
+class Stream(IterableDataset):
+    """Samples that can only be read one after another."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __iter__(self):
+        for i in range(self.count):
+            yield {"image": torch.full((3, 8, 8), i / 255), "score": float(i), "tags": torch.tensor(HOT[i % 6])}
+
+
+@pytest.mark.parametrize("count", [30, 90])  # shorter and longer than what is held of a stream
+def test_streams_are_read_once_more_for_their_groups(tmp_path, count):
+    features = np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)
+    plain = {"bins": {"num_bins": 2}, "selection": {"keep_ratio": 0.2}, "store": "packed"}
+    scored = plain | {"label_column": "score"}
+    for labels, settings in ((False, plain), ("quantiles:3", scored), ("tags", plain)):
+        info = quantize(Stream(count), settings, encoder=features, labels=labels, cache_dir=tmp_path, progress=False)
+        kept = load_selection(info.path).index.numpy()
+        assert len(kept) == count // 5
+        if labels == "quantiles:3":
+            assert np.bincount(kept * 3 // count).tolist() == [count // 15] * 3
+        if labels == "tags":
+            members = np.array(HOT)[np.arange(count) % 6]
+            assert np.abs(members[kept].sum(0) - members.sum(0) / 5).max() <= 1
 
 
 def voc(root, kind, write):
