@@ -280,32 +280,24 @@ def test_three_samples_without_features_or_bins(tmp_path):
 
 
 def test_a_large_set_stays_small_and_says_that_it_is_sampled(tmp_path):
-    total = 4_000
+    total = 2_500
     features = np.random.default_rng(0).normal(size=(total, 4)).astype(np.float32)
-    labels = np.arange(total) % 60
+    labels = np.arange(total) % 45
     dataset = [{"text": "x" * 1000}] * total
     config = {"bins": {"num_bins": 30}, "selection": {"keep_ratio": 0.1}}
     info = quantize(dataset, config, encoder=features, labels=labels, cache_dir=tmp_path / "cache")
     page = Page(report_of_set(info.path, tmp_path, dataset=dataset, labels=labels))
     assert len(page.raw) < 2_500_000
-    assert "2,000 of 4,000 samples" in page.text["map"]
+    assert "2,000 of 2,500 samples" in page.text["map"]
     assert "of the 30 bins are shown" in page.text["bins"]
-    assert "Table of 60 classes" in page.text["classes"]
+    assert "Table of 45 classes" in page.text["classes"]
 
 
-def test_the_command_names_the_file(tmp_path, capsys):
-    np.save(tmp_path / "ready.npy", np.random.default_rng(0).normal(size=(2000, 4)).astype(np.float32))
-    name = "dq_lightning.demo.sample_data.SampleCIFAR10"
-    given = ["--dataset", name, "--cache_dir", str(tmp_path / "cache")]
-    main(["quantize", *given, "--encoder", str(tmp_path / "ready.npy"), "--output", str(tmp_path / "out")])
-    # a class of somebody's package is not imported because a folder names it
-    assert place_beside(tmp_path / "out") == {}
-    main(["report", str(tmp_path / "out"), *given, "--output", str(tmp_path / "page.html")])
-    assert f"wrote the report ({(tmp_path / 'page.html').stat().st_size:,} bytes)" in capsys.readouterr().out
-    page = Page(tmp_path / "page.html")
-    assert f"--dataset {name}" in page.text["make-it-again"]
-    assert "250" in page.text["top"]
-    assert "Seconds: bins" in page.text["cost"]
+def test_a_folder_does_not_decide_what_is_imported(tmp_path):
+    (tmp_path / "config.yaml").write_text(f"dataset: package.module.Class\ndata_path: {tmp_path}\n")
+    assert place_beside(tmp_path) == {}
+    (tmp_path / "config.yaml").write_text(f"dataset: CIFAR10\ndata_path: {tmp_path}\n")
+    assert place_beside(tmp_path) == {"dataset": "CIFAR10", "data_path": str(tmp_path)}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("umap") is not None, reason="umap-learn is there")
@@ -374,6 +366,8 @@ def test_the_command_finds_the_dataset_that_quantize_named(tmp_path, capsys):
     main(["quantize", *given, *cache, *options, "--output", str(tmp_path / "out")])
     main(["report", str(tmp_path / "out"), *cache, "--output", str(tmp_path)])
     page = Page(tmp_path / "report.html")
+    assert f"wrote the report ({len(page.raw):,} bytes)" in capsys.readouterr().out
+    assert "Seconds: bins" in page.text["cost"]
     assert "question 1" in page.text["bins"]
     # the command that the page names makes the same set
     command = re.search(r"dq-lightning quantize.*?(?=In Python)", page.text["make-it-again"], re.DOTALL)[0]
