@@ -28,7 +28,7 @@ def test_the_readme_is_short():
 def test_ci_runs_the_test_line_of_the_readme():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert 'python -m pip install -q -e ".[test]"' in script
-    assert script.rstrip().endswith("python -m pytest")
+    assert "python -m pytest" in script.splitlines()
 
 
 def test_python_blocks_parse_and_import_public_names():
