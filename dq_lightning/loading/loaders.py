@@ -15,6 +15,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    IterableDataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
@@ -245,7 +246,7 @@ def read_loader(loader: Any) -> tuple[Dataset[Any], LoaderSettings]:
         draws = sampler.num_samples if sampler.replacement or sampler.num_samples != len(dataset) else None  # type: ignore[arg-type]
     elif type(sampler) is SequentialSampler:
         shuffle = False
-    else:
+    elif not isinstance(dataset, IterableDataset):  # The order of a stream is its own, and the compact set has another.
         raise ConfigError(
             f"the train loader has a {type(sampler).__name__}, which may depend on positions in the whole dataset: it cannot "
             "be carried over to the compact one. Use shuffle=True, a WeightedRandomSampler or a SubsetRandomSampler, or pass "

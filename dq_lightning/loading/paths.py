@@ -8,6 +8,7 @@ from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.sources.folders import has_class_folders, open_image_folder
 from dq_lightning.sources.hub import hub_kind
+from dq_lightning.sources.hub_streams import shard_files
 from dq_lightning.sources.jsonl import NAMES, is_rows_file, read_rows
 
 # Names of the splits of a DatasetDict that are used for validation and for testing; the first that exists is taken.
@@ -22,13 +23,15 @@ def open_path(path: str | Path, name: str) -> Any:
         name: name of the keyword that the path was passed as: `"train"`, `"val"`, `"test"` or `"predict"`.
 
     Returns:
-        For a folder, torchvision's `ImageFolder`. For a file of rows, the path itself if `name` is `"train"`, else the
-        rows.
+        For a folder of images, torchvision's `ImageFolder`. For a file of rows, the path itself if `name` is `"train"`,
+        else the rows. For tar or Parquet files, or a folder of them, the path itself, which is a stream.
 
     Raises:
         ConfigError: the path is neither.
         SourceError: the file cannot be read.
     """
+    if name == "train" and shard_files(path) is not None:
+        return path
     place = Path(path).expanduser()
     if is_rows_file(path):
         return path if name == "train" else read_rows(path)

@@ -35,6 +35,7 @@ from dq_lightning.pipeline.plan import FILLED
 from dq_lightning.pipeline.remote import local_set
 from dq_lightning.pipeline.wanted import Wanted
 from dq_lightning.sources.adapt import as_source
+from dq_lightning.sources.hub_streams import shard_files
 from dq_lightning.sources.strip import KEEP
 
 
@@ -154,8 +155,8 @@ def make_train_set(train: Any, wanted: Wanted, verify: VerifyPolicy, cache_dir: 
     """Make the training set for what the user passed as `train`.
 
     That is a data module, a dataset, a `StoreFolder`, or a path: of a packed set or of a dataset, see `open_path`; an
-    address is that of a packed set. `verify` says how a packed set is checked when it is opened, as in `quantize`, and
-    `cache_dir` is the folder of the cache that keeps the copy of a set at an address.
+    address is that of a packed set, or of a tar or Parquet file. `verify` says how a packed set is checked when it is
+    opened, as in `quantize`, and `cache_dir` is the folder of the cache that keeps the copy of a set at an address.
 
     Raises:
         ConfigError: a path is none of these.
@@ -165,7 +166,7 @@ def make_train_set(train: Any, wanted: Wanted, verify: VerifyPolicy, cache_dir: 
         return DataModuleTrainSet(train, wanted)
     if isinstance(train, str | Path):
         held = address_scheme(train) is not None or (set_folder(train) / MANIFEST).is_file()
-        train = StoreFolder(train) if held else open_path(train, "train")
+        train = StoreFolder(train) if held and shard_files(train) is None else open_path(train, "train")
     if isinstance(train, StoreFolder):
         return StoreTrainSet(train, wanted, verify, cache_dir)
     return DatasetTrainSet(train, wanted)

@@ -1,6 +1,7 @@
 """The adapter for Hugging Face datasets that are streamed, and for tar and Parquet files, which `datasets` streams."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -30,18 +31,24 @@ from dq_lightning.sources.traced import TRACED_SAMPLES
 # Columns that say where a sample of a tar file lies, not what it is.
 PLACES = ("__url__",)
 COMPARED_ROWS = 4
+# Endings of files that may lie beside shards.
+_BESIDE = (".json", ".md", ".txt", ".yaml", ".idx", ".gitattributes", "")
 _KINDS = {".tar": "webdataset", ".parquet": "parquet"}
 
 
 class HubRows(Rows):
     """Rows of a streamed Hugging Face dataset, whose images are decoded when an item is made of a row.
 
-    `column` is that of the image, and the columns in `without` are left out.
+    The columns in `without` are left out.
+
+    Attributes:
+        column: column of the image, or None.
+        images: types of the columns of images that are decoded by `item`.
     """
 
     def __init__(self, stream: Any, column: str | None, without: tuple[str, ...] = ()) -> None:
         super().__init__(stream)
-        self._column, self._without = column, without
+        self.column, self._without = column, without
         self._plain = plain = stream.with_format(None)
         self.images: dict[str, Any] = {}
         images = {
@@ -84,9 +91,19 @@ class HubRows(Rows):
         # The name of an image's file is no part of the content, because it depends on where the data lie.
         return {**row, **{name: row[name] and row[name]["bytes"] for name in self.images}}
 
+    def digest(self, content: Any) -> bytes:
+        # `digest_of` for each cell would take a fifth of the time that small images take to read.
+        digest = hashlib.sha256()
+        for name, value in content.items():
+            simple = type(value) in (int, str, bool, float, type(None))
+            data = value if type(value) is bytes else repr(value).encode() if simple else digest_of(value).encode()
+            digest.update(f"{name!r} {type(value).__name__} {len(data)} ".encode())
+            digest.update(data)
+        return digest.digest()
+
     def encoded(self, row: Any) -> EncodedImage | None:
-        feature = self.images.get(self._column or "")
-        value = None if feature is None else row[self._column]
+        feature = self.images.get(self.column or "")
+        value = None if feature is None else row[self.column]
         if feature is None or not value or value["bytes"] is None:
             return None
         mode = feature.mode
@@ -152,7 +169,9 @@ class HubStreamSource(HubColumns, StreamSource):
         return self._features
 
     def image_leaf(self) -> Leaf:
-        return (self._image_column(),) if self._features else super().image_leaf()
+        if self._leaf is None:
+            self._leaf = (self._image_column(),) if self._features else super().image_leaf()
+        return self._leaf
 
     def target_leaf(self) -> Leaf | None:
         if not self._features:
@@ -169,8 +188,8 @@ class HubStreamSource(HubColumns, StreamSource):
         return names_inside(self._features.get(str(self._named_target()[0])))
 
     def decode_problem(self, index: int) -> str | None:
-        column = self._found_column()
-        feature = self.plain_dataset.rows.images.get(column)  # type: ignore[attr-defined]
+        rows = self.plain_dataset.rows
+        feature = rows.images.get(rows.column)  # type: ignore[attr-defined]
         mode = getattr(feature, "mode", None)
         encoded = self.encoded(index) if mode is not None and not mode.startswith(("I", "F")) else None
         return None if encoded is None else header_problem(encoded.data, turned=False)
@@ -246,7 +265,12 @@ def shard_files(dataset: Any) -> list[str] | None:
         return None
     names = [str(one) if "://" in str(one) else os.path.expanduser(one) for one in given]  # noqa: PTH111
     if len(names) == 1 and os.path.isdir(names[0]):  # noqa: PTH112
-        names = [str(path) for path in Path(names[0]).rglob("*") if path.suffix.lower() in _KINDS and path.is_file()]
+        names = []
+        for path in Path(given[0]).expanduser().rglob("*"):
+            if path.suffix.lower() in _KINDS:
+                names.append(str(path))
+            elif path.suffix.lower() not in _BESIDE and path.is_file():
+                return None  # It is a folder of something else, and may be large.
     kinds = {Path(name).suffix.lower() for name in names}
     if not names or not kinds & _KINDS.keys():
         return None

@@ -78,6 +78,10 @@ class Rows:
         """What the digest of a row covers."""
         return load_images(row)
 
+    def digest(self, content: Any) -> bytes:
+        """The digest of what a row holds, 32 bytes; that of the same item of a map-style dataset."""
+        return bytes.fromhex(digest_of(content))
+
     def encoded(self, row: Any) -> EncodedImage | None:
         """The encoded bytes of the image of a row, or None."""
         return None
@@ -280,7 +284,7 @@ def _content_and_digest(rows: Rows, row: Any) -> tuple[Any, bytes]:
     """What a row holds and its digest, or a placeholder and its digest where the row can't be decoded."""
     try:
         content = rows.content(row)
-        return content, bytes.fromhex(digest_of(content))
+        return content, rows.digest(content)
     except SourceError:
         raise  # No digest can be made of this type of value, which is no fault of this one item.
     except Exception as error:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from lightning import LightningDataModule
 from PIL import Image
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from dq_lightning import QuantizedDataModule, load_selection, quantize
 from dq_lightning.cache.shards import KeptShards
@@ -20,6 +21,7 @@ from dq_lightning.core.errors import ChangedError, ConfigError, SourceError
 from dq_lightning.features.choose import choose_encoder
 from dq_lightning.features.extract import extract_features
 from dq_lightning.features.streams import extract_stream
+from dq_lightning.loading.paths import open_path
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.sources.in_order import HEAD_ITEMS
@@ -165,6 +167,7 @@ def test_tars_and_parquet_files(shards, tmp_path, monkeypatch):
         patched.setattr("dq_lightning.sources.in_order.StreamSource.scan", None)
         assert made(tars).reused  # The files are recognised, so nothing is read.
     again = made(shards / "tars", "b")
+    assert open_path(shards / "tars", "train") == shards / "tars"
     same_sets(one, again)
     stored = PackedDataset(one.path)[0]
     assert stored["jpg"].format == "JPEG"
@@ -266,6 +269,17 @@ def test_texts_of_a_stream_are_encoded_in_the_batches_of_the_dataset(tmp_path):
     assert torch.equal(
         made, extract_features(as_source(rows), spec, device="cpu", batch_size=2, progress=False).embedding
     )
+
+
+def test_the_loader_of_a_data_module_may_read_a_stream(items, tmp_path):
+    class Module(LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(Stream(items), batch_size=8, collate_fn=list)
+
+    module = QuantizedDataModule.from_datamodule(Module(), keep_ratio=0.2, encoder=mean_colour, cache_dir=tmp_path)
+    module.prepare_data()
+    module.setup("fit")
+    assert sum(map(len, module.train_dataloader())) == round(0.2 * N)
 
 
 # what is refused
