@@ -48,7 +48,7 @@ def quantize(
     """Make the compact set of a dataset, or find it in the cache.
 
     Args:
-        source: any torchvision or Hugging Face dataset, map-style dataset, or `Source`; N samples.
+        source: any torchvision or Hugging Face dataset, map-style dataset, stream, or `Source`; N samples.
         config: settings as a `QuantizeConfig`, a dict of its fields, or a YAML or JSON file; the defaults keep 12.5 %
             of the samples from 10 bins.
         encoder: network that makes the features: an `nn.Module`, `(module, preprocessing)`, or a value of

@@ -50,8 +50,9 @@ def as_source(
     Args:
         dataset: a torchvision dataset, `Subset`, `ConcatDataset`, any object with `__getitem__` and `__len__`, a
             Hugging Face `Dataset`, or a `DatasetDict` with a split named `train`; for text also a list of dicts, or the
-            path of a JSON or JSON Lines file. A source is returned as it is, or as a copy with another grouping, text
-            setting or handling of unreadable items.
+            path of a JSON or JSON Lines file. Or a stream: an `IterableDataset` of torch or Hugging Face, a WebDataset
+            pipeline, or tar or Parquet files as a folder, a path, an address, or a list of these. A source is returned
+            as it is, or as a copy with another grouping, text setting or handling of unreadable items.
         image_column: column, key or position of the image in an item; it is looked for when None.
         label_column: column, key or position of the class in an item; it is looked for when None.
         labels: grouping that replaces the dataset's own classes: N whole numbers or strings, the name of a column, or
@@ -74,7 +75,7 @@ def as_source(
         The adapter around the dataset.
 
     Raises:
-        SourceError: the dataset is empty, is a stream, or has no split, image or column that can be identified; an
+        SourceError: the dataset is empty, is a shuffled stream, or has no split, image or column that can be identified; an
             option does not fit this kind of dataset; or `labels` does not hold one class for each sample.
         ConfigError: a column, transform or grouping is given for a source that was made without it.
 
