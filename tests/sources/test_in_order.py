@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import weakref
 from types import SimpleNamespace
 
 import datasets
@@ -243,6 +244,28 @@ class Broken(Stream):
     def __iter__(self):
         yield from itertools.islice(super().__iter__(), 100)
         raise OSError("disk on fire")
+
+
+def test_few_samples_are_in_memory_at_once(tmp_path):
+    alive, most = [0], [0]
+
+    def gone():
+        alive[0] -= 1
+
+    class Long(IterableDataset):
+        def __iter__(self):
+            for number in range(500):
+                image = np.full((8, 8, 3), number % 251, np.uint8)
+                weakref.finalize(image, gone)
+                alive[0] += 1
+                most[0] = max(most[0], alive[0])
+                yield image, number % 3
+
+    settings = SETTINGS | {"features": {"batch_size": 16}}
+    info = quantize(Long(), settings, encoder=mean_colour, cache_dir=tmp_path, progress=False)
+    assert info.num_samples == 100
+    # The first items, those of a batch, and those by which the layout of the store is chosen.
+    assert most[0] < 4 * HEAD_ITEMS
 
 
 class Lengths:
