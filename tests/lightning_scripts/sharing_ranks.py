@@ -80,13 +80,18 @@ def before_of(scenario, folder):
                 return
             (folder / "begun").touch()
         # every rank does four batches
-        if seen < 4 * BATCH_SIZE and scenario not in ("late", "only-one", "resumed"):
+        if (
+            seen < 4 * BATCH_SIZE
+            and scenario not in ("late", "only-one", "resumed")
+            and not os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") > "0"
+        ):
             meet(folder, f"working-{seen}")
         if scenario == "slow" and RANK == 1:
             time.sleep(0.1)
         if scenario == "broken" and RANK == 1 and seen == 2 * BATCH_SIZE:
             raise ValueError("disk on fire")
-        if scenario == f"kill-{RANK}" and seen == 3 * BATCH_SIZE:
+        first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+        if (scenario == f"kill-{RANK}" or (scenario == "restart" and RANK == 1 and first)) and seen == 3 * BATCH_SIZE:
             os.kill(os.getpid(), signal.SIGKILL)
         if scenario.startswith("kill"):
             time.sleep(0.02)
@@ -103,8 +108,9 @@ def run(scenario, folder):
     handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("dq_lightning").addHandler(handler)
     logging.getLogger("dq_lightning").setLevel(logging.INFO)
-    if scenario.startswith(("kill", "resumed")):
+    if scenario.startswith(("kill", "resumed", "restart")):
         shards.MIN_SECONDS = shards.MAX_SECONDS = 0.0
+    if scenario.startswith(("kill", "resumed")):
         root = folder.parent / "cache"
     if scenario != "only-one":
         # all have left the last scenario
