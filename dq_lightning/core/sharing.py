@@ -39,7 +39,9 @@ class Job:
 
 
 class Sharing:
-    """How the work of loops is shared. This base class shares it with nobody; `pipeline/leader.py` has another one.
+    """How the work of loops is shared.
+
+    This base class shares it with nobody; `Leader` in `pipeline/meeting.py` shares it with helpers.
 
     Attributes:
         num_ranks: number of processes that may share the work.
