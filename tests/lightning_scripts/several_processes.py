@@ -115,7 +115,7 @@ def popen(folder):
     real = selecting.select
     selecting.select = other_seed(real) if rank else real
     config = make(folder).config
-    REPORT["own hash"] = quantize(photos(), config, cache_dir=folder / f"own-{rank}").content_hash
+    REPORT["own hash"] = quantize(photos(), config, cache_dir=folder / f"own-{rank}", distributed="off").content_hash
     selecting.select = real
     fit("different sets", lambda rank: make(folder / f"own-{rank}"))
     fit("unseen cache", lambda rank: make(folder / f"empty-{rank}"))
