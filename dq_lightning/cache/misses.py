@@ -17,6 +17,7 @@ NAMES = {
 KEEP_RATIO, BUDGET, OF_BUDGET = "keep_ratio", "max_bytes", ("encoding.", "budget_version")
 # These parts appear and disappear together with the drop ratio, so they are not reported separately.
 OF_PATCHES = ("patches", "stored_patches", "reconstructor")
+FOLLOWING = ("_version", "draw_scores")
 
 
 def flatten(parts: Any, path: str = "") -> dict[str, Any]:
@@ -68,6 +69,8 @@ def describe_change(station: str, wanted: dict[str, Any], existing: list[dict[st
             seen = f"{_short(path, a, missing)} -> {_short(path, b, missing)}"
             return f"computing {noun}: the cache has none for these data, which are new or were changed ({seen})"
     listed = list(filter(is_listed, nearest))
+    # What appears or disappears with a setting is reported only where the setting is not.
+    listed = [one for one in listed if not (missing in one[1:] and one[0].endswith(FOLLOWING))] or listed
     texts = [
         f"{NAMES.get(path, path)} changed ({_short(path, a, missing)} -> {_short(path, b, missing)})"
         for path, a, b in listed[:MAX_CHANGES]
