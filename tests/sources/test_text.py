@@ -149,11 +149,12 @@ def _given(kind, json_file):
 
 
 @pytest.mark.parametrize("kind", ["list", "hub", "map"])
-def test_a_column_that_groups_nothing_is_an_error(kind, json_file):
+def test_a_column_of_labels_groups_and_a_missing_one_is_an_error(kind, json_file):
     with pytest.raises(SourceError, match=r"'topic'.*'instruction'"):
         as_source(_given(kind, json_file), **_text(kind), labels="topic").labels()
-    with pytest.raises(SourceError, match=r"'tags'.*no groups"):
-        as_source(_given(kind, json_file), **_text(kind), labels="tags").labels()
+    labels = as_source(_given(kind, json_file), **_text(kind), labels="tags").labels()
+    assert labels.names == ("a", "b", "c")
+    assert labels.members.int().tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 1], [0, 0, 0]]
 
 
 def test_what_is_embedded_is_part_of_the_identity_of_the_text():
