@@ -101,7 +101,7 @@ def read_bins(folder: Path) -> Bins:
     tensors, attributes = read_tensor_folder(folder)
     assignment, rank, gain, group = _columns(folder, tensors, _BINS)
     num_bins = _count(folder, attributes, "num_bins")
-    score = _columns(folder, tensors, {"score": torch.float32})[0] if "score" in tensors else None
+    score = _columns(folder, tensors, {"score": torch.float64})[0] if "score" in tensors else None
     return Bins(assignment, rank, gain, group, num_bins, *_read_left_out(folder, tensors, attributes), score)
 
 

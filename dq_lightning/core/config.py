@@ -254,8 +254,9 @@ class SelectionConfig(JsonFields):
         seed: seed of the random draw.
         draw: `"seeded"` draws uniformly inside a bin, `"rank"` takes the samples that were picked first, `"scored"` draws
             uniformly from the samples of a bin that have the best scores (`select` says how many these are). `"auto"` is
-            `"scored"` with the margins of `quality.score` where a dataset that is not text has classes and `drop_worst` is
-            no share, because that was the best way in the project's benchmarks, and else `"seeded"`.
+            `"scored"` with the margins of `quality.score` where a dataset that is not text has classes, of five samples or
+            more on average, features of at most 4,096 numbers, and no share in `drop_worst`, because that was best in the
+            project's benchmarks of images; else it is `"seeded"`.
         bin_weights: one non-negative weight for each bin, which replaces the even share; None keeps the even share.
         balance: how the kept samples are shared out among the classes: `"proportional"` to their sizes, to the
             square roots of the sizes (`"sqrt"`), or in `"equal"` numbers. A class gives at most what it has, and

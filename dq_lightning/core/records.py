@@ -173,7 +173,7 @@ class Bins:
         num_bins: K, the number of bins; 0 stands for the largest assignment plus one.
         num_unreadable: number of samples that could not be read and were skipped.
         suspects: samples that were left out because of their scores; None if none were looked for.
-        score: float32 [N], scores that `select` draws by, higher is better; None where it draws without scores.
+        score: float64 [N], scores that `select` draws by, higher is better; None where it draws without scores.
 
     Example:
         >>> import torch

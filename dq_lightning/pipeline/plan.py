@@ -36,9 +36,10 @@ FILLED = "6-filled"
 BUDGET = "budget"
 # Increase the number of a station whenever what it computes changes, so that its old entries are never reused.
 ALGORITHM_VERSIONS = {FEATURES: 2, BINS: 1, SELECTION: 2, PATCHES: 2, STORE: 2, FILLED: 3, BUDGET: 1}
-# Version of what the scores of samples leave out of the bins, and of the scores that are kept with the bins for the draw.
-QUALITY_VERSION = 1
-SCORES_VERSION = 1
+# Version of what the scores of samples leave out of the bins, and of the scores that are kept with the bins for the draw, with
+# the order in which samples are drawn by them.
+QUALITY_VERSION = 2
+SCORES_VERSION = 2
 # Near-duplicates are looked for inside each class since version 2.
 DUPLICATES_VERSION = 2
 SIZE_SAMPLES = 16
@@ -359,7 +360,10 @@ def _parts_of_choice(plan: Plan, data: dict[str, Any], identities: dict[str, str
         bins["quality"] = config.quality.to_dict() | {"score": plan.scores.identity if plan.scores else "margin"}
         bins["quality_version"] = QUALITY_VERSION
     if plan.draws_by_scores:
-        bins["draw_scores"] = plan.scores.identity if plan.scores else "margin"
+        # "auto" has no scores where labels are not judged, and "scored" has them there, too.
+        bins["draw_scores"] = (
+            plan.scores.identity if plan.scores else "auto" if config.selection.draw == "auto" else "margin"
+        )
         bins["scores_version"] = SCORES_VERSION
     if config.bins.deduplicate is not None:
         bins["duplicates_version"] = DUPLICATES_VERSION

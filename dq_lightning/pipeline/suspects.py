@@ -22,8 +22,10 @@ from dq_lightning.sources.base import Source
 from dq_lightning.sources.columns import number_column
 
 # `drop_worst="auto"` and `draw="auto"` judge no labels where classes have fewer samples than this on average: a class of a
-# few samples cannot be told from its mistakes, and the regression costs time in proportion to the number of classes.
+# few samples cannot be told from its mistakes, and the regression costs time in proportion to the number of classes. The draw
+# judges none of features wider than this either: time grows with the cube of the width, and memory with its square.
 MIN_SAMPLES_A_CLASS = 5
+MAX_WIDTH = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,14 +58,14 @@ class Scored:
     predicted: LeaveOneOut | None
 
     def of_all(self, total: int) -> Tensor:
-        """Return float32 [N]: the scores, and minus infinity for samples without one."""
-        scores = torch.full((total,), -float("inf"))
-        scores[self.place] = self.score.float()
+        """Return float64 [N]: the scores, and minus infinity for samples without one."""
+        scores = torch.full((total,), -float("inf"), dtype=torch.float64)
+        scores[self.place] = self.score.double()
         return scores
 
 
 def draws_by_scores(config: QuantizeConfig, given: GivenScores | None, modality: str) -> bool:
-    """Whether the draw inside the bins may use scores; `"auto"` does so where it is known to help."""
+    """Whether the draw inside the bins may use scores; `"auto"` does so where samples, but for text, may have classes."""
     if config.selection.draw != "auto":
         return config.selection.draw == "scored"
     quality = config.quality
@@ -78,6 +80,10 @@ def given_scores(scores: Any, config: QuantizeConfig, samples: Source) -> GivenS
         ConfigError: the scores are not N finite numbers, a file cannot be read, or settings contradict each other.
     """
     quality = config.quality
+    if scores is None and quality.score == "none" and config.selection.draw == "scored":
+        raise ConfigError(
+            'draw="scored" draws by scores, and quality.score="none" allows none: leave one of them out, or pass scores='
+        )
     if scores is None and (
         quality.score in ("margin", "none") or not (quality.drops or config.selection.draw == "scored")
     ):
@@ -124,7 +130,7 @@ def score_samples(
 
     Returns:
         The scores, or None where the settings need none, or where only `"auto"` needs them and there are no classes to
-        compare, or too few samples of each.
+        compare, or too few samples of each, or the features are very wide.
 
     Raises:
         ConfigError: margins were asked for without two classes, or given scores are not finite.
@@ -144,20 +150,24 @@ def score_samples(
     if given is None:
         if labels is not None and labels.unlabeled:
             usable &= labels.values != labels.num_classes
-        if labels is None or len(set(labels.values[usable].tolist())) < 2:
+        present = 0 if labels is None else len(np.unique(labels.values[usable].numpy()))
+        if present < 2:
             if asked is None:
                 return None
             raise ConfigError(
                 f"{asked} compares labels with features, but {source.describe()} has fewer than two classes (several "
                 "labels a sample, or a number, are none): pass scores= or labels=, or leave it out"
             )
+        count, width = int(usable.sum()), features.embedding.shape[1]
+        why = None
+        if count < MIN_SAMPLES_A_CLASS * present:
+            why = f"{count:,} samples of {present:,} classes are fewer than {MIN_SAMPLES_A_CLASS} a class"
+        elif width > MAX_WIDTH and not drops:
+            why = f'features of {width:,} numbers a sample would take long (selection.draw="scored" does it)'
+        if asked is None and why is not None:
+            get_logger().info(f"the labels are not judged: {why}")
+            return None
     place = usable.nonzero().flatten()
-    if asked is None and labels is not None and len(place) < MIN_SAMPLES_A_CLASS * labels.num_classes:
-        get_logger().info(
-            f"the labels are not judged: {len(place):,} samples of {labels.num_classes:,} classes are fewer than "
-            f"{MIN_SAMPLES_A_CLASS} a class"
-        )
-        return None
     classes = labels.values[place] if labels is not None else torch.full((len(place),), -1)
     if given is None:
         predicted = leave_one_out(features.embedding[place], classes, device=resolve_device(device))

@@ -30,6 +30,7 @@ from dq_lightning.report.records import (
     SuspectSample,
 )
 from dq_lightning.report.samples import Samples, some_of
+from dq_lightning.selection.select import ALL_FROM
 
 MOST_SHEETS, PICTURES_A_SHEET, TEXTS_A_SHEET = 20, 8, 4
 MOST_SUSPECTS, MOST_GROUPS, MOST_OF_A_GROUP = 60, 24, 6
@@ -122,7 +123,10 @@ def _facts(material: Material) -> dict[str, str]:
 
 def _draws_by_scores(material: Material) -> bool:
     """Whether samples of better scores were preferred inside the bins, as far as it is known."""
-    bins, draw = material.bins, material.compact.config.get("selection", {}).get("draw")
+    bins, info = material.bins, material.compact.info
+    draw = material.compact.config.get("selection", {}).get("draw")
+    if info.num_samples >= ALL_FROM * info.num_source_samples:
+        return False
     return draw == "scored" or (draw == "auto" and isinstance(bins, Bins) and bins.score is not None)
 
 
@@ -230,8 +234,8 @@ def _suspects(material: Material, samples: Samples) -> SuspectList | str:
     suspects = material.compact.info.suspects
     if suspects is None:
         return (
-            'Labels were not judged. With drop_worst="auto" (--drop_worst auto) the samples whose labels do not fit their '
-            "features are left out and listed here."
+            'No sample was left out for its score. With drop_worst="auto" (--drop_worst auto) the samples whose labels do not '
+            "fit their features are left out and listed here."
         )
     names = suspects.names or material.class_names()
     worst = []

@@ -50,8 +50,8 @@ def select(
             samples of a bin that have the best scores: from the best 30 % where a twentieth of the bin is kept, the best
             half where a tenth is, the best 70 % where a fifth is, and from all where 30 % or more are; each of them is
             kept with the same probability. `"auto"` is `"scored"` where there are scores, else `"seeded"`.
-        scores: floating [N], what each sample is worth, higher is better, such as `margin_scores`; None takes
-            `bins.score`. Bins of `make_bins` have none, those of a data module may have.
+        scores: numbers [N], what each sample is worth, higher is better, such as `margin_scores`; equal ones are ordered
+            at random. None takes `bins.score`. Bins of `make_bins` have none, those of a data module may have.
         bin_weights: num_bins weights, not negative; the share of a bin is proportional to weight times size until the
             bin is used up. None gives all bins the same weight.
         balance: whether the groups share the kept samples in proportion to their sizes (`"proportional"`), to the square
@@ -128,16 +128,18 @@ def _check_weights(weights: Sequence[float] | None, num_bins: int) -> None:
         raise ConfigError(f"bin_weights must be finite, not negative and not all zero, got {tuple(weights)}")
 
 
-def _check_scores(scores: Tensor | NDArray[np.floating] | None, total: int, draw: Draw) -> NDArray[np.floating] | None:
+def _check_scores(scores: Tensor | NDArray[np.floating] | None, total: int, draw: Draw) -> NDArray[np.float64] | None:
     """Return the scores that a draw uses, or None where it uses none."""
     if draw not in ("auto", "scored") or (draw == "auto" and scores is None):
         return None
     if scores is None:
         raise ConfigError('draw="scored" needs the scores of the samples: pass scores=, such as those of margin_scores')
     values = as_numpy(scores)
-    if values.shape != (total,) or np.isnan(values).any():
-        raise ConfigError(f"scores must be {total} numbers, one a sample, got {values.dtype} {list(values.shape)}")
-    return values
+    if values.shape != (total,) or values.dtype.kind not in "iuf" or np.isnan(values).any():
+        nan = " with NaN" if values.dtype.kind == "f" and np.isnan(values).any() else ""
+        raise ConfigError(f"scores must be {total} numbers, one a sample, got {values.dtype} {list(values.shape)}{nan}")
+    # Unsigned numbers have no negatives, by which they are sorted.
+    return values.astype(np.float64)
 
 
 def _wanted(total: int, keep_ratio: float) -> int:
@@ -193,29 +195,28 @@ def _drawn_first(
     sizes: NDArray[np.int64],
     counts: NDArray[np.int64],
     seed: int,
-    worth: NDArray[np.floating] | None,
+    worth: NDArray[np.float64] | None,
     *,
     every_bin: bool,
 ) -> NDArray[np.int64]:
     """Put the positions inside every bin of every group into the order in which they are drawn.
 
-    They are shuffled; where every sample is worth something, float [N], the `counts` that are drawn come first, and then
-    the others, best first. Without `every_bin` only bins are changed where samples are drawn.
+    They are shuffled; where every sample is worth something, float64 [N], the `counts` that are drawn come first, and then
+    the others, best first; samples of equal worth stay shuffled. Without `every_bin` only bins are changed where samples
+    are drawn.
     """
     order = order.copy()
     starts = _starts(sizes).reshape(sizes.shape)
     for row, number in np.argwhere((counts > 0) | every_bin):
         start, size, count = int(starts[row, number]), int(sizes[row, number]), int(counts[row, number])
-        members = order[start : start + size]
-        if worth is None:
-            places = np.argsort(_keys(seed, _ORDER, int(groups[row]), int(number), size), kind="stable")
-        else:
-            members = np.sort(members)
+        shuffled = np.argsort(_keys(seed, _ORDER, int(groups[row]), int(number), size), kind="stable")
+        members = order[start : start + size][shuffled]
+        if worth is not None:
             members = members[np.argsort(-worth[members], kind="stable")]
             keys = _keys(seed, _SCORED, int(groups[row]), int(number), 2 * count)
             first = np.array(_places_among_best(size, keys.tolist()), dtype=np.int64)
-            places = np.concatenate([first, np.setdiff1d(np.arange(size), first)])
-        order[start : start + size] = members[places]
+            members = members[np.concatenate([first, np.setdiff1d(np.arange(size), first)])]
+        order[start : start + size] = members
     return order
 
 

@@ -1,6 +1,7 @@
 """Samples of low scores are left out of the set: found, told, stored and listed."""
 
 import csv
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from dq_lightning import (
 )
 from dq_lightning.cli import main
 from dq_lightning.core.errors import ConfigError, SourceError
+from dq_lightning.core.records import Features, Labels
 from dq_lightning.exports.results import write_suspects
+from dq_lightning.pipeline import suspects
 from tests.quality.test_margin import clusters
 from tests.quality.test_mislabelled import changed
 
@@ -147,6 +150,29 @@ def test_labels_of_tiny_classes_are_not_judged(tmp_path, config, caplog):
     assert "400 samples of 200 classes are fewer than 5 a class" in caplog.text
 
 
+def test_wide_features_are_judged_only_where_it_is_asked(monkeypatch, tmp_path, config, caplog):
+    caplog.set_level("INFO", "dq_lightning")
+    monkeypatch.setattr(suspects, "MAX_WIDTH", FEATURES.shape[1] - 1)
+    kept = {}
+    for draw in ("auto", "seeded", "scored"):
+        drawn = QuantizeConfig(config.features, selection=SelectionConfig(keep_ratio=0.1, draw=draw))
+        kept[draw] = load_selection(quantize(Pictures(), drawn, cache_dir=tmp_path).path).index
+    assert "the labels are not judged: features of" in caplog.text
+    assert torch.equal(kept["auto"], kept["seeded"])
+    assert not torch.equal(kept["auto"], kept["scored"])
+    with pytest.raises(ConfigError, match='"none" allows none'):
+        quantize(Pictures(), drawn, scores="none", cache_dir=tmp_path)
+
+
+def test_names_of_classes_without_samples_do_not_count(tmp_path, config):
+    names = tuple(f"class {number}" for number in range(1000))
+    labels = Labels(torch.from_numpy(GIVEN), names)
+    source = SimpleNamespace(modality="image", describe=lambda: "pictures")
+    features = Features(torch.from_numpy(FEATURES))
+    scored = suspects.score_samples(config, None, source, labels, features, device="cpu")
+    assert len(scored.score) == 400
+
+
 def test_classes_are_drawn_from_their_best_margins_unless_told_otherwise(tmp_path, config):
     def drawn(**options):
         module = QuantizedDataModule(Pictures(), config=config, cache_dir=tmp_path, **options)
@@ -156,7 +182,7 @@ def test_classes_are_drawn_from_their_best_margins_unless_told_otherwise(tmp_pat
 
     bins, index = drawn()
     margins = margin_scores(FEATURES.astype(np.float32), GIVEN)
-    assert torch.equal(bins.score, margins.float())
+    assert torch.equal(bins.score, margins)
     assert torch.equal(index, select(bins, keep_ratio=0.25, draw="scored", scores=margins).index)
     assert WRONG[index].mean() < 0.75 * WRONG.mean()
     plain = make_bins(FEATURES, labels=torch.from_numpy(GIVEN))

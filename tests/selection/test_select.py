@@ -190,5 +190,29 @@ def test_scores_are_needed_only_where_they_are_used():
     assert torch.equal(select(bins, keep_ratio=0.2, draw="auto", scores=scores.numpy()).index, drawn)
     with pytest.raises(ConfigError, match="needs the scores"):
         select(bins, keep_ratio=0.2, draw="scored")
-    with pytest.raises(ConfigError, match="one a sample"):
-        select(bins, keep_ratio=0.2, draw="scored", scores=scores[1:])
+    for wrong in (scores[1:], scores > 3, torch.full((40,), float("nan"))):
+        with pytest.raises(ConfigError, match="one a sample"):
+            select(bins, keep_ratio=0.2, draw="scored", scores=wrong)
+
+
+def test_numbers_of_any_type_are_drawn_by_alike():
+    bins, scores = made_up_bins([200], 2), np.random.default_rng(2).permutation(200)
+    drawn = select(bins, keep_ratio=0.1, draw="scored", scores=scores.astype(np.float64)).index
+    for alike in (scores, scores.astype(np.uint8), scores.astype(np.float32) * 1e30, scores + 2.0**40):
+        assert torch.equal(select(bins, keep_ratio=0.1, draw="scored", scores=alike).index, drawn)
+
+
+def test_samples_of_equal_scores_are_drawn_alike_wherever_they_are():
+    bins, runs = made_up_bins([40], 2), 2000
+    # Samples without labels have no scores, and make a group of their own.
+    scores, hits = torch.full((40,), -float("inf")), torch.zeros(40)
+    order = torch.from_numpy(np.random.default_rng(3).permutation(40))
+    shuffled = Bins(bins.assignment[order], bins.rank[order], bins.gain[order], bins.group[order], 2)
+    for seed in range(runs):
+        index = select(bins, keep_ratio=0.1, seed=seed, scores=scores).index
+        hits[index] += 1
+        if seed < 5:
+            again = select(shuffled, keep_ratio=0.1, seed=seed, scores=scores).index
+            assert torch.equal(order[again].sort().values, index)
+    # 2,000 draws with probability 1/10: five standard deviations are 67
+    assert (hits - 200).abs().max() < 67
