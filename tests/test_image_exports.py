@@ -22,7 +22,8 @@ from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import Selection
 from dq_lightning.demo.sample_data import SampleCIFAR10
 from dq_lightning.exports.command import export_set
-from dq_lightning.exports.hub import push_images
+from dq_lightning.exports.fiftyone import write_fiftyone
+from dq_lightning.exports.hub import push_images, write_repository
 from dq_lightning.exports.images import folder_names, write_image_folder, write_parquet
 from dq_lightning.exports.samples import kept_of_source, kept_of_store
 from dq_lightning.pipeline.compact import open_compact
@@ -199,6 +200,36 @@ def test_the_card_says_what_was_kept_of_what_and_how(tmp_path, hub):
     }
     assert "dq-lightning quantize --config settings.yaml --output results" in card.text
     assert "/home/me" not in card.text
+
+
+class SomeUnlabeled(torch.utils.data.Dataset):
+    targets, classes = [0, 1, -1, 0, 1, -1], ["a", "b"]
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return torch.full((3, 8, 8), 9 * index, dtype=torch.uint8), self.targets[index]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_images_without_a_class(tmp_path, packed):
+    if packed:
+        config = QuantizeConfig(store="packed", selection=SelectionConfig(keep_ratio=1.0))
+        info = quantize(SomeUnlabeled(), config, cache_dir=tmp_path / "cache")
+        images = kept_of_store(info.path)
+    else:
+        images = kept_of_source(as_source(SomeUnlabeled()), Selection(torch.arange(6), torch.zeros(6).short()))
+    made = write_repository(images, tmp_path / "files", "owner/name", {}, whole=[2, 2])
+    (file,) = (made / "data").iterdir()
+    data = Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "read"))
+    assert (data["label"][:], data.features["label"].names) == (SomeUnlabeled.targets, ["a", "b"])
+    assert "| a | 2 | 2 |\n| b | 2 | 2 |" in (made / "README.md").read_text()
+    write_fiftyone(images, tmp_path / "view")
+    samples = json.loads((tmp_path / "view" / "samples.json").read_text())["samples"]
+    assert [one.get("ground_truth", {}).get("label") for one in samples] == ["a", "b", None] * 2
+    with pytest.raises(StoreError, match="has no class"):
+        write_image_folder(images, tmp_path / "folders")
 
 
 def test_a_hub_that_cannot_be_reached_is_told(images):

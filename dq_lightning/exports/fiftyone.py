@@ -31,7 +31,7 @@ def write_fiftyone(images: KeptImages, folder: str | Path, facts: dict[str, Any]
         for image in images:
             file = _written(place, image.position, image.data, image.suffix)
             label = None
-            if image.label is not None and images.class_names is not None:
+            if image.label is not None and image.label >= 0 and images.class_names is not None:
                 label = _classification(images.class_names[image.label])
             yield _sample(file, image.name, label, {"index": image.position, "bin": image.bin, "kept": True})
 

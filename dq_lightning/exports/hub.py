@@ -96,7 +96,8 @@ def write_repository(
         made = _read(file, Path(scratch))
         kept = None
         if "label" in made.column_names and images.class_names is not None:
-            kept = np.bincount(made["label"], minlength=len(images.class_names)).tolist()
+            labels = np.asarray(made["label"][:])
+            kept = np.bincount(labels[labels >= 0], minlength=len(images.class_names)).tolist()
         shards = -(-file.stat().st_size // SHARD_BYTES)
         for number in range(shards):
             place = folder / DATA / f"train-{number:05d}-of-{shards:05d}.parquet"

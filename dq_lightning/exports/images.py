@@ -142,8 +142,9 @@ def _members(image: KeptImage) -> Iterator[tuple[str, bytes]]:
 def write_parquet(images: KeptImages, path: str | Path) -> Path:
     """Write one Parquet file that contains the image files, for `Dataset.from_parquet` of Hugging Face datasets.
 
-    The columns are `image`, `label` (a `ClassLabel`; missing without classes), `index`, `bin` and `id`. Images are
-    written in groups of 256 rows, so that memory does not grow with their number. The path is returned.
+    The columns are `image`, `label` (a `ClassLabel`, -1 for an image without a class; missing without classes), `index`,
+    `bin` and `id`. Images are written in groups of 256 rows, so that memory does not grow with their number. The path is
+    returned.
 
     Raises:
         StoreError: the file cannot be written.

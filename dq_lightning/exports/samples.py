@@ -34,7 +34,7 @@ class KeptImage:
         position: position in the source.
         bin: bin that the image came from; -1 when it is not known.
         name: id in the source, which is a relative path or the position; see `text_of`.
-        label: class of the image, or None.
+        label: class of the image, -1 if it has none though others have; None without classes.
         data: bytes of the image file.
         suffix: suffix of such a file: `.png`, `.jpg` or `.webp`.
     """
@@ -98,6 +98,8 @@ def kept_of_source(
             else:
                 data, suffix = as_png(at(other, source.image_leaf())), ".png"
             label = None if labels is None else int(labels.values[position])
+            if labels is not None and labels.unlabeled and label == labels.num_classes:
+                label = -1
             yield KeptImage(position, bin_number, text_of(source.sample_id(position)), label, data, suffix)
 
     names = None if labels is None else labels.names or tuple(map(str, range(labels.num_classes)))
@@ -188,10 +190,12 @@ def file_of(source: Source, position: int) -> tuple[bytes, str]:
 
 
 def _label(value: Any, names: list[str]) -> int:
-    """Return the class number of a stored target, which is a number or a name."""
+    """Return the class number of a stored target, which is a number or a name; -1 for one that is missing or negative."""
+    if value is None:
+        return -1
     number = names.index(value) if value in names else value
-    if type(number) is str or not 0 <= int(number) < len(names):
+    if type(number) is str or int(number) >= len(names):
         raise StoreError(
             f"the target {value!r:.40} is not one of the {len(names)} classes that the set lists: quantize again"
         )
-    return int(number)
+    return max(int(number), -1)
