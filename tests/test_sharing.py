@@ -1,16 +1,21 @@
 """Pieces of a loop give the same bytes whoever does them, in whichever order, also after an interruption."""
 
 import random
+from datetime import timedelta
+from functools import partial
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from dq_lightning.core.launch import find_launch
-from dq_lightning.core.sharing import Sharing
+from dq_lightning.core.errors import DistributedError
+from dq_lightning.core.launch import Launch, find_launch
+from dq_lightning.core.sharing import Job, Sharing
 from dq_lightning.features import extract, text_loading
 from dq_lightning.features.choose import choose_encoder
+from dq_lightning.pipeline import exchange, meeting, together
 from tests.features.conftest import ListSource, TinyNetwork, random_images, to_float_tensor
 from tests.features.text_models import Texts, save_model
 from tests.store.calls import DueShards
@@ -125,3 +130,49 @@ def test_a_slurm_step_is_a_launch_and_a_batch_script_is_none():
     assert found.port == find_launch(step | {"SLURM_PROCID": "0"}).port
     assert find_launch({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "1234567"}) is None
     assert find_launch({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}) is None
+
+
+def leader_and_helper():
+    """A leader and a helper of one meeting in this process, which has two ranks."""
+    store = torch.distributed.HashStore()
+    launches = [Launch(rank, 2, is_hosted=True) for rank in (0, 1)]
+    return (
+        meeting.Leader(exchange.Exchange(store, "meeting", 0), launches[0]),
+        meeting.Helper(exchange.Exchange(store, "meeting", 1), launches[1]),
+    )
+
+
+def test_failure_of_a_helper_that_the_heartbeat_sees_first():
+    leader, helper = leader_and_helper()
+    helper.leave("disk on fire", holds_store=False)
+    assert leader._present() == []  # This is what the heartbeat's thread asks for.
+    job = Job("features", {}, {}, 2, 2)
+    with pytest.raises(DistributedError, match="disk on fire"):
+        list(leader.share(job, lambda numbers: numbers, dict, lambda result: 1))
+    leader.leave(None, holds_store=False)
+
+
+@pytest.mark.parametrize("distributed", ["auto", "all"])
+def test_rank_that_nobody_helps_goes_on_without_the_store(monkeypatch, distributed):
+    """Rank 0, which holds the store, may make something else and end earlier."""
+    store = partial(torch.distributed.TCPStore, "127.0.0.1", wait_for_workers=False, timeout=timedelta(seconds=5))
+    of_rank_0 = [store(port=0, is_master=True)]
+    client = store(port=of_rank_0[0].port, is_master=False)
+    monkeypatch.setattr(together, "find_launch", lambda: Launch(1, 2, address="127.0.0.1", port=client.port))
+    monkeypatch.setattr(together, "find_store", lambda *given: client)
+    monkeypatch.setattr(together, "_digest", lambda *given: "digest")
+    build, calls = SimpleNamespace(devices=("cpu",), sharing=Sharing()), []
+
+    def make():
+        calls.append(type(build.sharing))
+        of_rank_0.clear()
+        while type(build.sharing) is not Sharing:
+            build.sharing.check()
+        return "made"
+
+    if distributed == "all":
+        with pytest.raises(DistributedError, match="lost the store"):
+            together.build_together(build, distributed, (), make, lambda: None)
+    else:
+        assert together.build_together(build, distributed, (), make, lambda: None) == "made"
+        assert calls == [meeting.Leader, Sharing]

@@ -77,6 +77,10 @@ def _store_of_group() -> Any:
     return store
 
 
+class StoreLostError(DistributedError):
+    """The store of the ranks cannot be reached any more."""
+
+
 class Exchange:
     """What the ranks of one meeting write and read, under names of their own in a store.
 
@@ -86,7 +90,7 @@ class Exchange:
         rank: number of this process.
 
     Raises:
-        DistributedError: by every method, if the store cannot be reached any more.
+        StoreLostError: by every method, if the store cannot be reached any more.
     """
 
     def __init__(self, store: Any, prefix: str, rank: int) -> None:
@@ -96,7 +100,7 @@ class Exchange:
         try:
             return function(*given)
         except RuntimeError as error:
-            raise DistributedError(
+            raise StoreLostError(
                 f"rank {self.rank} has lost the store of the ranks, so the process that holds it (rank 0 or the launcher on "
                 f"its machine) has ended: see its output ({str(error).splitlines()[0]})"
             ) from error
@@ -164,12 +168,12 @@ class Pulse:
 
     Attributes:
         failure: why this rank cannot go on, once another one is dead or silent.
-        on_failure: function that is then called once, in the thread.
+        on_failure: function that is then called once with the reason, in the thread, if the store can be reached.
     """
 
     def __init__(self, exchange: Exchange, name: str, watched: Callable[[], list[str]]) -> None:
-        self.failure: str | None = None
-        self.on_failure: Callable[[str], object] = print
+        self.failure: DistributedError | None = None
+        self.on_failure: Callable[[str], object] = id
         self._exchange, self._name, self._watched = exchange, name, watched
         self._seen: dict[str, tuple[int, float]] = {}
         self._stop = threading.Event()
@@ -190,11 +194,12 @@ class Pulse:
         while not self._stop.is_set():
             try:
                 self._exchange.raise_count(self._name)
-                self.failure = next((found for name in self._watched() if (found := self._look(name))), None)
-                if self.failure is not None:
-                    self.on_failure(self.failure)
+                reason = next((found for name in self._watched() if (found := self._look(name))), None)
+                if reason is not None:
+                    self.failure = DistributedError(reason)
+                    self.on_failure(reason)
             except DistributedError as error:
-                self.failure = str(error)
+                self.failure = error
             if self.failure is not None or self._stop.wait(BEAT_SECONDS):
                 return
 

@@ -99,10 +99,15 @@ class LeaderLeftError(DistributedError):
 
 
 class Leader(Sharing):
-    """The rank that makes the entries, and hands out the pieces of long loops to itself and to the others."""
+    """The rank that makes the entries, and hands out the pieces of long loops to itself and to the others.
+
+    Attributes:
+        has_helpers: whether this rank has seen that another one has come to help.
+    """
 
     def __init__(self, exchange: Exchange, launch: Launch) -> None:
         self.num_ranks, self.ranks_on_node = launch.num_ranks, launch.ranks_on_node
+        self.has_helpers = False
         self._exchange, self._jobs = exchange, 0
         self._read: dict[int, int] = {}
         self._left: set[int] = set()
@@ -112,7 +117,9 @@ class Leader(Sharing):
 
     def _present(self) -> list[int]:
         """Return the numbers of the helpers that have joined and not left."""
-        for number in range(1, self._exchange.count("joined") + 1):
+        joined = self._exchange.count("joined")
+        self.has_helpers |= joined > 0
+        for number in range(1, joined + 1):
             if number not in self._left and self._exchange.read(f"left/{number}") is not None:
                 self._left.add(number)
         # A helper joins before its heart beats.
@@ -129,7 +136,7 @@ class Leader(Sharing):
             DistributedError: the cause.
         """
         if self._pulse.failure is not None:
-            raise DistributedError(self._pulse.failure)
+            raise self._pulse.failure
 
     def share(
         self,
@@ -168,14 +175,17 @@ class Leader(Sharing):
 
     def _arrived(self) -> Iterator[Arrays]:
         """Yield what helpers have sent meanwhile; the error of one that failed is raised."""
-        for number in range(1, self._exchange.count("joined") + 1):
+        joined = self._exchange.count("joined")
+        self.has_helpers |= joined > 0
+        for number in range(1, joined + 1):
             read = self._read.get(number, 0)
             for result in range(read, self._exchange.count(f"sent/{number}")):
                 received = self._exchange.receive(f"result/{number}/{result}")
                 assert received is not None
                 self._read[number] = self._exchange.raise_count(f"taken/{number}")
                 yield received[1]
-            if number not in self._left and (cause := self._exchange.read(f"left/{number}")):
+            # The heartbeat may have seen already that this helper has left.
+            if cause := self._exchange.read(f"left/{number}"):
                 raise DistributedError(cause)
 
     def finish(self, entries: list[Any], serve: Callable[[Any], Iterator[tuple[str, Arrays]]]) -> None:
@@ -243,7 +253,7 @@ class Helper:
         if "error" in ended:
             raise DistributedError(ended["error"])
         if self._pulse.failure is not None:
-            raise DistributedError(self._pulse.failure)
+            raise self._pulse.failure
 
     def help(self, handlers: Mapping[str, Handler]) -> list[Any]:
         """Do pieces of jobs until the leader has done its work.

@@ -19,7 +19,7 @@ from dq_lightning.core.errors import DistributedError
 from dq_lightning.core.launch import find_launch
 from dq_lightning.core.sharing import Arrays, Distributed, Sharing
 from dq_lightning.pipeline.build import Build
-from dq_lightning.pipeline.exchange import PART_BYTES, find_store
+from dq_lightning.pipeline.exchange import PART_BYTES, StoreLostError, find_store
 from dq_lightning.pipeline.extracting import help_features
 from dq_lightning.pipeline.meeting import Handler, Helper, Leader, LeaderLeftError, meet
 
@@ -36,7 +36,9 @@ def build_together(
 ) -> Made:
     """Return what a build makes, which the ranks that want the same make together.
 
-    A rank waits for no other one to come. Without other ranks, or with `"off"`, this process makes it.
+    A rank waits for no other one to come, except that it looks for the store of rank 0 for up to a minute where no
+    process group or launcher holds one. Without other ranks, or with `"off"`, this process makes it. A rank that nobody
+    helps goes on alone, with `"auto"`, when the store is gone: rank 0 may have made something else, and ended earlier.
 
     Args:
         build: the build of this process.
@@ -60,6 +62,7 @@ def build_together(
     helping.num_ranks, helping.ranks_on_node = launch.num_ranks, launch.ranks_on_node
     found: Made | None = None
     while found is None:
+        one: Leader | Helper | None = None
         try:
             with meet(store, launch, name) as one:
                 if isinstance(one, Leader):
@@ -76,6 +79,12 @@ def build_together(
                         found = find()
         except LeaderLeftError as error:
             get_logger().info(f"rank {launch.rank} makes it again: {error}")
+        except StoreLostError as error:
+            if distributed == "all" or isinstance(one, Helper) or (one is not None and one.has_helpers):
+                raise
+            get_logger().info(f"{error}. No rank helps this one, so it goes on alone")
+            build.sharing = Sharing()
+            return make()
     return found
 
 
