@@ -20,7 +20,7 @@ from dq_lightning.sources.jsonl import NAMES, is_rows_file, read_rows
 from dq_lightning.sources.mapped import ArraySource, MapSource, arrays_of, getter_module, reads_as_installed
 from dq_lightning.sources.nested import ConcatSource, SubsetSource, filled_parts
 from dq_lightning.sources.reading import ItemSource
-from dq_lightning.sources.shuffles import check_shuffles, is_stream
+from dq_lightning.sources.shuffles import check_shuffles, check_whole, is_stream
 from dq_lightning.sources.strip import KEEP
 from dq_lightning.sources.text import (
     HubTextSource,
@@ -204,6 +204,7 @@ def _adapt(dataset: Any, text: TextConfig, *options: Any, needs_images: bool = T
 
 def _stream(dataset: Any, text: TextConfig, *options: Any) -> ItemSource:
     check_shuffles(dataset)
+    check_whole(dataset)
     rows = Rows(dataset)
     if options[0] is None and _named_as_text(text):
         _check_row_options(options[0], options[3])

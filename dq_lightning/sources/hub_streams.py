@@ -23,7 +23,7 @@ from dq_lightning.sources.hub import HubColumns, check_hub_options, names_inside
 from dq_lightning.sources.in_order import Rows, StreamSource, TextStreamSource
 from dq_lightning.sources.items import Leaf
 from dq_lightning.sources.pixels import header_problem
-from dq_lightning.sources.shuffles import check_shuffles
+from dq_lightning.sources.shuffles import check_shuffles, check_whole
 from dq_lightning.sources.strip import KEEP, Transformed
 from dq_lightning.sources.text import hub_is_text, is_row
 from dq_lightning.sources.traced import TRACED_SAMPLES
@@ -234,6 +234,7 @@ def hub_stream(dataset: Any, text: TextConfig, *options: Any, files: list[str] |
         SourceError: the stream is shuffled or empty, or an option does not fit.
     """
     check_shuffles(dataset)
+    check_whole(dataset)
     if dataset.features is None:
         dataset = dataset._resolve_features()
     named = text.template != "auto" or text.columns is not None

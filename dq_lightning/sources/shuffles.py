@@ -1,4 +1,7 @@
-"""Finds shuffles in streams of known libraries. Those of others are found when a second pass differs."""
+"""Finds shuffles in streams of known libraries, and steps that give each rank a share of the data.
+
+Shuffles of other libraries are found when a second pass differs.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -32,6 +35,26 @@ def check_shuffles(stream: Any) -> None:
             f"the stream {type(stream).__name__} is shuffled ({step}), but it has to give the same order in each pass: the "
             "samples that are chosen in the first are packed in the second. Leave the shuffle out (no .shuffle(...), "
             "shardshuffle=False); the loader of the compact set shuffles in training"
+        )
+
+
+def check_whole(stream: Any) -> None:
+    """Check that no step of a stream is known to give each rank of a run another share of the data.
+
+    Raises:
+        SourceError: a step does.
+    """
+    share = None
+    if getattr(getattr(stream, "_distributed", None), "world_size", 1) > 1:
+        share = "split_dataset_by_node"
+    steps = getattr(stream, "pipeline", ())
+    if any(getattr(step, "__name__", "") == "split_by_node" for step in (steps if isinstance(steps, list) else ())):
+        share = "nodesplitter=split_by_node"
+    if share is not None:
+        raise SourceError(
+            f"the stream {type(stream).__name__} gives each rank a share of the data ({share}), and the compact set would be "
+            "chosen from the share of one rank: pass the whole stream (without split_dataset_by_node; with nodesplitter=None "
+            "for WebDataset). The loader of the compact set deals its samples to the ranks in training"
         )
 
 

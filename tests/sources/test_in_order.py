@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from datasets.distributed import split_dataset_by_node
 from lightning import LightningDataModule
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
@@ -331,6 +332,16 @@ def test_shuffles_are_refused(items):
             as_source(shuffled, needs_images=False)
     with pytest.raises(ChangedError, match=r"item 0 .*is another one.*take shuffles out"):
         as_source(Shuffled(items)).digest(None)
+
+
+def test_share_of_one_rank_is_refused():
+    rows = datasets.Dataset.from_dict({"x": list(range(9))}).to_iterable_dataset()
+    for share in (
+        split_dataset_by_node(rows, rank=0, world_size=2).map(dict),
+        webdataset.WebDataset(["a.tar"], shardshuffle=False, nodesplitter=webdataset.split_by_node).decode("pil"),
+    ):
+        with pytest.raises(SourceError, match="share of one rank: pass the whole stream"):
+            as_source(share, needs_images=False)
 
 
 @pytest.mark.parametrize(
