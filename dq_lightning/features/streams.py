@@ -53,7 +53,7 @@ def extract_stream(
     Args:
         source: the stream.
         spec: encoder chosen by `choose_encoder`.
-        folder: existing folder of the file that the features are written to. The file has no name there and is gone when
+        folder: folder of the file that the features are written to. The file has no name there and is gone when
             the features are.
         device: as in `extract_features`.
         precision: as in `extract_features`.
@@ -171,7 +171,7 @@ def _image_rows(
 
     def read() -> Iterator[tuple[Tensor, ImageBatch]]:
         first = start
-        while members := _present(source, first, batch_size, batches.prepared):
+        while members := _present(source, first, batch_size - first % batch_size, batches.prepared):
             indices = list(range(first, first + len(members)))
             yield torch.tensor(indices), batch_of(members, indices)
             first += len(indices)
@@ -203,7 +203,9 @@ def _text_rows(
 
     def windows() -> Iterator[tuple[Tensor, Callable[[], list[str]]]]:
         first = start
-        while texts := _present(source, first, batch_size * BATCHES_PER_WINDOW, read):
+        size = batch_size * BATCHES_PER_WINDOW
+        # An earlier run may have ended inside a window. The windows after it stay the same.
+        while texts := _present(source, first, size - first % size, read):
             positions = torch.arange(first, first + len(texts))
             yield positions, lambda texts=texts: texts  # type: ignore[misc]
             first += len(texts)
@@ -219,6 +221,8 @@ class _GrowingRows:
     """Rows float32 [N, D] in a file that grows with them, and is mapped into memory."""
 
     def __init__(self, folder: Path, check_space: Callable[[int], object]) -> None:
+        # Another process that makes the same features removes the folder when it has them.
+        folder.mkdir(parents=True, exist_ok=True)
         self._file = TemporaryFile(dir=folder)  # noqa: SIM115 (it stays open as long as the rows are in use)
         self._check_space = check_space
         self._rows: NDArray[np.float32] = np.empty((0, 0), np.float32)

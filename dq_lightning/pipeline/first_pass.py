@@ -65,7 +65,6 @@ def read_stream(
     get_logger().info(f"reading {source.describe()} for its identity and features; encoder: {plan.encoder.description}")
     shards = KeptShards(entry, "features")
     folder = partial_folder(entry)
-    folder.mkdir(parents=True, exist_ok=True)
     source.check_repeatable()
     embedding = extract_stream(
         source,

@@ -295,6 +295,32 @@ def test_texts_of_a_stream_are_encoded_in_the_batches_of_the_dataset(tmp_path):
     )
 
 
+class OneShard(KeptShards):
+    """The run is stopped after its first shard."""
+
+    def keep(self, count, arrays):
+        super().keep(count, arrays)
+        raise KeyboardInterrupt
+
+
+def test_texts_of_a_stream_that_was_stopped_inside_a_window(tmp_path, monkeypatch):
+    monkeypatch.setattr("dq_lightning.cache.shards.MIN_SECONDS", 0.0)
+    # The longest texts come first in the window, so that its first batch has no gaps.
+    rows = datasets.Dataset.from_dict({"text": ["x" * (60 if i < 2 else 7 * i % 50) + "y" for i in range(N)]})
+    spec, entry = SimpleNamespace(load=lambda device, precision: Lengths()), tmp_path / "1-features" / "key"
+
+    def extract(shards):
+        stream = as_source(rows.to_iterable_dataset())
+        return extract_stream(stream, spec, tmp_path, device="cpu", batch_size=2, progress=False, shards=shards)
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(OneShard(entry, "features"))
+    (shard,) = tmp_path.rglob("*.shard")
+    assert shard.name.startswith(f"{0:012}-{2:012}-")
+    whole = extract_features(as_source(rows), spec, device="cpu", batch_size=2, progress=False)
+    assert torch.equal(extract(KeptShards(entry, "features")), whole.embedding)
+
+
 def test_the_loader_of_a_data_module_may_read_a_stream(items, tmp_path):
     class Module(LightningDataModule):
         def train_dataloader(self):
