@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from dq_lightning.core.config import FeatureConfig
 from dq_lightning.core.errors import DistributedError
 from dq_lightning.core.launch import Launch, find_launch
+from dq_lightning.core.records import Labels
 from dq_lightning.core.sharing import Job, Sharing
 from dq_lightning.features import extract, text_loading
 from dq_lightning.features.choose import choose_encoder
+from dq_lightning.features.selection_training import with_selection_epochs
 from dq_lightning.pipeline import exchange, meeting, together
 from tests.features.conftest import ListSource, TinyNetwork, random_images, to_float_tensor
 from tests.features.text_models import Texts, save_model
@@ -90,6 +93,26 @@ def test_features_of_text(monkeypatch, tmp_path):
         return (made.embedding,)
 
     check(make)
+
+
+def test_an_encoder_that_is_trained_first_is_not_trained_by_each_rank():
+    class Refused(Sharing):
+        num_ranks = 2
+
+        def share(self, job, work, unpack, size):
+            raise AssertionError("the other ranks would train it as well")
+
+    source, labels = ListSource(random_images(12)), Labels(torch.arange(12) % 3)
+    spec = with_selection_epochs(
+        choose_encoder((TinyNetwork(), to_float_tensor)),
+        source,
+        labels,
+        FeatureConfig(selection_epochs=1),
+        progress=False,
+    )
+    options = {"device": "cpu", "batch_size": 4, "num_workers": 0, "progress": False}
+    made = extract.extract_features(source, spec, **options, sharing=Refused())
+    assert torch.equal(made.embedding, extract.extract_features(source, spec, **options).embedding)
 
 
 def test_loader_processes_take_no_more_batches_than_are_asked_for():

@@ -90,8 +90,8 @@ def extract_features(
         shards: store for finished rows, from which a killed run can be resumed; it is not used for ready-made
             embeddings and those of an API. None stores nothing.
         left_out: positions of unreadable samples, int64 [U]; their rows are zero.
-        sharing: how batches are shared with other processes, each of which calls `extract_pieces`; ready-made embeddings
-            and those of an API are not shared. None shares nothing.
+        sharing: how batches are shared with other processes, each of which calls `extract_pieces`; ready-made embeddings,
+            those of an API, and those of an encoder that is trained first are not shared. None shares nothing.
 
     Returns:
         Features with `embedding` float32 [N, D] and, for `"gradient"`, `head_gradient` float32 [N, C], both on the CPU
@@ -128,15 +128,14 @@ def _collected(
     left_out: Tensor | None,
 ) -> Features:
     with _loaded(source, spec, options, devices, precision) as loop:
-        # A stream is read from its beginning, so the ranks cannot share it.
-        is_shared = loop.is_divisible and not getattr(source, "in_order", False)
+        made_from = loop.digest() if shards is not None or options.sharing.num_ranks > 1 else ""
+        # A stream is read from its beginning, and an encoder that is trained first would have to be trained by each rank,
+        # which takes longer than the features: neither is shared.
+        is_shared = loop.is_divisible and not getattr(source, "in_order", False) and not made_from
         sharing = options.sharing if is_shared else Sharing()
-        made_from = loop.digest() if shards is not None or sharing.num_ranks > 1 else ""
-        fixed = {} if left_out is None else {"left_out": left_out.numpy()}
 
         def stream_of(missing: Tensor) -> Iterator[Rows]:
-            arrays = {"missing": missing.numpy(), **fixed}
-            job = Job("features", {"made_from": made_from}, arrays, loop.pieces(missing), len(missing))
+            job = Job("features", {}, {"missing": missing.numpy()}, loop.pieces(missing), len(missing))
             return sharing.share(job, partial(loop.rows, missing), _unpacked, lambda rows: len(rows.positions))
 
         kept = shards if loop.is_divisible and shards is not None else Shards()
@@ -158,10 +157,7 @@ def extract_pieces(
     num_workers: int | Literal["auto"],
     sharing: Sharing,
 ) -> Iterator[Arrays]:
-    """Yield the rows of some pieces of the job of a process that runs `extract_features` with the same arguments.
-
-    Nothing is yielded if the encoder was trained here to other weights than there.
-    """
+    """Yield the rows of some pieces of the job of a process that runs `extract_features` with the same arguments."""
     options = _Options(kind, labels, num_classes, batch_size, num_workers, None, sharing)
     try:
         yield from _made_pieces(source, spec, options, resolve_devices(device), precision, job, numbers)
@@ -179,11 +175,6 @@ def _made_pieces(
     numbers: Iterator[int],
 ) -> Iterator[Arrays]:
     with _loaded(source, spec, options, devices, precision) as loop:
-        if loop.digest() != job.facts["made_from"]:
-            logger.warning(
-                "the encoder was trained to other weights here than on the leading rank, which goes on alone"
-            )
-            return
         for rows in loop.rows(torch.from_numpy(job.arrays["missing"]), numbers):
             yield _packed(rows)
 

@@ -66,12 +66,9 @@ def help_features(
     plan: Plan, devices: list[str], sharing: Sharing, job: Job, numbers: Iterator[int]
 ) -> Iterator[Arrays]:
     """Yield the features of some pieces of the samples for a rank that runs `make_features` with an equal plan."""
-    labels = _labels(plan)
-    if labels is not None and "left_out" in job.arrays:
-        labels = without_labels(labels, torch.from_numpy(job.arrays["left_out"]))
     plan.source.check_repeatable()
-    encoder = _encoder(plan, labels, progress=False)
-    yield from extract_pieces(plan.source, encoder, job, numbers, **_arguments(plan, devices, sharing))
+    assert plan.encoder is not None
+    yield from extract_pieces(plan.source, plan.encoder, job, numbers, **_arguments(plan, devices, sharing))
 
 
 def _labels(plan: Plan) -> Labels | None:
