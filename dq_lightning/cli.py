@@ -6,6 +6,7 @@ Every command is one call of the public API; the modules that a command needs ar
 import difflib
 import inspect
 import os
+import re
 import select
 import signal
 import sys
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Any] = {
 }
 # These options of the published scripts are switches, which are written without a value.
 SWITCHES = ("--merge", "--random", "--dry_run", "--force_recompute", "--public")
+TYPES = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "text"}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -114,15 +116,34 @@ def _underscored(argument: str) -> str:
 
 
 def _advised(message: str, arguments: list[str]) -> str:
-    """Return an error message of the parser, with the option most like an unknown one and a hint at `--help`."""
+    """Return an error message of the parser in plain words, with the most similar option and a hint at `--help`."""
     command = next((one for one in _normal(arguments or ["--help"]) if one in COMMANDS), None)
+    message = _plain(message)
     if command is not None:
+        message = message.replace(f" {command}.", " ")  # The parser calls a missing argument COMMAND.NAME.
         options = list(inspect.signature(COMMANDS[command]).parameters)
-        unknown = [name.partition("=")[0] for name in message.split() if name.startswith("--")]
-        near = [match for name in unknown for match in difflib.get_close_matches(name[2:], options, 1)]
-        if near and near[0] not in [name[2:] for name in unknown]:
-            message += f"; did you mean --{near[0]}?"
+        if message.startswith("unrecognized"):
+            unknown = [
+                word[2:].partition("=")[0] for word in message.split() if word.startswith("--") and "." not in word
+            ]
+            near = [match for name in unknown for match in difflib.get_close_matches(name, options, 1)]
+            if near:
+                message += f"; did you mean --{near[0]}?"
+            elif not unknown and "data_path" in options:
+                message += "; a folder or file of data is named by --data_path"
     return f"{message.rstrip()} (see: dq-lightning {f'{command} ' if command else ''}--help)"
+
+
+def _plain(message: str) -> str:
+    """Return what the parser says of a value of the wrong type in one line, and any other message as it is."""
+    key = re.match(r'Parser key "([^"]+)":', message)
+    value = re.search(r"(?:Given value|Got value): (.*)", message)
+    types = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[([^]]*)\])", message)
+    if key is None or value is None or len(types) != message.count("Expected a"):
+        return message
+    wanted = [TYPES.get(kind, kind) for kind, _ in types if kind not in ("", "NoneType")]
+    wanted += [name.strip("' ") for _, names in types for name in names.split(",") if name]
+    return f"{key[1]} takes {', '.join(wanted[:-1])}{' or ' if wanted[1:] else ''}{wanted[-1]}; got {value[1].strip()}"
 
 
 def _is_read() -> bool:

@@ -232,9 +232,13 @@ def test_dashes_and_underscores(tmp_path, images):
     ("arguments", "said"),
     [
         (["quantize", "--keep_rato", "0.1"], "did you mean --keep_ratio?"),
-        (["quantize", "--keep-ratio", "many"], "keep_ratio"),
+        (["quantize", "--keep-ratio", "many"], "keep_ratio takes a number; got many"),
+        (["quantize", "--keep-ratio"], "--keep_ratio: expected one argument (see"),
+        (["quantize", "--drop_worst", "autos"], "drop_worst takes a number or auto; got autos"),
+        (["quantize", "--balance", "eq"], "balance takes proportional, sqrt or equal; got eq"),
+        (["quantize", "photos", "--keep_ratio", "0.1"], "photos; a folder or file of data is named by --data_path"),
         (["quantise"], "quantize"),
-        (["info"], "path"),
+        (["info"], "are required: path"),
     ],
 )
 def test_a_mistyped_option_costs_a_line(capsys, arguments, said):

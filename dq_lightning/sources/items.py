@@ -264,7 +264,11 @@ def find_target(item: Any, image: Leaf | None, wanted: str | None) -> Leaf | Non
         SourceError: the item has nothing at `wanted`.
     """
     if wanted is not None:
-        return _named_leaf(item, wanted, "label_column")
+        try:
+            return _named_leaf(item, wanted, "label_column")
+        except SourceError as error:
+            rules = 'labels="NAME" means label_column="NAME", except the rules "quantiles" and "dominant"'
+            raise SourceError(f"{error} ({rules})") from None
     if isinstance(item, Mapping) or is_dataclass(item):
         names = {key for key, _ in children(item)}
         return next(((name,) for name in TARGET_NAMES if name in names and (name,) != (image or ())[:1]), None)
