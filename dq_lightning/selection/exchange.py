@@ -65,9 +65,18 @@ class Exchange:
                 while self._exchange(np.arange(start, end)):
                     changed = True
         everything = np.arange(self._total)
-        while between and not self.near and any(self._exchange(everything, excess=excess) for excess in (False, True)):
-            pass
+        before: int | None = None
+        # Exchanges that make one sum smaller may make the other larger, so they would not end in turns, one by one.
+        while between and not self.near and (before is None or self._far_by() < before):
+            before = self._far_by()
+            for excess in (False, True):
+                while not self.near and self._exchange(everything, excess=excess):
+                    pass
         return self.kept
+
+    def _far_by(self) -> int:
+        """What the distances of all labels exceed one by, summed, in units of 1/n of a sample."""
+        return int(self._excess(self._gap))
 
     def _exchange(self, places: NDArray[np.int64], *, excess: bool = False) -> bool:
         """Make the best exchange among the samples at `places`; False if none is found that helps.

@@ -13,6 +13,7 @@ from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.label_sets import multi_hot, rarest_labels
 from dq_lightning.core.records import Bins
 from dq_lightning.selection.allocate import count_kept
+from dq_lightning.selection.exchange import Exchange
 
 
 def correlated(n, labels, seed):
@@ -136,3 +137,24 @@ def test_bins_are_made_among_samples_of_the_same_rarest_label():
 )
 def test_anything_else_is_not_multi_hot(values):
     assert multi_hot(values) is None
+
+
+class Counted(Exchange):
+    """Counts the exchanges that are looked for, of which there are a few tens in the cases below."""
+
+    looked_for = 0
+
+    def _exchange(self, places, *, excess=False):
+        self.looked_for += 1
+        assert self.looked_for < 2000, "the exchanges do not end"
+        return super()._exchange(places, excess=excess)
+
+
+@pytest.mark.parametrize("seed", [3, 5, 7, 9, 10, 11])
+def test_exchanges_end_where_the_shares_cannot_be_reached(seed):
+    members = np.random.default_rng(seed).random((30, 40)) < 0.25
+    exchange = Counted(members, np.full((2, 3), 5), np.ones((2, 3), np.int64))
+    before = exchange._far_by()
+    kept = exchange.run(between=True)
+    assert kept.sum() == 6
+    assert exchange._far_by() < before
