@@ -38,6 +38,17 @@ def images(tmp_path):
     return tmp_path / "photos"
 
 
+# names of columns
+
+
+def test_a_mistyped_column_is_told_before_the_work(images, tmp_path):
+    rows = [{"instruction": f"name {i}", "output": "a", "task": "b"} for i in range(40)]
+    for data, seen in ((ImageFolder(images / "train"), '"quantiles"'), (rows, "'task'")):
+        with pytest.raises(SourceError, match=seen):
+            quantize(data, encoder=np.zeros((40, 2)), labels="quantile", cache_dir=tmp_path / "cache")
+    assert not list(Cache(tmp_path / "cache").entries())
+
+
 # paths
 
 

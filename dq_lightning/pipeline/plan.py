@@ -26,6 +26,7 @@ from dq_lightning.pipeline.wanted import Wanted
 from dq_lightning.selection.given import read_indices
 from dq_lightning.sources.adapt import as_source, grouping_id
 from dq_lightning.sources.base import Source
+from dq_lightning.sources.reading import ItemSource
 
 FEATURES, BINS, SELECTION, PATCHES, STORE = "1-features", "2-bins", "3-selection", "4-patches", "5-store"
 # This station holds images with their dropped patches filled. They are made from the store alone, so its folder may be
@@ -178,6 +179,8 @@ def make_plan(dataset: Any, wanted: Wanted) -> Plan:
     )
     if source.in_order:
         _check_stream(config)
+    elif isinstance(source, ItemSource) and source.label_column is not None:
+        source.target_leaf()  # A name that no item has is an error before the long work.
     gives_scores = wanted.scores is not None or config.quality.score not in ("margin", "none")
     if gives_scores and not config.quality.drops and config.selection.draw != "scored":
         get_logger().warning(

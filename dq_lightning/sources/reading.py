@@ -376,8 +376,8 @@ class ItemSource(Source):
         if labels is None:
             raise SourceError(
                 f"labels={self.label_column!r} of {self.describe()} are no classes ({seen}): whole numbers or strings are. "
-                "Name another key or position, or pass labels= with one class for each sample, or labels=False for bins over "
-                "the whole set"
+                "Name another key or position, or pass labels= with one class for each sample, labels=False for bins over the "
+                f'whole set, or labels="quantiles" with label_column={self.label_column!r} for groups of numbers'
             )
         raise SourceError(
             f"The classes of {self.describe()} were looked for at {place!r} ({seen}), which has {different:,} different "

@@ -88,7 +88,13 @@ class TextRows(ItemSource):
     # Rows of text have no groups unless a column is named or labels are given.
 
     def target_leaf(self) -> Leaf | None:
-        return None if self.label_column is None else (self.label_column,)
+        if self.label_column is None:
+            return None
+        if self.label_column not in self.columns():
+            raise SourceError(
+                f"labels={self.label_column!r}: the columns are {quoted(self.columns())}; pass one of them"
+            )
+        return (self.label_column,)
 
     def listed_targets(self) -> Targets | None:
         return None if self.label_column is None else super().listed_targets()  # type: ignore[safe-super]
@@ -96,10 +102,8 @@ class TextRows(ItemSource):
     def labels(self) -> Labels | None:
         if self.label_column is None and self.grouping is None:
             return None
-        if self.grouping is None and self.label_column not in self.columns():
-            raise SourceError(
-                f"labels={self.label_column!r}: the columns are {quoted(self.columns())}; pass one of them"
-            )
+        if self.grouping is None:
+            self.target_leaf()
         found = super().labels()
         if found is None and self.grouping is None:
             raise SourceError(
