@@ -735,3 +735,7 @@ class QuantizedHooks(Base):
         settings = self._preparation.settings(self.eval_batch_size or self.batch_size, self._given)
         make = None if self._tokens is None else partial(self._tokens.loader, name=f"{name}=")
         return make_eval_loaders(self._eval[name], settings, TrainerFacts.of(self.trainer), make)
+
+
+# Python names this function in errors of mistyped keywords, and users know the classes that inherit it.
+QuantizedHooks.__init__.__qualname__ = "QuantizedDataModule.__init__"

@@ -13,6 +13,7 @@ from torchvision.transforms import ToTensor
 
 from dq_lightning import QuantizedDataModule, cli, make_bins, quantize
 from dq_lightning.cache.entries import Cache
+from dq_lightning.commands.opening import open_dataset
 from dq_lightning.core.config import QuantizeConfig, SelectionConfig
 from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.pipeline import extracting
@@ -49,7 +50,18 @@ def test_a_mistyped_column_is_told_before_the_work(images, tmp_path):
     assert not list(Cache(tmp_path / "cache").entries())
 
 
+def test_a_mistyped_keyword_names_the_class_that_was_called():
+    with pytest.raises(
+        TypeError, match=r"^QuantizedDataModule\.__init__\(\) got an unexpected keyword argument 'keep_ration'"
+    ):
+        QuantizedDataModule([1], keep_ration=0.1)
+
+
 # paths
+
+
+def test_a_path_may_stand_where_commands_take_the_kind_of_a_dataset(images):
+    assert len(open_dataset(str(images / "train"))) == len(ImageFolder(images / "train"))
 
 
 def test_a_folder_of_images_is_opened(images, tmp_path):

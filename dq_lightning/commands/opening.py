@@ -37,8 +37,8 @@ def open_dataset(
     """Open a dataset without transforms.
 
     Args:
-        dataset: kind of the dataset (see `KINDS`), or `{"class_path": ..., "init_args": {...}}` as in LightningCLI;
-            None derives the kind from `data_path`.
+        dataset: kind of the dataset (see `KINDS`), or `{"class_path": ..., "init_args": {...}}` as in LightningCLI, or
+            the path itself; None derives the kind from `data_path`.
         data_path: folder or file of the dataset.
         split: split to read, for datasets that have several.
 
@@ -59,6 +59,8 @@ def _open(dataset: str | dict[str, Any] | None, place: Path | None, split: str) 
         return _folder(_needed(place, dataset), split)
     if dataset is not None and dataset.startswith(HUB):
         return _hub(dataset.removeprefix(HUB), split)
+    if dataset is not None and place is None and Path(dataset).expanduser().exists():
+        return _by_path(Path(dataset).expanduser(), split)
     if dataset is not None:
         return _of_class(dataset, place, split)
     return _by_path(_needed(place, None), split)
