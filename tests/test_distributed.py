@@ -116,6 +116,7 @@ def test_two_nodes(tmp_path):
         assert "prepare_data_per_node=True" in report["own caches, one prepares"]["error"]
 
 
+@pytest.mark.slow
 def test_spawned_processes(tmp_path):
     done = start("spawn", tmp_path).wait(120)
     output = done.stdout + done.stderr

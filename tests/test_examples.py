@@ -47,6 +47,7 @@ def test_swap_in_trains_on_the_bundled_images(tmp_path):
     assert "accuracy after the last epoch" in printed
 
 
+@pytest.mark.slow
 def test_make_sample_makes_the_bundled_file_again(cifar_root, tmp_path):
     import numpy as np
 
@@ -67,6 +68,7 @@ def test_make_sample_makes_the_bundled_file_again(cifar_root, tmp_path):
         assert np.isin(again["train_positions"], bundled["train_positions"]).all()
 
 
+@pytest.mark.slow
 def test_train_encoder_writes_weights_that_load(tmp_path):
     from dq_lightning.features.bundled import load_small_resnet
 

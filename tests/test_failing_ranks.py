@@ -47,6 +47,7 @@ def test_two_ranks(tmp_path):
     check(tmp_path, 2, SOME)
 
 
+@pytest.mark.slow
 def test_four_ranks(tmp_path):
     check(tmp_path, 4, FOUR)
 

@@ -36,6 +36,7 @@ print(peak[0] - before, values.nbytes)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to measure memory with")
 def test_memory_is_of_the_order_of_the_features(tmp_path):
     total, width = 17_000, 384

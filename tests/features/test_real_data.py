@@ -88,6 +88,7 @@ def test_bundled_network_knows_the_test_split_as_well_as_its_metadata_say(cifar_
     assert abs(accuracy - said) < 3 * (0.92 * 0.08 / 400) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [100])
 def test_photos_through_timm_weights_reach_their_accuracy(shared_dir, count):
     # with the wrong normalisation, size or channel order the network falls below two in three
