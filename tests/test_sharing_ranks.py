@@ -11,7 +11,7 @@ from tests.lightning_scripts.sharing_ranks import BATCH_SIZE, COUNT
 from tests.warm_processes import Process, environment, run
 from tests.warm_processes import run_ranks as launched
 
-# One run of several hung in the fixture `two`, with a cause that is not known; the others took 20 to 40 seconds.
+# They take about half a minute.
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).with_name("lightning_scripts") / "sharing_ranks.py"
