@@ -155,6 +155,44 @@ def test_no_download_may_bring_code():
         assert given.get("trust_remote_code") == "False", f"{path}:{call.lineno} does not say trust_remote_code=False"
 
 
+def isolating(tree: ast.AST, names: set[str]) -> list[ast.FunctionDef]:
+    """Functions that yield inside a `with` block of a context manager with one of the names."""
+    found = []
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            for block in ast.walk(function):
+                if isinstance(block, ast.With):
+                    called = {ast.unparse(one.context_expr).split("(")[0].split(".")[-1] for one in block.items}
+                    yields = any(isinstance(inner, ast.Yield | ast.YieldFrom) for inner in ast.walk(block))
+                    if yields and called & names:
+                        found.append(function)
+    return found
+
+
+def left_unfinished(trees: list[ast.AST]) -> set[str]:
+    """Generators that hold the random state of the process while they wait.
+
+    One that is left unfinished, as after an error, would restore this state whenever it is destroyed: in the middle of
+    the user's training. A `with` block ends where the reader sees it, so context managers may hold the state.
+    """
+    names, found, known = {"isolated_random_state"}, set(), 0
+    while known != len(names):
+        known = len(names)
+        for tree in trees:
+            for function in isolating(tree, names):
+                is_manager = any("contextmanager" in ast.unparse(one) for one in function.decorator_list)
+                (names if is_manager else found).add(function.name)
+    assert {"isolated", "_loaded", "extract_pieces"} <= names
+    return found
+
+
+def test_no_generator_holds_the_random_state():
+    trees: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8")) for path in package_files()]
+    assert not left_unfinished(trees)
+    with_one = [*trees, ast.parse("def items():\n    with _loaded() as loop:\n        yield 1")]
+    assert left_unfinished(with_one) == {"items"}
+
+
 QUESTIONS = {
     "package": "import dq_lightning",
     "numpy": "import numpy",

@@ -12,6 +12,7 @@ from dq_lightning.cache.files import read_sealed
 from dq_lightning.cache.manifest import read_manifest
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import CacheError, StoreError
+from dq_lightning.core.isolation import isolated
 from dq_lightning.core.packages import needed_for
 from dq_lightning.core.records import Bins, Selection
 from dq_lightning.exports.fiftyone import write_fiftyone, write_fiftyone_of_source
@@ -38,6 +39,7 @@ WRITERS = {
 }
 
 
+@isolated()
 def export_set(
     path: str | Path,
     format: str,

@@ -117,7 +117,8 @@ def kept_of_store(
     """Return the kept images of a packed set, without its dataset.
 
     With `fill`, the reconstructor, or another one given by its name, folder or network, fills dropped patches, if the
-    set was made to be filled; otherwise they have the mean colour.
+    set was made to be filled; otherwise they have the mean colour. The images are read inside `isolated`, see
+    `filled_items`.
 
     Raises:
         StoreError: there is no packed set of images, or its reconstructor has to be named (see `stored_patch_plan`).

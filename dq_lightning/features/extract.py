@@ -142,6 +142,7 @@ def _collected(
         return collect(stream_of, len(source), progress, out, loop.advice, kept, made_from, left_out)
 
 
+@contextmanager
 def extract_pieces(
     source: SampleSource,
     spec: EncoderSpec,
@@ -156,27 +157,19 @@ def extract_pieces(
     batch_size: int,
     num_workers: int | Literal["auto"],
     sharing: Sharing,
-) -> Iterator[Arrays]:
-    """Yield the rows of some pieces of the job of a process that runs `extract_features` with the same arguments."""
+) -> Iterator[Iterator[Arrays]]:
+    """Give the rows of some pieces of the job of a process that runs `extract_features` with the same arguments.
+
+    They are an iterator inside the `with` block. Until the block ends, the process has the random state and the flags of
+    the computation.
+    """
     options = _Options(kind, labels, num_classes, batch_size, num_workers, None, sharing)
     try:
-        yield from _made_pieces(source, spec, options, resolve_devices(device), precision, job, numbers)
+        with _loaded(source, spec, options, resolve_devices(device), precision) as loop:
+            yield map(_packed, loop.rows(torch.from_numpy(job.arrays["missing"]), numbers))
+            del loop
     finally:
         release_memory()
-
-
-def _made_pieces(
-    source: SampleSource,
-    spec: EncoderSpec,
-    options: "_Options",
-    devices: list[torch.device],
-    precision: Precision,
-    job: Job,
-    numbers: Iterator[int],
-) -> Iterator[Arrays]:
-    with _loaded(source, spec, options, devices, precision) as loop:
-        for rows in loop.rows(torch.from_numpy(job.arrays["missing"]), numbers):
-            yield _packed(rows)
 
 
 def _packed(rows: Rows) -> Arrays:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -64,11 +65,11 @@ def make_features(task: Task) -> None:
 
 def help_features(
     plan: Plan, devices: list[str], sharing: Sharing, job: Job, numbers: Iterator[int]
-) -> Iterator[Arrays]:
-    """Yield the features of some pieces of the samples for a rank that runs `make_features` with an equal plan."""
+) -> AbstractContextManager[Iterator[Arrays]]:
+    """Give the features of some pieces of the samples, in a `with` block, to a rank that makes them with an equal plan."""
     plan.source.check_repeatable()
     assert plan.encoder is not None
-    yield from extract_pieces(plan.source, plan.encoder, job, numbers, **_arguments(plan, devices, sharing))
+    return extract_pieces(plan.source, plan.encoder, job, numbers, **_arguments(plan, devices, sharing))
 
 
 def _labels(plan: Plan) -> Labels | None:

@@ -76,17 +76,18 @@ def write_filled(
     place = stored_place(samples)
     require_space(folder, sum(_filled_bytes(stored_image(sample, place)) for sample in samples))
     shards.made_from = digest
-    write_packed(
-        folder,
-        lambda start: filled_items(samples, place, patches, device=device, progress=progress, start=start),
-        ids=samples.ids,
-        index=samples.index,
-        bins=samples.bin,
-        attributes=samples.attributes,
-        raw_images=True,
-        shards=shards,
-        grain=WINDOW * patches.config.batch_size,
-    )
+    with isolated():
+        write_packed(
+            folder,
+            lambda start: filled_items(samples, place, patches, device=device, progress=progress, start=start),
+            ids=samples.ids,
+            index=samples.index,
+            bins=samples.bin,
+            attributes=samples.attributes,
+            raw_images=True,
+            shards=shards,
+            grain=WINDOW * patches.config.batch_size,
+        )
 
 
 def filled_items(
@@ -100,25 +101,27 @@ def filled_items(
 ) -> Iterator[Item]:
     """Yield the samples of a packed store, which delivers `PatchedImage` objects, with the dropped patches filled.
 
+    The caller reads all of them inside `isolated`, so that random state and flags are those of other runs. This function
+    cannot do so itself: a generator that is left unfinished would restore the random state whenever it is destroyed.
+
     `place` is the place of the image in a sample, and `start` the number of the first sample to fill. If it is a
     multiple of the window, `WINDOW * batch_size` samples, the batches are those of a run from the first sample.
     """
     devices = resolve_devices(device)
     try:
-        with isolated():
-            filler = Filler(patches, str(devices[0]))
-            fillers = [filler, *(filler.replica(device) for device in devices[1:])]
-            replicas = [(one, partial(_fill_window, two, place)) for one, two in zip(devices, fillers, strict=True)]
-            rest = samples if start == 0 else map(samples.__getitem__, range(start, len(samples)))
-            with progress_bar(progress, total=len(samples), unit="img", description="filling") as bar:
-                bar.update(start)
-                for window, filled in run_in_order(replicas, _windows(rest, WINDOW * patches.config.batch_size)):
-                    for number, sample in enumerate(window):
-                        if number in filled:
-                            sample = with_value(sample, place, image_leaf(at(sample, place), filled[number]))
-                        yield sample, None
-                    bar.update(len(window))
-            del filler, fillers, replicas
+        filler = Filler(patches, str(devices[0]))
+        fillers = [filler, *(filler.replica(device) for device in devices[1:])]
+        replicas = [(one, partial(_fill_window, two, place)) for one, two in zip(devices, fillers, strict=True)]
+        rest = samples if start == 0 else map(samples.__getitem__, range(start, len(samples)))
+        with progress_bar(progress, total=len(samples), unit="img", description="filling") as bar:
+            bar.update(start)
+            for window, filled in run_in_order(replicas, _windows(rest, WINDOW * patches.config.batch_size)):
+                for number, sample in enumerate(window):
+                    if number in filled:
+                        sample = with_value(sample, place, image_leaf(at(sample, place), filled[number]))
+                    yield sample, None
+                bar.update(len(window))
+        del filler, fillers, replicas
     finally:
         release_memory()
 

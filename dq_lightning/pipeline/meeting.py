@@ -21,7 +21,7 @@ A meeting has a name, so ranks that make something else meet elsewhere. Below it
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 from dq_lightning.core.console import get_logger
@@ -37,7 +37,7 @@ IDLE_SECONDS = 0.1
 # Each rank takes about so many times new numbers of pieces in a job. Consecutive pieces are faster to read.
 CLAIMS_PER_JOB, MAX_CLAIM = 16, 32
 
-Handler = Callable[[Job, Iterator[int]], Iterator[Arrays]]
+Handler = Callable[[Job, Iterator[int]], AbstractContextManager[Iterator[Arrays]]]
 
 
 @contextmanager
@@ -259,8 +259,8 @@ class Helper:
         """Do pieces of jobs until the leader has done its work.
 
         Args:
-            handlers: function for each name of a job: called with the job and the numbers of pieces to do, it yields the
-                arrays of their results. One that yields nothing leaves the job to others.
+            handlers: function for each name of a job: called with the job and the numbers of pieces to do, it gives the
+                arrays of their results, an iterator inside a `with` block. An empty one leaves the job to others.
 
         Returns:
             What the leader passed to `finish`.
@@ -290,12 +290,13 @@ class Helper:
         if self._exchange.count(f"next/{number}") >= job.pieces or job.name not in handlers:
             return
         claims = _claims(self._exchange, number, job.pieces, self.launch.num_ranks, self.check)
-        for result in handlers[job.name](job, claims):
-            while self._sent - self._exchange.count(f"taken/{self._number}") >= MAX_UNREAD:
-                self.check()
-                time.sleep(POLL_SECONDS)
-            self._exchange.send(f"result/{self._number}/{self._sent}", {}, result)
-            self._sent = self._exchange.raise_count(f"sent/{self._number}")
+        with handlers[job.name](job, claims) as results:
+            for result in results:
+                while self._sent - self._exchange.count(f"taken/{self._number}") >= MAX_UNREAD:
+                    self.check()
+                    time.sleep(POLL_SECONDS)
+                self._exchange.send(f"result/{self._number}/{self._sent}", {}, result)
+                self._sent = self._exchange.raise_count(f"sent/{self._number}")
 
     def files(self, entry: int) -> Iterator[tuple[str, Arrays]]:
         """Yield the files of one of the entries that `help` returned, by its place, each in pieces: name and bytes.

@@ -44,12 +44,18 @@ def generators_in(value: Any) -> list[Any]:
 def random_states(generators: list[Any]) -> str:
     """Digest of the global random states (Python, NumPy, torch on the CPU) and of the states of the generators.
 
-    It changes when a number is drawn or a seed is set.
+    It changes when a number is drawn or a seed is set, by whichever thread.
     """
+    own = generator_states(generators)
+    return digest_of(random.getstate(), np.random.get_state(), torch.get_rng_state(), own)
+
+
+def generator_states(generators: list[Any]) -> str:
+    """Digest of the states of the generators."""
     own: list[Any] = []
     for one in generators:
         if isinstance(one, np.random.Generator):
             own.append(one.bit_generator.state)
         else:
             own.append(one.getstate() if isinstance(one, random.Random) else one.get_state())
-    return digest_of(random.getstate(), np.random.get_state(), torch.get_rng_state(), own)
+    return digest_of(own)

@@ -23,11 +23,13 @@ from dq_lightning.core.errors import SourceError
 from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.items import Leaf, at, children, is_dataclass, outline, parts, tv_tensor
-from dq_lightning.sources.streams import generators_in, random_states
+from dq_lightning.sources.streams import generator_states, generators_in, random_states
 from dq_lightning.sources.strip import replaced, with_attributes
 
 # Number of items that are traced, each under a random seed of its own.
 TRACED_SAMPLES = 8
+# Number of times that an item is read whose record shows a problem.
+MAX_READS = 3
 _SCALARS = (type(None), bool, int, float, str)
 _MAX_LENGTH = 64
 
@@ -214,9 +216,21 @@ class _Recorder:
 def trace(dataset: Any, used: dict[str, Any], index: int, plain: Any, seed: int) -> Trace:
     """Read the item at `index` of a dataset whose transforms `used`, by attribute, are replaced by recorders.
 
-    `plain` is the item without transforms, as a packed store returns it, and `seed` that of the global random state.
+    `plain` is the item without transforms, as a packed store returns it, and `seed` that of the global random state. This
+    state may also change because another thread draws a number, such as one that waits before it asks a server again. So
+    an item with a problem is read up to 3 times, under the same seed: the dataset shows the same problem each time. It is
+    not read again if a generator of the dataset's own has changed, which no other thread does.
     """
     found = generators_in(vars(dataset))
+    for _ in range(MAX_READS):
+        before = generator_states(found)
+        seen = _trace_once(dataset, used, index, plain, seed, found)
+        if not seen.problem or generator_states(found) != before:
+            break
+    return seen
+
+
+def _trace_once(dataset: Any, used: dict[str, Any], index: int, plain: Any, seed: int, found: list[Any]) -> Trace:
     seen = Trace(plain, lambda: random_states(found))
     recorders = {
         name: replaced(value, lambda one, place: _Recorder(one, place, seen), (name,)) for name, value in used.items()

@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import threading
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -355,6 +356,32 @@ def test_what_can_not_be_repeated_is_refused(dataset, seen):
     with pytest.raises(SourceError, match=seen) as caught:
         source.finisher(torch.arange(COUNT))
     assert "store='indices'" in str(caught.value)
+
+
+class Disturbed(Scenes):
+    """Another thread draws a number while the given reads take place, counted over all copies of the dataset."""
+
+    image_column = "0"
+
+    def __init__(self, disturbed):
+        super().__init__(v2.RandomHorizontalFlip(0.5), disturbed=disturbed, reads=[])
+
+    def __getitem__(self, index):
+        image, mask = self.pair(index)
+        if self.transform is None:
+            return image, mask
+        if len(self.reads) in self.disturbed:
+            thread = threading.Thread(target=random.random)
+            thread.start()
+            thread.join()
+        self.reads.append(index)
+        return self.transform(image, mask)
+
+
+def test_another_thread_may_draw_random_numbers():
+    check(Disturbed(disturbed=(0, 2, 3)))
+    with pytest.raises(SourceError, match="draws random numbers"):
+        as_source(Disturbed(range(10_000)), image_column="0").finisher(torch.arange(COUNT))
 
 
 def test_a_transform_called_in_an_unknown_way_is_told_with_what_to_do():
