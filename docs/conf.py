@@ -5,6 +5,7 @@ Nothing is fetched while it is built or read: formulas become MathML, and no pag
 
 import json
 import os
+import re
 from contextlib import redirect_stdout, suppress
 from importlib.metadata import version as version_of
 from io import StringIO
@@ -23,8 +24,12 @@ release = version_of("dq-lightning")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
+# Blocks without a language are printed text and folder trees.
+highlight_language = "none"
 html_theme = "furo"
 html_title = "dq_lightning"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_show_copyright = False
 html_copy_source = False
 
@@ -55,7 +60,8 @@ class CommandHelp(SphinxDirective):
         printed = StringIO()
         with redirect_stdout(printed), suppress(SystemExit):
             main([self.arguments[0], "--help"])
-        text = printed.getvalue().strip()
+        # The argument parser prints a backspace, by which a terminal shows an option without the space before it.
+        text = re.sub(r".\x08", "", printed.getvalue()).strip()
         if "usage:" not in text:
             raise self.error(f"dq-lightning {self.arguments[0]} --help printed {text[:200]!r}")
         return [nodes.literal_block(text, text, language="none")]
@@ -95,12 +101,20 @@ def displayed_formula(writer: Any, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+def with_defaults(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str
+) -> Any:
+    """Write the default of a field that a class makes, as in `bins: BinConfig = BinConfig()`; `<factory>` is no Python."""
+    return signature and (re.sub(r"(\w+) = <factory>", r"\1 = \1()", signature), returns)
+
+
 def setup(app: Sphinx) -> None:
-    """Register the formulas and the directive `command-help`."""
+    """Register the formulas, the directive `command-help`, and the defaults of fields."""
     os.environ["COLUMNS"] = "110"  # the width of the printed help
     app.add_html_math_renderer(
         "mathml", inline_renderers=(inline_formula, None), block_renderers=(displayed_formula, None)
     )
     app.add_directive("command-help", CommandHelp)
+    app.connect("autodoc-process-signature", with_defaults)
     app.add_source_suffix(".ipynb", "notebook")
     app.add_source_parser(NotebookParser)
