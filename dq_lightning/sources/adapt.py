@@ -218,6 +218,11 @@ def _named_as_text(text: TextConfig) -> bool:
 
 
 def _rows_of_file(path: str | Path, *options: Any) -> ItemSource:
+    if "://" in str(path) and not Path(path).suffix:
+        raise SourceError(
+            f"{path} is an address, where a folder can't be listed on every system: name its files, as in "
+            f'"{str(path).rstrip("/")}/*.tar" or "/*.parquet"'
+        )
     if not is_rows_file(path):
         raise SourceError(
             f"{str(path)!r} is not named like a file of text rows ({NAMES}): pass such a file, or the dataset itself"

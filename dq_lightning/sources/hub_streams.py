@@ -1,6 +1,7 @@
 """The adapter for Hugging Face datasets that are streamed, and for tar and Parquet files, which `datasets` streams."""
 
 import contextlib
+import glob
 import hashlib
 import itertools
 import json
@@ -254,6 +255,8 @@ def _name(dataset: Any, files: list[str] | None) -> str:
 def shard_files(dataset: Any) -> list[str] | None:
     """The sorted paths and addresses of tar or Parquet files that a path, a folder or a list names; None for others.
 
+    A path may have `*` in its name. At an address, the package `datasets` finds the files that such a name means.
+
     Raises:
         SourceError: the files are of both kinds, or one is named twice.
 
@@ -265,6 +268,7 @@ def shard_files(dataset: Any) -> list[str] | None:
     if not isinstance(given, list | tuple) or not given or not all(isinstance(one, str | Path) for one in given):
         return None
     names = [str(one) if "://" in str(one) else os.path.expanduser(one) for one in given]  # noqa: PTH111
+    names = [one for name in names for one in (_found(name) or [name])]
     if len(names) == 1 and os.path.isdir(names[0]):  # noqa: PTH112
         names = []
         for path in Path(given[0]).expanduser().rglob("*"):
@@ -282,6 +286,11 @@ def shard_files(dataset: Any) -> list[str] | None:
     if len(set(names)) < len(names):
         raise SourceError("a file is named twice: its samples would count twice. Pass every file once")
     return sorted(names)
+
+
+def _found(name: str) -> list[str]:
+    """The files on this machine that a name with `*` stands for."""
+    return [] if "*" not in name or "://" in name else glob.glob(name, recursive=True)  # noqa: PTH207
 
 
 def open_shards(files: list[str]) -> Any:

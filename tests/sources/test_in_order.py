@@ -1,12 +1,16 @@
 """Streams: read in order, recorded in the first pass, and compared in every later one; the same samples as by position."""
 
+import functools
+import http.server
 import io
 import itertools
 import os
+import threading
 import weakref
 from types import SimpleNamespace
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -186,6 +190,42 @@ def test_tars_and_parquet_files(shards, tmp_path, monkeypatch):
 
 def mean_jpg(sample):
     return mean_colour((sample["jpg"],))
+
+
+@pytest.fixture
+def addresses(shards):
+    """The folder of the shards by HTTP, and in the file system of fsspec that is kept in memory."""
+    memory = fsspec.filesystem("memory")
+    for path in shards.rglob("*.*"):
+        memory.pipe(f"/{path.relative_to(shards)}", path.read_bytes())
+    handler = functools.partial(QuietHandler, directory=str(shards))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", "memory:/"
+        server.shutdown()
+    memory.rm("/tars", recursive=True)
+    memory.rm("/parquet", recursive=True)
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *given):
+        """Print nothing."""
+
+
+def test_shards_at_addresses_give_the_samples_of_local_ones(shards, addresses):
+    local = as_source(str(shards / "tars" / "*.tar"))
+    assert local.files == sorted(map(str, (shards / "tars").iterdir()))
+    for address in addresses:
+        listed = [f"{address}/tars/{number}.tar" for number in (1, 0, 2)]
+        for data in (listed, f"{address}/tars/*.tar", f"{address}/parquet/*.parquet"):
+            source = as_source(data)
+            assert len(source) == N
+            assert torch.equal(source.labels().values, local.labels().values)
+            assert [source.encoded(i).data for i in range(0, N, 9)] == [local.encoded(i).data for i in range(0, N, 9)]
+        with pytest.raises(SourceError, match=r"tars/\*.tar"):
+            as_source(f"{address}/tars/")
+        with pytest.raises(SourceError, match="can't be opened as webdataset"):
+            as_source([f"{address}/none.tar"])
 
 
 def test_files_that_can_t_be_one_stream(tmp_path):
