@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dq_lightning.core.batching import HalvedBatches
 from dq_lightning.core.errors import FeatureError, PatchError
-from dq_lightning.patches.score import score_images
+from dq_lightning.patches.score import ScoreLoop, score_images
 from dq_lightning.sources.adapt import as_source
 from tests.full_count import examples
 from tests.lightning_scripts.common import photos
@@ -63,7 +63,7 @@ def test_saliency_goes_on_with_smaller_batches():
     source, index, labels = as_source(photos(20, None)), torch.arange(3, 20), torch.arange(17) % 5
 
     def score(scorer):
-        return score_images(source, index, scorer, 8, labels=labels, batch_size=8, progress=False)[0]
+        return score_images(ScoreLoop(source, index, scorer, 8, labels=labels, batch_size=8), progress=False)[0]
 
     scorer = Scorer(2)
     assert torch.equal(score(scorer), score(Scorer(99)))

@@ -204,7 +204,7 @@ def test_a_whole_build_gives_the_files_of_one_device(tmp_path, monkeypatch):
     made, spies = {}, []
     for name, device in (("one", "cpu"), ("two", ["cpu", "cpu"])):
         if name == "two":
-            places = ((extract.ImageRows, "__call__"), (score, "_score"), (filling, "_fill_window"))
+            places = ((extract.ImageRows, "__call__"), (score.ScoreLoop, "_score"), (filling, "_fill_window"))
             spies = [both_work(monkeypatch, *place) for place in places]
         root = tmp_path / name
         quantize(photos(40), config, reconstructor=small_mae(), device=device, cache_dir=root, progress=False)

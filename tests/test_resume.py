@@ -146,10 +146,12 @@ class Sized:
 @pytest.mark.parametrize("per_shard", [1, 3])
 def test_saliency_of_images_of_many_sizes(per_shard, monkeypatch):
     source, index = Sized(70), torch.randperm(70, generator=torch.Generator().manual_seed(0))[:60]
-    monkeypatch.setattr(score, "WAITING_BATCHES", 4)
+    monkeypatch.setattr(score, "WINDOW_BATCHES", 4)
 
     def work(memory):
-        return score.score_images(source, index, VarianceScorer(), 4, batch_size=3, progress=False, shards=memory)
+        return score.score_images(
+            score.ScoreLoop(source, index, VarianceScorer(), 4, batch_size=3), progress=False, shards=memory
+        )
 
     check_every_stop(work, Batches(monkeypatch), per_shard)
 

@@ -18,6 +18,8 @@ from dq_lightning.core.sharing import Job, Sharing
 from dq_lightning.features import extract, text_loading
 from dq_lightning.features.choose import choose_encoder
 from dq_lightning.features.selection_training import with_selection_epochs
+from dq_lightning.patches import score
+from dq_lightning.patches.saliency import VarianceScorer
 from dq_lightning.pipeline import exchange, meeting, together
 from tests.features.conftest import ListSource, TinyNetwork, random_images, to_float_tensor
 from tests.features.text_models import Texts, save_model
@@ -93,6 +95,31 @@ def test_features_of_text(monkeypatch, tmp_path):
         return (made.embedding,)
 
     check(make)
+
+
+class OfBatch(VarianceScorer):
+    """Scores that depend on which images share a batch, so that a batch that differs is seen."""
+
+    def scores(self, images, labels, positions, patch_size):
+        return super().scores(images, labels, positions, patch_size) + positions.sum()
+
+
+def test_scores_of_patches():
+    random_sizes = random.Random(0)
+    images = [image.resize((random_sizes.randint(5, 8), random_sizes.randint(5, 8))) for image in random_images(70)]
+    index = torch.randperm(70, generator=torch.Generator().manual_seed(0))[:60]
+    loop = score.ScoreLoop(ListSource(images), index, OfBatch(), 4, batch_size=3)
+
+    def make(shards, sharing):
+        return score.score_images(loop, progress=False, shards=shards, sharing=sharing)
+
+    check(make)
+    missing = torch.arange(0, 60, 2)
+    there = list(loop.scored(missing, iter([3, 0])))
+    back = [score.unpacked(arrays) for arrays in loop.packed(missing, iter([3, 0]))]
+    assert len(there) == len(back) > 2
+    for one, other in zip(there, back, strict=True):
+        assert all(torch.equal(part, same) for part, same in zip(one, other, strict=True))
 
 
 def test_an_encoder_that_is_trained_first_is_not_trained_by_each_rank():

@@ -40,13 +40,16 @@ def run_ranks(folder, count, *names, statuses=None):
     }
 
 
+def run_alone(folder, name):
+    done = run([SCRIPT, folder, name], environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / name / "report-0.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """What one process reported, without any other."""
-    folder = tmp_path_factory.mktemp("alone")
-    done = run([SCRIPT, folder, "alone"], environment())
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((folder / "alone" / "report-0.json").read_text())
+    report = run_alone(tmp_path_factory.mktemp("alone"), "alone")
     assert report["seen"] == COUNT
     return report
 
@@ -71,6 +74,17 @@ def test_bytes_of_one_process(two, alone):
     assert_like(reports, alone)
     assert all(report["seen"] >= 4 * BATCH_SIZE for report in reports.values())
     assert reports[0]["content"] == reports[1]["content"] == alone["content"]
+
+
+def test_every_stage_of_patches_is_shared(tmp_path):
+    alone = run_alone(tmp_path / "alone", "patches")
+    reports = run_ranks(tmp_path / "two", 2, "patches")["patches"]
+    assert {report["hash"] for report in reports.values()} == {alone["hash"]}
+    assert reports[0]["content"] == reports[1]["content"] == alone["content"]
+    assert sum(report["seen"] for report in reports.values()) == alone["seen"]
+    lines = [line for report in reports.values() for line in report["log"] if "other ranks did" in line]
+    assert [line.partition(":")[0] for line in lines] == ["features", "saliency"]
+    assert not any("other ranks did 0 " in line for line in lines)
 
 
 def test_without_a_shared_disk(two, alone):

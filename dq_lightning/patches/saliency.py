@@ -37,8 +37,8 @@ class PatchScorer(Protocol):
     def replica(self, device: torch.device, /) -> "PatchScorer":
         """Return a scorer for another device, which runs in another thread.
 
-        The first images decide at which layer of a classifier all replicas compute their maps, so they have to be scored
-        before two replicas run at the same time.
+        The first images that a classifier is given, such as those of `check`, decide at which layer all replicas compute
+        their maps, so two replicas may run at the same time only after them.
         """
         ...
 

@@ -1,10 +1,11 @@
 """Loops over images of any sizes and computes a score for every patch of each image."""
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -18,10 +19,11 @@ from dq_lightning.core.handles import Items, read_in_order
 from dq_lightning.core.records import Grid
 from dq_lightning.core.replicas import run_in_order
 from dq_lightning.core.resuming import Shards
+from dq_lightning.core.sharing import Arrays, Job, Sharing
 from dq_lightning.patches.saliency import PatchScorer
 
-# An image whose size differs from the others waits until a batch of its size is full. This limits the waiting images.
-WAITING_BATCHES = 8
+# Images of one size share a batch if they are in the same window of so many batches.
+WINDOW_BATCHES = 4
 
 
 class ImageSource(Protocol):
@@ -35,80 +37,152 @@ def _image(source: ImageSource, index: Tensor, place: int) -> Tensor:
     return image_to_uint8(source.image(int(index[place]))).contiguous()
 
 
-def score_images(
-    source: ImageSource,
-    index: Tensor,
-    scorer: PatchScorer,
-    patch_size: int,
-    *,
-    labels: Tensor | None = None,
-    devices: Sequence[torch.device] = (torch.device("cpu"),),
-    batch_size: int = 64,
-    num_workers: int = 0,
-    progress: bool = True,
-    shards: Shards | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Score every patch of the images of a source at the positions `index`, int64 [M].
+class Scored(NamedTuple):
+    """Scores of the patches of a batch of images of one size.
 
-    The `devices` share the batches: the scorer runs on the first of them, and each of the others gets a replica. Images
-    of the same size share a batch. If the GPU's memory is not enough, the batch is halved. Neither changes a score.
-    `labels`, int64 [M], are the classes of these images. The shards hold the finished scores of an earlier run, which
-    continues with the rest, and new ones are added to them.
+    Attributes:
+        places: int64 [B], places of the images among those that are scored.
+        scores: float32 [B, L].
+        size: int64 [2], height and width of the images in pixels.
+    """
+
+    places: Tensor
+    scores: Tensor
+    size: Tensor
+
+
+@dataclass(frozen=True)
+class ScoreLoop:
+    """The loop that reads images and scores their patches.
+
+    Attributes:
+        source: dataset of the images.
+        index: int64 [M], positions of the images to score.
+        scorer: scorer on the first device; each other device gets a replica. Its target layer is known, see
+            `PatchScorer.replica`.
+        patch_size: side of a patch in pixels.
+        labels: int64 [M], classes of these images, or None.
+        devices: devices that share the batches.
+        batch_size: most images of a batch.
+        num_workers: number of loader processes.
+    """
+
+    source: ImageSource
+    index: Tensor
+    scorer: PatchScorer
+    patch_size: int
+    labels: Tensor | None = None
+    devices: Sequence[torch.device] = (torch.device("cpu"),)
+    batch_size: int = 64
+    num_workers: int = 0
+
+    def windows(self, missing: Tensor) -> list[list[int]]:
+        """Split places, int64 ascending, into the windows inside which images are batched.
+
+        No window crosses a multiple of its size, so images that are left out change the batches of no other window.
+        """
+        _, counts = torch.unique_consecutive(missing // (WINDOW_BATCHES * self.batch_size), return_counts=True)
+        return [part.tolist() for part in torch.split(missing, counts.tolist())]
+
+    def scored(self, missing: Tensor, numbers: Iterator[int]) -> Iterator[Scored]:
+        """Yield the batches of the numbered windows of the images at some places.
+
+        Raises:
+            SourceError: if an image cannot be read; it is raised as the source raised it.
+            PatchError: if scores are not finite, and the message names the sample; or if one image alone exceeds the
+                GPU's memory.
+        """
+        scorers = [self.scorer, *(self.scorer.replica(device) for device in self.devices[1:])]
+        replicas = [
+            (device, partial(self._score, one, device, HalvedBatches("saliency", PatchError)))
+            for device, one in zip(self.devices, scorers, strict=True)
+        ]
+        yield from run_in_order(replicas, self._batches(self.windows(missing), numbers))
+
+    def packed(self, missing: Tensor, numbers: Iterator[int]) -> Iterator[Arrays]:
+        """Yield what `scored` does as arrays, of which `unpacked` makes the same again."""
+        return ({name: part.numpy() for name, part in some._asdict().items()} for some in self.scored(missing, numbers))
+
+    def _batches(self, windows: list[list[int]], numbers: Iterator[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of the numbered windows: places int64 [B], and images [B, 3, H, W] of one size.
+
+        If a run continues without the images of the first batches, the other batches come out unchanged.
+        """
+        asked = deque[tuple[int, bool]]()
+
+        def places() -> Iterator[int]:
+            for number in numbers:
+                asked.extend((place, place == windows[number][-1]) for place in windows[number])
+                yield from windows[number]
+
+        images = Items(len(self.index), partial(_image, self.source, self.index))
+        waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+        for image in read_in_order(images, self.num_workers, numbers=places()):
+            place, ends_window = asked.popleft()
+            shape = tuple(image.shape)
+            waiting.setdefault(shape, []).append((place, image))
+            ready = [waiting.pop(shape)] if len(waiting[shape]) == self.batch_size else []
+            if ends_window:
+                ready += waiting.values()
+                waiting.clear()
+            for batch in ready:
+                yield torch.tensor([place for place, _ in batch]), torch.stack([image for _, image in batch])
+
+    def _score(
+        self, scorer: PatchScorer, device: torch.device, halved: HalvedBatches, batch: tuple[Tensor, Tensor]
+    ) -> Scored:
+        places, images = batch
+
+        def scores_of(images: Tensor, positions: Tensor, labels: Tensor | None) -> Tensor:
+            own = None if labels is None else labels.to(device)
+            return scorer.scores(images.to(device, non_blocking=True), own, positions, self.patch_size)
+
+        labels = None if self.labels is None else self.labels[places]
+        scores = halved.run(scores_of, images, self.index[places], labels).float().cpu()
+        if not bool(scores.isfinite().all()):
+            bad = int((~scores.isfinite().all(1)).nonzero()[0])
+            raise PatchError(
+                f"the saliency of sample {int(self.index[places[bad]])} is not finite: look at its pixels, or use "
+                'saliency="variance"'
+            )
+        return Scored(places, scores, torch.tensor(images.shape[2:]))
+
+
+def unpacked(arrays: Arrays) -> Scored:
+    """Return what `ScoreLoop.packed` made arrays of."""
+    return Scored(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
+def score_images(
+    loop: ScoreLoop, *, progress: bool = True, shards: Shards | None = None, sharing: Sharing | None = None
+) -> tuple[Tensor, Tensor]:
+    """Score every patch of the M images of a loop.
+
+    If the GPU's memory is not enough, a batch is halved; this does not change a score. The shards hold the finished
+    scores of an earlier run, which continues with the rest, and new ones are added to them. `sharing` is how windows of
+    batches are shared with other processes, which call `ScoreLoop.packed` with the arrays of the job.
 
     Returns:
         scores float32 [sum of L_i], image after image, and sizes int32 [M, 2], height and width of each image in
         pixels.
 
     Raises:
-        SourceError: if an image cannot be read; it is raised as the source raised it.
-        PatchError: if scores are not finite, and the message names the sample; or if one image alone exceeds the GPU's
-            memory.
+        SourceError: as `ScoreLoop.scored` raises it.
+        PatchError: as `ScoreLoop.scored` raises it.
     """
-    table = _Scores(len(index), patch_size, shards or Shards())
-    scorers = [scorer, *(scorer.replica(device) for device in devices[1:])]
-    replicas = [
-        (device, partial(_score, one, device, HalvedBatches("saliency", PatchError), index, labels, patch_size))
-        for device, one in zip(devices, scorers, strict=True)
-    ]
+    index, sharing = loop.index, sharing or Sharing()
+    table = _Scores(len(index), loop.patch_size, shards or Shards())
     with progress_bar(progress, total=len(index), unit="img", description="saliency") as bar:
-        missing = table.restore(made_from=hashlib.sha256(index.numpy().tobytes()).hexdigest())
-        bar.update(len(index) - len(missing))
-        images = Items(len(missing), partial(_image, source, index[missing]))
-        reads = zip(missing, read_in_order(images, num_workers), strict=True)
-        batches = _batches(reads, batch_size)
-        # All replicas use the target layer that the first batch decides.
-        for some in (run_in_order(replicas[:1], islice(batches, 1)), run_in_order(replicas, batches)):
-            for places, scores, size in some:
-                table.add(places, scores, size)
-                bar.update(len(places))
-    return torch.cat([torch.empty(0), *table.rows]), table.sizes
-
-
-def _score(
-    scorer: PatchScorer,
-    device: torch.device,
-    halved: HalvedBatches,
-    index: Tensor,
-    labels: Tensor | None,
-    patch_size: int,
-    batch: tuple[list[int], Tensor],
-) -> tuple[list[int], Tensor, tuple[int, int]]:
-    """Score a batch of images on one device; return places, scores float32 [B, L] and the size of the images."""
-    places, images = batch
-
-    def scores_of(images: Tensor, positions: Tensor, labels: Tensor | None) -> Tensor:
-        own = None if labels is None else labels.to(device)
-        return scorer.scores(images.to(device, non_blocking=True), own, positions, patch_size)
-
-    chosen = torch.tensor(places)
-    scores = halved.run(scores_of, images, index[chosen], None if labels is None else labels[chosen]).float().cpu()
-    if not bool(scores.isfinite().all()):
-        bad = int((~scores.isfinite().all(1)).nonzero()[0])
-        raise PatchError(
-            f"the saliency of sample {int(index[places[bad]])} is not finite: look at its pixels, or use "
-            'saliency="variance"'
+        missing = torch.tensor(
+            table.restore(made_from=hashlib.sha256(index.numpy().tobytes()).hexdigest()), dtype=torch.int64
         )
-    return places, scores, (images.shape[2], images.shape[3])
+        bar.update(len(index) - len(missing))
+        arrays = {"index": index.numpy(), "missing": missing.numpy()}
+        job = Job("saliency", {}, arrays, len(loop.windows(missing)), len(missing))
+        for some in sharing.share(job, partial(loop.scored, missing), unpacked, lambda some: len(some.places)):
+            table.add(some)
+            bar.update(len(some.places))
+    return torch.cat([torch.empty(0), *table.rows]), table.sizes
 
 
 class _Scores:
@@ -132,9 +206,10 @@ class _Scores:
                 self.rows[place] = row
         return [place for place, row in enumerate(self.rows) if not len(row)]
 
-    def add(self, places: list[int], scores: Tensor, size: tuple[int, int]) -> None:
-        self.sizes[places] = torch.tensor(size, dtype=torch.int32)
-        for place, row in zip(places, scores, strict=True):
+    def add(self, some: Scored) -> None:
+        places = some.places.tolist()
+        self.sizes[places] = some.size.to(torch.int32)
+        for place, row in zip(places, some.scores, strict=True):
             self.rows[place] = row
         self._to_keep += places
         if self._shards.is_due():
@@ -152,23 +227,3 @@ def split_scores(scores: Tensor, sizes: Tensor, patch_size: int) -> list[Tensor]
     """Split the concatenated scores that `score_images` returned, with sizes, into a view [L_i] for each image."""
     counts = [Grid(height, width, patch_size).num_patches for height, width in sizes.tolist()]
     return list(torch.split(scores, counts)) if counts else []
-
-
-def _batches(reads: Iterator[tuple[int, Tensor]], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
-    """Group images of one size into batches of at most `batch_size`; yield their places and images [B, 3, H, W].
-
-    If a run continues without the images of the first batches, the other batches come out unchanged, because the images
-    of a batch have waited equally long.
-    """
-    waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
-    held = 0
-    for place, image in reads:
-        alike = waiting.setdefault(tuple(image.shape), [])
-        alike.append((place, image))
-        held += 1
-        if len(alike) == batch_size or held > WAITING_BATCHES * batch_size:
-            ready = waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
-            held -= len(ready)
-            yield [place for place, _ in ready], torch.stack([image for _, image in ready])
-    for ready in waiting.values():
-        yield [place for place, _ in ready], torch.stack([image for _, image in ready])

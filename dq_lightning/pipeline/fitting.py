@@ -129,7 +129,9 @@ class PatchScores:
             # Shards are kept of the first selection, which later ones hardly differ from.
             shards = None if self._known else task.shards("saliency", part="saliency")
             some = Selection(new, torch.zeros(len(new), dtype=torch.int16))
-            scored, sizes = score_selection(plan, some, device=task.device, progress=task.progress, shards=shards)
+            scored, sizes = score_selection(
+                plan, some, device=task.device, progress=task.progress, shards=shards, sharing=task.sharing
+            )
             rows = split_scores(scored, sizes, patches_of(plan).patch_size)
             self._known |= dict(zip(new.tolist(), zip(rows, sizes, strict=True), strict=True))
         known = [self._known[i] for i in selection.index.tolist()]

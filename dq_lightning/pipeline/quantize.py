@@ -78,7 +78,7 @@ def quantize(
         on_error: short form of `config.on_error`; None uses the value of the config.
         progress: show progress bars.
         distributed: whether the ranks of a run (processes of one `torch.distributed` group, or started by torchrun or
-            srun) that call this function with the same arguments share the batches of features. `"auto"` does so
+            srun) that call this function with the same arguments share the batches of networks. `"auto"` does so
             wherever there are several, waits for none that does not come, and works alone if they cannot reach each
             other, which is an error with `"all"`. `"off"` works alone; ranks with a common cache then wait for the
             first. The result is that of one process, on devices of one kind with one number of threads.

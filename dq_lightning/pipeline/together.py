@@ -22,6 +22,7 @@ from dq_lightning.pipeline.build import Build
 from dq_lightning.pipeline.exchange import PART_BYTES, StoreLostError, find_store
 from dq_lightning.pipeline.extracting import help_features
 from dq_lightning.pipeline.meeting import Handler, Helper, Leader, LeaderLeftError, meet
+from dq_lightning.pipeline.scoring import help_scores
 
 Made = TypeVar("Made")
 Entry = tuple[str, dict[str, Any]]
@@ -96,7 +97,8 @@ def _digest(build: Build, targets: tuple[str, ...]) -> str:
 
 
 def _handlers(build: Build, sharing: Sharing) -> dict[str, Handler]:
-    return {"features": partial(help_features, build.plan, list(build.devices), sharing)}
+    given = build.plan, list(build.devices), sharing
+    return {"features": partial(help_features, *given), "saliency": partial(help_scores, *given)}
 
 
 def _files_of(cache: Cache, entry: Entry) -> Iterator[tuple[str, Arrays]]:

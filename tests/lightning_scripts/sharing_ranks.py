@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from dq_lightning import quantize
 from dq_lightning.cache import shards
 from dq_lightning.core.batching import HalvedBatches
+from dq_lightning.pipeline import meeting
 from tests.lightning_scripts.common import photos, to_tensor
 
 COUNT, BATCH_SIZE, SECONDS = 80, 4, 120.0
@@ -82,7 +84,7 @@ def before_of(scenario, folder):
         # every rank does four batches, or three where one fails in its third
         if (
             seen < (3 if scenario == "broken" else 4) * BATCH_SIZE
-            and scenario not in ("late", "only-one", "resumed")
+            and scenario not in ("late", "only-one", "resumed", "patches")
             and not os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") > "0"
         ):
             meet(folder, f"working-{seen}")
@@ -97,6 +99,36 @@ def before_of(scenario, folder):
             time.sleep(0.02)
 
     return before
+
+
+@contextmanager
+def every_rank_does_a_piece_of_each_job(folder):
+    real = meeting._claims
+
+    def claims(exchange, number, *given):
+        for done, piece in enumerate(real(exchange, number, *given)):
+            if not done:
+                meet(folder, f"job-{number}")
+            yield piece
+
+    meeting._claims = claims
+    try:
+        yield
+    finally:
+        meeting._claims = real
+
+
+def patches():
+    """Keyword arguments of a set of patches that are scored, packed and filled."""
+    from tests.lightning_scripts.patched_images import small_mae
+
+    settings = {
+        "selection": {"keep_ratio": 0.5},
+        "bins": {"num_bins": 2},
+        "features": {"batch_size": BATCH_SIZE, "num_workers": 0},
+        "patches": {"drop_ratio": 0.2, "batch_size": 2},
+    }
+    return {"config": settings, "classifier": (Edges(), to_tensor), "reconstructor": small_mae()}
 
 
 def run(scenario, folder):
@@ -121,9 +153,12 @@ def run(scenario, folder):
     started = time.monotonic()
     try:
         settings = {"features": {"batch_size": BATCH_SIZE, "num_workers": 0, "kind": "gradient"}, "store": "packed"}
-        info = quantize(
-            photos(COUNT, None), settings, encoder=(Edges(), to_tensor), cache_dir=root, device="cpu", progress=False
-        )
+        given = patches() if scenario.startswith("patches") else {"config": settings}
+        together = every_rank_does_a_piece_of_each_job(folder) if scenario == "patches" else nullcontext()
+        with together:
+            info = quantize(
+                photos(COUNT, None), encoder=(Edges(), to_tensor), cache_dir=root, device="cpu", progress=False, **given
+            )
         report = {"path": info.path, "hash": info.content_hash, "reused": info.reused}
     except Exception as error:
         report = {"error": f"{type(error).__name__}: {error}"}
