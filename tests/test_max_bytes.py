@@ -232,7 +232,7 @@ def test_rows_of_text(tmp_path, features, caplog):
     made(tmp_path, rows, QuantizeConfig(store="packed", features=features(400)))
     with caplog.at_level(logging.INFO, "dq_lightning"):
         info = made(tmp_path, rows, QuantizeConfig(max_bytes="40%", features=features(400)))
-    why = "keep_ratio changed (0.125 -> as many as fit), max_bytes changed (nothing -> 40%); reusing"
+    why = "keep_ratio changed (0.125 -> as many as fit), max_bytes changed (not set -> 40%); reusing"
     assert f"computing the compact set because {why}" in caplog.text
     assert info.bytes <= info.encoding["max_bytes"]
     assert 0 < info.num_samples < 200

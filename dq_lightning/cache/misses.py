@@ -82,7 +82,7 @@ def describe_change(station: str, wanted: dict[str, Any], existing: list[dict[st
 
 def _short(path: str, value: Any, missing: object) -> str:
     if value is missing:
-        return "0" if path == DROP_RATIO else "nothing"
+        return "0" if path == DROP_RATIO else "not set"
     if path == KEEP_RATIO and value is None:
         return "as many as fit"
     text = value if isinstance(value, str) else repr(value)

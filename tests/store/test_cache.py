@@ -223,10 +223,10 @@ def test_misses_are_explained_by_the_nearest_entry(tmp_path: Path) -> None:
     build(cache, {"source": "z", "config": {"num_bins": 3, "lam": 2.0}, "algorithm": 0})
     changed = {**PARTS, "config": {"num_bins": 5, "lam": 1.0}}
     assert cache.explain_miss("2-bins", changed) == "computing bins because config.num_bins changed (10 -> 5)"
-    assert cache.explain_miss("2-bins", {**PARTS, "more": 1}) == "computing bins because more changed (nothing -> 1)"
+    assert cache.explain_miss("2-bins", {**PARTS, "more": 1}) == "computing bins because more changed (not set -> 1)"
     assert "again" in cache.explain_miss("2-bins", PARTS)
     scored = {**PARTS, "draw": "auto", "draw_scores": "margin", "scores_version": 1}
-    assert cache.explain_miss("2-bins", scored) == "computing bins because draw changed (nothing -> auto)"
+    assert cache.explain_miss("2-bins", scored) == "computing bins because draw changed (not set -> auto)"
     versioned = {**PARTS, "scores_version": 1}
     assert "scores_version changed" in cache.explain_miss("2-bins", versioned)
     # the data first, and what comes with the patches in one word
