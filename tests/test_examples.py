@@ -48,6 +48,23 @@ def test_swap_in_trains_on_the_bundled_images(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size"), [("draw_bins.py", (5 * 68 - 4, 208 - 4)), ("draw_patches.py", (4 * 134 - 6, 264))]
+)
+def test_pictures_are_drawn(name, size, tmp_path):
+    from PIL import Image
+
+    options = (
+        ["--count", "5", "--classes", "cat", "--cache-dir", tmp_path] if name == "draw_bins.py" else ["--count", "2"]
+    )
+    assert "bytes" in run(name, "--output", str(tmp_path / "picture.png"), *map(str, options), cwd=tmp_path)
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 1000
+        assert abs(picture.width - size[0]) <= 8
+        assert abs(picture.height - size[1]) <= 8
+
+
+@pytest.mark.slow
 def test_make_sample_makes_the_bundled_file_again(cifar_root, tmp_path):
     import numpy as np
 
