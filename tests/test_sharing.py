@@ -1,6 +1,9 @@
 """Pieces of a loop give the same bytes whoever does them, in whichever order, also after an interruption."""
 
 import random
+import threading
+import time
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -10,17 +13,22 @@ import numpy as np
 import pytest
 import torch
 
-from dq_lightning.core.config import FeatureConfig
+from dq_lightning.core.config import FeatureConfig, PatchConfig
 from dq_lightning.core.errors import DistributedError
+from dq_lightning.core.isolation import isolated
 from dq_lightning.core.launch import Launch, find_launch
 from dq_lightning.core.records import Labels
-from dq_lightning.core.sharing import Job, Sharing
+from dq_lightning.core.sharing import Job, Sharing, in_order
 from dq_lightning.features import extract, text_loading
 from dq_lightning.features.choose import choose_encoder
 from dq_lightning.features.selection_training import with_selection_epochs
+from dq_lightning.packed.patches import pack_image
+from dq_lightning.packed.reader import PackedDataset
+from dq_lightning.packed.writer import write_packed
 from dq_lightning.patches import score
 from dq_lightning.patches.saliency import VarianceScorer
-from dq_lightning.pipeline import exchange, meeting, together
+from dq_lightning.pipeline import exchange, filling, meeting, together
+from dq_lightning.pipeline.patch_plan import make_patch_plan
 from tests.features.conftest import ListSource, TinyNetwork, random_images, to_float_tensor
 from tests.features.text_models import Texts, save_model
 from tests.store.calls import DueShards
@@ -122,6 +130,40 @@ def test_scores_of_patches():
         assert all(torch.equal(part, same) for part, same in zip(one, other, strict=True))
 
 
+def test_filled_images(tmp_path):
+    """Images of two shapes with unequal numbers of kept patches, and one that is stored whole."""
+    patches = make_patch_plan(PatchConfig(patch_size=4, drop_ratio=0.2, batch_size=1), (8, 8))
+    draw, samples = random.Random(0), []
+    for number, image in enumerate(random_images(30, side=8)):
+        image = image.crop((0, 0, 8, 6)) if number % 3 else image
+        mask = torch.tensor([draw.random() < 0.8 for _ in range(4)])
+        samples.append((image if number == 7 else pack_image(image, mask, 4, "raw"), number))
+    write_packed(
+        tmp_path / "store", [(sample, None) for sample in samples], ids=list(map(str, range(30))),
+        index=torch.arange(30), bins=torch.zeros(30, dtype=torch.int16), attributes={"image_place": [0]},
+    )  # fmt: skip
+    packed = PackedDataset(tmp_path / "store", patches="packed")
+
+    class Sent(Dealt):
+        def share(self, job, work, unpack, size):
+            with filling.help_filling(patches, tmp_path / "store", ["cpu"], job, iter([2, 0])) as results:
+                yield from map(unpack, results)
+            for number, filled in work(iter(range(job.pieces))):
+                if number not in (0, 2):
+                    yield number, filled
+
+    def fill(sharing, start=0):
+        with isolated():
+            items = filling.filled_items(
+                packed, (0,), patches, device="cpu", progress=False, start=start, sharing=sharing
+            )
+            return [(np.asarray(sample[0]).tobytes(), sample[1]) for sample, _ in items]
+
+    expected = fill(None)
+    assert fill(Sent(1)) == expected
+    assert fill(Dealt(0), start=16) == expected[16:]
+
+
 def test_an_encoder_that_is_trained_first_is_not_trained_by_each_rank():
     class Refused(Sharing):
         num_ranks = 2
@@ -199,6 +241,66 @@ def test_failure_of_a_helper_that_the_heartbeat_sees_first():
     job = Job("features", {}, {}, 2, 2)
     with pytest.raises(DistributedError, match="disk on fire"):
         list(leader.share(job, lambda numbers: numbers, dict, lambda result: 1))
+    leader.leave(None, holds_store=False)
+
+
+def test_results_in_order_of_a_slow_and_a_fast_rank():
+    """No rank is further ahead of what the leader has passed on than the job says."""
+    leader, helper = leader_and_helper()
+    job, passed, began = Job("numbers", {}, {}, 40, 40, ahead=2), [], []
+
+    def work(seconds, numbers):
+        for number in numbers:
+            began.append((number, len(passed)))
+            time.sleep(seconds)
+            yield number, number**2
+
+    @contextmanager
+    def handler(job, numbers):
+        yield ({"piece": np.array(one), "square": np.array(square)} for one, square in work(0.001, numbers))
+
+    thread = threading.Thread(target=helper.help, args=({"numbers": handler},))
+    thread.start()
+    unpack = lambda arrays: (int(arrays["piece"]), int(arrays["square"]))  # noqa: E731
+    for square in in_order(leader.share(job, partial(work, 0.02), unpack, lambda _: 1)):
+        passed.append(square)
+    leader._exchange.write("end", {"entries": []})
+    thread.join()
+    assert passed == [number**2 for number in range(40)]
+    # What the leader has but has not passed on yet adds to it.
+    assert max(number - before for number, before in began) <= 2 * 2 + 2
+    helper.leave(None, holds_store=False)
+    leader.leave(None, holds_store=False)
+
+
+def test_a_helper_that_hangs_while_its_heart_beats_ends_the_run(monkeypatch):
+    monkeypatch.setattr(meeting, "STALLED_SECONDS", 0.3)
+    leader, helper = leader_and_helper()
+    took, over = threading.Event(), threading.Event()
+
+    @contextmanager
+    def handler(job, numbers):
+        def hangs():
+            yield {"number": np.array(next(numbers))}
+            next(numbers)
+            took.set()
+            over.wait()
+
+        yield hangs()
+
+    thread = threading.Thread(target=helper.help, args=({"features": handler},))
+    thread.start()
+
+    def work(numbers):
+        took.wait()
+        yield from numbers
+
+    with pytest.raises(DistributedError, match=r"rank 1 took pieces of the features .* hangs"):
+        list(leader.share(Job("features", {}, {}, 5, 5), work, lambda arrays: arrays["number"], lambda _: 1))
+    leader._exchange.write("end", {"entries": []})
+    over.set()
+    thread.join()
+    helper.leave(None, holds_store=False)
     leader.leave(None, holds_store=False)
 
 

@@ -83,7 +83,7 @@ def test_every_stage_of_patches_is_shared(tmp_path):
     assert reports[0]["content"] == reports[1]["content"] == alone["content"]
     assert sum(report["seen"] for report in reports.values()) == alone["seen"]
     lines = [line for report in reports.values() for line in report["log"] if "other ranks did" in line]
-    assert [line.partition(":")[0] for line in lines] == ["features", "saliency"]
+    assert [line.partition(":")[0] for line in lines] == ["features", "saliency", "filling"]
     assert not any("other ranks did 0 " in line for line in lines)
 
 

@@ -1,6 +1,6 @@
 """Through this class a long loop shares its work with other processes that run the same program."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
@@ -29,6 +29,9 @@ class Job:
         arrays: arrays that the other ranks need.
         pieces: number of pieces. Each piece gives the same results whichever rank does it, and in whichever order.
         total: size of the results of all pieces together, such as their number of samples.
+        ahead: 0 if the results are wanted in any order. Else each piece gives one result, a pair that begins with the
+            number of the piece, of which the arrays have the number as `"piece"`; no rank begins a piece that is more
+            than `ahead` times the number of ranks behind the first whose result is missing. So `in_order` holds few.
     """
 
     name: str
@@ -36,6 +39,23 @@ class Job:
     arrays: Mapping[str, Array]
     pieces: int
     total: int
+    ahead: int = 0
+
+
+def in_order(results: Iterable[tuple[int, Result]]) -> Iterator[Result]:
+    """Yield results in the order of their numbers 0, 1, ..., each of which comes once.
+
+    Example:
+        >>> list(in_order([(1, "b"), (0, "a"), (2, "c")]))
+        ['a', 'b', 'c']
+    """
+    waiting: dict[int, Result] = {}
+    following = 0
+    for number, result in results:
+        waiting[number] = result
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
 
 
 class Sharing:

@@ -1,9 +1,10 @@
 """The step "filling": run the reconstructor over the samples of a store, so that their dropped patches are filled."""
 
 import copy
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dq_lightning.core.errors import PatchError, StoreError
 from dq_lightning.core.isolation import isolated, release_memory
 from dq_lightning.core.records import PatchedImage
 from dq_lightning.core.replicas import run_in_order
+from dq_lightning.core.sharing import Arrays, Job, Sharing, in_order
 from dq_lightning.packed.patches import image_leaf, unpack_image
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.packed.writer import Item, write_packed
@@ -33,6 +35,8 @@ from dq_lightning.sources.items import at, with_value
 # Number of batches of samples that are read before they are grouped: images of one size and number of patches share a
 # batch.
 WINDOW = 8
+# A rank may fill so many windows before the leader has written the earlier ones, which it holds in memory meanwhile.
+AHEAD = 2
 MEASURED_SAMPLES = 64
 
 
@@ -47,6 +51,7 @@ def make_filled(task: Task, compact: Compact) -> None:
         device=list(task.devices),
         progress=task.progress,
         shards=task.shards("filling"),
+        sharing=task.sharing,
     )
 
 
@@ -59,13 +64,15 @@ def write_filled(
     device: DeviceNames,
     progress: bool,
     shards: KeptShards,
+    sharing: Sharing | None = None,
 ) -> None:
     """Write the samples of a store of patches as a packed store of whole images, with the dropped patches filled.
 
     The images are written as raw pixels. They take more space on the disk and are read faster by the loader, and the
     folder can be removed and made again. The digest of the store (`PackedDataset.digest`) is part of this entry's key.
     All files of the store are compared with it, so that no other store can be filled under this key. The shards keep
-    finished samples, so that an interrupted run continues.
+    finished samples, so that an interrupted run continues. `sharing` is how windows of samples are shared with other
+    processes, which call `help_filling`.
 
     Raises:
         StoreError: the store is damaged, or its digest is another one.
@@ -79,7 +86,9 @@ def write_filled(
     with isolated():
         write_packed(
             folder,
-            lambda start: filled_items(samples, place, patches, device=device, progress=progress, start=start),
+            lambda start: filled_items(
+                samples, place, patches, device=device, progress=progress, start=start, sharing=sharing
+            ),
             ids=samples.ids,
             index=samples.index,
             bins=samples.bin,
@@ -98,6 +107,7 @@ def filled_items(
     device: DeviceNames,
     progress: bool,
     start: int = 0,
+    sharing: Sharing | None = None,
 ) -> Iterator[Item]:
     """Yield the samples of a packed store, which delivers `PatchedImage` objects, with the dropped patches filled.
 
@@ -107,35 +117,106 @@ def filled_items(
     `place` is the place of the image in a sample, and `start` the number of the first sample to fill. If it is a
     multiple of the window, `WINDOW * batch_size` samples, the batches are those of a run from the first sample.
     """
-    devices = resolve_devices(device)
     try:
-        filler = Filler(patches, str(devices[0]))
-        fillers = [filler, *(filler.replica(device) for device in devices[1:])]
-        replicas = [(one, partial(_fill_window, two, place)) for one, two in zip(devices, fillers, strict=True)]
-        rest = samples if start == 0 else map(samples.__getitem__, range(start, len(samples)))
+        windows = _Windows(samples, place, patches, resolve_devices(device), start)
+        job = Job("filling", {"store": samples.digest, "start": start}, {}, len(windows), len(windows), ahead=AHEAD)
+        filled_windows = (sharing or Sharing()).share(job, windows.filled, windows.unpacked, lambda _: 1)
         with progress_bar(progress, total=len(samples), unit="img", description="filling") as bar:
             bar.update(start)
-            for window, filled in run_in_order(replicas, _windows(rest, WINDOW * patches.config.batch_size)):
+            for window, filled in in_order(filled_windows):
                 for number, sample in enumerate(window):
                     if number in filled:
                         sample = with_value(sample, place, image_leaf(at(sample, place), filled[number]))
                     yield sample, None
                 bar.update(len(window))
-        del filler, fillers, replicas
+        del windows, filled_windows
     finally:
         release_memory()
 
 
-def _windows(samples: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    rest = iter(samples)
-    while window := list(islice(rest, size)):
-        yield window
+@contextmanager
+def help_filling(
+    patches: PatchPlan, store: Path, devices: list[str], job: Job, numbers: Iterator[int]
+) -> Iterator[Iterator[Arrays]]:
+    """Give some windows of filled images, in a `with` block, to a rank that fills the same store.
+
+    There are none if this process does not see the store, because its cache is on another disk.
+    """
+    try:
+        samples = PackedDataset(store, patches="packed")
+        samples.require(job.facts["store"])
+    except StoreError:
+        yield iter(())
+        return
+    try:
+        with isolated():
+            windows = _Windows(samples, stored_place(samples), patches, resolve_devices(devices), job.facts["start"])
+            yield map(windows.packed, windows.filled(numbers))
+            del windows
+    finally:
+        release_memory()
+
+
+# A window, and the filled images of its samples by their number in it.
+_Filled = tuple[list[Any], dict[int, np.ndarray[Any, Any]]]
+
+
+class _Windows:
+    """The samples of a store from number `start` on, in windows that are filled one by one."""
+
+    def __init__(
+        self,
+        samples: PackedDataset,
+        place: tuple[str | int, ...],
+        patches: PatchPlan,
+        devices: list[torch.device],
+        start: int,
+    ) -> None:
+        self._samples, self._place, self._start = samples, place, start
+        self._size = WINDOW * patches.config.batch_size
+        filler = Filler(patches, str(devices[0]))
+        fillers = [filler, *(filler.replica(device) for device in devices[1:])]
+        self._replicas = [(one, partial(_fill_window, two, place)) for one, two in zip(devices, fillers, strict=True)]
+
+    def __len__(self) -> int:
+        return -(-(len(self._samples) - self._start) // self._size)
+
+    def _window(self, number: int) -> list[Any]:
+        first = self._start + number * self._size
+        return [self._samples[i] for i in range(first, min(first + self._size, len(self._samples)))]
+
+    def filled(self, numbers: Iterator[int]) -> Iterator[tuple[int, _Filled]]:
+        """Yield the numbered windows with their filled images, after their numbers."""
+        yield from run_in_order(self._replicas, ((number, self._window(number)) for number in numbers))
+
+    def packed(self, result: tuple[int, _Filled]) -> Arrays:
+        """Return the filled images as arrays, without the samples."""
+        number, (_, filled) = result
+        pixels = [image.reshape(-1) for image in filled.values()]
+        return {
+            "piece": np.array(number),
+            "numbers": np.array(list(filled), np.int64),
+            "pixels": np.concatenate([np.empty(0, np.uint8), *pixels]),
+        }
+
+    def unpacked(self, arrays: Arrays) -> tuple[int, _Filled]:
+        """Return what `packed` made arrays of."""
+        number, filled, end = int(arrays["piece"]), dict[int, np.ndarray[Any, Any]](), 0
+        window = self._window(number)
+        for one in arrays["numbers"].tolist():
+            image = stored_image(window[one], self._place)
+            assert isinstance(image, PatchedImage)
+            shape = (image.height, image.width, len(image.mode))
+            begin, end = end, end + math.prod(shape)
+            filled[one] = arrays["pixels"][begin:end].reshape(shape)
+        return number, (window, filled)
 
 
 def _fill_window(
-    filler: "Filler", place: tuple[str | int, ...], window: list[Any]
-) -> tuple[list[Any], dict[int, np.ndarray[Any, Any]]]:
-    return window, filler.pixels(window, place)
+    filler: "Filler", place: tuple[str | int, ...], numbered: tuple[int, list[Any]]
+) -> tuple[int, _Filled]:
+    number, window = numbered
+    return number, (window, filler.pixels(window, place))
 
 
 def stored_place(samples: PackedDataset) -> tuple[str | int, ...]:

@@ -12,6 +12,8 @@ A meeting has a name, so ranks that make something else meet elsewhere. Below it
     left/N                    empty text, or why the helper failed
     jobs, job/J               number of jobs so far, and job J
     next/J                    number of the pieces of job J that were taken
+    first/J                   number of its first piece whose result is missing, where results are wanted in order
+    at/N                      number of the job that helper N works on
     sent/N, result/N/R        number of the results of helper N so far, and result R, which the leader removes
     taken/N                   number of these that the leader has read
     asked/N, file/N/R         number of the entries that the helper has asked for, and their files
@@ -20,9 +22,10 @@ A meeting has a name, so ranks that make something else meet elsewhere. Below it
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import DistributedError
@@ -36,6 +39,8 @@ MAX_UNREAD = 32
 IDLE_SECONDS = 0.1
 # Each rank takes about so many times new numbers of pieces in a job. Consecutive pieces are faster to read.
 CLAIMS_PER_JOB, MAX_CLAIM = 16, 32
+# A leader that waits for results gives up after so long, or after so many times the longest time that one took.
+STALLED_SECONDS, STALLED_TIMES = 600.0, 20.0
 
 Handler = Callable[[Job, Iterator[int]], AbstractContextManager[Iterator[Arrays]]]
 
@@ -74,16 +79,35 @@ def _cause(error: BaseException, rank: int) -> str:
     return f"rank {rank} failed while making the compact set: {type(error).__name__}: {error}"
 
 
-def _claims(exchange: Exchange, number: int, pieces: int, num_ranks: int, check: Callable[[], None]) -> Iterator[int]:
-    """Yield numbers of pieces of a job that no other rank has taken, as long as there are any."""
-    size = max(1, min(MAX_CLAIM, pieces // (CLAIMS_PER_JOB * num_ranks)))
+def _claims(
+    exchange: Exchange,
+    number: int,
+    job: Job,
+    num_ranks: int,
+    check: Callable[[], None],
+    receive: Callable[[], object] = list,
+) -> Iterator[int]:
+    """Yield numbers of pieces of a job that no other rank has taken, as long as there are any.
+
+    `receive` is called while this rank waits, because it may not yet begin the piece that it has taken.
+    """
+    size = max(1, min(MAX_CLAIM, job.pieces // (CLAIMS_PER_JOB * num_ranks))) if not job.ahead else 1
+    held = set[int]()
     while True:
         check()
         start = exchange.raise_count(f"next/{number}", size) - size
-        if start >= pieces:
+        if start >= job.pieces:
             return
-        for piece in range(start, min(start + size, pieces)):
+        for piece in range(start, min(start + size, job.pieces)):
             check()
+            # Who waits cannot give the results that are ready, so the rank that has the first missing piece goes on.
+            while job.ahead and (first := exchange.count(f"first/{number}")) + job.ahead * num_ranks <= piece:
+                if first in held:
+                    break
+                check()
+                receive()
+                time.sleep(POLL_SECONDS)
+            held.add(piece)
             yield piece
 
 
@@ -110,6 +134,8 @@ class Leader(Sharing):
         self.has_helpers = False
         self._exchange, self._jobs = exchange, 0
         self._read: dict[int, int] = {}
+        # When the last result came, in seconds of the monotonic clock, and the longest time between two.
+        self._last_result, self._longest = 0.0, 0.0
         self._left: set[int] = set()
         self._pulse = Pulse(exchange, "beat/leader", lambda: [f"beat/{number}" for number in self._present()])
         self._pulse.on_failure = self._end_all
@@ -148,30 +174,66 @@ class Leader(Sharing):
         """See `Sharing.share`."""
         if not job.pieces:
             return
-        number, done, by_others = self._jobs, 0, 0
+        number, done, by_others, first = self._jobs, 0, 0, 0
         self._jobs += 1
-        facts = {"name": job.name, "facts": dict(job.facts), "pieces": job.pieces, "total": job.total}
+        facts = {
+            "name": job.name,
+            "facts": dict(job.facts),
+            "pieces": job.pieces,
+            "total": job.total,
+            "ahead": job.ahead,
+        }
         self._exchange.send(f"job/{number}", facts, job.arrays)
         self._exchange.raise_count("jobs")
-        for result in work(_claims(self._exchange, number, job.pieces, self.num_ranks, self.check)):
+        self._last_result, self._longest = time.monotonic(), 0.0
+        arrived, missing = deque[Result](), set(range(job.pieces)) if job.ahead else set[int]()
+
+        def count(result: Result) -> Result:
+            nonlocal done, first
             done += size(result)
-            yield result
+            now = time.monotonic()
+            self._longest, self._last_result = max(self._longest, now - self._last_result), now
+            if job.ahead:
+                missing.discard(cast(tuple[int, Any], result)[0])
+                before = first
+                while first < job.pieces and first not in missing:
+                    first += 1
+                self._exchange.raise_count(f"first/{number}", first - before)
+            return result
+
+        def receive() -> None:
+            nonlocal by_others
+            self._check_stalled(number, job)
             for arrays in self._arrived():
-                other = unpack(arrays)
-                done += size(other)
-                by_others += size(other)
-                yield other
-        while done < job.total:
+                arrived.append(count(unpack(arrays)))
+                by_others += size(arrived[-1])
+
+        for result in work(_claims(self._exchange, number, job, self.num_ranks, self.check, receive)):
+            yield count(result)
+            receive()
+            while arrived:
+                yield arrived.popleft()
+        while done < job.total or arrived:
             self.check()
-            waits = True
-            for arrays in self._arrived():
-                other, waits = unpack(arrays), False
-                done += size(other)
-                by_others += size(other)
-                yield other
-            if waits:
+            if not arrived:
+                receive()
+            if not arrived:
                 time.sleep(POLL_SECONDS)
+            while arrived:
+                yield arrived.popleft()
         get_logger().info(f"{job.name}: other ranks did {by_others:,} of {job.total:,}")
+
+    def _check_stalled(self, number: int, job: Job) -> None:
+        """Raise an error if no result has come for so long that the helpers must hang, although their hearts beat."""
+        waited = time.monotonic() - self._last_result
+        if waited > max(STALLED_SECONDS, STALLED_TIMES * self._longest):
+            at_work = [one for one in self._present() if self._exchange.read(f"at/{one}") == number]
+            ranks = [str((self._exchange.read(f"beat/{one}/who") or {}).get("rank")) for one in at_work]
+            raise DistributedError(
+                f"rank {', '.join(ranks) or '?'} took pieces of the {job.name} and has given no result for {waited:.0f} s, "
+                f"although its process lives (the longest so far was {self._longest:.0f} s). It hangs: look where with "
+                '"py-spy dump --pid PID", and start again; finished work was kept'
+            )
 
     def _arrived(self) -> Iterator[Arrays]:
         """Yield what helpers have sent meanwhile; the error of one that failed is raised."""
@@ -199,17 +261,26 @@ class Leader(Sharing):
         # The work is done, so a helper that dies now only ends the wait for it.
         self._pulse.on_failure = lambda cause: None
         asked: dict[int, int] = {}
+        seen, since = list[int](), time.monotonic()
         while (present := self._present()) and self._pulse.failure is None:
             for number in present:
                 for request in range(asked.get(number, 0), self._exchange.count(f"asked/{number}")):
                     asked[number] = request + 1
                     self._send_files(number, serve(entries[self._exchange.read(f"asked/{number}/{request}")]))
+            signs = [self._exchange.count(f"{name}/{number}") for number in present for name in ("asked", "got")]
+            if signs != seen:
+                seen, since = signs, time.monotonic()
+            if time.monotonic() - since > STALLED_SECONDS:
+                get_logger().warning(f"{len(present)} other ranks do not take what was made, so this one leaves")
+                return
             time.sleep(POLL_SECONDS)
 
     def _send_files(self, number: int, files: Iterator[tuple[str, Arrays]]) -> None:
         for name, content in files:
+            since = time.monotonic()
             while self._exchange.count(f"files/{number}") - self._exchange.count(f"got/{number}") >= MAX_UNREAD:
-                if self._pulse.failure is not None or number not in self._present():
+                stalled = time.monotonic() - since > STALLED_SECONDS
+                if stalled or self._pulse.failure is not None or number not in self._present():
                     return
                 time.sleep(POLL_SECONDS)
             sent = self._exchange.count(f"files/{number}")
@@ -286,17 +357,19 @@ class Helper:
         received = self._exchange.receive(f"job/{number}", keep=True)
         assert received is not None
         facts, arrays = received
-        job = Job(facts["name"], facts["facts"], arrays, facts["pieces"], facts["total"])
+        job = Job(facts["name"], facts["facts"], arrays, facts["pieces"], facts["total"], facts["ahead"])
         if self._exchange.count(f"next/{number}") >= job.pieces or job.name not in handlers:
             return
-        claims = _claims(self._exchange, number, job.pieces, self.launch.num_ranks, self.check)
+        self._exchange.write(f"at/{self._number}", number)
+        claims = _claims(self._exchange, number, job, self.launch.num_ranks, self.check)
         with handlers[job.name](job, claims) as results:
             for result in results:
-                while self._sent - self._exchange.count(f"taken/{self._number}") >= MAX_UNREAD:
+                while self._sent - self._exchange.count(f"taken/{self._number}") >= (job.ahead or MAX_UNREAD):
                     self.check()
                     time.sleep(POLL_SECONDS)
                 self._exchange.send(f"result/{self._number}/{self._sent}", {}, result)
                 self._sent = self._exchange.raise_count(f"sent/{self._number}")
+        self._exchange.write(f"at/{self._number}", None)
 
     def files(self, entry: int) -> Iterator[tuple[str, Arrays]]:
         """Yield the files of one of the entries that `help` returned, by its place, each in pieces: name and bytes.

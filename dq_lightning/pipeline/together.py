@@ -21,7 +21,9 @@ from dq_lightning.core.sharing import Arrays, Distributed, Sharing
 from dq_lightning.pipeline.build import Build
 from dq_lightning.pipeline.exchange import PART_BYTES, StoreLostError, find_store
 from dq_lightning.pipeline.extracting import help_features
+from dq_lightning.pipeline.filling import help_filling
 from dq_lightning.pipeline.meeting import Handler, Helper, Leader, LeaderLeftError, meet
+from dq_lightning.pipeline.plan import STORE
 from dq_lightning.pipeline.scoring import help_scores
 
 Made = TypeVar("Made")
@@ -97,8 +99,12 @@ def _digest(build: Build, targets: tuple[str, ...]) -> str:
 
 
 def _handlers(build: Build, sharing: Sharing) -> dict[str, Handler]:
-    given = build.plan, list(build.devices), sharing
-    return {"features": partial(help_features, *given), "saliency": partial(help_scores, *given)}
+    plan, devices = build.plan, list(build.devices)
+    handlers: dict[str, Handler] = {"features": partial(help_features, plan, devices, sharing)}
+    if plan.patches is not None:
+        handlers["saliency"] = partial(help_scores, plan, devices, sharing)
+        handlers["filling"] = partial(help_filling, plan.patches, build.cache.place(STORE, build.parts[STORE]), devices)
+    return handlers
 
 
 def _files_of(cache: Cache, entry: Entry) -> Iterator[tuple[str, Arrays]]:
