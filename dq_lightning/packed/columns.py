@@ -12,7 +12,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 from PIL import Image
@@ -157,14 +157,24 @@ def stream_leaf(image: PatchedImage) -> Leaf:
     return Leaf(STREAM_KIND, f"{image.mode}/{image.layout}/{image.codec}", (image.patch_size,))
 
 
-def fits(value: Any, leaf: Leaf, raw_images: bool = False) -> bool:
-    """Return whether a value can be stored as this leaf."""
+def leaf_test(leaf: Leaf, raw_images: bool = False) -> Callable[[Any], bool]:
+    """Return a function that tells whether a value can be stored as this leaf."""
     if leaf.kind == STREAM_KIND:
-        alike = isinstance(value, PatchedImage) and stream_leaf(value) == leaf
-        return alike and len(value.properties) <= MAX_PROPERTIES_BYTES
-    if isinstance(value, StoredImage) and len(value.properties or b"") > MAX_PROPERTIES_BYTES:
-        return False
-    return leaf.kind != VALUE_KIND and describe_leaf(value, raw_images) == leaf
+        return lambda value: (
+            isinstance(value, PatchedImage)
+            and stream_leaf(value) == leaf
+            and len(value.properties) <= MAX_PROPERTIES_BYTES
+        )
+    if leaf.kind == FILE_KIND:
+        decoder, layout, is_beside = file_facts(leaf.dtype)
+        return lambda value: (
+            isinstance(value, StoredImage)
+            and (value.decoder, value.layout, value.properties is not None) == (decoder, layout, is_beside)
+            and len(value.properties or b"") <= MAX_PROPERTIES_BYTES
+        )
+    if leaf.kind == "int":
+        return lambda value: type(value) is int and -(1 << 63) <= value < 1 << 63
+    return lambda value: leaf.kind != VALUE_KIND and describe_leaf(value, raw_images) == leaf
 
 
 def file_facts(dtype: str) -> tuple[str, str, bool]:
@@ -184,18 +194,17 @@ def _mask_bytes(leaf: Leaf) -> int:
     return -(-Grid(height, width, patch_size).num_patches // 8)
 
 
-def leaf_bytes(value: Any, leaf: Leaf) -> bytes:
-    """Return the bytes of one sample in the column."""
+def leaf_writer(leaf: Leaf) -> Callable[[Any], bytes]:
+    """Return a function that converts a value that fits the leaf to the bytes of one sample in the column."""
     if leaf.kind == "patches":
-        return bytes(value.mask + value.data)
+        return lambda value: bytes(value.mask + value.data)
     if leaf.kind in ("bool", "int", "float"):
-        return struct.pack({"bool": "<?", "int": "<q", "float": "<d"}[leaf.kind], value)
+        return struct.Struct({"bool": "<?", "int": "<q", "float": "<d"}[leaf.kind]).pack
     if leaf.kind == "tensor":
-        return tensor_bytes(value)
+        return tensor_bytes
     if leaf.kind == "image":
-        pixels: bytes = value.tobytes()
-        return pixels
-    return array_bytes(value) if leaf.kind in ("scalar", "array") else b""
+        return lambda value: cast(bytes, value.tobytes())
+    return array_bytes if leaf.kind in ("scalar", "array") else lambda value: b""
 
 
 def leaf_reader(leaf: Leaf) -> Callable[[Any], Any]:
@@ -258,7 +267,7 @@ def plan(samples: Sequence[Any], raw_images: bool = False) -> tuple[Tree, list[L
         if leaf.kind == STREAM_KIND:
             leaf = replace(leaf, shared=shared_heads(values))
         if leaf.kind == FILE_KIND:
-            leaf = replace(leaf, starts=shared_starts([value for value in values if fits(value, leaf)]))
+            leaf = replace(leaf, starts=shared_starts(list(filter(leaf_test(leaf), values))))
         leaves.append(leaf)
         return Tree("leaf", len(leaves) - 1)
 

@@ -54,6 +54,18 @@ def split_file(data: bytes) -> tuple[bytes, bytes]:
     return b"", data
 
 
+def split_like(data: bytes, starts: tuple[Start, ...]) -> tuple[bytes, bytes]:
+    """Do what `split_file` does, without parsing a JPEG that has the beginning of one of the starts.
+
+    A file that begins with the whole head of another JPEG has the same head.
+    """
+    if data.startswith(_JPEG_START) and data.endswith(_JPEG_END):
+        for _, beginning in starts:
+            if beginning and data.startswith(beginning) and len(data) >= len(beginning) + len(_JPEG_END):
+                return beginning, data[len(beginning) : -len(_JPEG_END)]
+    return split_file(data)
+
+
 def join_file(beginning: bytes, rest: bytes) -> bytes:
     """Put the two parts of a file together that `split_file` returned."""
     if beginning.startswith(_JPEG_START):
@@ -77,8 +89,11 @@ def shared_starts(images: Sequence[StoredImage]) -> tuple[Start, ...]:
 
 def write_file(image: StoredImage, starts: tuple[Start, ...]) -> bytes:
     """Encode the file and the properties of an image; store.json holds everything else about it."""
-    beginning, rest = split_file(image.data)
-    properties = image.properties or b""
+    return write_parts(image.properties or b"", *split_like(image.data, starts), starts)
+
+
+def write_parts(properties: bytes, beginning: bytes, rest: bytes, starts: tuple[Start, ...]) -> bytes:
+    """Do what `write_file` does, for the properties and the two parts of a file."""
     number = _numbers(starts).get((properties, beginning), 0)
     if number:
         return uvarint(number) + rest

@@ -1,7 +1,7 @@
 """Saves packed samples in shards while a store is written, so that a killed run can continue."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,31 +30,35 @@ class UnsavedSamples:
         self._columns: dict[int, bytearray] = {}
         self._values = bytearray()
         self._lengths: list[int] = []
+        self._size = 0
 
-    def add(self, rows: Sequence[bytes], value: bytes, facts: Callable[[], dict[str, Any]]) -> None:
-        """Add a sample, its bytes in each column and in values.bin, and save a shard if one is due.
-
-        `facts` returns the layout of all samples so far, as plain JSON.
-        """
+    def add(self, columns: dict[int, bytes], values: bytes, lengths: list[int]) -> None:
+        """Add samples: their bytes in each column, in order, and those in values.bin with the length of each."""
         if self._shards is None:
             return
-        for number, row in enumerate(rows):
-            if row:
-                self._columns.setdefault(number, bytearray()).extend(row)
-        self._values += value
-        self._lengths.append(len(value))
-        if len(self._lengths) % self._grain:
-            return
-        size = len(self._values) + sum(map(len, self._columns.values()))
-        if size >= MAX_BYTES or self._shards.is_due():
-            arrays = {
-                "facts": np.frombuffer(files.canonical_json(facts()).encode(), np.uint8),
-                "lengths": np.array(self._lengths, "<i8"),
-                "values": np.frombuffer(self._values, np.uint8),
-            }
-            arrays |= {f"column-{number}": np.frombuffer(rows, np.uint8) for number, rows in self._columns.items()}
-            self._shards.keep(len(self._lengths), arrays)
-            self._clear()
+        for number, rows in columns.items():
+            self._columns.setdefault(number, bytearray()).extend(rows)
+        self._values += values
+        self._lengths += lengths
+        self._size += len(values) + sum(map(len, columns.values()))
+
+    def is_due(self, more: int) -> bool:
+        """Return whether a shard is to be saved once so many more samples are added. This call is cheap."""
+        if self._shards is None or (len(self._lengths) + more) % self._grain:
+            return False
+        return self._size >= MAX_BYTES or self._shards.is_due()
+
+    def keep(self, facts: dict[str, Any]) -> None:
+        """Save the samples in a shard; `facts` is the layout of all samples so far, as plain JSON."""
+        assert self._shards is not None
+        arrays = {
+            "facts": np.frombuffer(files.canonical_json(facts).encode(), np.uint8),
+            "lengths": np.array(self._lengths, "<i8"),
+            "values": np.frombuffer(self._values, np.uint8),
+        }
+        arrays |= {f"column-{number}": np.frombuffer(rows, np.uint8) for number, rows in self._columns.items()}
+        self._shards.keep(len(self._lengths), arrays)
+        self._clear()
 
 
 def facts_of(piece: dict[str, Array]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ MAX_PROPERTIES_BYTES = 1 << 20
 # Bytes of signature, size and format. The head of a JPEG has no fixed length: it ends where the scan begins.
 _HEAD_BYTES = {"raw": 0, "png": 41, "webp": 30}
 _START_OF_SCAN = 0xDA
+_ONE_BYTE = tuple(bytes((number,)) for number in range(0x80))
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)
 # The other markers from C0 to CF stand for tables, not for frames.
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -193,6 +194,8 @@ def uvarint(number: int) -> bytes:
     >>> list(uvarint(300))
     [172, 2]
     """
+    if number < len(_ONE_BYTE):
+        return _ONE_BYTE[number]
     out = bytearray()
     while number > 0x7F:
         out.append(number & 0x7F | 0x80)

@@ -45,7 +45,13 @@ from dq_lightning.packed.patch_stream import read_stream, take_streams
 from dq_lightning.packed.patches import map_patched, mean_filled, patched_images
 from dq_lightning.packed.small_arrays import SmallArrays, small_from_bytes
 from dq_lightning.packed.trees import tree_builder, tree_from_json
-from dq_lightning.packed.values import BYTES_PER_PIXEL, check_decoded_size, decode_value, most_decoded_bytes
+from dq_lightning.packed.values import (
+    BYTES_PER_PIXEL,
+    check_decoded_size,
+    decode_value,
+    most_decoded_bytes,
+    patched_bytes,
+)
 from dq_lightning.packed.whole_images import FileReader
 from dq_lightning.packed.writer import SMALL_FILE, STORE_FILE, VERSION_SQUEEZED, holds_patches
 
@@ -270,7 +276,7 @@ class PackedDataset(Dataset[Any]):
         alone = 0 < len(self._batched) == len(ready) and not len(value)
         if self.has_patches and self.patches == "mean" and not alone:
             try:
-                check_decoded_size(patched_images(sample), sum(map(len, rows)) + len(value))
+                check_decoded_size(patched_bytes(patched_images(sample)), sum(map(len, rows)) + len(value))
                 sample = map_patched(sample, mean_filled)
             except DECODING_ERRORS as error:
                 raise self._unusable(f"the patches of sample {at} ({self.ids[at]}): {error}") from error

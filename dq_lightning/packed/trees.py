@@ -3,8 +3,9 @@
 The code is pure: it reads and writes no files.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from dq_lightning.core.errors import StoreError
@@ -26,6 +27,12 @@ class Tree:
     leaf: int = -1
     keys: tuple[str, ...] = ()
     children: tuple["Tree", ...] = field(default=())
+
+    @cached_property
+    def is_flat(self) -> bool:
+        """Whether a sample is a tuple of its leaves, in order, as most samples are."""
+        numbers = [child.leaf for child in self.children]
+        return self.kind == "tuple" and numbers == list(range(len(numbers)))
 
 
 def container(value: Any) -> str | None:
@@ -54,8 +61,10 @@ def map_leaves(sample: Any, change: Callable[[Any], Any]) -> Any:
     return change(sample)
 
 
-def leaves_of(sample: Any, tree: Tree) -> Iterator[Any] | None:
+def leaves_of(sample: Any, tree: Tree) -> Sequence[Any] | None:
     """Return the leaves of a sample in order, or None if the sample does not have the shape of this tree."""
+    if tree.is_flat:
+        return sample if type(sample) is tuple and len(sample) == len(tree.children) else None
     found: list[Any] = []
 
     def walk(value: Any, node: Tree) -> bool:
@@ -67,16 +76,12 @@ def leaves_of(sample: Any, tree: Tree) -> Iterator[Any] | None:
         inner = node.keys if node.kind == "dict" else range(len(value))
         return all(walk(value[key], child) for key, child in zip(inner, node.children, strict=True))
 
-    return iter(found) if walk(sample, tree) else None
+    return found if walk(sample, tree) else None
 
 
 def tree_builder(root: Tree) -> Callable[[list[Any]], Any]:
     """Return a function that makes a sample from the list of all its leaves."""
-    # Most samples are flat tuples, which are built without recursion.
-    if root.kind == "tuple" and all(child.kind == "leaf" for child in root.children):
-        numbers = [child.leaf for child in root.children]
-        return tuple if numbers == list(range(len(numbers))) else lambda values: tuple(values[i] for i in numbers)
-    return _subtree_builder(root)
+    return tuple if root.is_flat else _subtree_builder(root)
 
 
 def _subtree_builder(node: Tree) -> Callable[[list[Any]], Any]:

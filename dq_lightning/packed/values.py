@@ -86,18 +86,17 @@ def most_decoded_bytes(stored_bytes: int) -> int:
     return ALWAYS_DECODED_BYTES + DECODED_PER_STORED * stored_bytes
 
 
-def check_decoded_size(images: Sequence[PatchedImage | StoredImage], stored_bytes: int) -> None:
-    """Check that patched images, or image files, of one sample take no more memory than its stored bytes allow.
+def patched_bytes(images: Sequence[PatchedImage]) -> int:
+    """Return how many bytes of memory the pixels of patched images take."""
+    return sum(image.height * image.width * CHANNELS[image.mode] for image in images)
+
+
+def check_decoded_size(size: int, stored_bytes: int) -> None:
+    """Check that the images of one sample take no more memory than its stored bytes allow.
 
     Raises:
-        StoreError: if the decoded images would take more than `most_decoded_bytes(stored_bytes)`.
+        StoreError: if `size`, the bytes of the decoded images, is more than `most_decoded_bytes(stored_bytes)`.
     """
-    size = sum(
-        memory_bytes(image.data)
-        if isinstance(image, StoredImage)
-        else image.height * image.width * CHANNELS[image.mode]
-        for image in images
-    )
     if size > most_decoded_bytes(stored_bytes):
         raise _too_large(size, stored_bytes)
 

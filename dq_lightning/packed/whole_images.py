@@ -5,6 +5,7 @@ The code reads the disk only to take the file that an image was opened from, see
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,22 @@ from PIL import Image
 from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import CHANNELS, EncodedImage, StoredImage
 from dq_lightning.packed.columns import VALUE_KIND, Leaf, describe_leaf, file_facts
-from dq_lightning.packed.file_stream import Start, join_file, read_file
-from dq_lightning.packed.images import MAX_PIXELS, decode_image, decode_plain_jpeg, encode_image, without_properties
+from dq_lightning.packed.file_stream import Start, join_file, read_file, split_like, write_parts
+from dq_lightning.packed.images import (
+    MAX_PIXELS,
+    decode_image,
+    decode_plain_jpeg,
+    encode_image,
+    memory_bytes,
+    without_properties,
+)
 from dq_lightning.packed.layouts import leaf_of
 from dq_lightning.packed.patch_stream import jpeg_head
 from dq_lightning.packed.trees import container, map_leaves
-from dq_lightning.packed.values import MAX_DEPTH, encode_properties, properties_setter
+from dq_lightning.packed.values import BYTES_PER_PIXEL, MAX_DEPTH, encode_properties, properties_setter
 
 SetProperties = Callable[[Image.Image], None]
+_MAY_HOLD_IMAGES = (Image.Image, tuple, list, dict)
 
 
 def with_files(sample: Any, encoded: EncodedImage | None, raw_images: bool = False, every: bool = False) -> Any:
@@ -33,6 +42,8 @@ def with_files(sample: Any, encoded: EncodedImage | None, raw_images: bool = Fal
     Raises:
         StoreError: an image cannot be stored unchanged; the message names its place.
     """
+    if type(sample) is tuple and not any(isinstance(value, _MAY_HOLD_IMAGES) for value in sample):
+        return sample
     # The original file belongs to the first image, whether that image needs it or not.
     originals = [encoded]
 
@@ -60,9 +71,27 @@ def without_array_files(sample: Any) -> Any:
         if not isinstance(leaf, StoredImage) or leaf.layout == "pil":
             return leaf
         give = None if leaf.properties is None else properties_setter(leaf.properties)
-        return _decode(leaf.data, leaf.decoder, leaf.layout, give, MAX_PIXELS)
+        return _decode(leaf.data, leaf.decoder, leaf.layout, give, MAX_PIXELS, jpeg_head(leaf.data)[1])
 
     return map_leaves(sample, decoded)
+
+
+def write_image(image: StoredImage, starts: tuple[Start, ...]) -> tuple[bytes, int]:
+    """Encode an image file for a column; return the bytes, and how many bytes of memory the decoded image takes.
+
+    Raises:
+        StoreError: if the file is no image of an allowed format.
+    """
+    beginning, rest = split_like(image.data, starts)
+    height, width, _ = _frame(beginning)
+    data = write_parts(image.properties or b"", beginning, rest, starts)
+    return data, BYTES_PER_PIXEL * height * width or memory_bytes(image.data)
+
+
+@lru_cache(maxsize=64)
+def _frame(head: bytes) -> tuple[int, int, int]:
+    """Return (height, width, components) of a JPEG from its head; all are 0 for the beginning of any other file."""
+    return jpeg_head(head)[1]
 
 
 class FileReader:
@@ -85,15 +114,17 @@ class FileReader:
             give = self.give.get(properties) or properties_setter(properties)
         elif properties:
             raise StoreError("a stored image has format and info beside a file that holds them itself")
-        image = _decode(join_file(beginning, rest), self.decoder, self.layout, give, max_pixels)
+        image = _decode(join_file(beginning, rest), self.decoder, self.layout, give, max_pixels, _frame(beginning))
         size = image.size if self.layout == "pil" else image.shape
         return image, math.prod(size)
 
 
-def _decode(data: bytes, decoder: str, layout: str, give: SetProperties | None, max_pixels: int) -> Any:
+def _decode(
+    data: bytes, decoder: str, layout: str, give: SetProperties | None, max_pixels: int, frame: tuple[int, int, int]
+) -> Any:
     if give is None:
         return _shaped(decode_image(data, decoder, max_pixels), layout)
-    image = _decode_plain(data, decoder, max_pixels)
+    image = _decode_plain(data, decoder, max_pixels, frame)
     if image is None:
         image = without_properties(decode_image(data, decoder, max_pixels))
     if layout != "pil":
@@ -102,14 +133,14 @@ def _decode(data: bytes, decoder: str, layout: str, give: SetProperties | None, 
     return image
 
 
-def _decode_plain(data: bytes, decoder: str, max_pixels: int) -> Image.Image | None:
-    """Decode the pixels of a plain JPEG without Pillow's parsing of its head; None for any other file.
+def _decode_plain(data: bytes, decoder: str, max_pixels: int, frame: tuple[int, int, int]) -> Image.Image | None:
+    """Decode the pixels of a plain JPEG of a frame without Pillow's parsing of its head; None for any other file.
 
     Where the decoder fails, `decode_image` finds the reason.
     """
     if decoder not in ("pil", "pil_rgb"):
         return None
-    height, width, channels = jpeg_head(data)[1]
+    height, width, channels = frame
     mode = {3: "RGB", 1: "L"}.get(channels)
     if mode is None or not 0 < width * height <= max_pixels or (mode == "L" and decoder == "pil_rgb"):
         return None

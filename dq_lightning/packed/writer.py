@@ -41,21 +41,20 @@ from dq_lightning.packed.columns import (
     STREAM_KIND,
     WITHOUT_COLUMN,
     Leaf,
-    fits,
-    leaf_bytes,
     leaf_from_json,
+    leaf_test,
     leaf_to_json,
+    leaf_writer,
     plan,
 )
-from dq_lightning.packed.file_stream import write_file
 from dq_lightning.packed.npy import npy_header
 from dq_lightning.packed.packing_shards import UnsavedSamples, facts_of, samples_of
 from dq_lightning.packed.patch_stream import uvarint, write_stream
 from dq_lightning.packed.patches import patched_images
 from dq_lightning.packed.small_arrays import MAX_COLUMNS, SmallArrays
 from dq_lightning.packed.trees import Tree, leaves_of, tree_from_json, tree_to_json
-from dq_lightning.packed.values import check_decoded_size, encode_value
-from dq_lightning.packed.whole_images import with_files, without_array_files
+from dq_lightning.packed.values import check_decoded_size, encode_value, patched_bytes
+from dq_lightning.packed.whole_images import with_files, without_array_files, write_image
 
 STORE_FILE = "store.json"
 FORMAT = "dq_lightning packed"
@@ -69,9 +68,14 @@ NARROW_KINDS = ("int", "bool", "float")
 # The first samples decide which leaves become columns. So many show the rule, and the memory that they take is bounded.
 LOOK_AHEAD_SAMPLES = 64
 LOOK_AHEAD_BYTES = 64 << 20
+# So many samples, or bytes, are gathered before they are written.
+GATHERED_SAMPLES, GATHERED_BYTES = 512, 1 << 20
 
 Item = tuple[Any, EncodedImage | None]
 Buffer = bytes | memoryview
+_IMAGES = (Image.Image, PatchedImage, StoredImage)
+# Most leaves are of these types, which hold no patched image.
+_WITHOUT_PATCHES = frozenset((int, float, bool, str, bytes, type(None), StoredImage, np.ndarray, Tensor))
 
 
 def write_packed(
@@ -150,12 +154,18 @@ class _StoreWriter:
         self.files: dict[str, dict[str, Any]] = {}
         self.tree = Tree("leaf", 0)
         self.leaves: list[Leaf] = []
+        # For each leaf, whether a value can be stored as it, and what converts one to its row.
+        self.tests: list[Callable[[Any], bool]] = []
+        self.writers: list[Callable[[Any], bytes]] = []
         self.has_patches = False
         self.columns: list[files.Writer | None] = []
         self.values: files.Writer | None = None
         self.offsets = np.zeros(num_samples + 1, "<i8")
         self.checksums = np.zeros(num_samples, "<u4")
         self.count = 0
+        # Samples are written many at a time, because writing and hashing a few bytes costs as much as many of them.
+        self.pending: list[tuple[Sequence[Buffer], Buffer]] = []
+        self.pending_bytes = self.row_bytes = 0
 
     def samples(self, items: Callable[[int], Iterator[Item]], shards: Shards | None, grain: int) -> None:
         unsaved = UnsavedSamples(shards, grain)
@@ -181,7 +191,12 @@ class _StoreWriter:
                 except StoreError as error:
                     raise StoreError(f"sample {self.count}: {error}") from error
                 self._put(rows, value)
-                unsaved.add(rows, value, self._layout)
+                is_due = unsaved.is_due(len(self.pending))
+                if is_due or len(self.pending) >= GATHERED_SAMPLES or self.pending_bytes >= GATHERED_BYTES:
+                    unsaved.add(*self._write_pending())
+                if is_due:
+                    unsaved.keep(self._layout())
+            self._write_pending()
         if self.count != self.num_samples:
             raise StoreError(f"there are {self.count} samples but {self.num_samples} ids")
         for written in (*self.columns, self.values):
@@ -245,20 +260,32 @@ class _StoreWriter:
             return False
         for rows, value in samples_of(piece, [leaf.row_bytes for leaf in self.leaves]):
             self._put(rows, value)
+        self._write_pending()
         return True
 
     def _put(self, rows: Sequence[Buffer], value: Buffer) -> None:
-        """Write the rows and the value of one sample, as `_encode` returns them."""
-        assert self.values is not None
+        """Take the rows and the value of one sample, as `_encode` returns them; `_write_pending` writes them."""
         checksum = self.count & 0xFFFFFFFF
-        for column, row in zip(self.columns, rows, strict=True):
-            if column is not None:
-                column.write(row)
-                checksum = zlib.crc32(row, checksum)
-        self.values.write(value)
+        for row in rows:  # A leaf without a column has an empty row.
+            checksum = zlib.crc32(row, checksum)
         self.checksums[self.count] = zlib.crc32(value, checksum)
+        self.offsets[self.count + 1] = self.offsets[self.count] + len(value)
         self.count += 1
-        self.offsets[self.count] = self.values.size
+        self.pending.append((rows, value))
+        self.pending_bytes += len(value) + self.row_bytes
+
+    def _write_pending(self) -> tuple[dict[int, bytes], bytes, list[int]]:
+        """Write the samples that were taken, and return their rows by column, their values, and the length of each."""
+        assert self.values is not None
+        columns = {}
+        for number, column in enumerate(self.columns):
+            if column is not None:
+                columns[number] = b"".join([rows[number] for rows, _ in self.pending])
+                column.write(columns[number])
+        values, lengths = b"".join([value for _, value in self.pending]), [len(value) for _, value in self.pending]
+        self.values.write(values)
+        self.pending, self.pending_bytes = [], 0
+        return columns, values, lengths
 
     def _layout(self) -> dict[str, Any]:
         """Return the layout of the samples written so far, in the form that store.json has."""
@@ -272,6 +299,9 @@ class _StoreWriter:
 
     def _open(self, tree: Tree, leaves: list[Leaf], stack: ExitStack) -> None:
         self.tree, self.leaves = tree, leaves
+        self.tests = [leaf_test(leaf, self.raw_images) for leaf in leaves]
+        self.writers = [leaf_writer(leaf) for leaf in leaves]
+        self.row_bytes = sum(leaf.row_bytes for leaf in leaves)
         self.columns = [self._open_column(stack, number, leaf) for number, leaf in enumerate(leaves)]
         self.values = stack.enter_context(files.Writer(self.folder / "values.bin"))
 
@@ -286,26 +316,29 @@ class _StoreWriter:
     def _encode(self, sample: Any, encoded: EncodedImage | None) -> tuple[list[bytes], bytes]:
         """Return a sample's row in each column, and the encoding of everything that is in no column."""
         found = leaves_of(sample, self.tree)
-        patched = patched_images(sample)
+        is_plain = found is not None and all(type(value) in _WITHOUT_PATCHES for value in found)
+        patched = [] if is_plain else patched_images(sample)
         if patched:
             self.has_patches = True
         if found is None:
             no_streams = bytes(sum(leaf.kind in (STREAM_KIND, FILE_KIND) for leaf in self.leaves))
             value = no_streams + encode_value({"whole": without_array_files(sample)}, encoded, self.raw_images)
             return [bytes(leaf.row_bytes) for leaf in self.leaves], value
-        rows, streams, beside, whole, first_image = [], b"", {}, [], True
-        for number, (value, leaf) in enumerate(zip(found, self.leaves, strict=True)):
-            image = isinstance(value, Image.Image | PatchedImage | StoredImage)
-            fitting = fits(value, leaf, self.raw_images)
+        rows, streams, beside, decoded_bytes, first_image = [], b"", {}, 0, True
+        for number, (value, leaf, test, write) in enumerate(
+            zip(found, self.leaves, self.tests, self.writers, strict=True)
+        ):
+            image = isinstance(value, _IMAGES)
+            fitting = test(value)
             if leaf.kind == STREAM_KIND:
                 stream = write_stream(value, leaf.shared) if fitting else b""
                 streams += uvarint(len(stream)) + stream
             if leaf.kind == FILE_KIND:
-                stream = write_file(value, leaf.starts) if fitting else b""
+                stream, size = write_image(value, leaf.starts) if fitting else (b"", 0)
                 streams += uvarint(len(stream)) + stream
-                whole += [value] * fitting
+                decoded_bytes += size
             if fitting:
-                rows.append(leaf_bytes(value, leaf))
+                rows.append(write(value))
                 # The original file bytes belong to the first image. It is stored already, so they aren't needed.
                 encoded = None if image and first_image else encoded
             else:
@@ -313,8 +346,9 @@ class _StoreWriter:
                 beside[number] = without_array_files(value)
             first_image = first_image and not image
         value = streams + (encode_value(beside, encoded, self.raw_images) if beside else b"")
-        check_decoded_size(patched, sum(map(len, rows)) + len(value))
-        check_decoded_size(whole, len(value))
+        if patched:
+            check_decoded_size(patched_bytes(patched), sum(map(len, rows)) + len(value))
+        check_decoded_size(decoded_bytes, len(value))
         return rows, value
 
     def small_array(self, name: str, values: Any) -> None:

@@ -5,7 +5,7 @@ one, and where it is no 8-bit grey or RGB image.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -34,8 +34,8 @@ PIXELS_AT_ONCE = 1 << 16
 def encoded_items(plan: Plan, setting: ByteSetting, index: Tensor, start: int = 0) -> Iterator[Item]:
     """Yield samples at some positions, from number `start` on, with their images as a setting stores them.
 
-    The samples are read in the calling thread, and encoded in others. The setting `"keep"` leaves every sample as it
-    is.
+    The samples are read in the calling thread, and encoded in others; not so for JPEG, because Pillow's encoder of it
+    holds the lock of the interpreter. The setting `"keep"` leaves every sample as it is.
     """
     read = ((plain_parts(plan.source.plain(i)), plan.source.encoded(i)) for i in index[start:].tolist())
     if setting.codec == "keep":
@@ -43,12 +43,14 @@ def encoded_items(plan: Plan, setting: ByteSetting, index: Tensor, start: int = 
         return
     place = plan.source.image_leaf()
 
-    def encode(items: list[Item]) -> list[Item]:
-        files = [encode_leaf(at(sample, place), encoded, setting) for sample, encoded in items]
-        return [
-            item if file is None else (with_value(item[0], place, file), None)
-            for item, file in zip(items, files, strict=True)
-        ]
+    def encode(items: Iterable[Item]) -> Iterator[Item]:
+        for sample, encoded in items:
+            file = encode_leaf(at(sample, place), encoded, setting)
+            yield (sample, encoded) if file is None else (with_value(sample, place, file), None)
+
+    if setting.codec == "jpeg" and setting.longest_side is None:
+        yield from encode(read)
+        return
 
     def calls() -> Iterator[Callable[[], list[Item]]]:
         some: list[Item] = []
@@ -57,9 +59,9 @@ def encoded_items(plan: Plan, setting: ByteSetting, index: Tensor, start: int = 
             leaf = at(item[0], place)
             pixels = math.prod(leaf.size if isinstance(leaf, Image.Image) else getattr(leaf, "shape", ()))
             if pixels * len(some) >= PIXELS_AT_ONCE:
-                yield partial(encode, some)
+                yield partial(list, encode(some))
                 some = []
-        yield partial(encode, some)
+        yield partial(list, encode(some))
 
     for encoded_ones in in_threads(calls()):
         yield from encoded_ones

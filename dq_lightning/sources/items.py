@@ -19,6 +19,8 @@ values that such paths lead to are called leaves."""
 IMAGE_NAMES = ("image", "img", "pixel_values", "pixels")
 TARGET_NAMES = ("label", "labels", "target", "targets", "class", "y", "gt_label", "cls")
 _MAX_WALKED = 64
+# Types of values that have no parts, which are tested first because nearly all parts of items are of these.
+_WITHOUT_PARTS = frozenset((int, float, bool, str, bytes, type(None), np.ndarray, Tensor, Image.Image))
 MANY_CHANNELS = (
     "Arrays of more than 4 channels are no images for an encoder. Quantize a view of the dataset that shows three of them, "
     "info = quantize(view, config), and train on Subset(dataset, load_selection(info.path).index); or name the arrays with "
@@ -82,7 +84,7 @@ def at(item: Any, leaf: Leaf) -> Any:
         'b'
     """
     for key in leaf:
-        item = getattr(item, str(key)) if is_dataclass(item) else item[key]
+        item = getattr(item, str(key)) if type(item) is not tuple and is_dataclass(item) else item[key]
     return item
 
 
@@ -96,6 +98,9 @@ def with_value(item: Any, leaf: Leaf, value: Any) -> Any:
     if not leaf:
         return value
     key, rest = leaf[0], leaf[1:]
+    if type(item) is tuple:
+        new = with_value(at(item, (key,)), rest, value)
+        return tuple([new if position == key else old for position, old in enumerate(item)])
     new = with_value(at(item, (key,)), rest, value)
     if isinstance(item, Mapping) or is_dataclass(item):
         # The container is copied, because its class may need other arguments than its content, or check them.
@@ -113,7 +118,9 @@ def with_value(item: Any, leaf: Leaf, value: Any) -> Any:
 
 def children(value: Any) -> Iterator[tuple[str | int, Any]]:
     """Iterate over (key, value) of a container; over nothing for other values and for sequences longer than 64."""
-    if isinstance(value, Mapping):
+    if type(value) is tuple:
+        yield from enumerate(value) if len(value) <= _MAX_WALKED else ()
+    elif isinstance(value, Mapping):
         yield from value.items()
     elif is_dataclass(value):
         for field in dataclasses.fields(value):
@@ -129,12 +136,14 @@ def plain_parts(value: Any) -> Any:
     Dataclasses and subclasses of dict become dicts, subclasses of tuple become tuples, and torchvision's images and
     masks become plain tensors.
     """
+    if type(value) in _WITHOUT_PARTS:
+        return value
     if isinstance(value, Tensor):
         return value.as_subclass(Tensor) if tv_tensor(value) else value
-    if is_dataclass(value) or isinstance(value, dict):
-        return {key: plain_parts(part) for key, part in children(value)}
     if isinstance(value, tuple):
         return tuple(map(plain_parts, value))
+    if is_dataclass(value) or isinstance(value, dict):
+        return {key: plain_parts(part) for key, part in children(value)}
     return [plain_parts(part) for part in value] if type(value) is list else value
 
 
@@ -150,6 +159,15 @@ def parts(value: Any, place: Leaf = ()) -> Iterator[tuple[Leaf, Any]]:
     yield place, value
     for key, part in children(value):
         yield from parts(part, (*place, key))
+
+
+def pillow_images(value: Any) -> Iterator[Image.Image]:
+    """Iterate over the Pillow images inside a value, in order."""
+    if isinstance(value, Image.Image):
+        yield value
+    elif type(value) not in _WITHOUT_PARTS:
+        for _, part in children(value):
+            yield from pillow_images(part)
 
 
 def image_leaves(item: Any) -> list[Leaf]:

@@ -45,6 +45,7 @@ from dq_lightning.sources.items import (
     image_leaves,
     may_be_image,
     outline,
+    pillow_images,
 )
 from dq_lightning.sources.pixels import Scale, check_pixels, decide_scale, needs_scale, to_rgb
 from dq_lightning.sources.skipping import Unreadable
@@ -72,9 +73,8 @@ def load_images(item: Any) -> Any:
 
     Pillow opens files without decoding them. Decoding reports damage while the item is known.
     """
-    for leaf in image_leaves(item):
-        image = at(item, leaf)
-        if isinstance(image, Image.Image):
+    for image in pillow_images(item):
+        if type(image) is not Image.Image:  # Images of this very class are in memory.
             stream = getattr(image, "fp", None)
             image.load()
             # `load` drops the reference to a file that the dataset opened, but packing needs its bytes.
@@ -192,8 +192,11 @@ class ItemSource(Source):
             ) from error
 
     def plain(self, index: int) -> Any:
-        with self.explaining(index):
+        try:
             return load_images(self.read_plain(index))
+        except Exception as error:
+            with self.explaining(index):
+                raise error
 
     def _or_unreadable(self, error: SourceError) -> Unreadable:
         """The placeholder for an unreadable item; without `skips`, or if the failure may be temporary, raise it."""
