@@ -150,19 +150,6 @@ def _pick(
     for members in groups:
         sizes = bin_sizes(len(members), config.num_bins)
         if plan.exact:
-            halved = config.similarity == "cosine"
-            yield (
-                members,
-                *graph_cut.pick_group(
-                    prepared,
-                    members,
-                    sizes,
-                    lam=config.lam,
-                    halved=halved,
-                    engine=config.engine,
-                    room=plan.room,
-                    tick=tick,
-                ),
-            )
+            yield members, *graph_cut.pick_group(prepared, members, sizes, config, plan.room, tick)
         else:
             yield members, *any_objective.pick_group(prepared, members, sizes, config, tick)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dq_lightning.bins.graph_cut.candidates import steady_cost
 from dq_lightning.bins.graph_cut.costs import Costs
 from dq_lightning.bins.graph_cut.scores import WIDE
 from dq_lightning.bins.maximizers import LAZY
@@ -98,7 +97,7 @@ def make_plan(config: BinConfig, factors: dict[str, Tensor], sizes: list[int], d
         matrix = entry * min(largest, room.dense) ** 2 if config.engine in ("auto", "dense") else 4 * largest * width
         needed = matrix + 8 * (min(largest * width, 2 * room.rows) + 6 * largest) + 32 * total
         wide = math.prod(values.shape[1] + number for number, values in enumerate(factors.values()))
-        costs = Costs(width, wide, device.type, torch.get_num_threads())
+        costs = Costs(width, wide, room.candidates, device.type, torch.get_num_threads())
         way = f"graph cut ({_expected(config, sizes, room, costs)})"
         if config.engine == "dense" and largest > room.dense:
             raise ConfigError(
@@ -179,7 +178,7 @@ def _expected(config: BinConfig, sizes: list[int], room: Room, costs: Costs) -> 
     at_once = True
     for size in sizes:
         matrix = costs.matrix(size) + size * costs.from_matrix(size)
-        steady = size * steady_cost(size, costs, room.candidates)
+        steady = size * costs.steady(size)
         passes = costs.passes(size, bin_sizes(size, config.num_bins))
         dense = matrix if size <= room.dense else passes
         at_once = at_once and size <= room.dense and matrix <= 2.0 * steady

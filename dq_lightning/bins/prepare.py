@@ -168,6 +168,8 @@ def _divisor(values: Tensor, step: float) -> int:
 
     It is the greatest one, or 1 if all values are zero. The result is 0 if some value is no such multiple.
     """
+    if len(values) > 16 and not _divisor(values[:16], step):
+        return 0
     multiples = values / step
     if not bool(((multiples == multiples.round()) & (multiples.abs() < 2.0**26)).all()):
         return 0

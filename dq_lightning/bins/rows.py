@@ -72,13 +72,19 @@ class Rows:
         left, right = self.factors
         return (left.T @ right)[None]
 
-    def gains_in_turn(self, vector: Tensor) -> Tensor:
-        """Return each row's inner product with a vector that twice each of the rows before it is taken from, float64 [n]."""
+    def gains_after(self, vector: Tensor, others: "Rows", steps: Tensor) -> Tensor:
+        """Return each row's inner product with a vector that twice some other rows were taken from, float64 [n].
+
+        Args:
+            vector: [1, D] or [1, C, D + 1].
+            others: T rows.
+            steps: int64 [n], how many of the first of the other rows were taken from the vector for each row.
+        """
         if len(self.factors) == 1:
-            rows = self.factors[0]
-            before = torch.cat([torch.zeros_like(rows[:1]), rows[:-1]]).cumsum(dim=0)
-            return (rows * (vector - 2.0 * before)).sum(dim=1)
-        return self.against(vector)[:, 0] - 2.0 * self.inner(self).tril_(-1).sum(dim=1)
+            before = torch.nn.functional.pad(others.factors[0].cumsum(dim=0), (0, 0, 1, 0))
+            return (self.factors[0] * (vector - 2.0 * before[steps])).sum(dim=1)
+        taken = torch.arange(len(others), device=steps.device) < steps[:, None]
+        return self.against(vector)[:, 0] - 2.0 * self.inner(others).mul_(taken).sum(dim=1)
 
     def written_out(self) -> Iterator[Tensor]:
         """Yield the vectors themselves as float64 [k, W], a few rows at a time; only near ties need them."""

@@ -4,7 +4,7 @@ The gain of a row x is its inner product with one vector, `w = lam * sum(left) -
 the similarity is linear in the inner product. A pick therefore changes all gains by twice the inner products with the
 picked row. Every regime keeps approximate gains with a proved bound on their error. Where the bound does not decide, the
 few rows in question are computed in float64, and where that does not decide either, by exact arithmetic with one
-rounding (`referee.Referee`); gains that are then equal are ties, which go to the lowest position. So the picks are the
+rounding (`group.Group`); gains that are then equal are ties, which go to the lowest position. So the picks are the
 same in every regime, for any number of threads, and on every device.
 
 Equal rows are one row of the pool, which stands for the lowest of their samples that is left. Rows that differ may have
@@ -16,8 +16,8 @@ without any error: gains are then compared as they are, ties need no exact arith
     a row of them subtracted for a pick. The product of matrices is made once for all bins that follow, and a pick costs
     about n additions. Additions of whole numbers make no error, so after t picks a gain is off by t times the error of
     an entry: half a unit, which is the largest product divided by 2**18 (or by 16,350), plus that of the product, which
-    is made in float64 unless float32 errs by less than a unit. Gains start again from float64 when decisions have cost
-    as much as that.
+    is made in float32 unless that errs by more than 20 units. Hundreds of picks are proposed. Then float64 decides, all at
+    once, where another row was within the bound. Picks after a wrong one are undone, and gains start again from float64.
 `"candidates"` (`candidates.Candidates`, `proof.Proof`): a small matrix of the rows of greatest gain, from which hundreds
     of picks are made, and one float64 pass over all rows that proves them. If few are proved, an eighth of the rows
     becomes candidates that have such rounds among themselves, so that passes over all rows are seldom. Between the

@@ -11,15 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dq_lightning.bins.graph_cut.costs import Costs
+from dq_lightning.bins.graph_cut.costs import LEAST, SHARE, Costs
 from dq_lightning.bins.graph_cut.pool import Pool
 from dq_lightning.bins.graph_cut.proof import Proof
 from dq_lightning.bins.graph_cut.scores import MatrixScores, pick_in_turn
 
-# There are at least this many candidates.
-LEAST = 256
-# For a first round, this share of the candidates is picked; no round picks more than the other share of them.
-SHARE, _GREATEST_SHARE = 0.4, 0.8
+# No round picks more than this share of the candidates.
+_GREATEST_SHARE = 0.8
 # Candidates that have rounds of their own are this part of the rows, and their picks are proved once they have cost so
 # many times as much as that.
 _PART, _PATIENCE = 8, 8.0
@@ -34,24 +32,17 @@ class Candidates:
     Args:
         pool: all rows that are left.
         costs: what matrices and passes cost.
-        most: greatest number of candidates with a matrix.
-        entries: greatest number of entries of the rows of other candidates.
+        entries: greatest number of entries of the rows of candidates without a matrix.
         targets: numbers of picks to try in a round, by level and kind of candidates; rounds change them.
         level: 0 for all rows, 1 for candidates that have rounds, and so on.
     """
 
     def __init__(
-        self,
-        pool: Pool,
-        costs: Costs,
-        most: int,
-        entries: int,
-        targets: dict[tuple[int, bool], int] | None = None,
-        level: int = 0,
+        self, pool: Pool, costs: Costs, entries: int, targets: dict[tuple[int, bool], int] | None = None, level: int = 0
     ) -> None:
-        self.pool, self._costs, self._most, self._entries, self._level = pool, costs, most, entries, level
+        self.pool, self._costs, self._entries, self._level = pool, costs, entries, level
         self._targets = {} if targets is None else targets
-        self._largest = round_size(len(pool), costs, most)
+        self._largest = costs.best_round(len(pool))
         self._gains: Tensor | None = None
         self._wanted: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
@@ -61,7 +52,7 @@ class Candidates:
         Returns:
             The number of picks, what they cost, and what each of them would cost if as many had been aimed at.
         """
-        pool, referee = self.pool, self.pool.group.referee
+        pool, group, costs = self.pool, self.pool.group, self._costs
         many, size, aim = self._plan(count)
         gains = pool.gains() if self._gains is None else self._gains
         passes = 1 + (self._gains is None)
@@ -69,49 +60,50 @@ class Candidates:
         outside = gains > -torch.inf
         outside[torch.from_numpy(top).to(outside.device)] = False
         target = min(count, aim) if bool(outside.any()) else count
-        start = referee.length
-        child = Pool(pool.group, pool.table.take(torch.from_numpy(top)), pool.samples[top], pool.vector, pool.error)
-        proving = passes * self._costs.check(len(pool))
+        start = group.length
+        child = Pool(group, pool.table.take(torch.from_numpy(top)), pool.samples[top], pool.vector, pool.error)
+        proving = passes * costs.check(len(pool))
         if many:
             cost = self._rounds(child, target, _PATIENCE * proving)
         else:
             pick_in_turn(child, MatrixScores(child), target)
-            cost = self._costs.candidates(len(top), target)
+            cost = costs.candidates(len(top), target)
         rows, values = child.rows, child.values
         picked = child.table.take(torch.from_numpy(rows))
         proof = Proof(pool, gains, outside, picked, values, child.slack, start)
-        fault = proof.first_fault()
-        kept, walking = fault.step, self._costs.pairs(proof.walked)
-        referee.rewind(start + kept)
+        kept, self._wanted = proof.first_fault()
+        walking = costs.pairs(proof.walked)
+        group.rewind(start + kept)
         chosen = top[rows[:kept]]
+        for row in chosen.tolist():
+            pool.advance(row)
         pool.apply(chosen, values[:kept], picked.span(0, kept), child.slack)
-        self._wanted = fault.rows
         self._gains = None
         if kept == len(rows):
-            self._gains = fault.gains.masked_fill_(torch.from_numpy(~pool.alive).to(gains.device), -torch.inf)
+            self._gains = proof.after.masked_fill_(torch.from_numpy(~pool.alive).to(gains.device), -torch.inf)
             if kept == aim:
                 self._targets[self._level, many] = min(int(_GREATEST_SHARE * size), max(aim + 1, int(1.2 * aim)))
         else:
             self._targets[self._level, many] = max(4, int(0.9 * kept))
         cost += proving + walking
-        return kept, cost, cost / kept if many else cost_of_a_pick(len(pool), kept, self._costs) + walking / kept
+        return kept, cost, cost / kept if many else costs.in_a_round(len(pool), kept) + walking / kept
 
     def _plan(self, count: int) -> tuple[bool, int, int]:
         """Return whether the candidates of a round have rounds of their own, how many there are, and picks to aim at."""
         rows, costs, below = len(self.pool), self._costs, len(self.pool) // _PART
         few = self._targets.setdefault((self._level, False), max(1, int(SHARE * self._largest)))
         size = int(min(self._largest, max(LEAST, few / SHARE)))
-        if below <= 2 * LEAST or below * sum(self.pool.group.referee.rows.widths) > self._entries:
+        if below <= 2 * LEAST or below * sum(self.pool.group.rows.widths) > self._entries:
             return False, size, few
         aim = self._targets.setdefault((self._level, True), max(1, int(SHARE * below)))
         inner = self._targets.get((self._level + 1, False), few)
-        nested = costs.check(rows) / min(aim, count) + cost_of_a_pick(below, inner, costs)
-        many = nested < cost_of_a_pick(rows, min(few, count), costs)
+        nested = costs.check(rows) / min(aim, count) + costs.in_a_round(below, inner)
+        many = nested < costs.in_a_round(rows, min(few, count))
         return (True, below, aim) if many else (False, size, few)
 
     def _rounds(self, child: Pool, target: int, patience: float) -> float:
         """Make up to `target` picks in rounds, at least one, while they cost less than `patience`; return the cost."""
-        rounds = Candidates(child, self._costs, self._most, self._entries, self._targets, self._level + 1)
+        rounds = Candidates(child, self._costs, self._entries, self._targets, self._level + 1)
         made, spent = 0, 0.0
         while made < target and (made == 0 or spent < patience):
             kept, cost, _ = rounds.round(target - made)
@@ -124,19 +116,3 @@ class Candidates:
         # If more than `size` rows were better than the rejected pick, the best of them are among the top rows already.
         top = np.union1d(top, self._wanted[:0] if len(self._wanted) > size else self._wanted)
         return np.asarray(top[self.pool.alive[top]])
-
-
-def round_size(rows: int, costs: Costs, most: int) -> int:
-    """Return the number of candidates among `rows` rows, at most `most`, for which a pick costs least."""
-    sizes = [LEAST << power for power in range(12) if LEAST << power <= min(most, rows // 2)]
-    return min(sizes or [LEAST], key=lambda size: cost_of_a_pick(rows, int(SHARE * size), costs))
-
-
-def steady_cost(rows: int, costs: Costs, most: int) -> float:
-    """Return the cost of a pick among `rows` rows where the order of the gains is steady."""
-    return cost_of_a_pick(rows, int(SHARE * round_size(rows, costs, most)), costs)
-
-
-def cost_of_a_pick(rows: int, picks: int, costs: Costs) -> float:
-    """Return the cost of each of `picks` picks that a round makes among as many candidates as that takes."""
-    return (costs.check(rows) + costs.candidates(int(max(LEAST, picks / SHARE)), picks)) / picks

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# There are at least this many candidates. For a first round, this share of them is picked.
+LEAST, SHARE = 256, 0.4
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -10,14 +13,16 @@ class Costs:
 
     Attributes:
         width: number of entries that a product of two rows multiplies.
-        device: `"cpu"` or `"cuda"`.
-        threads: number of threads of the CPU.
         wide: number of entries that a product of a row with the vector w multiplies; for rows with two factors it is
             much more than `width`.
+        most: greatest number of candidates with a matrix.
+        device: `"cpu"` or `"cuda"`.
+        threads: number of threads of the CPU.
     """
 
     width: int
     wide: int
+    most: int
     device: str = "cpu"
     threads: int = 1
 
@@ -50,6 +55,19 @@ class Costs:
     def candidates(self, rows: int, picks: int) -> float:
         """Picks among `rows` candidates: their matrix, and the picks."""
         return self.matrix(rows) + picks * self.from_matrix(rows)
+
+    def in_a_round(self, rows: int, picks: int) -> float:
+        """Each of `picks` picks that a round makes for `rows` rows, among as many candidates as that takes."""
+        return (self.check(rows) + self.candidates(int(max(LEAST, picks / SHARE)), picks)) / picks
+
+    def best_round(self, rows: int) -> int:
+        """Number of candidates for which a pick costs least; not a cost."""
+        sizes = [LEAST << power for power in range(12) if LEAST << power <= min(self.most, rows // 2)]
+        return min(sizes or [LEAST], key=lambda size: self.in_a_round(rows, int(SHARE * size)))
+
+    def steady(self, rows: int) -> float:
+        """A pick by candidates where the order of the gains is steady."""
+        return self.in_a_round(rows, int(SHARE * self.best_round(rows)))
 
     def from_pass(self, rows: int) -> float:
         """One pick after a pass over float32 rows."""

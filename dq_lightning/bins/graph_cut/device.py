@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dq_lightning.bins.graph_cut.pool import Pool
+from dq_lightning.bins.graph_cut.pool import Doubt, Pool
 from dq_lightning.bins.graph_cut.scores import scaled_rows
 from dq_lightning.bins.rows import Rows
 
@@ -66,7 +66,6 @@ class DevicePicks:
                 made += 1
             count -= made
             tick(made)
-        self._pool.finish()
 
     def _one_block(self, count: int, length: int) -> int:
         """Propose `length` picks, and make the first ones of `count` that are confirmed; return how many."""
@@ -85,7 +84,9 @@ class DevicePicks:
         made = int(np.argmin(np.append(confirmed, False)))
         done = picks[:made]
         rows, first = done.cpu().numpy(), values[:made].cpu().numpy()
-        pool.apply(rows, first, self._exact.take(done), pool.bound(count), push=True)
+        for row in rows.tolist():
+            pool.take(row)
+        pool.apply(rows, first, self._exact.take(done), pool.bound(count))
         if self._left is not None:
             self._left.index_add_(0, done, -torch.ones_like(done))
         return made
@@ -125,12 +126,12 @@ class DevicePicks:
         return top, same & (top - seconds > 2.0 * self._pool.bound(len(picks)))
 
     def _one_exactly(self) -> None:
-        gains = self._pool.gains()
-        near = torch.nonzero(gains >= gains.max() - 2.0 * self._pool.bound()).flatten().cpu().numpy()
-        row = self._pool.settle(near)
-        self._pool.take(row)
+        near = self._pool.nearest()
+        doubt = Doubt(0, near, self._pool.samples[near])
+        self._pool.take(int(near[0]))
+        (row,) = self._pool.confirm([int(near[0])], [doubt])
         if self._left is not None:
-            self._left[row] -= 1
+            self._left[int(row)] -= 1
 
     def _step(self, step: int) -> None:
         """Propose one pick; nothing here waits for the device or depends on its data."""

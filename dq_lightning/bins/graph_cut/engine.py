@@ -1,34 +1,30 @@
-"""Exact greedy graph cut of one group, bin after bin, for similarities that are linear in the inner product."""
+"""Exact graph cut of one group, bin after bin, for similarities that are linear in the inner product."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dq_lightning.bins.graph_cut.candidates import Candidates, steady_cost
+from dq_lightning.bins.graph_cut.candidates import Candidates
 from dq_lightning.bins.graph_cut.costs import Costs
 from dq_lightning.bins.graph_cut.device import MATRIX_FROM, DevicePicks
 from dq_lightning.bins.graph_cut.exact import Array
-from dq_lightning.bins.graph_cut.pool import Group, Pool
-from dq_lightning.bins.graph_cut.referee import ROUNDING, Referee
+from dq_lightning.bins.graph_cut.group import ROUNDING, Group
+from dq_lightning.bins.graph_cut.pool import Pool
 from dq_lightning.bins.graph_cut.scores import MatrixScores, PassScores, holds_exactly, pick_in_turn
 from dq_lightning.bins.plan import Room
-from dq_lightning.bins.prepare import Prepared, next_twins
+from dq_lightning.bins.prepare import Prepared
 from dq_lightning.bins.rows import Rows
-from dq_lightning.core.config import Engine
+from dq_lightning.core.config import BinConfig
 
 
 def pick_group(
     prepared: Prepared,
     members: NDArray[np.int64],
     sizes: Sequence[int],
-    *,
-    lam: float,
-    halved: bool,
-    engine: Engine,
+    config: BinConfig,
     room: Room,
     tick: Callable[[int], object],
 ) -> tuple[NDArray[np.int64], Array]:
@@ -36,100 +32,80 @@ def pick_group(
 
     The gain of x is `lam * sum_j S[j, x] - 2 * sum_{s picked} S[s, x]` (Zhou et al. 2023, eq. 3). Here j runs over the
     samples that remained when the bin was begun, s runs over the picks of the bin so far, and S is a . b, or
-    1/2 + (a . b)/2 if `halved`. For such a similarity `sum_j S[j, x]` is the inner product of x with one vector.
+    1/2 + (a . b)/2 for the cosine. For such a similarity `sum_j S[j, x]` is the inner product of x with one vector.
 
     Args:
         prepared: features of all samples.
         members: int64 [n], the samples of the group, ascending.
         sizes: number of samples in each bin.
-        lam: weight of representativeness against diversity.
-        halved: whether S is 1/2 + (a . b)/2.
-        engine: regime to use, or `"auto"`; the picks are the same.
+        config: similarity, `lam`, and the regime to use; the picks are the same in each.
         room: limits on the working arrays.
         tick: progress callback, called with the number of picks made.
 
     Returns:
         Indices of the members (0 to n - 1) in the order of picking, int64 [n], and their gains, float64 [n].
     """
-    run = _Run(prepared, members, lam=lam, halved=halved, engine=engine, room=room, tick=tick)
-    order: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
-    values: list[Array] = [np.empty(0)]
+    run = _Run(prepared, members, config, room, tick)
+    group, order, values = run.group, [np.empty(0, dtype=np.int64)], [np.empty(0)]
     for number, size in enumerate(sizes):
         if size:
-            left = run.group.referee.num_left
-            gains = run.one_bin(sizes[number:]) * run.step**2
-            order.append(run.group.referee.close_bin())
-            values.append(0.5 * (lam * left - 2.0 * np.arange(size)) + 0.5 * gains if halved else gains)
+            left = group.num_left
+            gains = run.one_bin(sizes[number:]) * group.step**2
+            order.append(group.close_bin())
+            values.append(0.5 * (group.lam * left - 2.0 * np.arange(size)) + 0.5 * gains if group.halved else gains)
     return np.concatenate(order), np.concatenate(values)
 
 
 class _Run:
-    """The state of one group: the rows that are left, the sum of their vectors, and the regime.
-
-    Attributes:
-        group: what does not change.
-        step: number that the rows were divided by.
-    """
+    """The state of one group: the rows that are left, the sum of their vectors, and the regime."""
 
     def __init__(
         self,
         prepared: Prepared,
         members: NDArray[np.int64],
-        *,
-        lam: float,
-        halved: bool,
-        engine: Engine,
+        config: BinConfig,
         room: Room,
         tick: Callable[[int], object],
     ) -> None:
-        twins = next_twins(prepared, members)
-        # Rows whose entries are whole multiples of one number are divided by it if float64 then adds all gains exactly.
-        self.step = prepared.step or 1.0
-        longest, largest = prepared.longest / self.step, prepared.largest / self.step
-        unit = next((2.0**-power for power in range(11) if (lam * 2.0**power).is_integer()), 0.0)
-        if not prepared.step or len(members) * (lam + 2) * longest**2 > 2.0**50 * unit:
-            self.step, longest, largest, unit = 1.0, prepared.longest, prepared.largest, 0.0
-        rows = replace(prepared.rows.only(torch.from_numpy(members)), step=self.step)
-        referee = Referee(rows, lam=lam, halved=halved, largest=largest)
-        self.group = Group(referee, longest, twins, unit)
-        self._lam, self._engine, self._room, self._tick = lam, engine, room, tick
+        group = self.group = Group(prepared, members, lam=config.lam, halved=config.similarity == "cosine")
+        self._engine, self._room, self._tick = config.engine, room, tick
         # Equal samples share one row, which represents the lowest of them that is left.
         distinct = np.ones(len(members), dtype=bool)
-        if twins is not None:
-            distinct[twins[twins >= 0]] = False
+        if group.twins is not None:
+            distinct[group.twins[group.twins >= 0]] = False
         self._row = np.flatnonzero(distinct)
-        self._sum, self._sum_error = _sum_of_rows(referee, longest)
-        self._pool = Pool(self.group, rows, self._row.copy(), self._sum, 0.0)
+        self._sum, self._sum_error = group.sum()
+        rows = group.rows
+        self._pool = Pool(group, rows, self._row.copy(), self._sum, 0.0)
         self._scores: MatrixScores | PassScores | DevicePicks | None = None
         self._gains: list[Array] = []
-        self._costs = Costs(sum(rows.widths), rows.width, rows.device.type, max(1, rows.workers.count))
+        threads = max(1, rows.workers.count)
+        self._costs = Costs(sum(rows.widths), rows.width, room.candidates, rows.device.type, threads)
         self._wasted = 0.0
         # What picks would cost lately, and how many they were; each round counts half as much as the next.
         self._recent = (0.0, 0.0)
 
     def one_bin(self, sizes: Sequence[int]) -> Array:
         """Make the picks of a bin of `sizes[0]` samples, followed by bins of the other sizes; return their gains."""
-        lam, norm, referee = self._lam, float(self._sum.norm()), self.group.referee
-        vector, error = lam * self._sum, lam * (self._sum_error + ROUNDING * norm)
+        group, norm = self.group, float(self._sum.norm())
+        vector, error = group.lam * self._sum, group.lam * (self._sum_error + ROUNDING * norm)
         self._gains = []
         self._begin(vector, error)
         if self._engine == "dense" or (self._engine == "auto" and self._dense_at_once(sizes)):
             self._use_matrix()
         elif self._engine == "stream" or (self._engine == "auto" and on_device(self._pool)):
-            self._scores = self._passes()
-        rounds = Candidates(self._pool, self._costs, self._room.candidates, self._room.rows)
-        while referee.length < sizes[0]:
-            left = sizes[0] - referee.length
+            self._use_passes()
+        rounds = Candidates(self._pool, self._costs, self._room.rows)
+        while (left := sizes[0] - group.length) > 0:
             if isinstance(self._scores, DevicePicks):
                 self._scores.pick(left, self._tick)
-                break
-            if self._scores is not None:
+            elif self._scores is not None:
                 pick_in_turn(self._pool, self._scores, left, self._tick)
-                break
-            made, cost, rate = rounds.round(left)
-            self._tick(made)
-            if self._engine == "auto" and made < left:
-                self._reconsider(made, cost, rate, sizes, left - made)
+            else:
+                made, cost, rate = rounds.round(left)
+                self._tick(made)
+                if self._engine == "auto" and made < left:
+                    self._reconsider(made, cost, rate, sizes, left - made)
         self._gains.append(self._pool.values)
         # The vector is now lam * sum(left) - 2 * sum(picked).
         self._sum = self._sum - 0.5 * (vector - self._pool.vector)
@@ -144,7 +120,7 @@ class _Run:
         self._scores = None
         keep = self._pool.alive
         self._row = self._row[keep]
-        stored = self.group.referee.rows.only(torch.from_numpy(self._row))
+        stored = self.group.rows.only(torch.from_numpy(self._row))
         fits = len(stored) * sum(stored.widths) <= self._room.rows
         table = stored.take(torch.arange(len(stored))) if fits else stored
         self._pool = Pool(self.group, table, self._pool.samples[keep], vector, error)
@@ -158,6 +134,10 @@ class _Run:
             self._begin(self._pool.vector, self._pool.error)
         picks_there = on_device(self._pool, MATRIX_FROM) and not holds_exactly(self._pool)
         self._scores = DevicePicks(self._pool, matrix=True) if picks_there else MatrixScores(self._pool)
+
+    def _use_passes(self) -> None:
+        """Change over to passes for the rest of the bin."""
+        self._scores = DevicePicks(self._pool, matrix=False) if on_device(self._pool) else PassScores(self._pool)
 
     def _dense(self, picks: int) -> float:
         """Return the cost of the matrix and of the next `picks` picks from it, or infinity if it does not fit."""
@@ -179,8 +159,8 @@ class _Run:
         if on_device(self._pool):
             exact = holds_exactly(self._pool) and rows <= self._room.dense
             worth = float("inf") if exact else 0.9 * self._costs.passes(rows, sizes)
-        elif self.group.referee.bins_closed == 0:
-            worth = 2.0 * sum(sizes) * steady_cost(rows, self._costs, self._room.candidates)
+        elif sum(sizes) == len(self.group.rows):
+            worth = 2.0 * sum(sizes) * self._costs.steady(rows)
         return self._dense(sum(sizes)) <= worth
 
     def _reconsider(self, made: int, cost: float, rate: float, sizes: Sequence[int], left: int) -> None:
@@ -191,8 +171,7 @@ class _Run:
         made. Otherwise passes are made for the rest of the bin if they cost less than such rounds.
         """
         rows, picks = len(self._pool), left + sum(sizes[1:])
-        steady = steady_cost(rows, self._costs, self._room.candidates)
-        a_pass = self._costs.from_pass(rows)
+        steady, a_pass = self._costs.steady(rows), self._costs.from_pass(rows)
         self._wasted += max(0.0, cost - made * steady)
         self._recent = 0.5 * self._recent[0] + rate * made, 0.5 * self._recent[1] + made
         rate = self._recent[0] / self._recent[1]
@@ -201,30 +180,12 @@ class _Run:
             self._use_matrix()
         elif rate > a_pass:
             self._wasted += excess * left
-            self._scores = self._passes()
+            self._use_passes()
 
     def _has_matrix(self) -> bool:
         return getattr(self._scores, "matrix", None) is not None
-
-    def _passes(self) -> PassScores | DevicePicks:
-        return DevicePicks(self._pool, matrix=False) if on_device(self._pool) else PassScores(self._pool)
 
 
 def on_device(pool: Pool, least: int = 0) -> bool:
     """Return whether picks are made on a GPU: all rows are there in float64, and there are at least so many."""
     return pool.vector.is_cuda and isinstance(pool.table, Rows) and len(pool) >= least
-
-
-def _sum_of_rows(referee: Referee, longest: float) -> tuple[Tensor, float]:
-    """Return the sum of the rows of a group, [1, D] or [1, C, D + 1], and a bound on the length of its error.
-
-    Rows with one factor are added exactly, because near ties need the exact sum. Rows with two factors are not
-    multiplied out unless there are near ties, so their sum is computed as a product of matrices.
-    """
-    rows = referee.rows
-    if len(rows.shape) == 1:
-        return referee.left().rounded().reshape(1, *rows.shape).to(rows.device), ROUNDING * len(rows) * longest
-    ranges = rows.ranges()
-    sums = list(rows.workers.map(lambda ends: rows.span(*ends).sum(), ranges))
-    terms = max((last - first for first, last in ranges), default=0) + len(ranges) + 2
-    return torch.stack(sums).sum(dim=0), ROUNDING * terms * len(rows) * longest

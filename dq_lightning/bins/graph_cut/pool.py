@@ -8,53 +8,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dq_lightning.bins.graph_cut.exact import Array
-from dq_lightning.bins.graph_cut.referee import ROUNDING, Referee
-from dq_lightning.bins.graph_cut.workers import Workers
+from dq_lightning.bins.graph_cut.group import ROUNDING, Group
 from dq_lightning.bins.rows import Rows, StoredRows
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
-    """What does not change while the bins of one group are made.
+class Doubt:
+    """A proposed pick that is one of several rows whose scores lie within the error bound of the greatest.
 
     Attributes:
-        referee: exact state of the group, which decides between gains that float64 cannot distinguish.
-        longest: bound on the Euclidean length of a row.
-        twins: int64 [n], next sample with an equal row, or -1 if there is none; None if no two rows are equal.
-        unit: number that all gains are whole multiples of, small enough that float64 computes them without rounding,
-            because the rows are whole numbers; 0.0 if there is none.
+        step: number of picks proposed before.
+        rows: int64 [k], these rows, among them the proposed one.
+        samples: int64 [k], the samples that they stood for.
     """
 
-    referee: Referee
-    longest: float
-    twins: NDArray[np.int64] | None
-    unit: float = 0.0
-
-    @property
-    def depth(self) -> int:
-        """Number of terms that the rounding error bound of an inner product is proportional to."""
-        return self.referee.rows.depth
-
-    @property
-    def workers(self) -> Workers:
-        """Threads that compute blocks of rows."""
-        return self.referee.rows.workers
-
-    def decide(self, near: NDArray[np.int64], length: int | None = None) -> int:
-        """Return which of the samples `near`, whose gains lie within the bounds of each other, is the greedy pick.
-
-        Args:
-            near: int64, the samples.
-            length: number of picks of the current bin that the gains are computed after; None takes all picks.
-        """
-        return int(near.min()) if self.unit else self.referee.settle(near, length)
+    step: int
+    rows: NDArray[np.int64]
+    samples: NDArray[np.int64]
 
 
 class Pool:
-    """n rows that picks are made from. Samples with equal features share one row.
+    """n rows that picks are made from. Samples with equal features share one row, which stands for the lowest one left.
 
     The gain of a row x is `x . w` for one vector `w = lam * sum(left) - 2 * sum(picked)`, so a pick only changes w.
-    Picks are recorded by `take` and enter w together, by `settle`, `gains` or `finish`.
+    Picks are proposed one by one by `take` and enter w together, by `confirm` or `apply`.
 
     Args:
         group: the group that the rows belong to.
@@ -81,9 +58,6 @@ class Pool:
         """Begin a bin, or another set of picks, with a new vector w and a bound on the length of its error."""
         self.vector, self.error, self.slack = vector, error, 0.0
         self._norm = float(vector.norm())
-        # Recorded picks, how many of them have entered w, and what w was before them.
-        self._pending: list[int] = []
-        self._entered, self._before = 0, vector
         self._rows: list[NDArray[np.int64]] = []
         self._values: list[Array] = []
 
@@ -104,79 +78,91 @@ class Pool:
             return 0.0
         longest = self.group.longest
         reach = self._norm + 2.0 * picks * longest
-        return longest * (self.error + ROUNDING * ((self.group.depth + 6 + picks) * reach))
+        return longest * (self.error + ROUNDING * ((self.group.rows.depth + 6 + picks) * reach))
 
     def gains(self) -> Tensor:
         """Return the gains of all rows, float64 [n] on the device of the rows; minus infinity where no sample is left."""
-        self.finish()
         gains = self.table.against(self.vector)[:, 0]
         self.slack = max(self.slack, self.bound())
         return gains.masked_fill_(torch.from_numpy(~self.alive).to(gains.device), -torch.inf)
 
     def take(self, row: int) -> bool:
-        """Record a pick; return whether the row has another sample that is equal."""
-        self.group.referee.push(int(self.samples[row]))
-        self._pending.append(row)
-        return self._next_sample(row)
+        """Propose a pick; return whether the row has another sample that is equal."""
+        group = self.group
+        group.trail[group.length] = self.samples[row]
+        group.length += 1
+        return self.advance(row)
 
-    def apply(
-        self, rows: NDArray[np.int64], values: Array, picked: Rows, slack: float = 0.0, *, push: bool = False
-    ) -> None:
-        """Record picks whose vectors are given, and their gains to within `slack`; `push` tells the referee of them."""
-        self.finish()
-        self.slack = max(self.slack, slack)
-        for row in rows.tolist():
-            if push:
-                self.group.referee.push(int(self.samples[row]))
-            self._next_sample(row)
-        self._rows.append(rows)
-        self._values.append(values)
-        self._move(picked)
-        self._before, self._norm = self.vector, float(self.vector.norm())
-
-    def settle(self, near: NDArray[np.int64]) -> int:
-        """Return which of the rows `near` has the greatest gain; of equal gains the one with the lowest sample."""
-        self._catch_up()
-        gains = self.table.take(torch.from_numpy(near)).against(self.vector)[:, 0].cpu().numpy()
-        bound = self.bound()
-        near = near[gains >= gains.max() - 2.0 * bound]
-        if len(near) == 1:
-            return int(near[0])
-        winner = self.group.decide(self.samples[near])
-        return int(near[np.flatnonzero(self.samples[near] == winner)[0]])
-
-    def finish(self) -> None:
-        """Let the recorded picks enter the vector, and compute their gains."""
-        if not self._pending:
-            return
-        self._catch_up()
-        rows = np.array(self._pending)
-        self._pending, self._entered = [], 0
-        self.slack = max(self.slack, self.bound(len(rows)))
-        self._rows.append(rows)
-        self._values.append(self.table.take(torch.from_numpy(rows)).gains_in_turn(self._before).cpu().numpy())
-        self._before, self._norm = self.vector, float(self.vector.norm())
-
-    def _catch_up(self) -> None:
-        """Let the recorded picks enter the vector."""
-        rows = self._pending[self._entered :]
-        if rows:
-            self._entered = len(self._pending)
-            self._move(self.table.take(torch.from_numpy(np.array(rows))))
-
-    def _next_sample(self, row: int) -> bool:
+    def advance(self, row: int) -> bool:
+        """Let a row stand for the next sample that is equal; return whether there is one."""
         twins = self.group.twins
-        following = -1 if twins is None else int(twins[self.samples[row]])
+        following = -1 if twins is None else twins[self.samples[row]]
         if following >= 0:
             self.samples[row] = following
         else:
             self.alive[row] = False
-        return following >= 0
+        return bool(following >= 0)
 
-    def _move(self, picked: Rows) -> None:
+    def confirm(self, rows: list[int], doubts: list[Doubt]) -> NDArray[np.int64]:
+        """Let the picks that were proposed since the last call become picks, up to the first one that is wrong.
+
+        The greedy pick takes the place of that one, and those after it are undone. Float64 decides about the doubtful
+        ones, all at once, and where it does not, exact arithmetic does.
+
+        Args:
+            rows: the rows proposed.
+            doubts: the doubtful ones, in order.
+
+        Returns:
+            The rows of the picks made, int64.
+        """
+        start, device = self.group.length - len(rows), self.vector.device
+        made = np.array(rows)
+        picked = self.table.take(torch.from_numpy(made))
+        values = picked.gains_after(self.vector, picked, torch.arange(len(made), device=device)).cpu().numpy()
+        slack = self.bound(len(made))
+        if doubts:
+            near, which = (
+                np.concatenate([doubt.rows for doubt in doubts]),
+                np.repeat(np.arange(len(doubts)), [len(doubt.rows) for doubt in doubts]),
+            )
+            steps = np.array([doubt.step for doubt in doubts])[which]
+            others = self.table.take(torch.from_numpy(near))
+            gains = others.gains_after(self.vector, picked, torch.from_numpy(steps).to(device)).cpu().numpy()
+            unclear = (gains >= values[steps] - 2.0 * slack) & (near != made[steps])
+            for number in np.unique(which[unclear]).tolist():
+                doubt, mine = doubts[number], gains[which == number]
+                best = np.flatnonzero(mine >= mine.max() - 2.0 * slack)
+                if len(best) > 1:
+                    winner = self.group.settle(doubt.samples[best], start + doubt.step)
+                    best = np.flatnonzero(doubt.samples == winner)
+                if (row := int(doubt.rows[best[0]])) != rows[doubt.step]:
+                    self._undo(rows[doubt.step :], start + doubt.step)
+                    self.take(row)
+                    made = np.append(made[: doubt.step], row)
+                    values = np.append(values[: doubt.step], mine[best[0]])
+                    picked = self.table.take(torch.from_numpy(made))
+                    break
+        self.apply(made, values, picked, slack)
+        return made
+
+    def apply(self, rows: NDArray[np.int64], values: Array, picked: Rows, slack: float) -> None:
+        """Let proposed picks, of which the vectors and the gains to within `slack` are given, enter the vector w."""
+        self.slack = max(self.slack, slack)
+        self._rows.append(rows)
+        self._values.append(values)
         count, longest = len(picked), self.group.longest
-        if not count:
-            return
         self.vector = self.vector - 2.0 * picked.sum().to(self.vector.device)
         self.error += ROUNDING * (2.0 * count * count * longest + self._norm + 2.0 * count * longest)
-        self._norm += 2.0 * count * longest
+        self._norm = float(self.vector.norm())
+
+    def nearest(self) -> NDArray[np.int64]:
+        """Return the rows whose gains lie within twice the error bound of the greatest gain."""
+        gains = self.gains()
+        return torch.nonzero(gains >= gains.max() - 2.0 * self.bound()).flatten().cpu().numpy()
+
+    def _undo(self, rows: list[int], length: int) -> None:
+        """Undo the picks after the first `length`, which were made of `rows`."""
+        for row, sample in zip(reversed(rows), reversed(self.group.trail[length : length + len(rows)]), strict=True):
+            self.samples[row], self.alive[row] = sample, True
+        self.group.rewind(length)

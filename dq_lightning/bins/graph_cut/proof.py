@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dq_lightning.bins.graph_cut.exact import Array
+from dq_lightning.bins.graph_cut.group import ROUNDING
 from dq_lightning.bins.graph_cut.pool import Pool
-from dq_lightning.bins.graph_cut.referee import ROUNDING
 from dq_lightning.bins.rows import Rows
 
 # Picks are checked in at most this many chunks, each of at least this many picks.
@@ -18,21 +18,6 @@ _MAX_CHECKPOINTS = 12
 _PICKS_A_CHECKPOINT = 48
 # A table of gains with one row for each outside row and one column for each pick has about this many entries.
 _TABLE_ENTRIES = 1 << 20
-
-
-@dataclass(eq=False)
-class Fault:
-    """Result of checking picks: how many of them are proved to be greedy.
-
-    Attributes:
-        step: number of picks that are proved.
-        rows: int64, rows that should have been picked instead of pick number `step`; empty if all picks are proved.
-        gains: float64 [n], gains of all rows after all picks; of use only if all are proved.
-    """
-
-    step: int
-    rows: NDArray[np.int64]
-    gains: Tensor
 
 
 @dataclass(eq=False)
@@ -68,6 +53,7 @@ class Proof:
         start: number of picks made in the bin before these.
 
     Attributes:
+        after: float64 [n], gains of all rows after the picks, once `first_fault` has found none.
         walked: number of inner products of an outside row and a pick that were computed.
     """
 
@@ -76,25 +62,25 @@ class Proof:
     ) -> None:
         self.pool, self.gains, self.outside, self.picked, self.values = pool, gains, outside, picked, values
         self.slack, self.start = error + pool.bound(len(picked)), start
-        self.walked = 0
+        self.after, self.walked = gains, 0
 
-    def first_fault(self) -> Fault:
-        """Find the first pick that is not the greedy one on all rows."""
+    def first_fault(self) -> tuple[int, NDArray[np.int64]]:
+        """Return how many picks are proved to be greedy, and the rows, int64, that should have come in place of the next."""
         total = len(self.picked)
         count = max(1, min(_MAX_CHECKPOINTS, total // _PICKS_A_CHECKPOINT))
         ends = list(pairwise(np.linspace(0, total, count + 1).astype(int).tolist()))
         chunks = [self._chunk(first, last) for first, last in ends]
         sums = torch.cat([chunk.rows.sum() for chunk in chunks]).cumsum(dim=0).to(self.gains.device)
-        after, suspects = self._pass(sums, chunks)
+        suspects = self._pass(sums, chunks)
         before = torch.zeros_like(sums[:1])
         for number, chunk in enumerate(chunks):
             rows = torch.nonzero(suspects[:, number]).flatten().cpu().numpy()
             if len(rows):
                 step, spoilers = self._walk(rows, before, chunk)
                 if step < ends[number][1]:
-                    return Fault(step, spoilers, after)
+                    return step, spoilers
             before = sums[number : number + 1]
-        return Fault(total, np.empty(0, dtype=np.int64), after)
+        return total, np.empty(0, dtype=np.int64)
 
     def _chunk(self, first: int, last: int) -> _Chunk:
         rows, values = self.picked.span(first, last), self.values
@@ -103,19 +89,19 @@ class Proof:
         drop = float((line - values[first:last]).max()) + self.slack + 8.0 * ROUNDING * float(np.abs(ends).max())
         return _Chunk(rows, first, _deviation(rows), (ends[0] - drop, ends[1] - drop))
 
-    def _pass(self, sums: Tensor, chunks: list[_Chunk]) -> tuple[Tensor, Tensor]:
+    def _pass(self, sums: Tensor, chunks: list[_Chunk]) -> Tensor:
         """Compute the gains of all rows at the ends of all chunks in one pass.
 
         Returns:
-            The gains after the last pick, float64 [n], and a bool tensor [n, chunks] that is True where an outside row
-            might have been better than some pick of a chunk, judging by its gains at the two ends of the chunk.
+            Whether an outside row might have been better than some pick of a chunk, judging by its gains at the two
+            ends of the chunk, bool [n, chunks].
         """
         device, table, longest = self.gains.device, self.pool.table, self.pool.group.longest
-        unit = self.pool.group.referee.rows.scales is not None
+        unit = self.pool.group.rows.scales is not None
         limits = torch.tensor([chunk.limits for chunk in chunks], dtype=torch.float64, device=device)
         margins = torch.tensor([2.0 * chunk.deviation for chunk in chunks], dtype=torch.float64, device=device)
-        after = torch.empty_like(self.gains)
-        suspects = torch.empty(len(after), len(chunks), dtype=torch.bool, device=device)
+        self.after = torch.empty_like(self.gains)
+        suspects = torch.empty(len(self.gains), len(chunks), dtype=torch.bool, device=device)
 
         def look(ends: tuple[int, int]) -> None:
             part, block = slice(*ends), table.span(*ends)
@@ -124,10 +110,10 @@ class Proof:
             reach = margins * (longest if unit else block.lengths()[:, None])
             unclear = (states[:, :-1] + reach >= limits[:, 0]) | (states[:, 1:] + reach >= limits[:, 1])
             suspects[part] = unclear & self.outside[part, None]
-            after[part] = states[:, -1]
+            self.after[part] = states[:, -1]
 
-        self.pool.group.workers.run(look, table.ranges())
-        return after, suspects
+        self.pool.group.rows.workers.run(look, table.ranges())
+        return suspects
 
     def _walk(self, rows: NDArray[np.int64], before: Tensor, chunk: _Chunk) -> tuple[int, NDArray[np.int64]]:
         """Compute the gains of the given outside rows at every step of a chunk.
@@ -164,8 +150,8 @@ class Proof:
         for at in sorted(close):
             if at >= step:
                 break
-            others, pick = samples[close[at]], group.referee.trail[self.start + at]
-            winner = group.decide(np.append(others, pick), self.start + at)
+            others, pick = samples[close[at]], group.trail[self.start + at]
+            winner = group.settle(np.append(others, pick), self.start + at)
             if winner != pick:
                 step, spoilers = at, np.array(close[at], dtype=np.int64)[others == winner]
         return step, spoilers

@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dq_lightning.bins.graph_cut.exact import Array
-from dq_lightning.bins.graph_cut.pool import Pool
+from dq_lightning.bins.graph_cut.pool import Doubt, Pool
 from dq_lightning.bins.rows import Rows
-
-Tick = Callable[[int], object]
 
 # The unit roundoff of float32, with room for the second-order terms of error bounds.
 SINGLE = 2.0**-24 * 1.01
@@ -25,15 +23,17 @@ SINGLE = 2.0**-24 * 1.01
 WIDE = 1 << 13
 # Twice an inner product of the longest rows is stored as at most this whole number, by the number of bytes of an entry.
 FULL = {4: 1 << 19, 2: 32700}
+# The product of matrices is made in float32 if its error is below this many units, and else in float64.
+_COARSE = 20.0
 # Gains start again from float64 after at most this many picks, which change a score by at most 2**29.
-_MOST_PICKS = 1024
+_MOST_PICKS = 1000
 # Scores start at 0 or below, but at least at the lowest one, and those of rows that cannot be picked at the dead one. So
 # scores above the floor, and no others, are right within their bound until gains start again.
 _DEAD, _LOWEST, _FLOOR = -3 << 29, -2 << 29, -1 << 29
-# What it costs to decide between rows and to start again from float64 gains, and for each row, in the time that float64
+# What it costs to decide between rows, for each of them, and to start again from float64 gains, in the time that float64
 # takes for one entry of a row, as measured.
-_DECIDING, _STARTING = 150_000, 200_000
-# Inner products are computed in squares of this many rows, whose float64 form fits a processor's cache.
+_DECIDING, _EACH, _STARTING = 20_000, 4, 1_000_000
+# Inner products are computed in squares of this many rows, which fit a processor's cache.
 _TILE = {"cpu": 512, "cuda": 4096}
 
 
@@ -41,27 +41,27 @@ class MatrixScores:
     """Scores in whole numbers that are updated by a row of the matrix of inner products.
 
     Additions of whole numbers make no error, so after t picks a score is off by at most the rounding of its start plus
-    t times the error of an entry: half a unit for the rounding, and that of the product. The product is made in float64
-    unless float32's error is below one unit. Scores are exact if the gains are whole multiples of a unit that entries
-    can be stored in.
+    t times the error of an entry: half a unit for the rounding, and that of the product. Scores are exact if the gains
+    are whole multiples of a unit that entries can be stored in.
 
     Args:
         pool: n rows; memory is 4 n^2 bytes up to 8,192 rows, and 2 n^2 with more.
     """
 
-    dead, floor = float(_DEAD), float(_FLOOR)
+    dead, floor = _DEAD, _FLOOR
 
     def __init__(self, pool: Pool) -> None:
         size = entry_bytes(pool)
-        error = FULL[size] * (pool.group.depth + 8) * SINGLE
-        single = error < 1.0
+        error = FULL[size] * (pool.group.rows.depth + 8) * SINGLE
+        single = error < _COARSE
         exact = holds_exactly(pool)
         factors, scale = scaled_rows(pool, torch.float32 if single or exact else torch.float64, as_they_are=exact)
         # Products too small for float64 are all 0 in this unit.
         self._unit = pool.group.unit if exact else 2.0 * max(scale, 2.0**-1000) / FULL[size]
         self._start_error = 0.0 if exact else 1.0
         self._step_error = 0.0 if exact else 0.5 + (error if single else error * 2.0**-28)
-        self.matrix = _products(pool, Rows(factors), 2.0 * scale / self._unit, size)
+        left = Rows((factors[0] * (2.0 * scale / self._unit), *factors[1:]))
+        self.matrix = _products(left, Rows(factors), pool, size)
         self.values: NDArray[np.int32] = np.empty(0, dtype=np.int32)
         self._error, self._picks = 0.0, 0
 
@@ -95,8 +95,8 @@ class PassScores:
 
     def __init__(self, pool: Pool) -> None:
         self._rows, self._scale = scaled_rows(pool)
-        self._workers = pool.group.workers
-        self._relative = (pool.group.depth + 8) * SINGLE * self._scale
+        self._workers = pool.group.rows.workers
+        self._relative = (pool.group.rows.depth + 8) * SINGLE * self._scale
         self.values: Array = np.empty(0)
         self._start: Array = np.empty(0)
         self._drift = torch.zeros(pool.vector.shape, dtype=torch.float64, device=pool.vector.device)
@@ -135,39 +135,42 @@ def pick_in_turn(
 ) -> None:
     """Make `count` picks from all rows of a pool.
 
-    Where other scores lie within the error bound of the greatest one, float64 decides between them, and where that does
-    not, exact arithmetic does. The scores start again from exact gains once such decisions have cost as much as that.
+    The row of greatest score is proposed. Where other scores lie within the error bound of it, the proposal is doubtful,
+    and all of them are noted. `Pool.confirm` decides about the doubtful ones, once that costs as much as starting again
+    from exact gains.
     """
     while count > 0:
         scores.start(pool)
-        made = _until_stale(pool, scores, min(count, _MOST_PICKS))
+        made = len(pool.confirm(*_propose(pool, scores, min(count, _MOST_PICKS))))
         count -= made
         tick(made)
-    pool.finish()
 
 
-def _until_stale(pool: Pool, scores: MatrixScores | PassScores, count: int) -> int:
-    spent, depth = 0, pool.group.depth
-    for step in range(count):
-        values = scores.values
+def _propose(pool: Pool, scores: MatrixScores | PassScores, count: int) -> tuple[list[int], list[Doubt]]:
+    """Return the rows of up to `count` proposed picks, at least one, and the doubtful ones among them."""
+    rows: list[int] = []
+    doubts: list[Doubt] = []
+    values, samples, depth = scores.values, pool.samples, pool.group.rows.depth
+    budget = _STARTING + len(pool) * depth
+    while len(rows) < count and budget > 0:
         best = int(values.argmax())
-        top = values[best]
+        top, window = values.item(best), scores.window()
+        least = top - window
+        if least <= scores.floor and rows:
+            break
         values[best] = scores.dead
-        least = top - scores.window()
-        doubtful = values[values.argmax()] >= least or least <= scores.floor
+        doubtful = values.item(values.argmax()) >= least
         values[best] = top
         if doubtful:
-            if scores.window() == 0.0 and least > scores.floor:
-                near = (values == top).nonzero()[0]
-                best = int(near[pool.samples[near].argmin()])
-            else:
-                near = np.flatnonzero(pool.alive & ((values >= least) | (least <= scores.floor)))
-                best = pool.settle(near)
-                spent += _DECIDING + len(near) * depth
+            near = np.flatnonzero(pool.alive & (values >= least))
+            equal = near[values[near] == top]
+            best = int(equal[samples[equal].argmin()])
+            if window:
+                doubts.append(Doubt(len(rows), near, samples[near]))
+                budget -= _DECIDING + _EACH * len(near) * depth
+        rows.append(best)
         scores.picked(best, not pool.take(best))
-        if spent > _STARTING + len(values) * depth:
-            return step + 1
-    return count
+    return rows, doubts
 
 
 def entry_bytes(pool: Pool) -> int:
@@ -181,23 +184,23 @@ def holds_exactly(pool: Pool) -> bool:
     return 0.0 < 2.0 * pool.group.longest**2 <= min(most, 2.0**24)
 
 
-def _products(pool: Pool, table: Rows, factor: float, size: int) -> NDArray[np.signedinteger]:
-    """Return the inner products of the rows of a table times a factor as whole numbers of `size` bytes, [n, n]."""
-    total, tile = len(table), _TILE[pool.vector.device.type]
+def _products(left: Rows, right: Rows, pool: Pool, size: int) -> NDArray[np.signedinteger]:
+    """Return the inner products of rows, of which `left` are multiples, as whole numbers of `size` bytes, [n, n]."""
+    total, tile = len(left), _TILE[pool.vector.device.type]
     # NumPy asks for huge pages, which the system provides much faster than many small ones.
     whole = np.empty((total, total), dtype=f"i{size}")
     matrix = torch.from_numpy(whole)
 
     def fill(corner: tuple[int, int]) -> None:
         down, across = corner
-        product = table.span(down, down + tile).inner(table.span(across, across + tile))
+        product = left.span(down, down + tile).inner(right.span(across, across + tile))
         codes = whole[down : down + tile, across : across + tile]
-        np.rint(product.mul_(factor).cpu().numpy(), out=codes, casting="unsafe")
+        np.rint(product.cpu().numpy(), out=codes, casting="unsafe")
         if down != across:
             matrix[across : across + tile, down : down + tile] = torch.from_numpy(codes).T
 
     starts = range(0, total, tile)
-    pool.group.workers.run(fill, [(down, across) for down in starts for across in starts if across <= down])
+    pool.group.rows.workers.run(fill, [(down, across) for down in starts for across in starts if across <= down])
     return whole
 
 
@@ -215,7 +218,7 @@ def scaled_rows(
         Factors [n, width] of length at most 1, to within a rounding, and the number that inner products of these rows
         have to be multiplied by.
     """
-    table, workers = pool.table, pool.group.workers
+    table, workers = pool.table, pool.group.rows.workers
     ranges = table.ranges()
 
     def lengths(ends: tuple[int, int]) -> Tensor:
