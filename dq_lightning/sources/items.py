@@ -84,7 +84,7 @@ def at(item: Any, leaf: Leaf) -> Any:
         'b'
     """
     for key in leaf:
-        item = getattr(item, str(key)) if type(item) is not tuple and is_dataclass(item) else item[key]
+        item = getattr(item, str(key)) if type(item) not in (tuple, dict) and is_dataclass(item) else item[key]
     return item
 
 
