@@ -22,6 +22,7 @@ from dq_lightning.core.sharing import Job, Sharing, in_order
 from dq_lightning.features import extract, text_loading
 from dq_lightning.features.choose import choose_encoder
 from dq_lightning.features.selection_training import with_selection_epochs
+from dq_lightning.packed import writer
 from dq_lightning.packed.patches import pack_image
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.packed.writer import write_packed
@@ -32,6 +33,7 @@ from dq_lightning.pipeline.patch_plan import make_patch_plan
 from tests.features.conftest import ListSource, TinyNetwork, random_images, to_float_tensor
 from tests.features.text_models import Texts, save_model
 from tests.store.calls import DueShards
+from tests.test_resume import odd_items_later_others
 
 
 class Stop(Exception):  # noqa: N818
@@ -128,6 +130,43 @@ def test_scores_of_patches():
     assert len(there) == len(back) > 2
     for one, other in zip(there, back, strict=True):
         assert all(torch.equal(part, same) for part, same in zip(one, other, strict=True))
+
+
+def test_packed_samples(tmp_path, monkeypatch):
+    """Samples of which some fit no column, encoded in pieces by two ranks, of which one sends them; a run that was stopped."""
+    monkeypatch.setattr(writer, "LOOK_AHEAD_SAMPLES", 3)
+    monkeypatch.setattr(writer, "PIECE_SAMPLES", 4)
+    of_all = list(odd_items_later_others(0))
+
+    def items(numbers):
+        return map(of_all.__getitem__, numbers)
+
+    class Sent(Dealt):
+        def share(self, job, work, unpack, size):
+            for number in range(job.pieces):
+                if number % 2:
+                    yield from map(unpack, writer.encode_pieces(job, iter([number]), items))
+                else:
+                    yield from work(iter([number]))
+                if number == self.stop_after:
+                    raise Stop
+
+    def write(sharing, shards=None):
+        folder = tmp_path / f"store-{len(list(tmp_path.iterdir()))}"
+        write_packed(
+            folder, writer.SharedItems(sharing, items, {}, {}), ids=list(map(str, range(23))), index=torch.arange(23),
+            bins=torch.zeros(23, dtype=torch.int16), attributes={}, shards=shards,
+        )  # fmt: skip
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    expected = write(Sharing())
+    assert write(Dealt(0)) == expected
+    for stop_after in (0, 3):
+        shards = DueShards(2)
+        with pytest.raises(Stop):
+            write(Sent(0, stop_after), shards)
+        assert shards.pieces
+        assert write(Sent(0), shards) == expected
 
 
 def test_filled_images(tmp_path):

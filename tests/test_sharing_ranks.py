@@ -76,15 +76,28 @@ def test_bytes_of_one_process(two, alone):
     assert reports[0]["content"] == reports[1]["content"] == alone["content"]
 
 
-def test_every_stage_of_patches_is_shared(tmp_path):
-    alone = run_alone(tmp_path / "alone", "patches")
-    reports = run_ranks(tmp_path / "two", 2, "patches")["patches"]
-    assert {report["hash"] for report in reports.values()} == {alone["hash"]}
-    assert reports[0]["content"] == reports[1]["content"] == alone["content"]
-    assert sum(report["seen"] for report in reports.values()) == alone["seen"]
+@pytest.fixture(scope="module")
+def patches_alone(tmp_path_factory):
+    return run_alone(tmp_path_factory.mktemp("patches"), "patches")
+
+
+def test_every_stage_of_patches_is_shared(tmp_path, patches_alone):
+    reports = run_ranks(tmp_path, 2, "patches")["patches"]
+    assert {report["hash"] for report in reports.values()} == {patches_alone["hash"]}
+    assert reports[0]["content"] == reports[1]["content"] == patches_alone["content"]
+    assert sum(report["seen"] for report in reports.values()) == patches_alone["seen"]
     lines = [line for report in reports.values() for line in report["log"] if "other ranks did" in line]
-    assert [line.partition(":")[0] for line in lines] == ["features", "saliency", "filling"]
+    assert [line.partition(":")[0] for line in lines] == ["features", "saliency", "packing", "filling"]
     assert not any("other ranks did 0 " in line for line in lines)
+
+
+def test_rank_killed_while_it_packs(tmp_path, patches_alone):
+    (report,) = run_ranks(tmp_path, 2, "patches-killed", statuses=[0, -9])["patches-killed"].values()
+    assert "has ended" in report["error"], report["error"]
+    assert list((tmp_path / "cache" / "0-partial" / "5-store").rglob("*.shard"))
+    reports = run_ranks(tmp_path, 2, "patches-resumed")["patches-resumed"]
+    assert any("samples are done already" in line for report in reports.values() for line in report["log"])
+    assert reports[0]["content"] == patches_alone["content"]
 
 
 def test_without_a_shared_disk(two, alone):

@@ -1,13 +1,17 @@
 """Saves packed samples in shards while a store is written, so that a killed run can continue."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from dq_lightning.cache import files
 from dq_lightning.core.resuming import Array, Shards
+
+Buffer = bytes | memoryview
+# The row of a sample in each column, and the encoding of everything that is in no column.
+EncodedSample = tuple[Sequence[Buffer], Buffer]
 
 # A shard is held in memory until it is saved, so its size is limited.
 MAX_BYTES = 256 << 20
@@ -67,7 +71,18 @@ def facts_of(piece: dict[str, Array]) -> dict[str, Any]:
     return found
 
 
-def samples_of(piece: dict[str, Array], row_bytes: Sequence[int]) -> Any:
+def arrays_of(samples: Sequence[EncodedSample]) -> dict[str, Array]:
+    """Return the arrays of which `samples_of` makes the same samples again."""
+    arrays: dict[str, Array] = {
+        "lengths": np.array([len(value) for _, value in samples], "<i8"),
+        "values": np.frombuffer(b"".join(value for _, value in samples), np.uint8),
+    }
+    for number, rows in enumerate(zip(*(rows for rows, _ in samples), strict=True)):
+        arrays[f"column-{number}"] = np.frombuffer(b"".join(rows), np.uint8)
+    return arrays
+
+
+def samples_of(piece: dict[str, Array], row_bytes: Sequence[int]) -> Iterator[EncodedSample]:
     """Yield the rows and the value of each sample in a shard; `row_bytes` is 0 where a leaf has no column."""
     columns = [piece[f"column-{number}"].data if width else memoryview(b"") for number, width in enumerate(row_bytes)]
     values, end = piece["values"].data, 0

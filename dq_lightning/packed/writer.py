@@ -21,9 +21,11 @@ import itertools
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from dq_lightning.cache import files
 from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import EncodedImage, PatchedImage, StoredImage
 from dq_lightning.core.resuming import Array, Shards
+from dq_lightning.core.sharing import Arrays, Job, Sharing, in_order
 from dq_lightning.packed.columns import (
     FILE_KIND,
     STREAM_KIND,
@@ -48,7 +51,7 @@ from dq_lightning.packed.columns import (
     plan,
 )
 from dq_lightning.packed.npy import npy_header
-from dq_lightning.packed.packing_shards import UnsavedSamples, facts_of, samples_of
+from dq_lightning.packed.packing_shards import EncodedSample, UnsavedSamples, arrays_of, facts_of, samples_of
 from dq_lightning.packed.patch_stream import uvarint, write_stream
 from dq_lightning.packed.patches import patched_images
 from dq_lightning.packed.small_arrays import MAX_COLUMNS, SmallArrays
@@ -71,16 +74,37 @@ LOOK_AHEAD_BYTES = 64 << 20
 # So many samples, or bytes, are gathered before they are written.
 GATHERED_SAMPLES, GATHERED_BYTES = 512, 1 << 20
 
+# Other processes are handed so many samples at once, or so many bytes of samples if these are large.
+PIECE_SAMPLES, PIECE_BYTES = 256, 8 << 20
+# A process may encode so many pieces before the earlier ones are written, which are held in memory meanwhile.
+AHEAD = 2
+
 Item = tuple[Any, EncodedImage | None]
-Buffer = bytes | memoryview
 _IMAGES = (Image.Image, PatchedImage, StoredImage)
 # Most leaves are of these types, which hold no patched image.
 _WITHOUT_PATCHES = frozenset((int, float, bool, str, bytes, type(None), StoredImage, np.ndarray, Tensor))
 
 
+@dataclass(frozen=True)
+class SharedItems:
+    """How samples are encoded together with other processes, each of which calls `encode_pieces`.
+
+    Attributes:
+        sharing: how pieces are shared.
+        items: function that takes the numbers of samples and yields their items, see `write_packed`.
+        facts: plain JSON that the others need to make the same items.
+        arrays: arrays that they need.
+    """
+
+    sharing: Sharing
+    items: Callable[[Iterator[int]], Iterator[Item]]
+    facts: Mapping[str, Any]
+    arrays: Mapping[str, Array]
+
+
 def write_packed(
     folder: Path,
-    items: Iterable[Item] | Callable[[int], Iterator[Item]],
+    items: Iterable[Item] | Callable[[int], Iterator[Item]] | SharedItems,
     *,
     ids: Sequence[str],
     index: Tensor,
@@ -95,9 +119,10 @@ def write_packed(
 
     Args:
         folder: folder of the store; it must be empty or not exist yet.
-        items: M pairs (sample, original file bytes of its image or None), or a function that takes a position and
-            yields the pairs from this position on. A sample is any tree of tuples, lists and dicts over None, bool,
-            int, float, complex, str, bytes, numpy and torch values, Pillow images and `PatchedImage`.
+        items: M pairs (sample, original file bytes of its image or None); or a function that takes a position and yields
+            the pairs from this position on; or what other processes help to encode. A sample is any tree of tuples,
+            lists and dicts over None, bool, int, float, complex, str, bytes, numpy and torch values, Pillow images and
+            `PatchedImage`.
         ids: M names of the samples.
         index: int64 [M], positions of the samples in the source.
         bins: int16 [M], bin of each sample.
@@ -124,7 +149,7 @@ def write_packed(
         raise StoreError(f"attributes must be plain JSON: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
     writer = _StoreWriter(folder, num_samples, raw_images, squeeze)
-    writer.samples(items if callable(items) else lambda start: itertools.islice(items, start, None), shards, grain)
+    writer.samples(items, shards, grain)
     positions, bin_of_each = index.to(torch.int64).numpy().astype("<i8"), bins.to(torch.int16).numpy().astype("<i2")
     if squeeze:
         writer.squeezed(positions, bin_of_each, ids)
@@ -142,66 +167,220 @@ def estimate_bytes(items: Iterable[Item], num_samples: int) -> int:
     return sum(sizes) * num_samples // max(1, len(sizes))
 
 
-class _StoreWriter:
-    """Open files of the store being written, and what store.json will say about them."""
+class _Encoder:
+    """Encodes samples that have the same layout, which is known before.
 
-    def __init__(self, folder: Path, num_samples: int, raw_images: bool, squeeze: bool) -> None:
-        self.squeeze = squeeze
-        self.squeezed_facts: dict[str, Any] = {}
-        self.folder = folder
-        self.num_samples = num_samples
-        self.raw_images = raw_images
-        self.files: dict[str, dict[str, Any]] = {}
+    Attributes:
+        tree: tree of the samples.
+        leaves: leaves of this tree.
+        has_patches: whether any sample so far has patched images.
+    """
+
+    def __init__(self, raw_images: bool, squeeze: bool) -> None:
+        self.raw_images, self.squeeze = raw_images, squeeze
         self.tree = Tree("leaf", 0)
         self.leaves: list[Leaf] = []
         # For each leaf, whether a value can be stored as it, and what converts one to its row.
-        self.tests: list[Callable[[Any], bool]] = []
-        self.writers: list[Callable[[Any], bytes]] = []
+        self._tests: list[Callable[[Any], bool]] = []
+        self._writers: list[Callable[[Any], bytes]] = []
         self.has_patches = False
+
+    def lay_out(self, tree: Tree, leaves: list[Leaf]) -> None:
+        """Encode samples in this layout from now on."""
+        self.tree, self.leaves = tree, leaves
+        self._tests = [leaf_test(leaf, self.raw_images) for leaf in leaves]
+        self._writers = [leaf_writer(leaf) for leaf in leaves]
+
+    def pieces(
+        self, items: Callable[[Iterator[int]], Iterator[Item]], facts: Mapping[str, Any], numbers: Iterator[int]
+    ) -> Iterator[tuple[int, "_Piece"]]:
+        """Yield numbered pieces of the samples, each after its number; `facts` are those of the job."""
+        asked = deque[tuple[int, range]]()
+
+        def samples_of_pieces() -> Iterator[int]:
+            for number in numbers:
+                first = facts["start"] + number * facts["size"]
+                asked.append((number, range(first, min(first + facts["size"], facts["stop"]))))
+                yield from asked[-1][1]
+
+        done: list[EncodedSample] = []
+        for item in items(samples_of_pieces()):
+            number, samples = asked[0]
+            done.append(self.encode(item, samples[len(done)]))
+            if len(done) == len(samples):
+                asked.popleft()
+                yield number, (self.has_patches, done)
+                done = []
+
+    def encode(self, item: Item, number: int) -> EncodedSample:
+        """Return the row of a sample in each column, and the encoding of everything that is in no column.
+
+        Raises:
+            StoreError: the sample, whose number is named, cannot be stored.
+        """
+        try:
+            return self._encode(*self.with_files(item, every_image(self.raw_images, self.leaves)))
+        except StoreError as error:
+            raise StoreError(f"sample {number}: {error}") from error
+
+    def with_files(self, item: Item, every: bool) -> Item:
+        """Return a sample with its images as files, where a file holds an image exactly."""
+        return with_files(*item, self.raw_images, every), item[1]
+
+    def _encode(self, sample: Any, encoded: EncodedImage | None) -> tuple[list[bytes], bytes]:
+        """Return a sample's row in each column, and the encoding of everything that is in no column."""
+        found = leaves_of(sample, self.tree)
+        is_plain = found is not None and all(type(value) in _WITHOUT_PATCHES for value in found)
+        patched = [] if is_plain else patched_images(sample)
+        if patched:
+            self.has_patches = True
+        if found is None:
+            no_streams = bytes(sum(leaf.kind in (STREAM_KIND, FILE_KIND) for leaf in self.leaves))
+            value = no_streams + encode_value({"whole": without_array_files(sample)}, encoded, self.raw_images)
+            return [bytes(leaf.row_bytes) for leaf in self.leaves], value
+        rows, streams, beside, decoded_bytes, first_image = [], b"", {}, 0, True
+        for number, (value, leaf, test, write) in enumerate(
+            zip(found, self.leaves, self._tests, self._writers, strict=True)
+        ):
+            image = isinstance(value, _IMAGES)
+            fitting = test(value)
+            if leaf.kind == STREAM_KIND:
+                stream = write_stream(value, leaf.shared) if fitting else b""
+                streams += uvarint(len(stream)) + stream
+            if leaf.kind == FILE_KIND:
+                stream, size = write_image(value, leaf.starts) if fitting else (b"", 0)
+                streams += uvarint(len(stream)) + stream
+                decoded_bytes += size
+            if fitting:
+                rows.append(write(value))
+                # The original file bytes belong to the first image. It is stored already, so they aren't needed.
+                encoded = None if image and first_image else encoded
+            else:
+                rows.append(bytes(leaf.row_bytes))
+                beside[number] = without_array_files(value)
+            first_image = first_image and not image
+        value = streams + (encode_value(beside, encoded, self.raw_images) if beside else b"")
+        if patched:
+            check_decoded_size(patched_bytes(patched), sum(map(len, rows)) + len(value))
+        check_decoded_size(decoded_bytes, len(value))
+        return rows, value
+
+    def layout(self) -> dict[str, Any]:
+        """Return the layout of the samples written so far, in the form that store.json has."""
+        version: dict[str, Any] = {"version": VERSION_OF_PATCHES if self.has_patches else VERSION_OF_VALUES}
+        if any(leaf.kind == FILE_KIND for leaf in self.leaves):
+            version = {"version": VERSION_OF_FILES, "has_patches": self.has_patches}
+        if self.squeeze:
+            version = {"version": VERSION_SQUEEZED, "has_patches": self.has_patches}
+        columns = [leaf_to_json(leaf) for leaf in self.leaves]
+        return version | {"tree": tree_to_json(self.tree), "columns": columns}
+
+
+# Whether there are patched images, and the samples.
+_Piece = tuple[bool, list[EncodedSample]]
+
+
+def every_image(raw_images: bool, leaves: list[Leaf]) -> bool:
+    """Return whether small plain images are stored as files too, since their sizes differ."""
+    return not raw_images and all(leaf.kind != "image" for leaf in leaves)
+
+
+def encode_pieces(
+    job: Job, numbers: Iterator[int], items: Callable[[Iterator[int]], Iterator[Item]]
+) -> Iterator[Arrays]:
+    """Yield numbered pieces of the samples that another process writes; `items` is as in its `SharedItems`."""
+    facts, layout = job.facts, job.facts["layout"]
+    encoder = _Encoder(facts["raw_images"], facts["squeeze"])
+    leaves = [leaf_from_json(leaf) for leaf in layout["columns"]]
+    encoder.lay_out(tree_from_json(layout["tree"], len(leaves)), leaves)
+    for number, (has_patches, samples) in encoder.pieces(items, facts, numbers):
+        yield {"piece": np.array(number), "has_patches": np.array(has_patches), **arrays_of(samples)}
+
+
+class _StoreWriter(_Encoder):
+    """Open files of the store being written, and what store.json will say about them."""
+
+    def __init__(self, folder: Path, num_samples: int, raw_images: bool, squeeze: bool) -> None:
+        super().__init__(raw_images, squeeze)
+        self.squeezed_facts: dict[str, Any] = {}
+        self.folder = folder
+        self.num_samples = num_samples
+        self.files: dict[str, dict[str, Any]] = {}
         self.columns: list[files.Writer | None] = []
         self.values: files.Writer | None = None
         self.offsets = np.zeros(num_samples + 1, "<i8")
         self.checksums = np.zeros(num_samples, "<u4")
         self.count = 0
         # Samples are written many at a time, because writing and hashing a few bytes costs as much as many of them.
-        self.pending: list[tuple[Sequence[Buffer], Buffer]] = []
+        self.pending: list[EncodedSample] = []
         self.pending_bytes = self.row_bytes = 0
 
-    def samples(self, items: Callable[[int], Iterator[Item]], shards: Shards | None, grain: int) -> None:
+    def samples(
+        self, items: Iterable[Item] | Callable[[int], Iterator[Item]] | SharedItems, shards: Shards | None, grain: int
+    ) -> None:
+        """Write all samples; see `write_packed`."""
         unsaved = UnsavedSamples(shards, grain)
         with ExitStack() as stack:
             for piece in shards.restore(self.num_samples) if shards is not None else ():
                 if not self._take(piece, stack):
                     break
-            stream = items(self.count)
+            stream = self._own(items)
             if self.values is None:
                 first = list(self._with_files(_look_ahead(stream), every=False))
                 tree, leaves = plan([sample for sample, _ in first], self.raw_images)
-                if self._every_image(leaves):
+                if every_image(self.raw_images, leaves):
                     first = list(self._with_files(iter(first), every=True))
                     tree, leaves = plan([sample for sample, _ in first], self.raw_images)
                 self._open(tree, leaves, stack)
                 stream = itertools.chain(first, stream)
-            stream = self._with_files(stream, every=self._every_image(self.leaves))
-            for sample, encoded in stream:
+            for item in stream:
                 if self.count >= self.num_samples:
                     raise StoreError(f"there are more samples than the {self.num_samples} ids")
-                try:
-                    rows, value = self._encode(sample, encoded)
-                except StoreError as error:
-                    raise StoreError(f"sample {self.count}: {error}") from error
-                self._put(rows, value)
-                is_due = unsaved.is_due(len(self.pending))
-                if is_due or len(self.pending) >= GATHERED_SAMPLES or self.pending_bytes >= GATHERED_BYTES:
-                    unsaved.add(*self._write_pending())
-                if is_due:
-                    unsaved.keep(self._layout())
+                self._add(self.encode(item, self.count), unsaved)
+            if isinstance(items, SharedItems) and self.count < self.num_samples:
+                for has_patches, encoded in in_order(self._encoded_by_all(items)):
+                    self.has_patches = self.has_patches or has_patches
+                    for sample in encoded:
+                        self._add(sample, unsaved)
             self._write_pending()
         if self.count != self.num_samples:
             raise StoreError(f"there are {self.count} samples but {self.num_samples} ids")
         for written in (*self.columns, self.values):
             if written is not None:
                 self._list(written)
+
+    def _own(self, items: Iterable[Item] | Callable[[int], Iterator[Item]] | SharedItems) -> Iterator[Item]:
+        """Yield the items that follow those written so far, as far as this process alone encodes them."""
+        if isinstance(items, SharedItems):
+            alone = items.sharing.num_ranks == 1
+            stop = self.num_samples if alone else min(self.num_samples, self.count + LOOK_AHEAD_SAMPLES)
+            return items.items(iter(range(self.count, stop)))
+        return items(self.count) if callable(items) else itertools.islice(items, self.count, None)
+
+    def _encoded_by_all(self, items: SharedItems) -> Iterator[tuple[int, _Piece]]:
+        """Yield the samples that follow those written so far, in pieces, each after its number, in any order."""
+        mean = int(self.offsets[self.count]) // max(1, self.count) + self.row_bytes
+        size = max(1, min(PIECE_SAMPLES, PIECE_BYTES // max(1, mean)))
+        facts = {"start": self.count, "stop": self.num_samples, "size": size, "layout": self.layout()}
+        facts |= {"raw_images": self.raw_images, "squeeze": self.squeeze, "items": dict(items.facts)}
+        pieces = -(-(self.num_samples - self.count) // size)
+        job = Job("packing", facts, items.arrays, pieces, pieces, ahead=AHEAD)
+
+        def unpack(arrays: Arrays) -> tuple[int, _Piece]:
+            samples = list(samples_of(arrays, [leaf.row_bytes for leaf in self.leaves]))
+            return int(arrays["piece"]), (bool(arrays["has_patches"]), samples)
+
+        # The encoder of this process's own pieces runs ahead of what is written.
+        return items.sharing.share(job, partial(self.pieces, items.items, facts), unpack, lambda _: 1)
+
+    def _add(self, sample: EncodedSample, unsaved: UnsavedSamples) -> None:
+        """Take an encoded sample, and write those that were taken once they are many, or a shard of them is due."""
+        self._put(sample)
+        is_due = unsaved.is_due(len(self.pending))
+        if is_due or len(self.pending) >= GATHERED_SAMPLES or self.pending_bytes >= GATHERED_BYTES:
+            unsaved.add(*self._write_pending())
+        if is_due:
+            unsaved.keep(self.layout())
 
     def _list(self, written: files.Writer) -> None:
         """Remember size and digest of a file that is written, for store.json."""
@@ -237,15 +416,10 @@ class _StoreWriter:
             "squeezed": {"ids_bytes": None if small.ids is None else len(small.ids), "columns": narrow}
         }
 
-    def _every_image(self, leaves: list[Leaf]) -> bool:
-        """Return whether small plain images are stored as files too, since their sizes differ."""
-        return not self.raw_images and all(leaf.kind != "image" for leaf in leaves)
-
     def _with_files(self, items: Iterator[Item], every: bool) -> Iterator[Item]:
-        """Yield the samples with their images as files, where a file holds an image exactly."""
-        for number, (sample, encoded) in enumerate(items, self.count):
+        for number, item in enumerate(items, self.count):
             try:
-                yield with_files(sample, encoded, self.raw_images, every), encoded
+                yield self.with_files(item, every)
             except StoreError as error:
                 raise StoreError(f"sample {number}: {error}") from error
 
@@ -256,22 +430,23 @@ class _StoreWriter:
             leaves = [leaf_from_json(leaf) for leaf in layout["columns"]]
             self._open(tree_from_json(layout["tree"], len(leaves)), leaves, stack)
         self.has_patches = self.has_patches or holds_patches(layout)
-        if layout != self._layout():
+        if layout != self.layout():
             return False
-        for rows, value in samples_of(piece, [leaf.row_bytes for leaf in self.leaves]):
-            self._put(rows, value)
+        for sample in samples_of(piece, [leaf.row_bytes for leaf in self.leaves]):
+            self._put(sample)
         self._write_pending()
         return True
 
-    def _put(self, rows: Sequence[Buffer], value: Buffer) -> None:
-        """Take the rows and the value of one sample, as `_encode` returns them; `_write_pending` writes them."""
+    def _put(self, sample: EncodedSample) -> None:
+        """Take an encoded sample, which `_write_pending` writes."""
+        rows, value = sample
         checksum = self.count & 0xFFFFFFFF
         for row in rows:  # A leaf without a column has an empty row.
             checksum = zlib.crc32(row, checksum)
         self.checksums[self.count] = zlib.crc32(value, checksum)
         self.offsets[self.count + 1] = self.offsets[self.count] + len(value)
         self.count += 1
-        self.pending.append((rows, value))
+        self.pending.append(sample)
         self.pending_bytes += len(value) + self.row_bytes
 
     def _write_pending(self) -> tuple[dict[int, bytes], bytes, list[int]]:
@@ -287,20 +462,8 @@ class _StoreWriter:
         self.pending, self.pending_bytes = [], 0
         return columns, values, lengths
 
-    def _layout(self) -> dict[str, Any]:
-        """Return the layout of the samples written so far, in the form that store.json has."""
-        version: dict[str, Any] = {"version": VERSION_OF_PATCHES if self.has_patches else VERSION_OF_VALUES}
-        if any(leaf.kind == FILE_KIND for leaf in self.leaves):
-            version = {"version": VERSION_OF_FILES, "has_patches": self.has_patches}
-        if self.squeeze:
-            version = {"version": VERSION_SQUEEZED, "has_patches": self.has_patches}
-        columns = [leaf_to_json(leaf) for leaf in self.leaves]
-        return version | {"tree": tree_to_json(self.tree), "columns": columns}
-
     def _open(self, tree: Tree, leaves: list[Leaf], stack: ExitStack) -> None:
-        self.tree, self.leaves = tree, leaves
-        self.tests = [leaf_test(leaf, self.raw_images) for leaf in leaves]
-        self.writers = [leaf_writer(leaf) for leaf in leaves]
+        self.lay_out(tree, leaves)
         self.row_bytes = sum(leaf.row_bytes for leaf in leaves)
         self.columns = [self._open_column(stack, number, leaf) for number, leaf in enumerate(leaves)]
         self.values = stack.enter_context(files.Writer(self.folder / "values.bin"))
@@ -312,44 +475,6 @@ class _StoreWriter:
         dtype, shape = leaf.column_type()
         column.write(npy_header(dtype, (self.num_samples, *shape)))
         return column
-
-    def _encode(self, sample: Any, encoded: EncodedImage | None) -> tuple[list[bytes], bytes]:
-        """Return a sample's row in each column, and the encoding of everything that is in no column."""
-        found = leaves_of(sample, self.tree)
-        is_plain = found is not None and all(type(value) in _WITHOUT_PATCHES for value in found)
-        patched = [] if is_plain else patched_images(sample)
-        if patched:
-            self.has_patches = True
-        if found is None:
-            no_streams = bytes(sum(leaf.kind in (STREAM_KIND, FILE_KIND) for leaf in self.leaves))
-            value = no_streams + encode_value({"whole": without_array_files(sample)}, encoded, self.raw_images)
-            return [bytes(leaf.row_bytes) for leaf in self.leaves], value
-        rows, streams, beside, decoded_bytes, first_image = [], b"", {}, 0, True
-        for number, (value, leaf, test, write) in enumerate(
-            zip(found, self.leaves, self.tests, self.writers, strict=True)
-        ):
-            image = isinstance(value, _IMAGES)
-            fitting = test(value)
-            if leaf.kind == STREAM_KIND:
-                stream = write_stream(value, leaf.shared) if fitting else b""
-                streams += uvarint(len(stream)) + stream
-            if leaf.kind == FILE_KIND:
-                stream, size = write_image(value, leaf.starts) if fitting else (b"", 0)
-                streams += uvarint(len(stream)) + stream
-                decoded_bytes += size
-            if fitting:
-                rows.append(write(value))
-                # The original file bytes belong to the first image. It is stored already, so they aren't needed.
-                encoded = None if image and first_image else encoded
-            else:
-                rows.append(bytes(leaf.row_bytes))
-                beside[number] = without_array_files(value)
-            first_image = first_image and not image
-        value = streams + (encode_value(beside, encoded, self.raw_images) if beside else b"")
-        if patched:
-            check_decoded_size(patched_bytes(patched), sum(map(len, rows)) + len(value))
-        check_decoded_size(decoded_bytes, len(value))
-        return rows, value
 
     def small_array(self, name: str, values: Any) -> None:
         """Write an array whose digest the reader verifies whenever it opens the store."""
@@ -375,7 +500,7 @@ class _StoreWriter:
             "files": self.files,
             "attributes": attributes,
         }
-        description |= self.squeezed_facts | self._layout()
+        description |= self.squeezed_facts | self.layout()
         files.write_bytes(self.folder / STORE_FILE, files.seal(description))
 
 

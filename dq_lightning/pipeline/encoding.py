@@ -31,13 +31,17 @@ DEFAULT_QUALITY = 75
 PIXELS_AT_ONCE = 1 << 16
 
 
-def encoded_items(plan: Plan, setting: ByteSetting, index: Tensor, start: int = 0) -> Iterator[Item]:
-    """Yield samples at some positions, from number `start` on, with their images as a setting stores them.
+def encoded_items(
+    plan: Plan, setting: ByteSetting, index: Tensor, numbers: Iterator[int] | None = None
+) -> Iterator[Item]:
+    """Yield samples at some positions, those with the given numbers or all, with their images as a setting stores them.
 
     The samples are read in the calling thread, and encoded in others; not so for JPEG, because Pillow's encoder of it
     holds the lock of the interpreter. The setting `"keep"` leaves every sample as it is.
     """
-    read = ((plain_parts(plan.source.plain(i)), plan.source.encoded(i)) for i in index[start:].tolist())
+    positions = index.tolist()
+    chosen = positions if numbers is None else map(positions.__getitem__, numbers)
+    read = ((plain_parts(plan.source.plain(i)), plan.source.encoded(i)) for i in chosen)
     if setting.codec == "keep":
         yield from read
         return

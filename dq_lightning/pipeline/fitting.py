@@ -7,8 +7,6 @@ of one seed are a subset of more.
 
 import json
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +21,11 @@ from dq_lightning.core.sizes import budget_bytes
 from dq_lightning.patches.score import split_scores
 from dq_lightning.pipeline.budget import BytePlan, plan_bytes
 from dq_lightning.pipeline.compact import write_description
-from dq_lightning.pipeline.encoding import described_setting, encoded_items
+from dq_lightning.pipeline.encoding import described_setting
 from dq_lightning.pipeline.frontier import Frontier, source_bytes
 from dq_lightning.pipeline.packing import write_samples
 from dq_lightning.pipeline.patch_bytes import measure_bytes
-from dq_lightning.pipeline.patch_frontier import in_codec
-from dq_lightning.pipeline.patching import choose, packed_items, patches_of
+from dq_lightning.pipeline.patching import choose, in_codec, patches_of
 from dq_lightning.pipeline.scoring import score_selection
 from dq_lightning.pipeline.selecting import chosen_selection, drawn_selection
 from dq_lightning.pipeline.step import Task, reading_again
@@ -147,16 +144,16 @@ def _write(task: Task, selection: Selection, byte_plan: BytePlan, budget: int, s
     made_from = f"{selection.content_hash()} {json.dumps(encoding)}"
     with reading_again(plan):
         if plan.patches is None:
-            items: Any = partial(encoded_items, plan, setting, selection.index)
-            write_samples(task, selection, items, size, made_from=made_from, squeeze=True)
+            write_samples(task, selection, size, made_from=made_from, setting=setting, squeeze=True)
         else:
             (choice, one_size), made = scores.choice(selection), in_codec(plan, setting)
             write_samples(
                 task,
                 selection,
-                partial(packed_items, made, selection, choice),
                 size,
                 made_from=f"{made_from} {choice.content_hash()}",
+                setting=setting,
+                choice=choice,
                 squeeze=True,
                 image_place=list(plan.source.image_leaf()),
                 one_size=one_size,

@@ -1,6 +1,8 @@
 """The step "store": write the compact set, with row numbers alone, whole samples, or samples with kept patches."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -13,15 +15,18 @@ from dq_lightning.cache.entries import require_space
 from dq_lightning.cache.tensors import write_selection
 from dq_lightning.core.errors import CacheError, SourceError, StoreError
 from dq_lightning.core.isolation import isolated_random_state
-from dq_lightning.core.records import Selection
+from dq_lightning.core.records import PatchChoice, Selection
+from dq_lightning.core.sharing import Arrays, Job, Sharing
 from dq_lightning.identity.values import digest_of
 from dq_lightning.packed.reader import PackedDataset
-from dq_lightning.packed.writer import Item, estimate_bytes, write_packed
+from dq_lightning.packed.writer import Item, SharedItems, encode_pieces, estimate_bytes, write_packed
+from dq_lightning.pipeline.budget import ByteSetting
 from dq_lightning.pipeline.compact import write_description
 from dq_lightning.pipeline.encoding import described_setting, encoded_items, fixed_setting
 from dq_lightning.pipeline.patch_bytes import PatchFacts, measure_bytes
 from dq_lightning.pipeline.patching import (
     choose,
+    in_codec,
     packed_items,
     with_all_patches,
 )
@@ -71,8 +76,7 @@ def _write_whole(task: Task, selection: Selection) -> None:
     if plan.source.in_order:
         few = torch.tensor(plan.source.spread(MEASURED_SAMPLES))
     size = estimate_bytes(encoded_items(plan, setting, few), len(selection))
-    items = partial(encoded_items, plan, setting, selection.index)
-    write_samples(task, selection, items, size, made_from=selection.content_hash())
+    write_samples(task, selection, size, made_from=selection.content_hash(), setting=setting)
 
 
 def _write_patches(task: Task, selection: Selection, scores: Tensor, sizes: Tensor) -> PatchFacts:
@@ -83,9 +87,9 @@ def _write_patches(task: Task, selection: Selection, scores: Tensor, sizes: Tens
     write_samples(
         task,
         selection,
-        partial(packed_items, plan, selection, choice),
         round(facts.unpatched_bytes * facts.keep_ratio),
         made_from=f"{selection.content_hash()} {choice.content_hash()}",
+        choice=choice,
         image_place=list(plan.source.image_leaf()),
         one_size=bool((sizes == sizes[:1]).all()),
     )
@@ -95,25 +99,35 @@ def _write_patches(task: Task, selection: Selection, scores: Tensor, sizes: Tens
 def write_samples(
     task: Task,
     selection: Selection,
-    items: Callable[[int], Iterator[Item]],
     size: int,
+    *,
     made_from: str,
+    setting: ByteSetting | None = None,
+    choice: PatchChoice | None = None,
     squeeze: bool = False,
     **attributes: Any,
 ) -> None:
-    """Write the M kept samples, which `items` yields from a number on, in the packed format.
+    """Write the M kept samples in the packed format, together with other ranks, which call `help_packing`.
 
     `size` says about how many bytes they take, and `made_from` is a digest of what they are made from beside the data,
-    for the shards of an interrupted run. With `squeeze` the small arrays are compressed. The store keeps the
-    attributes.
+    for the shards of an interrupted run. Images are stored as the `setting` says, and with the patches of the `choice`
+    alone; None for that of the plan, and for whole images. With `squeeze` the small arrays are compressed. The store
+    keeps the attributes.
     """
     require_space(task.folder, size)
     shards = task.shards("packing")
     shards.reserve_bytes, shards.made_from = size, made_from
     source = task.plan.source
+    facts: dict[str, Any] = {"setting": None if setting is None else asdict(setting)}
+    arrays: Arrays = {"index": selection.index.numpy()}
+    if choice is not None:
+        facts["patch_size"] = choice.patch_size
+        arrays |= {"sizes": choice.sizes.numpy(), "packed": choice.packed.numpy()}
+    # A rank that packs some samples of a stream would read it from its beginning.
+    sharing = Sharing() if source.in_order else task.sharing
     write_packed(
         task.folder,
-        items,
+        SharedItems(sharing, _items(task.plan, selection.index, setting, choice), facts, arrays),
         ids=[source.sample_id(i) for i in selection.index.tolist()],
         index=selection.index,
         bins=selection.bin,
@@ -121,6 +135,25 @@ def write_samples(
         shards=shards,
         squeeze=squeeze,
     )
+
+
+def _items(
+    plan: Plan, index: Tensor, setting: ByteSetting | None, choice: PatchChoice | None
+) -> Callable[[Iterator[int]], Iterator[Item]]:
+    """Return the function that yields samples as they are stored; the arguments are those of `write_samples`."""
+    if choice is not None:
+        return partial(packed_items, plan if setting is None else in_codec(plan, setting), index, choice)
+    return partial(encoded_items, plan, setting or fixed_setting(plan.config.encoding), index)
+
+
+@contextmanager
+def help_packing(plan: Plan, job: Job, numbers: Iterator[int]) -> Iterator[Iterator[Arrays]]:
+    """Give some encoded samples, in a `with` block, to a rank that packs those of an equal plan."""
+    facts, arrays = job.facts["items"], {name: torch.from_numpy(array) for name, array in job.arrays.items()}
+    setting = None if facts["setting"] is None else ByteSetting(**facts["setting"])
+    choice = PatchChoice(facts["patch_size"], arrays["sizes"], arrays["packed"]) if "sizes" in arrays else None
+    with reading_again(plan):
+        yield encode_pieces(job, numbers, _items(plan, arrays["index"], setting, choice))
 
 
 def check_storable(plan: Plan, finisher: Any = None) -> None:

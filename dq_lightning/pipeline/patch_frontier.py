@@ -1,6 +1,6 @@
 """What a few samples take and lose with dropped patches, in any codec; the counterpart of `frontier` for whole images."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,19 +14,10 @@ from dq_lightning.packed.patches import layout_of, unpack_image
 from dq_lightning.packed.writer import Item
 from dq_lightning.patches.harmonic import fill_harmonically
 from dq_lightning.pipeline.budget import ByteSetting
-from dq_lightning.pipeline.patching import choose, packed_items, patches_of
+from dq_lightning.pipeline.patching import choose, in_codec, packed_items
 from dq_lightning.pipeline.plan import Plan
 from dq_lightning.pipeline.scoring import score_selection
 from dq_lightning.sources.items import at, plain_parts
-
-
-def in_codec(plan: Plan, setting: ByteSetting) -> Plan:
-    """Return a plan that stores its kept patches in the codec and the quality of a setting."""
-    patches = patches_of(plan)
-    quality = patches.config.quality if setting.quality is None else setting.quality
-    codec: Any = setting.codec
-    config = replace(patches.config, codec=codec, quality=quality)
-    return replace(plan, patches=replace(patches, config=config))
 
 
 @dataclass(frozen=True)
@@ -61,7 +52,7 @@ class PatchTrial:
 
     def items(self, setting: ByteSetting) -> list[Item]:
         """Return the samples with their kept patches as a setting stores them."""
-        return list(packed_items(in_codec(self.plan, setting), self.selection, self.choice, warns=False))
+        return list(packed_items(in_codec(self.plan, setting), self.selection.index, self.choice, warns=False))
 
     def errors(self, items: list[Item]) -> list[float]:
         """Return the mean squared error of each image that is stored as patches, on the scale of 0 to 255."""

@@ -1,7 +1,7 @@
 """Choose among the scored patches of the kept samples, and cut the chosen ones out of the images."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from dq_lightning.packed.patches import pack_image
 from dq_lightning.packed.writer import Item
 from dq_lightning.patches.choose import choose_patches, kept_count, make_choice, spread_budget
 from dq_lightning.patches.score import split_scores
+from dq_lightning.pipeline.budget import ByteSetting
 from dq_lightning.pipeline.patch_plan import PatchPlan
 from dq_lightning.pipeline.plan import Plan
 from dq_lightning.sources.items import at, plain_parts, with_value
@@ -49,7 +50,7 @@ def choose(plan: Plan, selection: Selection, scores: Tensor, sizes: Tensor) -> P
     total = sum(counts)
     for _ in range(BUDGET_ROUNDS):
         choice = make_choice(spread_budget(rows, total, least), pairs, size)
-        seen = sum(packed.num_bytes(plan) for packed in _packed_images(plan, selection, choice))
+        seen = sum(packed.num_bytes(plan) for packed in _packed_images(plan, selection.index, choice))
         if seen <= config.max_bytes:
             return choice
         # The next total is 1 % less than in proportion, because the patches that stay take more bytes than the average.
@@ -63,15 +64,15 @@ def choose(plan: Plan, selection: Selection, scores: Tensor, sizes: Tensor) -> P
 
 
 def packed_items(
-    plan: Plan, selection: Selection, choice: PatchChoice, start: int = 0, *, warns: bool = True
+    plan: Plan, index: Tensor, choice: PatchChoice, numbers: Iterator[int] | None = None, *, warns: bool = True
 ) -> Iterator[Item]:
-    """Yield the kept samples from number `start` on, each with the kept patches of its image in place of the image.
+    """Yield samples at some positions, those with the given numbers or all, with kept patches in place of their images.
 
     An image that cannot be cut into patches, because its mode is neither RGB nor L, stays whole; a warning at the end
     counts such images if `warns` is set.
     """
     place, whole = plan.source.image_leaf(), []
-    for packed in _packed_images(plan, selection, choice, start):
+    for packed in _packed_images(plan, index, choice, numbers):
         if packed.image is None:
             whole.append(packed.position)
             yield packed.sample, plan.source.encoded(packed.position)
@@ -114,8 +115,10 @@ class _Packed:
         return whole_bytes(plan, self.position, at(self.sample, plan.source.image_leaf()))
 
 
-def _packed_images(plan: Plan, selection: Selection, choice: PatchChoice, start: int = 0) -> Iterator[_Packed]:
-    """Yield the samples with their packed images, in order.
+def _packed_images(
+    plan: Plan, index: Tensor, choice: PatchChoice, numbers: Iterator[int] | None = None
+) -> Iterator[_Packed]:
+    """Yield the samples with the given numbers, or all, with their packed images, in order.
 
     The samples are read in the calling thread, because few datasets are safe to read from several threads. The images
     are packed in other threads.
@@ -134,7 +137,9 @@ def _packed_images(plan: Plan, selection: Selection, choice: PatchChoice, start:
         return _Packed(position, sample, image)
 
     def calls() -> Iterator[Callable[[], _Packed]]:
-        for number, position in enumerate(selection.index[start:].tolist(), start):
+        positions = index.tolist()
+        for number in range(len(positions)) if numbers is None else numbers:
+            position = positions[number]
             yield partial(pack, position, plain_parts(plan.source.plain(position)), choice.mask(number))
 
     yield from in_threads(calls())
@@ -150,3 +155,12 @@ def patches_of(plan: Plan) -> PatchPlan:
     """Return the patch plan of a plan that drops patches."""
     assert plan.patches is not None
     return plan.patches
+
+
+def in_codec(plan: Plan, setting: ByteSetting) -> Plan:
+    """Return a plan that stores its kept patches in the codec and the quality of a setting."""
+    patches = patches_of(plan)
+    quality = patches.config.quality if setting.quality is None else setting.quality
+    codec: Any = setting.codec
+    config = replace(patches.config, codec=codec, quality=quality)
+    return replace(plan, patches=replace(patches, config=config))

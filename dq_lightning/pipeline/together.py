@@ -23,6 +23,7 @@ from dq_lightning.pipeline.exchange import PART_BYTES, StoreLostError, find_stor
 from dq_lightning.pipeline.extracting import help_features
 from dq_lightning.pipeline.filling import help_filling
 from dq_lightning.pipeline.meeting import Handler, Helper, Leader, LeaderLeftError, meet
+from dq_lightning.pipeline.packing import help_packing
 from dq_lightning.pipeline.plan import STORE
 from dq_lightning.pipeline.scoring import help_scores
 
@@ -100,7 +101,10 @@ def _digest(build: Build, targets: tuple[str, ...]) -> str:
 
 def _handlers(build: Build, sharing: Sharing) -> dict[str, Handler]:
     plan, devices = build.plan, list(build.devices)
-    handlers: dict[str, Handler] = {"features": partial(help_features, plan, devices, sharing)}
+    handlers: dict[str, Handler] = {
+        "features": partial(help_features, plan, devices, sharing),
+        "packing": partial(help_packing, plan),
+    }
     if plan.patches is not None:
         handlers["saliency"] = partial(help_scores, plan, devices, sharing)
         handlers["filling"] = partial(help_filling, plan.patches, build.cache.place(STORE, build.parts[STORE]), devices)

@@ -19,6 +19,7 @@ from torch import nn
 from dq_lightning import quantize
 from dq_lightning.cache import shards
 from dq_lightning.core.batching import HalvedBatches
+from dq_lightning.packed import writer
 from dq_lightning.pipeline import meeting
 from tests.lightning_scripts.common import photos, to_tensor
 
@@ -84,7 +85,7 @@ def before_of(scenario, folder):
         # every rank does four batches, or three where one fails in its third
         if (
             seen < (3 if scenario == "broken" else 4) * BATCH_SIZE
-            and scenario not in ("late", "only-one", "resumed", "patches")
+            and not scenario.startswith(("late", "only-one", "resumed", "patches"))
             and not os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") > "0"
         ):
             meet(folder, f"working-{seen}")
@@ -102,20 +103,26 @@ def before_of(scenario, folder):
 
 
 @contextmanager
-def every_rank_does_a_piece_of_each_job(folder):
-    real = meeting._claims
+def every_rank_does_a_piece_of_each_job(folder, killed_in=None):
+    """In the job `killed_in` rank 1 is killed when it takes its second piece."""
+    real = meeting._claims, writer.LOOK_AHEAD_SAMPLES, writer.PIECE_SAMPLES
 
-    def claims(exchange, number, *given):
-        for done, piece in enumerate(real(exchange, number, *given)):
+    def claims(exchange, number, job, *given):
+        for done, piece in enumerate(real[0](exchange, number, job, *given)):
             if not done:
                 meet(folder, f"job-{number}")
+            elif job.name == killed_in and RANK == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif job.name == killed_in:
+                # The other one leaves it a second piece.
+                time.sleep(0.5)
             yield piece
 
-    meeting._claims = claims
+    meeting._claims, writer.LOOK_AHEAD_SAMPLES, writer.PIECE_SAMPLES = claims, 5, 3
     try:
         yield
     finally:
-        meeting._claims = real
+        meeting._claims, writer.LOOK_AHEAD_SAMPLES, writer.PIECE_SAMPLES = real
 
 
 def patches():
@@ -140,9 +147,9 @@ def run(scenario, folder):
     handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("dq_lightning").addHandler(handler)
     logging.getLogger("dq_lightning").setLevel(logging.INFO)
-    if scenario.startswith(("kill", "resumed", "restart")):
+    if scenario.startswith(("kill", "resumed", "restart", "patches-")):
         shards.MIN_SECONDS = shards.MAX_SECONDS = 0.0
-    if scenario.startswith(("kill", "resumed")):
+    if scenario.startswith(("kill", "resumed", "patches-")):
         root = folder.parent / "cache"
     if scenario != "only-one":
         # all have left the last scenario
@@ -154,7 +161,10 @@ def run(scenario, folder):
     try:
         settings = {"features": {"batch_size": BATCH_SIZE, "num_workers": 0, "kind": "gradient"}, "store": "packed"}
         given = patches() if scenario.startswith("patches") else {"config": settings}
-        together = every_rank_does_a_piece_of_each_job(folder) if scenario == "patches" else nullcontext()
+        together = nullcontext()
+        if scenario in ("patches", "patches-killed"):
+            killed_in = "packing" if scenario == "patches-killed" else None
+            together = every_rank_does_a_piece_of_each_job(folder, killed_in)
         with together:
             info = quantize(
                 photos(COUNT, None), encoder=(Edges(), to_tensor), cache_dir=root, device="cpu", progress=False, **given
