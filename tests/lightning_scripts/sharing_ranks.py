@@ -60,7 +60,7 @@ class Counted:
 
 def content(root):
     """Digests of all files of all entries by their names; a manifest holds the time when it was written."""
-    paths = [path for path in sorted(root.glob("[1-9]-*/*/*")) if path.name != "manifest.json"]
+    paths = [path for path in sorted(root.glob("[1-9]-*/[!.]*/*")) if path.name != "manifest.json"]
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
