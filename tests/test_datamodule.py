@@ -47,7 +47,7 @@ def ready(module):
 def builds(monkeypatch):
     """Names of the stations that computed something, in order."""
     ran = []
-    for place, name in ((extracting, "extract_features"), (binning, "make_bins"), (selecting, "select")):
+    for place, name in ((extracting, "extract_features"), (binning, "make_shared_bins"), (selecting, "select")):
         real = getattr(place, name)
         monkeypatch.setattr(place, name, lambda *a, _name=name, _real=real, **k: (ran.append(_name), _real(*a, **k))[1])
     return ran
@@ -61,7 +61,7 @@ def test_first_run_builds_and_second_run_trains_at_once(tmp_path, builds):
     first = make(tmp_path, val=held_out(), batch_size=8)
     model = Recorder()
     trainer(max_epochs=2).fit(model, first)
-    assert builds == ["extract_features", "make_bins", "select"]
+    assert builds == ["extract_features", "make_shared_bins", "select"]
     assert len(first.selection) == first.info.num_samples == 50
     assert not first.info.reused
     assert set(first.info.seconds) == {"identity", "features", "bins", "selection", "store"}
@@ -131,7 +131,7 @@ def test_force_recompute_builds_once_in_a_process(warm, builds):
     module = make(warm, force_recompute=True)
     ready(module)
     ready(module)
-    assert builds == ["extract_features", "make_bins", "select"]
+    assert builds == ["extract_features", "make_shared_bins", "select"]
 
 
 def test_fingerprint_replaces_the_content(tmp_path, builds):

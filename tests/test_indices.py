@@ -40,7 +40,7 @@ def no_encoder(monkeypatch):
     for place, name in (
         (plan, "choose_encoder"),
         (extracting, "extract_features"),
-        (binning, "make_bins"),
+        (binning, "make_shared_bins"),
         (selecting, "select"),
     ):
         monkeypatch.setattr(place, name, lambda *a, _name=name, **k: pytest.fail(f"{_name} was used"))

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from dq_lightning import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig, as_source, quantize
-from dq_lightning.bins.make import make_bins
 from dq_lightning.cache.entries import Cache
 from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.pipeline import binning
@@ -46,12 +45,15 @@ class TwoNumbers(torch.nn.Module):
 
 
 def test_every_setting_of_the_bins_reaches_them(tmp_path, monkeypatch):
-    given = []
-    monkeypatch.setattr(binning, "make_bins", lambda *rows, **more: given.append(more) or make_bins(*rows, **more))
+    given, real = [], binning.make_shared_bins
+    monkeypatch.setattr(
+        binning, "make_shared_bins", lambda *all, **more: given.append((all[1], more)) or real(*all, **more)
+    )
     bins = BinConfig(num_bins=4, lam=0.5, similarity="dot", engine="dense", by_label=False)
     features = np.random.default_rng(0).normal(size=(40, 3))
     quantize(photos(40), QuantizeConfig(bins=bins), cache_dir=tmp_path, encoder=features, progress=False)
-    assert given[0] | bins.to_dict() == given[0] | {"by_label": False, "deduplicate": None}
+    assert given[0][0] == bins
+    assert given[0][1]["labels"] is None
 
 
 def test_one_line_says_what_is_computed_and_why(tmp_path, caplog):

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from dq_lightning.core.config import FeatureConfig, PatchConfig
+from dq_lightning.bins import make
+from dq_lightning.bins.make import make_bins
+from dq_lightning.core.config import BinConfig, FeatureConfig, PatchConfig
 from dq_lightning.core.errors import DistributedError
 from dq_lightning.core.isolation import isolated
 from dq_lightning.core.launch import Launch, find_launch
-from dq_lightning.core.records import Labels
+from dq_lightning.core.records import Features, Labels
 from dq_lightning.core.sharing import Job, Sharing, in_order
 from dq_lightning.features import extract, text_loading
 from dq_lightning.features.choose import choose_encoder
@@ -201,6 +203,25 @@ def test_filled_images(tmp_path):
     expected = fill(None)
     assert fill(Sent(1)) == expected
     assert fill(Dealt(0), start=16) == expected[16:]
+
+
+@pytest.mark.parametrize("settings", [{}, {"clusters": 2}, {"objective": "facility_location", "similarity": "rbf"}])
+def test_bins_of_groups(settings):
+    drawn = torch.Generator().manual_seed(0)
+    features, labels = Features(torch.randn(90, 5, generator=drawn), None), torch.arange(90) % 7 % 4
+    config = BinConfig(num_bins=3, **settings)
+
+    class Sent(Dealt):
+        def share(self, job, work, unpack, size):
+            with make.help_bins(features, config, "cpu", 2, job, iter([2, 0])) as results:
+                yield from map(unpack, results)
+            yield from work(number for number in range(job.pieces) if number not in (0, 2))
+
+    expected = make_bins(features, num_bins=3, labels=labels, **settings)
+    for sharing in (Sent(0), Dealt(1)):
+        made = make.make_shared_bins(features, config, labels=labels, sharing=sharing)
+        for name in ("assignment", "rank", "gain", "group"):
+            assert torch.equal(getattr(made, name), getattr(expected, name))
 
 
 def test_an_encoder_that_is_trained_first_is_not_trained_by_each_rank():

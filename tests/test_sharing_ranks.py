@@ -87,7 +87,7 @@ def test_every_stage_of_patches_is_shared(tmp_path, patches_alone):
     assert reports[0]["content"] == reports[1]["content"] == patches_alone["content"]
     assert sum(report["seen"] for report in reports.values()) == patches_alone["seen"]
     lines = [line for report in reports.values() for line in report["log"] if "other ranks did" in line]
-    assert [line.partition(":")[0] for line in lines] == ["features", "saliency", "packing", "filling"]
+    assert [line.partition(":")[0] for line in lines] == ["features", "bins", "saliency", "packing", "filling"]
     assert not any("other ranks did 0 " in line for line in lines)
 
 

@@ -1,6 +1,9 @@
 """Make bins of features: split every group of samples into bins that go from representative to diverse samples."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +22,7 @@ from dq_lightning.core.config import BinConfig, Engine, Maximizer, Objective, Si
 from dq_lightning.core.console import get_logger, progress_bar
 from dq_lightning.core.isolation import exact_products
 from dq_lightning.core.records import Bins, Features
+from dq_lightning.core.sharing import Arrays, Job, Sharing
 
 Picked = tuple[NDArray[np.int64], NDArray[np.int64], Array]
 
@@ -102,33 +106,84 @@ def make_bins(
         num_bins, objective, maximizer, similarity, lam, True, clusters, gamma, epsilon, beta, search_seed, None, engine,
         matrix_memory,
     )  # fmt: skip
-    factors = as_factors(features)
-    total = len(next(iter(factors.values())))
+    return make_shared_bins(features, config, labels=labels, device=device, progress=progress)
+
+
+def make_shared_bins(
+    features: Features | Tensor | NDArray[np.floating],
+    config: BinConfig,
+    *,
+    labels: NDArray[np.generic] | Tensor | Sequence[int | str] | None = None,
+    device: str | torch.device = "auto",
+    progress: bool | None = None,
+    sharing: Sharing | None = None,
+    arrays: Mapping[str, Array] | None = None,
+) -> Bins:
+    """Make the bins that a config describes, each group by one of the processes that share the work.
+
+    `sharing` is how groups are shared with other processes, each of which calls `help_bins`, and `arrays` is what else
+    they need to know. The rest is as in `make_bins`.
+    """
+    factors, num_bins = as_factors(features), config.num_bins
+    total, clusters, sharing = len(next(iter(factors.values()))), config.clusters, sharing or Sharing()
     group = group_of_each(labels, total)
     target = choose_device(device, factors)
     groups = list(group_members(group))
     # The clusters do not exist yet; the plan assumes that those of one group have about the same size.
     sizes = [len(members) for members in groups for _ in range(clusters or 1)]
-    plan = make_plan(config, factors, [-(-size // (clusters or 1)) for size in sizes], target)
+    ranks = sharing.ranks_on_node if len(sizes) > 1 else 1
+    plan = make_plan(config, factors, [-(-size // (clusters or 1)) for size in sizes], target, ranks)
     assignment = np.zeros(total, dtype=np.int16)
     rank = np.zeros(total, dtype=np.int32)
     gain = np.zeros(total, dtype=np.float32)
     show = progress if progress is not None else total >= _BAR_FROM
     with exact_products(), block_workers(target) as workers:
-        prepared = prepare(factors, unit=similarity == "cosine", device=target, workers=workers)
+        prepared = prepare(factors, unit=config.similarity == "cosine", device=target, workers=workers)
         if clusters is not None:
-            groups = [part for members in groups for part in cluster_members(prepared, members, clusters, search_seed)]
+            seed = config.search_seed
+            groups = [part for members in groups for part in cluster_members(prepared, members, clusters, seed)]
             for number, members in enumerate(groups):
                 group[members] = number
         _tell_unfilled(num_bins, [len(members) for members in groups])
+        job = Job("bins", {}, {**(arrays or {}), "group": group}, len(groups), total)
         with progress_bar(show, total=total, unit=" picks", description="bins") as bar:
-            for members, order, gains in _pick(prepared, groups, config, plan, bar.update):
+
+            def unpack(arrays: Mapping[str, Any]) -> Picked:
+                bar.update(len(arrays["order"]))
+                return arrays["members"], arrays["order"], arrays["gains"]
+
+            work = partial(_pick, prepared, _largest_first(groups), config, plan, bar.update)
+            shared = sharing if len(groups) > 1 else Sharing()
+            for members, order, gains in shared.share(job, work, unpack, lambda picked: len(picked[1])):
                 per_bin = bin_sizes(len(members), num_bins)
                 chosen = members[order]
                 assignment[chosen] = np.repeat(np.arange(num_bins), per_bin)
                 rank[chosen] = np.concatenate([np.arange(size) for size in per_bin])
                 gain[chosen] = gains
     return Bins(to_tensor(assignment), to_tensor(rank), to_tensor(gain), to_tensor(group), num_bins)
+
+
+@contextmanager
+def help_bins(
+    features: Features, config: BinConfig, device: str, ranks: int, job: Job, numbers: Iterator[int]
+) -> Iterator[Iterator[Arrays]]:
+    """Give the picks of some groups, in a `with` block, to a process that makes the bins of the same features.
+
+    `ranks` is the number of processes that do so on this machine.
+    """
+    factors = as_factors(features)
+    target = choose_device(device, factors)
+    groups = _largest_first(list(group_members(job.arrays["group"].astype(np.int32, copy=False))))
+    plan = make_plan(config, factors, [len(members) for members in groups], target, ranks)
+    with exact_products(), block_workers(target) as workers:
+        prepared = prepare(factors, unit=config.similarity == "cosine", device=target, workers=workers)
+        picked = _pick(prepared, groups, config, plan, lambda made: None, numbers)
+        yield ({"members": members, "order": order, "gains": gains} for members, order, gains in picked)
+
+
+def _largest_first(groups: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+    """Sort groups by size, so that no process is left with a large one when the others have done theirs."""
+    return sorted(groups, key=len, reverse=True)
 
 
 def _tell_unfilled(num_bins: int, sizes: list[int]) -> None:
@@ -144,10 +199,16 @@ def _tell_unfilled(num_bins: int, sizes: list[int]) -> None:
 
 
 def _pick(
-    prepared: Prepared, groups: list[NDArray[np.int64]], config: BinConfig, plan: Plan, tick: Callable[[int], object]
+    prepared: Prepared,
+    groups: list[NDArray[np.int64]],
+    config: BinConfig,
+    plan: Plan,
+    tick: Callable[[int], object],
+    numbers: Iterator[int],
 ) -> Iterator[Picked]:
-    """Yield for every group its members, their indices within the group in the order of picking, and their gains."""
-    for members in groups:
+    """Yield for the numbered groups the members, their indices in the group in the order of picking, and their gains."""
+    for number in numbers:
+        members = groups[number]
         sizes = bin_sizes(len(members), config.num_bins)
         if plan.exact:
             yield members, *graph_cut.pick_group(prepared, members, sizes, config, plan.room, tick)

@@ -36,14 +36,14 @@ class Room:
     rows: int = 1 << 25
 
     @classmethod
-    def beside(cls, stored: int, device: torch.device, matrix: int | str = "50%") -> "Room":
-        """Choose the limits for features of `stored` bytes on a device.
+    def beside(cls, stored: int, device: torch.device, matrix: int | str = "50%", ranks: int = 1) -> "Room":
+        """Choose the limits for features of `stored` bytes on a device; so many processes share the machine's memory.
 
         The matrix may take `matrix`, as `BinConfig.matrix_memory` says it. The limits of candidates and of copies of
         rows are proportional to the size of the features; on a GPU, whose speed depends on it, the float64 copy of the
         rows may take a third of its free memory.
         """
-        memory = free_memory(device)
+        memory = free_memory(device) // (ranks if device.type == "cpu" else 1)
         allowed = budget_bytes(matrix, memory, "matrix_memory")
         # Entries have 4 bytes on a GPU and in small matrices, and 2 otherwise.
         entry = 4 if device.type != "cpu" or allowed <= 4 * WIDE**2 else 2
@@ -74,7 +74,9 @@ class Plan:
     bytes: int
 
 
-def make_plan(config: BinConfig, factors: dict[str, Tensor], sizes: list[int], device: torch.device) -> Plan:
+def make_plan(
+    config: BinConfig, factors: dict[str, Tensor], sizes: list[int], device: torch.device, ranks: int = 1
+) -> Plan:
     """Choose how the bins are made, log it, and raise an error before anything is allocated that would not fit.
 
     Args:
@@ -82,6 +84,7 @@ def make_plan(config: BinConfig, factors: dict[str, Tensor], sizes: list[int], d
         factors: matrices that `as_factors` returns.
         sizes: number of samples in each group.
         device: device that the bins are made on.
+        ranks: number of processes on this machine that make bins at the same time.
 
     Raises:
         ConfigError: the objective, or the matrix that `engine="dense"` asks for, needs more memory than is free.
@@ -90,7 +93,7 @@ def make_plan(config: BinConfig, factors: dict[str, Tensor], sizes: list[int], d
     width = sum(values.shape[1] + number for number, values in enumerate(factors.values()))
     stored = sum(values.numel() * values.element_size() for values in factors.values())
     exact = config.objective == "graph_cut" and config.maximizer == "naive" and config.similarity != "rbf"
-    room = Room.beside(stored, device, config.matrix_memory)
+    room = Room.beside(stored, device, config.matrix_memory, ranks)
     free = free_memory(device)
     if exact:
         entry = 4 if device.type != "cpu" or largest <= WIDE else 2

@@ -1,15 +1,20 @@
 """The step "bins": leave out samples of low scores and near-duplicates, and bin the rest, whitened if the settings say so."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from dq_lightning.bins.duplicates import find_duplicates, spread_bins
-from dq_lightning.bins.make import make_bins
+from dq_lightning.bins.make import help_bins, make_shared_bins
 from dq_lightning.cache.tensors import write_bins
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.records import Features
+from dq_lightning.core.sharing import Arrays, Job, Sharing
 from dq_lightning.features.whitening import whiten
+from dq_lightning.pipeline.plan import Plan
 from dq_lightning.pipeline.step import Task
 from dq_lightning.pipeline.suspects import find_suspects, score_samples
 
@@ -40,18 +45,44 @@ def make_bins_entry(task: Task, features: Features) -> None:
         kept = candidates[of == torch.arange(len(candidates))]
         get_logger().info(f"{len(candidates) - len(kept):,} of {total:,} samples are near-duplicates of others")
     labels = labels[kept] if labels is not None and kept is not None else labels
-    embedding, gradient = features.embedding, features.head_gradient
-    if kept is not None:
-        embedding, gradient = embedding[kept], None if gradient is None else gradient[kept]
-    bins = make_bins(
-        Features(whiten(embedding) if plan.config.features.whiten else embedding, gradient),
+    bins = make_shared_bins(
+        _compared(plan, features, kept),
+        settings,
         labels=labels,
         device=task.device,
         progress=None if task.progress else False,
-        **{name: value for name, value in settings.to_dict().items() if name not in ("by_label", "deduplicate")},
+        sharing=task.sharing,
+        arrays={"kept": (torch.arange(total) if kept is None else kept).numpy()},
     )
     if kept is not None:
         bins = replace(spread_bins(bins, kept, total), num_unreadable=skipped, suspects=suspects)
     if scored is not None and plan.draws_by_scores:
         bins = replace(bins, score=scored.of_all(total))
     write_bins(task.folder, bins)
+
+
+@contextmanager
+def help_to_bin(
+    plan: Plan, features: Callable[[], Features | None], device: str, sharing: Sharing, job: Job, numbers: Iterator[int]
+) -> Iterator[Iterator[Arrays]]:
+    """Give the bins of some groups, in a `with` block, to a rank that makes them with an equal plan.
+
+    `features` returns those of all samples. There are none, and no bins, if this process does not see the leader's
+    cache.
+    """
+    found = features()
+    if found is None:
+        yield iter(())
+        return
+    kept = torch.from_numpy(job.arrays["kept"])
+    compared = _compared(plan, found, None if len(kept) == len(found) else kept)
+    with help_bins(compared, plan.config.bins, device, sharing.ranks_on_node, job, numbers) as results:
+        yield results
+
+
+def _compared(plan: Plan, features: Features, kept: Tensor | None) -> Features:
+    """Return the features by which the samples `kept` (int64, ascending; None for all) are compared."""
+    embedding, gradient = features.embedding, features.head_gradient
+    if kept is not None:
+        embedding, gradient = embedding[kept], None if gradient is None else gradient[kept]
+    return Features(whiten(embedding) if plan.config.features.whiten else embedding, gradient)

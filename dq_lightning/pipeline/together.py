@@ -13,18 +13,20 @@ import numpy as np
 from dq_lightning.cache import files
 from dq_lightning.cache.entries import Cache
 from dq_lightning.cache.manifest import MANIFEST
+from dq_lightning.cache.tensors import read_features
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.devices import device_kind, device_of_rank
 from dq_lightning.core.errors import DistributedError
 from dq_lightning.core.launch import find_launch
 from dq_lightning.core.sharing import Arrays, Distributed, Sharing
+from dq_lightning.pipeline.binning import help_to_bin
 from dq_lightning.pipeline.build import Build
 from dq_lightning.pipeline.exchange import PART_BYTES, StoreLostError, find_store
 from dq_lightning.pipeline.extracting import help_features
 from dq_lightning.pipeline.filling import help_filling
 from dq_lightning.pipeline.meeting import Handler, Helper, Leader, LeaderLeftError, meet
 from dq_lightning.pipeline.packing import help_packing
-from dq_lightning.pipeline.plan import STORE
+from dq_lightning.pipeline.plan import BINS, FEATURES, STORE
 from dq_lightning.pipeline.scoring import help_scores
 
 Made = TypeVar("Made")
@@ -105,6 +107,9 @@ def _handlers(build: Build, sharing: Sharing) -> dict[str, Handler]:
         "features": partial(help_features, plan, devices, sharing),
         "packing": partial(help_packing, plan),
     }
+    if BINS in build.parts:
+        features = partial(build.cache.read, FEATURES, build.parts[FEATURES], read_features)
+        handlers["bins"] = partial(help_to_bin, plan, features, devices[0], sharing)
     if plan.patches is not None:
         handlers["saliency"] = partial(help_scores, plan, devices, sharing)
         handlers["filling"] = partial(help_filling, plan.patches, build.cache.place(STORE, build.parts[STORE]), devices)
