@@ -1,5 +1,6 @@
 """Budgets of bytes: the sizes of encoded images, and the choice of a setting."""
 
+import io
 import math
 
 import numpy as np
@@ -11,7 +12,8 @@ from PIL import Image
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.records import StoredImage
 from dq_lightning.core.sizes import budget_bytes
-from dq_lightning.packed.file_stream import join_file, shared_starts, split_file, write_file
+from dq_lightning.packed import lossy
+from dq_lightning.packed.file_stream import join_file, shared_starts, split_file, split_like, write_file
 from dq_lightning.packed.images import memory_bytes
 from dq_lightning.packed.lossy import encode_lossy
 from dq_lightning.pipeline.budget import ByteSetting, plan_bytes
@@ -77,8 +79,24 @@ def test_files_come_back_from_their_beginning_and_their_rest(height, width, qual
         assert beginning != b""
         assert join_file(beginning, rest) == data
         assert memory_bytes(data) == 4 * height * width
-        for cut in (data[:-1], data[: len(data) // 2], data + b"x"):
+        for cut in (data, data[:-1], data[: len(data) // 2], data + b"x", beginning, beginning + b"\xff\xd9"):
             assert join_file(*split_file(cut)) == cut
+            assert split_like(cut, ((b"", b""), (b"", beginning))) == split_file(cut)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_small_images_are_encoded_as_pillow_saves_them(mode, monkeypatch):
+    monkeypatch.setattr(lossy, "_arguments", {})
+    noise = np.random.default_rng(0).integers(0, 256, (6, 30, 64, 3), dtype=np.uint8)
+    images = [Image.fromarray(pixels).convert(mode) for pixels in noise]
+    for quality in (1, 28, 75, 100):
+        for image in images:
+            image.info = {"dpi": (90, 90), "comment": b"not stored with the pixels"}
+            saved = io.BytesIO()
+            Image.fromarray(np.asarray(image)).save(saved, "JPEG", quality=quality, subsampling="4:2:0")
+            assert encode_lossy(image, "jpeg", quality) == saved.getvalue()
+    assert len(lossy._arguments) == 4
+    assert None not in lossy._arguments.values()
 
 
 def test_sizes_leave_out_what_images_share():

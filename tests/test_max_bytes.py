@@ -67,7 +67,11 @@ def test_real_small_images(tmp_path, cifar_root, features, caplog, monkeypatch):
         with caplog.at_level(logging.INFO, "dq_lightning"):
             info = made(tmp_path, data, QuantizeConfig(max_bytes=share, features=features(400)))
         told = info.encoding
-        assert told["max_bytes"] == 400 * 3072 * int(share[:-1]) // 100
+        assert info.source_bytes == 400 * 3072
+        assert told["max_bytes"] == info.source_bytes * int(share[:-1]) // 100
+        assert list(info.seconds) == [
+            name for name in ("identity", "features", "bins", "store") if name in info.seconds
+        ]
         assert 0.9 * told["max_bytes"] <= info.bytes <= told["max_bytes"]
         assert wanted[0] <= info.num_samples <= wanted[1]
         assert told["psnr"] >= 26

@@ -94,6 +94,16 @@ def _frame(head: bytes) -> tuple[int, int, int]:
     return jpeg_head(head)[1]
 
 
+def decode_file(image: StoredImage) -> Image.Image:
+    """Decode an image file; format and info of the result are of no meaning.
+
+    Raises:
+        StoreError: if the file cannot be decoded.
+    """
+    plain = _decode_plain(image.data, image.decoder, MAX_PIXELS, jpeg_head(image.data)[1])
+    return decode_image(image.data, image.decoder) if plain is None else plain
+
+
 class FileReader:
     """Decodes the images of one column of files."""
 

@@ -266,3 +266,6 @@ class Build:
 
     def _spent(self, step: Step, started: float) -> None:
         self.seconds[step.name] = round(self.seconds.get(step.name, 0.0) + time.perf_counter() - started, 3)
+        # What a later step checks comes before the first step is made, and yet all are listed in the order of the flow.
+        order = {other.name: number for number, other in enumerate(self.steps, start=1)}
+        self.seconds = dict(sorted(self.seconds.items(), key=lambda pair: order.get(pair[0], 0)))

@@ -75,11 +75,13 @@ def write_description(
     patches: PatchFacts | None = None,
     encoding: dict[str, Any] | None = None,
     num_unreadable: int = 0,
+    source_bytes: int | None = None,
 ) -> None:
     """Write the description of a compact set, `compact.json`, which carries its own digest.
 
     `encoding` says how the images were encoded anew, as in `StoreInfo.encoding`. `num_unreadable` is the number of
-    skipped samples, for an entry whose selection is in its samples alone.
+    skipped samples, for an entry whose selection is in its samples alone. `source_bytes` is the size of the whole
+    dataset in bytes, where it was measured without `patches`, which hold it themselves.
     """
     labels = plan.classes
     # A `Source` that the user passed may have been made with columns that the config does not name.
@@ -102,6 +104,7 @@ def write_description(
         "patches": None if patches is None else asdict(patches),
     } | ({} if encoding is None else {"encoding": encoding})
     described |= {"num_unreadable": num_unreadable} if num_unreadable else {}
+    described |= {"source_bytes": source_bytes} if source_bytes is not None and patches is None else {}
     write_bytes(folder / COMPACT_FILE, seal(described))
 
 
@@ -181,7 +184,7 @@ def open_compact(
             encoding=described.get("encoding"),
             encoder=described.get("encoder"),
             encoder_digest=described.get("encoder_digest"),
-            **(_costs(patches) if patches else {}),
+            **(_costs(patches) if patches else {"source_bytes": described.get("source_bytes")}),
         )
         digest = sealed_digest(read_sealed(path / STORE_FILE)) if patches else None
     except (OSError, DQError, KeyError, TypeError, ValueError) as error:
@@ -224,6 +227,7 @@ def _check_described(described: dict[str, Any], selection: Selection) -> None:
         "class_names": names is None or isinstance(names, list),
         "config": isinstance(described["config"], dict),
         "num_unreadable": is_count(described.get("num_unreadable", 0)),
+        "source_bytes": described.get("source_bytes") is None or is_count(described["source_bytes"]),
         "encoding": _is_encoding(described.get("encoding")),
         "encoder": isinstance(described.get("encoder"), str | None),
         "encoder_digest": isinstance(described.get("encoder_digest"), str | None),

@@ -5,8 +5,9 @@ one, and where it is no 8-bit grey or RGB image.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
@@ -27,21 +28,41 @@ from dq_lightning.pipeline.plan import Plan
 from dq_lightning.sources.items import at, plain_parts, with_value
 
 DEFAULT_QUALITY = 75
-# A thread is given so many pixels at once, because handing over costs about as much as encoding a small image.
-PIXELS_AT_ONCE = 1 << 16
+NOTHING_KNOWN: Mapping[int, Item] = MappingProxyType({})
+# So many pixels are read before they are encoded, and encoded before they are written: reading, encoding and writing one
+# small image after the other takes up to twice the time, because each displaces the others from the processor's cache.
+PIXELS_AT_ONCE = 1 << 19
+# A thread is given fewer, so that a few hundred images make work for all.
+PIXELS_OF_A_THREAD = 1 << 16
 
 
 def encoded_items(
-    plan: Plan, setting: ByteSetting, index: Tensor, numbers: Iterator[int] | None = None
+    plan: Plan,
+    setting: ByteSetting,
+    index: Tensor,
+    numbers: Iterator[int] | None = None,
+    known: Mapping[int, Item] = NOTHING_KNOWN,
 ) -> Iterator[Item]:
     """Yield samples at some positions, those with the given numbers or all, with their images as a setting stores them.
+
+    `known` holds samples by position that this setting was applied to already.
+    """
+    positions = index.tolist()
+    chosen = positions if numbers is None else map(positions.__getitem__, numbers)
+    return encode_items(plan, setting, (known.get(i) or read_item(plan, i) for i in chosen))
+
+
+def read_item(plan: Plan, position: int) -> Item:
+    """Return a sample as a packed store takes it, with the dataset's own file of its image."""
+    return plain_parts(plan.source.plain(position)), plan.source.encoded(position)
+
+
+def encode_items(plan: Plan, setting: ByteSetting, read: Iterable[Item]) -> Iterator[Item]:
+    """Yield samples with their images as a setting stores them, in order.
 
     The samples are read in the calling thread, and encoded in others; not so for JPEG, because Pillow's encoder of it
     holds the lock of the interpreter. The setting `"keep"` leaves every sample as it is.
     """
-    positions = index.tolist()
-    chosen = positions if numbers is None else map(positions.__getitem__, numbers)
-    read = ((plain_parts(plan.source.plain(i)), plan.source.encoded(i)) for i in chosen)
     if setting.codec == "keep":
         yield from read
         return
@@ -49,12 +70,12 @@ def encoded_items(
 
     def encode(items: Iterable[Item]) -> Iterator[Item]:
         for sample, encoded in items:
-            file = encode_leaf(at(sample, place), encoded, setting)
+            leaf = at(sample, place)
+            file = None if isinstance(leaf, StoredImage) else encode_leaf(leaf, encoded, setting)
             yield (sample, encoded) if file is None else (with_value(sample, place, file), None)
 
-    if setting.codec == "jpeg" and setting.longest_side is None:
-        yield from encode(read)
-        return
+    in_place = setting.codec == "jpeg" and setting.longest_side is None
+    most = PIXELS_AT_ONCE if in_place else PIXELS_OF_A_THREAD
 
     def calls() -> Iterator[Callable[[], list[Item]]]:
         some: list[Item] = []
@@ -62,12 +83,12 @@ def encoded_items(
             some.append(item)
             leaf = at(item[0], place)
             pixels = math.prod(leaf.size if isinstance(leaf, Image.Image) else getattr(leaf, "shape", ()))
-            if pixels * len(some) >= PIXELS_AT_ONCE:
+            if pixels * len(some) >= most:
                 yield partial(list, encode(some))
                 some = []
         yield partial(list, encode(some))
 
-    for encoded_ones in in_threads(calls()):
+    for encoded_ones in (call() for call in calls()) if in_place else in_threads(calls()):
         yield from encoded_ones
 
 

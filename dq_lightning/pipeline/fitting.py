@@ -6,6 +6,7 @@ of one seed are a subset of more.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -18,6 +19,7 @@ from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.records import Bins, PatchChoice, Selection
 from dq_lightning.core.sizes import budget_bytes
+from dq_lightning.packed.writer import Item
 from dq_lightning.patches.score import split_scores
 from dq_lightning.pipeline.budget import BytePlan, plan_bytes
 from dq_lightning.pipeline.compact import write_description
@@ -55,7 +57,8 @@ def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
     """
     plan = task.plan
     assert plan.config.max_bytes is not None
-    budget = budget_bytes(plan.config.max_bytes, source_bytes(plan))
+    whole = source_bytes(plan)
+    budget = budget_bytes(plan.config.max_bytes, whole)
     chosen = chosen_selection(task) if bins is None else None
     ratio = plan.config.selection.keep_ratio
     fixed = len(chosen) if chosen is not None else None if ratio is None else count_kept(len(plan.source), ratio)
@@ -89,7 +92,7 @@ def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
             selection = drawn_selection(task, bins, byte_plan.num_samples / len(bins))
         elif chosen is not None:
             selection = chosen
-        total = _write(task, selection, byte_plan, budget, scores)
+        total = _write(task, selection, byte_plan, budget, whole, scores, frontier.packed(byte_plan.setting))
         if total <= budget:
             return
         # With what these samples took, the next plan has at least one sample less, or another setting.
@@ -136,15 +139,26 @@ class PatchScores:
         return choose(plan, selection, torch.cat([row for row, _ in known]), sizes), bool((sizes == sizes[:1]).all())
 
 
-def _write(task: Task, selection: Selection, byte_plan: BytePlan, budget: int, scores: PatchScores) -> int:
-    """Write the entry with a setting, and return its bytes with the manifest that is still to come."""
+def _write(
+    task: Task,
+    selection: Selection,
+    byte_plan: BytePlan,
+    budget: int,
+    whole: int,
+    scores: PatchScores,
+    packed: Mapping[int, Item],
+) -> int:
+    """Write the entry with a setting, and return its bytes with the manifest that is still to come.
+
+    `whole` is the size of the whole dataset in bytes; `packed` holds samples by position that are encoded already.
+    """
     plan, setting, facts = task.plan, byte_plan.setting, None
     size = round(setting.sample_bytes * len(selection))
     encoding = described_setting(setting, budget)
     made_from = f"{selection.content_hash()} {json.dumps(encoding)}"
     with reading_again(plan):
         if plan.patches is None:
-            write_samples(task, selection, size, made_from=made_from, setting=setting, squeeze=True)
+            write_samples(task, selection, size, made_from=made_from, setting=setting, known=packed, squeeze=True)
         else:
             (choice, one_size), made = scores.choice(selection), in_codec(plan, setting)
             write_samples(
@@ -167,6 +181,8 @@ def _write(task: Task, selection: Selection, byte_plan: BytePlan, budget: int, s
         plan,
         config=replace_fields(plan.config, {"selection.keep_ratio": len(selection) / len(plan.source)}),
     )
-    write_description(task.folder, kept, facts, encoding=encoding, num_unreadable=selection.num_unreadable)
+    write_description(
+        task.folder, kept, facts, encoding=encoding, num_unreadable=selection.num_unreadable, source_bytes=whole
+    )
     files = [path.stat().st_size for path in task.folder.iterdir()]
     return sum(files) + len(files) * MANIFEST_FILE_BYTES + MANIFEST_BYTES + len(json.dumps(task.parts))

@@ -1,11 +1,12 @@
 """What each setting of the codecs costs and loses, measured on a few samples of a dataset."""
 
-import io
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property, partial
+from itertools import compress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,13 +18,14 @@ from PIL import Image
 from dq_lightning.core.arrays import as_image
 from dq_lightning.core.config import EncodingConfig, PatchConfig
 from dq_lightning.core.errors import ConfigError, PatchError, StoreError
-from dq_lightning.core.records import PatchedImage, StoredImage
+from dq_lightning.core.records import EncodedImage, PatchedImage, StoredImage
 from dq_lightning.packed.file_stream import shared_starts, write_file
 from dq_lightning.packed.layouts import pixels_of
 from dq_lightning.packed.values import encode_value
-from dq_lightning.packed.writer import STORE_FILE, Item, write_packed
+from dq_lightning.packed.whole_images import decode_file
+from dq_lightning.packed.writer import LOOK_AHEAD_SAMPLES, STORE_FILE, Item, write_packed
 from dq_lightning.pipeline.budget import ByteSetting, told_setting
-from dq_lightning.pipeline.encoding import encode_leaf, encoded_items, reduced
+from dq_lightning.pipeline.encoding import encode_items, encode_leaf, encoded_items, read_item, reduced
 from dq_lightning.pipeline.patch_bytes import owner_bytes
 from dq_lightning.pipeline.patch_frontier import PatchTrial
 from dq_lightning.pipeline.patch_plan import PatchPlan, make_patch_plan
@@ -82,7 +84,10 @@ class Frontier:
         self._plan, self._fixed, self._size = plan, plan.config.encoding, _size_name(plan)
         self._room, self._floor = float(room), self._fixed.least_psnr
         self._few = _readable(plan, COMPARED[self._size])
-        self._images: list[tuple[Any, Any]] = []
+        # Those of the few samples that a codec can hold: image, own file, pixels uint8 [H, W, C].
+        self._images: list[tuple[Any, EncodedImage | None]] = []
+        self._pixels: list[Any] = []
+        self._packed: dict[tuple[str, int | None, int | None], dict[int, Item]] = {}
         self.settings: list[ByteSetting] = []
         self.fixed_bytes = 0
         # Bytes of a sample beside the file of its image.
@@ -97,12 +102,12 @@ class Frontier:
     def _measure_whole(self) -> None:
         plan = self._plan
         kept = ByteSetting("keep", None, None, 0.0)
-        items = encoded_items(plan, kept, torch.tensor(self._many))
-        sample_bytes, self.fixed_bytes = _packed_bytes(plan, self._many, items)
+        sample_bytes, self.fixed_bytes = _packed_bytes(plan, self._many, encode_items(plan, kept, self._read_many()))
         self._room -= self.fixed_bytes
         if self._fixed.codec in ("auto", "keep"):
             self.settings.append(replace(kept, sample_bytes=sample_bytes))
         self._images = _images(plan, self._few) if self._fixed.codec != "keep" else []
+        self._pixels = [pixels_of(leaf)[2] for leaf, _ in self._images]
         codecs = ("jpeg", "webp") if self._fixed.codec == "auto" else (self._fixed.codec,)
         for side in _sides(self._fixed, self._size, self._images):
             for codec in codecs if self._images and self._may_win(side) else ():
@@ -215,15 +220,15 @@ class Frontier:
         """
         plan, many = self._plan, self._many
         if plan.patches is None:
-            items: list[Item] = list(encoded_items(plan, setting, torch.tensor(many)))
-            mean, _ = _packed_bytes(plan, many, items)
             if setting.codec == "keep":
+                mean, _ = _packed_bytes(plan, many, encode_items(plan, setting, self._read_many()))
                 return replace(setting, sample_bytes=mean)
-            leaves = [at(sample, plan.source.image_leaf()) for sample, _ in items]
-            sizes, errors, own_share = _measures(
-                _images(plan, many), [one for one in leaves if isinstance(one, StoredImage)]
-            )
-            setting = replace(setting, own_share=own_share)
+            items, files, errors = self._encoded_many(setting)
+            encoded = (isinstance(at(sample, plan.source.image_leaf()), StoredImage) for sample, _ in items)
+            self._packed[_how(setting)] = dict(compress(zip(many, items, strict=True), encoded))
+            mean, _ = _packed_bytes(plan, many, items)
+            sizes = _stored_sizes([file for file, _ in files])
+            setting = replace(setting, own_share=sum(is_own for _, is_own in files) / max(1, len(files)))
         else:
             items = self._many_patched.items(setting)
             mean, _ = _packed_bytes(plan, many, items)
@@ -234,9 +239,51 @@ class Frontier:
         error = float(np.mean(errors) + np.std(errors) * share) if errors else 0.0
         return replace(setting, sample_bytes=mean + 2 * float(np.std(sizes)) * share, psnr=_psnr(error))
 
+    def packed(self, setting: ByteSetting) -> Mapping[int, Item]:
+        """Return the samples, by position, that a setting was applied to by `measure_again`."""
+        return self._packed.get(_how(setting), {})
+
+    def _encoded_many(self, setting: ByteSetting) -> tuple[list[Item], list[tuple[StoredImage, bool]], list[float]]:
+        """Apply a setting to the many samples.
+
+        Returns:
+            The samples; the new files of those images that the codec can hold, and whether each is the dataset's own; and
+            the mean squared error of each.
+        """
+        place, waiting = self._plan.source.image_leaf(), deque[Item]()
+
+        def noted() -> Iterator[Item]:
+            for item in self._read_many():
+                waiting.append(item)
+                yield item
+
+        items, files, errors = list[Item](), list[tuple[StoredImage, bool]](), list[float]()
+        for item in encode_items(self._plan, setting, noted()):
+            (plain, own), file = waiting.popleft(), at(item[0], place)
+            items.append(item)
+            if isinstance(file, StoredImage):
+                files.append((file, own is not None and own.data == file.data))
+                errors.append(_error(pixels_of(at(plain, place))[2], decode_file(file)))
+        return items, files, errors
+
     @cached_property
     def _many(self) -> list[int]:
+        """Positions of the samples that the chosen setting is measured on."""
+        if self._size == "small":
+            return list(self._many_small)
         return _readable(self._plan, self._number_measured())
+
+    @cached_property
+    def _many_small(self) -> dict[int, Item]:
+        plan = self._plan
+        wanted = _positions(plan, self._number_measured())
+        return {i: (plain_parts(sample), plan.source.encoded(i)) for i, sample in readable_items(plan.source, wanted)}
+
+    def _read_many(self) -> Iterable[Item]:
+        """Return the samples that the chosen setting is measured on; photos are read whenever they are needed."""
+        if self._size == "small":
+            return self._many_small.values()
+        return (read_item(self._plan, position) for position in self._many)
 
     @cached_property
     def _many_patched(self) -> PatchTrial:
@@ -319,8 +366,10 @@ class Frontier:
         return min(self._wanted, math.floor(self._room / setting.sample_bytes))
 
     def _measured(self, setting: ByteSetting) -> ByteSetting:
-        files = [encode_leaf(leaf, own, setting) for leaf, own in self._images]
-        sizes, errors, own_share = _measures(self._images, files)
+        files = [file for leaf, own in self._images if (file := encode_leaf(leaf, own, setting)) is not None]
+        errors = [_error(pixels, decode_file(file)) for pixels, file in zip(self._pixels, files, strict=True)]
+        is_own = [own is not None and own.data == file.data for (_, own), file in zip(self._images, files, strict=True)]
+        sizes, own_share = _stored_sizes(files), sum(is_own) / len(files)
         if self._beside is None:
             packed, _ = _packed_bytes(
                 self._plan, self._few, encoded_items(self._plan, setting, torch.tensor(self._few))
@@ -370,9 +419,9 @@ def _positions(plan: Plan, count: int) -> list[int]:
     return [int(candidates[number]) for number in evenly_spaced(len(candidates), count)]
 
 
-def _images(plan: Plan, positions: Sequence[int]) -> list[tuple[Any, Any]]:
+def _images(plan: Plan, positions: Sequence[int]) -> list[tuple[Any, EncodedImage | None]]:
     """Return those images that a codec can hold, with their own files."""
-    found: list[tuple[Any, Any]] = []
+    found: list[tuple[Any, EncodedImage | None]] = []
     if not _has_images(plan):
         return found
     for position, sample in readable_items(plan.source, positions):
@@ -385,7 +434,7 @@ def _images(plan: Plan, positions: Sequence[int]) -> list[tuple[Any, Any]]:
     return found
 
 
-def _sides(fixed: EncodingConfig, size: str, found: Sequence[tuple[Any, Any]]) -> list[int | None]:
+def _sides(fixed: EncodingConfig, size: str, found: Sequence[tuple[Any, EncodedImage | None]]) -> list[int | None]:
     """Return the longest sides that are tried; None keeps every size."""
     if fixed.longest_side is not None or size != "photo" or not found:
         return [fixed.longest_side]
@@ -393,26 +442,23 @@ def _sides(fixed: EncodingConfig, size: str, found: Sequence[tuple[Any, Any]]) -
     return [None, *(round(share * longest) for share in SIDE_SHARES)]
 
 
-def _measures(
-    found: Sequence[tuple[Any, Any]], files: Sequence[StoredImage | None]
-) -> tuple[list[int], list[float], float]:
-    """Return the stored bytes of each file, its mean squared error from 0 to 255, and the share of the dataset's own."""
-    kept = [(leaf, own, file) for (leaf, own), file in zip(found, files, strict=True) if file is not None]
-    errors = []
-    for leaf, _, file in kept:
-        with Image.open(io.BytesIO(file.data)) as opened:
-            errors.append(_error(pixels_of(leaf)[2], opened))
-    own_files = sum(own is not None and own.data == file.data for _, own, file in kept)
-    starts = shared_starts([file for *_, file in kept[:64]])
-    sizes = [len(write_file(file, starts)) for *_, file in kept]
+def _how(setting: ByteSetting) -> tuple[str, int | None, int | None]:
+    """Return what a setting does to an image."""
+    return setting.codec, setting.quality, setting.longest_side
+
+
+def _stored_sizes(files: Sequence[StoredImage]) -> list[int]:
+    """Return the bytes that each file takes in a store."""
+    starts = shared_starts(files[:LOOK_AHEAD_SAMPLES])
+    sizes = [len(write_file(file, starts)) for file in files]
     # Each file in the store is preceded by its length.
-    sizes = [size + (1 if size < 128 else 2 if size < 1 << 14 else 3) for size in sizes]
-    return sizes, errors, own_files / max(1, len(kept))
+    return [size + (1 if size < 128 else 2 if size < 1 << 14 else 3) for size in sizes]
 
 
 def _error(pixels: Any, image: Image.Image) -> float:
-    """Return the mean squared error of an image against pixels [H, W, C], after scaling it to their size."""
-    image = image.convert("RGB" if pixels.shape[2] == 3 else "L")
+    """Return the mean squared error, from 0 to 255, of an image against pixels [H, W, C], after scaling it to their size."""
+    mode = "RGB" if pixels.shape[2] == 3 else "L"
+    image = image if image.mode == mode else image.convert(mode)
     if image.size != (pixels.shape[1], pixels.shape[0]):
         image = image.resize((pixels.shape[1], pixels.shape[0]), Image.Resampling.BICUBIC)
     difference = np.asarray(image, np.float32).reshape(pixels.shape) - pixels

@@ -1,6 +1,6 @@
 """The step "store": write the compact set, with row numbers alone, whole samples, or samples with kept patches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -22,7 +22,7 @@ from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.packed.writer import Item, SharedItems, encode_pieces, estimate_bytes, write_packed
 from dq_lightning.pipeline.budget import ByteSetting
 from dq_lightning.pipeline.compact import write_description
-from dq_lightning.pipeline.encoding import described_setting, encoded_items, fixed_setting
+from dq_lightning.pipeline.encoding import NOTHING_KNOWN, described_setting, encoded_items, fixed_setting
 from dq_lightning.pipeline.patch_bytes import PatchFacts, measure_bytes
 from dq_lightning.pipeline.patching import (
     choose,
@@ -104,6 +104,7 @@ def write_samples(
     made_from: str,
     setting: ByteSetting | None = None,
     choice: PatchChoice | None = None,
+    known: Mapping[int, Item] = NOTHING_KNOWN,
     squeeze: bool = False,
     **attributes: Any,
 ) -> None:
@@ -111,7 +112,8 @@ def write_samples(
 
     `size` says about how many bytes they take, and `made_from` is a digest of what they are made from beside the data,
     for the shards of an interrupted run. Images are stored as the `setting` says, and with the patches of the `choice`
-    alone; None for that of the plan, and for whole images. With `squeeze` the small arrays are compressed. The store
+    alone; None for that of the plan, and for whole images. `known` holds samples by position that the setting was
+    applied to already. With `squeeze` the small arrays are compressed. The store
     keeps the attributes.
     """
     require_space(task.folder, size)
@@ -127,7 +129,7 @@ def write_samples(
     sharing = Sharing() if source.in_order else task.sharing
     write_packed(
         task.folder,
-        SharedItems(sharing, _items(task.plan, selection.index, setting, choice), facts, arrays),
+        SharedItems(sharing, _items(task.plan, selection.index, setting, choice, known), facts, arrays),
         ids=[source.sample_id(i) for i in selection.index.tolist()],
         index=selection.index,
         bins=selection.bin,
@@ -138,12 +140,16 @@ def write_samples(
 
 
 def _items(
-    plan: Plan, index: Tensor, setting: ByteSetting | None, choice: PatchChoice | None
+    plan: Plan,
+    index: Tensor,
+    setting: ByteSetting | None,
+    choice: PatchChoice | None,
+    known: Mapping[int, Item] = NOTHING_KNOWN,
 ) -> Callable[[Iterator[int]], Iterator[Item]]:
     """Return the function that yields samples as they are stored; the arguments are those of `write_samples`."""
     if choice is not None:
         return partial(packed_items, plan if setting is None else in_codec(plan, setting), index, choice)
-    return partial(encoded_items, plan, setting or fixed_setting(plan.config.encoding), index)
+    return partial(encoded_items, plan, setting or fixed_setting(plan.config.encoding), index, known=known)
 
 
 @contextmanager
