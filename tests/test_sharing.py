@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -362,6 +363,31 @@ def test_a_helper_that_hangs_while_its_heart_beats_ends_the_run(monkeypatch):
     thread.join()
     helper.leave(None, holds_store=False)
     leader.leave(None, holds_store=False)
+
+
+def test_a_rank_waits_for_others_as_long_as_their_hearts_beat(monkeypatch):
+    monkeypatch.setattr(exchange, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(exchange, "SILENCE_SECONDS", 0.3)
+    store, began, ended = torch.distributed.HashStore(), threading.Event(), []
+
+    def slow():
+        began.set()
+        time.sleep(0.6)
+        ended.append(1)
+        return "made"
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = (exchange.Exchange(store, "meeting", rank) for rank in (0, 1))
+        made = pool.submit(exchange.finish_with_all, one, 2, slow)
+        began.wait()
+        assert exchange.finish_with_all(other, 2, lambda: "found") == "found"
+        assert ended
+        assert made.result() == "made"
+    # Another rank began, and is silent since.
+    alone, silent = (exchange.Exchange(store, "other", rank) for rank in (0, 1))
+    silent.raise_count("beat/1")
+    with pytest.raises(DistributedError, match="has been silent"):
+        exchange.finish_with_all(alone, 2, lambda: "found")
 
 
 @pytest.mark.parametrize("distributed", ["auto", "all"])

@@ -157,3 +157,11 @@ def test_all_ranks_of_a_trainer_prepare(tmp_path):
     assert min(first["embedded"], second["embedded"]) > 0
     assert len(first["trained"]) == len(second["trained"]) == 10
     assert len({*first["trained"], *second["trained"]}) == 20
+
+
+def test_a_rank_that_finds_the_set_waits_for_one_that_makes_it(tmp_path):
+    """Each has a cache of its own, and making takes longer than a collective of the process group may."""
+    launched([all_ranks.__file__, tmp_path, "apart"])
+    first, second = (json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in (0, 1))
+    assert (first["embedded"], second["embedded"]) == (0, 80)
+    assert first["hash"] == second["hash"]

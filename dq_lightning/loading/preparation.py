@@ -25,6 +25,7 @@ from dq_lightning.loading.loaders import LoaderSettings, check_collatable
 from dq_lightning.loading.ranks import call_on_all, check_equal_on_all, gather_from_all, raise_on_all, world_size
 from dq_lightning.loading.train_set import BuildOptions, Located, Opened, TrainSet
 from dq_lightning.loading.trainer_facts import TrainerFacts
+from dq_lightning.pipeline.together import call_beside_all
 
 
 class Preparation:
@@ -165,7 +166,7 @@ class Preparation:
         facts = TrainerFacts.of(trainer)
         with isolated_random_state():
             if self._is_shared(facts) and facts.fits and stage in (None, "fit"):
-                make = partial(self._make, trainer, (facts.device,), "all")
+                make = partial(call_beside_all, partial(self._make, trainer, (facts.device,), "all"))
                 self._located = call_on_all(make, "making the compact set")
             return self._open(trainer, stage)
 

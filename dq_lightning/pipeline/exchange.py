@@ -31,6 +31,8 @@ BEAT_SECONDS, SILENCE_SECONDS, POLL_SECONDS = 2.0, 40.0, 0.02
 LINGER_SECONDS = 10.0
 # A rank looks this long for the store of rank 0, which may have started later.
 CONNECT_SECONDS = 60.0
+# A rank that has done its part waits so long for others that have not begun.
+ARRIVAL_SECONDS = 1800.0
 # The stores of this process, by address, stay open: another rank may still need one that rank 0 has finished with.
 _stores: dict[tuple[str, int], Any] = {}
 
@@ -245,3 +247,36 @@ def linger(exchange: Exchange, present: Callable[[], list[str]]) -> None:
         if found != beats:
             beats, since = found, time.monotonic()
         time.sleep(POLL_SECONDS)
+
+
+def finish_with_all(exchange: Exchange, num_ranks: int, action: Callable[[], Result]) -> Result:
+    """Call a function, and return its result once all ranks have done so, or have not begun for half an hour.
+
+    Unlike in a collective of a process group, which fails after the group's timeout, a rank waits for the others as long
+    as their hearts beat. Every rank calls this function.
+
+    Raises:
+        DistributedError: another rank is dead or silent.
+    """
+    others = [rank for rank in range(num_ranks) if rank != exchange.rank]
+
+    def at_work() -> list[str]:
+        beats = [f"beat/{rank}" for rank in others if exchange.read(f"done/{rank}") is None]
+        return [beat for beat in beats if exchange.count(beat)]
+
+    pulse = Pulse(exchange, f"beat/{exchange.rank}", at_work)
+    pulse.start()
+    try:
+        try:
+            result = action()
+        finally:
+            exchange.write(f"done/{exchange.rank}", True)
+            exchange.raise_count("done")
+        since = time.monotonic()
+        while exchange.count("done") < num_ranks and (time.monotonic() - since < ARRIVAL_SECONDS or at_work()):
+            if pulse.failure is not None:
+                raise pulse.failure
+            time.sleep(POLL_SECONDS)
+        return result
+    finally:
+        pulse.stop()

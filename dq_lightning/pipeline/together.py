@@ -1,6 +1,7 @@
 """Several ranks of a run make one compact set: the leader builds it, and the others help, then find it in their cache."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from dq_lightning.core.launch import find_launch
 from dq_lightning.core.sharing import Arrays, Distributed, Sharing
 from dq_lightning.pipeline.binning import help_to_bin
 from dq_lightning.pipeline.build import Build
-from dq_lightning.pipeline.exchange import PART_BYTES, StoreLostError, find_store
+from dq_lightning.pipeline.exchange import PART_BYTES, Exchange, StoreLostError, find_store, finish_with_all
 from dq_lightning.pipeline.extracting import help_features
 from dq_lightning.pipeline.filling import help_filling
 from dq_lightning.pipeline.meeting import Handler, Helper, Leader, LeaderLeftError, meet
@@ -30,7 +31,25 @@ from dq_lightning.pipeline.plan import BINS, FEATURES, STORE
 from dq_lightning.pipeline.scoring import help_scores
 
 Made = TypeVar("Made")
+# All ranks call `call_beside_all` equally often.
+_rounds = itertools.count()
 Entry = tuple[str, dict[str, Any]]
+
+
+def call_beside_all(action: Callable[[], Made]) -> Made:
+    """Call a function on every rank of the process group, and return its result once all have done so.
+
+    So a rank that finds a set in its own cache does not wait in a collective of the group while another makes it.
+
+    Raises:
+        DistributedError: another rank is dead or silent.
+    """
+    launch = find_launch()
+    if launch is None:
+        return action()
+    return finish_with_all(
+        Exchange(find_store(launch, "all"), f"dq_lightning/all/{next(_rounds)}", launch.rank), launch.num_ranks, action
+    )
 
 
 def build_together(
