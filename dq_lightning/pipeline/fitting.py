@@ -6,6 +6,7 @@ of one seed are a subset of more.
 """
 
 import json
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -85,13 +86,17 @@ def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
                 break
             frontier.adjust(at, measured)
             measured.add(at)
-        if round_ == 0:
-            dropped = frontier.with_dropped_patches(byte_plan.setting)
-            get_logger().info(f"max_bytes={budget:,}: {byte_plan.describe(present)}{dropped}")
         if bins is not None:
+            taken = frontier.bytes_of(byte_plan.setting)
+            if round_ == 0 and fixed is None and taken:
+                count = _most(task, bins, present, taken, budget - beside)
+                byte_plan = replace(byte_plan, num_samples=count or byte_plan.num_samples)
             selection = drawn_selection(task, bins, byte_plan.num_samples / len(bins))
         elif chosen is not None:
             selection = chosen
+        if round_ == 0:
+            dropped = frontier.with_dropped_patches(byte_plan.setting)
+            get_logger().info(f"max_bytes={budget:,}: {byte_plan.describe(present)}{dropped}")
         total = _write(task, selection, byte_plan, budget, whole, scores, frontier.packed(byte_plan.setting))
         if total <= budget:
             return
@@ -103,6 +108,19 @@ def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
     raise ConfigError(
         f"max_bytes={budget:,} is too little: {len(selection):,} samples took {total:,} bytes. Raise it, or leave more open"
     )
+
+
+def _most(task: Task, bins: Bins, present: int, taken: Mapping[int, float], room: int) -> int:
+    """Return how many samples, drawn from bins, fit into some bytes if those of every sample are known by position.
+
+    A plan counts with the mean, and of a few samples those that are drawn may take a tenth more or less.
+    """
+
+    def needed(count: int) -> float:
+        drawn = drawn_selection(task, bins, count / len(bins), warns=False)
+        return sum(taken[i] for i in drawn.index.tolist())
+
+    return bisect_right(range(1, present + 1), room, key=needed)
 
 
 class PatchScores:

@@ -56,6 +56,10 @@ TRIED_DROP_RATIO = 0.2
 DESCRIPTION_BYTES = 4_500
 
 
+# Codec, quality and longest side.
+_How = tuple[str, int | None, int | None]
+
+
 class Frontier:
     """What the settings of the codecs that `config.encoding` leaves open cost and lose, measured on a few samples.
 
@@ -87,7 +91,9 @@ class Frontier:
         # Those of the few samples that a codec can hold: image, own file, pixels uint8 [H, W, C].
         self._images: list[tuple[Any, EncodedImage | None]] = []
         self._pixels: list[Any] = []
-        self._packed: dict[tuple[str, int | None, int | None], dict[int, Item]] = {}
+        # For each setting that was applied to many samples, these and their bytes, by position.
+        self._packed: dict[_How, dict[int, Item]] = {}
+        self._bytes: dict[_How, dict[int, float]] = {}
         self.settings: list[ByteSetting] = []
         self.fixed_bytes = 0
         # Bytes of a sample beside the file of its image.
@@ -228,6 +234,9 @@ class Frontier:
             self._packed[_how(setting)] = dict(compress(zip(many, items, strict=True), encoded))
             mean, _ = _packed_bytes(plan, many, items)
             sizes = _stored_sizes([file for file, _ in files])
+            if len(files) == len(many) == len(plan.candidates):
+                beside = mean - float(np.mean(sizes))
+                self._bytes[_how(setting)] = {i: size + beside for i, size in zip(many, sizes, strict=True)}
             setting = replace(setting, own_share=sum(is_own for _, is_own in files) / max(1, len(files)))
         else:
             items = self._many_patched.items(setting)
@@ -242,6 +251,10 @@ class Frontier:
     def packed(self, setting: ByteSetting) -> Mapping[int, Item]:
         """Return the samples, by position, that a setting was applied to by `measure_again`."""
         return self._packed.get(_how(setting), {})
+
+    def bytes_of(self, setting: ByteSetting) -> Mapping[int, float]:
+        """Return the bytes of every sample, by position, where `measure_again` measured all of them; else nothing."""
+        return self._bytes.get(_how(setting), {})
 
     def _encoded_many(self, setting: ByteSetting) -> tuple[list[Item], list[tuple[StoredImage, bool]], list[float]]:
         """Apply a setting to the many samples.
@@ -442,7 +455,7 @@ def _sides(fixed: EncodingConfig, size: str, found: Sequence[tuple[Any, EncodedI
     return [None, *(round(share * longest) for share in SIDE_SHARES)]
 
 
-def _how(setting: ByteSetting) -> tuple[str, int | None, int | None]:
+def _how(setting: ByteSetting) -> _How:
     """Return what a setting does to an image."""
     return setting.codec, setting.quality, setting.longest_side
 

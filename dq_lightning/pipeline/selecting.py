@@ -31,8 +31,8 @@ def make_selection(task: Task, bins: Bins | None = None) -> None:
     write_selection(task.folder, chosen_selection(task) if bins is None else drawn_selection(task, bins, ratio))
 
 
-def drawn_selection(task: Task, bins: Bins, keep_ratio: float) -> Selection:
-    """Draw a share of the samples from bins, and warn of classes of which none is kept."""
+def drawn_selection(task: Task, bins: Bins, keep_ratio: float, *, warns: bool = True) -> Selection:
+    """Draw a share of the samples from bins, and warn of classes of which none is kept if `warns` is set."""
     settings = task.plan.config.selection
     grouping = task.plan.labels if task.plan.config.bins.by_label else None
     bins = with_enough(bins, grouping, count_kept(len(bins), keep_ratio))
@@ -45,7 +45,8 @@ def drawn_selection(task: Task, bins: Bins, keep_ratio: float) -> Selection:
         balance=settings.balance,
         labels=None if grouping is None else grouping.members,
     )
-    _warn_of_lost_classes(task.plan, bins, selection)
+    if warns:
+        _warn_of_lost_classes(task.plan, bins, selection)
     return selection
 
 
