@@ -154,7 +154,8 @@ def test_arrays_stay_arrays(tmp_path, features, fewer):
 
 def test_a_fixed_drop_ratio_is_kept_to(tmp_path, cifar_root, features, fewer):
     """As many samples as fit without their dullest quarter, down to the floor on what is kept; then finer ones."""
-    data, found = Subset(CIFAR10(cifar_root, train=True), range(150)), []
+    images, found = CIFAR10(cifar_root, train=False), []
+    data = [images[i] for i in range(150)]
     patches = PatchConfig(drop_ratio=0.25, saliency="variance", reconstruct="off")
     for budget, encoding in ((25_000, EncodingConfig()), (90_000, EncodingConfig()), (90_000, EncodingConfig("keep"))):
         settings = QuantizeConfig(max_bytes=budget, patches=patches, encoding=encoding, features=features(150))

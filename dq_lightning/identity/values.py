@@ -21,6 +21,7 @@ _COMPRESSED = {
     torch.sparse_bsc: ("ccol_indices", "row_indices"),
 }
 _ROWS_AT_ONCE = 256
+_MAX_CHANNELS = 4
 _MAX_SHORT_LENGTH = 64
 _VALUES_AT_ONCE = 4096
 _MAX_DEPTH = 100
@@ -267,10 +268,21 @@ def digest_bytes(value: Any) -> str:
     # fit the processor's cache.
     rows = value.shape[0] if value.ndim and value.flags.c_contiguous else _ROWS_AT_ONCE
     for start in range(0, value.shape[0], max(1, rows)) if value.ndim else (0,):
-        part = np.ascontiguousarray(value[start : start + rows] if value.ndim else value)
+        part = _in_row_order(value[start : start + rows] if value.ndim else value)
         if part.size:
             digest.update(part.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def _in_row_order(array: Any) -> Any:
+    """Return an array whose bytes are in row order: the same one, or a copy."""
+    if array.flags.c_contiguous or not array.ndim or array.shape[-1] > _MAX_CHANNELS or array.dtype.kind not in "biuf":
+        return np.ascontiguousarray(array)
+    # NumPy copies one number after the other where the channels of pixels lie apart, and whole rows of one channel.
+    made = np.empty(array.shape, array.dtype)
+    for channel in range(array.shape[-1]):
+        made[..., channel] = array[..., channel]
+    return made
 
 
 def digest_tensor(tensor: Tensor) -> str:

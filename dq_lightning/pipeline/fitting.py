@@ -6,6 +6,7 @@ of one seed are a subset of more.
 """
 
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import replace
@@ -118,9 +119,9 @@ def _most(task: Task, bins: Bins, present: int, taken: Mapping[int, float], room
 
     def needed(count: int) -> float:
         drawn = drawn_selection(task, bins, count / len(bins), warns=False)
-        return sum(taken[i] for i in drawn.index.tolist())
+        return math.fsum(taken[i] for i in drawn.index.tolist())
 
-    return bisect_right(range(1, present + 1), room, key=needed)
+    return bisect_right(range(1, present + 1), float(room), key=needed)
 
 
 class PatchScores:

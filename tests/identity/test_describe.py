@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import io
 import logging
@@ -22,6 +23,7 @@ from torchvision.transforms import v2
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.identity.callables import describe_callable
 from dq_lightning.identity.networks import digest_module
+from dq_lightning.identity.values import digest_bytes
 from tests import warm_processes
 
 FACTOR = 2.0
@@ -337,3 +339,12 @@ def test_networks_of_libraries_differ_where_they_compute_otherwise(make, one, ot
         return digest_module(make(value))
 
     assert digest(one) == digest(one) != digest(other)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, "M8[s]", "<U3", bool])
+def test_the_digest_of_an_array_is_that_of_its_rows_in_any_layout(dtype):
+    numbers = np.arange(600 * 8 * 3).reshape(600, 3, 4, 2).astype(np.int64) % 7
+    array = numbers.astype(dtype)
+    views = (array, array.transpose(0, 2, 3, 1), array[::2, :, ::-1], array[0].T, array[:0].T, np.asfortranarray(array))
+    for view in views:
+        assert digest_bytes(view) == hashlib.sha256(view.copy(order="C").tobytes()).hexdigest()
