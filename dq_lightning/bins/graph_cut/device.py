@@ -92,38 +92,31 @@ class DevicePicks:
         return made
 
     def _check(self, gains: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the gains of all rows in float64 before every pick of a block, given those before the first one.
+        """Return the gains of the picks of a block, float64 [T], and whether each is certainly the greatest, bool [T].
 
-        Returns:
-            The greatest gain before each pick, float64 [T], and whether it is certain that the pick has it, bool [T].
+        Args:
+            gains: float64 [n], gains of all rows before the first pick.
+            picks: int64 [T].
         """
-        before = self._exact.take(picks[:-1])
-        before.factors[0].mul_(-2.0)
-        # A row leaves once as many picks as it has samples were made of it.
-        so_far = (picks[:, None] == picks[None, :]).tril().sum(dim=1)
+        picked, steps = self._exact.take(picks), torch.arange(len(picks), device=picks.device)
+        values = picked.gains_after(self._pool.vector, picked, steps)
+        limits = values - 2.0 * self._pool.bound(len(picks))
+        # A row leaves once as many picks as it has samples were made of it, and no pick is compared with itself.
+        so_far = (picks[:, None] == picks).tril().sum(dim=1)
         gone = so_far >= (1 if self._left is None else self._left[picks])
-        later = torch.ones(len(picks), len(picks), dtype=torch.bool, device=picks.device).triu(1).T & gone
-        best: list[tuple[Tensor, Tensor, Tensor]] = []
+        apart = (gone & (steps < steps[:, None])) | (steps == steps[:, None])
+        before = Rows((-2.0 * picked.factors[0][:-1], *(factor[:-1] for factor in picked.factors[1:])))
+        certain = torch.ones(len(picks), dtype=torch.bool, device=picks.device)
         for first in range(0, len(gains), _CHECKED):
             last = min(first + _CHECKED, len(gains))
-            drift = before.inner(self._exact.span(first, last))
-            states = torch.cat([gains[None, first:last], drift])
+            states = torch.cat([gains[None, first:last], before.inner(self._exact.span(first, last))])
             torch.cumsum(states, dim=0, out=states)
             inside = (picks >= first) & (picks < last)
-            removal = torch.zeros(later.shape, dtype=torch.float64, device=picks.device)
-            removal.masked_fill_(later & inside, -torch.inf)
+            removal = torch.zeros(apart.shape, dtype=torch.float64, device=picks.device)
+            removal.masked_fill_(apart & inside, -torch.inf)
             states.index_add_(1, (picks - first).clamp(0, last - first - 1), removal)
-            value, row = states.max(dim=1)
-            states.scatter_(1, row[:, None], -torch.inf)
-            best.append((value, row + first, states.amax(dim=1)))
-        values, rows, seconds = (torch.stack(part) for part in zip(*best, strict=True))
-        top, which = values.max(dim=0)
-        # The best row of another part may be the second best of all.
-        seconds = seconds.amax(dim=0)
-        if len(values) > 1:
-            seconds = torch.maximum(seconds, values.scatter(0, which[None], -torch.inf).amax(dim=0))
-        same = rows.gather(0, which[None])[0] == picks
-        return top, same & (top - seconds > 2.0 * self._pool.bound(len(picks)))
+            certain &= (states < limits[:, None]).all(dim=1)
+        return values, certain
 
     def _one_exactly(self) -> None:
         near = self._pool.nearest()

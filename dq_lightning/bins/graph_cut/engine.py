@@ -45,8 +45,9 @@ def pick_group(
     Returns:
         Indices of the members (0 to n - 1) in the order of picking, int64 [n], and their gains, float64 [n].
     """
-    run = _Run(prepared, members, config, room, tick)
-    group, order, values = run.group, [np.empty(0, dtype=np.int64)], [np.empty(0)]
+    group = Group(prepared, members, lam=config.lam, halved=config.similarity == "cosine")
+    run = _Run(group, config, room, tick)
+    order, values = [np.empty(0, dtype=np.int64)], [np.empty(0)]
     for number, size in enumerate(sizes):
         if size:
             left = group.num_left
@@ -59,18 +60,10 @@ def pick_group(
 class _Run:
     """The state of one group: the rows that are left, the sum of their vectors, and the regime."""
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        members: NDArray[np.int64],
-        config: BinConfig,
-        room: Room,
-        tick: Callable[[int], object],
-    ) -> None:
-        group = self.group = Group(prepared, members, lam=config.lam, halved=config.similarity == "cosine")
-        self._engine, self._room, self._tick = config.engine, room, tick
+    def __init__(self, group: Group, config: BinConfig, room: Room, tick: Callable[[int], object]) -> None:
+        self.group, self._engine, self._room, self._tick = group, config.engine, room, tick
         # Equal samples share one row, which represents the lowest of them that is left.
-        distinct = np.ones(len(members), dtype=bool)
+        distinct = np.ones(len(group.rows), dtype=bool)
         if group.twins is not None:
             distinct[group.twins[group.twins >= 0]] = False
         self._row = np.flatnonzero(distinct)

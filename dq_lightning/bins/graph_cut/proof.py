@@ -112,7 +112,7 @@ class Proof:
             suspects[part] = unclear & self.outside[part, None]
             self.after[part] = states[:, -1]
 
-        self.pool.group.rows.workers.run(look, table.ranges())
+        list(self.pool.group.rows.workers.map(look, table.ranges()))
         return suspects
 
     def _walk(self, rows: NDArray[np.int64], before: Tensor, chunk: _Chunk) -> tuple[int, NDArray[np.int64]]:
@@ -160,15 +160,8 @@ class Proof:
 def _deviation(part: Rows) -> float:
     """Return the greatest Euclidean length of (sum of the first t rows) - t/n (sum of all rows), t = 0 ... n - 1."""
     total = len(part)
-    fractions = torch.arange(total, dtype=torch.float64) / total
-    fractions = fractions.to(part.factors[0].device)
-    if len(part.factors) == 1:
-        partial = part.factors[0].cumsum(dim=0)
-        walk = torch.cat([torch.zeros_like(partial[:1]), partial[:-1]]) - fractions[:, None] * partial[-1:]
-        squares = (walk * walk).sum(dim=1)
-    else:
-        grid = part.inner(part).cumsum(dim=0).cumsum(dim=1)
-        grid = torch.nn.functional.pad(grid, (1, 0, 1, 0))
-        squares = grid.diagonal()[:-1] - 2.0 * fractions * grid[:-1, -1] + fractions**2 * grid[-1, -1]
-        squares = squares + ROUNDING * total * 64.0 * grid.abs().max()
+    grid = torch.nn.functional.pad(part.inner(part).cumsum(dim=0).cumsum(dim=1), (1, 0, 1, 0))
+    fractions = torch.arange(total, dtype=torch.float64, device=grid.device) / total
+    squares = grid.diagonal()[:-1] - 2.0 * fractions * grid[:-1, -1] + fractions**2 * grid[-1, -1]
+    squares = squares + ROUNDING * total * 64.0 * grid.abs().max()
     return float(squares.clamp(min=0.0).max().sqrt()) * (1.0 + 2.0**-20)

@@ -122,7 +122,7 @@ class PassScores:
             product = Rows(tuple(factor[part] for factor in self._rows)).against(vector)
             self.values[part] = self._start[part] - self._scale * product[:, 0].double().cpu().numpy()
 
-        self._workers.run(update, range(0, len(self._start), step))
+        list(self._workers.map(update, range(0, len(self._start), step)))
 
     def window(self) -> float:
         # The sum of float32 rows is off by the rounding of their entries.
@@ -200,7 +200,8 @@ def _products(left: Rows, right: Rows, pool: Pool, size: int) -> NDArray[np.sign
             matrix[across : across + tile, down : down + tile] = torch.from_numpy(codes).T
 
     starts = range(0, total, tile)
-    pool.group.rows.workers.run(fill, [(down, across) for down in starts for across in starts if across <= down])
+    corners = [(down, across) for down in starts for across in starts if across <= down]
+    list(pool.group.rows.workers.map(fill, corners))
     return whole
 
 

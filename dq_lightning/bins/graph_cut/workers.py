@@ -1,6 +1,5 @@
 """Threads that process blocks of rows in parallel, each of which runs torch with one thread."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,10 +30,6 @@ class Workers:
         if self._pool is None or len(items) < 2:
             return map(function, items)
         return self._pool.map(function, items)
-
-    def run(self, function: Callable[[Item], None], items: Sequence[Item]) -> None:
-        """Call the function with every item and wait for all calls; an error in a call is raised here."""
-        deque(self.map(function, items), maxlen=0)
 
 
 @contextmanager
