@@ -82,9 +82,10 @@ class Rows:
         """
         if len(self.factors) == 1:
             before = torch.nn.functional.pad(others.factors[0].cumsum(dim=0), (0, 0, 1, 0))
-            return (self.factors[0] * (vector - 2.0 * before[steps])).sum(dim=1)
-        taken = torch.arange(len(others), device=steps.device) < steps[:, None]
-        return self.against(vector)[:, 0] - 2.0 * self.inner(others).mul_(taken).sum(dim=1)
+            products = before.index_select(0, steps).mul_(self.factors[0])
+        else:
+            products = self.inner(others).mul_(torch.arange(len(others), device=steps.device) < steps[:, None])
+        return self.against(vector)[:, 0] - 2.0 * products.sum(dim=1)
 
     def written_out(self) -> Iterator[Tensor]:
         """Yield the vectors themselves as float64 [k, W], a few rows at a time; only near ties need them."""

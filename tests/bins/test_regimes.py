@@ -34,7 +34,7 @@ def small(monkeypatch):
     monkeypatch.setattr(scores, "_TILE", {"cpu": 32, "cuda": 32})
     # with entries of 2**24 the range of 4 bytes ends 64 similarities below the greatest gain
     monkeypatch.setattr(scores, "FULL", {4: 1 << 24, 2: 32700})
-    monkeypatch.setattr(scores, "_MOST_PICKS", 31)
+    monkeypatch.setattr(scores, "_MOST_PICKS", {4: 31, 2: 31})
     monkeypatch.setattr(device, "_LONG", 8)
     monkeypatch.setattr(device, "_SHORT", 3)
     monkeypatch.setattr(device, "_ROWS", 16)

@@ -116,19 +116,17 @@ class Pool:
         Returns:
             The rows of the picks made, int64.
         """
-        start, device = self.group.length - len(rows), self.vector.device
-        made = np.array(rows)
-        picked = self.table.take(torch.from_numpy(made))
-        values = picked.gains_after(self.vector, picked, torch.arange(len(made), device=device)).cpu().numpy()
+        start, made = self.group.length - len(rows), np.array(rows)
+        near = np.concatenate([made, *(doubt.rows for doubt in doubts)])
+        lengths = [len(doubt.rows) for doubt in doubts]
+        which = np.repeat(np.arange(len(doubts)), lengths)
+        steps = np.append(np.arange(len(made)), np.repeat([doubt.step for doubt in doubts], lengths)).astype(np.int64)
+        compared = self.table.take(torch.from_numpy(near))
+        picked = compared.span(0, len(made))
+        gains = compared.gains_after(self.vector, picked, torch.from_numpy(steps).to(self.vector.device)).cpu().numpy()
+        values, gains, near, steps = gains[: len(made)], gains[len(made) :], near[len(made) :], steps[len(made) :]
         slack = self.bound(len(made))
         if doubts:
-            near, which = (
-                np.concatenate([doubt.rows for doubt in doubts]),
-                np.repeat(np.arange(len(doubts)), [len(doubt.rows) for doubt in doubts]),
-            )
-            steps = np.array([doubt.step for doubt in doubts])[which]
-            others = self.table.take(torch.from_numpy(near))
-            gains = others.gains_after(self.vector, picked, torch.from_numpy(steps).to(device)).cpu().numpy()
             unclear = (gains >= values[steps] - 2.0 * slack) & (near != made[steps])
             for number in np.unique(which[unclear]).tolist():
                 doubt, mine = doubts[number], gains[which == number]

@@ -26,7 +26,7 @@ FULL = {4: 1 << 19, 2: 32700}
 # The product of matrices is made in float32 if its error is below this many units, and else in float64.
 _COARSE = 20.0
 # Gains start again from float64 after at most this many picks, which change a score by at most 2**29.
-_MOST_PICKS = 1000
+_MOST_PICKS = {4: 1000, 2: 8000}
 # Scores start at 0 or below, but at least at the lowest one, and those of rows that cannot be picked at the dead one. So
 # scores above the floor, and no others, are right within their bound until gains start again.
 _DEAD, _LOWEST, _FLOOR = -3 << 29, -2 << 29, -1 << 29
@@ -63,6 +63,7 @@ class MatrixScores:
         left = Rows((factors[0] * (2.0 * scale / self._unit), *factors[1:]))
         self.matrix = _products(left, Rows(factors), pool, size)
         self.values: NDArray[np.int32] = np.empty(0, dtype=np.int32)
+        self.most_picks = _MOST_PICKS[size]
         self._error, self._picks = 0.0, 0
 
     def start(self, pool: Pool) -> None:
@@ -92,6 +93,7 @@ class PassScores:
     """
 
     dead = floor = -float("inf")
+    most_picks = _MOST_PICKS[4]
 
     def __init__(self, pool: Pool) -> None:
         self._rows, self._scale = scaled_rows(pool)
@@ -141,7 +143,7 @@ def pick_in_turn(
     """
     while count > 0:
         scores.start(pool)
-        made = len(pool.confirm(*_propose(pool, scores, min(count, _MOST_PICKS))))
+        made = len(pool.confirm(*_propose(pool, scores, min(count, scores.most_picks))))
         count -= made
         tick(made)
 
