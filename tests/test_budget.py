@@ -85,7 +85,7 @@ def test_files_come_back_from_their_beginning_and_their_rest(height, width, qual
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_small_images_are_encoded_as_pillow_saves_them(mode, monkeypatch):
+def test_images_are_encoded_as_pillow_saves_them(mode, monkeypatch):
     monkeypatch.setattr(lossy, "_arguments", {})
     noise = np.random.default_rng(0).integers(0, 256, (6, 30, 64, 3), dtype=np.uint8)
     images = [Image.fromarray(pixels).convert(mode) for pixels in noise]
@@ -95,6 +95,10 @@ def test_small_images_are_encoded_as_pillow_saves_them(mode, monkeypatch):
             saved = io.BytesIO()
             Image.fromarray(np.asarray(image)).save(saved, "JPEG", quality=quality, subsampling="4:2:0")
             assert encode_lossy(image, "jpeg", quality) == saved.getvalue()
+    large = Image.fromarray(np.asarray(images[0])).resize((300, 70))
+    saved = io.BytesIO()
+    large.save(saved, "JPEG", quality=60, subsampling="4:2:0", optimize=True)
+    assert encode_lossy(large, "jpeg", 60) == saved.getvalue()
     assert len(lossy._arguments) == 4
     assert None not in lossy._arguments.values()
 

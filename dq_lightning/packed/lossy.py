@@ -8,10 +8,12 @@ Pillow's `save` takes about as long as the encoder itself for a JPEG of 32 pixel
 quality on its encoder is called directly. What it is called with is what `save` called it with for the first, after
 checking that both give the same bytes.
 
-The code is pure: it reads and writes no files.
+The code is pure: it reads and writes no files on a disk.
 """
 
+import contextlib
 import io
+import os
 from typing import Any, Literal, get_args
 
 from PIL import Image
@@ -66,6 +68,12 @@ def encode_lossy(image: Image.Image, codec: str, quality: int) -> bytes:
 
 def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
+    if kind == "JPEG" and max(image.size) > SHARED_TABLES_SIDE and hasattr(os, "memfd_create"):
+        # Pillow's JPEG encoder holds the interpreter's lock unless it writes to a file of the system, as this one in memory.
+        with contextlib.suppress(OSError), os.fdopen(os.memfd_create("dq_lightning"), "w+b") as file:
+            image.save(file, kind, **options)
+            file.seek(0)
+            return file.read()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 

@@ -7,6 +7,7 @@ one, and where it is no 8-bit grey or RGB image.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import chain, islice
 from types import MappingProxyType
 from typing import Any
 
@@ -18,10 +19,10 @@ from dq_lightning.core.config import EncodingConfig
 from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import EncodedImage, StoredImage
 from dq_lightning.core.replicas import in_threads
-from dq_lightning.packed.images import gives_pixels
+from dq_lightning.packed.images import gives_pixels, memory_bytes
 from dq_lightning.packed.layouts import layout_of_image
-from dq_lightning.packed.lossy import encode_lossy
-from dq_lightning.packed.values import encode_properties
+from dq_lightning.packed.lossy import SHARED_TABLES_SIDE, encode_lossy
+from dq_lightning.packed.values import BYTES_PER_PIXEL, encode_properties
 from dq_lightning.packed.writer import Item
 from dq_lightning.pipeline.budget import ByteSetting
 from dq_lightning.pipeline.plan import Plan
@@ -60,8 +61,8 @@ def read_item(plan: Plan, position: int) -> Item:
 def encode_items(plan: Plan, setting: ByteSetting, read: Iterable[Item]) -> Iterator[Item]:
     """Yield samples with their images as a setting stores them, in order.
 
-    The samples are read in the calling thread, and encoded in others; not so for JPEG, because Pillow's encoder of it
-    holds the lock of the interpreter. The setting `"keep"` leaves every sample as it is.
+    The samples are read in the calling thread, and encoded in others; small JPEGs are encoded in the calling thread too,
+    because Pillow's encoder holds the lock of the interpreter there. The setting `"keep"` leaves every sample as it is.
     """
     if setting.codec == "keep":
         yield from read
@@ -74,16 +75,22 @@ def encode_items(plan: Plan, setting: ByteSetting, read: Iterable[Item]) -> Iter
             file = None if isinstance(leaf, StoredImage) else encode_leaf(leaf, encoded, setting)
             yield (sample, encoded) if file is None else (with_value(sample, place, file), None)
 
-    in_place = setting.codec == "jpeg" and setting.longest_side is None
+    def pixels(item: Item) -> int:
+        leaf = at(item[0], place)
+        if isinstance(leaf, StoredImage):
+            return memory_bytes(leaf.data) // BYTES_PER_PIXEL
+        return math.prod(leaf.size if isinstance(leaf, Image.Image) else getattr(leaf, "shape", ()))
+
+    read = iter(read)
+    first = list(islice(read, 1))
+    in_place = setting.codec == "jpeg" and all(pixels(item) <= SHARED_TABLES_SIDE**2 for item in first)
     most = PIXELS_AT_ONCE if in_place else PIXELS_OF_A_THREAD
 
     def calls() -> Iterator[Callable[[], list[Item]]]:
         some: list[Item] = []
-        for item in read:
+        for item in chain(first, read):
             some.append(item)
-            leaf = at(item[0], place)
-            pixels = math.prod(leaf.size if isinstance(leaf, Image.Image) else getattr(leaf, "shape", ()))
-            if pixels * len(some) >= most:
+            if pixels(item) * len(some) >= most:
                 yield partial(list, encode(some))
                 some = []
         yield partial(list, encode(some))
