@@ -158,7 +158,7 @@ class QuantizedHooks(Base):
         device: device that the networks and the bins run on; several, such as `["cuda:0", "cuda:1"]`, share the batches
             of features, saliency and filling, and the result is that of one. `"auto"` is every GPU of this node that the
             Trainer was given, else the Trainer's device, or without a Trainer a GPU if there is one.
-        distributed: `"all"` lets all ranks of the Trainer share the batches of features, in `setup`; otherwise only the
+        distributed: `"all"` lets all ranks of the Trainer share the work, in `setup`; otherwise only the
             processes that Lightning picks for `prepare_data` work (on each node, or on one), and the others wait.
 
     Attributes:

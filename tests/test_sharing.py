@@ -3,11 +3,13 @@
 import random
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 
 from dq_lightning.bins import make
 from dq_lightning.bins.make import make_bins
+from dq_lightning.cache import digests
 from dq_lightning.core.config import BinConfig, FeatureConfig, PatchConfig
 from dq_lightning.core.errors import DistributedError
 from dq_lightning.core.isolation import isolated
@@ -31,7 +34,7 @@ from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.packed.writer import write_packed
 from dq_lightning.patches import score
 from dq_lightning.patches.saliency import VarianceScorer
-from dq_lightning.pipeline import exchange, filling, meeting, together
+from dq_lightning.pipeline import exchange, filling, identifying, meeting, together
 from dq_lightning.pipeline.patch_plan import make_patch_plan
 from tests.features.conftest import ListSource, TinyNetwork, random_images, to_float_tensor
 from tests.features.text_models import Texts, save_model
@@ -363,6 +366,41 @@ def test_a_helper_that_hangs_while_its_heart_beats_ends_the_run(monkeypatch):
     thread.join()
     helper.leave(None, holds_store=False)
     leader.leave(None, holds_store=False)
+
+
+def test_files_are_hashed_once_by_all_ranks(tmp_path, monkeypatch):
+    """One of them is unreadable, which both ranks are told."""
+    store, paths, hashed, lock = torch.distributed.HashStore(), [], [], threading.Lock()
+    for number in range(40):
+        paths.append(str(tmp_path / f"{number}.bin"))
+        Path(paths[-1]).write_bytes(bytes([number]) * number)
+    Path(paths[7]).unlink()
+    real, both = digests._hash_file, threading.Barrier(2)
+    monkeypatch.setattr(identifying, "PIECE_FILES", 3)
+    monkeypatch.setattr(meeting, "IDLE_SECONDS", 0.005)
+
+    def counted(path):
+        with lock:
+            hashed.append((threading.current_thread().name, path))
+        if len(hashed) < 3:
+            time.sleep(0.2)
+        return real(path)
+
+    monkeypatch.setattr(digests, "_hash_file", counted)
+
+    def rank(number):
+        memory = digests.DigestMemory(tmp_path / f"memory-{number}")
+        memory.spread = partial(identifying._hash_together, lambda: store, Launch(number, 2, is_hosted=True))
+        both.wait()
+        return memory.files(paths, skips=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(rank, (0, 1)))
+    expected = digests.DigestMemory(tmp_path / "alone").files(paths, skips=True)
+    assert expected[7] == "unreadable: FileNotFoundError"
+    assert found == [expected, expected]
+    # The file that is not there is looked for by each.
+    assert sorted(Counter(path for _, path in hashed[: -len(paths)]).values())[-2] == 1
 
 
 def test_a_rank_waits_for_others_as_long_as_their_hearts_beat(monkeypatch):

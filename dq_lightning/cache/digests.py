@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ CHUNK_FILES = 512
 ATTEMPTS = 3
 
 Stamps = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.int64]
+Hashed = tuple[npt.NDArray[np.uint8], Stamps]
+"""Digests uint8 [n, 32] of n files, and their stamps int64 [n, 4]."""
 STAMP_SIZE = 4
 UNKNOWN = (-1,) * STAMP_SIZE
 
@@ -62,7 +65,14 @@ class DigestMemory:
 
     Args:
         folder: folder of the memory, created at the first write.
+
+    Attributes:
+        spread: function that has files hashed by several processes, or None. It is called with the paths and stamps of
+            all files, the numbers of those to hash, int64 [n], and a function that hashes some of these in this
+            process (the digest of a file that cannot be read is 0); it returns what is hashed after the numbers.
     """
+
+    spread: Callable[[list[str], Stamps, Rows, Callable[[Rows], Hashed]], Iterable[tuple[Rows, Hashed]]] | None = None
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -114,13 +124,17 @@ class DigestMemory:
         if len(stale):
             known_stamps = known_stamps.copy()
             digests = digests.copy()
-            chunks = [stale[start : start + CHUNK_FILES].tolist() for start in range(0, len(stale), CHUNK_FILES)]
-            with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 4)) as pool:
-                hashed = pool.map(lambda c: [tried(_hash_file, i, (bytes(32), UNKNOWN)) for i in c], chunks)
-                for chunk, made in zip(chunks, hashed, strict=True):
-                    for i, (digest, stamp) in zip(chunk, made, strict=True):
-                        digests[i] = np.frombuffer(digest, np.uint8)
-                        known_stamps[i] = stamp
+
+            def hashed(rows: Rows) -> Hashed:
+                made = [tried(_hash_file, i, (bytes(32), UNKNOWN)) for i in rows.tolist()]
+                content = b"".join(digest for digest, _ in made)
+                return np.frombuffer(content, np.uint8).reshape(-1, 32), np.array(
+                    [stamp for _, stamp in made], np.int64
+                )
+
+            spread = _in_threads if self.spread is None else self.spread
+            for rows, (some_digests, some_stamps) in spread(places, stamps, stale, hashed):
+                digests[rows], known_stamps[rows] = some_digests, some_stamps
             table.store(places, known_stamps, digests)
         text = digests.tobytes().hex()
         return [unreadable.get(i) or text[64 * i : 64 * (i + 1)] for i in range(len(places))]
@@ -140,6 +154,14 @@ class DigestMemory:
 
     def _place(self, key: str) -> Path:
         return self.folder / f"key-{_name(key)}.json"
+
+
+def _in_threads(
+    places: list[str], stamps: Stamps, stale: Rows, hashed: Callable[[Rows], Hashed]
+) -> Iterator[tuple[Rows, Hashed]]:
+    chunks = [stale[start : start + CHUNK_FILES] for start in range(0, len(stale), CHUNK_FILES)]
+    with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 4)) as pool:
+        yield from zip(chunks, pool.map(hashed, chunks), strict=True)
 
 
 def _name(text: str) -> str:

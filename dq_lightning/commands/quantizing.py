@@ -112,7 +112,7 @@ def quantize_dataset(
         verify: how a cache entry is checked before use: size, hash or off.
         on_error: raise stops at a sample that cannot be read; skip leaves such samples out and counts them.
         progress: show progress bars.
-        distributed: auto shares the features among the ranks that torchrun or srun started, and works alone where they
+        distributed: auto shares the work among the ranks that torchrun or srun started, and works alone where they
             cannot reach each other, which is an error with all; off works alone. Rank 0 writes the output.
     """
     config = QuantizeConfig(

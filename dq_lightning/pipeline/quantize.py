@@ -17,6 +17,7 @@ from dq_lightning.core.sharing import Distributed, check_distributed
 from dq_lightning.pipeline.build import Build
 from dq_lightning.pipeline.compact import Compact, find_compact
 from dq_lightning.pipeline.first_pass import read_stream
+from dq_lightning.pipeline.identifying import shared_digests
 from dq_lightning.pipeline.packing import check_storable
 from dq_lightning.pipeline.plan import BINS, FEATURES, FILLED, STORE, Plan, make_plan, source_identity, usable_parts
 from dq_lightning.pipeline.together import build_together
@@ -78,7 +79,7 @@ def quantize(
         on_error: short form of `config.on_error`; None uses the value of the config.
         progress: show progress bars.
         distributed: whether the ranks of a run (processes of one `torch.distributed` group, or started by torchrun or
-            srun) that call this function with the same arguments share the batches of networks. `"auto"` does so
+            srun) that call this function with the same arguments share the long loops. `"auto"` does so
             wherever there are several, waits for none that does not come, and works alone if they cannot reach each
             other, which is an error with `"all"`. `"off"` works alone; ranks with a common cache then wait for the
             first. The result is that of one process, on devices of one kind with one number of threads.
@@ -144,7 +145,8 @@ def find_or_build(
     check = check or partial(check_storable, plan.head)
     seconds = read_stream(plan, cache, device=device, force=force, progress=progress, check=check)
     started = time.perf_counter()
-    source = source_identity(plan, cache.memory)
+    with shared_digests(cache.memory, distributed):
+        source = source_identity(plan, cache.memory)
     if not force and (found := find_compact(plan, cache, source)) is not None:
         kept, whole = len(found.selection), len(plan.source)
         get_logger().info(f"reusing the compact set of {kept:,} of {whole:,} samples: {found.info.path}")
