@@ -47,6 +47,17 @@ def pytest_unconfigure(config):
         shutil.rmtree(os.environ[shortcuts.FOLDER], ignore_errors=True)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Importing tests and libraries makes millions of objects that stay: collections of garbage never look through them."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def pytest_sessionstart(session):
     """What is computed once for many tests."""
     if hasattr(session.config, "workerinput") or not session.config.getoption("numprocesses", None):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm_processes
+
 PACKAGE = Path(__file__).resolve().parents[1] / "dq_lightning"
 # Folders and files of the package, lowest first. A file imports from lower ranks and from its own folder alone.
 RANKS = (
@@ -58,10 +60,15 @@ HEAVY = ("timm", "datasets", "pyarrow", "transformers", "openai", "pytorch_grad_
 
 
 @functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def imports_of(path: Path) -> list[str]:
     """Every module that a file imports, wherever in the file the import stands."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -146,7 +153,7 @@ def test_no_download_may_bring_code():
         (path, node)
         for root in roots
         for path in root.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained"
     ]
     assert len(calls) > 5
@@ -155,17 +162,20 @@ def test_no_download_may_bring_code():
         assert given.get("trust_remote_code") == "False", f"{path}:{call.lineno} does not say trust_remote_code=False"
 
 
-def isolating(tree: ast.AST, names: set[str]) -> list[ast.FunctionDef]:
-    """Functions that yield inside a `with` block of a context manager with one of the names."""
+def blocks_around_yields(trees: list[ast.AST]) -> list[tuple[str, set[str], bool]]:
+    """Functions with a `yield` inside a `with` block: name, what is called there, whether it is a context manager."""
     found = []
-    for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef):
-            for block in ast.walk(function):
-                if isinstance(block, ast.With):
-                    called = {ast.unparse(one.context_expr).split("(")[0].split(".")[-1] for one in block.items}
-                    yields = any(isinstance(inner, ast.Yield | ast.YieldFrom) for inner in ast.walk(block))
-                    if yields and called & names:
-                        found.append(function)
+    for function in (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        called = {
+            ast.unparse(one.context_expr).split("(")[0].split(".")[-1]
+            for block in ast.walk(function)
+            if isinstance(block, ast.With)
+            and any(isinstance(inner, ast.Yield | ast.YieldFrom) for inner in ast.walk(block))
+            for one in block.items
+        }
+        if called:
+            is_manager = any("contextmanager" in ast.unparse(one) for one in function.decorator_list)
+            found.append((function.name, called, is_manager))
     return found
 
 
@@ -176,18 +186,18 @@ def left_unfinished(trees: list[ast.AST]) -> set[str]:
     the user's training. A `with` block ends where the reader sees it, so context managers may hold the state.
     """
     names, found, known = {"isolated_random_state"}, set(), 0
+    blocks = blocks_around_yields(trees)
     while known != len(names):
         known = len(names)
-        for tree in trees:
-            for function in isolating(tree, names):
-                is_manager = any("contextmanager" in ast.unparse(one) for one in function.decorator_list)
-                (names if is_manager else found).add(function.name)
+        for name, called, is_manager in blocks:
+            if called & names:
+                (names if is_manager else found).add(name)
     assert {"isolated", "_loaded", "extract_pieces"} <= names
     return found
 
 
 def test_no_generator_holds_the_random_state():
-    trees: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8")) for path in package_files()]
+    trees: list[ast.AST] = [tree_of(path) for path in package_files()]
     assert not left_unfinished(trees)
     with_one = [*trees, ast.parse("def items():\n    with _loaded() as loop:\n        yield 1")]
     assert left_unfinished(with_one) == {"items"}
@@ -209,7 +219,6 @@ with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.Stri
     numpy.save(f"{folder}/ready.npy", numpy.random.default_rng(0).normal(size=(2000, 4)).astype("float32"))
     main(["quantize", "--dataset", "dq_lightning.demo.sample_data.SampleCIFAR10", "--encoder", f"{folder}/ready.npy"])
 """,
-    "lightning": "import torch, lightning; tell(); from dq_lightning import QuantizedDataModule",
     "pytorch_lightning": "import torch, pytorch_lightning; tell(); from dq_lightning.pytorch import QuantizedDataModule",
 }
 # each in a child of one interpreter, which imports torch when the first of them needs it
@@ -268,9 +277,10 @@ def test_a_whole_run_of_a_command_leaves_lightning_alone(loaded):
 
 
 @pytest.mark.parametrize("package", ["lightning", pytest.param("pytorch_lightning", marks=pytest.mark.slow)])
-def test_the_data_module_adds_no_heavy_module_to(package, request):
-    # the other package is like this one and takes as long to load
-    answers = request.getfixturevalue("loaded") if package == "lightning" else asked(package)
-    before, after = answers[package]
+def test_the_data_module_adds_no_heavy_module_to(package):
+    # the process that forks scripts begins with Lightning and the data module; the other package takes long to load
+    answers = warm_processes.before_and_after_the_data_module() if package == "lightning" else asked(package)[package]
+    before, after = ({name.split(".")[0] for name in modules} for modules in answers)
     assert package in before
+    assert "dq_lightning.lightning" in answers[1] or package != "lightning"
     assert not (after - before) & set(HEAVY)

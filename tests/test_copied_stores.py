@@ -53,6 +53,18 @@ def made(cache, config=CONFIG):
     return Path(quantize(photos(COUNT, None), config, cache_dir=cache, progress=False).path)
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A store that is made once; tests change copies of it."""
+    return made(tmp_path_factory.mktemp("original"))
+
+
+@pytest.fixture
+def store(original, tmp_path):
+    """A copy of that store, from elsewhere."""
+    return Path(shutil.copytree(original, tmp_path / "elsewhere" / original.name))
+
+
 def opened(store, cache, **given):
     module = QuantizedDataModule.from_store(store, cache_dir=cache, num_workers=0, collate_fn=list, **given)
     module.prepare_data()
@@ -149,9 +161,9 @@ def test_bins_that_were_made_again_and_differ_are_told(tmp_path, other_device):
 
 
 @pytest.mark.parametrize("seal_all", [False, True])
-def test_a_resealed_store_poisons_nothing(tmp_path, seal_all):
+def test_a_resealed_store_poisons_nothing(tmp_path, seal_all, store):
     """Other pixels and labels under the claims of a good store."""
-    good = made(tmp_path / "elsewhere")
+    good = store
     expected = labels_of(opened(good, tmp_path / "clean"))
     bad = shutil.copytree(good, tmp_path / "bad")
     column = next(path for path in sorted(bad.glob("column-*.npy")) if path.stat().st_size < 1000)
@@ -193,8 +205,7 @@ def write_checksums(folder):
     path.write_bytes(content[: len(content) - 4 * len(store)] + np.array(made_anew, "<u4").tobytes())
 
 
-def test_positions_of_another_selection_are_refused(tmp_path):
-    store = made(tmp_path / "elsewhere")
+def test_positions_of_another_selection_are_refused(store):
     selection = tensors.read_selection(store)
     shifted = Selection(selection.index.flip(0), selection.bin)
     (store / tensors.TENSORS_FILE).unlink()
@@ -217,9 +228,7 @@ def test_a_store_that_is_replaced_between_opening_and_setup(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["somebody/large-mae", "/home/somebody/mae"])
-def test_a_store_does_not_choose_a_network(name, tmp_path, monkeypatch):
-    store = made(tmp_path / "elsewhere")
-
+def test_a_store_does_not_choose_a_network(name, monkeypatch, tmp_path, store):
     def edit(values):
         values["config"]["patches"]["reconstructor"] = name
 
@@ -253,9 +262,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_impossible_descriptions_are_our_own_errors(case, tmp_path):
-    store = made(tmp_path / "elsewhere")
-
+def test_impossible_descriptions_are_our_own_errors(case, store):
     def edit(values):
         for name, value in WRONG[case].items():
             both = isinstance(value, dict) and isinstance(values[name], dict)
@@ -268,8 +275,7 @@ def test_impossible_descriptions_are_our_own_errors(case, tmp_path):
 
 
 @pytest.mark.parametrize("place", [None, "image", [0.5], ["nowhere"], [1]])
-def test_an_impossible_place_of_the_image_is_our_own_error(place, tmp_path):
-    store = made(tmp_path / "elsewhere")
+def test_an_impossible_place_of_the_image_is_our_own_error(place, tmp_path, store):
     change(store / "store.json", lambda values: values["attributes"].update(image_place=place))
     reseal(store)
     for reconstruct in ("prepare", "batch"):

@@ -28,6 +28,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ADDRESS = "DQ_LIGHTNING_TESTS_WARM_PROCESSES"
+# beside the socket: what the data module loads
+OF_DATA_MODULE = "modules.json"
 # set by what launches several processes
 OF_LAUNCHERS = ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED")
 HEAVY = (
@@ -122,6 +124,27 @@ def run_ranks(command: Sequence[Any], count: int = 2, timeout: float = 240) -> l
     return done
 
 
+def before_and_after_the_data_module() -> list[set[str]]:
+    """The modules that a process has loaded after `import lightning`, and those after the data module was imported too."""
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        # that process has imported everything once it has run something
+        assert run([file.name], environment()).returncode == 0
+    found = json.loads(Path(os.environ[ADDRESS]).with_name(OF_DATA_MODULE).read_text())
+    return [set(modules) for modules in found]
+
+
+def _load(path: str) -> None:
+    """Import the heavy libraries; what the data module alone loads is written down before the others come."""
+    loaded = []
+    for name in ("lightning", "dq_lightning.lightning"):
+        __import__(name)
+        loaded.append(sorted(sys.modules))
+    Path(path).with_name(OF_DATA_MODULE).write_text(json.dumps(loaded))
+    for name in HEAVY:
+        __import__(name)
+    __import__("tests.shortcuts").shortcuts.install()
+
+
 def _serve(path: str) -> None:
     """Accept connections until standard input ends, each in a child."""
     with socket.socket(socket.AF_UNIX) as listening:
@@ -135,9 +158,7 @@ def _serve(path: str) -> None:
             _reap(os.WNOHANG)
             connection, _ = listening.accept()
             if not loaded:
-                for name in HEAVY:
-                    __import__(name)
-                __import__("tests.shortcuts").shortcuts.install()
+                _load(path)
                 # the scripts do not look through the objects of the libraries, which would also copy their memory
                 gc.collect()
                 gc.freeze()
