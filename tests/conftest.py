@@ -1,7 +1,9 @@
 """Fixtures shared by all tests: real data where it is, a cache of their own, no hub."""
 
+import functools
 import gc
 import importlib.util
+import itertools
 import os
 import shutil
 import tempfile
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import shortcuts, warm_processes
-from tests.full_count import FULL
+from tests.full_count import FULL, examples
 
 # a test must never reach a hub, nor leave anything in the user's cache
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,7 +24,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # how long an example takes says more about what else the machine does than about the code; the examples are the same in every
 # default run, and the full count looks for new ones
 settings.register_profile(
-    "any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=not FULL
+    "any_machine",
+    max_examples=examples(100),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=not FULL,
 )
 settings.load_profile("any_machine")
 
@@ -79,10 +85,37 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory):
+    """A folder for the caches of all tests, and their numbers: pytest's own numbered folders are looked through each time."""
+    return tmp_path_factory.mktemp("caches"), itertools.count()
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
+def own_cache(caches, monkeypatch):
     """Every test has an empty cache."""
-    monkeypatch.setenv("DQ_LIGHTNING_CACHE", str(tmp_path_factory.mktemp("cache")))
+    folder, numbers = caches
+    path = folder / str(next(numbers))
+    path.mkdir()
+    monkeypatch.setenv("DQ_LIGHTNING_CACHE", str(path))
+
+
+@pytest.fixture
+def few_bundled_images(monkeypatch):
+    """The bundled part of CIFAR-10 holds 40 training and 10 test images of each class, a fifth of what it has."""
+    import numpy as np
+
+    from dq_lightning.demo import sample_data
+
+    whole = sample_data._bundled
+
+    @functools.cache
+    def fifth(split):
+        images, labels = whole(split)
+        chosen = np.sort(np.concatenate([np.flatnonzero(labels == label)[::5] for label in range(10)]))
+        return images[chosen], labels[chosen]
+
+    monkeypatch.setattr(sample_data, "_bundled", fifth)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,11 @@
 """What many tests would compute again and again, computed once a session: it is not what those tests are about."""
 
 import hashlib
+import io
+import json
 import os
+import threading
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +18,7 @@ def install() -> None:
 
     - The features of a batch by the bundled encoder are computed once in all processes, which share them through the folder
       that the environment names.
-    - The layer of the bundled classifier that saliency maps are computed at is looked for once in a process.
+    - So is the layer of the bundled classifier that saliency maps are computed at, for each size of images.
     - Without a GPU, torch keeps no traceback of the seeds that it queues for one.
     """
     # the process that only hands out the tests needs none of these
@@ -31,6 +35,11 @@ def install() -> None:
             digest.update(tensor.contiguous().numpy())
         return digest.digest()
 
+    def write(path, content):
+        partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        partial.write_bytes(content)
+        partial.replace(path)
+
     embed = NetworkEncoder.embed
 
     def embedded(self, batch):
@@ -41,23 +50,24 @@ def install() -> None:
         key.update(batch.contiguous().numpy())
         path = Path(os.environ[FOLDER], f"{key.hexdigest()}.npy")
         if not path.exists():
-            partial = path.with_suffix(f".{os.getpid()}.npy")
-            np.save(partial, embed(self, batch).numpy())
-            partial.replace(path)
+            file = io.BytesIO()
+            np.save(file, embed(self, batch).numpy())
+            write(path, file.getvalue())
         return torch.from_numpy(np.load(path))
 
-    find, layers = target_layer.find_target_layer, {}
+    find = target_layer.find_target_layer
 
     def found(module, images, name=None):
         if _real_features or type(module) is not SmallResNet:
             return find(module, images, name)
-        key = (weights_of(module), images.shape[1:], name)
-        if key not in layers:
-            layers[key] = find(module, images, name)
-        return layers[key]
+        key = hashlib.sha1(repr((weights_of(module), images.shape[1:], name)).encode())
+        path = Path(os.environ[FOLDER], f"{key.hexdigest()}.json")
+        if not path.exists():
+            write(path, json.dumps(asdict(find(module, images, name))).encode())
+        return target_layer.TargetLayer(**json.loads(path.read_bytes()))
 
-    target_layer.find_target_layer = found
     if FOLDER in os.environ:
+        target_layer.find_target_layer = found
         NetworkEncoder.embed = embedded
     if not torch.cuda.is_available():
         torch.cuda.traceback = SimpleNamespace(format_stack=list)

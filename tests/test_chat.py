@@ -10,6 +10,7 @@ from dq_lightning.core.errors import SourceError
 from dq_lightning.tokens import rows as rows_module
 from dq_lightning.tokens.rows import IGNORED, check_rows, encode_rows
 from tests.chat_templates import CHATML, ENDINGS, QWEN3, TEMPLATES, chat_tokenizer
+from tests.full_count import examples
 from tests.small_tokenizers import word_tokenizer
 
 # pieces that look like what templates write themselves, and space at every edge
@@ -88,7 +89,7 @@ def encoded(tokenizer, messages, **row):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(messages=conversations())
 @example([turn("user", "a"), turn("assistant", "\n\n\n"), turn("user", "a"), turn("assistant", "a")])
 def test_every_answer_and_nothing_else_is_learned(name, messages):

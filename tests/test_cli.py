@@ -22,6 +22,7 @@ from dq_lightning.pipeline.compact import load_selection
 from dq_lightning.selection.given import read_index
 from tests import warm_processes
 
+pytestmark = pytest.mark.usefixtures("few_bundled_images")
 SAMPLE = ["--dataset", "dq_lightning.demo.sample_data.SampleCIFAR10", "--progress", "false"]
 ROWS = [{"instruction": f"Say {i} in words.", "input": "", "output": "x" * (i % 7 + 1)} for i in range(40)]
 
@@ -40,7 +41,7 @@ def fails(capsys, *arguments: object) -> str:
 @pytest.fixture
 def ready(tmp_path):
     """Features of the bundled images that cost nothing: their pixels, shrunk."""
-    pixels = SampleCIFAR10().data.reshape(2000, 8, 4, 8, 4, 3).mean((2, 4)).reshape(2000, -1)
+    pixels = SampleCIFAR10().data.reshape(400, 8, 4, 8, 4, 3).mean((2, 4)).reshape(400, -1)
     np.save(tmp_path / "ready.npy", (pixels / 255 - 0.5).astype(np.float32))
     return ["--encoder", str(tmp_path / "ready.npy")]
 
@@ -56,11 +57,11 @@ def rows_file(tmp_path):
 def test_quantize_repeats_from_its_resolved_config(tmp_path, ready, capsys):
     out = tmp_path / "out"
     run("quantize", *SAMPLE, *ready, "--keep_ratio", "0.1", "--bins.lam", "0.5", "--output", out)
-    assert "200 of 2,000 samples (10.00%)" in capsys.readouterr().out
+    assert "40 of 400 samples (10.00%)" in capsys.readouterr().out
     settings = yaml.safe_load((out / "config.yaml").read_text())
     assert (settings["selection"]["keep_ratio"], settings["bins"]["lam"]) == (0.1, 0.5)
-    assert json.loads((out / "info.json").read_text())["num_samples"] == 200
-    index = read_index(out / "select_indices_SampleCIFAR10_0.1.npy", 2000)
+    assert json.loads((out / "info.json").read_text())["num_samples"] == 40
+    index = read_index(out / "select_indices_SampleCIFAR10_0.1.npy", 400)
     assert torch.equal(load_selection(out / "compact").index, torch.from_numpy(index))
     run("quantize", "--config", out / "config.yaml", "--output", tmp_path / "again", "--progress", "false")
     again = json.loads((tmp_path / "again" / "info.json").read_text())
@@ -75,14 +76,14 @@ def test_stations_one_by_one_agree_with_all_at_once(tmp_path, ready):
     name = "select_indices_SampleCIFAR10_0.125.npy"
     assert (tmp_path / "sample" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     parts = [np.load(tmp_path / "bins" / f"select_indices_SampleCIFAR10_exp{k}.npy") for k in range(5)]
-    assert [len(part) for part in parts] == [400] * 5
-    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(2000))
+    assert [len(part) for part in parts] == [80] * 5
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(400))
 
 
 def test_selection_epochs_and_gradients(tmp_path):
     """Published: the encoder is trained on the data first, and samples compare by the gradient of the last layer."""
     source = SampleCIFAR10()
-    for position in range(0, 2000, 40):
+    for position in range(0, 400, 8):
         place = tmp_path / "photos" / source.classes[source.targets[position]]
         place.mkdir(parents=True, exist_ok=True)
         source[position][0].save(place / f"{position:04}.png")
@@ -100,7 +101,7 @@ def test_selection_epochs_and_gradients(tmp_path):
 
 def test_near_duplicates_are_listed_with_what_they_are_near_to(tmp_path, ready):
     """Inside a dataset those that deduplicate= leaves out; against itself every sample is its own copy."""
-    command = ["duplicates", *SAMPLE[1:], *ready, "--threshold", "0.97", "--output", tmp_path / "near.csv"]
+    command = ["duplicates", *SAMPLE[1:], *ready, "--threshold", "0.93", "--output", tmp_path / "near.csv"]
     run(*command)
     rows = list(csv.DictReader((tmp_path / "near.csv").open()))
     values, classes = np.load(tmp_path / "ready.npy").astype(float), SampleCIFAR10().targets
@@ -111,23 +112,23 @@ def test_near_duplicates_are_listed_with_what_they_are_near_to(tmp_path, ready):
         assert near < position
         assert classes[near] == classes[position]
         assert float(row["cosine"]) == pytest.approx(values[near] @ values[position], abs=1e-5)
-    run("bins", tmp_path / "bins", *SAMPLE, *ready, "--bins.deduplicate", "0.97")
+    run("bins", tmp_path / "bins", *SAMPLE, *ready, "--bins.deduplicate", "0.93")
     left_out = np.flatnonzero(np.load(tmp_path / "bins" / "bins.npz")["assignment"] == -1)
     assert sorted(int(row["position"]) for row in rows) == left_out.tolist()
     run(*command, "--against", SAMPLE[1], "--threshold", "1.0")
     rows = list(csv.DictReader((tmp_path / "near.csv").open()))
-    assert len(rows) == 2000
+    assert len(rows) == 400
 
 
 def test_published_bin_files_alone_give_the_same_counts(tmp_path, ready):
     run("bins", tmp_path, *SAMPLE, *ready)
     (tmp_path / "bins.npz").unlink()
-    run("sample", tmp_path, "--dataset", SAMPLE[1], "--keep_ratio", "0.1")
-    chosen = read_index(tmp_path / "select_indices_SampleCIFAR10_0.1.npy", 2000)
-    assert np.bincount(np.array(SampleCIFAR10().targets)[chosen]).tolist() == [20] * 10
+    run("sample", tmp_path, "--dataset", SAMPLE[1], "--keep_ratio", "0.25")
+    chosen = read_index(tmp_path / "select_indices_SampleCIFAR10_0.25.npy", 400)
+    assert np.bincount(np.array(SampleCIFAR10().targets)[chosen]).tolist() == [10] * 10
     for number in range(10):
         part = np.load(tmp_path / f"select_indices_SampleCIFAR10_exp{number}.npy")
-        assert len(np.intersect1d(part, chosen)) == 20
+        assert len(np.intersect1d(part, chosen)) == 10
 
 
 def test_fewer_bins_replace_more(tmp_path, ready):
@@ -138,7 +139,7 @@ def test_fewer_bins_replace_more(tmp_path, ready):
 
 
 def test_reconstruct_writes_the_selected_images_with_their_labels(tmp_path):
-    chosen = np.array([3, 40, 1999, 700])
+    chosen = np.array([3, 40, 399, 170])
     np.save(tmp_path / "chosen.npy", chosen)
     run(
         "reconstruct", tmp_path / "out", *SAMPLE, "--indices", tmp_path / "chosen.npy", "--drop_ratio", "0.25",
@@ -202,14 +203,14 @@ def test_info_and_verify(tmp_path, ready, capsys):
     run("quantize", *SAMPLE, *ready, "--output", out, "--store", "packed")
     capsys.readouterr()
     run("info", out / "compact")
-    assert json.loads(capsys.readouterr().out)["num_samples"] == 250
+    assert json.loads(capsys.readouterr().out)["num_samples"] == 50
     # the folder of the results will do as well
     run("info", out)
     assert json.loads(capsys.readouterr().out)["config"]["selection"]["keep_ratio"] == 0.125
     run("verify", out)
     assert "1 entry is intact" in capsys.readouterr().out
     run("export", out, "indices", tmp_path / "indices.npy")
-    assert len(np.load(tmp_path / "indices.npy")) == 250
+    assert len(np.load(tmp_path / "indices.npy")) == 50
     capsys.readouterr()
     run("verify", out / "compact")
     assert capsys.readouterr().out.startswith("ok")

@@ -436,9 +436,9 @@ def test_from_datasets_quantizes(tmp_path, monkeypatch):
 
 def test_a_hit_loads_no_model_and_is_quick(warm, monkeypatch):
     monkeypatch.setattr("dq_lightning.features.bundled.load_small_resnet", None)
-    started = time.perf_counter()
+    started = time.process_time()
     ready(make(warm))
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_every_way_in_takes_the_keywords_of_the_class():

@@ -13,19 +13,20 @@ from dq_lightning.demo.sample_data import SampleCIFAR10, cut_sheet, decode_sheet
 MAKE_SAMPLE = runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / "make_sample.py"))
 
 
+@pytest.mark.usefixtures("few_bundled_images")
 def test_the_demo_runs_and_prints_what_came_out(monkeypatch, capsys, tmp_path):
-    for name, value in {"EPOCHS": 1, "SEEDS": (0, 1), "KEEP_RATIO": 0.05}.items():
+    for name, value in {"EPOCHS": 1, "SEEDS": (0, 1), "KEEP_RATIO": 0.2}.items():
         monkeypatch.setattr(demo, name, value)
     accuracies = demo.run_demo(progress=False, output=tmp_path)
     printed = capsys.readouterr().out
     assert {name: len(values) for name, values in accuracies.items()} == dict.fromkeys(demo.NAMES, 2)
     assert all(0 <= value <= 100 for values in accuracies.values() for value in values)
-    assert "kept 100 of 2,000 samples" in printed
-    assert "4.0% of all patches" in printed
+    assert "kept 80 of 400 samples" in printed
+    assert "15.9% of all patches" in printed
     left_out, wrong = re.search(
         r"(\d+) samples left out; (.*)% of the kept labels are wrong, 40.0% of all", printed
     ).groups()
-    assert int(left_out) >= 700
+    assert int(left_out) >= 140
     assert float(wrong) < 10
     assert printed.rstrip().endswith(f"the report on step 4, to open in a browser: {tmp_path / 'report.html'}")
     assert f"{left_out} samples were left out" in (tmp_path / "report.html").read_text(encoding="utf-8")

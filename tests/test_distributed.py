@@ -66,7 +66,7 @@ def test_failure_of_one_rank_is_raised_on_all(launched, run, cause):
     assert cause in first[run]["error"]
     assert second[run]["error"].startswith("DistributedError: rank 0 failed while preparing the compact set")
     assert cause in second[run]["error"]
-    assert max(first[run]["seconds"], second[run]["seconds"]) < 30
+    assert max(first[run]["seconds"], second[run]["seconds"]) < 100
 
 
 def test_too_small_for_the_processes(launched):

@@ -23,7 +23,7 @@ ALL_FOUR = [f"{place}-{kind}-{rank}" for place in PLACES for kind in CAUSES for 
 def check(folder, count, names):
     """Run the scenarios and look at how every rank ended."""
     command = [failing_ranks.__file__, folder, count, *names]
-    run = warm_processes.run(command, warm_processes.environment(), timeout=60 * len(names))
+    run = warm_processes.run(command, warm_processes.environment(), timeout=failing_ranks.LIMIT_SECONDS * len(names))
     assert run.returncode == 0, run.stdout + run.stderr
     for name in names:
         _, kind, failing = name.split("-")

@@ -373,6 +373,6 @@ def test_long_lists_of_files_are_looked_through_quickly():
     import time
 
     many = Holding([(f"{i}.png", i % 10) for i in range(500_000)])
-    started = time.perf_counter()
+    started = time.process_time()
     assert find_open_handle(many) is None
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10

@@ -146,7 +146,7 @@ class Numbered(Dataset):
     """Images whose colour tells their position, in base 6, and whose noise tells which patches vary least."""
 
     LEVELS = 6
-    COUNT = 120
+    COUNT = 72
 
     def __len__(self):
         return self.COUNT

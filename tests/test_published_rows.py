@@ -43,8 +43,8 @@ def test_every_row_is_run():
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
-    """A home folder with the bundled images as CIFAR-10's own files; torchvision knows their checksums."""
+def home(tmp_path, monkeypatch, few_bundled_images):
+    """A home folder with 400 of the bundled images as CIFAR-10's own files; torchvision knows their checksums."""
     from torchvision.datasets import CIFAR10
 
     for name in ("train_list", "test_list", "meta"):
@@ -61,12 +61,12 @@ def test_cifar10_sequence(home):
     sample, bins, pixel, at_once, train = IMAGES
     here(sample, home, "--progress", "false")
     parts = [np.load(f"results/bin_cifar_010/select_indices_CIFAR10_exp{k}.npy") for k in range(10)]
-    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(2000))
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(400))
     here(bins, home)
-    index = read_index("results/sample_quantized_cifar_010/select_indices_CIFAR10_0.125.npy", 2000)
+    index = read_index("results/sample_quantized_cifar_010/select_indices_CIFAR10_0.125.npy", 400)
     # the images of the five files follow one another
     targets = np.concatenate([SampleCIFAR10().targets[part::5] for part in range(5)])
-    assert np.bincount(targets[index]).tolist() == [25] * 10
+    assert np.bincount(targets[index]).tolist() == [5] * 10
     here(pixel, home, "--progress", "false")
     folder = home / "results" / "pixel_quantized_cifar"
     assert sorted(np.load(folder / "index.npy")) == sorted(index)
@@ -99,8 +99,7 @@ def openai_server(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
     yield server
-    server.shutdown()
-    server.server_close()
+    server.end()
 
 
 def test_alpaca_sequence(alpaca, openai_server, shared_dir):

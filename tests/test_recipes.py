@@ -202,7 +202,7 @@ def test_cifar10_saves_and_goes_on(tmp_path):
         (tmp_path / "pixel" / str(label)).mkdir(parents=True, exist_ok=True)
         image.save(tmp_path / "pixel" / str(label) / f"{row}.png")
     arguments = ["--data", str(tmp_path), "--data_dir", "pixel", "--select_indices", "rows.npy", "--output", "logs"]
-    small = [*SMALL, "--limit_batches", "2", "--batch_size", "8"]
+    small = [*SMALL, "--limit_batches", "2", "--batch_size", "4", "--eval_batch_size", "4"]
     run("cifar10.py", *arguments, *small, "--epochs", "1", cwd=tmp_path)
     saved = tmp_path / "logs" / "rows_seed0" / "last.ckpt"
     assert torch.load(saved, weights_only=True)["global_step"] == 2

@@ -119,7 +119,7 @@ def test_features_of_images_and_gradients(per_shard, monkeypatch):
 def test_features_of_text(per_shard, monkeypatch, tmp_path):
     save_model(tmp_path)
     letters = np.random.default_rng(0)
-    source = Texts(["".join(letters.choice(list("abcdefgh"), letters.integers(1, 40))) for _ in range(40)])
+    source = Texts(["".join(letters.choice(list("abcdefgh"), letters.integers(1, 40))) for _ in range(30)])
     spec = choose_encoder(str(tmp_path), modality="text")
     monkeypatch.setattr(text_loading, "BATCHES_PER_WINDOW", 4)
     monkeypatch.setattr(text_loading, "TOKENS_PER_BATCH", 90)
@@ -510,7 +510,7 @@ def test_two_builders_where_no_lock_holds(tmp_path, undisturbed):
 def test_a_real_run_over_cifar(cifar_root, tmp_path):
     from torchvision.datasets import CIFAR10
 
-    data = Subset(CIFAR10(cifar_root, train=False), range(0, 10_000, 40))
+    data = Subset(CIFAR10(cifar_root, train=False), range(0, 10_000, 80))
 
     def run(root):
         wanted = QuantizeConfig(
@@ -520,6 +520,6 @@ def test_a_real_run_over_cifar(cifar_root, tmp_path):
         return quantize(data, wanted, cache_dir=root, device="cpu", progress=False)
 
     run(tmp_path / "undisturbed")
-    assert killed(run, tmp_path / "killed", count_features, 230)
-    assert counted_in_child(run, tmp_path / "killed", count_features) == 250 - 224
+    assert killed(run, tmp_path / "killed", count_features, 110)
+    assert counted_in_child(run, tmp_path / "killed", count_features) == 125 - 96
     assert content(tmp_path / "killed") == content(tmp_path / "undisturbed")

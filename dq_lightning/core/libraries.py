@@ -1,5 +1,6 @@
 """Tells code of installed libraries from the user's own, and the versions of libraries."""
 
+import functools
 import importlib.metadata
 import os
 import sys
@@ -14,6 +15,7 @@ _INSTALL_FOLDERS = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages",
 _LIBRARIES = ("dq_lightning", "torch", "torchvision", "numpy", "PIL")
 
 
+@functools.cache
 def _is_installed(place: str) -> bool:
     return place.startswith(("<frozen ", *_INSTALLED)) or any(folder in place for folder in _INSTALL_FOLDERS)
 

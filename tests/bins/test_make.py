@@ -82,7 +82,7 @@ def test_true_ties_go_to_the_lowest_position(values, num_bins, lam):
         assert [int(bins.rank[x]) for x in picked] == list(range(len(picked)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     total=st.integers(3, 60),
@@ -101,7 +101,7 @@ def test_permuting_the_samples_permutes_the_answer(seed, total, choice):
     assert torch.allclose(second.gain, first.gain[order], rtol=1e-6, atol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), total=st.integers(1, 30), num_bins=st.integers(1, 5))
 def test_gradient_features_are_never_written_out_but_act_as_if(seed, total, num_bins):
     generator = np.random.default_rng(seed)

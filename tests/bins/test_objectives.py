@@ -85,7 +85,7 @@ def test_the_plain_way_and_the_matrix_free_way_agree(similarity):
     assert np.allclose(bins.gain[order], gains, rtol=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), objective=st.sampled_from(OBJECTIVES), similarity=st.sampled_from(SIMILARITIES))
 def test_approximate_lazy_keeps_its_promise(seed, objective, similarity):
     values = positive(seed, 20, 4)

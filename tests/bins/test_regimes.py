@@ -152,7 +152,7 @@ def test_gains_one_rounding_apart_are_told_apart(seed, total, gap, regime):
         picked.append(mine)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     total=st.integers(5, 60),

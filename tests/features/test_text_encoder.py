@@ -364,12 +364,12 @@ def minilm():
 
 def test_a_real_model_gives_the_known_embeddings_of_real_rows(shared_dir, minilm):
     with lzma.open(shared_dir / "data" / "alpaca" / "alpaca_data.json.xz", "rt") as file:
-        rows = json.load(file)[:100]
+        rows = json.load(file)[:40]
     template = choose_template(list(rows[0]))
     # those embeddings were made of instruction, input and output, cut at 128 tokens
-    ours = embed(choose(minilm, max_length=128), [template.embedded_text(row) for row in rows], batch_size=32)
+    ours = embed(choose(minilm, max_length=128), [template.embedded_text(row) for row in rows], batch_size=16)
     stored = np.load(shared_dir / "data" / "alpaca" / "minilm_embeddings_int8.npz")
-    known = torch.from_numpy(stored["q"][:100].astype(np.float32) * stored["scale"][:100, None])
+    known = torch.from_numpy(stored["q"][:40].astype(np.float32) * stored["scale"][:40, None])
     similarity = torch.cosine_similarity(ours, known)
     assert similarity.min() > 0.999
     assert choose(minilm).load("cpu").max_length == 256

@@ -13,9 +13,10 @@ from dq_lightning.core.errors import DQError
 from dq_lightning.packed import values
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.sources.pixels import header_problem
+from tests.full_count import examples
 from tests.inputs.broken import picture
 
-often = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+often = settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),

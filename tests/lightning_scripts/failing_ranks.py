@@ -21,7 +21,7 @@ from dq_lightning import QuantizedDataModule
 from dq_lightning.loading.train_set import DatasetTrainSet
 from tests.lightning_scripts.common import Recorder, photos, trainer
 
-LIMIT_SECONDS = 60
+LIMIT_SECONDS = 100
 
 
 def fail(kind):

@@ -11,10 +11,11 @@ from dq_lightning.core.records import Grid
 from dq_lightning.patches.choose import choose_kept, mask_of
 from dq_lightning.patches.fill import fill_by_mask
 from dq_lightning.patches.harmonic import fill_harmonically, fill_with_mean
+from tests.full_count import examples
 from tests.reference import patch_twin
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(
     height=st.integers(1, 12),
     width=st.integers(1, 12),

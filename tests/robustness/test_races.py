@@ -17,8 +17,10 @@ from dq_lightning.cache import lock
 from dq_lightning.cache.entries import Cache
 from dq_lightning.commands import cache_care
 from dq_lightning.commands.cache_care import prune
+from dq_lightning.core.errors import DQError
 from dq_lightning.features.encoders import NetworkEncoder
 from dq_lightning.pipeline.plan import FEATURES
+from tests.full_count import FULL
 from tests.robustness.worlds import RUNS, content, delivered, ended, entries, forked, image_run, until
 
 PROCESSES = 8
@@ -68,7 +70,7 @@ def rounds(place: Path, count: int) -> None:
         run(place / "alone")
         expected = content(Path(run(place / f"alone-{number}").path).parents[1])
         kills = sorted(draw.uniform(0, 0.4) for _ in range(draw.choice((0, 2, 4))))
-        answers = race(root, run, liar if number % 3 == 2 else lambda number: None, kills)
+        answers = race(root, run, liar if number % 2 else lambda number: None, kills)
         assert len(set(answers)) == 1
         run(root)
         assert content(root) == expected
@@ -77,7 +79,7 @@ def rounds(place: Path, count: int) -> None:
 
 
 def test_eight_processes_on_one_key(place: Path) -> None:
-    rounds(place, 3)
+    rounds(place, 2)
 
 
 @pytest.mark.slow
@@ -99,7 +101,7 @@ def test_builders_that_differ_agree_on_the_first_result(place: Path, monkeypatch
         os.environ["NOISE"] = str(number)
 
     monkeypatch.setattr(NetworkEncoder, "embed", embed)
-    for number in range(2):
+    for number in range(2 if FULL else 1):
         root = place / str(number)
         assert len(set(race(root, RUNS["packed"], noisy, []))) == 1
         # every station was made from the features that won
@@ -158,19 +160,27 @@ def test_prune_beside_builders(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
     expected = {seed: delivered(image_run(place / "alone", store="packed", seed=seed)) for seed in range(3)}
 
     def builder() -> None:
-        number, end = 0, time.monotonic() + 3
-        while time.monotonic() < end:
+        number = 0
+        while not (place / "enough").exists():
             number += 1
-            info = image_run(root, store="packed", seed=number % 3)
-            assert delivered(info) == expected[number % 3]
+            begun = time.monotonic()
+            try:
+                assert delivered(image_run(root, store="packed", seed=number % 3)) == expected[number % 3]
+            except DQError:
+                # a builder that stands still for longer than what counts as recent may lose what it was about to use
+                if time.monotonic() - begun < 1:
+                    raise
 
     children = [forked(builder, place / "log") for _ in range(2)]
-    removed = 0
-    while any(os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None for child in children):
-        removed += len(prune(root, max_bytes=0).removed)
-        time.sleep(0.01)
+    removed = []
+
+    def enough() -> bool:
+        removed.extend(prune(root, max_bytes=0).removed)
+        return len(removed) > 8
+
+    until(enough, children[0])
+    (place / "enough").touch()
     assert [ended(child) for child in children] == [0, 0], (place / "log").read_text()
-    assert removed > 4
 
 
 def test_prune_sweeps_up_what_was_left_over(place: Path) -> None:

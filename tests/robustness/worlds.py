@@ -303,13 +303,18 @@ def points_of(run: Callable[[Path], Any], root: Path) -> list[tuple[str, str]]:
     return [(name, path) for name, path in json.loads(report.read_text())]
 
 
-def some_points(points: list[tuple[str, str]]) -> list[int]:
-    """Numbers of the renames, by which finished work begins to count, of the points next to them, and of every eleventh.
+def some_points(points: list[tuple[str, str]], before: int = 1, step: int = 11) -> list[int]:
+    """Numbers of the renames, by which finished work begins to count, of points next to them, and of some others.
 
     The points between two renames write into one temporary folder, which is nothing to a later run, whatever is in it.
+
+    Args:
+        points: operation and path of every point.
+        before: how many points before a rename are taken; that after it is taken always.
+        step: from one of the others to the next.
     """
     renames = [number for number, (name, _) in enumerate(points) if name == "os.rename"]
-    chosen = {*range(0, len(points), 11), *(number + step for number in renames for step in (-1, 0, 1))}
+    chosen = {*range(0, len(points), step), *(number + more for number in renames for more in range(-before, 2))}
     return sorted(chosen & {*range(len(points))})
 
 

@@ -331,12 +331,13 @@ def test_paths_that_are_no_file_of_rows(tmp_path):
         as_source(tmp_path / "no.json")
 
 
-def test_the_real_rows(shared_dir, memory):
+def test_the_real_rows(shared_dir, tmp_path, memory):
     path = shared_dir / "data" / "alpaca" / "alpaca_data.json.xz"
     source = as_source(path)
     assert len(source) == 52002
     row = source.plain(51760)
     assert list(row) == ["instruction", "input", "output"]
     assert all(part in source.texts([51760])[0] for part in row.values())
-    digest = source.digest(memory)
-    assert as_source(read_rows(path)).digest(memory) == digest
+    rows = read_rows(path)[::10]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    assert as_source(tmp_path / "rows.json").digest(memory) == as_source(rows).digest(memory)

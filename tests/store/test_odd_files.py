@@ -23,6 +23,7 @@ from dq_lightning.cache.shards import KeptShards, partial_folder
 from dq_lightning.cache.tensor_files import read_tensor_file, write_tensor_file
 from dq_lightning.core.errors import StoreError
 from dq_lightning.pipeline.compact import open_compact
+from tests.full_count import FULL
 from tests.robustness.worlds import ended, forked
 
 LIMIT = 1 << 22
@@ -200,7 +201,7 @@ def test_any_changed_bit_of_remembered_digests_is_made_good(tmp_path: Path) -> N
     draw = random.Random(0)
     for path in (table, remembered):
         content = path.read_bytes()
-        for at in range(len(content)):
+        for at in range(0, len(content), 1 if FULL else 3):
             damaged = bytearray(content)
             damaged[at] ^= 1 << draw.randrange(8)
             path.write_bytes(damaged)
