@@ -64,6 +64,13 @@ def pytest_collection():
         gc.enable()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file():
+    """The docstrings of tests hold no examples; looking for some takes seconds."""
+    found = yield
+    return [one for one in found if type(one).__name__ != "DoctestModule"]
+
+
 def pytest_sessionstart(session):
     """What is computed once for many tests."""
     if hasattr(session.config, "workerinput") or not session.config.getoption("numprocesses", None):
