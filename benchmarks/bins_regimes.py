@@ -7,7 +7,8 @@ All columns are CPU seconds of one process (`time.process_time`), so other work 
 running gains over a float32 matrix, and "pass" makes one float32 product a pick (~, scaled from 50 picks); neither checks
 its picks. "published" sums every gain again at every pick. "before" is the engine that knew candidates and proof alone,
 in the folder of an older copy of the project: `git archive 384ba2e | tar -x -C FOLDER`. The regime is the one that
-finished each bin. "extra" is the greatest private memory beyond what was there before. A row that `--results` holds
+finished each bin. Work of less than a second is done five times, and the shortest counts. "extra" is the greatest
+private memory beyond what was there before. A row that `--results` holds
 already is not run again; the table of all of them is printed in the end.
 """
 
@@ -176,6 +177,11 @@ def private_bytes():
         return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
 
+def shortest(work):
+    seconds = work()
+    return seconds if seconds > 1 else min([seconds, *(work() for _ in range(4))])
+
+
 def ours(values, settings):
     """CPU seconds and greatest extra private bytes of `make_bins`."""
     before, peak, done = private_bytes(), [0], threading.Event()
@@ -200,8 +206,9 @@ def measure(name, row, options):
     regimes = watch_regimes()
     seconds, extra = ours(values, settings)
     used = ", ".join(f"{way} {regimes.count(way)}" for way in dict.fromkeys(regimes))
+    seconds = min(seconds, shortest(lambda: ours(values, settings)[0])) if seconds < 1 else seconds
     ways = {"dense": dense, "pass": passes, "published": published}
-    others = {way: ways[way](values) for way in against if way in ways}
+    others = {way: shortest(lambda way=way: ways[way](values)) for way in against if way in ways}
     if "before" in against and options.before:
         command = [sys.executable, __file__, "--only", name, "--alpaca", options.alpaca or ""]
         old = os.environ | {"PYTHONPATH": options.before}
@@ -230,7 +237,7 @@ def main():
     parser.add_argument("--only", help="print the CPU seconds of make_bins for one row, and no more")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    make_bins(np.eye(64, dtype=np.float32), num_bins=2, device="cpu")  # first-use costs are not ours
+    make_bins(distribution("one-hot", 1000, 16), device="cpu", engine="dense")  # first-use costs are not ours
     rows = all_rows(options)
     if options.only:
         data, settings, _ = rows[options.only]

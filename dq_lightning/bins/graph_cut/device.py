@@ -119,10 +119,11 @@ class DevicePicks:
         return values, certain
 
     def _one_exactly(self) -> None:
-        near = self._pool.nearest()
-        doubt = Doubt(0, near, self._pool.samples[near])
-        self._pool.take(int(near[0]))
-        (row,) = self._pool.confirm([int(near[0])], [doubt])
+        pool, gains = self._pool, self._pool.gains()
+        near = torch.nonzero(gains >= gains.max() - 2.0 * pool.bound()).flatten().cpu().numpy()
+        doubt = Doubt(0, near, pool.samples[near])
+        pool.take(int(near[0]))
+        (row,) = pool.confirm([int(near[0])], [doubt])
         if self._left is not None:
             self._left[int(row)] -= 1
 

@@ -1,6 +1,6 @@
 """The rows that picks are made from, and the vector whose inner product with a row is the row's gain."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,15 +12,8 @@ from dq_lightning.bins.graph_cut.group import ROUNDING, Group
 from dq_lightning.bins.rows import Rows, StoredRows
 
 
-@dataclass(frozen=True, eq=False)
-class Doubt:
-    """A proposed pick that is one of several rows whose scores lie within the error bound of the greatest.
-
-    Attributes:
-        step: number of picks proposed before.
-        rows: int64 [k], these rows, among them the proposed one.
-        samples: int64 [k], the samples that they stood for.
-    """
+class Doubt(NamedTuple):
+    """The rows whose scores lie within the error bound of the greatest, and their samples, before pick number `step`."""
 
     step: int
     rows: NDArray[np.int64]
@@ -153,11 +146,6 @@ class Pool:
         self.vector = self.vector - 2.0 * picked.sum().to(self.vector.device)
         self.error += ROUNDING * (2.0 * count * count * longest + self._norm + 2.0 * count * longest)
         self._norm = float(self.vector.norm())
-
-    def nearest(self) -> NDArray[np.int64]:
-        """Return the rows whose gains lie within twice the error bound of the greatest gain."""
-        gains = self.gains()
-        return torch.nonzero(gains >= gains.max() - 2.0 * self.bound()).flatten().cpu().numpy()
 
     def _undo(self, rows: list[int], length: int) -> None:
         """Undo the picks after the first `length`, which were made of `rows`."""
