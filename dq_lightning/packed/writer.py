@@ -77,7 +77,7 @@ GATHERED_SAMPLES, GATHERED_BYTES = 512, 1 << 20
 # Other processes are handed so many samples at once, or so many bytes of samples if these are large.
 PIECE_SAMPLES, PIECE_BYTES = 256, 8 << 20
 # A process may encode so many pieces before the earlier ones are written, which are held in memory meanwhile.
-AHEAD = 2
+AHEAD = 4
 
 Item = tuple[Any, EncodedImage | None]
 _IMAGES = (Image.Image, PatchedImage, StoredImage)
