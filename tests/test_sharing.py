@@ -405,7 +405,6 @@ def test_files_are_hashed_once_by_all_ranks(tmp_path, monkeypatch):
 
 def test_a_rank_waits_for_others_as_long_as_their_hearts_beat(monkeypatch):
     monkeypatch.setattr(exchange, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(exchange, "SILENCE_SECONDS", 0.3)
     store, began, ended = torch.distributed.HashStore(), threading.Event(), []
 
     def slow():
@@ -422,6 +421,7 @@ def test_a_rank_waits_for_others_as_long_as_their_hearts_beat(monkeypatch):
         assert ended
         assert made.result() == "made"
     # Another rank began, and is silent since.
+    monkeypatch.setattr(exchange, "SILENCE_SECONDS", 0.3)
     alone, silent = (exchange.Exchange(store, "other", rank) for rank in (0, 1))
     silent.raise_count("beat/1")
     with pytest.raises(DistributedError, match="has been silent"):
