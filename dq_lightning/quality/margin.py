@@ -94,7 +94,8 @@ def leave_one_out(
     leave-one-out error among 17 values, from 1e-6 to 100 times the mean eigenvalue of the Gram matrix, on up to 8,192
     rows spread evenly over all.
 
-    Time is O(N D^2 + N D C + D^3), memory besides the arguments and the results is O((D + 8192) (C + D)) and 64 MiB.
+    Time is O(N D^2 + N D C + D^3), memory besides the arguments and the results is O((D + 8192) (C + D)) and 64 MiB. With
+    fewer than D / 2 rows, N takes the place of D.
     Features are centred, and all sums over blocks of rows are made, in float64. So are the products of rows; on a CPU
     beyond 2**33 multiplications these are computed in float32, and margins differ by about 1e-5.
 
@@ -130,6 +131,11 @@ class _Regression:
     """
 
     def __init__(self, values: Tensor, own: Tensor, device: torch.device) -> None:
+        # The scale of the ridges is that of the features as they were given.
+        self.given_width = values.shape[1]
+        if 2 * len(values) < self.given_width:
+            # The predictions depend on inner products of rows alone, which N coordinates in the space of the rows have, too.
+            values = torch.linalg.qr(values.to(device).double().T, mode="r")[1].T
         self.values, self.own, self.device = values, own, device
         self.total, self.width = values.shape
         counts = torch.bincount(own).double()
@@ -236,7 +242,7 @@ class _Regression:
         best, least, kept = 0.0, float("inf"), torch.empty(0)
         # Constant columns are centred to rounding errors, which are far below this.
         rounding = 1e-18 * self.total * float(self.mean.square().max())
-        scale = max(float(self.spectrum.mean()), rounding) or 1.0
+        scale = max(float(self.spectrum.sum()) / self.given_width, rounding) or 1.0
         for multiple in reversed(_RIDGES):
             ridge = multiple * scale
             shrunk = 1 / (self.spectrum + ridge)

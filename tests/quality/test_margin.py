@@ -21,7 +21,7 @@ def clusters(total, width, classes, *, spread=1.0, seed=0):
     return centres[own] + random.normal(size=(total, width)), own
 
 
-@given(st.integers(6, 24), st.integers(1, 30), st.integers(2, 5), st.integers(0, 2**16), st.booleans())
+@given(st.integers(6, 24), st.integers(1, 60), st.integers(2, 5), st.integers(0, 2**16), st.booleans())
 def test_margins_are_those_of_fits_without_the_sample(total, width, classes, seed, constant):
     features, own = clusters(total, width, classes, seed=seed)
     if constant:
@@ -36,6 +36,12 @@ def test_margins_are_those_of_fits_without_the_sample(total, width, classes, see
     np.testing.assert_allclose(found.outputs, outputs[found.rows], atol=1e-5)
     suggested = (found.suggested.numpy() + 4) // 3
     np.testing.assert_allclose(outputs[here, suggested], ordered[:, -1], atol=1e-6)
+    # The ridge is one of 17 multiples of the mean eigenvalue, however many rows there are.
+    weight = (total / classes / np.bincount(own))[own]
+    mean_eigenvalue = weight @ np.square(features - weight @ features / total).sum(axis=1) / width
+    steps = 2 * np.log10(found.ridge / mean_eigenvalue)
+    assert abs(steps - round(steps)) < 1e-6
+    assert -12 <= round(steps) <= 4
 
 
 def test_the_ridge_has_the_least_leave_one_out_error():
