@@ -311,9 +311,9 @@ def count_items(name, call):
     """Likewise for a generator of all samples, from a number on."""
     real = getattr(packing, name)
 
-    def counted(plan, *others):
+    def counted(plan, *others, **more):
         of_all = any(hasattr(one, "__len__") and len(one) == COUNT for one in others)
-        for item in real(plan, *others):
+        for item in real(plan, *others, **more):
             if of_all:
                 call(1)
             yield item
