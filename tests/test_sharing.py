@@ -1,6 +1,10 @@
 """Pieces of a loop give the same bytes whoever does them, in whichever order, also after an interruption."""
 
+import multiprocessing
+import os
 import random
+import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -426,6 +430,58 @@ def test_a_rank_waits_for_others_as_long_as_their_hearts_beat(monkeypatch):
     silent.raise_count("beat/1")
     with pytest.raises(DistributedError, match="has been silent"):
         exchange.finish_with_all(alone, 2, lambda: "found")
+
+
+def unused_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_rank_finds_a_store_that_opens_later_and_looks_for_none_that_is_needed_no_more():
+    """Rank 0 may have made everything and ended before another rank looks for its store."""
+    launch = Launch(1, 2, address="127.0.0.1", port=unused_port())
+    asked = []
+    assert exchange.find_store(launch, "all", lambda: bool(asked) or asked.append(1)) is None
+    opened = []
+
+    def rank_0():
+        opened.append(exchange.find_store(Launch(0, 2, address="localhost", port=launch.port), "all"))
+
+    timer = threading.Timer(0.3, rank_0)
+    timer.start()
+    store = exchange.find_store(launch, "all")
+    timer.join()
+    store.set("name", "text")
+    assert opened[0].get("name") == b"text"
+
+
+def test_a_call_of_a_store_that_never_answers_is_given_up(monkeypatch):
+    """Its process was stopped, or its machine is gone."""
+    port = unused_port()
+    opened, stopped = (multiprocessing.get_context("fork").Event() for _ in range(2))
+
+    def hold():
+        store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        opened.set()
+        stopped.wait()
+        del store
+
+    holder = multiprocessing.get_context("fork").Process(target=hold, daemon=True)
+    holder.start()
+    try:
+        assert opened.wait(20)
+        monkeypatch.setattr(exchange, "BEAT_SECONDS", 0.1)
+        monkeypatch.setattr(exchange, "SILENCE_SECONDS", 0.5)
+        exchange._watch_calls.cache_clear()
+        one = exchange.Exchange(exchange.find_store(Launch(1, 2, address="127.0.0.1", port=port), "all"), "meeting", 1)
+        one.write("name", 1)
+        os.kill(holder.pid, signal.SIGSTOP)
+        with pytest.raises(exchange.StoreLostError, match="has ended or hangs"):
+            one.count("count")
+    finally:
+        holder.kill()
+        holder.join()
 
 
 @pytest.mark.parametrize("distributed", ["auto", "all"])

@@ -125,14 +125,13 @@ def test_failure_of_one_rank_is_raised_on_all(two):
         assert report["seconds"] < 30
 
 
-@pytest.mark.slow
 def test_four_ranks(tmp_path, alone):
     reports = run_ranks(tmp_path, 4, "shared")["shared"]
     assert_like(reports, alone, count=4)
     assert all(report["content"] == alone["content"] for report in reports.values())
 
 
-@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("killed", [0, 1])
 def test_killed_rank_ends_the_others_and_the_next_run_goes_on(tmp_path, alone, killed):
     statuses = [0, 0]
     statuses[killed] = -9

@@ -4,12 +4,17 @@ No call waits for another rank: whoever expects something looks for it again and
 heartbeats of the others.
 """
 
+import functools
 import json
 import os
+import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,22 +34,29 @@ PART_BYTES = 4 << 20
 BEAT_SECONDS, SILENCE_SECONDS, POLL_SECONDS = 2.0, 40.0, 0.02
 # The rank that holds the store leaves if for so long nobody else shows that it still needs it.
 LINGER_SECONDS = 10.0
-# A rank looks this long for the store of rank 0, which may have started later.
-CONNECT_SECONDS = 60.0
+# A rank looks this long for the store of rank 0, which may have started later, so often.
+CONNECT_SECONDS, LOOK_SECONDS = 60.0, 0.2
+# A store that takes connections is given so long to answer the first time.
+ANSWER_SECONDS = 10.0
 # A rank that has done its part waits so long for others that have not begun.
 ARRIVAL_SECONDS = 1800.0
 # The stores of this process, by address, stay open: another rank may still need one that rank 0 has finished with.
 _stores: dict[tuple[str, int], Any] = {}
+# The calls of stores that have not returned, by thread: when they began, in seconds of the monotonic clock, and the store.
+_calls: dict[int, tuple[float, Any]] = {}
+OPEN_FILES = Path("/proc/self/fd")
 
 
-def find_store(launch: Launch, distributed: Distributed) -> Any | None:
+def find_store(launch: Launch, distributed: Distributed, is_done: Callable[[], bool] = lambda: False) -> Any | None:
     """Return the store through which all ranks of a launch reach each other.
 
     It is the store of the default process group, or of the launcher; else rank 0 opens one at the address and port of
-    the launch, which a process group that this process makes later uses as well.
+    the launch, which a process group that this process makes later uses as well. The others look for it for a minute.
+    Rank 0 may have done everything and ended before they look, so `is_done` is asked meanwhile whether a store is still
+    needed.
 
     Returns:
-        The store; None with `"auto"` if there is none, in which case a warning says so.
+        The store; None if it is not needed any more, or with `"auto"` if there is none, in which case a warning says so.
 
     Raises:
         DistributedError: there is none, and `distributed` is `"all"`.
@@ -55,7 +67,9 @@ def find_store(launch: Launch, distributed: Distributed) -> Any | None:
         place = (launch.address, launch.port)
         if place not in _stores:
             opens = launch.rank == 0 and not launch.is_hosted
-            timeout = timedelta(seconds=CONNECT_SECONDS)
+            if not opens and not _wait_for_port(place, is_done):
+                return None
+            timeout = timedelta(seconds=ANSWER_SECONDS)
             _stores[place] = _dist.TCPStore(
                 *place, is_master=opens, wait_for_workers=False, timeout=timeout, multi_tenant=True
             )
@@ -68,6 +82,26 @@ def find_store(launch: Launch, distributed: Distributed) -> Any | None:
         return None
 
 
+def _wait_for_port(place: tuple[str, int], is_done: Callable[[], bool]) -> bool:
+    """Return whether a process listens at an address and port, as soon as one does or `is_done` says True.
+
+    The store's own constructor tries for twice its timeout, in growing steps, and nothing can end it.
+    """
+    since = time.monotonic()
+    while True:
+        try:
+            with socket.create_connection(place, timeout=ANSWER_SECONDS):
+                return True
+        except OSError as error:
+            if is_done():
+                return False
+            if time.monotonic() - since > CONNECT_SECONDS:
+                raise RuntimeError(
+                    f"for {CONNECT_SECONDS:.0f} s nothing answered at {place[0]}:{place[1]}: {error}"
+                ) from error
+        time.sleep(LOOK_SECONDS)
+
+
 def _store_of_group() -> Any:
     # torch has no public name for it.
     store: Any = _dist.distributed_c10d._get_default_store()
@@ -77,6 +111,42 @@ def _store_of_group() -> Any:
     if not isinstance(inner, _dist.TCPStore):
         raise RuntimeError(f"the process group keeps its addresses in a {type(inner).__name__}")
     return store
+
+
+@functools.cache
+def _watch_calls(pid: int) -> None:
+    """Start the thread of this process, `pid`, that gives up calls of a store which is silent.
+
+    A call waits without a limit for a process that was stopped, or whose machine is gone. The thread shuts the connection, so
+    the call fails.
+    """
+
+    def watch() -> None:
+        while True:
+            time.sleep(BEAT_SECONDS)
+            for since, store in list(_calls.values()):
+                if time.monotonic() - since > SILENCE_SECONDS:
+                    _shut_connections(store)
+
+    threading.Thread(target=watch, name="store", daemon=True).start()
+
+
+def _shut_connections(store: Any) -> None:
+    """Shut the connections to the process that holds a store, where the system lists the open files of a process."""
+    while isinstance(store, _dist.PrefixStore):
+        store = store.underlying_store
+    if not isinstance(store, _dist.TCPStore) or not OPEN_FILES.is_dir():
+        return
+    for number in [int(path.name) for path in OPEN_FILES.iterdir()]:
+        with suppress(OSError):
+            if not stat.S_ISSOCK(os.fstat(number).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(number)) as connection:
+                if connection.family not in (socket.AF_INET, socket.AF_INET6):
+                    continue
+                # Where this process holds the store, its own end of other ranks' connections has that port.
+                if connection.getpeername()[1] == store.port != connection.getsockname()[1]:
+                    connection.shutdown(socket.SHUT_RDWR)
 
 
 class StoreLostError(DistributedError):
@@ -97,15 +167,20 @@ class Exchange:
 
     def __init__(self, store: Any, prefix: str, rank: int) -> None:
         self._store, self.rank = _dist.PrefixStore(prefix, store), rank
+        _watch_calls(os.getpid())
 
     def _call(self, function: Callable[..., Result], *given: Any) -> Result:
+        thread = threading.get_ident()
+        _calls[thread] = time.monotonic(), self._store
         try:
             return function(*given)
         except RuntimeError as error:
             raise StoreLostError(
                 f"rank {self.rank} has lost the store of the ranks, so the process that holds it (rank 0 or the launcher on "
-                f"its machine) has ended: see its output ({str(error).splitlines()[0]})"
+                f"its machine) has ended or hangs: see its output ({str(error).splitlines()[0]})"
             ) from error
+        finally:
+            del _calls[thread]
 
     def claim(self, name: str, text: str) -> bool:
         """Write a text if no rank has written one under this name, and return whether it is this rank's own."""
@@ -185,6 +260,8 @@ class Pulse:
         """Start to show and to watch."""
         who = {"rank": self._exchange.rank, "host": host_name(), "pid": os.getpid()}
         self._exchange.write(f"{self._name}/who", who)
+        # From the first beat on this rank is missed when it dies, so that it may take work.
+        self._exchange.raise_count(self._name)
         self._thread.start()
 
     def stop(self) -> None:

@@ -61,9 +61,10 @@ def build_together(
 ) -> Made:
     """Return what a build makes, which the ranks that want the same make together.
 
-    A rank waits for no other one to come, except that it looks for the store of rank 0 for up to a minute where no
-    process group or launcher holds one. Without other ranks, or with `"off"`, this process makes it. A rank that nobody
-    helps goes on alone, with `"auto"`, when the store is gone: rank 0 may have made something else, and ended earlier.
+    A rank waits for no other one to come. Where no process group or launcher holds a store it looks for that of rank 0
+    for up to a minute, or until it finds in its cache what rank 0 has made. Without other ranks, or with `"off"`, this
+    process makes it. A rank that nobody helps goes on alone, with `"auto"`, when the store is gone: rank 0 may have made
+    something else, and ended earlier.
 
     Args:
         build: the build of this process.
@@ -77,7 +78,7 @@ def build_together(
         DistributedError: it failed on another rank, or another rank is dead.
     """
     launch = find_launch() if distributed != "off" else None
-    store = None if launch is None else find_store(launch, distributed)
+    store = None if launch is None else find_store(launch, distributed, lambda: not build.force and find() is not None)
     if launch is None or store is None:
         return make()
     if build.devices == ("auto",):
@@ -105,6 +106,9 @@ def build_together(
         except LeaderLeftError as error:
             get_logger().info(f"rank {launch.rank} makes it again: {error}")
         except StoreLostError as error:
+            found = find() if not isinstance(one, Leader) and not build.force else None
+            if found is not None:
+                break
             if distributed == "all" or isinstance(one, Helper) or (one is not None and one.has_helpers):
                 raise
             get_logger().info(f"{error}. No rank helps this one, so it goes on alone")
