@@ -341,35 +341,47 @@ def test_results_in_order_of_a_slow_and_a_fast_rank():
     leader.leave(None, holds_store=False)
 
 
-def test_a_helper_that_hangs_while_its_heart_beats_ends_the_run(monkeypatch):
-    monkeypatch.setattr(meeting, "STALLED_SECONDS", 0.3)
-    leader, helper = leader_and_helper()
-    took, over = threading.Event(), threading.Event()
+@pytest.mark.parametrize("hangs", [0, 1])
+def test_a_rank_that_hangs_while_its_heart_beats_ends_the_run(monkeypatch, hangs):
+    """Rank 0 leads and rank 1 helps; the other one waits by looking again and again."""
+    monkeypatch.setattr(exchange, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(exchange, "WORK_SECONDS", 1e-6)
+    monkeypatch.setattr(exchange, "STALLED_SECONDS", 0.6)
+    store, taken, over = torch.distributed.HashStore(), threading.Event(), threading.Event()
+
+    def work(rank, numbers):
+        for number in numbers:
+            if rank == hangs:
+                taken.set()
+                over.wait()
+            while not taken.is_set():
+                time.sleep(0.005)
+            yield number
 
     @contextmanager
     def handler(job, numbers):
-        def hangs():
-            yield {"number": np.array(next(numbers))}
-            next(numbers)
-            took.set()
-            over.wait()
+        yield ({"number": np.array(number)} for number in work(1, numbers))
 
-        yield hangs()
+    def run(rank):
+        one = (meeting.Leader, meeting.Helper)[rank](
+            exchange.Exchange(store, "meeting", rank), Launch(rank, 2, is_hosted=True)
+        )
+        try:
+            if rank:
+                one.help({"features": handler})
+            else:
+                job = Job("features", {}, {}, 5, 5)
+                list(one.share(job, partial(work, 0), lambda arrays: arrays["number"], lambda _: 1))
+        finally:
+            one.leave(None, holds_store=False)
 
-    thread = threading.Thread(target=helper.help, args=({"features": handler},))
-    thread.start()
-
-    def work(numbers):
-        took.wait()
-        yield from numbers
-
-    with pytest.raises(DistributedError, match=r"rank 1 took pieces of the features .* hangs"):
-        list(leader.share(Job("features", {}, {}, 5, 5), work, lambda arrays: arrays["number"], lambda _: 1))
-    leader._exchange.write("end", {"entries": []})
-    over.set()
-    thread.join()
-    helper.leave(None, holds_store=False)
-    leader.leave(None, holds_store=False)
+    with ThreadPoolExecutor(2) as pool:
+        ranks = [pool.submit(run, rank) for rank in (0, 1)]
+        try:
+            with pytest.raises(DistributedError, match=rf"rank {hangs} on .* hangs"):
+                ranks[1 - hangs].result()
+        finally:
+            over.set()
 
 
 def test_files_are_hashed_once_by_all_ranks(tmp_path, monkeypatch):

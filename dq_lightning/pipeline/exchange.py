@@ -32,6 +32,8 @@ Result = TypeVar("Result")
 # The store refuses values of more than 8 MiB.
 PART_BYTES = 4 << 20
 BEAT_SECONDS, SILENCE_SECONDS, POLL_SECONDS = 2.0, 40.0, 0.02
+# A rank hangs that has not used so much processor time, in the thread that leads or helps, for so many seconds.
+WORK_SECONDS, STALLED_SECONDS = 0.05, 600.0
 # The rank that holds the store leaves if for so long nobody else shows that it still needs it.
 LINGER_SECONDS = 10.0
 # A rank looks this long for the store of rank 0, which may have started later, so often.
@@ -238,13 +240,16 @@ class Exchange:
 class Pulse:
     """A thread that shows the others that this rank works, and watches some of them.
 
+    It shows that the process lives, and that the thread which made this object works: that it has used the processor again.
+    A thread that waits for others by looking again and again does so too, but not one that waits for a lock or a disk.
+
     Args:
         exchange: the meeting.
         name: name of this rank's heartbeat.
         watched: function that returns the names of the heartbeats to watch.
 
     Attributes:
-        failure: why this rank cannot go on, once another one is dead or silent.
+        failure: why this rank cannot go on, once another one is dead, is silent or hangs.
         on_failure: function that is then called once with the reason, in the thread, if the store can be reached.
     """
 
@@ -252,6 +257,7 @@ class Pulse:
         self.failure: DistributedError | None = None
         self.on_failure: Callable[[str], object] = id
         self._exchange, self._name, self._watched = exchange, name, watched
+        self._used, self._shown = _clock_of_this_thread(), 0.0
         self._seen: dict[str, tuple[int, float]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ranks", daemon=True)
@@ -273,6 +279,10 @@ class Pulse:
         while not self._stop.is_set():
             try:
                 self._exchange.raise_count(self._name)
+                used = self._used()
+                if used - self._shown >= WORK_SECONDS:
+                    self._exchange.raise_count(f"{self._name}/work")
+                    self._shown = used
                 reason = next((found for name in self._watched() if (found := self._look(name))), None)
                 if reason is not None:
                     self.failure = DistributedError(reason)
@@ -284,23 +294,45 @@ class Pulse:
 
     def _look(self, name: str) -> str | None:
         """Return what is wrong with the rank that a heartbeat belongs to, or None."""
-        beat, now = self._exchange.count(name), time.monotonic()
-        before, since = self._seen.get(name, (-1, now))
-        if beat != before:
-            self._seen[name] = beat, now
+        silent, idle = self._unchanged(name), self._unchanged(f"{name}/work")
+        if not silent and idle <= STALLED_SECONDS:
             return None
         who = self._exchange.read(f"{name}/who") or {"rank": "?", "host": "", "pid": 0}
-        if _is_dead_here(who):
+        if silent and _is_dead_here(who):
             return (
                 f"the process of rank {who['rank']} (number {who['pid']} on this machine) has ended without a word: it was "
                 "killed, or it crashed"
             )
-        if now - since > SILENCE_SECONDS:
+        if silent > SILENCE_SECONDS:
             return (
-                f"rank {who['rank']} on {who['host']} has been silent for {now - since:.0f} s: it was killed or stopped, or "
+                f"rank {who['rank']} on {who['host']} has been silent for {silent:.0f} s: it was killed or stopped, or "
                 "the network to it is gone"
             )
+        if idle > STALLED_SECONDS:
+            return (
+                f"rank {who['rank']} on {who['host']} has done nothing for {idle:.0f} s, although its process lives. It hangs: "
+                f'look where with "py-spy dump --pid {who["pid"]}", and start again; finished work was kept'
+            )
         return None
+
+    def _unchanged(self, name: str) -> float:
+        """Return for how many seconds a count of another rank has had its value; 0 if it is another one than before."""
+        count, now = self._exchange.count(name), time.monotonic()
+        before, since = self._seen.get(name, (-1, now))
+        if count != before:
+            self._seen[name] = count, now
+            return 0.0
+        return now - since
+
+
+def _clock_of_this_thread() -> Callable[[], float]:
+    """Return a function that gives the seconds of processor time that the calling thread has used, for any thread.
+
+    It gives the time of the day on systems that cannot tell, as if the thread always worked.
+    """
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return time.monotonic
+    return functools.partial(time.clock_gettime, time.pthread_getcpuclockid(threading.get_ident()))
 
 
 def _is_dead_here(who: Mapping[str, Any]) -> bool:

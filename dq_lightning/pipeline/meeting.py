@@ -8,12 +8,11 @@ them in the shards of the entry together with its own. A rank that dies ends the
 A meeting has a name, so ranks that make something else meet elsewhere. Below it, the names in the store are these:
 
     leader, beat/leader       text and heartbeat of the rank that leads
-    joined, beat/N            number of helpers, and the heartbeat of the helper that came as number N
+    joined, beat/N            number of helpers, and the heartbeat of the helper that came as number N (`Pulse`)
     left/N                    empty text, or why the helper failed
     jobs, job/J               number of jobs so far, and job J
     next/J                    number of the pieces of job J that were taken
     first/J                   number of its first piece whose result is missing, where results are wanted in order
-    at/N                      number of the job that helper N works on
     sent/N, result/N/R        number of the results of helper N so far, and result R, which the leader removes
     taken/N                   number of these that the leader has read
     asked/N, file/N/R         number of the entries that the helper has asked for, and their files
@@ -39,8 +38,8 @@ MAX_UNREAD = 32
 IDLE_SECONDS = 0.1
 # Each rank takes about so many times new numbers of pieces in a job. Consecutive pieces are faster to read.
 CLAIMS_PER_JOB, MAX_CLAIM = 16, 32
-# A leader that waits for results gives up after so long, or after so many times the longest time that one took.
-STALLED_SECONDS, STALLED_TIMES = 600.0, 20.0
+# A leader that is done leaves if for so long no other rank takes what was made.
+UNTAKEN_SECONDS = 600.0
 
 Handler = Callable[[Job, Iterator[int]], AbstractContextManager[Iterator[Arrays]]]
 
@@ -134,8 +133,6 @@ class Leader(Sharing):
         self.has_helpers = False
         self._exchange, self._jobs = exchange, 0
         self._read: dict[int, int] = {}
-        # When the last result came, in seconds of the monotonic clock, and the longest time between two.
-        self._last_result, self._longest = 0.0, 0.0
         self._left: set[int] = set()
         self._pulse = Pulse(exchange, "beat/leader", lambda: [f"beat/{number}" for number in self._present()])
         self._pulse.on_failure = self._end_all
@@ -156,7 +153,7 @@ class Leader(Sharing):
         self._exchange.write("end", {"error": cause})
 
     def check(self) -> None:
-        """Raise an error if a helper has failed or is dead.
+        """Raise an error if a helper has failed, is dead or hangs.
 
         Raises:
             DistributedError: the cause.
@@ -185,14 +182,11 @@ class Leader(Sharing):
         }
         self._exchange.send(f"job/{number}", facts, job.arrays)
         self._exchange.raise_count("jobs")
-        self._last_result, self._longest = time.monotonic(), 0.0
         arrived, missing = deque[Result](), set(range(job.pieces)) if job.ahead else set[int]()
 
         def count(result: Result) -> Result:
             nonlocal done, first
             done += size(result)
-            now = time.monotonic()
-            self._longest, self._last_result = max(self._longest, now - self._last_result), now
             if job.ahead:
                 missing.discard(cast(tuple[int, Any], result)[0])
                 before = first
@@ -203,7 +197,6 @@ class Leader(Sharing):
 
         def receive() -> None:
             nonlocal by_others
-            self._check_stalled(number, job)
             for arrays in self._arrived():
                 arrived.append(count(unpack(arrays)))
                 by_others += size(arrived[-1])
@@ -222,18 +215,6 @@ class Leader(Sharing):
             while arrived:
                 yield arrived.popleft()
         get_logger().info(f"{job.name}: other ranks did {by_others:,} of {job.total:,}")
-
-    def _check_stalled(self, number: int, job: Job) -> None:
-        """Raise an error if no result has come for so long that the helpers must hang, although their hearts beat."""
-        waited = time.monotonic() - self._last_result
-        if waited > max(STALLED_SECONDS, STALLED_TIMES * self._longest):
-            at_work = [one for one in self._present() if self._exchange.read(f"at/{one}") == number]
-            ranks = [str((self._exchange.read(f"beat/{one}/who") or {}).get("rank")) for one in at_work]
-            raise DistributedError(
-                f"rank {', '.join(ranks) or '?'} took pieces of the {job.name} and has given no result for {waited:.0f} s, "
-                f"although its process lives (the longest so far was {self._longest:.0f} s). It hangs: look where with "
-                '"py-spy dump --pid PID", and start again; finished work was kept'
-            )
 
     def _arrived(self) -> Iterator[Arrays]:
         """Yield what helpers have sent meanwhile; the error of one that failed is raised."""
@@ -270,7 +251,7 @@ class Leader(Sharing):
             signs = [self._exchange.count(f"{name}/{number}") for number in present for name in ("asked", "got")]
             if signs != seen:
                 seen, since = signs, time.monotonic()
-            if time.monotonic() - since > STALLED_SECONDS:
+            if time.monotonic() - since > UNTAKEN_SECONDS:
                 get_logger().warning(f"{len(present)} other ranks do not take what was made, so this one leaves")
                 return
             time.sleep(POLL_SECONDS)
@@ -279,7 +260,7 @@ class Leader(Sharing):
         for name, content in files:
             since = time.monotonic()
             while self._exchange.count(f"files/{number}") - self._exchange.count(f"got/{number}") >= MAX_UNREAD:
-                stalled = time.monotonic() - since > STALLED_SECONDS
+                stalled = time.monotonic() - since > UNTAKEN_SECONDS
                 if stalled or self._pulse.failure is not None or number not in self._present():
                     return
                 time.sleep(POLL_SECONDS)
@@ -315,7 +296,7 @@ class Helper:
         return [] if self._exchange.read("closed") is not None else ["beat/leader"]
 
     def check(self) -> None:
-        """Raise an error if the leader has failed or is dead, or another helper because of which it has ended.
+        """Raise an error if the leader has failed, is dead or hangs, or another helper because of which it has ended.
 
         Raises:
             DistributedError: the cause.
@@ -360,7 +341,6 @@ class Helper:
         job = Job(facts["name"], facts["facts"], arrays, facts["pieces"], facts["total"], facts["ahead"])
         if self._exchange.count(f"next/{number}") >= job.pieces or job.name not in handlers:
             return
-        self._exchange.write(f"at/{self._number}", number)
         claims = _claims(self._exchange, number, job, self.launch.num_ranks, self.check)
         with handlers[job.name](job, claims) as results:
             for result in results:
@@ -369,7 +349,6 @@ class Helper:
                     time.sleep(POLL_SECONDS)
                 self._exchange.send(f"result/{self._number}/{self._sent}", {}, result)
                 self._sent = self._exchange.raise_count(f"sent/{self._number}")
-        self._exchange.write(f"at/{self._number}", None)
 
     def files(self, entry: int) -> Iterator[tuple[str, Arrays]]:
         """Yield the files of one of the entries that `help` returned, by its place, each in pieces: name and bytes.
