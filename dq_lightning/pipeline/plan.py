@@ -181,6 +181,10 @@ def make_plan(dataset: Any, wanted: Wanted) -> Plan:
         _check_stream(config)
     elif isinstance(source, ItemSource) and source.label_column is not None:
         source.target_leaf()  # A name that no item has is an error before the long work.
+    if config.quality.score == "none" and config.quality.drop_worst != 0:
+        get_logger().warning(
+            'drop_worst= has no effect, because quality.score="none" allows no scores: leave one of the two out'
+        )
     gives_scores = wanted.scores is not None or config.quality.score not in ("margin", "none")
     if gives_scores and not config.quality.drops and config.selection.draw != "scored":
         get_logger().warning(
@@ -226,8 +230,8 @@ def _check_stream(config: QuantizeConfig) -> None:
 
 
 def keeps_all(config: QuantizeConfig) -> bool:
-    """Whether the settings keep every sample, so that no selection is needed."""
-    return config.selection.keep_ratio == 1 and config.bins.deduplicate is None
+    """Whether the settings keep every sample and look for none to leave out, so that no selection is needed."""
+    return config.selection.keep_ratio == 1 and config.bins.deduplicate is None and not config.quality.drops
 
 
 def _encoder(source: Source, config: QuantizeConfig, encoder: Any) -> EncoderSpec:

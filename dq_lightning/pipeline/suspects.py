@@ -19,7 +19,7 @@ from dq_lightning.core.records import Bins, Features, Labels, Suspects
 from dq_lightning.quality.margin import LeaveOneOut, leave_one_out
 from dq_lightning.quality.mislabelled import drop_worst, find_mislabelled
 from dq_lightning.sources.base import Source
-from dq_lightning.sources.columns import number_column
+from dq_lightning.sources.columns import check_column, number_column
 
 # `drop_worst="auto"` and `draw="auto"` judge no labels where classes have fewer samples than this on average: a class of a
 # few samples cannot be told from its mistakes, and the regression costs time in proportion to the number of classes. The draw
@@ -94,6 +94,7 @@ def given_scores(scores: Any, config: QuantizeConfig, samples: Source) -> GivenS
             "the share to leave out, such as drop_worst=0.2, or leave scores= out"
         )
     if scores is None and not quality.score.endswith(".npy"):
+        check_column(samples, quality.score)
         return GivenScores(None, f"column:{quality.score}")
     name = "scores=" if scores is not None else quality.score
     try:
@@ -153,6 +154,11 @@ def score_samples(
         present = 0 if labels is None else len(np.unique(labels.values[usable].numpy()))
         if present < 2:
             if asked is None:
+                if drops:
+                    get_logger().warning(
+                        'no label is judged (drop_worst="auto"), because the samples have fewer than two classes (several labels '
+                        "a sample, or a number, are none)"
+                    )
                 return None
             raise ConfigError(
                 f"{asked} compares labels with features, but {source.describe()} has fewer than two classes (several "
@@ -174,7 +180,8 @@ def score_samples(
         return Scored(place, predicted.margin, classes, predicted)
     values = given.values
     if values is None:
-        values = _finite(number_column(source, given.identity.removeprefix("column:")), given.identity)
+        name = given.identity.removeprefix("column:")
+        return Scored(place, torch.from_numpy(number_column(source, name, place.numpy())), classes, None)
     return Scored(place, torch.from_numpy(values)[place], classes, None)
 
 

@@ -109,6 +109,51 @@ def test_rows_of_text_are_scored_by_a_column(tmp_path, config, caplog):
     assert "drop_worst= is 0" in caplog.text
 
 
+class Records(torch.utils.data.Dataset):
+    """Dicts of samples that are no images, one of which cannot be read."""
+
+    def __init__(self, broken=()):
+        self.broken = broken
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise ValueError("broken")
+        return {"wave": torch.full((5,), float(index)), "worth": torch.tensor(index / 40), "label": index % 2}
+
+
+def test_a_column_may_be_a_key_of_dicts_and_a_missing_one_is_an_error_before_the_features(tmp_path):
+    def features(item):
+        raise AssertionError("features were made")
+
+    options = {"cache_dir": tmp_path, "drop_worst": 0.25}
+    for samples in (Records(), torch.utils.data.ConcatDataset([Records(), Records()])):
+        with pytest.raises(SourceError, match=r"no column 'value' for scores=: its columns are 'wave', 'worth', 'label'"):
+            quantize(samples, encoder=features, scores="value", **options)
+    parts = torch.utils.data.ConcatDataset([Records(), torch.utils.data.Subset(Records(broken=[0]), [5, 3, 39, 0])])
+    config = {"on_error": "skip", "bins": {"by_label": False}, "selection": {"keep_ratio": 0.5}}
+    info = quantize(parts, config, encoder=lambda item: item["wave"], scores="worth", labels=False, **options)
+    assert info.num_unreadable == 1
+    assert info.suspects.index.tolist() == [0, 1, 2, 3, 41, 4, 5, 40, 6, 7, 8]
+    with pytest.raises(SourceError, match=r"the column 'wave' holds tensor.* at sample 0, but scores= are finite numbers"):
+        quantize(Records(), encoder=lambda item: item["wave"], scores="wave", **options)
+
+
+def test_suspects_are_looked_for_where_all_samples_are_kept_and_who_judges_none_is_told(tmp_path, config, caplog):
+    every = QuantizeConfig(config.features, selection=SelectionConfig(keep_ratio=1.0))
+    info = quantize(Pictures(), every, drop_worst="auto", cache_dir=tmp_path)
+    assert info.num_samples == 400
+    assert len(info.suspects) > 50
+    assert "suspects with the highest scores may be kept too" in caplog.text
+    caplog.clear()
+    assert quantize(Pictures(), config, drop_worst="auto", labels=False, cache_dir=tmp_path).suspects is None
+    assert "no label is judged" in caplog.text
+    assert quantize(Pictures(), config, drop_worst=0.2, scores="none", cache_dir=tmp_path).suspects is None
+    assert "drop_worst= has no effect" in caplog.text
+
+
 def test_what_contradicts_itself_is_refused(tmp_path, config):
     with pytest.raises(ConfigError, match=r"drop_worst=0\.8 leaves 0\.2"):
         quantize(Pictures(), config, drop_worst=0.8, cache_dir=tmp_path)
