@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch.utils.data import Subset
 from torchvision.datasets import CIFAR10, ImageFolder
@@ -22,7 +23,7 @@ from dq_lightning import (
     load_selection,
     quantize,
 )
-from dq_lightning.core.errors import ConfigError
+from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.packed.patches import unpack_image
 from dq_lightning.pipeline import frontier
 from dq_lightning.pipeline.frontier import Frontier
@@ -242,6 +243,24 @@ def test_rows_of_text(tmp_path, features, caplog):
     assert info.bytes <= info.encoding["max_bytes"]
     assert 0 < info.num_samples < 200
     assert PackedDataset(info.path)[3] == rows[int(load_selection(info.path).index[3])]
+
+
+def test_all_that_a_sample_holds_counts_and_samples_of_any_kind_are_stored_as_they_are(tmp_path, features, fewer):
+    pixels = np.random.default_rng(0).integers(0, 99, (100, 2, 12, 12, 3), dtype=np.uint8)
+    pairs = [
+        {"left": Image.fromarray(a), "right": Image.fromarray(b), "label": i % 9} for i, (a, b) in enumerate(pixels)
+    ]
+    settings = {"features": features(100).to_dict(), "max_bytes": "50%"}
+    with pytest.raises(SourceError, match="has 2 images"):
+        quantize(pairs, settings, cache_dir=tmp_path)
+    info = made(tmp_path, pairs, QuantizeConfig.from_dict(settings | {"image_column": "left"}))
+    assert info.source_bytes == pixels.nbytes
+    assert info.source_bytes // 3 < info.bytes <= info.source_bytes // 2
+    waves = [{"wave": torch.randn(50), "label": i % 3} for i in range(100)]
+    info = made(tmp_path, waves, QuantizeConfig.from_dict(settings))
+    assert info.bytes <= info.source_bytes // 2
+    assert info.num_samples > 20
+    assert torch.equal(PackedDataset(info.path)[3]["wave"], waves[int(load_selection(info.path).index[3])]["wave"])
 
 
 def test_the_data_module_trains_on_what_is_stored(tmp_path, features, fewer):

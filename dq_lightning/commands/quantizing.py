@@ -153,8 +153,9 @@ def quantize_dataset(
     if output is not None and reports:
         output = str(Path(output).expanduser())
         check_writable(output)
+    opened = open_dataset(dataset, data_path, split)
     info = quantize(
-        open_dataset(dataset, data_path, split),
+        opened,
         config,
         labels=labels,
         indices=indices,
@@ -170,6 +171,7 @@ def quantize_dataset(
         return
     if output is not None:
         from dq_lightning.exports.results import write_results
+        from dq_lightning.sources.adapt import as_source
 
         place = {
             "dataset": dataset,
@@ -179,7 +181,9 @@ def quantize_dataset(
             "indices": indices,
             "fingerprint": fingerprint,
         }
-        write_results(Path(output), info, config, place)
+        # The suspects are listed by name.
+        source = None if info.suspects is None else as_source(opened, text=text, needs_images=False)
+        write_results(Path(output), info, config, place, source)
     if info.num_unreadable:
         print(f"{info.num_unreadable:,} samples could not be read and were skipped, as on_error=skip asks for")
     share = info.num_samples / info.num_source_samples

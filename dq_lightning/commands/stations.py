@@ -135,6 +135,8 @@ def suspects(
     source = as_source(opened, labels=labels, text=text, on_error=on_error)
     path = write_suspects(made.suspects, Path(output).expanduser(), source)
     print(f"listed {len(made.suspects):,} of {len(made):,} samples, the most suspicious first: {path}")
+    if not len(made.suspects):
+        print("to look at the labels that fit least all the same, pass a share of each class: --drop_worst 0.01")
 
 
 def duplicates(

@@ -36,11 +36,13 @@ def dataset_name(dataset: str | dict[str, Any] | None, data_path: str | Path | N
     return Path(data_path or "dataset").expanduser().absolute().name.partition(".")[0] or "dataset"
 
 
-def write_results(folder: Path, info: StoreInfo, config: QuantizeConfig, place: dict[str, Any]) -> None:
+def write_results(
+    folder: Path, info: StoreInfo, config: QuantizeConfig, place: dict[str, Any], source: Source | None = None
+) -> None:
     """Write `config.yaml`, `info.json`, `select_indices_NAME_RATIO.npy`, `compact/`, and for suspects `suspects.csv`.
 
     The folder is created when it is missing; files of an earlier result are replaced one by one. `place` says where the
-    dataset is: `dataset`, `data_path` and further arguments of the command.
+    dataset is: `dataset`, `data_path` and further arguments of the command. `source` gives the names of the suspects.
 
     Raises:
         StoreError: `compact/` holds something else, a copied file is damaged, or the folder cannot be written.
@@ -58,7 +60,7 @@ def write_results(folder: Path, info: StoreInfo, config: QuantizeConfig, place: 
     _write_text(folder / INFO, json.dumps(described, indent=2) + "\n")
     write_config(folder / CONFIG, place | config.to_dict())
     if info.suspects is not None:
-        write_suspects(info.suspects, folder / "suspects.csv")
+        write_suspects(info.suspects, folder / "suspects.csv", source)
 
 
 def write_config(path: Path, values: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dq_lightning.core.arrays import as_image
 from dq_lightning.core.config import EncodingConfig, PatchConfig
-from dq_lightning.core.errors import ConfigError, PatchError, StoreError
+from dq_lightning.core.errors import ConfigError, PatchError, SourceError, StoreError
 from dq_lightning.core.records import EncodedImage, PatchedImage, StoredImage
 from dq_lightning.packed.file_stream import shared_starts, write_file
 from dq_lightning.packed.layouts import pixels_of
@@ -393,7 +393,7 @@ class Frontier:
 
 
 def source_bytes(plan: Plan) -> int:
-    """Return the bytes of the whole dataset: of its files, encoded images or raw pixels, or of its rows of text.
+    """Return the bytes of the whole dataset: of its files, encoded images or raw pixels, or of its rows or other samples.
 
     Without files they are estimated from at most 1,000 samples.
     """
@@ -412,7 +412,7 @@ def _has_images(plan: Plan) -> bool:
         return False
     try:
         plan.source.image_leaf()
-    except PatchError:
+    except (PatchError, SourceError):
         return False
     return True
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from dq_lightning.core.arrays import as_image
 from dq_lightning.core.errors import SourceError
@@ -17,7 +18,7 @@ from dq_lightning.packed.patches import can_keep_patches
 from dq_lightning.packed.values import encode_properties
 from dq_lightning.pipeline.patching import patches_of, whole_bytes
 from dq_lightning.pipeline.plan import Plan
-from dq_lightning.sources.items import at, evenly_spaced
+from dq_lightning.sources.items import Leaf, at, evenly_spaced, parts
 from dq_lightning.sources.skipping import readable_items
 
 MEASURED_SAMPLES = 1000
@@ -81,7 +82,7 @@ def plain_bytes(leaf: Any, codec: str, quality: int) -> int:
 
 
 def owner_bytes(plan: Plan, positions: Sequence[int]) -> int:
-    """Return the bytes of samples in the original dataset: of files, encoded bytes or raw pixels.
+    """Return the bytes of samples in the original dataset: of files, or of the images and arrays in each sample.
 
     Samples that cannot be read count as 0 bytes in a folder of files; otherwise they are left out of the average.
     """
@@ -102,8 +103,26 @@ def _read_bytes(plan: Plan, positions: Sequence[int]) -> int:
     tried = [positions[number] for number in evenly_spaced(len(positions), MEASURED_SAMPLES)]
     for position, sample in readable_items(plan.source, tried):
         with contextlib.suppress(SourceError):
-            sizes.append(whole_bytes(plan, position, at(sample, place)))
+            sizes.append(whole_bytes(plan, position, at(sample, place)) + _bytes_beside(sample, place))
     return round(sum(sizes) * len(positions) / max(1, len(sizes)))
+
+
+def _bytes_beside(sample: Any, place: Leaf) -> int:
+    """Return the bytes of all further images, arrays and bytes of a sample, such as a second picture or a mask.
+
+    Numbers and words, such as classes and names, do not count.
+    """
+    total = 0
+    for leaf, value in parts(sample):
+        if leaf == place:
+            continue
+        if isinstance(value, Image.Image):
+            total += int(np.asarray(value).nbytes)
+        elif isinstance(value, Tensor | np.ndarray) and value.ndim:
+            total += int(value.nbytes)
+        elif isinstance(value, bytes):
+            total += len(value)
+    return total
 
 
 def describe_costs(info: StoreInfo) -> str:

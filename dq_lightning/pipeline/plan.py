@@ -165,7 +165,7 @@ def make_plan(dataset: Any, wanted: Wanted) -> Plan:
         )
     encoder = config.features.encoder if wanted.encoder is None else wanted.encoder
     chosen_already = wanted.indices is not None or keeps_all(config)
-    changes_images = config.patches.drops or config.max_bytes is not None or encoding.encodes
+    changes_images = config.patches.drops or encoding.encodes
     source = as_source(
         dataset,
         image_column=config.image_column,
@@ -177,6 +177,8 @@ def make_plan(dataset: Any, wanted: Wanted) -> Plan:
         on_error=config.on_error,
         needs_images=changes_images or not (chosen_already or takes_any_sample(encoder)),
     )
+    if config.max_bytes is not None and isinstance(source, ItemSource) and not source.in_order:
+        source.check_one_image()
     if source.in_order:
         _check_stream(config)
     elif isinstance(source, ItemSource) and source.label_column is not None:

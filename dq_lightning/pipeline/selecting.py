@@ -32,7 +32,7 @@ def make_selection(task: Task, bins: Bins | None = None) -> None:
 
 
 def drawn_selection(task: Task, bins: Bins, keep_ratio: float, *, warns: bool = True) -> Selection:
-    """Draw a share of the samples from bins, and warn of classes of which none is kept if `warns` is set."""
+    """Draw a share of the samples from bins; if `warns` is set, warn of lost classes and of a balance without effect."""
     settings = task.plan.config.selection
     grouping = task.plan.labels if task.plan.config.bins.by_label else None
     bins = with_enough(bins, grouping, count_kept(len(bins), keep_ratio))
@@ -46,6 +46,11 @@ def drawn_selection(task: Task, bins: Bins, keep_ratio: float, *, warns: bool = 
         labels=None if grouping is None else grouping.members,
     )
     if warns:
+        if settings.balance != "proportional" and grouping is None:
+            get_logger().warning(
+                f"balance={settings.balance!r} has no effect, because the samples have no classes or groups: pass labels=, for "
+                "instance the name of a column (and leave bins.by_label at its default)"
+            )
         _warn_of_lost_classes(task.plan, bins, selection)
     return selection
 

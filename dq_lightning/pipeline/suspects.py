@@ -156,8 +156,8 @@ def score_samples(
             if asked is None:
                 if drops:
                     get_logger().warning(
-                        'no label is judged (drop_worst="auto"), because the samples have fewer than two classes (several labels '
-                        "a sample, or a number, are none)"
+                        'no label is judged (drop_worst="auto"), because the samples have fewer than two classes (several '
+                        "labels a sample, or a number, are none)"
                     )
                 return None
             raise ConfigError(

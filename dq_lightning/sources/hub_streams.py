@@ -237,7 +237,8 @@ def hub_stream(dataset: Any, text: TextConfig, *options: Any, files: list[str] |
     check_shuffles(dataset)
     check_whole(dataset)
     if dataset.features is None:
-        dataset = dataset._resolve_features()
+        with contextlib.suppress(Exception):  # `datasets` finds no types for images that a `map` has passed on.
+            dataset = dataset._resolve_features()
     named = text.template != "auto" or text.columns is not None
     by_features = dataset.features is not None
     is_text = named or (hub_is_text(dataset) if by_features else is_row(next(iter(dataset), None)))

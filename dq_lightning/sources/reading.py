@@ -283,6 +283,15 @@ class ItemSource(Source):
             self._has_no_image = True
             return None
 
+    def check_one_image(self) -> None:
+        """Check that it is clear which image of an item is meant; items without any image pass where none is needed.
+
+        Raises:
+            SourceError: items hold several images, or none where one is needed.
+        """
+        if self.modality == "image" and (self.needs_images or image_leaves(self.first_item())):
+            self.image_leaf()
+
     def check_columns(self) -> None:
         if self.image_column is None:
             return  # An image that was looked for and found is one.

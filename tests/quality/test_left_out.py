@@ -130,14 +130,18 @@ def test_a_column_may_be_a_key_of_dicts_and_a_missing_one_is_an_error_before_the
 
     options = {"cache_dir": tmp_path, "drop_worst": 0.25}
     for samples in (Records(), torch.utils.data.ConcatDataset([Records(), Records()])):
-        with pytest.raises(SourceError, match=r"no column 'value' for scores=: its columns are 'wave', 'worth', 'label'"):
+        with pytest.raises(
+            SourceError, match=r"no column 'value' for scores=: its columns are 'wave', 'worth', 'label'"
+        ):
             quantize(samples, encoder=features, scores="value", **options)
     parts = torch.utils.data.ConcatDataset([Records(), torch.utils.data.Subset(Records(broken=[0]), [5, 3, 39, 0])])
     config = {"on_error": "skip", "bins": {"by_label": False}, "selection": {"keep_ratio": 0.5}}
     info = quantize(parts, config, encoder=lambda item: item["wave"], scores="worth", labels=False, **options)
     assert info.num_unreadable == 1
     assert info.suspects.index.tolist() == [0, 1, 2, 3, 41, 4, 5, 40, 6, 7, 8]
-    with pytest.raises(SourceError, match=r"the column 'wave' holds tensor.* at sample 0, but scores= are finite numbers"):
+    with pytest.raises(
+        SourceError, match=r"the column 'wave' holds tensor.* at sample 0, but scores= are finite numbers"
+    ):
         quantize(Records(), encoder=lambda item: item["wave"], scores="wave", **options)
 
 
@@ -150,6 +154,11 @@ def test_suspects_are_looked_for_where_all_samples_are_kept_and_who_judges_none_
     caplog.clear()
     assert quantize(Pictures(), config, drop_worst="auto", labels=False, cache_dir=tmp_path).suspects is None
     assert "no label is judged" in caplog.text
+    quantize(Pictures(), config, labels=False, cache_dir=tmp_path)
+    assert "has no effect" not in caplog.text
+    balanced = QuantizeConfig(config.features, selection=SelectionConfig(keep_ratio=0.25, balance="equal"))
+    quantize(Pictures(), balanced, labels=False, cache_dir=tmp_path)
+    assert "balance='equal' has no effect" in caplog.text
     assert quantize(Pictures(), config, drop_worst=0.2, scores="none", cache_dir=tmp_path).suspects is None
     assert "drop_worst= has no effect" in caplog.text
 
@@ -186,6 +195,19 @@ def test_the_command_lists_suspects(tmp_path, config, capsys):
     assert "2 of 40 samples" in capsys.readouterr().out
     assert (rows[0]["position"], rows[0]["label"], rows[0]["suggested"]) == ("3", "dark", "light")
     assert rows[0]["name"] == "dark/07.png"
+    main(
+        [
+            "quantize",
+            "--data_path",
+            str(images),
+            *options[2:],
+            "--drop_worst",
+            "0.05",
+            "--output",
+            str(tmp_path / "out"),
+        ]
+    )
+    assert list(csv.DictReader((tmp_path / "out" / "suspects.csv").open())) == rows
 
 
 def test_labels_of_tiny_classes_are_not_judged(tmp_path, config, caplog):

@@ -129,6 +129,19 @@ def test_a_hugging_face_stream_gives_what_the_dataset_gives(items, formatted, tm
     same_sets(one, quantize(rows, SETTINGS, encoder=mean_colour, cache_dir=tmp_path / "b", progress=False))
 
 
+def test_a_hugging_face_stream_whose_types_are_not_known(tmp_path):
+    pictures = [Image.new("RGB", (9, 9), (i, 2 * i, 255 - i)) for i in range(N)]
+    columns = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": [i % 2 for i in range(N)]}, columns)
+    mapped = rows.to_iterable_dataset().map(lambda row: row | {"more": 1})
+    assert mapped.features is None
+    source = as_source(mapped)
+    assert source.image(3).tobytes() == pictures[3].tobytes()
+    assert source.labels().values.tolist() == rows["label"][:]
+    info = quantize(mapped, SETTINGS, encoder=mean_colour, cache_dir=tmp_path, progress=False)
+    assert PackedDataset(info.path)[0]["more"] == 1
+
+
 def test_a_hugging_face_stream_of_text(tmp_path):
     rows = datasets.Dataset.from_dict({"text": [f"row {i * i}" for i in range(N)]})
     source = as_source(rows.to_iterable_dataset())
