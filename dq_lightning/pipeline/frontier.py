@@ -34,6 +34,8 @@ from dq_lightning.sources.items import at, evenly_spaced, plain_parts
 from dq_lightning.sources.skipping import readable_items
 
 SMALL_SIDE = 64
+# The sizes of so many images say whether the set holds photos. Some images of such a set may be small.
+SIZED = 16
 # Settings are compared on so many images; the bytes of the chosen one are then measured on more.
 COMPARED = {"small": 96, "photo": 24}
 MEASURED = {"small": 1000, "photo": 200}
@@ -420,10 +422,11 @@ def _has_images(plan: Plan) -> bool:
 def _size_name(plan: Plan) -> str:
     if not _has_images(plan):
         return "small"
-    for _, sample in readable_items(plan.source, _positions(plan, 1)):
+    for _, sample in readable_items(plan.source, _positions(plan, SIZED)):
         leaf = at(plain_parts(sample), plan.source.image_leaf())
         shape = leaf.size if isinstance(leaf, Image.Image) else tuple(leaf.shape)
-        return "small" if sorted(shape)[-1] <= SMALL_SIDE else "photo"
+        if max(shape) > SMALL_SIDE:
+            return "photo"
     return "small"
 
 

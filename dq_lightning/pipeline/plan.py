@@ -39,7 +39,7 @@ BUDGET = "budget"
 ALGORITHM_VERSIONS = {FEATURES: 2, BINS: 1, SELECTION: 2, PATCHES: 2, STORE: 2, FILLED: 3, BUDGET: 1}
 # Version of what the scores of samples leave out of the bins, and of the scores that are kept with the bins for the draw, with
 # the order in which samples are drawn by them.
-QUALITY_VERSION = 2
+QUALITY_VERSION = 3
 SCORES_VERSION = 2
 # Near-duplicates are looked for inside each class since version 2.
 DUPLICATES_VERSION = 2

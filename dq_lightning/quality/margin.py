@@ -32,7 +32,9 @@ class LeaveOneOut:
     Attributes:
         margin: float64 [N], prediction of the sample's own class minus the largest of the other classes.
         suggested: int64 [N], label of the class with the largest prediction.
-        confidence: float64 [N], largest prediction minus the second largest; it does not depend on the sample's label.
+        confidence: float64 [N], largest prediction minus the second largest, after that of the sample's own class was
+            scaled by n / (n - 1) for the n samples of the class, of which one predicts nothing here; so it does not depend
+            on the sample's label.
         classes: int64 [C], the different labels, ascending.
         rows: int64 [R], up to 8,192 samples spread evenly over all.
         outputs: float32 [R, C], predictions of every class for these samples.
@@ -144,6 +146,7 @@ class _Regression:
         work = self.total * self.width * (self.width + self.classes)
         self.dtype = torch.float64 if device.type != "cpu" or work <= _WIDE_WORK else torch.float32
         self.weight = (self.total / self.classes / counts)[own]
+        self.made_up = counts / (counts - 1).clamp(min=1)
         self.mean = self._mean()
         gram, self.class_sums = self._moments()
         if not gram.isfinite().all():
@@ -200,8 +203,12 @@ class _Regression:
             outputs = self._without(block, inputs @ weights + 1 / self.classes, leverage)
             (first, second), best = outputs.topk(2, dim=1)[0].double().unbind(dim=1), outputs.argmax(dim=1)
             own = self.own[block]
-            margin = outputs.gather(1, own[:, None]).flatten().double() - torch.where(own == best, second, first)
-            found.append((margin.cpu(), best.cpu(), (first - second).cpu()))
+            of_own = outputs.gather(1, own[:, None]).flatten().double()
+            margin = of_own - torch.where(own == best, second, first)
+            # Its own class lacks the sample, and is made up for that, which matters where classes are small.
+            of_own *= self.made_up[own]
+            confidence = torch.where(own == best, of_own - second, first - torch.maximum(second, of_own)).clamp_(min=0)
+            found.append((margin.cpu(), best.cpu(), confidence.cpu()))
         margin, best, confidence = (torch.cat(parts) for parts in zip(*found, strict=True))
         return LeaveOneOut(margin, classes[best], confidence, classes, rows, outputs_of_rows, ridge)
 

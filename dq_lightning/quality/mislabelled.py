@@ -18,8 +18,12 @@ KEPT_OF_A_CLASS = 0.1
 _SURE = 3
 # The most confident share of the samples of each suggested class; halved until the estimate is best.
 _CONFIDENT = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
-# Smaller groups of confident samples than this are not looked at, if a larger one can be.
+# Groups of fewer confident samples than this, or of fewer of a class on average, are not looked at, if a larger one can be.
 _FEWEST = 100
+_FEWEST_OF_A_CLASS = 2
+# A class that is suggested for more than this multiple of the samples it has is left out of the estimate: classes weigh the
+# same in the regression, which then predicts rare ones too often.
+_OVER_SUGGESTED = 2
 # Nothing is judged if the confident samples disagree with their labels more often than this share of pure chance, or if
 # the disagreement still falls by more than these many standard errors, and by this share, where confidence is highest.
 _CREDIBLE = 0.7
@@ -150,11 +154,14 @@ def _share_of_mistaken(
     sizes = np.diff(starts, append=len(order))
     rank = np.empty(len(order))
     rank[order] = (np.arange(len(order)) - np.repeat(starts, sizes) + 0.5) / np.repeat(sizes, sizes)
+    # Most samples that a rare class is suggested for too often are mistakes of the prediction.
+    times = np.bincount(suggested, minlength=int(own.max()) + 1) / np.maximum(np.bincount(own), 1)
+    rank[times[suggested] > _OVER_SUGGESTED] = np.inf
     tried: list[tuple[float, float, NDArray[np.bool_]]] = []
     for part in _CONFIDENT:
         chosen = rank <= part
         count = int(chosen.sum())
-        if tried and count < _FEWEST:
+        if tried and (count < _FEWEST or part * len(own) < _FEWEST_OF_A_CLASS * (own.max() + 1)):
             break
         differ = int((own != suggested)[chosen].sum())
         # One disagreement and one agreement more keep the error above 0 where nothing or everything disagrees.

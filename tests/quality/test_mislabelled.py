@@ -111,3 +111,32 @@ def test_pixels_that_hardly_tell_the_classes_apart_judge_no_label():
         place = np.flatnonzero(np.isin(sample.targets, list(kept)))
         labels = np.array(sample.targets)[place]
         assert not find_mislabelled(leave_one_out(pixels[place], labels), labels).found.any()
+
+
+def unequal(sizes, width, spread, seed):
+    """Features and classes of clusters of these sizes."""
+    random = np.random.default_rng(seed)
+    own = np.repeat(np.arange(len(sizes)), sizes)
+    centres = random.normal(size=(len(sizes), width)) * spread
+    return centres[own] + random.normal(size=(len(own), width)), own
+
+
+def test_clean_classes_of_unequal_sizes_are_left_alone():
+    sizes = [500, 299, 179, 107, 64, 38, 23, 13, 8, 5]
+    for seed in range(4):
+        # Of such features the regression, whose classes weigh the same, predicts rare classes too often.
+        features, own = unequal(sizes, 64, 0.3, seed + 10)
+        shown = find_mislabelled(leave_one_out(features, own), own)
+        assert not shown.found.any(), (seed, shown.share)
+
+
+def test_the_share_of_wrong_labels_is_right_where_classes_are_small():
+    # Without a sample its class has less to say for it, the more so the smaller the class is.
+    for seed in range(3):
+        features, own = unequal([10] * 200, 64, 1.0, seed)
+        given_labels = changed(own, 0.2, 200, seed=seed)
+        shown = find_mislabelled(leave_one_out(features, given_labels), given_labels)
+        wrong = given_labels != own
+        assert abs(shown.share - wrong.mean()) < 0.04
+        assert wrong[shown.found.numpy()].mean() > 0.95
+        assert wrong[~shown.found.numpy()].mean() < 0.02
