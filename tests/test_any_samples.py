@@ -102,7 +102,11 @@ def test_rows_of_a_table_of_hugging_face(tmp_path):
 
 def test_what_needs_images_still_says_so(tmp_path):
     features = np.eye(COUNT, dtype=np.float32)
-    for settings in ({}, {"encoder": features, "drop_ratio": 0.2}, {"encoder": features, "max_bytes": "1MB"}):
+    for settings in (
+        {},
+        {"encoder": features, "drop_ratio": 0.2},
+        {"encoder": features, "config": {"encoding": {"codec": "webp"}}},
+    ):
         with pytest.raises(SourceError, match="no image"):
             QuantizedDataModule(Samples("sound"), cache_dir=tmp_path, **settings).prepare_data()
 

@@ -245,6 +245,15 @@ def test_rows_of_text(tmp_path, features, caplog):
     assert PackedDataset(info.path)[3] == rows[int(load_selection(info.path).index[3])]
 
 
+def test_rows_of_very_different_lengths_fill_the_budget(tmp_path, features):
+    random = np.random.default_rng(5)
+    lengths = np.minimum(60 * (1 + random.pareto(1.05, 1500)), 9_000).astype(int)
+    rows = [{"text": bytes(random.integers(97, 123, length, dtype=np.uint8)).decode()} for length in lengths]
+    info = made(tmp_path, rows, QuantizeConfig(max_bytes="20%", features=features(1500)))
+    assert info.source_bytes > lengths.sum()
+    assert 0.9 * info.encoding["max_bytes"] < info.bytes <= info.encoding["max_bytes"]
+
+
 def test_all_that_a_sample_holds_counts_and_samples_of_any_kind_are_stored_as_they_are(tmp_path, features, fewer):
     pixels = np.random.default_rng(0).integers(0, 99, (100, 2, 12, 12, 3), dtype=np.uint8)
     pairs = [

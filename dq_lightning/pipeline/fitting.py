@@ -26,7 +26,7 @@ from dq_lightning.patches.score import split_scores
 from dq_lightning.pipeline.budget import BytePlan, plan_bytes
 from dq_lightning.pipeline.compact import write_description
 from dq_lightning.pipeline.encoding import described_setting
-from dq_lightning.pipeline.frontier import Frontier, source_bytes
+from dq_lightning.pipeline.frontier import Frontier, sizes_without_images, source_bytes
 from dq_lightning.pipeline.packing import write_samples
 from dq_lightning.pipeline.patch_bytes import measure_bytes
 from dq_lightning.pipeline.patching import choose, in_codec, patches_of
@@ -59,7 +59,8 @@ def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
     """
     plan = task.plan
     assert plan.config.max_bytes is not None
-    whole = source_bytes(plan)
+    sizes = sizes_without_images(plan)
+    whole = source_bytes(plan, sizes)
     budget = budget_bytes(plan.config.max_bytes, whole)
     chosen = chosen_selection(task) if bins is None else None
     ratio = plan.config.selection.keep_ratio
@@ -67,7 +68,8 @@ def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
     present = len(plan.source) if bins is None else int((bins.assignment >= 0).sum())
     left_out = None if bins is None else bins.suspects
     beside = len(json.dumps(task.parts)) + (0 if left_out is None else SUSPECTS_BYTES + SUSPECT_BYTES * len(left_out))
-    frontier = Frontier(plan, budget - beside, present if fixed is None else fixed, fixed is not None, task.device)
+    wanted = present if fixed is None else fixed
+    frontier = Frontier(plan, budget - beside, wanted, fixed is not None, task.device, sizes)
     scores = PatchScores(task)
     beside += frontier.fixed_bytes
     settings, measured = frontier.settings, set[int]()

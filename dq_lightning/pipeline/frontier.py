@@ -39,6 +39,8 @@ SIZED = 16
 # Settings are compared on so many images; the bytes of the chosen one are then measured on more.
 COMPARED = {"small": 96, "photo": 24}
 MEASURED = {"small": 1000, "photo": 200}
+# Of samples without an image, whose bytes differ much more, so many are measured one by one.
+MEASURED_ROWS = 100_000
 # Of photos up to this many pixels are measured, and at least the number above.
 MEASURED_PIXELS = 40_000_000
 # Bytes and error change steadily with the quality, so the best one is found by bisection.
@@ -74,6 +76,7 @@ class Frontier:
         wanted: number of samples that are kept if they fit.
         is_fixed: whether exactly so many are kept.
         device: device that a classifier runs on, if patches are dropped by one.
+        sizes: what `sizes_without_images` gives.
 
     Attributes:
         settings: the settings that may be chosen: of each codec and side those that bisection looked at.
@@ -85,7 +88,16 @@ class Frontier:
         StoreError: a sample cannot be stored.
     """
 
-    def __init__(self, plan: Plan, room: int, wanted: int, is_fixed: bool, device: str) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        room: int,
+        wanted: int,
+        is_fixed: bool,
+        device: str,
+        sizes: Mapping[int, int] | None = None,
+    ) -> None:
+        self._sizes = sizes
         self._wanted, self._is_fixed, self._device = wanted, is_fixed, device
         self._plan, self._fixed, self._size = plan, plan.config.encoding, _size_name(plan)
         self._room, self._floor = float(room), self._fixed.least_psnr
@@ -230,6 +242,11 @@ class Frontier:
         if plan.patches is None:
             if setting.codec == "keep":
                 mean, _ = _packed_bytes(plan, many, encode_items(plan, setting, self._read_many()))
+                if self._sizes is not None and all(i in self._sizes for i in plan.candidates.tolist()):
+                    # Together they take less than one by one.
+                    share = mean * len(many) / max(1, sum(self._sizes[i] for i in many))
+                    self._bytes[_how(setting)] = known = {i: self._sizes[i] * share for i in plan.candidates.tolist()}
+                    mean = math.fsum(known.values()) / len(known)
                 return replace(setting, sample_bytes=mean)
             items, files, errors = self._encoded_many(setting)
             encoded = (isinstance(at(sample, plan.source.image_leaf()), StoredImage) for sample, _ in items)
@@ -255,7 +272,7 @@ class Frontier:
         return self._packed.get(_how(setting), {})
 
     def bytes_of(self, setting: ByteSetting) -> Mapping[int, float]:
-        """Return the bytes of every sample, by position, where `measure_again` measured all of them; else nothing."""
+        """Return the bytes of every sample, by position, where all of them were measured; else nothing."""
         return self._bytes.get(_how(setting), {})
 
     def _encoded_many(self, setting: ByteSetting) -> tuple[list[Item], list[tuple[StoredImage, bool]], list[float]]:
@@ -394,19 +411,26 @@ class Frontier:
         return replace(setting, sample_bytes=sample_bytes, psnr=_psnr(float(np.mean(errors))), own_share=own_share)
 
 
-def source_bytes(plan: Plan) -> int:
+def source_bytes(plan: Plan, sizes: Mapping[int, int] | None) -> int:
     """Return the bytes of the whole dataset: of its files, encoded images or raw pixels, or of its rows or other samples.
 
-    Without files they are estimated from at most 1,000 samples.
+    Args:
+        plan: plan of the run.
+        sizes: what `sizes_without_images` gives.
     """
     total = len(plan.source)
+    return owner_bytes(plan, range(total)) if sizes is None else round(sum(sizes.values()) * total / max(1, len(sizes)))
+
+
+def sizes_without_images(plan: Plan) -> dict[int, int] | None:
+    """Return the bytes of each sample, by position, where samples hold no image, such as rows of text; else None.
+
+    Of more than 100,000 samples only so many are read.
+    """
     if _has_images(plan):
-        return owner_bytes(plan, range(total))
-    sizes = [
-        len(encode_value(plain_parts(sample)))
-        for _, sample in readable_items(plan.source, list(evenly_spaced(total, MEASURED["small"])))
-    ]
-    return round(sum(sizes) * total / max(1, len(sizes)))
+        return None
+    read = readable_items(plan.source, evenly_spaced(len(plan.source), MEASURED_ROWS))
+    return {position: len(encode_value(plain_parts(sample))) for position, sample in read}
 
 
 def _has_images(plan: Plan) -> bool:
