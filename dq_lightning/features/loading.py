@@ -7,7 +7,7 @@ import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,14 +55,17 @@ class ImageBatches(Dataset[ImageBatch]):
         return self.prepare(index), self.source.decode_warning(index)
 
     def prepare(self, index: int) -> Tensor:
-        """Read and preprocess one sample.
+        """Read and preprocess one sample; the errors are those of the source and of `preprocessed`."""
+        return self.preprocessed(self.source.image(index), index)
+
+    def preprocessed(self, image: Any, index: int) -> Tensor:
+        """Preprocess the image of a sample.
 
         Raises:
-            DQError: the source raised it.
+            DQError: the preprocessing raised it.
             FeatureError: the preprocessing failed or returned something else than a tensor; the message names the
                 sample.
         """
-        image = self.source.image(index)
         try:
             tensor = self.preprocess(image)
         except DQError:

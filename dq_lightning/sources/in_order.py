@@ -387,10 +387,14 @@ class StreamSource(MapSource):
         Raises:
             SourceError: the stream fails.
         """
-        if not self.record.has_begun:
+        view = self.plain_dataset
+        if not view.record.has_begun:
             self.begin()
-        with self.explaining(index):
-            return self.plain_dataset.has(index)
+        try:
+            return view.has(index)
+        except Exception as error:
+            with self.explaining(index):
+                raise error
 
     def digests(self, start: int, stop: int) -> NDArray[np.uint8]:
         """The first bytes of the digests of items that were read, uint8 [stop - start, 8]."""

@@ -302,9 +302,12 @@ class ItemSource(Source):
 
     def image(self, index: int) -> Image.Image:
         self.image_leaf()
-        with self.explaining(index):
+        try:
             leaf = check_pixels(self.read_image(index))
             return to_rgb(leaf, self.scale() if needs_scale(leaf) else None)
+        except Exception as error:
+            with self.explaining(index):
+                raise error
 
     def check(self, index: int) -> None:
         if self.image_place() is None:
