@@ -111,7 +111,15 @@ def stack(images: list[Tensor], indices: list[int]) -> Tensor:
                 f"the encoder's preprocessing gives tensors of different shapes: {tuple(images[0].shape)} for sample "
                 f"{indices[0]} and {tuple(image.shape)} for sample {index}; add a resize to a fixed size"
             )
-    return torch.stack(images)
+    first = images[0]
+    as_rows = first.ndim == 3 and first.stride(0) == 1 and not first.is_contiguous()
+    if not as_rows or any(image.dtype != first.dtype or image.requires_grad for image in images):
+        return torch.stack(images)
+    # The values of a pixel lie together, which is the layout that networks are given: others would be made in two copies.
+    whole = torch.empty(
+        (len(images), *first.shape), dtype=first.dtype, device=first.device, memory_format=torch.channels_last
+    )
+    return torch.stack(images, out=whole)
 
 
 def choose_num_workers(

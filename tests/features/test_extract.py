@@ -351,3 +351,15 @@ def test_a_loader_process_that_ends_is_told_with_its_place(spec, make_source):
 
     with pytest.raises(FeatureError, match=r"a loader process ended .* num_workers=0"):
         extract(Deadly(make_source(12)), spec, batch_size=4, num_workers=1)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda image: image, lambda image: image.contiguous(), lambda image: image.double()]
+)
+def test_a_batch_is_the_stack_of_its_images_whatever_their_layout(change):
+    pixels = torch.rand(4, 5, 6, 3)
+    images = [image.permute(2, 0, 1) for image in pixels]
+    images[1] = change(images[1])
+    whole = loading.stack(images, [0, 1, 2, 3])
+    assert torch.equal(whole, torch.stack(images))
+    assert whole.dtype == torch.stack(images).dtype
