@@ -55,7 +55,7 @@ class Room:
         candidates = int(min(1 << 26, max(1 << 23, stored // 4)) ** 0.5)
         # For very large features, this lets the rows of the last bins be held as float64, which makes a pass over them
         # several times faster.
-        rows = min(1 << 28, stored // 8) if stored > 1 << 30 else min(1 << 25, max(1 << 22, stored // 16))
+        rows = min(1 << 28, stored // 8) if stored > 1 << 30 else min(1 << 25, max(1 << 23, stored // 16))
         return cls(dense, candidates, rows)
 
 

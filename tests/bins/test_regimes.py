@@ -32,9 +32,12 @@ def small(monkeypatch):
     monkeypatch.setattr(costs.Costs, "check", lambda self, rows: rows * 1e-3)
     monkeypatch.setattr(proof, "_PICKS_A_CHECKPOINT", 3)
     monkeypatch.setattr(scores, "_TILE", {"cpu": 32, "cuda": 32})
-    # with entries of 2**24 the range of 4 bytes ends 64 similarities below the greatest gain
-    monkeypatch.setattr(scores, "FULL", {4: 1 << 24, 2: 32700})
+    # with entries of 2**24 the range of 4 bytes ends 64 similarities below the greatest gain; coarse entries of 2 bytes
+    # propose many wrong picks, which are undone
+    monkeypatch.setattr(scores, "FULL", {4: 1 << 24, 2: 300})
     monkeypatch.setattr(scores, "_MOST_PICKS", {4: 31, 2: 31})
+    monkeypatch.setattr(scores, "_FIRST", 6)
+    monkeypatch.setattr(scores, "_SHORT", 2)
     monkeypatch.setattr(device, "_LONG", 8)
     monkeypatch.setattr(device, "_SHORT", 3)
     monkeypatch.setattr(device, "_ROWS", 16)
@@ -190,6 +193,23 @@ def test_a_wrong_pick_would_be_noticed(monkeypatch):
     )
     for regime in ("candidates", "dense", "dense in 2 bytes", "dense in blocks"):
         assert not torch.equal(bins_in(regime, values, num_bins=3, similarity="dot").rank, right.rank)
+
+
+def test_wrong_picks_of_coarse_passes_are_undone(monkeypatch):
+    values = np.random.default_rng(0).standard_normal((200, 5))
+    right = make_bins(values, num_bins=3, engine="dense")
+    undone, undo, fine = [], scores.PassScores.undo, scores.scaled_rows
+
+    def coarse(pool):
+        factors, scale = fine(pool)
+        return tuple(factor.bfloat16().float() for factor in factors), scale
+
+    monkeypatch.setattr(scores, "scaled_rows", coarse)
+    # bounds multiply this by width + 10, so it covers two roundings to bfloat16
+    monkeypatch.setattr(scores, "SINGLE", 3e-4)
+    monkeypatch.setattr(scores.PassScores, "undo", lambda self, rows: undone.extend(rows) or undo(self, rows))
+    assert torch.equal(make_bins(values, num_bins=3, engine="stream").rank, right.rank)
+    assert len(undone) > 20
 
 
 def test_near_ties_reach_the_referee(monkeypatch):

@@ -16,8 +16,9 @@ without any error: gains are then compared as they are, ties need no exact arith
     a row of them subtracted for a pick. The product of matrices is made once for all bins that follow, and a pick costs
     about n additions. Additions of whole numbers make no error, so after t picks a gain is off by t times the error of
     an entry: half a unit, which is the largest product divided by 2**18 (or by 16,350), plus that of the product, which
-    is made in float32 unless that errs by more than 20 units. Hundreds of picks are proposed. Then float64 decides, all at
-    once, where another row was within the bound. Picks after a wrong one are undone, and gains start again from float64.
+    is made in float32 unless that errs by more than 20 units. Up to hundreds of picks are proposed. Then float64 decides,
+    all at once, where another row was within the bound. A wrong pick and those after it are undone, by adding their rows of
+    the matrix. Gains start again from float64 once that costs less than the decisions, which the growing bound multiplies.
 `"candidates"` (`candidates.Candidates`, `proof.Proof`): a small matrix of the rows of greatest gain, from which hundreds
     of picks are made, and one float64 pass over all rows that proves them. If few are proved, an eighth of the rows
     becomes candidates that have such rounds among themselves, so that passes over all rows are seldom. Between the

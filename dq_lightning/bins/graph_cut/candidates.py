@@ -72,7 +72,7 @@ class Candidates:
         picked = child.table.take(torch.from_numpy(rows))
         proof = Proof(pool, gains, outside, picked, values, child.slack, start)
         kept, self._wanted = proof.first_fault()
-        walking = costs.pairs(proof.walked)
+        walking = costs.walk(proof.walked)
         group.rewind(start + kept)
         chosen = top[rows[:kept]]
         for row in chosen.tolist():

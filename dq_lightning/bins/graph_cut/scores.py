@@ -2,6 +2,12 @@
 
 `MatrixScores` holds all inner products as whole numbers, so a pick subtracts one row of the matrix.
 `PassScores` holds single-precision rows, so a pick is one product of the rows with a vector.
+
+Both have `values`, the scores of all rows [n], which `start` computes from float64 gains. `picked` tells them of a pick,
+and whether its row has no sample left; `undo` takes the last picks back, after which `values` are right again once another
+pick was told. Two scores order their rows rightly if they differ by more than `window()`. At most `most_picks` picks may be
+told before the next start. Rows that cannot be picked have scores of about `dead`, and after a start only scores above
+`floor` can be relied on.
 """
 
 import math
@@ -33,6 +39,8 @@ _DEAD, _LOWEST, _FLOOR = -3 << 29, -2 << 29, -1 << 29
 # What it costs to decide between rows, for each of them, and to start again from float64 gains, in the time that float64
 # takes for one entry of a row, as measured.
 _DECIDING, _EACH, _STARTING = 20_000, 4, 1_000_000
+# The first block of proposals has this many, and all others at least the second number.
+_FIRST, _SHORT = 256, 16
 # Inner products are computed in squares of this many rows, which fit a processor's cache.
 _TILE = {"cpu": 512, "cuda": 4096}
 
@@ -64,22 +72,34 @@ class MatrixScores:
         self.matrix = _products(left, Rows(factors), pool, size)
         self.values: NDArray[np.int32] = np.empty(0, dtype=np.int32)
         self.most_picks = _MOST_PICKS[size]
-        self._error, self._picks = 0.0, 0
+        self._error = 0.0
+        # Scores of the rows picked since the start, each before its pick.
+        self._before: list[int] = []
+
+    @property
+    def num_picks(self) -> int:
+        return len(self._before)
 
     def start(self, pool: Pool) -> None:
         gains = pool.gains().cpu().numpy()
         whole = np.rint(np.maximum((gains - gains.max()) / self._unit, _LOWEST))
         self.values = np.where(pool.alive, whole, _DEAD).astype(np.int32)
-        self._error, self._picks = self._start_error + pool.bound() / self._unit, 0
+        self._error = self._start_error + pool.bound() / self._unit
+        self._before.clear()
 
     def picked(self, row: int, gone: bool) -> None:
+        self._before.append(self.values.item(row))
         self.values -= self.matrix[row]
         if gone:
             self.values[row] = _DEAD
-        self._picks += 1
+
+    def undo(self, rows: list[int]) -> None:
+        for row in reversed(rows):
+            self.values += self.matrix[row]
+            self.values[row] = self._before.pop()
 
     def window(self) -> float:
-        return 2.0 * (self._error + self._picks * self._step_error)
+        return 2.0 * (self._error + len(self._before) * self._step_error)
 
 
 class PassScores:
@@ -102,20 +122,26 @@ class PassScores:
         self.values: Array = np.empty(0)
         self._start: Array = np.empty(0)
         self._drift = torch.zeros(pool.vector.shape, dtype=torch.float64, device=pool.vector.device)
-        self._error, self._picks = 0.0, 0
+        self._error = 0.0
+        # Exact gains that the rows picked since the start had then.
+        self._before: list[float] = []
+
+    @property
+    def num_picks(self) -> int:
+        return len(self._before)
 
     def start(self, pool: Pool) -> None:
         self._start = pool.gains().cpu().numpy()
         self.values = self._start.copy()
         self._drift.zero_()
-        self._error, self._picks = pool.bound(), 0
+        self._error = pool.bound()
+        self._before.clear()
 
     def picked(self, row: int, gone: bool) -> None:
+        self._before.append(self._start.item(row))
         if gone:
             self._start[row] = -np.inf
-        one = Rows(tuple(factor[row : row + 1].double() for factor in self._rows))
-        self._drift += 2.0 * one.sum()
-        self._picks += 1
+        self._drift += 2.0 * self._vector(row)
         vector = self._drift.float()
         step = -(-len(self._start) // max(1, self._workers.count))
 
@@ -126,9 +152,17 @@ class PassScores:
 
         list(self._workers.map(update, range(0, len(self._start), step)))
 
+    def undo(self, rows: list[int]) -> None:
+        for row in reversed(rows):
+            self._drift -= 2.0 * self._vector(row)
+            self._start[row] = self._before.pop()
+
+    def _vector(self, row: int) -> Tensor:
+        return Rows(tuple(factor[row : row + 1].double() for factor in self._rows)).sum()
+
     def window(self) -> float:
         # The sum of float32 rows is off by the rounding of their entries.
-        drift = float(self._drift.norm()) + self._picks
+        drift = float(self._drift.norm()) + len(self._before)
         return 2.0 * (self._error + self._relative * drift)
 
 
@@ -138,38 +172,49 @@ def pick_in_turn(
     """Make `count` picks from all rows of a pool.
 
     The row of greatest score is proposed. Where other scores lie within the error bound of it, the proposal is doubtful,
-    and all of them are noted. `Pool.confirm` decides about the doubtful ones, once that costs as much as starting again
-    from exact gains.
+    and all of them are noted. `Pool.confirm` decides about the doubtful ones of a block of proposals, and the scores go
+    back to the first wrong one. Blocks are longer the fewer are wrong. Once the decisions, which become more as the
+    bound grows, have cost as much as exact gains of all rows, scores start again from those.
     """
+    length, depth = _FIRST, pool.group.rows.depth
     while count > 0:
         scores.start(pool)
-        made = len(pool.confirm(*_propose(pool, scores, min(count, scores.most_picks))))
-        count -= made
-        tick(made)
+        budget = _STARTING + len(pool) * depth
+        while count > 0 and budget > 0 and scores.num_picks < scores.most_picks:
+            rows, doubts = _propose(pool, scores, min(count, length, scores.most_picks - scores.num_picks))
+            if not rows:
+                break
+            made = pool.confirm(rows, doubts).tolist()
+            wrong = [] if made == rows else rows[len(made) - 1 :]
+            if wrong:
+                scores.undo(wrong)
+                scores.picked(made[-1], not pool.alive[made[-1]])
+            length = max(_SHORT, length // 4) if wrong else 2 * length
+            budget -= sum(_DECIDING + _EACH * len(doubt.rows) * depth for doubt in doubts) + 2 * len(wrong) * len(pool)
+            count -= len(made)
+            tick(len(made))
 
 
 def _propose(pool: Pool, scores: MatrixScores | PassScores, count: int) -> tuple[list[int], list[Doubt]]:
-    """Return the rows of up to `count` proposed picks, at least one, and the doubtful ones among them."""
+    """Return the rows of up to `count` proposed picks, none if the scores have to start again, and the doubtful ones."""
     rows: list[int] = []
     doubts: list[Doubt] = []
-    values, samples, depth = scores.values, pool.samples, pool.group.rows.depth
-    budget = _STARTING + len(pool) * depth
-    while len(rows) < count and budget > 0:
-        best = int(values.argmax())
-        top, window = values.item(best), scores.window()
+    values, samples = scores.values, pool.samples
+    while len(rows) < count:
+        best, window = int(values.argmax()), scores.window()
+        top = values.item(best)
         least = top - window
-        if least <= scores.floor and rows:
+        if least <= scores.floor and scores.num_picks:
             break
         values[best] = scores.dead
         doubtful = values.item(values.argmax()) >= least
         values[best] = top
         if doubtful:
-            near = np.flatnonzero(pool.alive & (values >= least))
+            near = np.flatnonzero(values >= least)
             equal = near[values[near] == top]
             best = int(equal[samples[equal].argmin()])
             if window:
                 doubts.append(Doubt(len(rows), near, samples[near]))
-                budget -= _DECIDING + _EACH * len(near) * depth
         rows.append(best)
         scores.picked(best, not pool.take(best))
     return rows, doubts
