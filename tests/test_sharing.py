@@ -195,7 +195,7 @@ def test_filled_images(tmp_path):
 
     class Sent(Dealt):
         def share(self, job, work, unpack, size):
-            with filling.help_filling(patches, tmp_path / "store", ["cpu"], job, iter([2, 0])) as results:
+            with filling.help_filling(patches, lambda: tmp_path / "store", ["cpu"], job, iter([2, 0])) as results:
                 yield from map(unpack, results)
             for number, filled in work(iter(range(job.pieces))):
                 if number not in (0, 2):
@@ -505,7 +505,7 @@ def test_rank_that_nobody_helps_goes_on_without_the_store(monkeypatch, distribut
     monkeypatch.setattr(together, "find_launch", lambda: Launch(1, 2, address="127.0.0.1", port=client.port))
     monkeypatch.setattr(together, "find_store", lambda *given: client)
     monkeypatch.setattr(together, "_digest", lambda *given: "digest")
-    build, calls = SimpleNamespace(devices=("cpu",), sharing=Sharing()), []
+    build, calls = SimpleNamespace(devices=("cpu",), sharing=Sharing(), cache=None), []
 
     def make():
         calls.append(type(build.sharing))

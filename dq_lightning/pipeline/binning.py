@@ -67,8 +67,7 @@ def help_to_bin(
 ) -> Iterator[Iterator[Arrays]]:
     """Give the bins of some groups, in a `with` block, to a rank that makes them with an equal plan.
 
-    `features` returns those of all samples. There are none, and no bins, if this process does not see the leader's
-    cache.
+    `features` returns those of all samples; None, and there are no bins, if they would come too late.
     """
     found = features()
     if found is None:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -136,16 +136,20 @@ def filled_items(
 
 @contextmanager
 def help_filling(
-    patches: PatchPlan, store: Path, devices: list[str], job: Job, numbers: Iterator[int]
+    patches: PatchPlan, find_store: Callable[[], Path | None], devices: list[str], job: Job, numbers: Iterator[int]
 ) -> Iterator[Iterator[Arrays]]:
     """Give some windows of filled images, in a `with` block, to a rank that fills the same store.
 
-    There are none if this process does not see the store, because its cache is on another disk.
+    `find_store` returns the folder of the store; None, and there are no windows, if it would come too late.
     """
+    store = find_store()
     try:
-        samples = PackedDataset(store, patches="packed")
-        samples.require(job.facts["store"])
+        samples = None if store is None else PackedDataset(store, patches="packed")
+        if samples is not None:
+            samples.require(job.facts["store"])
     except StoreError:
+        samples = None
+    if samples is None:
         yield iter(())
         return
     try:

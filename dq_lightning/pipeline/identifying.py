@@ -48,10 +48,11 @@ def _hash_together(
         with suppress(LeaderLeftError, StoreLostError), meet(store, launch, name) as one:
             if isinstance(one, Leader):
                 made = _lead(one, stale, hashed)
-                one.finish([0], lambda _: (("", _arrays(*some)) for some in made))
+                one.serve(lambda number: ({}, _arrays(*made[number])))
+                one.finish([len(made)])
                 return made
-            one.help({"files": partial(_help, hashed)})
-            return [_with_unread(*_some(arrays), hashed) for _, arrays in one.files(0)]
+            (count,) = one.help({"files": partial(_help, hashed)})
+            return [_with_unread(*_some(arrays), hashed) for _, arrays in one.ask(range(count))]
     return list(_pieces(stale, hashed, iter(range(_num_pieces(stale)))))
 
 

@@ -15,14 +15,16 @@ A meeting has a name, so ranks that make something else meet elsewhere. Below it
     first/J                   number of its first piece whose result is missing, where results are wanted in order
     sent/N, result/N/R        number of the results of helper N so far, and result R, which the leader removes
     taken/N                   number of these that the leader has read
-    asked/N, file/N/R         number of the entries that the helper has asked for, and their files
+    asked, asked/N            number of the questions of all helpers, and of helper N
+    question/N/R, answer/N/R  question R of helper N, and the answer, which the helper removes
     end, closed               how the work ended; the leader has left
 """
 
 import os
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, cast
 
@@ -30,7 +32,7 @@ from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import DistributedError
 from dq_lightning.core.launch import Launch
 from dq_lightning.core.sharing import Arrays, Job, Result, Sharing
-from dq_lightning.pipeline.exchange import POLL_SECONDS, Exchange, Pulse, linger
+from dq_lightning.pipeline.exchange import POLL_SECONDS, Exchange, Pulse, StoreLostError, linger
 
 # A helper waits while the leader has not read so many of its results.
 MAX_UNREAD = 32
@@ -40,7 +42,10 @@ IDLE_SECONDS = 0.1
 CLAIMS_PER_JOB, MAX_CLAIM = 16, 32
 # A leader that is done leaves if for so long no other rank takes what was made.
 UNTAKEN_SECONDS = 600.0
+# A helper asks so many questions before it has the answer to the first.
+QUESTIONS_AHEAD = 4
 
+Answer = tuple[dict[str, Any], Arrays]
 Handler = Callable[[Job, Iterator[int]], AbstractContextManager[Iterator[Arrays]]]
 
 
@@ -137,6 +142,8 @@ class Leader(Sharing):
         self._pulse = Pulse(exchange, "beat/leader", lambda: [f"beat/{number}" for number in self._present()])
         self._pulse.on_failure = self._end_all
         self._pulse.start()
+        self._leaving = threading.Event()
+        self._server: threading.Thread | None = None
 
     def _present(self) -> list[int]:
         """Return the numbers of the helpers that have joined and not left."""
@@ -231,48 +238,53 @@ class Leader(Sharing):
             if cause := self._exchange.read(f"left/{number}"):
                 raise DistributedError(cause)
 
-    def finish(self, entries: list[Any], serve: Callable[[Any], Iterator[tuple[str, Arrays]]]) -> None:
-        """Tell the helpers that the work is done, and send the files of entries to those that cannot see them.
+    def serve(self, answer: Callable[[Any], Answer]) -> None:
+        """Answer the questions of helpers (`Helper.ask`) from now on until this rank leaves, in a thread.
 
         Args:
-            entries: plain JSON that tells the helpers which entries to look for.
-            serve: function that yields the files of one of these, each in pieces: its name, and bytes.
+            answer: function that is called with a question, which is plain JSON, and returns plain JSON and arrays.
+        """
+        self._server = threading.Thread(target=self._serve, args=(answer,), name="answers", daemon=True)
+        self._server.start()
+
+    def _serve(self, answer: Callable[[Any], Answer]) -> None:
+        seen, answered = 0, dict[int, int]()
+        with suppress(StoreLostError):
+            while not self._leaving.wait(POLL_SECONDS):
+                asked = self._exchange.count("asked")
+                for number in self._present() if asked > seen else ():
+                    for one in range(answered.get(number, 0), self._exchange.count(f"asked/{number}")):
+                        try:
+                            facts, arrays = answer(self._exchange.read(f"question/{number}/{one}"))
+                        except Exception as error:
+                            facts, arrays = {"error": f"{type(error).__name__}: {error}"}, {}
+                        self._exchange.send(f"answer/{number}/{one}", facts, arrays)
+                        answered[number] = one + 1
+                seen = asked
+
+    def finish(self, entries: list[Any]) -> None:
+        """Tell the helpers that the work is done, and wait until they have left.
+
+        `entries` is plain JSON that `Helper.help` returns.
         """
         self._exchange.write("end", {"entries": entries})
         # The work is done, so a helper that dies now only ends the wait for it.
         self._pulse.on_failure = lambda cause: None
-        asked: dict[int, int] = {}
-        seen, since = list[int](), time.monotonic()
+        seen, since = -1, time.monotonic()
         while (present := self._present()) and self._pulse.failure is None:
-            for number in present:
-                for request in range(asked.get(number, 0), self._exchange.count(f"asked/{number}")):
-                    asked[number] = request + 1
-                    self._send_files(number, serve(entries[self._exchange.read(f"asked/{number}/{request}")]))
-            signs = [self._exchange.count(f"{name}/{number}") for number in present for name in ("asked", "got")]
-            if signs != seen:
-                seen, since = signs, time.monotonic()
+            asked = self._exchange.count("asked")
+            if asked != seen:
+                seen, since = asked, time.monotonic()
             if time.monotonic() - since > UNTAKEN_SECONDS:
                 get_logger().warning(f"{len(present)} other ranks do not take what was made, so this one leaves")
                 return
             time.sleep(POLL_SECONDS)
 
-    def _send_files(self, number: int, files: Iterator[tuple[str, Arrays]]) -> None:
-        for name, content in files:
-            since = time.monotonic()
-            while self._exchange.count(f"files/{number}") - self._exchange.count(f"got/{number}") >= MAX_UNREAD:
-                stalled = time.monotonic() - since > UNTAKEN_SECONDS
-                if stalled or self._pulse.failure is not None or number not in self._present():
-                    return
-                time.sleep(POLL_SECONDS)
-            sent = self._exchange.count(f"files/{number}")
-            self._exchange.send(f"file/{number}/{sent}", {"name": name}, content)
-            self._exchange.raise_count(f"files/{number}")
-        sent = self._exchange.count(f"files/{number}")
-        self._exchange.send(f"file/{number}/{sent}", {"name": None}, {})
-        self._exchange.raise_count(f"files/{number}")
-
     def leave(self, cause: str | None, holds_store: bool) -> None:
         """Leave the meeting, which ends it; `cause` is why the work failed. One that holds the store leaves last."""
+        self._leaving.set()
+        if self._server is not None:
+            self._server.join()
         self._pulse.stop()
         with suppress(DistributedError):
             if cause is not None and self._exchange.read("end") is None:
@@ -290,7 +302,8 @@ class Helper:
         self._number = exchange.raise_count("joined")
         self._pulse = Pulse(exchange, f"beat/{self._number}", self._watched)
         self._pulse.start()
-        self._sent = self._got = 0
+        self._sent = self._asked = 0
+        self._job: tuple[int, int] | None = None
 
     def _watched(self) -> list[str]:
         return [] if self._exchange.read("closed") is not None else ["beat/leader"]
@@ -342,6 +355,7 @@ class Helper:
         if self._exchange.count(f"next/{number}") >= job.pieces or job.name not in handlers:
             return
         claims = _claims(self._exchange, number, job, self.launch.num_ranks, self.check)
+        self._job = number, job.pieces
         with handlers[job.name](job, claims) as results:
             for result in results:
                 while self._sent - self._exchange.count(f"taken/{self._number}") >= (job.ahead or MAX_UNREAD):
@@ -350,27 +364,37 @@ class Helper:
                 self._exchange.send(f"result/{self._number}/{self._sent}", {}, result)
                 self._sent = self._exchange.raise_count(f"sent/{self._number}")
 
-    def files(self, entry: int) -> Iterator[tuple[str, Arrays]]:
-        """Yield the files of one of the entries that `help` returned, by its place, each in pieces: name and bytes.
+    def has_work(self) -> bool:
+        """Whether the job that this rank was called for last has pieces that no rank has taken."""
+        return self._job is not None and self._exchange.count(f"next/{self._job[0]}") < self._job[1]
+
+    def ask(self, questions: Iterable[Any]) -> Iterator[Answer]:
+        """Yield the leader's answers to questions, which are plain JSON, in their order; see `Leader.serve`.
 
         Raises:
             LeaderLeftError: the leader has left.
+            DistributedError: the leader cannot answer, or it is dead.
         """
-        asked = self._exchange.count(f"asked/{self._number}")
-        self._exchange.write(f"asked/{self._number}/{asked}", entry)
-        self._exchange.raise_count(f"asked/{self._number}")
-        while True:
-            received = self._exchange.receive(f"file/{self._number}/{self._got}")
-            if received is None:
-                self.check()
-                if self._exchange.read("closed") is not None:
-                    raise LeaderLeftError("the rank that has made the compact set has left before it was copied")
-                time.sleep(POLL_SECONDS)
-                continue
-            self._got = self._exchange.raise_count(f"got/{self._number}")
-            if received[0]["name"] is None:
-                return
-            yield received[0]["name"], received[1]
+        waiting = deque[int]()
+        for question in questions:
+            self._exchange.write(f"question/{self._number}/{self._asked}", question)
+            waiting.append(self._asked)
+            self._asked = self._exchange.raise_count(f"asked/{self._number}")
+            self._exchange.raise_count("asked")
+            if len(waiting) >= QUESTIONS_AHEAD:
+                yield self._answer(waiting.popleft())
+        while waiting:
+            yield self._answer(waiting.popleft())
+
+    def _answer(self, number: int) -> Answer:
+        while (received := self._exchange.receive(f"answer/{self._number}/{number}")) is None:
+            self.check()
+            if self._exchange.read("closed") is not None:
+                raise LeaderLeftError("the rank that has made the compact set has left before it was copied")
+            time.sleep(POLL_SECONDS)
+        if "error" in received[0]:
+            raise DistributedError(f"the rank that leads cannot send what it has made ({received[0]['error']})")
+        return received
 
     def leave(self, cause: str | None, holds_store: bool) -> None:
         """Leave the meeting; `cause` is why this rank failed, or None. One that holds the store leaves last."""

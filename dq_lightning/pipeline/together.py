@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -17,15 +17,16 @@ from dq_lightning.cache.manifest import MANIFEST
 from dq_lightning.cache.tensors import read_features
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.devices import device_kind, device_of_rank
-from dq_lightning.core.errors import DistributedError
+from dq_lightning.core.errors import CacheError, DistributedError
 from dq_lightning.core.launch import find_launch
-from dq_lightning.core.sharing import Arrays, Distributed, Sharing
+from dq_lightning.core.records import Features
+from dq_lightning.core.sharing import Distributed, Sharing
 from dq_lightning.pipeline.binning import help_to_bin
 from dq_lightning.pipeline.build import Build
 from dq_lightning.pipeline.exchange import PART_BYTES, Exchange, StoreLostError, find_store, finish_with_all
 from dq_lightning.pipeline.extracting import help_features
 from dq_lightning.pipeline.filling import help_filling
-from dq_lightning.pipeline.meeting import Handler, Helper, Leader, LeaderLeftError, meet
+from dq_lightning.pipeline.meeting import Answer, Handler, Helper, Leader, LeaderLeftError, meet
 from dq_lightning.pipeline.packing import help_packing
 from dq_lightning.pipeline.plan import BINS, FEATURES, STORE
 from dq_lightning.pipeline.scoring import help_scores
@@ -33,7 +34,6 @@ from dq_lightning.pipeline.scoring import help_scores
 Made = TypeVar("Made")
 # All ranks call `call_beside_all` equally often.
 _rounds = itertools.count()
-Entry = tuple[str, dict[str, Any]]
 
 
 def call_beside_all(action: Callable[[], Made]) -> Made:
@@ -93,15 +93,17 @@ def build_together(
             with meet(store, launch, name) as one:
                 if isinstance(one, Leader):
                     build.sharing = one
+                    one.serve(partial(_answer, build.cache))
                     found = make()
                     # What is made is made, also when the others can no longer be told.
                     with suppress(DistributedError):
-                        one.finish(build.entries(*targets), partial(_files_of, build.cache))
+                        one.finish([list(entry) for entry in build.entries(*targets)])
                 else:
-                    entries = one.help(_handlers(build, helping))
+                    entries = one.help(_handlers(build, helping, one))
                     found = find()
                     if found is None:
-                        _copy(build.cache, one, entries)
+                        for station, parts in entries:
+                            build.cache.build(station, parts, partial(_copy, one, station, parts, lambda: True))
                         found = find()
         except LeaderLeftError as error:
             get_logger().info(f"rank {launch.rank} makes it again: {error}")
@@ -124,46 +126,73 @@ def _digest(build: Build, targets: tuple[str, ...]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _handlers(build: Build, sharing: Sharing) -> dict[str, Handler]:
+def _handlers(build: Build, sharing: Sharing, helper: Helper) -> dict[str, Handler]:
     plan, devices = build.plan, list(build.devices)
     handlers: dict[str, Handler] = {
         "features": partial(help_features, plan, devices, sharing),
         "packing": partial(help_packing, plan),
     }
+
+    def needed(station: str) -> Path | None:
+        """The entry that a job works on, copied from the leader if this process does not see it; None if it is too late."""
+        parts = build.parts[station]
+        try:
+            return build.cache.build(station, parts, partial(_copy, helper, station, parts, helper.has_work))
+        except _TooLateError:
+            return None
+        except CacheError as error:
+            get_logger().warning(f"rank {helper.launch.rank} does not help with what was made before: {error}")
+            return None
+
+    def features() -> Features | None:
+        return None if needed(FEATURES) is None else build.cache.read(FEATURES, build.parts[FEATURES], read_features)
+
     if BINS in build.parts:
-        features = partial(build.cache.read, FEATURES, build.parts[FEATURES], read_features)
         handlers["bins"] = partial(help_to_bin, plan, features, devices[0], sharing)
     if plan.patches is not None:
         handlers["saliency"] = partial(help_scores, plan, devices, sharing)
-        handlers["filling"] = partial(help_filling, plan.patches, build.cache.place(STORE, build.parts[STORE]), devices)
+        handlers["filling"] = partial(help_filling, plan.patches, partial(needed, STORE), devices)
     return handlers
 
 
-def _files_of(cache: Cache, entry: Entry) -> Iterator[tuple[str, Arrays]]:
-    """Yield the files of an entry in pieces: name, and bytes; an empty file has one piece."""
-    for path in sorted(cache.place(*entry).iterdir()):
-        if path.name != MANIFEST:
-            with path.open("rb") as file:
-                content = file.read(PART_BYTES)
-                while True:
-                    yield path.name, {"content": np.frombuffer(content, np.uint8)}
-                    content = file.read(PART_BYTES)
-                    if not content:
-                        break
+class _TooLateError(Exception):
+    """All pieces of a job were taken before a helper had what it needs for it."""
 
 
-def _copy(cache: Cache, helper: Helper, entries: list[Any]) -> None:
-    """Copy entries from the leader, whose cache this process cannot see, into this one's.
+def _answer(cache: Cache, question: Any) -> Answer:
+    """Give the names and sizes of the files of an entry, or a part of one, as `_copy` asks."""
+    station, parts, name, part = question
+    folder = cache.place(station, parts)
+    if name is None:
+        return {
+            "files": [[path.name, path.stat().st_size] for path in sorted(folder.iterdir()) if path.name != MANIFEST]
+        }, {}
+    with (folder / _plain_name(name)).open("rb") as file:
+        file.seek(part * PART_BYTES)
+        return {}, {"content": np.frombuffer(file.read(PART_BYTES), np.uint8)}
+
+
+def _copy(helper: Helper, station: str, parts: dict[str, Any], is_wanted: Callable[[], bool], folder: Path) -> None:
+    """Copy the files of an entry from the leader, whose cache this process cannot see, into a folder.
 
     Of several ranks with the same cache one copies an entry, and the others wait for it.
+
+    Raises:
+        _TooLateError: `is_wanted` says that the copy is of no use any more.
     """
-    for number, (station, parts) in enumerate(entries):
+    ((facts, _),) = helper.ask([[station, parts, None, 0]])
+    places = [
+        (_plain_name(name), part) for name, size in facts["files"] for part in range(max(1, -(-size // PART_BYTES)))
+    ]
+    answers = helper.ask([station, parts, *place] for place in places)
+    for (name, _), (_, arrays) in zip(places, answers, strict=True):
+        if not is_wanted():
+            raise _TooLateError
+        with (folder / name).open("ab") as file:
+            file.write(arrays["content"].tobytes())
 
-        def write(folder: Path, number: int = number) -> None:
-            for name, content in helper.files(number):
-                if Path(name).name != name:
-                    raise ValueError(f"a file of an entry has the name {name!r}")
-                with (folder / name).open("ab") as file:
-                    file.write(content["content"].tobytes())
 
-        cache.build(station, parts, write)
+def _plain_name(name: str) -> str:
+    if Path(name).name != name:
+        raise ValueError(f"a file of an entry has the name {name!r}")
+    return name

@@ -85,7 +85,7 @@ def before_of(scenario, folder):
         # every rank does four batches, or three where one fails in its third
         if (
             seen < (3 if scenario == "broken" else 4) * BATCH_SIZE
-            and not scenario.startswith(("late", "only-one", "resumed", "patches"))
+            and not scenario.startswith(("late", "only-one", "resumed", "patches", "apart-patches"))
             and not os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") > "0"
         ):
             meet(folder, f"working-{seen}")
@@ -141,7 +141,7 @@ def patches():
 def run(scenario, folder):
     folder.mkdir(parents=True, exist_ok=True)
     Counted.seen, Counted.before = 0, staticmethod(before_of(scenario, folder))
-    root = folder / (f"cache-{RANK}" if scenario == "apart" else "cache")
+    root = folder / (f"cache-{RANK}" if "apart" in scenario else "cache")
     lines, report = [], {}
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -160,9 +160,9 @@ def run(scenario, folder):
     started = time.monotonic()
     try:
         settings = {"features": {"batch_size": BATCH_SIZE, "num_workers": 0, "kind": "gradient"}, "store": "packed"}
-        given = patches() if scenario.startswith("patches") else {"config": settings}
+        given = patches() if "patches" in scenario else {"config": settings}
         together = nullcontext()
-        if scenario in ("patches", "patches-killed"):
+        if scenario in ("patches", "patches-killed", "apart-patches"):
             killed_in = "packing" if scenario == "patches-killed" else None
             together = every_rank_does_a_piece_of_each_job(folder, killed_in)
         with together:
