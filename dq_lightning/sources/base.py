@@ -300,8 +300,8 @@ def _why_unordered(dataset: Any, name: str) -> str:
             "and the like, or the data module that makes the loader"
         )
     return (
-        f"{name} can't be read by position (a stream, or no __getitem__ and __len__), but every sample must be compared "
-        "with every other. Load it as a map-style dataset: streaming=False for Hugging Face, or collect it into a list."
+        f"{name} can't be read by position (no __getitem__ and __len__), and is no stream that can be read twice: collect it "
+        "into a list, or make it a torch IterableDataset, whose __iter__ starts at the beginning each time"
     )
 
 
