@@ -229,6 +229,13 @@ def test_wrong_labels_and_unequal_classes_within_a_budget(tmp_path, fewer):
     again = made(tmp_path, data, settings)
     assert again.reused
     assert again.suspects.index.tolist() == suspects.index.tolist()
+    # A list of suspects takes few bytes, and nothing but digits of its scores is lost.
+    assert (Path(info.path) / "tensors.safetensors").stat().st_size < 1300 + 8 * len(suspects)
+    whole = made(tmp_path, data, replace(settings, max_bytes=None, encoding=EncodingConfig())).suspects
+    for name in ("index", "label", "suggested"):
+        assert torch.equal(getattr(whole, name), getattr(suspects, name))
+    assert suspects.score.dtype == whole.score.dtype
+    assert torch.allclose(suspects.score, whole.score, rtol=1e-6)
 
 
 def test_rows_of_text(tmp_path, features, caplog):

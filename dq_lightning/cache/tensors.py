@@ -1,5 +1,6 @@
 """Features, bins, selections and scores as tensors in a folder: one file, `tensors.safetensors`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ TENSORS_FILE = "tensors.safetensors"
 # The columns [N] of a record, each with its dtype.
 _BINS = {"assignment": torch.int16, "rank": torch.int32, "gain": torch.float32, "group": torch.int32}
 _SELECTION = {"index": torch.int64, "bin": torch.int16}
+# Suspects may also be in these types, which `narrow` chooses.
+_NARROW = {torch.int64: (torch.int8, torch.int16, torch.int32), torch.float64: (torch.float32,)}
 _SUSPECTS = {"index": torch.int64, "score": torch.float64, "label": torch.int64, "suggested": torch.int64}
 
 
@@ -138,9 +141,32 @@ def _read_left_out(folder: Path, tensors: dict[str, Tensor], attributes: dict[st
     if not whole or not isinstance(facts["names"], list | None) or not isinstance(facts["noise"], float | None):
         raise _unusable(folder, f"it holds suspects of {facts!r:.40}")
     dtypes = {f"suspect_{name}": dtype for name, dtype in _SUSPECTS.items()}
+    for name, dtype in dtypes.items():
+        if name in tensors and tensors[name].dtype in _NARROW[dtype]:
+            tensors[name] = tensors[name].to(dtype)
     index, score, label, suggested = _columns(folder, tensors, dtypes)
     names = None if facts["names"] is None else tuple(map(str, facts["names"]))
     return count, Suspects(index, score, label, suggested, names, facts["noise"])
+
+
+def narrow(suspects: Suspects) -> Suspects:
+    """Return suspects that take a third of the bytes: whole numbers in the smallest type, scores rounded to 32 bits.
+
+    `read_selection` returns them in their usual types.
+    """
+
+    def smallest(numbers: Tensor) -> Tensor:
+        fits = (kind for kind in _NARROW[torch.int64] if torch.equal(numbers.to(kind).long(), numbers))
+        return numbers.to(next(fits, torch.int64))
+
+    score = suspects.score.float()
+    return replace(
+        suspects,
+        index=smallest(suspects.index),
+        score=score if bool(score.isfinite().all()) else suspects.score,
+        label=smallest(suspects.label),
+        suggested=smallest(suspects.suggested),
+    )
 
 
 def write_scores(folder: Path, scores: Tensor, sizes: Tensor) -> None:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from dq_lightning.cache.shards import remove_shards
-from dq_lightning.cache.tensors import write_selection
+from dq_lightning.cache.tensors import narrow, write_selection
 from dq_lightning.core.config import replace_fields
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import ConfigError
-from dq_lightning.core.records import Bins, PatchChoice, Selection
+from dq_lightning.core.records import Bins, PatchChoice, Selection, Suspects
 from dq_lightning.core.sizes import budget_bytes
 from dq_lightning.packed.writer import Item
 from dq_lightning.patches.score import split_scores
@@ -39,8 +39,8 @@ from dq_lightning.selection.allocate import count_kept
 MAX_ROUNDS = 8
 # What the manifest says of a file, and of the entry beside the parts of its key, in bytes at most.
 MANIFEST_FILE_BYTES, MANIFEST_BYTES = 160, 700
-# What the list of suspects takes, and each of them.
-SUSPECTS_BYTES, SUSPECT_BYTES = 2_000, 32
+# What the list of suspects takes beside its numbers.
+SUSPECTS_BYTES = 2_000
 
 
 def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
@@ -67,7 +67,7 @@ def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
     fixed = len(chosen) if chosen is not None else None if ratio is None else count_kept(len(plan.source), ratio)
     present = len(plan.source) if bins is None else int((bins.assignment >= 0).sum())
     left_out = None if bins is None else bins.suspects
-    beside = len(json.dumps(task.parts)) + (0 if left_out is None else SUSPECTS_BYTES + SUSPECT_BYTES * len(left_out))
+    beside = len(json.dumps(task.parts)) + (0 if left_out is None else SUSPECTS_BYTES + _bytes_of(narrow(left_out)))
     wanted = present if fixed is None else fixed
     frontier = Frontier(plan, budget - beside, wanted, fixed is not None, task.device, sizes)
     scores = PatchScores(task)
@@ -124,6 +124,10 @@ def _most(task: Task, bins: Bins, present: int, taken: Mapping[int, float], room
         return math.fsum(taken[i] for i in drawn.index.tolist())
 
     return bisect_right(range(1, present + 1), float(room), key=needed)
+
+
+def _bytes_of(suspects: Suspects) -> int:
+    return sum(numbers.nbytes for numbers in (suspects.index, suspects.score, suspects.label, suspects.suggested))
 
 
 class PatchScores:
@@ -197,7 +201,8 @@ def _write(
         task.check_unchanged()
     if selection.suspects is not None:
         # The samples hold the rest of the selection.
-        write_selection(task.folder, replace(selection, index=selection.index[:0], bin=selection.bin[:0]))
+        none = replace(selection, index=selection.index[:0], bin=selection.bin[:0], suspects=narrow(selection.suspects))
+        write_selection(task.folder, none)
     kept = replace(
         plan,
         config=replace_fields(plan.config, {"selection.keep_ratio": len(selection) / len(plan.source)}),
