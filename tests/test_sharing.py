@@ -1,5 +1,6 @@
 """Pieces of a loop give the same bytes whoever does them, in whichever order, also after an interruption."""
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -24,12 +25,12 @@ from dq_lightning.bins import make
 from dq_lightning.bins.make import make_bins
 from dq_lightning.cache import digests
 from dq_lightning.core.config import BinConfig, FeatureConfig, PatchConfig
-from dq_lightning.core.errors import DistributedError
+from dq_lightning.core.errors import ChangedError, DistributedError
 from dq_lightning.core.isolation import isolated
 from dq_lightning.core.launch import Launch, find_launch
 from dq_lightning.core.records import Features, Labels
 from dq_lightning.core.sharing import Job, Sharing, in_order
-from dq_lightning.features import extract, text_loading
+from dq_lightning.features import extract, streams, text_loading
 from dq_lightning.features.choose import choose_encoder
 from dq_lightning.features.selection_training import with_selection_epochs
 from dq_lightning.packed import writer
@@ -40,6 +41,7 @@ from dq_lightning.patches import score
 from dq_lightning.patches.saliency import VarianceScorer
 from dq_lightning.pipeline import exchange, filling, identifying, meeting, together
 from dq_lightning.pipeline.patch_plan import make_patch_plan
+from dq_lightning.sources.adapt import as_source
 from tests.features.conftest import ListSource, TinyNetwork, random_images, to_float_tensor
 from tests.features.text_models import Texts, save_model
 from tests.store.calls import DueShards
@@ -230,6 +232,62 @@ def test_bins_of_groups(settings):
         made = make.make_shared_bins(features, config, labels=labels, sharing=sharing)
         for name in ("assignment", "rank", "gain", "group"):
             assert torch.equal(getattr(made, name), getattr(expected, name))
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+def test_features_of_a_stream(tmp_path):
+    """Each rank reads the whole stream, and only what it takes is encoded; a run that was stopped; a rank with other data."""
+    items = [(image, number % 3) for number, image in enumerate(random_images(90))]
+    spec = choose_encoder((TinyNetwork(), to_float_tensor))
+    options = {"device": "cpu", "batch_size": 4, "progress": False}
+
+    class Sent(Dealt):
+        def __init__(self, others, stop_after=None):
+            self.others, self.stop_after, self.made = others, stop_after, []
+
+        def share(self, job, work, unpack, size):
+            taken = (1, 2, 6, 22, 30)
+            source = as_source(Stream(self.others))
+            with streams.extract_stream_pieces(
+                source, spec, job, iter(taken), device="cpu", precision="auto", batch_size=4
+            ) as results:
+                sent = {int(arrays["piece"]): arrays for arrays in results}
+            # Number 30 is behind the end.
+            assert set(sent) == {1, 2, 6, 22}
+            for number, rows in work(number for number in itertools.count() if number not in taken):
+                self.made.append(len(rows.positions))
+                yield number, rows
+                if number + 1 in sent:
+                    yield unpack(sent.pop(number + 1))
+                if number == self.stop_after:
+                    raise Stop
+            yield from map(unpack, sent.values())
+            assert job.total() == len(self.made) + 4
+
+    def extract(sharing=None, shards=None):
+        source = as_source(Stream(items))
+        made = streams.extract_stream(source, spec, tmp_path, **options, sharing=sharing, shards=shards)
+        assert len(source.digests(0, 90)) == 90
+        return made
+
+    expected, sharing = extract(), Sent(items)
+    assert torch.equal(extract(sharing), expected)
+    assert sum(sharing.made) == 90 - 4 - 4 - 4 - 2
+    others = [*items[:9], items[0], *items[10:]]
+    with pytest.raises(ChangedError, match="from position 8 on"):
+        extract(Sent(others))
+    shards = DueShards(1)
+    with pytest.raises(Stop):
+        extract(Sent(items, stop_after=7), shards)
+    assert shards.pieces
+    assert torch.equal(extract(None, shards), expected)
 
 
 def test_an_encoder_that_is_trained_first_is_not_trained_by_each_rank():

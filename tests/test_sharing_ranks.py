@@ -106,6 +106,15 @@ def test_rank_killed_while_it_packs(tmp_path, patches_alone):
     assert reports[0]["content"] == patches_alone["content"]
 
 
+def test_a_stream_is_read_by_all_and_encoded_once(tmp_path):
+    alone = run_alone(tmp_path / "alone", "stream")
+    reports = run_ranks(tmp_path, 2, "stream")["stream"]
+    assert_like(reports, alone)
+    assert all(report["seen"] >= 4 * BATCH_SIZE for report in reports.values())
+    assert reports[0]["content"] == alone["content"]
+    assert any(f"of {COUNT // BATCH_SIZE}" in line for report in reports.values() for line in report["log"])
+
+
 def test_without_a_shared_disk(two, alone):
     """The rank that helped has a cache of its own, into which the finished set is copied, and perhaps the features."""
     reports = two["apart"]

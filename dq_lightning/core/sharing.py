@@ -1,5 +1,6 @@
 """Through this class a long loop shares its work with other processes that run the same program."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
@@ -27,8 +28,10 @@ class Job:
         name: name of the loop, by which the other ranks know what to do.
         facts: plain JSON that the other ranks need.
         arrays: arrays that the other ranks need.
-        pieces: number of pieces. Each piece gives the same results whichever rank does it, and in whichever order.
-        total: size of the results of all pieces together, such as their number of samples.
+        pieces: number of pieces; None if it is not known, and then the results are wanted in order. Each piece gives the same
+            results whichever rank does it, and in whichever order.
+        total: size of the results of all pieces together, such as their number of samples; or a function that gives it, which
+            is called when the work of the calling rank has ended. Helpers are not told it.
         ahead: 0 if the results are wanted in any order. Else each piece gives one result, a pair that begins with the
             number of the piece, of which the arrays have the number as `"piece"`; no rank begins a piece that is more
             than `ahead` times the number of ranks behind the first whose result is missing. So `in_order` holds few.
@@ -37,8 +40,8 @@ class Job:
     name: str
     facts: Mapping[str, Any]
     arrays: Mapping[str, Array]
-    pieces: int
-    total: int
+    pieces: int | None
+    total: int | Callable[[], int] = 0
     ahead: int = 0
 
 
@@ -86,8 +89,9 @@ class Sharing:
         Args:
             job: the work.
             work: function that does the pieces whose numbers it is given, and yields their results. It asks for the
-                next number only when it is ready for it, because other ranks may take it otherwise.
+                next number only when it is ready for it, because other ranks may take it otherwise. It ends at a number
+                behind the last piece where the number of pieces is not known.
             unpack: function that makes a result of the arrays that another rank sent.
             size: function that returns the size of a result, in the unit of `Job.total`.
         """
-        return work(iter(range(job.pieces)))
+        return work(itertools.count() if job.pieces is None else iter(range(job.pieces)))

@@ -6,6 +6,8 @@ The rows go to a file that is mapped into memory, so that the memory of the proc
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -19,9 +21,11 @@ from torch import Tensor
 from dq_lightning.core.config import Precision
 from dq_lightning.core.console import progress_bar
 from dq_lightning.core.devices import DeviceNames, resolve_devices
+from dq_lightning.core.errors import ChangedError
 from dq_lightning.core.isolation import isolated, release_memory
 from dq_lightning.core.replicas import run_in_order
 from dq_lightning.core.resuming import Shards
+from dq_lightning.core.sharing import Arrays, Job, Sharing, in_order
 from dq_lightning.features.collect import BATCHES_PER_COPY, Rows, check_finite
 from dq_lightning.features.encoders import Encoder, RowEncoder, TextEncoder
 from dq_lightning.features.extract import LOOK_AT_SAMPLES, ImageRows, TextRows, warn_of_decoding
@@ -36,6 +40,8 @@ logger = logging.getLogger("dq_lightning")
 FIRST_ROWS = 4096
 # Images of so many pixels are read before they are preprocessed.
 PIXELS_AT_ONCE = 1 << 16
+# A process may make so many batches for each process before those that come earlier are there.
+AHEAD = 4
 
 
 def extract_stream(
@@ -49,6 +55,7 @@ def extract_stream(
     progress: bool = True,
     shards: Shards | None = None,
     check_space: Callable[[int], object] = id,
+    sharing: Sharing | None = None,
 ) -> Tensor | None:
     """Run every sample of a stream through an encoder in one pass.
 
@@ -67,6 +74,8 @@ def extract_stream(
             samples.
         check_space: function that is called before the file grows by so many bytes, and raises an error if the disk has
             too little space.
+        sharing: how batches are shared with other processes, which call `extract_stream_pieces`. Each reads the whole stream,
+            and only decodes and encodes the batches that it takes. Those of texts are not shared.
 
     Returns:
         Embeddings, float32 [N, D] on the CPU, mapped from the file; None for an encoder that reads the samples itself,
@@ -75,6 +84,7 @@ def extract_stream(
     Raises:
         FeatureError: the encoder cannot be loaded, or a feature is not finite.
         SourceError: a sample cannot be read.
+        ChangedError: another process read other samples.
     """
     devices, kept = resolve_devices(device), shards or Shards()
     try:
@@ -84,15 +94,18 @@ def extract_stream(
                 return None
             rows = _GrowingRows(folder, check_space)
             start = _restored(source, rows, kept)
-            if isinstance(encoder, SampleEncoder):
-                made = _image_rows(encoder, source, RawSamples(source), batch_size, devices[:1], start)
-            elif isinstance(encoder, TextEncoder):
+            check: Callable[[], object] = list
+            if isinstance(encoder, TextEncoder):
                 made = _text_rows(encoder, source, batch_size, devices, start)
             else:
-                made = _image_rows(encoder, source, source, batch_size, devices, start)
+                batches = _Batches(encoder, source, batch_size, devices, start)
+                others = _Others(batches)
+                job = Job("features", {"start": start}, {}, None, batches.count, ahead=AHEAD)
+                made = in_order((sharing or Sharing()).share(job, batches.rows, others.unpacked, lambda _: 1))
+                check = others.check
             with progress_bar(progress, total=None, unit="sample", description="features") as bar:
                 bar.update(start)
-                count = _collect(made, rows, kept, source, start, bar.update)
+                count = _collect(made, rows, kept, source, start, bar.update, check)
             del encoder, made
     finally:
         release_memory()
@@ -125,8 +138,12 @@ def _collect(
     source: OrderedSource,
     start: int,
     update: Callable[[int], object],
+    check: Callable[[], object],
 ) -> int:
-    """Put the rows that an encoder makes at their places, and return the number of all rows."""
+    """Put the rows that an encoder makes at their places, and return the number of all rows.
+
+    `check` compares the samples that were read here with what other processes have read.
+    """
     count = saved = start
     waiting: list[Rows] = []
     not_finite: list[Tensor] = []
@@ -151,6 +168,9 @@ def _collect(
             put()
         # Texts come in windows that are sorted by length, so only a whole window has no gaps.
         if due and end == count and not any(map(len, not_finite)):
+            if len(source.digests(saved, count)) < count - saved:
+                source.has(count - 1)  # Another process has read further than this one.
+            check()
             arrays: dict[str, NDArray[Any]] = {
                 "embedding": rows.copy(saved, count),
                 "digests": source.digests(saved, count),
@@ -158,37 +178,138 @@ def _collect(
             shards.keep(count - saved, arrays)
             saved = count
     put()
+    check()
     check_finite(not_finite, count, LOOK_AT_SAMPLES)
     return count
 
 
-def _image_rows(
-    encoder: Encoder | SampleEncoder,
+@contextmanager
+def extract_stream_pieces(
     source: OrderedSource,
-    images: Any,
+    spec: EncoderSpec,
+    job: Job,
+    numbers: Iterator[int],
+    *,
+    device: DeviceNames,
+    precision: Precision,
     batch_size: int,
-    devices: list[torch.device],
-    start: int,
-) -> Iterator[Rows]:
-    """Yield the rows of the samples from a position on, batch by batch in order."""
-    batches = ImageBatches(images, encoder.preprocess, [])
+) -> Iterator[Iterator[Arrays]]:
+    """Give the rows of some batches of a process that runs `extract_stream` with the same arguments, in a `with` block."""
+    devices = resolve_devices(device)
+    try:
+        with isolated():
+            encoder = spec.load(str(devices[0]), precision)
+            assert not isinstance(encoder, RowEncoder | TextEncoder)
+            batches = _Batches(encoder, source, batch_size, devices, job.facts["start"])
+            yield map(batches.packed, batches.rows(numbers))
+            del encoder, batches
+    finally:
+        release_memory()
 
-    def read() -> Iterator[tuple[Tensor, ImageBatch]]:
-        first = start
-        while members := _prepared(source, batches, first, batch_size - first % batch_size):
+
+class _Batches:
+    """The samples of a stream from position `start` on, in batches that begin at multiples of their size.
+
+    Batch 0 is the one that `start` lies in.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder | SampleEncoder,
+        source: OrderedSource,
+        size: int,
+        devices: list[torch.device],
+        start: int,
+    ) -> None:
+        self.source, self.start, self._size = source, start, size
+        images: Any = source
+        if isinstance(encoder, SampleEncoder):
+            images, devices = RawSamples(source), devices[:1]
+        self._read = ImageBatches(images, encoder.preprocess, [])
+        encoders = [encoder, *(encoder.replica(device) for device in devices[1:])]
+        self._replicas = [
+            (on, partial(_numbered, ImageRows(one, None))) for on, one in zip(devices, encoders, strict=True)
+        ]
+
+    def first(self, number: int) -> int:
+        """The position of the first sample of a batch."""
+        return max(self.start, (self.start // self._size + number) * self._size)
+
+    def count(self) -> int:
+        """The number of batches, once the stream was read to its end."""
+        rest = len(self.source) - self.start
+        return -(-len(self.source) // self._size) - self.start // self._size if rest > 0 else 0
+
+    def rows(self, numbers: Iterator[int]) -> Iterator[tuple[int, Rows]]:
+        """Yield the rows of the numbered batches, each after its number, up to the first number behind the end."""
+        warnings: list[tuple[int, str]] = []
+        count = 0
+        for number, (rows, told) in run_in_order(self._replicas, self._batches(numbers)):
+            warnings += told
+            count += len(rows.positions)
+            yield number, rows
+        warn_of_decoding(warnings, count)
+
+    def _batches(self, numbers: Iterator[int]) -> Iterator[tuple[int, tuple[Tensor, ImageBatch]]]:
+        for number in numbers:
+            first = self.first(number)
+            members = _prepared(self.source, self._read, first, self.first(number + 1) - first)
+            if not members:
+                return
             indices = list(range(first, first + len(members)))
-            yield torch.tensor(indices), batch_of(members, indices)
-            first += len(indices)
+            yield number, (torch.tensor(indices), batch_of(members, indices))
 
-    encoders = [encoder, *(encoder.replica(device) for device in devices[1:])]
-    rows_on = [ImageRows(one, None) for one in encoders]
-    warnings: list[tuple[int, str]] = []
-    count = 0
-    for rows, told in run_in_order(list(zip(devices, rows_on, strict=True)), read()):
-        warnings += told
-        count += len(rows.positions)
-        yield rows
-    warn_of_decoding(warnings, count)
+    def packed(self, numbered: tuple[int, Rows]) -> Arrays:
+        """The arrays of a numbered batch, and the digests of its samples as this process has read them."""
+        number, rows = numbered
+        first, count = self.first(number), len(rows.positions)
+        embedding = rows.embedding.to("cpu", torch.float32).numpy()
+        digests = self.source.digests(first, first + count)
+        return {"piece": np.array(number), "embedding": embedding, "digests": digests}
+
+
+def _numbered(
+    rows_of: ImageRows, numbered: tuple[int, tuple[Tensor, ImageBatch]]
+) -> tuple[int, tuple[Rows, list[tuple[int, str]]]]:
+    return numbered[0], rows_of(numbered[1])
+
+
+class _Others:
+    """Batches that other processes have made, of samples that this one has to find as well.
+
+    Args:
+        batches: the batches of this process.
+    """
+
+    def __init__(self, batches: _Batches) -> None:
+        self._batches = batches
+        self._unchecked: list[tuple[int, NDArray[Any]]] = []
+
+    def unpacked(self, arrays: Arrays) -> tuple[int, Rows]:
+        """A numbered batch, of what `_Batches.packed` made arrays of."""
+        number = int(arrays["piece"])
+        first = self._batches.first(number)
+        self._unchecked.append((first, arrays["digests"]))
+        positions = torch.arange(first, first + len(arrays["embedding"]))
+        return number, Rows(positions, torch.from_numpy(arrays["embedding"]))
+
+    def check(self) -> None:
+        """Compare the samples with those that this process has read so far.
+
+        Raises:
+            ChangedError: they are other ones.
+        """
+        kept = []
+        for first, digests in self._unchecked:
+            own = self._batches.source.digests(first, first + len(digests))
+            if len(own) < len(digests):
+                kept.append((first, digests))
+            elif not np.array_equal(own, digests):
+                raise ChangedError(
+                    f"another rank has read other samples of the stream, from position {first:,} on. Every rank must read the "
+                    'same data in the same order: leave out what gives each rank a part of them, or pass distributed="off"'
+                )
+        self._unchecked = kept
 
 
 def _prepared(source: OrderedSource, batches: ImageBatches, first: int, size: int) -> list[tuple[Tensor, str | None]]:

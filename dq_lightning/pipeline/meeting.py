@@ -20,6 +20,7 @@ A meeting has a name, so ranks that make something else meet elsewhere. Below it
     end, closed               how the work ended; the leader has left
 """
 
+import math
 import os
 import threading
 import time
@@ -95,14 +96,15 @@ def _claims(
 
     `receive` is called while this rank waits, because it may not yet begin the piece that it has taken.
     """
-    size = max(1, min(MAX_CLAIM, job.pieces // (CLAIMS_PER_JOB * num_ranks))) if not job.ahead else 1
+    pieces = math.inf if job.pieces is None else job.pieces
+    size = 1 if job.ahead else max(1, min(MAX_CLAIM, int(pieces // (CLAIMS_PER_JOB * num_ranks))))
     held = set[int]()
     while True:
         check()
         start = exchange.raise_count(f"next/{number}", size) - size
-        if start >= job.pieces:
+        if start >= pieces:
             return
-        for piece in range(start, min(start + size, job.pieces)):
+        for piece in range(start, int(min(start + size, pieces))):
             check()
             # Who waits cannot give the results that are ready, so the rank that has the first missing piece goes on.
             while job.ahead and (first := exchange.count(f"first/{number}")) + job.ahead * num_ranks <= piece:
@@ -176,7 +178,7 @@ class Leader(Sharing):
         size: Callable[[Result], int],
     ) -> Iterator[Result]:
         """See `Sharing.share`."""
-        if not job.pieces:
+        if job.pieces == 0:
             return
         number, done, by_others, first = self._jobs, 0, 0, 0
         self._jobs += 1
@@ -184,20 +186,21 @@ class Leader(Sharing):
             "name": job.name,
             "facts": dict(job.facts),
             "pieces": job.pieces,
-            "total": job.total,
             "ahead": job.ahead,
         }
         self._exchange.send(f"job/{number}", facts, job.arrays)
         self._exchange.raise_count("jobs")
-        arrived, missing = deque[Result](), set(range(job.pieces)) if job.ahead else set[int]()
+        # Pieces behind the first that is missing, of which the results are there.
+        arrived, later = deque[Result](), set[int]()
 
         def count(result: Result) -> Result:
             nonlocal done, first
             done += size(result)
             if job.ahead:
-                missing.discard(cast(tuple[int, Any], result)[0])
+                later.add(cast(tuple[int, Any], result)[0])
                 before = first
-                while first < job.pieces and first not in missing:
+                while first in later:
+                    later.remove(first)
                     first += 1
                 self._exchange.raise_count(f"first/{number}", first - before)
             return result
@@ -213,7 +216,8 @@ class Leader(Sharing):
             receive()
             while arrived:
                 yield arrived.popleft()
-        while done < job.total or arrived:
+        total = job.total() if callable(job.total) else job.total
+        while done < total or arrived:
             self.check()
             if not arrived:
                 receive()
@@ -221,7 +225,7 @@ class Leader(Sharing):
                 time.sleep(POLL_SECONDS)
             while arrived:
                 yield arrived.popleft()
-        get_logger().info(f"{job.name}: other ranks did {by_others:,} of {job.total:,}")
+        get_logger().info(f"{job.name}: other ranks did {by_others:,} of {total:,}")
 
     def _arrived(self) -> Iterator[Arrays]:
         """Yield what helpers have sent meanwhile; the error of one that failed is raised."""
@@ -303,7 +307,7 @@ class Helper:
         self._pulse = Pulse(exchange, f"beat/{self._number}", self._watched)
         self._pulse.start()
         self._sent = self._asked = 0
-        self._job: tuple[int, int] | None = None
+        self._job: tuple[int, float] | None = None
 
     def _watched(self) -> list[str]:
         return [] if self._exchange.read("closed") is not None else ["beat/leader"]
@@ -351,11 +355,11 @@ class Helper:
         received = self._exchange.receive(f"job/{number}", keep=True)
         assert received is not None
         facts, arrays = received
-        job = Job(facts["name"], facts["facts"], arrays, facts["pieces"], facts["total"], facts["ahead"])
-        if self._exchange.count(f"next/{number}") >= job.pieces or job.name not in handlers:
+        job = Job(facts["name"], facts["facts"], arrays, facts["pieces"], ahead=facts["ahead"])
+        self._job = number, math.inf if job.pieces is None else job.pieces
+        if not self.has_work() or job.name not in handlers:
             return
         claims = _claims(self._exchange, number, job, self.launch.num_ranks, self.check)
-        self._job = number, job.pieces
         with handlers[job.name](job, claims) as results:
             for result in results:
                 while self._sent - self._exchange.count(f"taken/{self._number}") >= (job.ahead or MAX_UNREAD):

@@ -143,7 +143,9 @@ def find_or_build(
         DQError: the compact set cannot be made.
     """
     check = check or partial(check_storable, plan.head)
-    seconds = read_stream(plan, cache, device=device, force=force, progress=progress, check=check)
+    seconds = read_stream(
+        plan, cache, device=device, force=force, progress=progress, check=check, distributed=distributed
+    )
     started = time.perf_counter()
     with shared_digests(cache.memory, distributed):
         source = source_identity(plan, cache.memory)

@@ -18,7 +18,7 @@ from dq_lightning.cache.tensors import read_features
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.devices import device_kind, device_of_rank
 from dq_lightning.core.errors import CacheError, DistributedError
-from dq_lightning.core.launch import find_launch
+from dq_lightning.core.launch import Launch, find_launch
 from dq_lightning.core.records import Features
 from dq_lightning.core.sharing import Distributed, Sharing
 from dq_lightning.pipeline.binning import help_to_bin
@@ -32,6 +32,7 @@ from dq_lightning.pipeline.plan import BINS, FEATURES, STORE
 from dq_lightning.pipeline.scoring import help_scores
 
 Made = TypeVar("Made")
+Entry = tuple[str, dict[str, Any]]
 # All ranks call `call_beside_all` equally often.
 _rounds = itertools.count()
 
@@ -83,40 +84,128 @@ def build_together(
         return make()
     if build.devices == ("auto",):
         build.devices = (device_of_rank(launch.local_rank),)
-    name = f"dq_lightning/{launch.attempt}/{_digest(build, targets)}"
     helping = Sharing()
     helping.num_ranks, helping.ranks_on_node = launch.num_ranks, launch.ranks_on_node
-    found: Made | None = None
-    while found is None:
+
+    def lead(sharing: Sharing) -> tuple[Made, list[Entry]]:
+        build.sharing = sharing
+        return make(), build.entries(*targets)
+
+    def help_(helper: Helper) -> Made | None:
+        entries = helper.help(_handlers(build, helping, helper))
+        found = find()
+        if found is None:
+            _copy_all(build.cache, helper, entries)
+            found = find()
+        return found
+
+    def find_late() -> Made | None:
+        return None if build.force else find()
+
+    return _meet_to(launch, store, _digest(build, targets), build.cache, distributed, lead, help_, find_late)
+
+
+def read_together(
+    cache: Cache,
+    digest: str,
+    devices: tuple[str, ...],
+    distributed: Distributed,
+    read: Callable[[Sharing, tuple[str, ...]], list[Entry]],
+    handler: Callable[[tuple[str, ...]], Handler],
+) -> None:
+    """Read a stream and make its features with all ranks that want the same, each of which reads the whole stream.
+
+    The others have the entries in their caches afterwards. Nothing is shared where rank 0 would first have to open a store
+    for the ranks, because the others would wait for it.
+
+    Args:
+        cache: cache of this process.
+        digest: digest of what the features depend on, as far as it is known before the stream is read.
+        devices: devices that were asked for; `read` and `handler` are called with those to use.
+        distributed: see `quantize`.
+        read: function that reads the stream, sharing its batches, and returns the entries that it has made.
+        handler: function that returns what does pieces of the job `"features"` of another rank.
+
+    Raises:
+        DQError: the reading failed on this rank.
+        DistributedError: it failed on another rank, or another rank is dead.
+    """
+    launch = find_launch() if distributed != "off" else None
+    is_open = launch is not None and (launch.address is None or launch.is_hosted)
+    store = find_store(launch, distributed) if launch is not None and is_open else None
+    if launch is None or store is None:
+        read(Sharing(), devices)
+        return
+    own = (device_of_rank(launch.local_rank),) if devices == ("auto",) else devices
+
+    def help_(helper: Helper) -> bool:
+        _copy_all(cache, helper, helper.help({"features": handler(own)}))
+        return True
+
+    _meet_to(
+        launch,
+        store,
+        f"stream/{digest}-{device_kind(own[0])}",
+        cache,
+        distributed,
+        lambda sharing: (True, read(sharing, own)),
+        help_,
+        lambda: None,
+    )
+
+
+def _meet_to(
+    launch: Launch,
+    store: Any,
+    digest: str,
+    cache: Cache,
+    distributed: Distributed,
+    lead: Callable[[Sharing], tuple[Made, list[Entry]]],
+    help_: Callable[[Helper], Made | None],
+    find_late: Callable[[], Made | None],
+) -> Made:
+    """Return what is made by the ranks that come to one meeting, named by a digest of all that it depends on.
+
+    Args:
+        launch: this rank.
+        store: store of all ranks.
+        digest: digest of what is made.
+        cache: cache of this process.
+        distributed: see `quantize`.
+        lead: function that makes it, sharing the work, and returns it with its entries of the cache.
+        help_: function that helps another rank, and returns what is made or None, if that could not be had.
+        find_late: function that returns what is made if it is there although the store is gone, or None.
+    """
+    made: Made | None = None
+    while made is None:
         one: Leader | Helper | None = None
         try:
-            with meet(store, launch, name) as one:
+            with meet(store, launch, f"dq_lightning/{launch.attempt}/{digest}") as one:
                 if isinstance(one, Leader):
-                    build.sharing = one
-                    one.serve(partial(_answer, build.cache))
-                    found = make()
+                    one.serve(partial(_answer, cache))
+                    made, entries = lead(one)
                     # What is made is made, also when the others can no longer be told.
                     with suppress(DistributedError):
-                        one.finish([list(entry) for entry in build.entries(*targets)])
+                        one.finish([list(entry) for entry in entries])
                 else:
-                    entries = one.help(_handlers(build, helping, one))
-                    found = find()
-                    if found is None:
-                        for station, parts in entries:
-                            build.cache.build(station, parts, partial(_copy, one, station, parts, lambda: True))
-                        found = find()
+                    made = help_(one)
         except LeaderLeftError as error:
             get_logger().info(f"rank {launch.rank} makes it again: {error}")
         except StoreLostError as error:
-            found = find() if not isinstance(one, Leader) and not build.force else None
-            if found is not None:
+            made = None if isinstance(one, Leader) else find_late()
+            if made is not None:
                 break
             if distributed == "all" or isinstance(one, Helper) or (one is not None and one.has_helpers):
                 raise
             get_logger().info(f"{error}. No rank helps this one, so it goes on alone")
-            build.sharing = Sharing()
-            return make()
-    return found
+            return lead(Sharing())[0]
+    return made
+
+
+def _copy_all(cache: Cache, helper: Helper, entries: list[Any]) -> None:
+    """Copy entries from the leader, as far as they are not in this cache."""
+    for station, parts in entries:
+        cache.build(station, parts, partial(_copy, helper, station, parts, lambda: True))
 
 
 def _digest(build: Build, targets: tuple[str, ...]) -> str:

@@ -41,6 +41,16 @@ class Edges(nn.Module):
         return self.head(torch.relu(self.convolution(images)).mean(dim=(2, 3)))
 
 
+class FrontToBack(torch.utils.data.IterableDataset):
+    """A dataset as a stream."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __iter__(self):
+        return (self.dataset[number] for number in range(len(self.dataset)))
+
+
 class Counted:
     """Counts the images that go through networks in batches; `before` is called at each batch with their number so far."""
 
@@ -161,13 +171,19 @@ def run(scenario, folder):
     try:
         settings = {"features": {"batch_size": BATCH_SIZE, "num_workers": 0, "kind": "gradient"}, "store": "packed"}
         given = patches() if "patches" in scenario else {"config": settings}
+        dataset = photos(COUNT, None)
+        if scenario == "stream":
+            # Streams are shared only by ranks that a group or a launcher has brought together.
+            if NUM_RANKS > 1:
+                torch.distributed.init_process_group("gloo")
+            dataset, settings["features"]["kind"] = FrontToBack(dataset), "embedding"
         together = nullcontext()
         if scenario in ("patches", "patches-killed", "apart-patches"):
             killed_in = "packing" if scenario == "patches-killed" else None
             together = every_rank_does_a_piece_of_each_job(folder, killed_in)
         with together:
             info = quantize(
-                photos(COUNT, None), encoder=(Edges(), to_tensor), cache_dir=root, device="cpu", progress=False, **given
+                dataset, encoder=(Edges(), to_tensor), cache_dir=root, device="cpu", progress=False, **given
             )
         report = {"path": info.path, "hash": info.content_hash, "reused": info.reused}
     except Exception as error:
