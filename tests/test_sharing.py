@@ -563,7 +563,7 @@ def test_rank_that_nobody_helps_goes_on_without_the_store(monkeypatch, distribut
     monkeypatch.setattr(together, "find_launch", lambda: Launch(1, 2, address="127.0.0.1", port=client.port))
     monkeypatch.setattr(together, "find_store", lambda *given: client)
     monkeypatch.setattr(together, "_digest", lambda *given: "digest")
-    build, calls = SimpleNamespace(devices=("cpu",), sharing=Sharing(), cache=None), []
+    build, calls = SimpleNamespace(devices=("cpu",), sharing=Sharing(), cache=None, entries=lambda *given: []), []
 
     def make():
         calls.append(type(build.sharing))
