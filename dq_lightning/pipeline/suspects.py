@@ -17,7 +17,7 @@ from dq_lightning.core.devices import resolve_device
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.records import Bins, Features, Labels, Suspects
 from dq_lightning.quality.margin import LeaveOneOut, leave_one_out
-from dq_lightning.quality.mislabelled import drop_worst, find_mislabelled
+from dq_lightning.quality.mislabelled import TOLERATED, drop_worst, find_mislabelled
 from dq_lightning.sources.base import Source
 from dq_lightning.sources.columns import check_column, number_column
 
@@ -224,8 +224,12 @@ def _log_estimate(share: float, error: float, count: int, total: int) -> None:
             f"about {share:.1%} (+- {error:.1%}) of {total:,} labels seem wrong: the {count:,} samples whose labels fit their "
             "features least are left out (they are listed in info.suspects)"
         )
-    else:
+    elif share <= TOLERATED:
         get_logger().info(f"the labels of {total:,} samples seem right (about {share:.1%} wrong): none is left out")
+    else:
+        get_logger().info(
+            f"about {share:.1%} (+- {error:.1%}) of {total:,} labels seem wrong, which is too uncertain to leave out any"
+        )
 
 
 def with_enough(bins: Bins, labels: Labels | None, wanted: int) -> Bins:
