@@ -388,7 +388,7 @@ def test_the_command_finds_the_dataset_that_quantize_named(tmp_path, capsys):
 def test_suspects_that_are_kept_after_all_do_not_hide_the_bins(tmp_path):
     dataset = Pictures()
     features = features_of(dataset)
-    dataset.targets[:18] = [(target + 1) % 3 for target in dataset.targets[:18]]
+    dataset.targets[:24] = [(target + 1) % 3 for target in dataset.targets[:24]]
     data = QuantizedDataModule(
         dataset, keep_ratio=0.999, drop_worst="auto", encoder=features, num_workers=0, cache_dir=tmp_path
     )
