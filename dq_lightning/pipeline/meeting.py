@@ -20,7 +20,6 @@ A meeting has a name, so ranks that make something else meet elsewhere. Below it
     end, closed               how the work ended; the leader has left
 """
 
-import math
 import os
 import threading
 import time
@@ -45,6 +44,8 @@ CLAIMS_PER_JOB, MAX_CLAIM = 16, 32
 UNTAKEN_SECONDS = 600.0
 # A helper asks so many questions before it has the answer to the first.
 QUESTIONS_AHEAD = 4
+# Where the number of pieces is not known, no job has so many; the leader passes over the rest when it has come to the end.
+MANY_PIECES = 1 << 40
 
 Answer = tuple[dict[str, Any], Arrays]
 Handler = Callable[[Job, Iterator[int]], AbstractContextManager[Iterator[Arrays]]]
@@ -96,15 +97,15 @@ def _claims(
 
     `receive` is called while this rank waits, because it may not yet begin the piece that it has taken.
     """
-    pieces = math.inf if job.pieces is None else job.pieces
-    size = 1 if job.ahead else max(1, min(MAX_CLAIM, int(pieces // (CLAIMS_PER_JOB * num_ranks))))
+    pieces = MANY_PIECES if job.pieces is None else job.pieces
+    size = 1 if job.ahead else max(1, min(MAX_CLAIM, pieces // (CLAIMS_PER_JOB * num_ranks)))
     held = set[int]()
     while True:
         check()
         start = exchange.raise_count(f"next/{number}", size) - size
         if start >= pieces:
             return
-        for piece in range(start, int(min(start + size, pieces))):
+        for piece in range(start, min(start + size, pieces)):
             check()
             # Who waits cannot give the results that are ready, so the rank that has the first missing piece goes on.
             while job.ahead and (first := exchange.count(f"first/{number}")) + job.ahead * num_ranks <= piece:
@@ -216,6 +217,8 @@ class Leader(Sharing):
             receive()
             while arrived:
                 yield arrived.popleft()
+        if job.pieces is None:
+            self._exchange.raise_count(f"next/{number}", MANY_PIECES)
         total = job.total() if callable(job.total) else job.total
         while done < total or arrived:
             self.check()
@@ -307,7 +310,7 @@ class Helper:
         self._pulse = Pulse(exchange, f"beat/{self._number}", self._watched)
         self._pulse.start()
         self._sent = self._asked = 0
-        self._job: tuple[int, float] | None = None
+        self._job: tuple[int, int] | None = None
 
     def _watched(self) -> list[str]:
         return [] if self._exchange.read("closed") is not None else ["beat/leader"]
@@ -356,7 +359,7 @@ class Helper:
         assert received is not None
         facts, arrays = received
         job = Job(facts["name"], facts["facts"], arrays, facts["pieces"], ahead=facts["ahead"])
-        self._job = number, math.inf if job.pieces is None else job.pieces
+        self._job = number, MANY_PIECES if job.pieces is None else job.pieces
         if not self.has_work() or job.name not in handlers:
             return
         claims = _claims(self._exchange, number, job, self.launch.num_ranks, self.check)
