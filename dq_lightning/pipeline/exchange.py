@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 PART_BYTES = 4 << 20
 BEAT_SECONDS, SILENCE_SECONDS, POLL_SECONDS = 2.0, 40.0, 0.02
 # A rank hangs that has not used so much processor time, in the thread that leads or helps, for so many seconds.
-WORK_SECONDS, STALLED_SECONDS = 0.05, 600.0
+WORK_SECONDS, STALLED_SECONDS = 0.01, 600.0
 # The rank that holds the store leaves if for so long nobody else shows that it still needs it.
 LINGER_SECONDS = 10.0
 # A rank looks this long for the store of rank 0, which may have started later, so often.
