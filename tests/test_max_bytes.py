@@ -252,6 +252,18 @@ def test_rows_of_text(tmp_path, features, caplog):
     assert PackedDataset(info.path)[3] == rows[int(load_selection(info.path).index[3])]
 
 
+def test_images_with_boxes_are_not_scaled(tmp_path, features, fewer):
+    random = np.random.default_rng(0)
+    pictures = [Image.fromarray(random.integers(0, 255, (5, 6, 3), dtype=np.uint8)).resize((90, 80)) for _ in range(12)]
+    sides = []
+    for target in (1, {"boxes": [[10, 10, 80, 90]], "labels": [1]}, torch.tensor([[10.0, 10, 80, 90]])):
+        data = [(picture, target) for picture in pictures]
+        info = made(tmp_path, data, QuantizeConfig(max_bytes=12_000, features=features(12)))
+        sides.append(info.encoding["longest_side"])
+    assert sides[0] is not None
+    assert sides[1:] == [None, None]
+
+
 def test_rows_of_very_different_lengths_fill_the_budget(tmp_path, features):
     random = np.random.default_rng(5)
     lengths = np.minimum(60 * (1 + random.pareto(1.05, 1500)), 9_000).astype(int)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dq_lightning.core.arrays import as_image
 from dq_lightning.core.config import EncodingConfig, PatchConfig
@@ -30,7 +31,7 @@ from dq_lightning.pipeline.patch_bytes import owner_bytes
 from dq_lightning.pipeline.patch_frontier import PatchTrial
 from dq_lightning.pipeline.patch_plan import PatchPlan, make_patch_plan
 from dq_lightning.pipeline.plan import Plan
-from dq_lightning.sources.items import at, evenly_spaced, plain_parts
+from dq_lightning.sources.items import Leaf, at, evenly_spaced, parts, plain_parts
 from dq_lightning.sources.skipping import readable_items
 
 SMALL_SIDE = 64
@@ -49,6 +50,8 @@ QUALITIES: dict[str, Sequence[int]] = {
     # Qualities between these are measured where they may be chosen.
     "photo": (10, 20, 30, 40, 50, 60, 70, 80, 86, 91, 95),
 }
+# In so many samples places in the image are looked for.
+PLACES_LOOKED_FOR = 4
 # A photo is tried at these shares of its longest side, too.
 SIDE_SHARES = (0.75, 0.5)
 NPY_HEADER_BYTES = 128
@@ -129,7 +132,11 @@ class Frontier:
         self._images = _images(plan, self._few) if self._fixed.codec != "keep" else []
         self._pixels = [pixels_of(leaf)[2] for leaf, _ in self._images]
         codecs = ("jpeg", "webp") if self._fixed.codec == "auto" else (self._fixed.codec,)
-        for side in _sides(self._fixed, self._size, self._images):
+        scales = self._fixed.longest_side is None and not any(
+            _has_places(plain_parts(plan.source.plain(i)), plan.source.image_leaf())
+            for i in (self._few[:PLACES_LOOKED_FOR] if self._images else ())
+        )
+        for side in _sides(self._fixed, self._size, self._images) if scales else [self._fixed.longest_side]:
             for codec in codecs if self._images and self._may_win(side) else ():
                 self._search(ByteSetting(codec, None, side, 0.0))
         if not self.settings:
@@ -480,6 +487,25 @@ def _sides(fixed: EncodingConfig, size: str, found: Sequence[tuple[Any, EncodedI
         return [fixed.longest_side]
     longest = sorted(max(pixels_of(leaf)[2].shape[:2]) for leaf, _ in found)[len(found) // 2]
     return [None, *(round(share * longest) for share in SIDE_SHARES)]
+
+
+def _has_places(sample: Any, place: Leaf) -> bool:
+    """Whether a sample holds what may tell places in its image, such as boxes or a mask: an array, or a filled list or dict.
+
+    Such an image is not scaled, because these would no longer fit it.
+    """
+    for leaf, value in parts(sample):
+        if place[: len(leaf)] == leaf:
+            continue  # the image, or what it is in
+        if isinstance(value, Tensor | np.ndarray):
+            if math.prod(value.shape) > 1:
+                return True
+        elif isinstance(value, Mapping | list | tuple):
+            if len(value):
+                return True
+        elif isinstance(value, Image.Image):
+            return True
+    return False
 
 
 def _how(setting: ByteSetting) -> _How:
