@@ -35,7 +35,6 @@ def small(monkeypatch):
     # with entries of 2**24 the range of 4 bytes ends 64 similarities below the greatest gain; coarse entries of 2 bytes
     # propose many wrong picks, which are undone
     monkeypatch.setattr(scores, "FULL", {4: 1 << 24, 2: 300})
-    monkeypatch.setattr(scores, "_MOST_PICKS", {4: 31, 2: 31})
     monkeypatch.setattr(scores, "_FIRST", 6)
     monkeypatch.setattr(scores, "_SHORT", 2)
     monkeypatch.setattr(device, "_LONG", 8)
@@ -184,7 +183,7 @@ def test_a_wrong_pick_would_be_noticed(monkeypatch):
         return len(check.picked), np.empty(0, dtype=np.int64)
 
     monkeypatch.setattr(proof.Proof, "first_fault", believe)
-    monkeypatch.setattr(scores.MatrixScores, "window", lambda matrix: -1.0)
+    monkeypatch.setattr(scores.MatrixScores, "least", lambda matrix, top: top + 1.0)
     monkeypatch.setattr(device, "_products", lambda factors: torch.zeros(len(factors[0]), len(factors[0])))
     monkeypatch.setattr(
         device.DevicePicks,

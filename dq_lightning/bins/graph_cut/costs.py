@@ -35,12 +35,8 @@ class Costs:
 
     def matrix(self, rows: int) -> float:
         """Matrix of inner products of all rows."""
-        return self.pairs(0.5 * rows * rows)
-
-    def pairs(self, number: float) -> float:
-        """So many inner products of two rows."""
         term, entry, _, _ = self._rates
-        return number * (self.width * term + entry)
+        return 0.5 * rows * rows * (self.width * term + entry)
 
     def walk(self, number: int) -> float:
         """So many inner products, in float64, of a row with a pick, and the gains that follow from them."""

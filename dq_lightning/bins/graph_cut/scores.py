@@ -5,9 +5,8 @@
 
 Both have `values`, the scores of all rows [n], which `start` computes from float64 gains. `picked` tells them of a pick,
 and whether its row has no sample left; `undo` takes the last picks back, after which `values` are right again once another
-pick was told. Two scores order their rows rightly if they differ by more than `window()`. At most `most_picks` picks may be
-told before the next start. Rows that cannot be picked have scores of about `dead`, and after a start only scores above
-`floor` can be relied on.
+pick was told. A row whose score is below `least(top)` has a smaller gain than the row of the greatest score `top`; if it is
+None, the scores have to start again. Rows that cannot be picked have a score near `dead`.
 """
 
 import math
@@ -31,11 +30,10 @@ WIDE = 1 << 13
 FULL = {4: 1 << 19, 2: 32700}
 # The product of matrices is made in float32 if its error is below this many units, and else in float64.
 _COARSE = 20.0
-# Gains start again from float64 after at most this many picks, which change a score by at most 2**29.
-_MOST_PICKS = {4: 1000, 2: 8000}
-# Scores start at 0 or below, but at least at the lowest one, and those of rows that cannot be picked at the dead one. So
-# scores above the floor, and no others, are right within their bound until gains start again.
-_DEAD, _LOWEST, _FLOOR = -3 << 29, -2 << 29, -1 << 29
+# Scores start at 0 or below, but at least at the lowest one, and those of rows that cannot be picked at the dead one. They
+# start again before picks have changed any by more than `_REACH`. So scores above the floor, and no others, are right
+# within their bound.
+_DEAD, _LOWEST, _FLOOR, _REACH = -3 << 29, -2 << 29, -1 << 29, 1 << 29
 # What it costs to decide between rows, for each of them, and to start again from float64 gains, in the time that float64
 # takes for one entry of a row, as measured.
 _DECIDING, _EACH, _STARTING = 20_000, 4, 1_000_000
@@ -56,7 +54,7 @@ class MatrixScores:
         pool: n rows; memory is 4 n^2 bytes up to 8,192 rows, and 2 n^2 with more.
     """
 
-    dead, floor = _DEAD, _FLOOR
+    dead = _DEAD
 
     def __init__(self, pool: Pool) -> None:
         size = entry_bytes(pool)
@@ -71,14 +69,10 @@ class MatrixScores:
         left = Rows((factors[0] * (2.0 * scale / self._unit), *factors[1:]))
         self.matrix = _products(left, Rows(factors), pool, size)
         self.values: NDArray[np.int32] = np.empty(0, dtype=np.int32)
-        self.most_picks = _MOST_PICKS[size]
+        self._most_picks = _REACH // FULL[size]
         self._error = 0.0
         # Scores of the rows picked since the start, each before its pick.
         self._before: list[int] = []
-
-    @property
-    def num_picks(self) -> int:
-        return len(self._before)
 
     def start(self, pool: Pool) -> None:
         gains = pool.gains().cpu().numpy()
@@ -98,8 +92,10 @@ class MatrixScores:
             self.values += self.matrix[row]
             self.values[row] = self._before.pop()
 
-    def window(self) -> float:
-        return 2.0 * (self._error + len(self._before) * self._step_error)
+    def least(self, top: float) -> float | None:
+        picks = len(self._before)
+        least = top - 2.0 * (self._error + picks * self._step_error)
+        return least if not picks or (picks < self._most_picks and least > _FLOOR) else None
 
 
 class PassScores:
@@ -112,8 +108,7 @@ class PassScores:
         pool: n rows of width W; memory is 4 n W bytes.
     """
 
-    dead = floor = -float("inf")
-    most_picks = _MOST_PICKS[4]
+    dead = -float("inf")
 
     def __init__(self, pool: Pool) -> None:
         self._rows, self._scale = scaled_rows(pool)
@@ -125,10 +120,6 @@ class PassScores:
         self._error = 0.0
         # Exact gains that the rows picked since the start had then.
         self._before: list[float] = []
-
-    @property
-    def num_picks(self) -> int:
-        return len(self._before)
 
     def start(self, pool: Pool) -> None:
         self._start = pool.gains().cpu().numpy()
@@ -160,10 +151,10 @@ class PassScores:
     def _vector(self, row: int) -> Tensor:
         return Rows(tuple(factor[row : row + 1].double() for factor in self._rows)).sum()
 
-    def window(self) -> float:
+    def least(self, top: float) -> float | None:
         # The sum of float32 rows is off by the rounding of their entries.
         drift = float(self._drift.norm()) + len(self._before)
-        return 2.0 * (self._error + self._relative * drift)
+        return top - 2.0 * (self._error + self._relative * drift)
 
 
 def pick_in_turn(
@@ -180,8 +171,8 @@ def pick_in_turn(
     while count > 0:
         scores.start(pool)
         budget = _STARTING + len(pool) * depth
-        while count > 0 and budget > 0 and scores.num_picks < scores.most_picks:
-            rows, doubts = _propose(pool, scores, min(count, length, scores.most_picks - scores.num_picks))
+        while count > 0 and budget > 0:
+            rows, doubts = _propose(pool, scores, min(count, length))
             if not rows:
                 break
             made = pool.confirm(rows, doubts).tolist()
@@ -201,19 +192,18 @@ def _propose(pool: Pool, scores: MatrixScores | PassScores, count: int) -> tuple
     doubts: list[Doubt] = []
     values, samples = scores.values, pool.samples
     while len(rows) < count:
-        best, window = int(values.argmax()), scores.window()
+        best = int(values.argmax())
         top = values.item(best)
-        least = top - window
-        if least <= scores.floor and scores.num_picks:
+        if (least := scores.least(top)) is None:
             break
         values[best] = scores.dead
         doubtful = values.item(values.argmax()) >= least
         values[best] = top
         if doubtful:
-            near = np.flatnonzero(values >= least)
+            near = np.flatnonzero(pool.alive & (values >= least))
             equal = near[values[near] == top]
             best = int(equal[samples[equal].argmin()])
-            if window:
+            if least < top:
                 doubts.append(Doubt(len(rows), near, samples[near]))
         rows.append(best)
         scores.picked(best, not pool.take(best))
