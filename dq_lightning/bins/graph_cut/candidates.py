@@ -47,7 +47,7 @@ class Candidates:
         self._wanted: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def round(self, count: int) -> tuple[int, float, float]:
-        """Make at least one and at most `count` picks.
+        """Make at most `count` picks; if ties made the first one wrong, there are none, and the next round makes some.
 
         Returns:
             The number of picks, what they cost, and what each of them would cost if as many had been aimed at.
@@ -86,7 +86,8 @@ class Candidates:
         else:
             self._targets[self._level, many] = max(4, int(0.9 * kept))
         cost += proving + walking
-        return kept, cost, cost / kept if many else costs.in_a_round(len(pool), kept) + walking / kept
+        least = max(1, kept)
+        return kept, cost, cost / least if many else costs.in_a_round(len(pool), least) + walking / least
 
     def _plan(self, count: int) -> tuple[bool, int, int]:
         """Return whether the candidates of a round have rounds of their own, how many there are, and picks to aim at."""

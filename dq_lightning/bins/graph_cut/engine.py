@@ -166,7 +166,8 @@ class _Run:
         rows, picks = len(self._pool), left + sum(sizes[1:])
         steady, a_pass = self._costs.steady(rows), self._costs.from_pass(rows)
         self._wasted += max(0.0, cost - made * steady)
-        self._recent = 0.5 * self._recent[0] + rate * made, 0.5 * self._recent[1] + made
+        weight = max(1, made)
+        self._recent = 0.5 * self._recent[0] + rate * weight, 0.5 * self._recent[1] + weight
         rate = self._recent[0] / self._recent[1]
         excess = max(0.0, min(rate, a_pass) - steady)
         if self._wasted + excess * picks > self._dense(picks):
