@@ -153,6 +153,40 @@ def test_arrays_stay_arrays(tmp_path, features, fewer):
     assert info.encoding["codec"] in ("jpeg", "webp")
 
 
+@pytest.mark.parametrize("codec", ["jpeg", "webp"])
+def test_grey_images_stay_grey(tmp_path, features, codec):
+    grey = [image.convert("L") for image, _ in photos(60, None)]
+    kinds = (lambda image: image, np.asarray, lambda image: torch.from_numpy(np.array(image))[None])
+    for kind in kinds:
+        data = [(kind(image), i % 3) for i, image in enumerate(grey)]
+        config = QuantizeConfig(encoding=EncodingConfig(codec), features=features(60), store="packed")
+        info = made(tmp_path, data, config)
+        for position, (stored, _) in zip(
+            load_selection(info.path).index.tolist(), PackedDataset(info.path), strict=True
+        ):
+            wanted = data[position][0]
+            if isinstance(wanted, Image.Image):
+                assert (stored.mode, stored.size) == (wanted.mode, wanted.size)
+            else:
+                assert (type(stored), stored.dtype, stored.shape) == (type(wanted), wanted.dtype, wanted.shape)
+            lost = np.abs(np.asarray(stored, dtype=float) - np.asarray(wanted, dtype=float)).mean()
+            assert lost < 12
+
+
+def test_small_images_are_kept_as_their_own_files(tmp_path, features):
+    (tmp_path / "images" / "one").mkdir(parents=True)
+    paths = [tmp_path / "images" / "one" / f"{i:03}.jpg" for i in range(60)]
+    for path, (image, _) in zip(paths, photos(60, None), strict=True):
+        image.save(path, quality=60)
+    config = QuantizeConfig(max_bytes="60%", encoding=EncodingConfig("keep"), features=features(60))
+    info = made(tmp_path, ImageFolder(tmp_path / "images"), config)
+    # What the files of one size have in common is stored once.
+    assert info.num_samples == 60
+    assert info.bytes < 0.6 * sum(path.stat().st_size for path in paths)
+    for path, (image, _) in zip(paths, PackedDataset(info.path), strict=True):
+        assert np.array_equal(np.asarray(image), np.asarray(Image.open(path)))
+
+
 def test_a_fixed_drop_ratio_is_kept_to(tmp_path, cifar_root, features, fewer):
     """As many samples as fit without their dullest quarter, down to the floor on what is kept; then finer ones."""
     images, found = CIFAR10(cifar_root, train=False), []

@@ -14,7 +14,7 @@ NAMES = {
     DROP_RATIO: "drop_ratio",
 }
 # These parts appear and disappear together with a budget of bytes.
-KEEP_RATIO, BUDGET, OF_BUDGET = "keep_ratio", "max_bytes", ("encoding.", "budget_version")
+KEEP_RATIO, BUDGET, OF_BUDGET = "keep_ratio", "max_bytes", ("encoding.", "encoding_version")
 # These parts appear and disappear together with the drop ratio, so they are not reported separately.
 OF_PATCHES = ("patches", "stored_patches", "reconstructor")
 FOLLOWING = ("_version", "draw_scores")

@@ -19,10 +19,11 @@ from dq_lightning.core.config import EncodingConfig
 from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import EncodedImage, StoredImage
 from dq_lightning.core.replicas import in_threads
-from dq_lightning.packed.images import gives_pixels, memory_bytes
+from dq_lightning.packed.images import MODE_BITS, gives_pixels, memory_bytes, raw_bytes_of
 from dq_lightning.packed.layouts import layout_of_image
 from dq_lightning.packed.lossy import SHARED_TABLES_SIDE, encode_lossy
 from dq_lightning.packed.values import BYTES_PER_PIXEL, encode_properties
+from dq_lightning.packed.whole_images import with_files
 from dq_lightning.packed.writer import Item
 from dq_lightning.pipeline.budget import ByteSetting
 from dq_lightning.pipeline.plan import Plan
@@ -62,10 +63,12 @@ def encode_items(plan: Plan, setting: ByteSetting, read: Iterable[Item]) -> Iter
     """Yield samples with their images as a setting stores them, in order.
 
     The samples are read in the calling thread, and encoded in others; small JPEGs are encoded in the calling thread too,
-    because Pillow's encoder holds the lock of the interpreter there. The setting `"keep"` leaves every sample as it is.
+    because Pillow's encoder holds the lock of the interpreter there. The setting `"keep"` leaves
+    every sample as it is; under a budget of bytes small images are stored as the dataset's own files where these are
+    smaller than the pixels.
     """
     if setting.codec == "keep":
-        yield from read
+        yield from read if plan.config.max_bytes is None else (_with_own_file(plan, *item) for item in read)
         return
     place = plan.source.image_leaf()
 
@@ -97,6 +100,16 @@ def encode_items(plan: Plan, setting: ByteSetting, read: Iterable[Item]) -> Iter
 
     for encoded_ones in (call() for call in calls()) if in_place else in_threads(calls()):
         yield from encoded_ones
+
+
+def _with_own_file(plan: Plan, sample: Any, encoded: EncodedImage | None) -> Item:
+    """Return a sample with its image as the dataset's own file where that is smaller than the pixels."""
+    leaf = None if encoded is None else at(sample, plan.source.image_leaf())
+    if encoded is None or not isinstance(leaf, Image.Image) or leaf.mode not in MODE_BITS:
+        return sample, encoded
+    if len(encoded.data) >= raw_bytes_of(leaf.mode, leaf.size):
+        return sample, encoded
+    return with_files(sample, encoded, every=True), None
 
 
 def fixed_setting(config: EncodingConfig) -> ByteSetting:
@@ -136,7 +149,9 @@ def encode_leaf(leaf: Any, encoded: EncodedImage | None, setting: ByteSetting) -
     plain = encoded is not None and encoded.decoder == "pil_rgb" and mode == "RGB"
     if encoded is not None and layout == "pil" and len(encoded.data) <= len(data) and gives_pixels(encoded, image):
         return StoredImage(encoded.data, encoded.decoder, layout, properties)
-    return StoredImage(data, "pil_rgb" if plain else "pil", layout, properties)
+    # WebP has no grey images.
+    decoder = "pil_rgb" if plain else "hf:L" if mode == "L" and setting.codec == "webp" else "pil"
+    return StoredImage(data, decoder, layout, properties)
 
 
 def reduced(image: Image.Image, longest_side: int | None) -> Image.Image:

@@ -33,10 +33,10 @@ FEATURES, BINS, SELECTION, PATCHES, STORE = "1-features", "2-bins", "3-selection
 # removed at any time. Entries of this station and of PATCHES are found by the content of the entry that they are made
 # from.
 FILLED = "6-filled"
-# No station, but the rule that a budget of bytes is spent by.
-BUDGET = "budget"
+# No station, but how images are encoded, and the rule that a budget of bytes is spent by.
+ENCODED = "encoded"
 # Increase the number of a station whenever what it computes changes, so that its old entries are never reused.
-ALGORITHM_VERSIONS = {FEATURES: 2, BINS: 1, SELECTION: 2, PATCHES: 2, STORE: 2, FILLED: 3, BUDGET: 2}
+ALGORITHM_VERSIONS = {FEATURES: 2, BINS: 1, SELECTION: 2, PATCHES: 2, STORE: 2, FILLED: 3, ENCODED: 2}
 # Version of what the scores of samples leave out of the bins, and of the scores that are kept with the bins for the draw, with
 # the order in which samples are drawn by them.
 QUALITY_VERSION = 3
@@ -312,9 +312,9 @@ def station_parts(plan: Plan, source: str, identities: dict[str, str]) -> Parts:
         # The number of samples follows from the budget, so there are no selection and no scores apart from the store.
         del parts[SELECTION]
         parts.pop(PATCHES, None)
-        parts[STORE] |= {"max_bytes": plan.config.max_bytes, "budget_version": version[BUDGET]}
+        parts[STORE]["max_bytes"] = plan.config.max_bytes
     if plan.config.max_bytes is not None or plan.config.encoding.encodes:
-        parts[STORE]["encoding"] = plan.config.encoding.to_dict()
+        parts[STORE] |= {"encoding": plan.config.encoding.to_dict(), "encoding_version": version[ENCODED]}
     if plan.patches is not None and plan.patches.fills_ahead:
         # The full parts also need the digest of the finished store; `compact.filled_key` makes them.
         parts[FILLED] = {"reconstructor": identities["reconstructor"]}
@@ -332,7 +332,7 @@ def parts_behind(store: dict[str, Any]) -> Parts:
         return {name: value for name, value in parts.items() if name not in set(names)}
 
     behind: Parts = {STORE: store}
-    rest = without(store, ("stored_patches", "store", "store_version", "max_bytes", "budget_version", "encoding"))
+    rest = without(store, ("stored_patches", "store", "store_version", "max_bytes", "encoding", "encoding_version"))
     if "patches" in rest:
         behind[PATCHES] = rest
     behind[SELECTION] = rest = without(rest, ("patches", "patches_version"))
