@@ -237,7 +237,7 @@ def main():
     parser.add_argument("--only", help="print the CPU seconds of make_bins for one row, and no more")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    make_bins(distribution("one-hot", 1000, 16), device="cpu", engine="dense")  # first-use costs are not ours
+    make_bins(distribution("one-hot", 1000, 16), device="cpu")  # first-use costs are not ours
     rows = all_rows(options)
     if options.only:
         data, settings, _ = rows[options.only]
