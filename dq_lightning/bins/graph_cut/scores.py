@@ -224,6 +224,8 @@ def holds_exactly(pool: Pool) -> bool:
 def _products(left: Rows, right: Rows, pool: Pool, size: int) -> NDArray[np.signedinteger]:
     """Return the inner products of rows, of which `left` are multiples, as whole numbers of `size` bytes, [n, n]."""
     total, tile = len(left), _TILE[pool.vector.device.type]
+    if total < 1 << 13:
+        tile = min(tile, 512)  # Squares on the diagonal are computed whole.
     # NumPy asks for huge pages, which the system provides much faster than many small ones.
     whole = np.empty((total, total), dtype=f"i{size}")
     matrix = torch.from_numpy(whole)
