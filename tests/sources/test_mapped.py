@@ -565,6 +565,23 @@ def test_what_has_positions_is_read_by_them_whatever_its_base_class(name, home, 
     assert not source.in_order
 
 
+def test_shards_of_mosaicml_are_read_by_position(tmp_path):
+    streaming = pytest.importorskip("streaming", reason="mosaicml-streaming is not installed")
+    columns = {"image": "pil", "label": "int"}
+    with streaming.MDSWriter(out=str(tmp_path / "shards"), columns=columns, size_limit=1 << 11) as writer:
+        for image, label in Pictures(8):
+            writer.write({"image": image, "label": label})
+    made = as_source(Pictures(8))
+    for shuffle in (False, True):
+        dataset = streaming.StreamingDataset(local=str(tmp_path / "shards"), shuffle=shuffle, batch_size=1)
+        source = as_source(dataset)
+        assert len(source) == 8
+        assert source.labels().values.tolist() == made.labels().values.tolist()
+        for place, index in enumerate((6, 1)):
+            assert source.image(index).tobytes() == made.image(index).tobytes()
+            assert source.subset(torch.tensor([6, 1]))[place]["label"] == Pictures(8)[index][1]
+
+
 def test_chunks_of_litdata_are_read_by_position(tmp_path):
     litdata = pytest.importorskip("litdata")
     from litdata.streaming.writer import BinaryWriter
