@@ -49,9 +49,9 @@ class Rows:
             result = result * torch.linalg.vector_norm(factor, dim=1)
         return result
 
-    def inner(self, others: "Rows") -> Tensor:
-        """Return the inner products with m other rows, float64 [n, m]."""
-        result = self.factors[0] @ others.factors[0].T
+    def inner(self, others: "Rows", out: Tensor | None = None) -> Tensor:
+        """Return the inner products with m other rows, float64 [n, m], written to `out` if that is given."""
+        result = torch.mm(self.factors[0], others.factors[0].T, out=out)
         for mine, theirs in zip(self.factors[1:], others.factors[1:], strict=True):
             result *= mine @ theirs.T
         return result

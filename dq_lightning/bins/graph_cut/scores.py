@@ -40,7 +40,7 @@ _DECIDING, _EACH, _STARTING = 20_000, 4, 1_000_000
 # The first block of proposals has this many, and all others at least the second number.
 _FIRST, _SHORT = 256, 16
 # Inner products are computed in squares of this many rows.
-_TILE = {"cpu": 1024, "cuda": 4096}
+_TILE = {"cpu": 512, "cuda": 4096}
 
 
 class MatrixScores:
@@ -224,23 +224,23 @@ def holds_exactly(pool: Pool) -> bool:
 def _products(left: Rows, right: Rows, pool: Pool, size: int) -> NDArray[np.signedinteger]:
     """Return the inner products of rows, of which `left` are multiples, as whole numbers of `size` bytes, [n, n]."""
     total, tile = len(left), _TILE[pool.vector.device.type]
-    if total < 1 << 13:
-        tile = min(tile, 512)  # Squares on the diagonal are computed whole.
     # NumPy asks for huge pages, which the system provides much faster than many small ones.
     whole = np.empty((total, total), dtype=f"i{size}")
     matrix = torch.from_numpy(whole)
 
-    def fill(corner: tuple[int, int]) -> None:
-        down, across = corner
-        product = left.span(down, down + tile).inner(right.span(across, across + tile))
-        codes = whole[down : down + tile, across : across + tile]
-        np.rint(product.cpu().numpy(), out=codes, casting="unsafe")
-        if down != across:
-            matrix[across : across + tile, down : down + tile] = torch.from_numpy(codes).T
+    def fill(down: int) -> None:
+        mine = left.span(down, down + tile)
+        space = torch.empty(len(mine), tile, dtype=mine.factors[0].dtype, device=mine.factors[0].device)
+        for across in range(0, down + 1, tile):
+            others = right.span(across, across + tile)
+            product = mine.inner(others, out=space[:, : len(others)])
+            codes = whole[down : down + tile, across : across + tile]
+            np.rint(product.cpu().numpy(), out=codes, casting="unsafe")
+            if down != across:
+                matrix[across : across + tile, down : down + tile] = torch.from_numpy(codes).T
 
-    starts = range(0, total, tile)
-    corners = [(down, across) for down in starts for across in starts if across <= down]
-    list(pool.group.rows.workers.map(fill, corners))
+    # The last squares of rows take longest, so they come first.
+    list(pool.group.rows.workers.map(fill, range(0, total, tile)[::-1]))
     return whole
 
 
