@@ -111,12 +111,12 @@ class PassScores:
     dead = -float("inf")
 
     def __init__(self, pool: Pool) -> None:
-        self._rows, self._scale = scaled_rows(pool)
+        self._factors, self._scale = scaled_rows(pool)
         self._workers = pool.group.rows.workers
         self._relative = (pool.group.rows.depth + 8) * SINGLE * self._scale
         self.values: Array = np.empty(0)
         self._start: Array = np.empty(0)
-        self._drift = torch.zeros(pool.vector.shape, dtype=torch.float64, device=pool.vector.device)
+        self._drift: Array = np.zeros(pool.vector.shape[1:])
         self._error = 0.0
         # Exact gains that the rows picked since the start had then.
         self._before: list[float] = []
@@ -124,7 +124,7 @@ class PassScores:
     def start(self, pool: Pool) -> None:
         self._start = pool.gains().cpu().numpy()
         self.values = self._start.copy()
-        self._drift.zero_()
+        self._drift[:] = 0.0
         self._error = pool.bound()
         self._before.clear()
 
@@ -133,13 +133,14 @@ class PassScores:
         if gone:
             self._start[row] = -np.inf
         self._drift += 2.0 * self._vector(row)
-        vector = self._drift.float()
+        vector = self._drift.astype(np.float32)
         step = -(-len(self._start) // max(1, self._workers.count))
 
         def update(first: int) -> None:
             part = slice(first, first + step)
-            product = Rows(tuple(factor[part] for factor in self._rows)).against(vector)
-            self.values[part] = self._start[part] - self._scale * product[:, 0].double().cpu().numpy()
+            values = self.values[part]
+            np.multiply(_product(self._factors, part, vector), self._scale, out=values, dtype=np.float64)
+            np.subtract(self._start[part], values, out=values)
 
         list(self._workers.map(update, range(0, len(self._start), step)))
 
@@ -148,13 +149,24 @@ class PassScores:
             self._drift -= 2.0 * self._vector(row)
             self._start[row] = self._before.pop()
 
-    def _vector(self, row: int) -> Tensor:
-        return Rows(tuple(factor[row : row + 1].double() for factor in self._rows)).sum()
+    def _vector(self, row: int) -> Array:
+        rows = [factor[row].cpu().numpy().astype(np.float64) for factor in self._factors]
+        return rows[0] if len(rows) == 1 else np.outer(*rows)
 
     def least(self, top: float) -> float | None:
         # The sum of float32 rows is off by the rounding of their entries.
-        drift = float(self._drift.norm()) + len(self._before)
+        drift = float(np.linalg.norm(self._drift)) + len(self._before)
         return top - 2.0 * (self._error + self._relative * drift)
+
+
+def _product(factors: tuple[Tensor, ...], part: slice, vector: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the inner products of some float32 rows with a vector [D] or [C, D + 1], float32 [n]."""
+    if factors[0].is_cuda:
+        rows = Rows(tuple(factor[part] for factor in factors))
+        return rows.against(torch.from_numpy(vector[None]).to(factors[0].device))[:, 0].cpu().numpy()
+    # NumPy multiplies a matrix by one vector up to twice as fast as torch does.
+    halfway = factors[-1].numpy()[part] @ vector.T
+    return halfway if len(factors) == 1 else np.einsum("nc,nc->n", factors[0].numpy()[part], halfway)
 
 
 def pick_in_turn(
