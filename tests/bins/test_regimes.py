@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given, settings, target
 from hypothesis import strategies as st
 
 from dq_lightning.bins.graph_cut import candidates, costs, device, engine, group, proof, scores
@@ -211,6 +211,42 @@ def test_wrong_picks_of_coarse_passes_are_undone(monkeypatch):
     monkeypatch.setattr(scores.PassScores, "undo", lambda self, rows: undone.extend(rows) or undo(self, rows))
     assert torch.equal(make_bins(values, num_bins=3, engine="stream").rank, right.rank)
     assert len(undone) > 20
+
+
+@settings(max_examples=examples(40), deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    total=st.integers(2, 150),
+    width=st.integers(1, 6),
+    mean=st.sampled_from((0.0, 30.0)),
+    size=st.sampled_from((1e-170, 1e-20, 1.0, 1e15)),
+    engine=st.sampled_from(("stream", "dense")),
+)
+def test_scores_of_passes_and_of_the_matrix_are_within_their_bounds(seed, total, width, mean, size, engine):
+    values = (np.random.default_rng(seed).standard_normal((total, width)) + mean) * size
+    kind = scores.PassScores if engine == "stream" else scores.MatrixScores
+    start, least, shares, pools = kind.start, kind.least, [], []
+
+    def check(self, top):
+        lowest = least(self, top)
+        group = pools[-1].group
+        picked = group.trail[: group.length]
+        gains = values @ (values.sum(axis=0) - 2.0 * values[picked].sum(axis=0))
+        near = self.values >= top - abs(top) / 20
+        near[picked] = False
+        if lowest is not None and len(picked) and near.any():
+            best = int(np.where(near, self.values, lowest).argmax())
+            off = (gains - gains[best]) / self._unit - (self.values - np.float64(top))
+            rounding = 1e-12 * total * np.square(values).sum(axis=1).max() / self._unit
+            assert np.abs(off[near]).max() <= top - lowest + rounding
+            shares.append(np.abs(off[near]).max() / (top - lowest + rounding))
+        return lowest
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "start", lambda self, pool: pools.append(pool) or start(self, pool))
+        patch.setattr(kind, "least", check)
+        make_bins(values, num_bins=1, similarity="dot", engine=engine)
+    target(max(shares, default=0.0))
 
 
 def test_near_ties_reach_the_referee(monkeypatch):

@@ -26,8 +26,9 @@ without any error: gains are then compared as they are, ties need no exact arith
     from its own line. Memory is of the order of the features. It is the fastest way where one pick hardly changes the
     order of the gains.
 `"stream"` (`scores.PassScores`): one product of the float32 rows with twice the sum of the picks since the gains were
-    last exact. A gain is off by at most (W + 8) 2**-24 times the length of that sum. Picks are confirmed like those of
-    the matrix (`pool.Pool.confirm`). Memory is 4 n W bytes.
+    last exact. A gain is off by at most (W + 9) 2**-24 times the length of that sum, and by the rounding of what it was
+    and is below the greatest gain of that moment. Picks are confirmed like those of the matrix (`pool.Pool.confirm`).
+    Memory is 4 n W bytes.
 
 On a GPU (`device.DevicePicks`) "dense" from 4,096 rows on, with a float32 matrix of 4 n^2 bytes, and "stream" need no
 bound on the scores: 64 picks are made on the device as one CUDA graph, and then the float64 gains of all rows before each

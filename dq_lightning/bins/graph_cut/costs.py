@@ -31,7 +31,7 @@ class Costs:
         """Seconds for a term of a product of matrices, an entry of the matrix, and an entry of a pass (exact, float32)."""
         if self.device != "cpu":
             return 1e-13, 2e-11, 3e-12, 1.8e-12
-        return tuple(rate / self.threads for rate in (3e-11, 3e-9, 2.5e-9, 3e-10))  # type: ignore[return-value]
+        return tuple(rate / self.threads for rate in (3e-11, 3e-9, 2.5e-9, 1.5e-10))  # type: ignore[return-value]
 
     def matrix(self, rows: int) -> float:
         """Matrix of inner products of all rows."""
@@ -46,7 +46,7 @@ class Costs:
         """One pick from the matrix of `rows` rows, which one thread makes, or a GPU if there are many rows."""
         if self.device != "cpu" and rows >= 1 << 12:
             return 2.8e-5 + rows * (1e-11 + self.wide * 4e-13)
-        return 7e-6 + rows * 1e-9
+        return 4e-6 + rows * 3.5e-9
 
     def check(self, rows: int) -> float:
         """One exact pass over the rows that proves a round of picks."""
@@ -72,7 +72,7 @@ class Costs:
     def from_pass(self, rows: int) -> float:
         """One pick after a pass over float32 rows."""
         # Rows of more than 16 MiB come from memory at every pass, not from the processor's cache.
-        slower = 3.3 if self.device == "cpu" and rows * self.wide > 1 << 22 else 1.0
+        slower = 5.3 if self.device == "cpu" and rows * self.wide > 1 << 22 else 1.0
         return 2.8e-5 + rows * ((1e-9 if self.device == "cpu" else 1e-11) + self.wide * self._rates[3] * slower)
 
     def passes(self, rows: int, sizes: Sequence[int]) -> float:

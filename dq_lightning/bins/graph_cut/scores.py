@@ -101,8 +101,9 @@ class MatrixScores:
 class PassScores:
     """Scores that are computed again after every pick: the exact gains of some moment, minus a pass over float32 rows.
 
-    With p twice the sum of the picks since that moment, a score is off by the rounding of its start plus the error of a
-    float32 product of a row with p, however many picks p is the sum of.
+    Scores are float32 numbers, in units of the longest row's inner product with itself, and 0 is the greatest gain of that
+    moment. With p twice the sum of the picks since then, a score is off by three roundings and by the error of a float32
+    product of a row with p, however many picks p is the sum of.
 
     Args:
         pool: n rows of width W; memory is 4 n W bytes.
@@ -111,62 +112,66 @@ class PassScores:
     dead = -float("inf")
 
     def __init__(self, pool: Pool) -> None:
-        self._factors, self._scale = scaled_rows(pool)
-        self._workers = pool.group.rows.workers
-        self._relative = (pool.group.rows.depth + 8) * SINGLE * self._scale
-        self.values: Array = np.empty(0)
-        self._start: Array = np.empty(0)
+        factors, scale = scaled_rows(pool)
+        # Products too small for float64 are all 0 in this unit.
+        self._unit = max(scale, 2.0**-1000)
+        self._twice = 2.0 * scale / self._unit
+        self._factors = factors
+        # NumPy multiplies a matrix by one vector up to twice as fast as torch does.
+        self._arrays = () if factors[0].is_cuda else tuple(factor.numpy() for factor in factors)
+        self._workers, self._relative = pool.group.rows.workers, (pool.group.rows.depth + 9) * SINGLE
+        self.values: NDArray[np.float32] = np.empty(0, dtype=np.float32)
+        self._start: NDArray[np.float32] = self.values
         self._drift: Array = np.zeros(pool.vector.shape[1:])
         self._error = 0.0
-        # Exact gains that the rows picked since the start had then.
+        # Scores that the rows picked since the start had then.
         self._before: list[float] = []
 
     def start(self, pool: Pool) -> None:
-        self._start = pool.gains().cpu().numpy()
+        gains = pool.gains().cpu().numpy()
+        self._start = ((gains - gains.max()) / self._unit).astype(np.float32)
         self.values = self._start.copy()
         self._drift[:] = 0.0
-        self._error = pool.bound()
+        self._error = pool.bound() / self._unit
         self._before.clear()
 
     def picked(self, row: int, gone: bool) -> None:
         self._before.append(self._start.item(row))
         if gone:
-            self._start[row] = -np.inf
-        self._drift += 2.0 * self._vector(row)
+            self._start[row] = self.dead
+        self._drift += self._vector(row)
         vector = self._drift.astype(np.float32)
         step = -(-len(self._start) // max(1, self._workers.count))
 
         def update(first: int) -> None:
             part = slice(first, first + step)
-            values = self.values[part]
-            np.multiply(_product(self._factors, part, vector), self._scale, out=values, dtype=np.float64)
-            np.subtract(self._start[part], values, out=values)
+            np.subtract(self._start[part], self._products(part, vector), out=self.values[part])
 
         list(self._workers.map(update, range(0, len(self._start), step)))
 
     def undo(self, rows: list[int]) -> None:
         for row in reversed(rows):
-            self._drift -= 2.0 * self._vector(row)
+            self._drift -= self._vector(row)
             self._start[row] = self._before.pop()
 
-    def _vector(self, row: int) -> Array:
-        rows = [factor[row].cpu().numpy().astype(np.float64) for factor in self._factors]
-        return rows[0] if len(rows) == 1 else np.outer(*rows)
-
     def least(self, top: float) -> float | None:
-        # The sum of float32 rows is off by the rounding of their entries.
-        drift = float(np.linalg.norm(self._drift)) + len(self._before)
-        return top - 2.0 * (self._error + self._relative * drift)
+        # The sum of float32 rows is off by the rounding of their entries. Rounded are a row's score at the start, which is
+        # at most its score now and the length of the drift together, and its score now.
+        drift = math.sqrt(float(np.vdot(self._drift, self._drift))) + len(self._before)
+        return top - 2.0 * (self._error + self._relative * drift + 2.0 * SINGLE * abs(top))
 
+    def _vector(self, row: int) -> Array:
+        """Return twice a row, float64 [D] or [C, D + 1]."""
+        rows = [np.array(factor[row].tolist()) for factor in self._arrays or self._factors]
+        return self._twice * (rows[0] if len(rows) == 1 else np.outer(*rows))
 
-def _product(factors: tuple[Tensor, ...], part: slice, vector: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the inner products of some float32 rows with a vector [D] or [C, D + 1], float32 [n]."""
-    if factors[0].is_cuda:
-        rows = Rows(tuple(factor[part] for factor in factors))
-        return rows.against(torch.from_numpy(vector[None]).to(factors[0].device))[:, 0].cpu().numpy()
-    # NumPy multiplies a matrix by one vector up to twice as fast as torch does.
-    halfway = factors[-1].numpy()[part] @ vector.T
-    return halfway if len(factors) == 1 else np.einsum("nc,nc->n", factors[0].numpy()[part], halfway)
+    def _products(self, part: slice, vector: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the inner products of some rows with a vector [D] or [C, D + 1], float32 [n]."""
+        if not self._arrays:
+            rows = Rows(tuple(factor[part] for factor in self._factors))
+            return rows.against(torch.from_numpy(vector[None]).to(rows.factors[0].device))[:, 0].cpu().numpy()
+        halfway: NDArray[np.float32] = self._arrays[-1][part] @ vector.T
+        return halfway if len(self._arrays) == 1 else np.einsum("nc,nc->n", self._arrays[0][part], halfway)
 
 
 def pick_in_turn(
@@ -212,7 +217,7 @@ def _propose(pool: Pool, scores: MatrixScores | PassScores, count: int) -> tuple
         doubtful = values.item(values.argmax()) >= least
         values[best] = top
         if doubtful:
-            near = np.flatnonzero(pool.alive & (values >= least))
+            (near,) = (values >= least).nonzero()
             equal = near[values[near] == top]
             best = int(equal[samples[equal].argmin()])
             if least < top:
