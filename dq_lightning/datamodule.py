@@ -33,9 +33,11 @@ from dq_lightning.loading.batch_filling import BatchFiller, check_batch_transfor
 from dq_lightning.loading.inner import (
     TRANSFER_HOOKS,
     AnyDataModule,
+    UndefinedHook,
     check_given,
     check_package,
     defined_by_user,
+    lightnings_own,
     not_iterable,
 )
 from dq_lightning.loading.loaders import (
@@ -145,7 +147,8 @@ class QuantizedHooks(Base):
             process, unless `config.features.num_workers` is set to a number.
         pin_memory: whether loaders pin memory; `"auto"`, also when None, pins it when batches go to a GPU.
         persistent_workers: whether loader processes are kept between epochs; `"auto"`, also when None, keeps them
-            unless loaders are reloaded every few epochs.
+            unless loaders are reloaded every few epochs, and starts new ones after an attribute of the dataset or of
+            its transforms was changed.
         drop_last: whether the last, smaller batch of an epoch is left out; False when None.
         cache_dir: folder of the cache; None uses `DQ_LIGHTNING_CACHE` or the platform's cache folder.
         seed: seed of the draw, of weighted samplers, and of a wrapped data module's own split; 0 when None.
@@ -302,6 +305,10 @@ class QuantizedHooks(Base):
         )
         if self._inner is not None:
             self._wrap(self._inner)
+        if not self._has("val") and type(self).val_dataloader is QuantizedHooks.val_dataloader:
+            # Else Lightning would speak of a validation loader that nobody passed.
+            own = lightnings_own(type(self), "val_dataloader")
+            self.val_dataloader = UndefinedHook(own, self.val_dataloader)  # type: ignore[method-assign]
         self._batch_transform = batch_transform
         self._filler: BatchFiller | None = None
         if train_set.fills_late:
@@ -721,17 +728,21 @@ class QuantizedHooks(Base):
         """
         return self._preparation.settings(self.batch_size, self._given)
 
+    def _has(self, name: str) -> bool:
+        """Whether there is something for the loaders of a name, such as `"val"`."""
+        if self._inner is not None:
+            return defined_by_user(self._inner, f"{name}_dataloader")
+        return self._eval[name] is not None
+
     def _eval_loaders(self, name: str) -> Any:
-        hook = f"{name}_dataloader"
-        given = self._eval[name] if self._inner is None else defined_by_user(self._inner, hook) or None
-        if given is None:
+        if not self._has(name):
             if name == "val" and TrainerFacts.of(self.trainer).fits:
                 return []
             raise ConfigError(
-                f"there is no {hook}: pass {name}= to QuantizedDataModule, or define it in the wrapped module"
+                f"there is no {name}_dataloader: pass {name}= to QuantizedDataModule, or define it in the wrapped module"
             )
         if self._inner is not None:
-            return getattr(self._inner, hook)()
+            return getattr(self._inner, f"{name}_dataloader")()
         settings = self._preparation.settings(self.eval_batch_size or self.batch_size, self._given)
         make = None if self._tokens is None else partial(self._tokens.loader, name=f"{name}=")
         return make_eval_loaders(self._eval[name], settings, TrainerFacts.of(self.trainer), make)

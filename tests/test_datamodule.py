@@ -4,6 +4,7 @@ import inspect
 import pickle
 import time
 from pathlib import Path
+from types import MethodType
 from typing import get_type_hints
 
 import lightning as L
@@ -187,6 +188,27 @@ def test_a_dataset_dict_is_no_validation_set(warm):
         with pytest.raises(ConfigError, match=r"a DatasetDict holds several splits \('train', 'validation'\)"):
             make(warm, val=given).val_dataloader()
     assert len(make(warm, val={"a": part, "b": part}).val_dataloader()) == 2
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_without_validation_data_lightning_says_what_it_says_of_any_data_module(warm, recwarn, validates):
+    model = Recorder()
+    if not validates:
+        model.validation_step = MethodType(L.LightningModule.validation_step, model)
+    trainer().fit(model, pickle.loads(pickle.dumps(make(warm))))
+    said = [str(one.message) for one in recwarn if "val" in str(one.message) or "zero" in str(one.message)]
+    assert len(said) == validates
+    assert all("have no `val_dataloader`" in one for one in said)
+
+
+def test_a_validation_loader_of_a_subclass_is_used(warm):
+    class WithValidation(QuantizedDataModule):
+        def val_dataloader(self):
+            return DataLoader(held_out(5), 5)
+
+    running = trainer()
+    running.fit(Recorder(), WithValidation(photos(), keep_ratio=0.25, num_bins=5, num_workers=0, cache_dir=warm))
+    assert running.num_val_batches == [1]
 
 
 @pytest.mark.parametrize(("verb", "name"), [("validate", "val"), ("test", "test"), ("predict", "predict")])

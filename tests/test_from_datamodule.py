@@ -18,6 +18,7 @@ from torch.utils.data import (
     Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
+    get_worker_info,
     random_split,
 )
 
@@ -228,6 +229,37 @@ def test_a_dataset_that_remembers_what_was_read_is_found_again(warm):
     for _ in range(2):
         assert ready(module).info.num_source_samples == 100
         list(module.train_dataloader())
+
+
+class Marked(Dataset):
+    """Photos with a number that a `worker_init_fn` sets in each process, as some do with a random generator."""
+
+    number = 0
+
+    def __init__(self):
+        self.photos = photos()
+
+    def __len__(self):
+        return len(self.photos)
+
+    def __getitem__(self, index):
+        return *self.photos[index], self.number
+
+
+def number_the_dataset(worker):
+    assert isinstance(get_worker_info().dataset, Marked)
+    get_worker_info().dataset.number = 100 + worker
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["whole", "subset sampler"])
+def test_a_worker_init_function_sees_the_users_dataset(warm, part):
+    class Module(L.LightningDataModule):
+        def train_dataloader(self):
+            order = {"sampler": SubsetRandomSampler(range(0, 200, 2))} if part else {"shuffle": True}
+            return DataLoader(Marked(), 5, num_workers=2, worker_init_fn=number_the_dataset, **order)
+
+    numbers = [set(batch[2].tolist()) for batch in ready(quantized(Module(), warm)).train_dataloader()]
+    assert numbers == [{100}, {101}] * (len(numbers) // 2) + [{100}] * (len(numbers) % 2)
 
 
 def test_subset_sampler_is_a_part_of_the_dataset(warm):

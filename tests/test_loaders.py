@@ -1,17 +1,23 @@
 """Samplers and counts for any number of ranks, without starting them; settings of loaders."""
 
+import itertools
 import math
+import os
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+from lightning.fabric.utilities.data import _update_dataloader
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler, Subset
+from torchvision.transforms import Compose, Lambda
 
 from dq_lightning import QuantizedDataModule
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.loading.loaders import LoaderSettings, automatic_workers, make_loader
+from dq_lightning.loading.processes import attributes_below
 from dq_lightning.loading.steps import check_steps, steps_per_epoch
 from dq_lightning.loading.trainer_facts import TrainerFacts
 from tests.lightning_scripts.common import Recorder, name_of, photos, trainer
@@ -122,6 +128,57 @@ def test_automatic_settings():
     assert not make_loader(data, two, cpu).pin_memory
     assert make_loader(data, two, gpu).pin_memory
     assert not make_loader(data, LoaderSettings(pin_memory=False), gpu).pin_memory
+
+
+class Shifted(Dataset):
+    def __init__(self):
+        self.by, self.transform = 0, Compose([Lambda(lambda value: value), Shift()])
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return self.transform(index + self.by), os.getpid()
+
+
+class Shift:
+    by = 0
+
+    def __call__(self, value):
+        return value + self.by
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one process", "re-made by Lightning for ranks"])
+def test_kept_workers_see_what_was_changed_on_the_dataset_between_epochs(sharded):
+    dataset = Shifted()
+    loader = make_loader(Subset(dataset, [0, 1, 2, 3]), LoaderSettings(4, num_workers=1, shuffle=False), TrainerFacts())
+    if sharded:
+        loader = _update_dataloader(loader, DistributedSampler(loader.dataset, 1, 0, shuffle=False))
+    processes = []
+
+    def epoch():
+        ((values, owners),) = list(loader)
+        processes.append(owners[0].item())
+        return values.tolist()
+
+    assert epoch() == epoch() == [0, 1, 2, 3]
+    dataset.by = 10
+    assert epoch() == [10, 11, 12, 13]
+    dataset.transform.transforms[1].by = 100  # an attribute of one of several transforms
+    assert epoch() == epoch() == [110, 111, 112, 113]
+    dataset.transform = Lambda(lambda value: -value)
+    assert epoch() == [-10, -11, -12, -13]
+    assert [one == other for one, other in itertools.pairwise(processes)] == [True, False, False, True, False]
+
+
+def test_comparing_attributes_is_bounded():
+    table = {number: [number] for number in range(100_000)}
+    shared = SimpleNamespace(table=table, rows=[*range(100_000)], module=os)
+    shared.itself = shared
+    assert len(attributes_below(shared)) < 20
+    shared.many = [SimpleNamespace(rows=[*range(60)], other=[[one] for one in range(60)]) for _ in range(64)]
+    shared.many[0].more = [SimpleNamespace(rows=[object() for _ in range(60)]) for _ in range(60)]
+    assert len(attributes_below(shared)) == 10_000
 
 
 def test_lambdas_reach_the_workers():

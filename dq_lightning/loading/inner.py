@@ -1,6 +1,7 @@
 """Recognize and read a user's own data module of `lightning` or `pytorch_lightning`, without importing either."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from dq_lightning.core.errors import ConfigError
@@ -78,6 +79,30 @@ def check_given(**given: Any) -> None:
                 "of a torch Dataset or a data module: what a function makes (datasets.load_dataset) has to be given whole, in "
                 f'the YAML file or as --data.init_args.{name}=\'{{"class_path": ..., "init_args": {{...}}}}\''
             )
+
+
+def lightnings_own(owner: type, name: str) -> Any:
+    """Return the method of a Lightning base class that a data module's class inherits or overrides."""
+    return next(
+        vars(cls)[name] for cls in owner.__mro__ if name in vars(cls) and cls.__module__.startswith(BASE_PACKAGES)
+    )
+
+
+class UndefinedHook:
+    """A hook that has nothing to give, and that Lightning therefore should take for undefined.
+
+    To find out whether a hook is defined, Lightning compares the function that it wraps (`__wrapped__`) with its own.
+
+    Args:
+        own: the method of Lightning's base class.
+        hook: the hook, which is still what a call runs: the batch-size finder calls hooks that are not defined.
+    """
+
+    def __init__(self, own: Any, hook: Callable[[], Any]) -> None:
+        self.__wrapped__, self.hook = own, hook
+
+    def __call__(self) -> Any:
+        return self.hook()
 
 
 def defined_by_user(datamodule: Any, name: str) -> bool:

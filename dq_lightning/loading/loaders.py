@@ -28,6 +28,7 @@ from torch.utils.data import (
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.handles import loader_processes
 from dq_lightning.core.workers import automatic_workers
+from dq_lightning.loading.processes import CurrentLoader, OnOwnDataset
 from dq_lightning.loading.trainer_facts import TrainerFacts
 from dq_lightning.sources.hub import hub_kind
 from dq_lightning.sources.items import evenly_spaced
@@ -139,7 +140,9 @@ def make_loader(dataset: Any, settings: LoaderSettings, facts: TrainerFacts, see
         # torch refuses these arguments without loader processes.
         options |= dict.fromkeys(("multiprocessing_context", "prefetch_factor"))
         options |= {"persistent_workers": False, "timeout": 0}
-    return DataLoader(dataset, shuffle=None if sampler is not None else settings.shuffle, sampler=sampler, **options)
+    kept = settings.persistent_workers == "auto" and options["persistent_workers"]
+    loader = CurrentLoader if kept else DataLoader
+    return loader(dataset, shuffle=None if sampler is not None else settings.shuffle, sampler=sampler, **options)
 
 
 def _shared_arguments(of: DataLoader[Any] | LoaderSettings) -> dict[str, Any]:
@@ -225,15 +228,16 @@ def read_loader(loader: Any) -> tuple[Dataset[Any], LoaderSettings]:
             f"the train loader makes its batches by {type(loader.batch_sampler).__name__}, and a batch sampler names positions "
             "of the whole dataset: it cannot be carried over to the compact set. Pass the dataset itself and batch_size="
         )
-    if type(loader).__iter__ is not DataLoader.__iter__:
+    if type(loader).__iter__ not in (DataLoader.__iter__, CurrentLoader.__iter__):
         raise ConfigError(
             f"the train loader is a {type(loader).__name__}, which gives batches in its own way: it cannot be carried over to "
             "the compact set. Use torch's DataLoader (with collate_fn=), or pass the dataset itself"
         )
     dataset, sampler = loader.dataset, loader.sampler
     weights, replacement, draws, shuffle = None, False, None, True
+    init: Any = loader.worker_init_fn
     if isinstance(sampler, SubsetRandomSampler):
-        dataset = Subset(dataset, [int(i) for i in sampler.indices])
+        dataset, init = Subset(dataset, [int(i) for i in sampler.indices]), init and OnOwnDataset(init)
     elif isinstance(sampler, WeightedRandomSampler):
         weights, replacement, draws = sampler.weights.clone(), sampler.replacement, sampler.num_samples
         if len(weights) != len(dataset):  # type: ignore[arg-type]
@@ -258,7 +262,7 @@ def read_loader(loader: Any) -> tuple[Dataset[Any], LoaderSettings]:
             "dataset: leave num_samples= of its sampler out, and shorten epochs by Trainer(limit_train_batches=...)"
         )
     settings = LoaderSettings(
-        **_shared_arguments(loader),
+        **_shared_arguments(loader) | {"worker_init_fn": init},
         shuffle=shuffle,
         weights=weights,
         replacement=replacement,

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch.utils.data import Subset
 
 from dq_lightning.cache.entries import Cache
 from dq_lightning.core.config import VerifyPolicy
@@ -20,6 +21,7 @@ from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.core.sharing import Distributed
 from dq_lightning.loading.batch_filling import UnfilledDataset
 from dq_lightning.loading.loaders import LoaderSettings, check_collatable, read_loader
+from dq_lightning.loading.processes import OnOwnDataset
 from dq_lightning.loading.ranks import global_rank
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.pipeline.compact import Compact, check_same_samples, find_compact, open_packed
@@ -172,6 +174,8 @@ class _PlannedTrainSet(TrainSet):
             dataset = stored_dataset(compact, plan.patches, plan.source.finisher(index), cache.verify)
         else:
             dataset = plan.source.subset(index)
+            if settings is not None and settings.worker_init_fn is not None and isinstance(dataset, Subset):
+                settings = replace(settings, worker_init_fn=OnOwnDataset(settings.worker_init_fn))
         # The weights of a sampler are those of the kept samples, and its draws per epoch shrink with their number.
         if settings is not None and settings.weights is not None:
             settings = replace(settings, weights=settings.weights[index])
