@@ -533,8 +533,13 @@ class QuantizedHooks(Base):
         if own is not None:
             return own
         opened = self._preparation.opened
-        labels = None if opened.plan is None else opened.plan.labels
-        return read_duplicates_of(opened.compact, self._preparation.cache(), labels)
+        plan = opened.plan
+        return read_duplicates_of(
+            opened.compact,
+            self._preparation.cache(),
+            None if plan is None else plan.labels,
+            labels_known=plan is not None,
+        )
 
     @property
     def labels(self) -> Labels | None:

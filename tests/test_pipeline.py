@@ -8,7 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dq_lightning import BinConfig, FeatureConfig, QuantizeConfig, SelectionConfig, as_source, quantize
+from dq_lightning import (
+    BinConfig,
+    FeatureConfig,
+    QuantizeConfig,
+    QuantizedDataModule,
+    SelectionConfig,
+    as_source,
+    quantize,
+)
 from dq_lightning.cache.entries import Cache
 from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.pipeline import binning
@@ -229,3 +237,28 @@ def test_gradient_features(tmp_path):
     assert info.num_samples == 4
     embedding = quantize(photos(40), settings(), cache_dir=tmp_path, progress=False)
     assert embedding.path != info.path
+
+
+def test_clusters_change_neither_the_shares_of_classes_nor_what_is_listed_as_near(tmp_path, caplog):
+    """`Bins.group` numbers clusters, so classes must come from the dataset."""
+    generator = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], [25, 10, 5])
+    features = generator.normal(size=(40, 4)).astype(np.float32)
+    features[:25, 0] *= 9
+    features[7] = features[3]
+    made = {}
+    for classes in (labels, False):
+        config = QuantizeConfig(
+            bins=BinConfig(num_bins=2, clusters=3, deduplicate=0.9999),
+            selection=SelectionConfig(0.5, draw="seeded", balance="equal"),
+        )
+        dm = QuantizedDataModule(photos(40), config=config, cache_dir=tmp_path, encoder=features, labels=classes)
+        dm.prepare_data()
+        dm.setup("fit")
+        assert dm.duplicates.pairs.tolist() == [[7, 3]]
+        made[classes is False] = dm.selection.index.numpy()
+        assert ("has no effect" in caplog.text) == (classes is False)
+    assert np.bincount(labels[made[False]]).tolist() in ([8, 7, 5], [7, 8, 5])
+    # Without classes every cluster has a share in proportion to its size.
+    counts, sizes = (dm.bins.group[places].bincount() for places in (made[True], dm.bins.assignment >= 0))
+    assert (counts - sizes * 20 / 39).abs().max() < 1

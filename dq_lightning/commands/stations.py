@@ -235,8 +235,8 @@ def sample(
             samples that were picked first. auto is scored where the bins hold scores, else seeded.
         bin_weights: one weight for each bin, in place of equal shares.
         balance: proportional, sqrt or equal shares of the classes.
-        dataset: dataset that gives the classes, for published files without bins.npz; the shares are then also equal by
-            class.
+        dataset: dataset that gives the classes, for published files without bins.npz and for bins that were made in
+            clusters; the shares are then also equal by class.
         data_path: folder or file of that dataset.
         split: split of that dataset.
     """
@@ -246,14 +246,19 @@ def sample(
     from dq_lightning.commands.opening import open_dataset
     from dq_lightning.exports.published import read_bin_files, selection_file
     from dq_lightning.exports.rows import write_index
-    from dq_lightning.selection.select import select
+    from dq_lightning.selection.select import is_split_of, select
     from dq_lightning.sources.adapt import as_source
 
     labels = None
     if dataset is not None or data_path is not None:
         labels = as_source(open_dataset(dataset, data_path, split)).labels()
     bins, positions, name = read_bin_files(bins_path, None if labels is None else labels.values)
-    drawn = select(bins, keep_ratio=keep_ratio, seed=seed, draw=draw, bin_weights=bin_weights, balance=balance)
+    classes = None if labels is None else labels.values[torch.from_numpy(positions)]
+    if classes is not None and not is_split_of(bins, classes):
+        classes = None  # The bins were made inside groups of another kind.
+    drawn = select(
+        bins, keep_ratio=keep_ratio, seed=seed, draw=draw, bin_weights=bin_weights, balance=balance, labels=classes
+    )
     index, folder = positions[drawn.index.numpy()], Path(output or bins_path).expanduser()
     path = write_index(torch.from_numpy(index), folder / selection_file(name, keep_ratio))
     print(f"kept {len(index):,} samples and wrote their positions: {path}")

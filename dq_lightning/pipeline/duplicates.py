@@ -10,7 +10,9 @@ from dq_lightning.core.records import Duplicates, Labels
 from dq_lightning.pipeline.compact import Compact, read_bins_of, read_features_of
 
 
-def read_duplicates_of(compact: Compact, cache: Cache, labels: Labels | None) -> Duplicates | None:
+def read_duplicates_of(
+    compact: Compact, cache: Cache, labels: Labels | None, *, labels_known: bool = True
+) -> Duplicates | None:
     """Return the near-duplicates that were left out, each with the sample that stays; None if none were looked for.
 
     Only the samples that were left out are compared with the others, which takes much less time than to search anew.
@@ -19,6 +21,7 @@ def read_duplicates_of(compact: Compact, cache: Cache, labels: Labels | None) ->
         compact: the compact set.
         cache: cache that holds its features and bins.
         labels: classes or groups of all samples of its dataset, or None without classes.
+        labels_known: whether the labels are those of the dataset; False where it is not at hand.
 
     Raises:
         CacheError: the features or the bins are not in the cache, or the classes are needed and not given.
@@ -29,7 +32,7 @@ def read_duplicates_of(compact: Compact, cache: Cache, labels: Labels | None) ->
     by_label = settings.get("by_label", True)
     features, bins = read_features_of(compact, cache), read_bins_of(compact, cache)
     inside = bins.assignment >= 0
-    if by_label and labels is None and len(np.unique(bins.group[inside].numpy())) > 1:
+    if by_label and not labels_known and len(np.unique(bins.group[inside].numpy())) > 1:
         raise CacheError(
             "near-duplicates were compared inside each class, and the classes of what was left out are in the dataset alone: "
             "pass it as dataset="

@@ -43,6 +43,8 @@ QUALITY_VERSION = 3
 SCORES_VERSION = 2
 # Near-duplicates are looked for inside each class since version 2.
 DUPLICATES_VERSION = 2
+# Classes that are split into clusters have their shares since version 2.
+CLUSTERS_VERSION = 2
 SIZE_SAMPLES = 16
 # This prefix distinguishes an identity of the data that the user gave from a digest of their content.
 GIVEN = "given:"
@@ -338,7 +340,7 @@ def parts_behind(store: dict[str, Any]) -> Parts:
     behind[SELECTION] = rest = without(rest, ("patches", "patches_version"))
     if "features_version" not in rest:
         return behind
-    behind[BINS] = rest = without(rest, (*SelectionConfig().to_dict(), "selection_version"))
+    behind[BINS] = rest = without(rest, (*SelectionConfig().to_dict(), "selection_version", "clusters_version"))
     training = FeatureConfig(selection_epochs=1).selection_training()
     names = ["source", "num_source_samples", "on_error", "encoder", "kind", "features_version", "text", *training]
     names += ["labels"] * (rest["kind"] == "gradient" or "selection_epochs" in rest)
@@ -382,6 +384,8 @@ def _parts_of_choice(plan: Plan, data: dict[str, Any], identities: dict[str, str
     if config.selection.balance == "proportional":
         del drawn["balance"]
     selection = bins | drawn | {"selection_version": version[SELECTION]}
+    if config.bins.clusters is not None:
+        selection["clusters_version"] = CLUSTERS_VERSION
     return {FEATURES: features, BINS: bins, SELECTION: selection}
 
 

@@ -1,11 +1,12 @@
 """The step "selection": draw the same share of every bin, or take the positions that were chosen without bins."""
 
 import torch
+from torch import Tensor
 
 from dq_lightning.cache.tensors import write_selection
 from dq_lightning.core.console import get_logger
 from dq_lightning.core.errors import ConfigError
-from dq_lightning.core.records import Bins, Selection
+from dq_lightning.core.records import Bins, Labels, Selection
 from dq_lightning.features.readable import find_unreadable
 from dq_lightning.pipeline.plan import Plan, keeps_all
 from dq_lightning.pipeline.step import Task
@@ -43,7 +44,7 @@ def drawn_selection(task: Task, bins: Bins, keep_ratio: float, *, warns: bool = 
         draw=settings.draw,
         bin_weights=settings.bin_weights,
         balance=settings.balance,
-        labels=None if grouping is None else grouping.members,
+        labels=_drawn_by(task.plan, grouping, len(bins)),
     )
     if warns:
         if settings.balance != "proportional" and grouping is None:
@@ -53,6 +54,21 @@ def drawn_selection(task: Task, bins: Bins, keep_ratio: float, *, warns: bool = 
             )
         _warn_of_lost_classes(task.plan, bins, selection)
     return selection
+
+
+def _drawn_by(plan: Plan, grouping: Labels | None, total: int) -> Tensor | None:
+    """Return what the draw has to know of labels beside the groups of the bins, or None.
+
+    These are the labels of samples that have several, and the classes where the groups are clusters of them.
+    """
+    if grouping is not None and grouping.members is not None:
+        return grouping.members
+    if plan.config.bins.clusters is None:
+        return None
+    if grouping is not None:
+        return grouping.values
+    # Without classes the clusters have shares in proportion to their sizes, whatever the balance.
+    return None if plan.config.selection.balance == "proportional" else torch.zeros(total, dtype=torch.int64)
 
 
 def chosen_selection(task: Task) -> Selection:

@@ -114,7 +114,7 @@ def collect(compact: Compact, cache: Cache, source: Source | None) -> Material:
     if isinstance(features, Features) and len(features) != compact.info.num_source_samples:
         features = "The features in the cache are of another number of samples."
     bins = _or_why(lambda: read_bins_of(compact, cache))
-    duplicates = _or_why(lambda: read_duplicates_of(compact, cache, labels))
+    duplicates = _or_why(lambda: read_duplicates_of(compact, cache, labels, labels_known=source is not None))
     kept_labels = _kept_labels(compact, stored) if labels is None else None
     return Material(
         compact,

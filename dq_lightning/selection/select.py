@@ -17,9 +17,9 @@ from dq_lightning.core.records import Bins, Selection
 from dq_lightning.selection.allocate import Shares, apportion, count_kept
 from dq_lightning.selection.exchange import Exchange
 
-# Numbers of the independent random streams: ties among groups, ties among the bins of a group, order inside a bin, and draws
-# by scores.
-_GROUP_TIES, _BIN_TIES, _ORDER, _SCORED = range(4)
+# Numbers of the independent random streams: ties among groups (or classes), ties among the bins of a group, order inside a bin,
+# draws by scores, and ties among the groups of a class.
+_GROUP_TIES, _BIN_TIES, _ORDER, _SCORED, _INNER_TIES = range(5)
 # Where at least this share of a bin is kept, a draw by scores is from all samples of the bin.
 ALL_FROM = 0.3
 
@@ -60,7 +60,9 @@ def select(
         labels: multi-hot targets, 0 or 1 [N, C], of samples that have several labels. Drawn samples are then exchanged
             for others until every label, too, is within one of its share, if exchanges of one pair lead there; else a
             warning says how far they are. A smaller ratio is then not always a subset of a larger one. Needs
-            `balance="proportional"`.
+            `balance="proportional"`. Or the class of each sample, whole numbers [N], where the groups of the bins are
+            smaller than classes, as clusters are: the kept samples are then shared out among the classes, and those of a
+            class among its groups in proportion to their sizes.
 
     Returns:
         Selection of M samples: `index` int64 [M] ascending, `bin` int16 [M].
@@ -81,7 +83,8 @@ def select(
     """
     SelectionConfig(keep_ratio=keep_ratio, seed=seed, draw=draw, bin_weights=None, balance=balance)
     _check_weights(bin_weights, bins.num_bins)
-    members = _label_sets(labels, len(bins), balance)
+    classes = _classes(labels, len(bins))
+    members = _label_sets(labels, len(bins), balance) if classes is None else None
     worth = _check_scores(bins.score if scores is None else scores, len(bins), draw)
     wanted = _wanted(len(bins), keep_ratio)
     present = np.flatnonzero(bins.assignment.cpu().numpy() >= 0)
@@ -90,9 +93,8 @@ def select(
             f"keep_ratio={keep_ratio} of {len(bins)} samples wants {wanted}, but only {len(present)} are left without "
             f"near-duplicates and the {bins.num_unreadable} that can't be read; lower keep_ratio, or raise deduplicate"
         )
-    order, groups, sizes = _sort(bins, present)
-    group_sizes = [int(n) for n in sizes.sum(axis=1)]
-    quotas = apportion(_group_shares(group_sizes, balance), wanted, _ranks(seed, _GROUP_TIES, 0, 0, len(groups)))
+    order, groups, owners, sizes = _sort(bins, present, classes)
+    quotas = _quotas(sizes.sum(axis=1), owners, balance, wanted, seed)
     counts = _bin_counts(groups, sizes, quotas, seed, bin_weights)
     if draw != "rank":
         order = _drawn_first(order, groups, sizes, counts, seed, worth, every_bin=members is not None)
@@ -107,6 +109,37 @@ def select(
     index = np.sort(order[kept])
     bin_of_each = bins.assignment.cpu()[torch.from_numpy(index)].to(torch.int16)
     return Selection(torch.from_numpy(index), bin_of_each, bins.num_unreadable, bins.suspects)
+
+
+def is_split_of(bins: Bins, classes: Tensor) -> bool:
+    """Return whether every group of the bins lies in one of the classes, int64 [N], as clusters of a class do."""
+    inside = bins.assignment >= 0
+    pairs = np.unique(np.stack([bins.group[inside].numpy(), classes[inside].numpy()]), axis=1)
+    return len(np.unique(pairs[0])) == pairs.shape[1]
+
+
+def _quotas(sizes: NDArray[np.int64], owners: NDArray[np.int64], balance: Balance, wanted: int, seed: int) -> list[int]:
+    """Return the number of samples that are drawn from each of G groups of the given sizes, whose classes are `owners`."""
+    classes, starts = np.unique(owners, return_index=True)
+    parts = [[int(n) for n in part] for part in np.split(sizes, starts[1:])]
+    totals = apportion(
+        _group_shares([sum(part) for part in parts], balance), wanted, _ranks(seed, _GROUP_TIES, 0, 0, len(parts))
+    )
+    quotas: list[int] = []
+    for number, part, total in zip(classes.tolist(), parts, totals, strict=True):
+        quotas += apportion(Shares(part), total, _ranks(seed, _INNER_TIES, number, 0, len(part)))
+    return quotas
+
+
+def _classes(labels: Tensor | NDArray[np.generic] | None, total: int) -> NDArray[np.int64] | None:
+    """Return classes as int64 [N], or None where the labels are none, or those of samples that have several."""
+    if labels is None or getattr(labels, "ndim", 1) != 1:
+        return None
+    try:
+        values = as_numpy(labels)
+    except ValueError:  # lists of different lengths
+        return None
+    return values.astype(np.int64) if values.dtype.kind in "bui" and values.shape == (total,) else None
 
 
 def _group_shares(sizes: list[int], balance: Balance) -> Shares:
@@ -152,18 +185,26 @@ def _wanted(total: int, keep_ratio: float) -> int:
     return wanted
 
 
-def _sort(bins: Bins, present: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Sort the positions `present` of the samples that are in a bin by group, bin and rank.
+def _sort(
+    bins: Bins, present: NDArray[np.int64], classes: NDArray[np.int64] | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Sort the positions `present` of the samples that are in a bin by class, group, bin and rank.
 
-    The positions in the new order, the groups [G], and the number of samples [G, num_bins] are returned.
+    The positions in the new order, the groups [G], their classes [G], and the number of samples [G, num_bins] are returned.
+    Without classes every group is one.
     """
     fields = (bins.group, bins.assignment, bins.rank)
     group, assignment, rank = (t.cpu().numpy()[present].astype(np.int64) for t in fields)
-    groups, ordinal = np.unique(group, return_inverse=True)
+    if classes is None:
+        groups, ordinal = np.unique(group, return_inverse=True)
+        owners = groups
+    else:
+        pairs, ordinal = np.unique(np.stack([classes[present], group]), axis=1, return_inverse=True)
+        owners, groups, ordinal = pairs[0], pairs[1], ordinal.reshape(-1)
     cell = ordinal * bins.num_bins + assignment
     order = np.lexsort((rank, cell)) if len(groups) * bins.num_bins >= 2**31 else np.argsort(cell << 32 | rank)
     sizes = np.bincount(cell, minlength=len(groups) * bins.num_bins).reshape(len(groups), bins.num_bins)
-    return present[order], groups, sizes
+    return present[order], groups, owners, sizes
 
 
 def _starts(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -227,7 +268,10 @@ def _label_sets(labels: Tensor | NDArray[np.generic] | None, total: int, balance
     members = multi_hot(labels)
     if members is None or len(members) != total:
         shape = list(getattr(labels, "shape", ())) or type(labels).__name__
-        raise ConfigError(f"labels= of select are 0 or 1 for every sample and label, [{total}, C], got {shape}")
+        raise ConfigError(
+            f"labels= of select are one whole number a sample, or 0 and 1 for every sample and label, [{total}, C], "
+            f"got {shape}"
+        )
     if balance != "proportional":
         raise ConfigError(
             f"balance={balance!r} gives classes other shares than they have, but these samples have several labels each: "

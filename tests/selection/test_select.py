@@ -1,3 +1,4 @@
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.records import Bins
 from dq_lightning.selection.allocate import count_kept
-from dq_lightning.selection.select import select
+from dq_lightning.selection.select import is_split_of, select
 from tests.full_count import examples
 
 
@@ -26,6 +27,36 @@ def made_up_bins(group_sizes, num_bins, seed=0):
     return Bins(
         assignment.to(torch.int16), rank.to(torch.int32), torch.zeros(len(table)), group.to(torch.int32), num_bins
     )
+
+
+@settings(max_examples=examples(60), deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=9),
+    classes=st.integers(1, 4),
+    balance=st.sampled_from(["proportional", "sqrt", "equal"]),
+    ratios=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)),
+    seed=st.integers(0, 5),
+)
+def test_classes_of_clusters_have_the_shares_that_whole_classes_have(sizes, classes, balance, ratios, seed):
+    bins = made_up_bins(sizes, 3, seed)
+    owner = torch.arange(len(sizes)) % classes
+    of_each = owner[bins.group.long()]
+    assert is_split_of(bins, of_each)
+    whole = replace(bins, group=of_each.to(torch.int32))
+    assert not is_split_of(whole, bins.group.long()) or len(sizes) <= classes
+    last = set()
+    for ratio in sorted(ratios):
+        if count_kept(len(bins), ratio) == 0:
+            continue
+        kept = select(bins, keep_ratio=ratio, seed=seed, balance=balance, labels=of_each).index
+        twin = select(whole, keep_ratio=ratio, seed=seed, balance=balance).index
+        counts = torch.bincount(of_each[kept], minlength=classes)
+        assert torch.equal(counts, torch.bincount(of_each[twin], minlength=classes))
+        for group, size in enumerate(sizes):
+            share = Fraction(int(counts[owner[group]]) * size, int((of_each == owner[group]).sum()))
+            assert abs(int((bins.group[kept] == group).sum()) - share) < 1
+        assert last <= set(kept.tolist())
+        last = set(kept.tolist())
 
 
 UNEQUAL = st.lists(st.one_of(st.integers(1, 3), st.integers(1, 400)), min_size=1, max_size=6)
