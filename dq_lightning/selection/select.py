@@ -115,7 +115,7 @@ def is_split_of(bins: Bins, classes: Tensor) -> bool:
     """Return whether every group of the bins lies in one of the classes, int64 [N], as clusters of a class do."""
     inside = bins.assignment >= 0
     pairs = np.unique(np.stack([bins.group[inside].numpy(), classes[inside].numpy()]), axis=1)
-    return len(np.unique(pairs[0])) == pairs.shape[1]
+    return bool(len(np.unique(pairs[0])) == pairs.shape[1])
 
 
 def _quotas(sizes: NDArray[np.int64], owners: NDArray[np.int64], balance: Balance, wanted: int, seed: int) -> list[int]:
