@@ -12,6 +12,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     RandomSampler,
     Sampler,
     SequentialSampler,
@@ -312,6 +313,8 @@ class OwnLoader(DataLoader):
     ("make_loader", "seen"),
     [
         (lambda d: DataLoader(d, 5, sampler=Backwards(d)), "has a Backwards"),
+        (lambda d: DataLoader(d, 5, sampler=DistributedSampler(d, 2, 0)), "use shuffle=True and leave use_distributed"),
+        (lambda d: DataLoader(d, 5, sampler=DistributedSampler(d)), "leave out DistributedSampler"),
         (lambda d: DataLoader(d, batch_sampler=OwnBatches(RandomSampler(d), 5, False)), "batches by OwnBatches"),
         (lambda d: DataLoader(d, batch_size=None), "batch sampler names positions"),
         (lambda d: OwnLoader(d, 5), "OwnLoader, which gives batches in its own way"),

@@ -15,6 +15,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     Sampler,
@@ -250,6 +251,11 @@ def read_loader(loader: Any) -> tuple[Dataset[Any], LoaderSettings]:
         draws = sampler.num_samples if sampler.replacement or sampler.num_samples != len(dataset) else None  # type: ignore[arg-type]
     elif type(sampler) is SequentialSampler:
         shuffle = False
+    elif isinstance(sampler, DistributedSampler):
+        raise ConfigError(
+            "the train loader has a DistributedSampler, which names positions of the whole dataset: use shuffle=True and leave "
+            "use_distributed_sampler=True in the Trainer (its default), which shares the compact set out among the processes"
+        )
     elif not isinstance(dataset, IterableDataset):  # The order of a stream is its own, and the compact set has another.
         raise ConfigError(
             f"the train loader has a {type(sampler).__name__}, which may depend on positions in the whole dataset: it cannot "

@@ -225,8 +225,17 @@ class DataModuleTrainSet(_PlannedTrainSet):
         # Attributes that are set on a shallow copy do not appear on the user's object.
         probe = copy.copy(self._datamodule)
         with isolated_random_state(self._wanted.config.selection.seed):
-            probe.setup("fit")
-            dataset, _ = read_loader(probe.train_dataloader())
+            try:
+                probe.setup("fit")
+                dataset, _ = read_loader(probe.train_dataloader())
+            except (ValueError, RuntimeError) as error:
+                if "process group" not in str(error):
+                    raise
+                raise ConfigError(
+                    f"{type(probe).__name__} asks for the ranks of the run ({error}), but in prepare_data one process makes "
+                    "the compact set before the ranks are connected: leave out DistributedSampler, which Lightning adds by "
+                    "itself, or pass the dataset in place of the data module"
+                ) from error
         return _build(make_plan(dataset, self._wanted), cache, options)
 
     def locate(self, cache: Cache, prepared: Located | None = None, peer: PeerIdentity | None = None) -> Located:

@@ -1,7 +1,8 @@
 """The step "store": write the compact set, with row numbers alone, whole samples, or samples with kept patches."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,8 @@ from dq_lightning.sources.skipping import readable_items
 MEASURED_SAMPLES = 16
 # So many samples are checked before the long work.
 TRIED_SAMPLES = 8
+# A transform whose result differs after packing is repeated so often, to find out whether it is random.
+REPEATS = 64
 
 
 def make_store(task: Task, selection: Selection, scored: tuple[Tensor, Tensor] | None = None) -> None:
@@ -218,21 +221,28 @@ def check_storable(plan: Plan, finisher: Any = None) -> None:
 
 def _check_finished(plan: Plan, finish: Callable[[Any], Any], position: int, stored: Any) -> None:
     def finished(item: Any) -> str:
+        finish_once = finish
+        # A copy starts with the same states of random generators that the transform holds.
+        with suppress(Exception):
+            finish_once = copy.deepcopy(finish)
         with isolated_random_state(position):
-            return digest_of(finish(item))
+            return digest_of(finish_once(item))
+
+    def finished_plain() -> str:
+        return finished(plain_parts(plan.source.plain(position)))
 
     try:
-        wanted = {finished(plain_parts(plan.source.plain(position))) for _ in range(2)}
+        wanted = finished_plain()
     except Exception:
         return  # The transform fails on the dataset's own sample too, or its result cannot be compared.
-    if len(wanted) > 1:
-        return  # The transform draws from its own random generator, so two of its results cannot be compared.
     reason = "another result"
     try:
-        if finished(stored) in wanted:
+        if finished(stored) == wanted:
             return
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
+    if any(finished_plain() != wanted for _ in range(REPEATS)):
+        return  # The transform draws from a random generator that it does not hold, so its results cannot be compared.
     raise SourceError(
         f"the transform of {plan.source.describe()} does not give the same for sample {position} after packing as before "
         f"({reason}): it uses something that a packed set does not keep, such as the file's name or the class of the image. "

@@ -1,5 +1,6 @@
 """Makes copies of a dataset without the user's transforms or with others. The user's object is not changed."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,9 +15,17 @@ KEEP = "keep"
 
 
 def own_transforms(dataset: Any) -> dict[str, Any]:
-    """The transform attributes in the dataset's own `__dict__`, by name."""
+    """The transform attributes of the dataset, by name: its own, and objects that are attributes of its class.
+
+    Methods and properties of the class are part of how it reads an item.
+    """
     state = getattr(dataset, "__dict__", {})
-    return {name: state[name] for name in TRANSFORM_NAMES if name in state}
+    found = {name: state[name] for name in TRANSFORM_NAMES if name in state}
+    for name in TRANSFORM_NAMES:
+        shared = inspect.getattr_static(type(dataset), name, None)
+        if name not in state and isinstance(state, dict) and callable(shared) and not hasattr(type(shared), "__get__"):
+            found[name] = shared
+    return found
 
 
 def with_attributes(dataset: Any, changes: dict[str, Any]) -> Any:

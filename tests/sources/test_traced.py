@@ -18,6 +18,9 @@ from torchvision.transforms import v2
 from dq_lightning import QuantizeConfig, QuantizedDataModule
 from dq_lightning.core.errors import SourceError
 from dq_lightning.core.isolation import isolated_random_state
+from dq_lightning.pipeline.packing import check_storable
+from dq_lightning.pipeline.plan import make_plan
+from dq_lightning.pipeline.wanted import want
 from dq_lightning.sources.adapt import as_source
 from dq_lightning.sources.items import plain_parts
 from dq_lightning.sources.traced import same
@@ -426,3 +429,66 @@ def test_albumentations():
             wanted = dataset[position]
             flip.set_random_seed(position)
             assert same(finisher(position, source.plain(position)), wanted)
+
+
+MODULES_OWN = np.random.default_rng(0)
+
+
+class OfTheTransform:
+    """Turns an image upside down with a probability, by a random generator that the transform holds."""
+
+    def __init__(self, p):
+        self.p, self.draws = p, np.random.default_rng(0)
+
+    def __call__(self, image):
+        return np.flipud(image) if self.draws.random() < self.p else np.asarray(image)
+
+
+class OfTheModule(OfTheTransform):
+    """The same with a generator that no copy of the transform has."""
+
+    def __call__(self, image):
+        return np.flipud(image) if MODULES_OWN.random() < self.p else np.asarray(image)
+
+
+@pytest.mark.parametrize("transform", [*map(OfTheTransform, (0.02, 0.5, 0.98)), OfTheModule(0.5)])
+def test_transforms_with_random_generators_of_their_own_are_packed(transform):
+    class Pictures(Scenes):
+        def __getitem__(self, index):
+            return self.transform(np.array(self.images[index])), index % 2
+
+    plan = make_plan(Pictures(transform), want(None, store="packed", keep_ratio=0.5))
+    for _ in range(8):
+        check_storable(plan, plan.source.finisher(plan.candidates))
+
+
+class WithTransformOfTheClass(Scenes):
+    transform = OfTheTransform(0.5)
+
+    def __init__(self):
+        self.images = Scenes(None).images
+
+    def __getitem__(self, index):
+        return self.transform(np.array(self.images[index])), index % 2
+
+
+class WithMethod(WithTransformOfTheClass):
+    def transform(self, image):
+        return np.fliplr(image)
+
+
+def test_a_transform_that_is_an_attribute_of_the_class_is_taken_off():
+    source, method = as_source(WithTransformOfTheClass()), as_source(WithMethod())
+    source.check_repeatable()
+    finisher, own = source.finisher(torch.arange(COUNT)), WithTransformOfTheClass.transform
+    results = set()
+    for position in range(COUNT):
+        pixels = np.array(source.dataset.images[position])
+        assert np.array_equal(source.plain(position)[0], pixels)
+        assert np.array_equal(method.plain(position)[0], np.fliplr(pixels))
+        own.draws = np.random.default_rng(position)
+        delivered = source.delivered(position)
+        own.draws = np.random.default_rng(position)
+        assert same(finisher(position, source.plain(position)), delivered)
+        results.add(np.array_equal(delivered[0], pixels))
+    assert results == {True, False}
