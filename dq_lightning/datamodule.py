@@ -270,11 +270,13 @@ class QuantizedHooks(Base):
         if wanted.indices is not None or isinstance(train_set, StoreTrainSet):
             keep_ratio = num_bins = None
         self.save_hyperparameters("keep_ratio", "num_bins", "seed", logger=False)
-        self._inner: Any = train if isinstance(train, AnyDataModule) else None
+        inner: Any = train if isinstance(train, AnyDataModule) else None
         # The batch size of a wrapped data module is read from its train loader in setup().
-        own = None if self._inner is not None else LoaderSettings().batch_size
+        own = None if inner is not None else LoaderSettings().batch_size
         self.batch_size: int | None = own if batch_size is None else batch_size
         self.eval_batch_size = eval_batch_size
+        # From here on attributes that only the wrapped data module has are set there.
+        self._inner = inner
         self._given: dict[str, Any] = {
             "num_workers": num_workers,
             "pin_memory": pin_memory,
@@ -409,6 +411,12 @@ class QuantizedHooks(Base):
         if self.trainer is not None:
             report_steps(self.trainer, self.info, settings, quiet=self._reported)
             if not self._reported:
+                if self._inner is not None and TrainerFacts.of(self.trainer).reloads and self.trainer.is_global_zero:
+                    get_logger().warning(
+                        "reload_dataloaders_every_n_epochs makes the train loader anew with the settings that "
+                        f"{type(self._inner).__name__}.train_dataloader() gave at the start: what it would do otherwise in "
+                        "later epochs has no effect"
+                    )
                 for logger in self.trainer.loggers:
                     logger.log_hyperparams(facts_for_loggers(self.info))
             self._reported = True
@@ -651,14 +659,21 @@ class QuantizedHooks(Base):
         }
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; a Trainer of the other Lightning package is refused when it takes the data module.
+        """Set an attribute; one that only the wrapped data module has is set there, where its own code reads it.
+
+        A Trainer of the other Lightning package is refused when it takes the data module.
 
         Raises:
             ConfigError: the Trainer and this class come from different Lightning packages.
         """
         if name == "trainer":
             check_package(self, value)
-        super().__setattr__(name, value)
+        inner = self.__dict__.get("_inner")
+        own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        if inner is not None and not own and hasattr(inner, name):
+            setattr(inner, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __iter__(self) -> Iterator[Any]:
         """Refuse iteration: a Trainer of the other Lightning package takes the data module for a loader.

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 
 import lightning as L
 import pytest
@@ -118,6 +119,40 @@ def test_attributes_of_the_inner_module(warm):
     assert module.note == "plain"
     assert not hasattr(module, "nothing_like_it")
     assert "train_ds" not in dir(module)
+    # what a script sets is read by the code of the inner module
+    module.note, module.batch_size, module.new = "fold 2", 3, 4
+    assert (module._inner.note, module.note, module.batch_size, module.new) == ("fold 2", "fold 2", 3, 4)
+    assert not hasattr(module._inner, "batch_size")
+    assert not hasattr(module._inner, "new")
+    assert pickle.loads(pickle.dumps(QuantizedDataModule.from_datamodule(Folds()))).fold == 0
+
+
+class Folds(L.LightningDataModule):
+    """Photos of which the model sees those of other folds; the batches grow from epoch to epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.fold = self.batch_size = 0
+
+    def setup(self, stage):
+        self.train = Subset(photos(), [i for i in range(200) if i % 2 != self.fold])
+
+    def train_dataloader(self):
+        return DataLoader(self.train, 5 + (self.trainer.current_epoch if self.trainer else 0), shuffle=True)
+
+
+def test_an_attribute_that_is_set_between_two_fits_makes_another_train_set(warm, caplog):
+    module, seen = quantized(Folds(), warm), []
+    for fold in (0, 1):
+        module.fold = fold
+        trainer(limit_train_batches=1).fit(model := Recorder(), module)
+        seen.append(set(model.seen))
+        assert seen[-1] <= {name_of(photos()[i][0]) for i in range(200) if i % 2 != fold}
+    assert "has no effect" not in caplog.text
+    running = trainer(max_epochs=2, reload_dataloaders_every_n_epochs=1)
+    with caplog.at_level(logging.WARNING):
+        running.fit(Recorder(), quantized(Folds(), warm))
+    assert caplog.text.count("Folds.train_dataloader() gave at the start") == 1
 
 
 def test_settings_given_here_come_first(warm):

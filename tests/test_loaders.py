@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities.data import _update_dataloader
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler, Subset, default_collate
 from torchvision.transforms import Compose, Lambda
 
 from dq_lightning import QuantizedDataModule
@@ -141,6 +141,14 @@ class Shifted(Dataset):
         return self.transform(index + self.by), os.getpid()
 
 
+class Collate:
+    by = 0
+
+    def __call__(self, batch):
+        values, owners = default_collate(batch)
+        return values + self.by, owners
+
+
 class Shift:
     by = 0
 
@@ -150,8 +158,9 @@ class Shift:
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one process", "re-made by Lightning for ranks"])
 def test_kept_workers_see_what_was_changed_on_the_dataset_between_epochs(sharded):
-    dataset = Shifted()
-    loader = make_loader(Subset(dataset, [0, 1, 2, 3]), LoaderSettings(4, num_workers=1, shuffle=False), TrainerFacts())
+    dataset, collate = Shifted(), Collate()
+    settings = LoaderSettings(4, num_workers=1, shuffle=False, collate_fn=collate)
+    loader = make_loader(Subset(dataset, [0, 1, 2, 3]), settings, TrainerFacts())
     if sharded:
         loader = _update_dataloader(loader, DistributedSampler(loader.dataset, 1, 0, shuffle=False))
     processes = []
@@ -168,7 +177,9 @@ def test_kept_workers_see_what_was_changed_on_the_dataset_between_epochs(sharded
     assert epoch() == epoch() == [110, 111, 112, 113]
     dataset.transform = Lambda(lambda value: -value)
     assert epoch() == [-10, -11, -12, -13]
-    assert [one == other for one, other in itertools.pairwise(processes)] == [True, False, False, True, False]
+    collate.by = 1
+    assert epoch() == [-9, -10, -11, -12]
+    assert [one == other for one, other in itertools.pairwise(processes)] == [True, False, False, True, False, False]
 
 
 def test_comparing_attributes_is_bounded():

@@ -37,25 +37,25 @@ class CurrentLoader(DataLoader[Any]):
     """A DataLoader that keeps its processes between epochs, and starts new ones when the dataset was changed.
 
     A process holds the dataset as it was when the process started. What a callback sets later on the dataset or on its
-    transforms (`dataset.epoch = 3`) would never reach processes that are kept. Attributes are compared at the beginning of
-    each epoch; what an array, a table or a long list holds is not.
+    transforms (`dataset.epoch = 3`), or on the collate function, would never reach processes that are kept. Attributes are
+    compared at the beginning of each epoch; what an array, a table or a long list holds is not.
     """
 
     def __iter__(self) -> Any:
         before = self.__dict__.get("_known")
-        self._known = attributes_below(self.dataset)
+        self._known = attributes_below(self.dataset, self.collate_fn)
         if before is not None and not _all_same(before, self._known):
             self._iterator = None
         return super().__iter__()
 
 
-def attributes_below(value: Any) -> list[Any]:
-    """Return the values of all attributes of an object, and of the objects in these attributes, in a fixed order.
+def attributes_below(*values: Any) -> list[Any]:
+    """Return objects, the values of all their attributes, and what is in these, in a fixed order.
 
     An object is looked into if it has a `__dict__`, and a list, tuple or dict if it is short. What is nearest comes first,
     and at most 10,000 values are returned.
     """
-    found, seen = [value], set()
+    found, seen = list(values), set()
     for one in found:
         if isinstance(one, _NOT_LOOKED_INTO) or id(one) in seen:
             continue

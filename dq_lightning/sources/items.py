@@ -212,15 +212,20 @@ def short_repr(value: Any) -> str:
 def _named_leaf(item: Any, name: str, option: str) -> Leaf:
     """The path to the key, field or position (written as a number) of an item that `option` names.
 
+    Names of containers and of what is in them are joined by dots, unless the item has a key with dots.
     SourceError if the item has no such part.
     """
-    if isinstance(item, Mapping) or is_dataclass(item):
-        names = [key for key, _ in children(item)]
-        if name in names:
-            return (name,)
-        raise SourceError(f"{option}={name!r}: the items have {quoted(names)}; pass one of these")
+    names = [key for key, _ in children(item)] if isinstance(item, Mapping) or is_dataclass(item) else []
+    if name in names:
+        return (name,)
     if isinstance(item, tuple | list) and name.isdigit() and int(name) < len(item):
         return (int(name),)
+    outer, dot, inner = name.partition(".")
+    if dot:
+        leaf = _named_leaf(item, outer, option)
+        return leaf + _named_leaf(at(item, leaf), inner, option)
+    if names:
+        raise SourceError(f"{option}={name!r}: the items have {quoted(names)}; pass one of these")
     raise SourceError(f"{option}={name!r} names nothing in {outline(item)}; pass a position such as {option}='0'")
 
 
@@ -228,13 +233,21 @@ def find_image(item: Any, wanted: str | None) -> Leaf:
     """The path to the image of an item; `wanted` is the key or position that the user named, if any.
 
     If an item holds several images, the first place of an (image, target) pair is used, else the only one under a usual
-    name of images.
+    name of images, else the first if all are one and the same object, as for several views of one image.
 
     Raises:
         SourceError: the item holds no image, or several of which none is preferred, or has nothing at `wanted`.
     """
     if wanted is not None:
-        return _named_leaf(item, wanted, "image_column")
+        leaf = _named_leaf(item, wanted, "image_column")
+        inside = image_leaves(at(item, leaf))
+        if not inside or inside[0] == ():
+            return leaf
+        if _is_one_object(at(item, leaf), inside):
+            return leaf + inside[0]
+        raise SourceError(
+            f"image_column={wanted!r} names several images: {outline(item, 3)}. {_advice(item, [leaf + one for one in inside])}"
+        )
     leaves = image_leaves(item)
     if len(leaves) == 1:
         return leaves[0]
@@ -243,14 +256,21 @@ def find_image(item: Any, wanted: str | None) -> Leaf:
     usual = [leaf for leaf in leaves if len(leaf) == 1 and str(leaf[0]).lower() in IMAGE_NAMES]
     if len(usual) == 1:
         return usual[0]
+    if leaves and _is_one_object(item, leaves):
+        return leaves[0]
     seen = "no image" if not leaves else f"{len(leaves)} images"
     raise SourceError(f"An item of the dataset has {seen}: {outline(item)}. {_advice(item, leaves)}")
+
+
+def _is_one_object(item: Any, leaves: list[Leaf]) -> bool:
+    """Whether several paths lead to the same object."""
+    return len({id(at(item, leaf)) for leaf in leaves}) == 1
 
 
 def _advice(item: Any, leaves: list[Leaf]) -> str:
     """The advice of the error message when no single image was found in an item."""
     if leaves:
-        named = ", ".join(f"'{leaf[0]}'" for leaf in leaves if leaf)
+        named = ", ".join("'" + ".".join(map(str, leaf)) + "'" for leaf in leaves if leaf)
         return f"Pass image_column= with the key or position of the one that samples are compared by: {named}."
     if not list(children(item)) and not isinstance(item, Tensor | np.ndarray):
         return (
@@ -276,7 +296,7 @@ def find_target(item: Any, image: Leaf | None, wanted: str | None) -> Leaf | Non
 
     `wanted` is the key or position that the user named, if any. Without it, in a mapping or dataclass this is the first
     usual name of targets, in a pair the place that is not the image (the second where `image` is None, because there is
-    no image), and in a longer sequence the place after the image.
+    no image), and in a longer sequence the place after the image and further views of it (the same object).
 
     Raises:
         SourceError: the item has nothing at `wanted`.
@@ -297,4 +317,4 @@ def find_target(item: Any, image: Leaf | None, wanted: str | None) -> Leaf | Non
     place = int(image[0])
     if len(item) == 2:
         return (1 - place,)
-    return (place + 1,) if place + 1 < len(item) else None
+    return next(((after,) for after in range(place + 1, len(item)) if item[after] is not item[place]), None)

@@ -39,6 +39,13 @@ Pair = namedtuple("Pair", "image label")
         ({"data": {"picture": IMAGE}, "label": 3}, None, ("data", "picture"), ("label",)),
         (IMAGE, None, (), None),
         ((IMAGE,), None, (0,), None),
+        ((IMAGE, IMAGE, 3), None, (0,), (2,)),  # views of one image, without the transforms that make them differ
+        (((IMAGE, IMAGE), 3), None, (0, 0), (1,)),
+        ({"views": [IMAGE, IMAGE, IMAGE], "label": 3}, None, ("views", 0), ("label",)),
+        ({"views": [IMAGE, IMAGE], "other": MASK, "y": 3}, "views", ("views", 0), ("y",)),
+        (((IMAGE, MASK), 3), "0.1", (0, 1), (1,)),
+        ({"a": {"b.c": IMAGE, "d": MASK}, "a.b": MASK, "y": 3}, "a.b.c", ("a", "b.c"), ("y",)),
+        ({"a": (MASK,), "a.0": IMAGE, "y": 3}, "a.0", ("a.0",), ("y",)),
     ],
 )
 def test_leaves(item, wanted, image, target):
@@ -50,6 +57,17 @@ def test_leaves(item, wanted, image, target):
 def test_several_images_are_an_error_that_names_the_option(item):
     with pytest.raises(SourceError, match=r"2 images.*image_column="):
         find_image(item, None)
+
+
+@pytest.mark.parametrize(
+    ("item", "wanted"),
+    [(((IMAGE, MASK), 3), None), (((IMAGE, MASK), 3), "0"), ({"a": {"b": IMAGE, "c": [MASK]}}, None)],
+)
+def test_the_names_that_the_error_offers_can_be_passed(item, wanted):
+    with pytest.raises(SourceError, match="Pass image_column=") as raised:
+        find_image(item, wanted)
+    offered = str(raised.value).rpartition("compared by: ")[2].rstrip(".").replace("'", "").split(", ")
+    assert [at(item, find_image(item, name)) for name in offered] == [IMAGE, MASK]
 
 
 def test_no_image_is_an_error_that_says_what_was_seen():
