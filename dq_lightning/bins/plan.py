@@ -178,22 +178,22 @@ def free_memory(device: torch.device) -> int:
 def _expected(config: BinConfig, sizes: list[int], room: Room, costs: Costs) -> str:
     """Return the regimes that are expected, and about how many seconds they take on an idle machine."""
     low = high = 0.0
-    at_once = True
+    expected: set[str] = set()
     for size in sizes:
         matrix = costs.matrix(size) + size * costs.from_matrix(size)
         steady = size * costs.steady(size)
         passes = costs.passes(size, bin_sizes(size, config.num_bins))
-        dense = matrix if size <= room.dense else passes
-        at_once = at_once and size <= room.dense and matrix <= 2.0 * steady
-        low += {"dense": matrix, "candidates": steady, "stream": passes, "auto": min(dense, steady)}[config.engine]
-        high += {"dense": matrix, "candidates": steady, "stream": passes, "auto": 2.0 * dense}[config.engine]
+        dense = matrix if size <= room.dense else float("inf")
+        cheaper = min(dense, passes)
+        otherwise = "dense" if dense <= passes else "stream"
+        expected.add(otherwise if cheaper <= 2.0 * steady else f"candidates, {otherwise} where few of them are proved")
+        low += {"dense": matrix, "candidates": steady, "stream": passes, "auto": min(cheaper, steady)}[config.engine]
+        high += {"dense": matrix, "candidates": steady, "stream": passes, "auto": 2.0 * cheaper}[config.engine]
     regimes: str = config.engine
-    largest = max(sizes, default=0)
     if regimes == "auto" and costs.device != "cpu":
         regimes = "dense or stream"
     elif regimes == "auto":
-        otherwise = "dense" if largest <= room.dense else "stream"
-        regimes = "dense" if at_once else f"candidates, {otherwise} where few of them are proved"
+        regimes = " or ".join(sorted(expected))
     return f"{regimes}; about {low:.1f} to {high:.1f} s" if high >= 0.1 else regimes
 
 

@@ -65,6 +65,13 @@ class Rows:
         halfway = (right @ vectors.flatten(0, 1).T).view(len(left), len(vectors), left.shape[1])
         return (halfway @ left[:, :, None])[:, :, 0]
 
+    def times(self, vector: Tensor) -> Tensor:
+        """Return the inner products with one vector [D] or [C, D + 1], float64 [n]."""
+        if len(self.factors) == 1:
+            return self.factors[0] @ vector
+        left, right = self.factors
+        return (left * (right @ vector.T)).sum(dim=1)
+
     def sum(self) -> Tensor:
         """Return the sum of all rows, float64 [1, D] or [1, C, D + 1]."""
         if len(self.factors) == 1:

@@ -25,20 +25,20 @@ without any error: gains are then compared as they are, ties need no exact arith
     ends of a chunk of picks a gain stays near a straight line, to within twice the distance of the sum of the picks
     from its own line. Memory is of the order of the features. It is the fastest way where one pick hardly changes the
     order of the gains.
-`"stream"` (`scores.PassScores`): one product of the float32 rows with twice the sum of the picks since the gains were
-    last exact. A gain is off by at most (W + 9) 2**-24 times the length of that sum, and by the rounding of what it was
-    and is below the greatest gain of that moment. Picks are confirmed like those of the matrix (`pool.Pool.confirm`).
-    Memory is 4 n W bytes.
+`"stream"` (`scores.PassScores`): one product of the float32 rows, which are stored by columns, with twice the sum of the
+    picks since the gains were last exact. A gain is off by at most (W + 9) 2**-24 times the length of that sum, and by
+    the rounding of its distance from the greatest gain, then and now. Picks are confirmed like those of the matrix
+    (`pool.Pool.confirm`). Memory is 4 n W bytes.
 
 On a GPU (`device.DevicePicks`) "dense" from 4,096 rows on, with a float32 matrix of 4 n^2 bytes, and "stream" need no
 bound on the scores: 64 picks are made on the device as one CUDA graph, and then the float64 gains of all rows before each
 of them are computed by one product of matrices, which confirms them.
 
-`"auto"` (`engine`) on a GPU makes the matrix if that saves a tenth of the cost of passes (`costs.Costs`), and else passes.
-On the CPU, and for rows that do not fit the GPU in float64, it makes the matrix at once in the first bin if that costs
-less than twice what candidates would at best. Otherwise it begins with candidates, and counts what its rounds cost above
-their steady cost. Once that, and what all picks that are left would add if rounds went on as lately, exceeds the
-cost of the matrix and of those picks, the matrix is made and kept for all bins that follow, so what was learned is paid
-at most once over. If the matrix does not fit the memory allowed (`BinConfig.matrix_memory`), passes are made for the rest
-of a bin in which a pass for each pick costs less than such rounds.
+`"auto"` (`engine`) compares what the regimes cost (`costs.Costs`). On a GPU it makes the matrix if that saves a tenth of the
+cost of passes, and else passes. On the CPU, and for rows that do not fit the GPU in float64, the matrix (if it fits the
+memory allowed, `BinConfig.matrix_memory`) or passes, whichever cost less, are used at once if they cost less than twice
+what candidates would at best. Otherwise it begins with candidates, and counts what its rounds cost above their steady
+cost. Once that, and what all picks that are left would add if rounds went on as lately, exceeds the cost of the
+matrix or of passes for those picks, the cheaper of the two is used from then on, so what was learned is paid at most
+once over. Before that, passes are made for the rest of a bin in which a pass for each pick costs less than such rounds.
 """

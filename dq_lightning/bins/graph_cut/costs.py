@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 # There are at least this many candidates. For a first round, this share of them is picked.
 LEAST, SHARE = 256, 0.4
+# The processor's cache holds so many entries of float32 rows (16 MiB); more come from memory at every pass.
+CACHED = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,15 @@ class Costs:
     threads: int = 1
 
     @property
-    def _rates(self) -> tuple[float, float, float, float]:
-        """Seconds for a term of a product of matrices, an entry of the matrix, and an entry of a pass (exact, float32)."""
+    def _rates(self) -> tuple[float, float, float]:
+        """Seconds for a term of a product of matrices, an entry of the matrix, and an entry of an exact pass."""
         if self.device != "cpu":
-            return 1e-13, 2e-11, 3e-12, 1.8e-12
-        return tuple(rate / self.threads for rate in (3e-11, 3e-9, 2.5e-9, 1.5e-10))  # type: ignore[return-value]
+            return 1e-13, 2e-11, 3e-12
+        return tuple(rate / self.threads for rate in (3e-11, 3e-9, 2.5e-9))  # type: ignore[return-value]
 
     def matrix(self, rows: int) -> float:
         """Matrix of inner products of all rows."""
-        term, entry, _, _ = self._rates
+        term, entry, _ = self._rates
         return 0.5 * rows * rows * (self.width * term + entry)
 
     def walk(self, number: int) -> float:
@@ -71,9 +73,11 @@ class Costs:
 
     def from_pass(self, rows: int) -> float:
         """One pick after a pass over float32 rows."""
-        # Rows of more than 16 MiB come from memory at every pass, not from the processor's cache.
-        slower = 5.3 if self.device == "cpu" and rows * self.wide > 1 << 22 else 1.0
-        return 2.8e-5 + rows * ((1e-9 if self.device == "cpu" else 1e-11) + self.wide * self._rates[3] * slower)
+        if self.device != "cpu":
+            return 2.8e-5 + rows * (1e-11 + self.wide * 1.8e-12)
+        if rows * self.wide <= CACHED:
+            return 2.8e-5 + rows * (1e-9 + self.wide * 1e-10)
+        return 2.8e-5 + rows * (1e-9 + self.wide * 3.5e-10 / self.threads)
 
     def passes(self, rows: int, sizes: Sequence[int]) -> float:
         """All picks of bins of these sizes by passes over the rows that are left, `rows` at first."""

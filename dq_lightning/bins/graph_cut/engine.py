@@ -74,7 +74,8 @@ class _Run:
         self._gains: list[Array] = []
         threads = max(1, rows.workers.count)
         self._costs = Costs(sum(rows.widths), rows.width, room.candidates, rows.device.type, threads)
-        self._wasted = 0.0
+        # Whether candidates were tried, and what they cost above their steady cost.
+        self._tried, self._wasted = False, 0.0
         # What picks would cost lately, and how many they were; each round counts half as much as the next.
         self._recent = (0.0, 0.0)
 
@@ -84,9 +85,11 @@ class _Run:
         vector, error = group.lam * self._sum, group.lam * (self._sum_error + ROUNDING * norm)
         self._gains = []
         self._begin(vector, error)
-        if self._engine == "dense" or (self._engine == "auto" and self._dense_at_once(sizes)):
+        if self._engine == "auto":
+            self._begin_at_once(sizes)
+        elif self._engine == "dense":
             self._use_matrix()
-        elif self._engine == "stream" or (self._engine == "auto" and on_device(self._pool)):
+        elif self._engine == "stream":
             self._use_passes()
         rounds = Candidates(self._pool, self._costs, self._room.rows)
         while (left := sizes[0] - group.length) > 0:
@@ -141,39 +144,48 @@ class _Run:
             return float("inf")
         return self._costs.matrix(rows) + picks * self._costs.from_matrix(rows)
 
-    def _dense_at_once(self, sizes: Sequence[int]) -> bool:
-        """Return whether the matrix is made at the start of a bin.
+    def _begin_at_once(self, sizes: Sequence[int]) -> None:
+        """Make the matrix, or use passes, at the start of a bin, if that is known to be cheaper than candidates.
 
-        On a GPU that is if it saves a tenth of what passes cost, or if it is exact, because blocks of picks end at ties.
-        Otherwise, in the first bin, it is if it costs less than twice what candidates would at best, and in a later bin
-        if it costs less than what was wasted so far.
+        On a GPU the matrix is made if it saves a tenth of what passes cost, or if it is exact, because blocks of picks end
+        at ties; otherwise passes are made. On the CPU the cheaper of the two is taken if it costs less than twice what
+        candidates would at best, or, once candidates were tried, less than what was wasted so far.
         """
-        worth, rows = self._wasted, len(self._pool)
+        rows, picks = len(self._pool), sum(sizes)
+        dense, passes = self._dense(picks), self._costs.passes(rows, sizes)
         if on_device(self._pool):
             exact = holds_exactly(self._pool) and rows <= self._room.dense
-            worth = float("inf") if exact else 0.9 * self._costs.passes(rows, sizes)
-        elif sum(sizes) == len(self.group.rows):
-            worth = 2.0 * sum(sizes) * self._costs.steady(rows)
-        return self._dense(sum(sizes)) <= worth
+            self._use_cheaper(0.0 if exact else dense, 0.9 * passes)
+        elif min(dense, passes) <= (self._wasted if self._tried else 2.0 * picks * self._costs.steady(rows)):
+            self._use_cheaper(dense, passes)
 
     def _reconsider(self, made: int, cost: float, rate: float, sizes: Sequence[int], left: int) -> None:
         """Change over to the matrix or to passes if a round of candidates has kept few picks.
 
         The cost that exceeds the steady one is wasted. If what was wasted so far, and would be until the last pick if
-        rounds went on as lately, is more than the cost of the matrix and of all picks that are left, the matrix is
-        made. Otherwise passes are made for the rest of the bin if they cost less than such rounds.
+        rounds went on as lately, is more than what the matrix or passes cost for all picks that are left, the cheaper of
+        these is used from now on. Otherwise passes are made for the rest of the bin if they cost less than such rounds.
         """
         rows, picks = len(self._pool), left + sum(sizes[1:])
         steady, a_pass = self._costs.steady(rows), self._costs.from_pass(rows)
+        self._tried = True
         self._wasted += max(0.0, cost - made * steady)
         weight = max(1, made)
         self._recent = 0.5 * self._recent[0] + rate * weight, 0.5 * self._recent[1] + weight
         rate = self._recent[0] / self._recent[1]
         excess = max(0.0, min(rate, a_pass) - steady)
-        if self._wasted + excess * picks > self._dense(picks):
-            self._use_matrix()
+        dense, passes = self._dense(picks), self._costs.passes(rows, [left, *sizes[1:]])
+        if self._wasted + excess * picks > min(dense, passes):
+            self._wasted += excess * picks
+            self._use_cheaper(dense, passes)
         elif rate > a_pass:
             self._wasted += excess * left
+            self._use_passes()
+
+    def _use_cheaper(self, dense: float, passes: float) -> None:
+        if dense <= passes:
+            self._use_matrix()
+        else:
             self._use_passes()
 
     def _has_matrix(self) -> bool:
