@@ -56,4 +56,6 @@ def pick_group(
         order.append(left[picks])
         values.append(gains)
         left = np.delete(left, picks)
+        # Its matrix, if it has one, must not be there beside that of the next bin.
+        del similarities, objective, search
     return np.concatenate(order), np.concatenate(values)

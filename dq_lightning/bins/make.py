@@ -15,7 +15,7 @@ from dq_lightning.bins.clusters import cluster_members
 from dq_lightning.bins.graph_cut import engine as graph_cut
 from dq_lightning.bins.graph_cut.exact import Array
 from dq_lightning.bins.graph_cut.workers import block_workers
-from dq_lightning.bins.plan import Plan, choose_device, make_plan
+from dq_lightning.bins.plan import Plan, choose_device, make_plan, tell_without_effect
 from dq_lightning.bins.prepare import Prepared, as_factors, prepare
 from dq_lightning.bins.sizes import bin_sizes, group_members, group_of_each, to_tensor
 from dq_lightning.core.config import BinConfig, Engine, Maximizer, Objective, Similarity
@@ -129,10 +129,7 @@ def make_shared_bins(
     group = group_of_each(labels, total)
     target = choose_device(device, factors)
     groups = list(group_members(group))
-    # The clusters do not exist yet; the plan assumes that those of one group have about the same size.
-    sizes = [len(members) for members in groups for _ in range(clusters or 1)]
-    ranks = sharing.ranks_on_node if len(sizes) > 1 else 1
-    plan = make_plan(config, factors, [-(-size // (clusters or 1)) for size in sizes], target, ranks)
+    tell_without_effect(config)
     assignment = np.zeros(total, dtype=np.int16)
     rank = np.zeros(total, dtype=np.int32)
     gain = np.zeros(total, dtype=np.float32)
@@ -144,6 +141,9 @@ def make_shared_bins(
             groups = [part for members in groups for part in cluster_members(prepared, members, clusters, seed)]
             for number, members in enumerate(groups):
                 group[members] = number
+        # Clusters may differ much in size, so the plan is made for those that were found.
+        ranks = sharing.ranks_on_node if len(groups) > 1 else 1
+        plan = make_plan(config, factors, [len(members) for members in groups], target, ranks)
         _tell_unfilled(num_bins, [len(members) for members in groups])
         job = Job("bins", {}, {**(arrays or {}), "group": group}, len(groups), total)
         with progress_bar(show, total=total, unit=" picks", description="bins") as bar:

@@ -14,6 +14,9 @@ from dq_lightning.bins.similarity import Similarities
 from dq_lightning.core.config import Objective as ObjectiveName
 from dq_lightning.core.errors import ConfigError
 
+# Rows of a similarity matrix that are looked at together.
+_CHANGED = 128
+
 
 class Objective(Protocol):
     """A set function f over the n samples that are left when a bin is begun, with a current set that starts empty."""
@@ -50,12 +53,13 @@ class Choice:
     Attributes:
         make: function that constructs the objective for one bin.
         needs_positive: True if the gains are guaranteed never to grow only when no similarity is negative.
-        memory: function (n, count, every_step) -> bytes of memory that a bin of `count` among n samples takes.
+        memory: function (n, count, width, every_step) -> bytes of memory that a bin of `count` among n samples takes,
+            whose rows have so many columns.
     """
 
     make: Callable[[Similarities, Setting], Objective]
     needs_positive: bool
-    memory: Callable[[int, int, bool], int]
+    memory: Callable[[int, int, int, bool], int]
 
 
 class GraphCut:
@@ -104,16 +108,20 @@ class FacilityLocation:
         self._matrix: Tensor | None = None
         if setting.every_step:
             self._matrix = similarities.columns(torch.arange(len(similarities)))
-            self._gains = self._matrix.clamp(min=0.0).sum(dim=0)
+            self._gains = torch.zeros_like(self._best)
+            for part in torch.split(self._matrix, _CHANGED):
+                self._gains += part.clamp(min=0.0).sum(dim=0)
 
     def gains(self, rows: Tensor) -> Tensor:
         if self._matrix is not None:
             return self._gains[rows]
-        parts = [
-            (self._similarities.columns(part) - self._best[:, None]).clamp_(min=0.0).sum(dim=0)
-            for part in torch.split(rows, 64)
-        ]
-        return torch.cat(parts)
+        gains = []
+        for some in torch.split(rows, 64):
+            gain = torch.zeros(len(some), dtype=torch.float64, device=self._best.device)
+            for first, part in self._similarities.blocks_of_columns(some):
+                gain += (part - self._best[first : first + len(part), None]).clamp_(min=0.0).sum(dim=0)
+            gains.append(gain)
+        return torch.cat(gains)
 
     def add(self, row: int) -> None:
         if self._matrix is None:
@@ -121,7 +129,7 @@ class FacilityLocation:
             return
         column = self._matrix[:, row]
         changed = torch.nonzero(column > self._best).flatten()
-        for part in torch.split(changed, 1024):
+        for part in torch.split(changed, _CHANGED):
             # S is symmetric, so the rows of the changed samples equal their columns.
             served = self._matrix[part]
             lost = (served - self._best[part, None]).clamp_(min=0.0) - (served - column[part, None]).clamp_(min=0.0)
@@ -184,16 +192,19 @@ class FeatureBased:
         self._total = self._total + self._rows.take(torch.tensor([row])).factors[0][0]
 
 
-def _linear(n: int, count: int, every_step: bool) -> int:
+def _linear(n: int, count: int, width: int, every_step: bool) -> int:
     return 32 * n
+
+
+def _facility_location(n: int, count: int, width: int, every_step: bool) -> int:
+    # Beside the matrix there are all rows in float64, for a moment twice, or later some rows of the matrix, four times.
+    return 8 * n * n + max(16 * n * width, 32 * _CHANGED * n) if every_step else 64 * n
 
 
 OBJECTIVES: dict[ObjectiveName, Choice] = {
     "graph_cut": Choice(GraphCut, True, _linear),
-    "facility_location": Choice(
-        FacilityLocation, False, lambda n, _, every_step: 8 * n * n if every_step else 1100 * n
-    ),
-    "log_determinant": Choice(LogDeterminant, False, lambda n, count, _: 8 * n * count),
+    "facility_location": Choice(FacilityLocation, False, _facility_location),
+    "log_determinant": Choice(LogDeterminant, False, lambda n, count, width, every_step: 8 * n * count + 64 * n),
     "sum_redundancy": Choice(SumRedundancy, True, _linear),
     "feature_based": Choice(FeatureBased, False, _linear),
 }

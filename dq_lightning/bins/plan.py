@@ -14,6 +14,7 @@ from dq_lightning.bins.maximizers import LAZY
 from dq_lightning.bins.objectives import OBJECTIVES
 from dq_lightning.bins.sizes import bin_sizes
 from dq_lightning.core.config import BinConfig
+from dq_lightning.core.control_groups import free_of_groups
 from dq_lightning.core.devices import named_device
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.sizes import budget_bytes
@@ -92,7 +93,7 @@ def make_plan(
     total, largest = sum(sizes), max(sizes, default=0)
     width = sum(values.shape[1] + number for number, values in enumerate(factors.values()))
     stored = sum(values.numel() * values.element_size() for values in factors.values())
-    exact = config.objective == "graph_cut" and config.maximizer == "naive" and config.similarity != "rbf"
+    exact = uses_exact_engine(config)
     room = Room.beside(stored, device, config.matrix_memory, ranks)
     free = free_memory(device)
     if exact:
@@ -110,7 +111,11 @@ def make_plan(
     else:
         need = OBJECTIVES[config.objective].memory
         count = -(-largest // config.num_bins)
-        needed = need(largest, count, config.maximizer not in LAZY | {"stochastic"}) + 32 * total
+        needed = need(largest, count, width, config.maximizer not in LAZY | {"stochastic"}) + 32 * total
+        # The heap of a lazy maximizer holds a pair of Python numbers for each sample.
+        needed += 160 * largest if config.maximizer in LAZY else 0
+        # Blocks of the sums of the radial basis function are there four times while they are computed.
+        needed += 32 * min(512 * largest, 1 << 20) if config.similarity == "rbf" else 0
         way = f"{config.objective} with the {config.maximizer} maximizer"
         if needed > free:
             raise ConfigError(
@@ -126,6 +131,31 @@ def make_plan(
         device,
     )
     return Plan(exact, room, needed)
+
+
+def tell_without_effect(config: BinConfig) -> None:
+    """Log a warning that names the settings that were changed, but belong to another way than the one that is used."""
+    exact = uses_exact_engine(config)
+    seeded = config.maximizer == "stochastic" or config.clusters is not None
+    belongs = {
+        "lam": (config.objective == "graph_cut", "objective='graph_cut'"),
+        "gamma": (config.similarity == "rbf", "similarity='rbf'"),
+        "epsilon": (config.maximizer == "stochastic", "maximizer='stochastic'"),
+        "beta": (config.maximizer == "approximate_lazy", "maximizer='approximate_lazy'"),
+        "search_seed": (seeded, "maximizer='stochastic' and clusters="),
+        "engine": (exact, "the graph cut with the naive maximizer and the similarity 'cosine' or 'dot'"),
+        "matrix_memory": (exact and config.engine in ("auto", "dense"), "the regime 'dense' of the graph cut"),
+    }
+    default = BinConfig()
+    for name, (used, owner) in belongs.items():
+        value = getattr(config, name)
+        if not used and value != getattr(default, name):
+            log.warning("bins: %s=%r has no effect here: it belongs to %s", name, value, owner)
+
+
+def uses_exact_engine(config: BinConfig) -> bool:
+    """Return whether the bins are those of the graph cut that needs no similarity matrix."""
+    return config.objective == "graph_cut" and config.maximizer == "naive" and config.similarity != "rbf"
 
 
 def refuse_growing_gains(config: BinConfig, negative: bool) -> None:
@@ -163,9 +193,16 @@ def choose_device(device: str | torch.device, factors: dict[str, Tensor]) -> tor
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the number of bytes that can still be allocated on a device."""
+    """Return the number of bytes that can still be allocated on a device.
+
+    On Linux the memory that a container or a job of a cluster may use (a control group) counts, too.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    return min(_free_of_machine(), free_of_groups())
+
+
+def _free_of_machine() -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:  # noqa: PTH123
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -199,8 +236,8 @@ def _expected(config: BinConfig, sizes: list[int], room: Room, costs: Costs) -> 
 
 def _advice(config: BinConfig) -> str:
     if config.objective == "facility_location" and config.maximizer == "naive":
-        return "use maximizer='lazy', which needs no matrix, or clusters=... for smaller groups"
-    return "use clusters=... for smaller groups, or more bins"
+        return "use clusters=... for smaller groups, or maximizer='lazy', which needs no matrix but much more time"
+    return "use clusters=... for smaller groups" + (", or more bins" if config.objective == "log_determinant" else "")
 
 
 def _size(count: float) -> str:

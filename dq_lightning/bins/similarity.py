@@ -1,10 +1,15 @@
 """Similarities between samples, computed block by block: cosine, inner product and radial basis function."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from dq_lightning.bins.rows import Rows, StoredRows
 from dq_lightning.core.config import Similarity
+
+# Similarities are computed at most this many at a time, which take 8 MiB.
+_ENTRIES = 1 << 20
 
 
 class Similarities:
@@ -32,8 +37,19 @@ class Similarities:
 
     def columns(self, chosen: Tensor) -> Tensor:
         """Return the columns S[:, chosen], float64 [n, k], for indices `chosen`, int64 [k]."""
-        others = self.rows.take(chosen)
-        return torch.cat([self._between(block, others) for block in self.rows.blocks()])
+        made = torch.empty(len(self), len(chosen), dtype=torch.float64, device=self.device)
+        for first, part in self.blocks_of_columns(chosen):
+            made[first : first + len(part)] = part
+        return made
+
+    def blocks_of_columns(self, chosen: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield the first row and the rows of blocks of the columns S[:, chosen], float64 [m, k], of at most 8 MiB each."""
+        others, first = self.rows.take(chosen), 0
+        for block in self.rows.blocks():
+            for start in range(0, len(block), step := max(1, _ENTRIES // max(1, len(others)))):
+                part = self._between(block.span(start, start + step), others)
+                yield first, part
+                first += len(part)
 
     def diagonal(self) -> Tensor:
         """Return the diagonal entries S[i, i], float64 [n]."""
@@ -48,7 +64,8 @@ class Similarities:
             total = torch.zeros(len(self), dtype=torch.float64, device=self.device)
             for start in range(0, len(self), 512):
                 chosen = torch.arange(start, min(start + 512, len(self)))
-                total[chosen.to(self.device)] = self.columns(chosen).sum(dim=0)
+                for _, part in self.blocks_of_columns(chosen):
+                    total[start : start + len(chosen)] += part.sum(dim=0)
             return total
         vector = torch.stack([block.sum() for block in self.rows.blocks()]).sum(dim=0)
         linear = self.rows.against(vector)[:, 0]

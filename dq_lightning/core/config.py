@@ -236,7 +236,10 @@ class BinConfig(JsonFields):
         self._require("gamma", self.gamma is None or 0 < self.gamma < float("inf"), "a positive number or None")
         self._require("epsilon", 0 < self.epsilon < 1, "in (0, 1)")
         self._require("beta", 0 < self.beta <= 1, "in (0, 1]")
-        budget_bytes(self.matrix_memory, 1 << 60, "matrix_memory")
+        whole = 1 << 60
+        share = isinstance(self.matrix_memory, str) and self.matrix_memory.strip().endswith("%")
+        if budget_bytes(self.matrix_memory, whole, "matrix_memory") > whole and share:
+            raise ConfigError(f"matrix_memory={self.matrix_memory!r} is more than all of the free memory")
         self._require("deduplicate", self.deduplicate is None or 0 < self.deduplicate <= 1, "in (0, 1] or None")
 
 

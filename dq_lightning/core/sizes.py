@@ -43,6 +43,10 @@ def budget_bytes(budget: int | str, source_bytes: int, setting: str = "max_bytes
         ConfigError: the budget is none of these, or not positive.
     """
     size: int | Fraction
+    if isinstance(budget, bool) or not isinstance(budget, int | str):
+        raise ConfigError(
+            f'{setting}={budget!r} is not a budget: write a whole number of bytes, a size ("15MB"), or a share ("10%")'
+        )
     try:
         if isinstance(budget, str) and budget.strip().endswith("%"):
             size = source_bytes * Fraction(budget.strip()[:-1].strip()) / 100

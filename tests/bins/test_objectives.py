@@ -158,7 +158,7 @@ def test_radial_width_follows_the_data():
 
 def test_what_does_not_fit_is_refused_before_it_is_allocated(monkeypatch):
     monkeypatch.setattr(plan, "free_memory", lambda device: 1 << 20)
-    with pytest.raises(ConfigError, match=r"facility_location.*30.\d MiB.*2,000 samples.*1.0 MiB are free.*lazy"):
+    with pytest.raises(ConfigError, match=r"facility_location.*38.\d MiB.*2,000 samples.*1.0 MiB are free.*lazy"):
         make_bins(np.ones((2000, 2), np.float32), objective="facility_location")
 
 
