@@ -152,3 +152,23 @@ def test_a_keyword_with_the_value_of_the_default_is_given():
 def test_numbers_that_no_loader_takes(settings):
     with pytest.raises(ConfigError, match=f"{next(iter(settings))} must be a whole number"):
         QuantizedDataModule([(torch.zeros(3, 8, 8), 0)], **settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "wanted"),
+    [
+        (BinConfig, {"num_bins": 2.0}, "a whole number, got 2.0"),
+        (BinConfig, {"num_bins": True}, "a whole number, got True"),
+        (BinConfig, {"lam": "1"}, "a number, got '1'"),
+        (BinConfig, {"clusters": "4"}, "a whole number or None, got '4'"),
+        (BinConfig, {"by_label": "false"}, "True or False, got 'false'"),
+        (BinConfig, {"deduplicate": 95}, r"in \(0, 1\], got 95.0; 95 % is 0.95"),
+        (FeatureConfig, {"whiten": "no"}, "True or False, got 'no'"),
+        (FeatureConfig, {"num_workers": 1.5}, "'auto' or a whole number, got 1.5"),
+    ],
+)
+def test_settings_of_another_type_are_refused(kind, value, wanted):
+    """A string such as "false" counts as true otherwise."""
+    with pytest.raises(ConfigError, match=f"{next(iter(value))} must be {wanted}"):
+        kind(**value)
+    assert BinConfig(by_label=np.False_, num_bins=np.int8(3), lam=1).to_dict()["num_bins"] == 3

@@ -7,8 +7,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dq_lightning.bins.prepare import as_tensor, check_finite
 from dq_lightning.bins.sizes import group_members, group_of_each
 from dq_lightning.core.errors import ConfigError, FeatureError
+from dq_lightning.core.fields import check_ratio
 from dq_lightning.core.records import Bins
 
 # This many rows are compared at a time, which makes 4 MiB of similarities.
@@ -70,10 +72,7 @@ def find_duplicates(
     >>> find_duplicates(torch.eye(2), 0.9, against=torch.tensor([[0.0, 5.0]])).tolist()
     [-1, 0]
     """
-    if not 0 < threshold <= 1:
-        raise ConfigError(
-            f"deduplicate={threshold!r}: a cosine threshold lies in (0, 1]; 0.95 leaves out close paraphrases"
-        )
+    check_ratio("find_duplicates", "threshold", threshold)
     values = _matrix(features, "features")
     if against is not None:
         if labels is not None:
@@ -107,8 +106,8 @@ def near_pairs(
     >>> near_pairs(x, find_duplicates(x, 0.9))
     (tensor([[2, 0]]), tensor([1.], dtype=torch.float64))
     """
-    values = _matrix(features, "features")
-    others = values if against is None else _matrix(against, "against")
+    values = _matrix(features, "features", check=False)
+    others = values if against is None else _matrix(against, "against", check=False)
     found = of >= 0 if against is not None else of != torch.arange(len(of))
     pairs = torch.stack([found.nonzero().flatten(), of[found]], dim=1)
     parts = [
@@ -150,8 +149,6 @@ class _Search:
         self.single: NDArray[np.float32] = np.empty(values.shape, dtype=np.float32)
         for start in range(0, len(values), _BLOCK):
             self.single[start : start + _BLOCK] = _unit(values[start : start + _BLOCK]).float().numpy()
-        if not np.isfinite(self.single).all():
-            raise FeatureError("features hold NaN or infinite numbers; embed the samples again")
         # This bounds the error of a float32 inner product of two rounded unit vectors, summed in any order.
         self.error = (values.shape[1] + 4) * 2.0**-23
         self.bounds = self._bounds()
@@ -276,10 +273,13 @@ def _at_least(product: NDArray[np.float32], limit: float) -> Pairs:
     return rows[mine], theirs
 
 
-def _matrix(features: NDArray[np.floating] | Tensor, name: str) -> Tensor:
-    values = torch.as_tensor(features)
+def _matrix(features: NDArray[np.floating] | Tensor, name: str, *, check: bool = True) -> Tensor:
+    values = features if isinstance(features, Tensor) else as_tensor(np.asarray(features))
     if values.ndim != 2 or not values.is_floating_point():
         raise FeatureError(f"{name} must be a floating matrix [N, D], got {values.dtype} {tuple(values.shape)}")
+    if check:
+        parts = [part.isfinite().all(dim=1).cpu() for part in torch.split(values, _BLOCK)]
+        check_finite(name, torch.cat(parts))
     return values
 
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,8 +59,7 @@ def as_factors(features: Features | Tensor | NDArray[np.floating]) -> dict[str, 
         array = np.asarray(features)
         if not np.issubdtype(array.dtype, np.floating):
             raise FeatureError(f"features must be a floating matrix [N, D], got {array.dtype} {array.shape}")
-        # torch warns that it cannot protect read-only arrays; nothing here writes to them.
-        named = {"features": torch.as_tensor(array) if array.flags.writeable else _read_only(array)}
+        named = {"features": as_tensor(array)}
     factors = {name: values.detach() for name, values in named.items() if values is not None}
     for name, values in factors.items():
         if values.ndim != 2 or not values.is_floating_point():
@@ -67,8 +67,11 @@ def as_factors(features: Features | Tensor | NDArray[np.floating]) -> dict[str, 
     return factors
 
 
-def _read_only(array: NDArray[np.floating]) -> Tensor:
+def as_tensor(array: NDArray[Any]) -> Tensor:
+    """Return an array as a tensor of the same memory, which must not be written to: it may be read-only."""
     import warnings
+
+    # torch warns that it cannot protect read-only arrays.
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -184,16 +187,24 @@ def _check_finite(name: str, values: Tensor, length: Tensor) -> None:
     suspects = torch.nonzero(~torch.isfinite(length)).flatten()
     if not len(suspects):
         return
-    bad = suspects[~torch.isfinite(values[suspects.to(values.device)]).all(dim=1).cpu()].tolist()
-    if not bad:
+    finite = torch.ones(len(values), dtype=torch.bool)
+    finite[suspects] = torch.isfinite(values[suspects.to(values.device)]).all(dim=1).cpu()
+    if finite.all():
         raise FeatureError(
             f"{name}: row {int(suspects[0])} is too long to be squared in float64; scale the features down"
         )
-    first = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
-    raise FeatureError(
-        f"{name}: {len(bad)} of {len(values)} rows are not finite (rows {first}); look at those samples, or run the encoder "
-        "in float32 if it overflows in half precision"
-    )
+    check_finite(name, finite)
+
+
+def check_finite(name: str, finite: Tensor) -> None:
+    """Raise a FeatureError that counts and names the rows of a matrix that are not finite, of bool [N]."""
+    bad = torch.nonzero(~finite).flatten().tolist()
+    if bad:
+        first = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
+        raise FeatureError(
+            f"{name}: {len(bad)} of {len(finite)} rows are not finite (rows {first}), but hold NaN or infinity; look at those "
+            "samples, or run the encoder in float32 if it overflows in half precision"
+        )
 
 
 def next_twins(prepared: Prepared, members: NDArray[np.int64]) -> NDArray[np.int64] | None:

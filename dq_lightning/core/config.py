@@ -240,7 +240,8 @@ class BinConfig(JsonFields):
         share = isinstance(self.matrix_memory, str) and self.matrix_memory.strip().endswith("%")
         if budget_bytes(self.matrix_memory, whole, "matrix_memory") > whole and share:
             raise ConfigError(f"matrix_memory={self.matrix_memory!r} is more than all of the free memory")
-        self._require("deduplicate", self.deduplicate is None or 0 < self.deduplicate <= 1, "in (0, 1] or None")
+        if self.deduplicate is not None:
+            check_ratio("BinConfig", "deduplicate", self.deduplicate)
 
 
 # The share of the samples that is kept where neither the user nor a budget of bytes says another.

@@ -5,6 +5,7 @@ import re
 from dataclasses import asdict
 from numbers import Integral, Real
 from pathlib import Path
+from types import NoneType
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from dq_lightning.core.errors import ConfigError, StoreError
@@ -64,6 +65,10 @@ def _hints(kind: type) -> dict[str, Any]:
     return {name: hint for name, hint in get_type_hints(kind).items() if name in fields}
 
 
+# The types of plain fields, as errors name them.
+_KINDS: dict[type, str] = {bool: "True or False", int: "a whole number", float: "a number", NoneType: "None"}
+
+
 class JsonFields:
     """Base of nested frozen dataclasses that convert to and from JSON; unknown fields are errors."""
 
@@ -80,15 +85,28 @@ class JsonFields:
             if get_origin(hint) is Literal:
                 check_choice(type(self).__name__, name, value, hint)
             kinds = get_args(hint) or (hint,)
-            if isinstance(value, bool):
-                continue
-            if float in kinds and isinstance(value, Real):
+            if isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", "") == "b":
+                object.__setattr__(self, name, bool(value))
+            elif float in kinds and isinstance(value, Real):
                 object.__setattr__(self, name, float(value))
             elif int in kinds and isinstance(value, Integral):
                 object.__setattr__(self, name, int(value))
             elif isinstance(value, list | tuple):
                 number: Any = int if tuple[int, ...] in kinds else float
                 object.__setattr__(self, name, tuple(number(v) if isinstance(v, Real) else v for v in value))
+            self._check_kind(name, hint)
+
+    def _check_kind(self, name: str, hint: Any) -> None:
+        """Raise ConfigError if a field of numbers or of true and false holds something else."""
+        value, kinds = getattr(self, name), set(get_args(hint) or (hint,))
+        choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+        plain = {kind for kind in kinds if get_origin(kind) is not Literal}
+        if get_origin(hint) is Literal or not plain <= _KINDS.keys() or value in choices:
+            return
+        # True and False are whole numbers to Python.
+        if type(value) not in plain:
+            wanted = [_KINDS[kind] for kind in _KINDS if kind in plain and not (kind is int and float in plain)]
+            self._require(name, False, " or ".join([*map(repr, choices), *wanted]))
 
     def _require(self, name: str, good: bool, allowed: str) -> None:
         """Raise ConfigError unless the value of a field is good; `allowed` completes "it must be ..."."""

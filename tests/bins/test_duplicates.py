@@ -54,7 +54,7 @@ def test_lengths_do_not_matter(scale):
 
 
 def test_what_cannot_be_compared():
-    with pytest.raises(ConfigError, match=r"deduplicate=1\.5"):
+    with pytest.raises(ConfigError, match=r"threshold must be in \(0, 1\], got 1\.5"):
         find_duplicates(torch.ones(2, 2), 1.5)
     with pytest.raises(FeatureError, match=r"floating matrix.*int64"):
         find_duplicates(torch.ones(2, 2, dtype=torch.int64), 0.9)

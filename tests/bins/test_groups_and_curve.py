@@ -1,4 +1,5 @@
 import xml.etree.ElementTree as ElementTree
+from functools import partial
 
 import numpy as np
 import pytest
@@ -6,8 +7,9 @@ import torch
 
 from dq_lightning.bins import make
 from dq_lightning.bins.curve import draw_gain_curve, gain_curve
+from dq_lightning.bins.duplicates import find_duplicates
 from dq_lightning.bins.make import make_bins
-from dq_lightning.core.errors import ConfigError, FeatureError
+from dq_lightning.core.errors import ConfigError, DQError, FeatureError
 from dq_lightning.core.records import Features
 
 
@@ -114,3 +116,36 @@ def test_torch_threads_and_random_state_are_left_alone():
         make_bins(torch.full((3, 2), float("nan")))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("labels", "seen"),
+    [
+        ([0.0, 1.0, float("nan"), 1.0], "nan for sample 2"),
+        (["a", float("nan"), "b", "a"], "nan for sample 1"),
+        (["a", None, "b", "a"], "None for sample 1"),
+        ([1, None, 2, 1], "None for sample 1"),
+        (["a", 1, "b", "a"], "1 for sample 1"),
+        (np.array([b"a"] * 4), "b'a' for sample 0"),
+        (5, r"shape \(\)"),
+        ([[1], [2, 3], [1], [1]], "one integer or string a sample"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels, seen):
+    """NumPy would write NaN among strings as the class "nan"."""
+    for call in (make_bins, partial(find_duplicates, threshold=0.9)):
+        with pytest.raises(DQError, match=seen):
+            call(np.eye(4), labels=labels)
+
+
+def test_labels_of_many_kinds_are_classes():
+    kinds = [
+        [7, 3, 7, -1],
+        np.array([7, 3, 7, -1], object),
+        np.array([7, 3, 7, -1], np.int8),
+        torch.tensor([7, 3, 7, -1]),
+    ]
+    for labels in kinds:
+        assert make_bins(np.eye(4), num_bins=1, labels=labels).group.tolist() == [7, 3, 7, -1]
+    for labels in (["b", "a", "b", ""], np.array(["b", "a", "b", ""]), np.array(["b", "a", "b", ""], object)):
+        assert make_bins(np.eye(4), num_bins=1, labels=labels).group.tolist() == [2, 1, 2, 0]
