@@ -20,7 +20,6 @@ from torch import Tensor
 from dq_lightning.bins.graph_cut.costs import CACHED
 from dq_lightning.bins.graph_cut.exact import Array
 from dq_lightning.bins.graph_cut.pool import Doubt, Pool
-from dq_lightning.bins.graph_cut.workers import Workers
 from dq_lightning.bins.rows import Rows
 
 # The unit roundoff of float32, with room for the second-order terms of error bounds.
@@ -121,7 +120,11 @@ class PassScores:
         self._twice = 2.0 * scale / self._unit
         rows = pool.group.rows
         # One thread passes over rows that its cache holds sooner than several do.
-        self._workers = rows.workers if len(pool) * sum(rows.widths) > CACHED else Workers()
+        cached = len(pool) * sum(rows.widths) <= CACHED
+        step = len(pool) if cached else -(-len(pool) // max(1, rows.workers.count))
+        slices = [slice(first, first + step) for first in range(0, len(pool), step)]
+        self._parts = [(part, Rows(tuple(factor[part] for factor in self._factors))) for part in slices]
+        self._workers = rows.workers
         self._relative = (rows.depth + 9) * SINGLE
         self.values: NDArray[np.float32] = np.empty(0, dtype=np.float32)
         self._start: NDArray[np.float32] = self.values
@@ -144,14 +147,12 @@ class PassScores:
             self._start[row] = self.dead
         self._drift += self._vector(row)
         vector = torch.from_numpy(self._drift.astype(np.float32)).to(self._factors[0].device)
-        step = -(-len(self._start) // max(1, self._workers.count))
 
-        def update(first: int) -> None:
-            part = slice(first, first + step)
-            products = Rows(tuple(factor[part] for factor in self._factors)).times(vector)
-            np.subtract(self._start[part], products.cpu().numpy(), out=self.values[part])
+        def update(numbered: tuple[slice, Rows]) -> None:
+            part, rows = numbered
+            np.subtract(self._start[part], rows.times(vector).cpu().numpy(), out=self.values[part])
 
-        list(self._workers.map(update, range(0, len(self._start), step)))
+        list(self._workers.map(update, self._parts))
 
     def undo(self, rows: list[int]) -> None:
         for row in reversed(rows):
