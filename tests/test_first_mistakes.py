@@ -136,6 +136,26 @@ def test_samples_without_a_transform(where, tmp_path, no_work):
     assert not (tmp_path / "1-features").exists()
 
 
+@pytest.mark.parametrize("given", [{}, {"transform": ToTensor()}], ids=["none", "of the image"])
+def test_a_transform_for_rows_of_hugging_face(tmp_path, given):
+    """The advice can be followed: the code in it is a transform that works."""
+    data = Dataset.from_dict({"picture": [image for image, _ in photos(40, transform=None)], "label": [0, 1] * 20})
+
+    def module(**transform):
+        return QuantizedDataModule(data, cache_dir=tmp_path, encoder=np.eye(40), **GIVEN, **transform)
+
+    with pytest.raises((ConfigError, SourceError), match=r"rows\['picture'\]") as raised:
+        trainer().fit(Recorder(), module(**given))
+    assert not (tmp_path / "1-features").exists()
+    code = re.search(r"transform=(lambda rows: .*?\]\})", str(raised.value))[1]
+    advised = module(transform=eval(code, {"to_tensor": ToTensor()}))
+    advised.prepare_data()
+    advised.setup("fit")
+    batch = next(iter(advised.train_dataloader()))
+    assert batch["picture"].shape == (5, 3, 32, 32)
+    assert set(batch) == {"picture", "label"}
+
+
 def test_samples_that_only_a_collate_function_takes(tmp_path):
     module = QuantizedDataModule(photos(40, transform=None), cache_dir=tmp_path, collate_fn=tensors, **GIVEN)
     trainer().fit(Recorder(), module)

@@ -31,7 +31,7 @@ from dq_lightning.core.handles import loader_processes
 from dq_lightning.core.workers import automatic_workers
 from dq_lightning.loading.processes import CurrentLoader, OnOwnDataset
 from dq_lightning.loading.trainer_facts import TrainerFacts
-from dq_lightning.sources.hub import hub_kind
+from dq_lightning.sources.hub import hub_kind, rows_example
 from dq_lightning.sources.items import evenly_spaced
 
 COLLATED_SAMPLES = 3
@@ -110,9 +110,13 @@ def check_collatable(dataset: Any, name: str) -> None:
         except TypeError as error:
             problem = error
     if problem is not None:
+        example = "transform=torchvision.transforms.ToTensor()"
+        if hub_kind(getattr(dataset, "dataset", dataset)) is not None:
+            images = (key for key, value in sample.items() if isinstance(value, Image.Image))
+            example = rows_example(next(images, "image")) + " (for val= dataset.with_transform(the same function))"
         raise ConfigError(
             f"no batch can be made of the samples of {name} ({problem}): give the dataset a transform that makes tensors, such "
-            "as transform=torchvision.transforms.ToTensor(), or pass collate_fn=; rows of instructions need tokenizer="
+            f"as {example}, or pass collate_fn=; rows of instructions need tokenizer="
         )
 
 

@@ -46,6 +46,11 @@ def hub_kind(dataset: Any) -> str | None:
     return None
 
 
+def rows_example(image: str) -> str:
+    """Return code of a transform for rows of a Hugging Face dataset, whose image is in the given column."""
+    return f"transform=lambda rows: rows | {{{image!r}: [to_tensor(one) for one in rows[{image!r}]]}}"
+
+
 def check_hub_options(target_transform: Any) -> None:
     """Check the options of a Hugging Face dataset.
 
@@ -131,6 +136,27 @@ class HubSource(HubColumns, ItemSource):
             dataset = self.plain_dataset if transform is None else self.plain_dataset.with_transform(transform)
         super().__init__(dataset, image_column, label_column)
         self._open_pictures()
+        if callable(transform):
+            self._check_transform()
+
+    def _check_transform(self) -> None:
+        """Raise a SourceError if the transform that was passed fails for each of a few rows that can be read."""
+        failed = None
+        for index in self.spread(3):
+            try:
+                self.plain_dataset[index]
+            except Exception:  # An unreadable row is reported by the step that reads all of them.
+                return
+            try:
+                with isolated_random_state():
+                    self.dataset[index]
+                return
+            except Exception as error:
+                failed = error
+        raise SourceError(
+            f"transform= fails for rows of {self.describe()} ({type(failed).__name__}: {failed}): it gets what a function of "
+            f"set_transform gets, a dict with a list for each column. Pass {rows_example(self._column)}"
+        ) from failed
 
     def _open_pictures(self) -> None:
         """Find the image column, and prepare views of it that give decoded images and stored bytes."""
