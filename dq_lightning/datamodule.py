@@ -46,6 +46,7 @@ from dq_lightning.loading.loaders import (
     LoaderSettings,
     check_loader_numbers,
     is_one_dataset,
+    is_random_collate,
     make_eval_loaders,
     make_loader,
 )
@@ -135,7 +136,8 @@ class QuantizedHooks(Base):
         batch_transform: function from filled uint8 images [B, C, H, W] on the device to the input of the training, in
             place of the dataset's own image transform. It is required with `config.patches.reconstruct="batch"` and
             refused otherwise.
-        collate_fn: collate function of all loaders; None uses torch's.
+        collate_fn: collate function of all loaders; None uses torch's. With one for training alone, such as MixUp, pass
+            `val` and `test` as loaders.
         tokenizer: tokenizer of transformers, or its name or folder. Loaders of instruction data then deliver batches of
             `input_ids`, `labels` (-100 over prompts) and `attention_mask`; `config.text` sets their length and whether
             rows are packed. A `collate_fn` then receives items of `input_ids` and `labels`.
@@ -388,8 +390,14 @@ class QuantizedHooks(Base):
             DQError: preparation failed in a run of one process. In a run of several processes `setup` raises the error,
                 on every rank.
         """
-        val = self._eval["val"]
-        self._preparation.prepare(self.trainer, val if is_one_dataset(val) else None)
+        val, collate = self._eval["val"], self._given["collate_fn"]
+        val = val if is_one_dataset(val) else None
+        self._preparation.prepare(self.trainer, val)
+        if val is not None and collate is not None and self._tokens is None and is_random_collate(collate, val):
+            get_logger().warning(
+                "collate_fn= makes other batches of the same samples at each call, as MixUp does, and it makes the batches of "
+                "val= too: if that is for training alone, pass val=DataLoader(val_dataset, batch_size=...)"
+            )
 
     def setup(self, stage: str | None = None) -> None:
         """Open the compact set on every rank and check that all ranks hold the same one.

@@ -14,7 +14,8 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
+from torchvision.transforms.v2 import MixUp
 
 import dq_lightning
 from dq_lightning import BinConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig, make_bins
@@ -199,6 +200,23 @@ def test_without_validation_data_lightning_says_what_it_says_of_any_data_module(
     said = [str(one.message) for one in recwarn if "val" in str(one.message) or "zero" in str(one.message)]
     assert len(said) == validates
     assert all("have no `val_dataloader`" in one for one in said)
+
+
+def test_a_collate_function_for_training_alone_is_told(warm, caplog):
+    """Else validation would be on mixed images."""
+    mix = MixUp(num_classes=10)
+
+    def told(**given):
+        caplog.clear()
+        state = torch.get_rng_state()
+        make(warm, **given).prepare_data()
+        assert torch.equal(torch.get_rng_state(), state)
+        return "pass val=DataLoader" in caplog.text
+
+    assert told(collate_fn=lambda batch: mix(*default_collate(batch)), val=held_out())
+    assert not told(collate_fn=lambda batch: mix(*default_collate(batch)), val=DataLoader(held_out()))
+    assert not told(collate_fn=default_collate, val=held_out())
+    assert not told(collate_fn=lambda batch: 1 / 0, val=held_out())
 
 
 def test_a_validation_loader_of_a_subclass_is_used(warm):

@@ -1,5 +1,6 @@
 """Settings of a DataLoader: resolve them, read them from an existing loader, and make a loader with them."""
 
+import copy
 import multiprocessing
 import sys
 from collections.abc import Callable, Mapping
@@ -28,7 +29,9 @@ from torch.utils.data import (
 
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.handles import loader_processes
+from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.core.workers import automatic_workers
+from dq_lightning.identity.values import digest_of
 from dq_lightning.loading.processes import CurrentLoader, OnOwnDataset
 from dq_lightning.loading.trainer_facts import TrainerFacts
 from dq_lightning.sources.hub import hub_kind, rows_example
@@ -118,6 +121,20 @@ def check_collatable(dataset: Any, name: str) -> None:
             f"no batch can be made of the samples of {name} ({problem}): give the dataset a transform that makes tensors, such "
             f"as {example}, or pass collate_fn=; rows of instructions need tokenizer="
         )
+
+
+def is_random_collate(collate_fn: Callable[[list[Any]], Any], dataset: Any) -> bool:
+    """Whether a collate function makes different batches of the same few samples of a dataset, as MixUp does."""
+    try:
+        with isolated_random_state(0):
+            samples = [dataset[position] for position in evenly_spaced(len(dataset), COLLATED_SAMPLES)]
+        batches = set()
+        for seed in range(COLLATED_SAMPLES):
+            with isolated_random_state(seed):
+                batches.add(digest_of(collate_fn(copy.copy(samples))))
+    except Exception:  # The loader reports it.
+        return False
+    return len(batches) > 1
 
 
 def make_loader(dataset: Any, settings: LoaderSettings, facts: TrainerFacts, seed: int = 0) -> DataLoader[Any]:
