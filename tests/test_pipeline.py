@@ -89,8 +89,8 @@ def test_one_line_says_what_is_computed_and_why(tmp_path, caplog):
     changed = photos(40)
     changed.dataset.data = 255 - changed.dataset.data
     assert re.fullmatch(
-        r"computing the compact set: the cache has none for these data, which are new or were changed "
-        r"\(\w{8} -> \w{8}\); encoder: the given TwoNumbers",
+        r"computing the compact set: the cache has none for these data, which are new, were changed, or were split at "
+        r"random without a seed \(\w{8} -> \w{8}\); encoder: the given TwoNumbers",
         told(changed, settings()),
     )
     assert told(data, settings(), force_recompute=True) == (

@@ -309,10 +309,14 @@ class Cache:
             files.rename(target, old)
         files.remove_folder(old)
 
-    def explain_miss(self, station: str, parts: dict[str, Any]) -> str:
-        """Return one line that says how the nearest entry of the station differs from `parts`, or that none exists."""
+    def explain_miss(self, station: str, parts: dict[str, Any], *, maybe_split: bool = False) -> str:
+        """Return one line that says how the nearest entry of the station differs from `parts`, or that none exists.
+
+        `maybe_split` is as in `describe_change`.
+        """
         wanted = json.loads(_canonical_parts(station, parts))
-        return describe_change(station, wanted, [entry.parts for entry in self._entries(station)])
+        existing = [entry.parts for entry in self._entries(station)]
+        return describe_change(station, wanted, existing, maybe_split=maybe_split)
 
     def entries(self) -> list[EntryInfo]:
         """Return all entries with a readable manifest, sorted by station and key."""

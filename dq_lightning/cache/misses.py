@@ -35,11 +35,13 @@ def flatten(parts: Any, path: str = "") -> dict[str, Any]:
     return flat
 
 
-def describe_change(station: str, wanted: dict[str, Any], existing: list[dict[str, Any]]) -> str:
+def describe_change(
+    station: str, wanted: dict[str, Any], existing: list[dict[str, Any]], *, maybe_split: bool = False
+) -> str:
     """Return one line that compares the parts of an entry that has to be made with the nearest existing ones.
 
     All are of one station. The nearest parts are those of the same data, if there are any, with the fewest different
-    values.
+    values. `maybe_split` says that the data may come from a random split.
     """
     noun = NOUNS.get(station) or station.partition("-")[2] or station
     if not existing:
@@ -67,7 +69,10 @@ def describe_change(station: str, wanted: dict[str, Any], existing: list[dict[st
     for path, a, b in nearest:
         if path == DATA:
             seen = f"{_short(path, a, missing)} -> {_short(path, b, missing)}"
-            return f"computing {noun}: the cache has none for these data, which are new or were changed ({seen})"
+            how = "are new or were changed"
+            if maybe_split:
+                how = "are new, were changed, or were split at random without a seed"
+            return f"computing {noun}: the cache has none for these data, which {how} ({seen})"
     listed = list(filter(is_listed, nearest))
     # What appears or disappears with a setting is reported only where the setting is not.
     listed = [one for one in listed if not (missing in one[1:] and one[0].endswith(FOLLOWING))] or listed

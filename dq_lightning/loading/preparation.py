@@ -237,8 +237,8 @@ class Preparation:
             return
         raise CacheError(
             f"the checkpoint was trained on the compact set {expected}, but this run has "
-            f"{self.info.content_hash}: the data, the settings or the encoder's weights changed. Restore them, or start "
-            "without ckpt_path"
+            f"{self.info.content_hash}: the data, the settings or the encoder's weights changed, or a random split had no "
+            "seed. Restore them, or start without ckpt_path"
         )
 
     def num_classes(self) -> int | None:

@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import Subset
+
 from dq_lightning.cache.entries import Cache
 from dq_lightning.cache.tensors import read_bins, read_features, read_scores, read_selection
 from dq_lightning.core.console import get_logger
@@ -255,7 +257,9 @@ class Build:
         encoder = "" if self.plan.encoder is None else f"; encoder: {self.plan.encoder.description}"
         if self.force:
             return f"computing everything because force_recompute=True{encoder}"
-        why = self.cache.explain_miss(target.station, parts if target is first else self.parts[target.station])
+        part = isinstance(getattr(self.plan.source, "given", None), Subset)
+        wanted = parts if target is first else self.parts[target.station]
+        why = self.cache.explain_miss(target.station, wanted, maybe_split=part)
         reused = [step.name for step in self.steps[: self.steps.index(first)]]
         if first.station == FILLED:
             reused = ["the packed patches"]
