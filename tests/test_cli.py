@@ -99,8 +99,8 @@ def test_selection_epochs_and_gradients(tmp_path):
     assert len({gain.tobytes() for gain in gains}) == 3
 
 
-def test_near_duplicates_are_listed_with_what_they_are_near_to(tmp_path, ready):
-    """Inside a dataset those that deduplicate= leaves out; against itself every sample is its own copy."""
+def test_near_duplicates_are_listed_with_what_they_are_near_to(tmp_path, ready, capsys):
+    """Inside a dataset those that deduplicate= leaves out; of another one, what is near to any sample of it."""
     command = ["duplicates", *SAMPLE[1:], *ready, "--threshold", "0.93", "--output", tmp_path / "near.csv"]
     run(*command)
     rows = list(csv.DictReader((tmp_path / "near.csv").open()))
@@ -115,9 +115,37 @@ def test_near_duplicates_are_listed_with_what_they_are_near_to(tmp_path, ready):
     run("bins", tmp_path / "bins", *SAMPLE, *ready, "--bins.deduplicate", "0.93")
     left_out = np.flatnonzero(np.load(tmp_path / "bins" / "bins.npz")["assignment"] == -1)
     assert sorted(int(row["position"]) for row in rows) == left_out.tolist()
-    run(*command, "--against", SAMPLE[1], "--threshold", "1.0")
+
+    def against(*more, folder=None):
+        """What is listed against every fourth sample, in folders of two sizes."""
+        return [*command, "--threshold", "1.0", "--against_path", folder or tmp_path / "other", *more]
+
+    source = SampleCIFAR10()
+    chosen = list(range(0, 400, 4))
+    for position in chosen:
+        for side, name in ((32, "other"), (96, "large")):
+            place = tmp_path / name / f"{source.targets[position]}"
+            place.mkdir(parents=True, exist_ok=True)
+            source[position][0].resize((side, side)).save(place / f"{position:04}.png")
+    order = sorted(chosen, key=lambda position: (f"{source.targets[position]}", position))
+    np.save(tmp_path / "others.npy", np.load(tmp_path / "ready.npy")[order])
+    run(*against("--against_encoder", tmp_path / "others.npy"))
     rows = list(csv.DictReader((tmp_path / "near.csv").open()))
-    assert len(rows) == 400
+    assert sorted(int(row["position"]) for row in rows) == chosen
+    assert all(order[int(row["near"])] == int(row["position"]) for row in rows)
+
+    auto = ["--encoder", "auto"]
+    for wrong, said in (
+        (against(), "two .npy files"),
+        (against(*auto, "--against_encoder", tmp_path / "others.npy"), "two .npy files"),
+        (against(*auto, "--features.selection_epochs", "1"), "selection_epochs trains the encoder on each"),
+        (against(*auto, folder=tmp_path / "large"), "stands for bundled for the one dataset and resnet50"),
+        ([*command, "--against_split", "train", "--against_encoder", tmp_path / "ready.npy"], "the same data"),
+        (against(*auto, "--labels", "class"), "leave labels= out"),
+        ([*command, "--against_encoder", tmp_path / "others.npy"], "name it as against="),
+        ([*command, "--threshold", "95"], "95 % is 0.95"),
+    ):
+        assert said in fails(capsys, *wrong)
 
 
 def test_published_bin_files_alone_give_the_same_counts(tmp_path, ready):

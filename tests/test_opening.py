@@ -3,6 +3,7 @@
 import pytest
 
 from dq_lightning.commands.opening import open_dataset
+from dq_lightning.core.errors import SourceError
 from dq_lightning.sources.adapt import as_source
 
 WORDS = ["NA", "N/A", "None", "null", "nan", "NULL", "n/a", "#N/A", "-1.#IND", "<NA>", "True", "1e5"]
@@ -45,3 +46,48 @@ def test_words_after_many_numbers(tmp_path):
     rows = [(f"a{n}", str(n)) for n in range(10_050)] + [("last", "none")]
     opened = open_dataset(None, write(tmp_path / "a.csv", "text,label", rows))
     assert opened["label"][:][-2:] == ["10049", "none"]
+
+
+class Two:
+    """A class as torchvision's, of which `train` says which part is read."""
+
+    def __init__(self, train=True):
+        self.part = "train" if train else "test"
+
+
+class One:
+    """A class without parts."""
+
+
+def test_a_split_that_is_not_there_is_refused(tmp_path):
+    """A misspelt split must give neither the other part nor the whole."""
+    for split in ("train", "test"):
+        assert open_dataset(f"{__name__}.Two", None, split).part == split
+    for name in ("photos/train/cat", "photos/val/cat", "tables"):
+        (tmp_path / name).mkdir(parents=True)
+    for folder in ("train", "val"):
+        (tmp_path / "photos" / folder / "cat" / "a.png").write_bytes(b"")
+        write(tmp_path / "tables" / f"{folder}-0.csv", "text,label", [(folder, "1")])
+        opened = open_dataset(None, tmp_path / "photos", folder)
+        assert opened.samples[0][0].endswith(f"{folder}/cat/a.png")
+        assert open_dataset(None, tmp_path / "tables", folder)["text"][:] == [folder]
+    # what has no splits is read as a whole, also where the split is in its own name
+    for split in ("train", "val"):
+        assert len(open_dataset(None, tmp_path / "photos" / "val", split)) == 1
+        assert len(open_dataset(None, tmp_path / "tables" / "val-0.csv", "train")) == 1
+    described = {"class_path": f"{__name__}.One"}
+    write(tmp_path / "rows.jsonl", '{"text": "a"}', [])
+    places = (
+        tmp_path / "photos",
+        tmp_path / "photos" / "train",
+        tmp_path / "tables",
+        tmp_path / "tables" / "val-0.csv",
+    )
+    for dataset, place in (
+        (f"{__name__}.Two", None),
+        (f"{__name__}.One", None),
+        (described, None),
+        *((None, place) for place in (*places, tmp_path / "rows.jsonl")),
+    ):
+        with pytest.raises(SourceError, match="has no split 'vla'"):
+            open_dataset(dataset, place, "vla")

@@ -54,6 +54,7 @@ def open_dataset(
 
 def _open(dataset: str | dict[str, Any] | None, place: Path | None, split: str) -> Any:
     if isinstance(dataset, dict):
+        _has_no_splits(str(dataset.get("class_path")), split)
         return _made(dataset)
     if dataset in FOLDERS:
         return _folder(_needed(place, dataset), split)
@@ -79,8 +80,10 @@ def _needed(place: Path | None, dataset: str | None) -> Path:
 
 def _by_path(place: Path, split: str) -> Any:
     if is_rows_file(place):
+        _has_no_splits(str(place), split)
         return str(place)
     if place.is_file() and place.suffix.lower() in TABLES:
+        _has_no_splits(str(place), split)
         return _table([place])
     if (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():
         from datasets import DatasetDict, load_from_disk
@@ -88,11 +91,17 @@ def _by_path(place: Path, split: str) -> Any:
         found = _opened(lambda: load_from_disk(str(place)), str(place))
         if isinstance(found, DatasetDict) and split not in found:
             raise SourceError(f"the dataset has no split {split!r}: pass one of {', '.join(map(str, found))} as split=")
-        return found[split] if isinstance(found, DatasetDict) else found
+        if isinstance(found, DatasetDict):
+            return found[split]
+        _has_no_splits(str(place), split)
+        return found
     tables = sorted(path for path in place.rglob("*") if path.suffix.lower() in TABLES) if place.is_dir() else []
     # A folder of class folders may also hold tables that describe the images, as the exports of this package do.
     if tables and not has_class_folders(_root(place, split)):
-        chosen = [path for path in tables if path.name.startswith(split)] or tables
+        chosen = [path for path in tables if path.name.startswith(split)]
+        if not chosen:
+            _has_no_splits(str(place), split)
+        chosen = chosen or tables
         return _table([path for path in chosen if path.suffix == chosen[0].suffix])
     return _folder(place, split)
 
@@ -101,8 +110,19 @@ def _root(place: Path, split: str) -> Path:
     return place / split if (place / split).is_dir() else place
 
 
+def _has_no_splits(name: str, split: str) -> None:
+    """Raise SourceError if another split than `"train"`, which is the default, is wanted of data that have no splits.
+
+    A folder or file whose name begins with the split's is this split.
+    """
+    if split != "train" and not Path(name).name.startswith(split):
+        raise SourceError(f"{name} has no split {split!r}: correct split=, or leave it out to read the whole")
+
+
 def _folder(place: Path, split: str) -> Any:
     root = _root(place, split)
+    if root == place:
+        _has_no_splits(str(place), split)
     return _opened(lambda: open_image_folder(root), str(root))
 
 
@@ -170,9 +190,13 @@ def _of_class(name: str, place: Path | None, split: str) -> Any:
     if "root" in parameters:
         arguments["root"] = str(_needed(place, name))
     if "train" in parameters:
+        if split not in ("train", "test"):
+            raise SourceError(f"{name} has no split {split!r}: pass train or test as split=")
         arguments["train"] = split == "train"
     elif "split" in parameters:
         arguments["split"] = split
+    else:
+        _has_no_splits(name, split)
     return _opened(lambda: made(**arguments), name)
 
 

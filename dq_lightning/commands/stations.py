@@ -16,6 +16,7 @@ from dq_lightning.core.config import (
     TextConfig,
     replace_fields,
 )
+from dq_lightning.core.fields import check_ratio
 
 
 def bins(
@@ -145,10 +146,11 @@ def duplicates(
     split: str = "train",
     against: str | None = None,
     against_path: str | None = None,
-    against_split: str = "train",
+    against_split: str | None = None,
     output: str = "duplicates.csv",
     threshold: float = 0.95,
     encoder: str | None = None,
+    against_encoder: str | None = None,
     features: FeatureConfig = FeatureConfig(),  # noqa: B008 (frozen)
     text: TextConfig = TextConfig(),  # noqa: B008
     labels: bool | str | None = None,
@@ -169,10 +171,11 @@ def duplicates(
         split: split to read, for datasets that have several.
         against: another dataset, such as the one for validation, that the samples are compared with instead.
         against_path: folder or file of the other dataset.
-        against_split: split of the other dataset.
+        against_split: split of the other dataset, train when left out; alone, that split of the same dataset.
         output: file that is written: position, name, near, near_name and cosine, the closest pair first.
         threshold: smallest cosine of the features of near-duplicates.
-        encoder: the encoder, as in quantize; short for features.encoder.
+        encoder: the encoder, as in quantize; short for features.encoder. Both datasets need the same.
+        against_encoder: .npy of the other dataset's features, where encoder is one.
         features: how samples become feature vectors.
         text: how rows of text are read.
         labels: a column that takes the place of the classes, within which samples are compared, or false for none.
@@ -181,25 +184,47 @@ def duplicates(
         on_error: raise stops at a sample that cannot be read; skip passes over such samples.
         progress: show progress bars.
     """
+    check_ratio("duplicates", "threshold", threshold)
     config = QuantizeConfig(features, text=text, store="indices", on_error=on_error)
     config = replace_fields(config, {"features.encoder": encoder})
     from dq_lightning.bins.duplicates import find_duplicates, near_pairs
     from dq_lightning.commands.opening import open_dataset
+    from dq_lightning.core.errors import ConfigError
     from dq_lightning.exports.results import write_table
+    from dq_lightning.pipeline.duplicates import config_of_other
     from dq_lightning.pipeline.plan import FEATURES
     from dq_lightning.pipeline.quantize import station_of_dataset
     from dq_lightning.sources.adapt import as_source
 
-    def vectors(opened: Any) -> Any:
+    def vectors(opened: Any, config: QuantizeConfig, labels: Any) -> Any:
         given: dict[str, Any] = {"labels": labels, "cache_dir": cache_dir, "device": device, "progress": progress}
         return station_of_dataset(opened, config, FEATURES, **given).embedding
 
-    opened = open_dataset(dataset, data_path, split)
-    source = other = as_source(opened, labels=labels, text=text, on_error=on_error)
-    mine, theirs, classes = vectors(opened), None, source.labels()
+    opened, second = open_dataset(dataset, data_path, split), None
     if against is not None or against_path is not None:
-        second = open_dataset(against, against_path, against_split)
-        other, theirs, classes = as_source(second, labels=labels, text=text, on_error=on_error), vectors(second), None
+        second = open_dataset(against, against_path, against_split or "train")
+    elif against_split is not None:
+        second = open_dataset(dataset, data_path, against_split)
+    elif against_encoder is not None:
+        raise ConfigError(
+            "against_encoder= holds the features of another dataset: name it as against= or against_path="
+        )
+    if second is not None and labels:
+        raise ConfigError(
+            "samples of two datasets are compared whatever their classes are: leave labels= out, or against= and the like"
+        )
+    source = other = as_source(opened, labels=labels, text=text, on_error=on_error)
+    second_config = None if second is None else config_of_other(opened, second, config, against_encoder)
+    mine, theirs, classes = vectors(opened, config, labels), None, None
+    if second_config is None:
+        classes = source.labels()
+    else:
+        other, theirs = as_source(second, text=text, on_error=on_error), vectors(second, second_config, None)
+        if mine.shape == theirs.shape and bool((mine == theirs).all()):
+            raise ConfigError(
+                "both datasets have the same features, so they are the same data: correct against=, against_path= or "
+                "against_split=, or leave them out to compare the samples of one dataset"
+            )
     of = find_duplicates(mine, threshold, labels=None if classes is None else classes.values, against=theirs)
     pairs, cosine = near_pairs(mine, of, against=theirs)
     rows = [

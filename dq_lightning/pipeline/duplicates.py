@@ -1,13 +1,19 @@
-"""The near-duplicates that were left out of the bins behind a compact set, found again from its features and bins."""
+"""The near-duplicates that were left out behind a compact set, found again; features of two datasets that compare."""
+
+from typing import Any
 
 import numpy as np
 import torch
 
 from dq_lightning.bins.duplicates import find_duplicates, near_pairs
 from dq_lightning.cache.entries import Cache
-from dq_lightning.core.errors import CacheError
+from dq_lightning.core.config import QuantizeConfig, replace_fields
+from dq_lightning.core.errors import CacheError, ConfigError
 from dq_lightning.core.records import Duplicates, Labels
+from dq_lightning.features.ready_made import is_ready_made
 from dq_lightning.pipeline.compact import Compact, read_bins_of, read_features_of
+from dq_lightning.pipeline.plan import make_plan
+from dq_lightning.pipeline.wanted import Wanted
 
 
 def read_duplicates_of(
@@ -54,3 +60,36 @@ def read_duplicates_of(
     of = torch.arange(len(bins))
     of[pairs[:, 0]] = pairs[:, 1]
     return Duplicates(*near_pairs(features.embedding, of))
+
+
+def config_of_other(first: Any, second: Any, config: QuantizeConfig, against_encoder: str | None) -> QuantizeConfig:
+    """Return the settings by which a second dataset gets features that compare with those of the first.
+
+    Args:
+        first: a dataset, whose features the settings `config` make.
+        second: another dataset.
+        config: settings of both.
+        against_encoder: path of the ready-made features of the second dataset, if those of the first are ready-made.
+
+    Raises:
+        ConfigError: the features of the two would not come from the same encoder.
+    """
+    encoder = config.features.encoder
+    if is_ready_made(encoder) or against_encoder is not None:
+        if not (is_ready_made(encoder) and against_encoder is not None and is_ready_made(against_encoder)):
+            raise ConfigError(
+                f"encoder={encoder!r} and against_encoder={against_encoder!r}: ready-made features are those of one dataset, "
+                "so two datasets need two .npy files of them, made by the same encoder; otherwise leave against_encoder= out"
+            )
+        return replace_fields(config, {"features.encoder": against_encoder})
+    if config.features.selection_epochs:
+        raise ConfigError(
+            "selection_epochs trains the encoder on each dataset, so features of two datasets do not compare: leave it out"
+        )
+    names = [spec.name for data in (first, second) if (spec := make_plan(data, Wanted(config)).encoder) is not None]
+    if len(set(names)) > 1:
+        raise ConfigError(
+            f"encoder={encoder!r} stands for {names[0]} for the one dataset and {names[1]} for the other, whose features do "
+            "not compare: name one encoder for both"
+        )
+    return config
