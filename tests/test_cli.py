@@ -80,6 +80,30 @@ def test_stations_one_by_one_agree_with_all_at_once(tmp_path, ready):
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(400))
 
 
+def test_classes_of_clusters_come_from_the_dataset(tmp_path, ready, caplog):
+    """Each of ten classes of 40 images keeps its share, which clusters alone do not see."""
+    run("bins", tmp_path / "bins", *SAMPLE, *ready, "--num_bins", "2", "--bins.clusters", "7")
+    counts = {}
+    for named in ((), SAMPLE[:2]):
+        caplog.clear()
+        run(
+            "sample",
+            tmp_path / "bins",
+            *named,
+            "--keep_ratio",
+            "0.2",
+            "--balance",
+            "equal",
+            "--output",
+            tmp_path / "out",
+        )
+        index = np.load(tmp_path / "out" / "select_indices_SampleCIFAR10_0.2.npy")
+        counts[bool(named)] = np.bincount(np.array(SampleCIFAR10().targets)[index]).tolist()
+        assert ("every cluster counts as a class" in caplog.text) != bool(named)
+    assert counts[True] == [8] * 10
+    assert counts[False] != [8] * 10
+
+
 def test_selection_epochs_and_gradients(tmp_path):
     """Published: the encoder is trained on the data first, and samples compare by the gradient of the last layer."""
     source = SampleCIFAR10()

@@ -19,6 +19,7 @@ from dq_lightning import (
 )
 from dq_lightning.cache.entries import Cache
 from dq_lightning.core.errors import ConfigError, SourceError
+from dq_lightning.features.whitening import whiten
 from dq_lightning.pipeline import binning
 from dq_lightning.pipeline.compact import open_compact
 from dq_lightning.pipeline.plan import (
@@ -262,3 +263,14 @@ def test_clusters_change_neither_the_shares_of_classes_nor_what_is_listed_as_nea
     # Without classes every cluster has a share in proportion to its size.
     counts, sizes = (dm.bins.group[places].bincount() for places in (made[True], dm.bins.assignment >= 0))
     assert (counts - sizes * 20 / 39).abs().max() < 1
+
+
+@pytest.mark.parametrize(("width", "equal"), [(30, True), (19, True), (18, False)])
+def test_whitening_too_few_samples_is_told(tmp_path, caplog, width, equal):
+    features = np.random.default_rng(0).normal(size=(20, width))
+    config = settings(0.5, features=FeatureConfig(whiten=True))
+    quantize(photos(20), config, cache_dir=tmp_path, encoder=features, labels=False, progress=False)
+    assert ("all equally similar" in caplog.text) == equal
+    whitened = torch.nn.functional.normalize(whiten(torch.from_numpy(features)))
+    cosines = (whitened @ whitened.T)[~torch.eye(20, dtype=torch.bool)]
+    assert (float(cosines.std()) < 1e-4) == equal

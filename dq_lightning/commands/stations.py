@@ -269,12 +269,20 @@ def sample(
     import torch
 
     from dq_lightning.commands.opening import open_dataset
+    from dq_lightning.core.console import get_logger
     from dq_lightning.exports.published import read_bin_files, selection_file
+    from dq_lightning.exports.results import recorded_settings
     from dq_lightning.exports.rows import write_index
     from dq_lightning.selection.select import is_split_of, select
     from dq_lightning.sources.adapt import as_source
 
     labels = None
+    clusters = (recorded_settings(bins_path).get("bins") or {}).get("clusters")
+    if dataset is None and data_path is None and clusters is not None:
+        get_logger().warning(
+            f"the bins were made in {clusters} clusters of each class, and their files do not say which belong to a class, so "
+            "every cluster counts as a class: name the dataset (--dataset, --data_path) for the shares of the classes"
+        )
     if dataset is not None or data_path is not None:
         labels = as_source(open_dataset(dataset, data_path, split)).labels()
     bins, positions, name = read_bin_files(bins_path, None if labels is None else labels.values)

@@ -130,7 +130,9 @@ class FeatureConfig(JsonFields):
         batch_size: number of samples in one step; halved automatically when the GPU runs out of memory. It does not
             enter the cache key.
         num_workers: number of loader processes. It does not enter the cache key.
-        whiten: decorrelate the embeddings (principal components scaled to unit variance) before the bins are made.
+        whiten: decorrelate the embeddings (principal components scaled to unit variance) before the bins are made. It
+            needs many more samples than an embedding has numbers; no more than these are all equally similar afterwards.
+            Near-duplicates and margins are found in the embeddings as they are.
         selection_epochs: number of epochs that a copy of the encoder is trained on the dataset's classes before it
             makes features; the given weights are not changed. The paper uses 10, the published commands 0.
         selection_train: what is trained in these epochs: `"all"` of the encoder, as published, or only the `"head"`, a
@@ -264,7 +266,7 @@ class SelectionConfig(JsonFields):
         bin_weights: one non-negative weight for each bin, which replaces the even share; None keeps the even share.
         balance: how the kept samples are shared out among the classes: `"proportional"` to their sizes, to the
             square roots of the sizes (`"sqrt"`), or in `"equal"` numbers. A class gives at most what it has, and
-            the others share what is missing.
+            the others share what is missing. Samples without a class count as one class more.
 
     Raises:
         ConfigError: a value is unknown or out of range.

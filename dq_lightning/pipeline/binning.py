@@ -45,8 +45,11 @@ def make_bins_entry(task: Task, features: Features) -> None:
         kept = candidates[of == torch.arange(len(candidates))]
         get_logger().info(f"{len(candidates) - len(kept):,} of {total:,} samples are near-duplicates of others")
     labels = labels[kept] if labels is not None and kept is not None else labels
+    compared = _compared(plan, features, kept)
+    if plan.config.features.whiten:
+        _tell_equal_distances(compared, features.embedding.shape[1])
     bins = make_shared_bins(
-        _compared(plan, features, kept),
+        compared,
         settings,
         labels=labels,
         device=task.device,
@@ -77,6 +80,16 @@ def help_to_bin(
     compared = _compared(plan, found, None if len(kept) == len(found) else kept)
     with help_bins(compared, plan.config.bins, device, sharing.ranks_on_node, job, numbers) as results:
         yield results
+
+
+def _tell_equal_distances(compared: Features, width: int) -> None:
+    """Log a warning if whitened rows fill all directions that so many rows have; then each two have the same distance."""
+    total, directions = compared.embedding.shape
+    if 2 < total <= directions + 1 and compared.head_gradient is None:
+        get_logger().warning(
+            f"whiten=True makes these {total:,} samples all equally similar, because they are no more than their features have "
+            f"numbers ({width:,}), so the bins mean nothing: leave features.whiten out, or use many more samples"
+        )
 
 
 def _compared(plan: Plan, features: Features, kept: Tensor | None) -> Features:

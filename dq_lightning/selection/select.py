@@ -85,6 +85,8 @@ def select(
     _check_weights(bin_weights, bins.num_bins)
     classes = _classes(labels, len(bins))
     members = _label_sets(labels, len(bins), balance) if classes is None else None
+    if scores is not None and draw not in ("auto", "scored"):
+        get_logger().warning(f'scores= have no effect with draw={draw!r}: pass draw="scored" or "auto" to draw by them')
     worth = _check_scores(bins.score if scores is None else scores, len(bins), draw)
     wanted = _wanted(len(bins), keep_ratio)
     present = np.flatnonzero(bins.assignment.cpu().numpy() >= 0)
