@@ -4,6 +4,7 @@ import logging
 import re
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -14,8 +15,8 @@ from torchvision.transforms import ToTensor
 from dq_lightning import QuantizedDataModule, cli, make_bins, quantize
 from dq_lightning.cache.entries import Cache
 from dq_lightning.commands.opening import open_dataset
-from dq_lightning.core.config import QuantizeConfig, SelectionConfig
-from dq_lightning.core.errors import ConfigError, SourceError
+from dq_lightning.core.config import QuantizeConfig, SelectionConfig, TextConfig
+from dq_lightning.core.errors import CacheError, ConfigError, SourceError
 from dq_lightning.pipeline import extracting
 from dq_lightning.sources.adapt import as_source
 from tests import warm_processes
@@ -169,6 +170,34 @@ def test_samples_that_only_a_collate_function_takes(tmp_path):
 def tensors(samples):
     images, labels = zip(*samples, strict=True)
     return torch.stack([ToTensor()(image) for image in images]), torch.tensor(labels)
+
+
+@pytest.mark.parametrize("columns", [dict, pandas.DataFrame], ids=["dict", "DataFrame"])
+def test_columns_are_no_samples(columns):
+    with pytest.raises(SourceError, match=rf"a {columns.__name__} holds columns.*Dataset\.from_"):
+        as_source(columns({"text": ["a", "b"], "label": [0, 1]}))
+    assert len(as_source(dict(enumerate(photos(10))))) == 10
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+def test_classes_of_rows_of_text_are_told(kind, caplog):
+    rows = kind([{"sentence": "a", "label": 0}, {"sentence": "b", "label": 1}])
+    with caplog.at_level(logging.INFO):
+        source = as_source(rows)
+        assert source.labels() is source.labels() is None
+        assert as_source(rows, label_column="label").labels().num_classes == 2
+        assert as_source(kind([{"sentence": "a"}, {"sentence": "b"}])).labels() is None
+        assert (
+            as_source(kind([{"prompt": "a", "target": "b"}]), text=TextConfig(columns=("prompt", "target"))).labels()
+            is None
+        )
+    assert caplog.text.count("labels='label' makes them inside each class") == 1
+    assert "labels='target'" not in caplog.text
+
+
+def test_setup_without_prepare_data_says_so(images, tmp_path):
+    with pytest.raises(CacheError, match="call it before setup"):
+        QuantizedDataModule(images / "train", cache_dir=tmp_path, **GIVEN).setup("fit")
 
 
 def test_loaders_and_mixed_streams_are_named():

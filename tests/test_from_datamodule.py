@@ -350,9 +350,12 @@ class OwnLoader(DataLoader):
     [
         (lambda d: DataLoader(d, 5, sampler=Backwards(d)), "has a Backwards"),
         (lambda d: DataLoader(d, 5, sampler=DistributedSampler(d, 2, 0)), "use shuffle=True and leave use_distributed"),
+        (lambda d: DataLoader(d, batch_size=None), "makes no batches"),
         (lambda d: DataLoader(d, 5, sampler=DistributedSampler(d)), "leave out DistributedSampler"),
-        (lambda d: DataLoader(d, batch_sampler=OwnBatches(RandomSampler(d), 5, False)), "batches by OwnBatches"),
-        (lambda d: DataLoader(d, batch_size=None), "batch sampler names positions"),
+        (
+            lambda d: DataLoader(d, batch_sampler=OwnBatches(RandomSampler(d), 5, False)),
+            "by OwnBatches, and a batch sampler names positions",
+        ),
         (lambda d: OwnLoader(d, 5), "OwnLoader, which gives batches in its own way"),
         (lambda d: CombinedLoader({"a": DataLoader(d, 5)}), "is a CombinedLoader, not one DataLoader"),
         (lambda d: {"a": DataLoader(d, 5), "b": DataLoader(d, 5)}, "is a dict, not one DataLoader"),

@@ -245,6 +245,11 @@ def read_loader(loader: Any) -> tuple[Dataset[Any], LoaderSettings]:
             f"the train loader is a {type(loader).__name__}, not one DataLoader: wrap the dataset that should be quantized, "
             "QuantizedDataModule(train_dataset, ...), and combine the loaders in a data module of your own"
         )
+    if loader.batch_size is None and loader.batch_sampler is None:
+        raise ConfigError(
+            "the train loader makes no batches (batch_size=None): give it a batch size, or pass the dataset itself with "
+            "batch_size="
+        )
     if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
         raise ConfigError(
             f"the train loader makes its batches by {type(loader.batch_sampler).__name__}, and a batch sampler names positions "

@@ -307,9 +307,10 @@ def _find(plan: Plan, cache: Cache, peer: PeerIdentity | None) -> Compact:
     compact = compact or find_compact(plan, cache)
     if compact is None:
         raise CacheError(
-            f"no compact set for these data and settings in {cache.root} on rank {global_rank()}. If prepare_data ran on "
-            "another node, this one cannot see that folder: pass a shared cache_dir=, or set prepare_data_per_node=True. If "
-            "the train set is made by a random split, give the split a seed of its own. If the dataset keeps state that "
+            f"no compact set for these data and settings in {cache.root} on rank {global_rank()}. prepare_data makes it, which "
+            "the Trainer calls: without a Trainer, call it before setup. If it ran on another node, this one cannot see that "
+            "folder: pass a shared cache_dir=, or set prepare_data_per_node=True. If the train set is made by a random split, "
+            "give the split a seed of its own. If the dataset keeps state that "
             "differs between processes (a time, a cache, a counter), pass fingerprint= with a name of your own for this "
             "version of the data"
         )

@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from types import MethodType
 from typing import Any, Protocol
@@ -265,6 +265,11 @@ def dataset_length(dataset: Any) -> int:
         SourceError: the dataset is a stream, has no `__getitem__` or no length, or is empty.
     """
     name = type(dataset).__name__
+    if name == "DataFrame" or (isinstance(dataset, Mapping) and len(dataset) and 0 not in dataset):
+        made = "pandas(frame)" if name == "DataFrame" else "dict(columns)"
+        raise SourceError(
+            f"a {name} holds columns, which are no samples: pass datasets.Dataset.from_{made}, or a list with one dict a sample"
+        )
     try:
         # The `__getitem__` of torch's own `Dataset` only raises an error.
         length = None if getter_owner(dataset) in (None, Dataset) else _whole_length(dataset)

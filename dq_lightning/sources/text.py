@@ -1,5 +1,7 @@
 """Adapters for datasets of text rows. They extend the adapters for images, and give a text in place of an image."""
 
+import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,13 +13,15 @@ from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.core.records import EncodedImage, Labels
 from dq_lightning.identity.values import digest_of
 from dq_lightning.sources.hub import HubRecordSource
-from dq_lightning.sources.items import IMAGE_NAMES, Leaf, image_leaves, quoted
+from dq_lightning.sources.items import IMAGE_NAMES, TARGET_NAMES, Leaf, image_leaves, quoted
 from dq_lightning.sources.mapped import MapSource
 from dq_lightning.sources.nested import ConcatSource, SubsetSource
 from dq_lightning.sources.prompts import Template, choose_template
 from dq_lightning.sources.reading import ItemSource
 from dq_lightning.sources.strip import KEEP
 from dq_lightning.sources.targets import Targets, as_targets
+
+logger = logging.getLogger("dq_lightning")
 
 
 class TextRows(ItemSource):
@@ -101,6 +105,7 @@ class TextRows(ItemSource):
 
     def labels(self) -> Labels | None:
         if self.label_column is None and self.grouping is None:
+            self._tell_of_classes()
             return None
         if self.grouping is None:
             self.target_leaf()
@@ -111,6 +116,23 @@ class TextRows(ItemSource):
                 "groups; pass another column, or labels= with one value a row"
             )
         return found
+
+    def _tell_of_classes(self) -> None:
+        """Log once that a column looks like classes, which rows of text are not grouped by unless it is named."""
+        if self._logged_no_classes:
+            return
+        self._logged_no_classes = True
+        with contextlib.suppress(SourceError, ConfigError):
+            read = self.template().all_columns
+            found = next((name for name in self.columns() if name.lower() in TARGET_NAMES and name not in read), None)
+            if found is not None:
+                logger.info(
+                    "%s: bins are made over the whole set. If the column %r holds classes, labels=%r makes them inside each "
+                    "class",
+                    self.describe(),
+                    found,
+                    found,
+                )
 
 
 class HubTextSource(TextRows, HubRecordSource):
