@@ -1,13 +1,18 @@
-"""torchrun itself: an elastic restart goes on with what is sealed, and nodes without a shared disk end with equal sets."""
+"""torchrun and the other commands of the README: restarts, nodes without a shared disk, and equal sets in every situation."""
 
 import json
 import os
+import re
+import shlex
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.lightning_scripts import sharing_ranks
+from tests.lightning_scripts.common import photos
 from tests.lightning_scripts.sharing_ranks import COUNT
 from tests.warm_processes import environment, run
 
@@ -78,3 +83,79 @@ def test_nodes_without_a_shared_disk(tmp_path, nodes, alone):
     assert {report["hash"] for report in found} == {alone["hash"]}
     assert sum(report["seen"] for report in found) == COUNT
     assert all(report["seen"] for report in found)
+
+
+@pytest.fixture(scope="module")
+def folder_of_images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for number, (image, label) in enumerate(photos(600, transform=None)):
+        (folder / str(label)).mkdir(exist_ok=True)
+        image.save(folder / str(label) / f"{number}.png")
+    return folder
+
+
+def commands_of_the_readme():
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    table = readme.split("| situation | command |")[1].split("\n\n")[0]
+    return {row.split("|")[1].strip(): re.search("`(.*)`", row)[1] for row in table.splitlines() if "`" in row}
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def started(command, place, node, **variables):
+    """Start a command of the README on one of two nodes that this machine stands for, with a process or two on each."""
+    words = {
+        "--nproc_per_node=8": "--nproc_per_node=1" if "nnodes" in command else "--nproc_per_node=2",
+        "--nnodes=4": "--nnodes=2",
+        "HOST:29500": f"127.0.0.1:{variables.pop('port', 0)}",
+        "~/cache": str(place / "cache"), "/shared/cache": str(place / "cache"),
+        "/local/cache": str(place / f"cache of node {node}"), "results/set": str(place / f"set of node {node}"),
+    }  # fmt: skip
+    parts = [words.get(part, part) for part in shlex.split(command)]
+    parts = [part.replace("HOST:29500", words["HOST:29500"]) for part in parts]
+    starts = {"dq-lightning": [sys.executable, "-m", "dq_lightning"], "torchrun": TORCHRUN, "python": [sys.executable]}
+    running = environment() | {"OMP_NUM_THREADS": "1"} | variables
+    return subprocess.Popen(
+        [*starts[parts[0]], *parts[1:]], env=running, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def on_a_laptop(tmp_path_factory, folder_of_images):
+    """The content hash of the set that the first command makes."""
+    place = tmp_path_factory.mktemp("laptop")
+    command = next(iter(commands_of_the_readme().values())).replace("~/data", str(folder_of_images))
+    running = started(command, place, 0)
+    said = running.communicate(timeout=300)[0]
+    assert running.returncode == 0, said
+    return content(place / "set of node 0")
+
+
+def content(made):
+    return json.loads((made / "info.json").read_text())["content_hash"]
+
+
+@pytest.mark.parametrize("situation", list(commands_of_the_readme())[1:])
+def test_commands_of_the_readme_give_one_set(situation, tmp_path, folder_of_images, on_a_laptop):
+    command = re.sub(r"(~|/shared|/local)/data", str(folder_of_images), commands_of_the_readme()[situation])
+    if situation == "SLURM":
+        srun, command = command.split(" python ")
+        assert srun == "srun --ntasks-per-node=8"
+        step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "127.0.0.1"}
+        step |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0"}
+        tasks = [step | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} for task in (0, 1)]
+        running = [started(f"python {command}", tmp_path, node, **task) for node, task in enumerate(tasks)]
+    else:
+        port, nodes = free_port(), 2 if "--nnodes" in command else 1
+        running = [started(command, tmp_path, node, port=port) for node in range(nodes)]
+    said = [process.communicate(timeout=400)[0] for process in running]
+    assert [process.returncode for process in running] == [0] * len(running), "\n".join(said)
+    assert "features: other ranks did" in "".join(said)
+    assert content(tmp_path / "set of node 0") == on_a_laptop
+    for cache in tmp_path.glob("cache*"):
+        assert list(cache.glob("5-store/*/compact.json")), f"{cache} has no finished set"
+    assert len(list(tmp_path.glob("cache*"))) == (2 if "no shared disk" in situation else 1)
