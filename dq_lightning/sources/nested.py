@@ -102,7 +102,7 @@ class SubsetSource(NestedSource):
 
     def listed_targets(self) -> Targets | None:
         listed = self.inner.listed_targets()
-        return Targets(listed.values[self.positions.array], listed.names) if listed is not None else None
+        return listed.take(self.positions.array) if listed is not None else None
 
     @property
     def by_items(self) -> bool:  # type: ignore[override]

@@ -21,11 +21,18 @@ UNLABELED = -1
 class Targets:
     """The class of every sample as the dataset gives it, and the name of each class integer, if known.
 
-    The values are int64 [N] (a negative value means no label) or unicode strings [N].
+    The values are int64 [N] (a negative value means no label) or unicode strings [N], where `missing`, bool [N], marks
+    those without a label; None where all have one.
     """
 
     values: NDArray[Any]
     names: tuple[str, ...] | None = None
+    missing: NDArray[np.bool_] | None = None
+
+    def take(self, positions: NDArray[np.int64]) -> "Targets":
+        """Return the targets of the samples at the given positions."""
+        missing = None if self.missing is None else self.missing[positions]
+        return Targets(self.values[positions], self.names, missing)
 
 
 def join(parts: Sequence[Targets | None]) -> Targets | None:
@@ -37,7 +44,11 @@ def join(parts: Sequence[Targets | None]) -> Targets | None:
     if len(known) != len(parts) or len({part.values.dtype.kind for part in known}) != 1:
         return None
     names = known[0].names if all(part.names == known[0].names for part in known) else None
-    return Targets(np.concatenate([part.values for part in known]), names)
+    missing = None
+    if any(part.missing is not None for part in known):
+        parts = [np.zeros(len(p.values), dtype=bool) if p.missing is None else p.missing for p in known]
+        missing = np.concatenate(parts)
+    return Targets(np.concatenate([part.values for part in known]), names, missing)
 
 
 def scalar(value: Any) -> Any:
@@ -80,7 +91,9 @@ def as_targets(values: Any, names: Sequence[str] | None = None) -> Targets | Non
     if present and all(isinstance(value, int) for value in present):
         return Targets(_as_int64([UNLABELED if v is None else v for v in scalars]), known)
     if present and all(isinstance(value, str) for value in present):
-        return Targets(np.array(["" if v is None else v for v in scalars], dtype=np.str_))
+        missing = np.array([v is None for v in scalars])
+        texts = np.array(["" if v is None else v for v in scalars], dtype=np.str_)
+        return Targets(texts, missing=missing if missing.any() else None)
     return None
 
 
@@ -99,15 +112,20 @@ def _as_int64(values: Any) -> NDArray[np.int64]:
 def to_labels(targets: Targets) -> Labels | None:
     """Convert targets to labels with classes from 0; None when no sample has a label.
 
-    Strings become positions in the sorted list of different strings; an empty or missing string is a class like any
-    other. Samples without a label (negative integers) form one extra group after the classes, so that bins are made
-    among them. When the largest integer is at least 65,536 and at least twice the number of samples, as with
-    identifiers, integers become positions in their sorted list too.
+    Strings become positions in the sorted list of different strings; an empty string is a class like any other. Samples
+    without a label (None, negative integers) form one extra group after the classes, so that bins are made among them.
+    When the largest integer is at least 65,536 and at least twice the number of samples, as with identifiers, integers
+    become positions in their sorted list too.
     """
     values, names = targets.values, targets.names
     if values.dtype.kind == "U":
-        unique, inverse = np.unique(values, return_inverse=True)
-        return Labels(torch.from_numpy(inverse.astype(np.int64)), tuple(str(name) for name in unique))
+        there = np.ones(len(values), dtype=bool) if targets.missing is None else ~targets.missing
+        if len(values) and not there.any():
+            return None
+        unique, inverse = np.unique(values[there], return_inverse=True)
+        placed = np.full(len(values), len(unique), dtype=np.int64)
+        placed[there] = inverse
+        return Labels(torch.from_numpy(placed), tuple(str(name) for name in unique), unlabeled=bool((~there).any()))
     missing = values < 0
     if len(values) and missing.all():
         return None

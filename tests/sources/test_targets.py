@@ -74,6 +74,14 @@ def test_samples_without_a_label_form_a_group_of_their_own_behind_the_classes():
     assert named.values.tolist() == [0, 3, 1]
     assert named.names[:3] == ("cat", "dog", "owl")
     assert labels_of([-1, -1]) is None
+    strings = labels_of(["b", None, "", "a", None])
+    assert (strings.values.tolist(), strings.names, strings.unlabeled) == ([2, 3, 0, 1, 3], ("", "a", "b"), True)
+    assert strings.num_classes == 3
+    # of parts, some of which lack labels, and of a part without any
+    joined = join([as_targets(["b", "a"]), as_targets(["c", None])])
+    assert to_labels(joined).values.tolist() == [1, 0, 2, 3]
+    assert to_labels(joined.take(np.array([1, 3]))).values.tolist() == [0, 1]
+    assert to_labels(joined.take(np.array([3]))) is None
 
 
 def test_identifiers_far_beyond_the_count_become_dense():
