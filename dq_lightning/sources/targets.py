@@ -46,8 +46,8 @@ def join(parts: Sequence[Targets | None]) -> Targets | None:
     names = known[0].names if all(part.names == known[0].names for part in known) else None
     missing = None
     if any(part.missing is not None for part in known):
-        parts = [np.zeros(len(p.values), dtype=bool) if p.missing is None else p.missing for p in known]
-        missing = np.concatenate(parts)
+        masks = [np.zeros(len(one.values), dtype=bool) if one.missing is None else one.missing for one in known]
+        missing = np.concatenate(masks)
     return Targets(np.concatenate([part.values for part in known]), names, missing)
 
 
