@@ -39,6 +39,7 @@ cost of passes, and else passes. On the CPU, and for rows that do not fit the GP
 memory allowed, `BinConfig.matrix_memory`) or passes, whichever cost less, are used at once if they cost less than twice
 what candidates would at best. Otherwise it begins with candidates, and counts what its rounds cost above their steady
 cost. Once that, and what all picks that are left would add if rounds went on as lately, exceeds the cost of the
-matrix or of passes for those picks, the cheaper of the two is used from then on, so what was learned is paid at most
-once over. Before that, passes are made for the rest of a bin in which a pass for each pick costs less than such rounds.
+matrix and of those picks, the matrix is made and kept for all bins that follow, so what was learned is paid at most once
+over. If the matrix does not fit, or passes cost less, passes are made for the rest of a bin in which a pass for each pick
+costs less than such rounds.
 """

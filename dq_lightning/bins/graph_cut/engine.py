@@ -163,8 +163,8 @@ class _Run:
         """Change over to the matrix or to passes if a round of candidates has kept few picks.
 
         The cost that exceeds the steady one is wasted. If what was wasted so far, and would be until the last pick if
-        rounds went on as lately, is more than what the matrix or passes cost for all picks that are left, the cheaper of
-        these is used from now on. Otherwise passes are made for the rest of the bin if they cost less than such rounds.
+        rounds went on as lately, is more than the cost of the matrix and of all picks that are left, the matrix is
+        made, unless passes cost less. Passes are made for the rest of the bin if they cost less than such rounds.
         """
         rows, picks = len(self._pool), left + sum(sizes[1:])
         steady, a_pass = self._costs.steady(rows), self._costs.from_pass(rows)
@@ -174,10 +174,9 @@ class _Run:
         self._recent = 0.5 * self._recent[0] + rate * weight, 0.5 * self._recent[1] + weight
         rate = self._recent[0] / self._recent[1]
         excess = max(0.0, min(rate, a_pass) - steady)
-        dense, passes = self._dense(picks), self._costs.passes(rows, [left, *sizes[1:]])
-        if self._wasted + excess * picks > min(dense, passes):
-            self._wasted += excess * picks
-            self._use_cheaper(dense, passes)
+        dense = self._dense(picks)
+        if self._wasted + excess * picks > dense and dense <= self._costs.passes(rows, [left, *sizes[1:]]):
+            self._use_matrix()
         elif rate > a_pass:
             self._wasted += excess * left
             self._use_passes()
