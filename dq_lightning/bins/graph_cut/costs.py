@@ -76,8 +76,8 @@ class Costs:
         if self.device != "cpu":
             return 2.8e-5 + rows * (1e-11 + self.wide * 1.8e-12)
         if rows * self.wide <= CACHED:
-            return 2.8e-5 + rows * (1e-9 + self.wide * 1e-10)
-        return 2.8e-5 + rows * (1e-9 + self.wide * 3.5e-10 / self.threads)
+            return 5e-5 + rows * (1e-9 + self.wide * 1.3e-10)
+        return 5e-5 + rows * (1e-9 + self.wide * 3.5e-10 / self.threads)
 
     def passes(self, rows: int, sizes: Sequence[int]) -> float:
         """All picks of bins of these sizes by passes over the rows that are left, `rows` at first."""
