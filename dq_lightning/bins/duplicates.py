@@ -102,12 +102,19 @@ def near_pairs(
     Returns:
         Pairs int64 [P, 2] of a row and the row that it is a near-duplicate of, and their cosines float64 [P].
 
+    Raises:
+        FeatureError: `of` is of another number of rows, or the features are not a floating matrix.
+
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
     >>> near_pairs(x, find_duplicates(x, 0.9))
     (tensor([[2, 0]]), tensor([1.], dtype=torch.float64))
     """
     values = _matrix(features, "features", check=False)
     others = values if against is None else _matrix(against, "against", check=False)
+    if len(of) != len(values):
+        raise FeatureError(
+            f"of= holds {len(of)} positions for {len(values)} rows of features: pass those that it was made of"
+        )
     found = of >= 0 if against is not None else of != torch.arange(len(of))
     pairs = torch.stack([found.nonzero().flatten(), of[found]], dim=1)
     parts = [

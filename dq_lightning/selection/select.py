@@ -129,7 +129,8 @@ def _quotas(sizes: NDArray[np.int64], owners: NDArray[np.int64], balance: Balanc
     )
     quotas: list[int] = []
     for number, part, total in zip(classes.tolist(), parts, totals, strict=True):
-        quotas += apportion(Shares(part), total, _ranks(seed, _INNER_TIES, number, 0, len(part)))
+        one = len(part) == 1
+        quotas += [total] if one else apportion(Shares(part), total, _ranks(seed, _INNER_TIES, number, 0, len(part)))
     return quotas
 
 

@@ -58,6 +58,8 @@ def test_what_cannot_be_compared():
         find_duplicates(torch.ones(2, 2), 1.5)
     with pytest.raises(FeatureError, match=r"floating matrix.*int64"):
         find_duplicates(torch.ones(2, 2, dtype=torch.int64), 0.9)
+    with pytest.raises(FeatureError, match="40 positions for 2 rows"):
+        near_pairs(torch.ones(2, 2), torch.arange(40))
     with pytest.raises(FeatureError, match="NaN"):
         find_duplicates(torch.tensor([[1.0, float("nan")]]), 0.9)
 
