@@ -24,7 +24,7 @@ configs = st.builds(
         SelectionConfig,
         keep_ratio=st.floats(1e-6, 1),
         seed=st.integers(0, 2**40),
-        bin_weights=st.one_of(st.none(), st.tuples(st.floats(0, 1), st.floats(0, 1))),
+        bin_weights=st.one_of(st.none(), st.tuples(st.floats(0.1, 1), st.floats(0, 1))),
     ),
     store=st.sampled_from(["auto", "indices", "packed"]),
     label_column=st.one_of(st.none(), st.text()),

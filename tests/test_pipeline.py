@@ -2,6 +2,7 @@
 
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -274,3 +275,13 @@ def test_whitening_too_few_samples_is_told(tmp_path, caplog, width, equal):
     whitened = torch.nn.functional.normalize(whiten(torch.from_numpy(features)))
     cosines = (whitened @ whitened.T)[~torch.eye(20, dtype=torch.bool)]
     assert (float(cosines.std()) < 1e-4) == equal
+
+
+def test_weights_of_another_number_of_bins_are_refused_before_the_work(tmp_path):
+    def encoder(sample):
+        raise AssertionError("features are made")
+
+    config = settings(0.5, num_bins=5, features=FeatureConfig())
+    config = replace(config, selection=replace(config.selection, bin_weights=(1, 2)))
+    with pytest.raises(ConfigError, match="bin_weights has 2 values for 5 bins"):
+        quantize(photos(20), config, cache_dir=tmp_path, encoder=encoder, progress=False)

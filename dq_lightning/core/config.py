@@ -291,6 +291,9 @@ class SelectionConfig(JsonFields):
         super().__post_init__()
         check_ratio("SelectionConfig", "keep_ratio", self.share)
         self._require_at_least(seed=0)
+        if self.bin_weights is not None:
+            numbers = all(isinstance(weight, float) and 0 <= weight < float("inf") for weight in self.bin_weights)
+            self._require("bin_weights", numbers and any(self.bin_weights), "finite, not negative and not all zero")
 
 
 @dataclass(frozen=True)

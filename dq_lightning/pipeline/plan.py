@@ -24,6 +24,7 @@ from dq_lightning.pipeline.patch_plan import PatchPlan, make_patch_plan
 from dq_lightning.pipeline.suspects import GivenScores, draws_by_scores, given_scores
 from dq_lightning.pipeline.wanted import Wanted
 from dq_lightning.selection.given import read_indices
+from dq_lightning.selection.select import check_weights
 from dq_lightning.sources.adapt import as_source, grouping_id
 from dq_lightning.sources.base import Source
 from dq_lightning.sources.reading import ItemSource
@@ -200,6 +201,7 @@ def make_plan(dataset: Any, wanted: Wanted) -> Plan:
         chosen = torch.arange(len(source))
     spec = given = patches = None
     if chosen is None:
+        check_weights(config.selection, config.bins.num_bins)
         spec = _encoder(source, config, encoder)
         given = given_scores(wanted.scores, config, source)
     if config.patches.drops:

@@ -81,8 +81,8 @@ def select(
         >>> len(kept), torch.bincount(kept.bin).tolist()
         (10, [2, 2, 2, 2, 2])
     """
-    SelectionConfig(keep_ratio=keep_ratio, seed=seed, draw=draw, bin_weights=None, balance=balance)
-    _check_weights(bin_weights, bins.num_bins)
+    weights = None if bin_weights is None else tuple(bin_weights)
+    check_weights(SelectionConfig(keep_ratio, seed, draw, weights, balance), bins.num_bins)
     classes = _classes(labels, len(bins))
     members = _label_sets(labels, len(bins), balance) if classes is None else None
     if scores is not None and draw not in ("auto", "scored"):
@@ -155,13 +155,11 @@ def _group_shares(sizes: list[int], balance: Balance) -> Shares:
     return Shares(sizes)
 
 
-def _check_weights(weights: Sequence[float] | None, num_bins: int) -> None:
-    if weights is None:
-        return
-    if len(weights) != num_bins:
+def check_weights(settings: SelectionConfig, num_bins: int) -> None:
+    """Raise ConfigError if the weights of the bins, where there are any, are of another number of bins."""
+    weights = settings.bin_weights
+    if weights is not None and len(weights) != num_bins:
         raise ConfigError(f"bin_weights has {len(weights)} values for {num_bins} bins; give one a bin")
-    if not all(0 <= w < float("inf") for w in weights) or not any(w > 0 for w in weights):
-        raise ConfigError(f"bin_weights must be finite, not negative and not all zero, got {tuple(weights)}")
 
 
 def _check_scores(scores: Tensor | NDArray[np.floating] | None, total: int, draw: Draw) -> NDArray[np.float64] | None:
