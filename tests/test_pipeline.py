@@ -2,7 +2,6 @@
 
 import random
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from dq_lightning import (
 from dq_lightning.cache.entries import Cache
 from dq_lightning.core.errors import ConfigError, SourceError
 from dq_lightning.features.whitening import whiten
-from dq_lightning.pipeline import binning
+from dq_lightning.pipeline import binning, extracting
 from dq_lightning.pipeline.compact import open_compact
 from dq_lightning.pipeline.plan import (
     BINS,
@@ -277,11 +276,21 @@ def test_whitening_too_few_samples_is_told(tmp_path, caplog, width, equal):
     assert (float(cosines.std()) < 1e-4) == equal
 
 
-def test_weights_of_another_number_of_bins_are_refused_before_the_work(tmp_path):
-    def encoder(sample):
+@pytest.mark.parametrize(
+    ("given", "labels", "said"),
+    [
+        ({"selection": {"bin_weights": (1, 2)}}, None, "bin_weights has 2 values for 10 bins"),
+        ({"selection": {"keep_ratio": 0.01}}, None, "keeps none; pass at least 0.025"),
+        ({"selection": {"balance": "equal"}}, np.eye(4, dtype=int)[np.arange(20) % 4], "several labels each"),
+        ({"selection": {"draw": "scored"}}, False, 'draw="scored" compares labels'),
+        ({"quality": {"drop_worst": 0.2}}, "quantiles:2", "drop_worst=0.2 compares labels"),
+        ({"features": {"kind": "gradient", "selection_epochs": 1}, "bins": {"clusters": 2}}, None, "plain embeddings"),
+    ],
+)
+def test_what_the_last_steps_refuse_is_refused_before_features_are_made(tmp_path, monkeypatch, given, labels, said):
+    def extract(*given, **more):
         raise AssertionError("features are made")
 
-    config = settings(0.5, num_bins=5, features=FeatureConfig())
-    config = replace(config, selection=replace(config.selection, bin_weights=(1, 2)))
-    with pytest.raises(ConfigError, match="bin_weights has 2 values for 5 bins"):
-        quantize(photos(20), config, cache_dir=tmp_path, encoder=encoder, progress=False)
+    monkeypatch.setattr(extracting, "extract_features", extract)
+    with pytest.raises(ConfigError, match=said):
+        quantize(photos(20), given, labels=labels, cache_dir=tmp_path, progress=False)

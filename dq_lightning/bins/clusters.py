@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from dq_lightning.bins.prepare import Prepared
 from dq_lightning.core.errors import ConfigError
 
+NEEDS_EMBEDDINGS = "clusters= needs plain embeddings; with head gradients pass your own labels= instead"
+
 Rows = NDArray[np.float32]
 
 _ROUNDS = 10
@@ -39,7 +41,7 @@ def cluster_members(prepared: Prepared, members: NDArray[np.int64], count: int, 
     """
     rows = prepared.rows.only(torch.from_numpy(members))
     if len(rows.raw) > 1:
-        raise ConfigError("clusters= needs plain embeddings; with head gradients pass your own labels= instead")
+        raise ConfigError(NEEDS_EMBEDDINGS)
     count = min(count, len(members))
     if count <= 1:
         return [members]

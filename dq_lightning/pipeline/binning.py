@@ -7,16 +7,29 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dq_lightning.bins.clusters import NEEDS_EMBEDDINGS
 from dq_lightning.bins.duplicates import find_duplicates, spread_bins
 from dq_lightning.bins.make import help_bins, make_shared_bins
 from dq_lightning.cache.tensors import write_bins
 from dq_lightning.core.console import get_logger
+from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.records import Features
 from dq_lightning.core.sharing import Arrays, Job, Sharing
 from dq_lightning.features.whitening import whiten
 from dq_lightning.pipeline.plan import Plan
 from dq_lightning.pipeline.step import Task
-from dq_lightning.pipeline.suspects import find_suspects, score_samples
+from dq_lightning.pipeline.suspects import check_classes, find_suspects, score_samples
+
+
+def check_bins(plan: Plan, device: str) -> None:
+    """Check before the long work what the settings of bins and scores ask of features and classes.
+
+    Raises:
+        ConfigError: features of the kind that is wanted have no clusters, or there are no classes to compare.
+    """
+    if plan.config.features.kind == "gradient" and plan.config.bins.clusters is not None:
+        raise ConfigError(NEEDS_EMBEDDINGS)
+    check_classes(plan.config, plan.scores, plan.source, lambda: plan.classes)
 
 
 def make_bins_entry(task: Task, features: Features) -> None:

@@ -23,7 +23,7 @@ from dq_lightning.core.devices import DeviceNames, device_names
 from dq_lightning.core.errors import CacheError, StoreError
 from dq_lightning.core.sharing import Sharing
 from dq_lightning.features.loading import explaining_lost_loaders
-from dq_lightning.pipeline.binning import make_bins_entry
+from dq_lightning.pipeline.binning import check_bins, make_bins_entry
 from dq_lightning.pipeline.compact import Compact, filled_key, open_compact
 from dq_lightning.pipeline.extracting import make_features
 from dq_lightning.pipeline.filling import make_filled
@@ -42,14 +42,14 @@ from dq_lightning.pipeline.plan import (
     usable_parts,
 )
 from dq_lightning.pipeline.scoring import check_saliency, make_scores
-from dq_lightning.pipeline.selecting import make_selection
+from dq_lightning.pipeline.selecting import check_selection, make_selection
 from dq_lightning.pipeline.step import Step, Task
 
 # A plan without a station (no bins where the samples were given, no scores where all patches are kept) skips its step.
 STEPS = (
     Step("features", FEATURES, (), make_features, read_features),
-    Step("bins", BINS, (FEATURES,), make_bins_entry, read_bins),
-    Step("selection", SELECTION, (BINS,), make_selection, read_selection),
+    Step("bins", BINS, (FEATURES,), make_bins_entry, read_bins, check=check_bins),
+    Step("selection", SELECTION, (BINS,), make_selection, read_selection, check=check_selection),
     Step("saliency", PATCHES, (SELECTION,), make_scores, read_scores, scored_parts, check_saliency),
     Step("store", STORE, (SELECTION, PATCHES), make_store, partial(open_compact, parts={}, reused=False)),
     Step("filling", FILLED, (STORE,), make_filled, Path, filled_key),

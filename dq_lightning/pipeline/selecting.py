@@ -12,7 +12,20 @@ from dq_lightning.pipeline.plan import Plan, keeps_all
 from dq_lightning.pipeline.step import Task
 from dq_lightning.pipeline.suspects import with_enough
 from dq_lightning.selection.allocate import count_kept
-from dq_lightning.selection.select import ALL_FROM, select
+from dq_lightning.selection.select import ALL_FROM, check_balance, count_wanted, select
+
+
+def check_selection(plan: Plan, device: str) -> None:
+    """Check before the long work that the settings of the draw keep some samples, and suit the labels.
+
+    Raises:
+        ConfigError: nothing would be kept, or samples that have several labels cannot be balanced.
+    """
+    settings = plan.config.selection
+    if plan.chosen is None:
+        count_wanted(len(plan.source), settings.share)
+        if settings.balance != "proportional" and plan.config.bins.by_label and plan.labels is not None:
+            check_balance(plan.labels.members, settings.balance)
 
 
 def make_selection(task: Task, bins: Bins | None = None) -> None:

@@ -1,6 +1,7 @@
 """Scores of samples: where they come from, and which samples are left out of the bins because theirs are low."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,18 +137,12 @@ def score_samples(
     Raises:
         ConfigError: margins were asked for without two classes, or given scores are not finite.
     """
-    drops, drop = config.quality.drops, config.quality.drop_worst
+    drops = config.quality.drops
     if not drops and not draws_by_scores(config, given, source.modality):
         return None
     usable = torch.ones(len(features), dtype=torch.bool)
     usable[features.unreadable] = False
-    asked = (
-        f"drop_worst={drop}"
-        if drops and drop != "auto"
-        else 'draw="scored"'
-        if config.selection.draw == "scored"
-        else None
-    )
+    asked = _asked(config)
     if given is None:
         if labels is not None and labels.unlabeled:
             usable &= labels.values != labels.num_classes
@@ -160,10 +155,7 @@ def score_samples(
                         "labels a sample, or a number, are none)"
                     )
                 return None
-            raise ConfigError(
-                f"{asked} compares labels with features, but {source.describe()} has fewer than two classes (several "
-                "labels a sample, or a number, are none): pass scores= or labels=, or leave it out"
-            )
+            raise _no_classes(asked, source)
         count, width = int(usable.sum()), features.embedding.shape[1]
         why = None
         if count < MIN_SAMPLES_A_CLASS * present:
@@ -183,6 +175,37 @@ def score_samples(
         name = given.identity.removeprefix("column:")
         return Scored(place, torch.from_numpy(number_column(source, name, place.numpy())), classes, None)
     return Scored(place, torch.from_numpy(values)[place], classes, None)
+
+
+def check_classes(
+    config: QuantizeConfig, given: GivenScores | None, source: Source, classes: Callable[[], Labels | None]
+) -> None:
+    """Check before features are made that there are classes if margins were asked for.
+
+    `classes` returns the class of every sample, or None; it is only called where they are needed.
+
+    Raises:
+        ConfigError: margins were asked for, and there are fewer than two classes.
+    """
+    asked = _asked(config)
+    if given is None and asked is not None:
+        labels = classes()
+        if labels is None or labels.num_classes < 2:
+            raise _no_classes(asked, source)
+
+
+def _asked(config: QuantizeConfig) -> str | None:
+    """Return the setting that asks for scores whatever the data are, or None where none does."""
+    if config.quality.drops and config.quality.drop_worst != "auto":
+        return f"drop_worst={config.quality.drop_worst}"
+    return 'draw="scored"' if config.selection.draw == "scored" else None
+
+
+def _no_classes(asked: str, source: Source) -> ConfigError:
+    return ConfigError(
+        f"{asked} compares labels with features, but {source.describe()} has fewer than two classes (several labels a "
+        "sample, or a number, are none): pass scores= or labels=, or leave it out"
+    )
 
 
 def find_suspects(config: QualityConfig, scored: Scored | None, names: tuple[str, ...] | None) -> Suspects | None:

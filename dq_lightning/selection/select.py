@@ -88,7 +88,7 @@ def select(
     if scores is not None and draw not in ("auto", "scored"):
         get_logger().warning(f'scores= have no effect with draw={draw!r}: pass draw="scored" or "auto" to draw by them')
     worth = _check_scores(bins.score if scores is None else scores, len(bins), draw)
-    wanted = _wanted(len(bins), keep_ratio)
+    wanted = count_wanted(len(bins), keep_ratio)
     present = np.flatnonzero(bins.assignment.cpu().numpy() >= 0)
     if wanted > len(present):
         raise ConfigError(
@@ -176,7 +176,8 @@ def _check_scores(scores: Tensor | NDArray[np.floating] | None, total: int, draw
     return values.astype(np.float64)
 
 
-def _wanted(total: int, keep_ratio: float) -> int:
+def count_wanted(total: int, keep_ratio: float) -> int:
+    """Return how many of `total` samples are kept; ConfigError if none is."""
     wanted = count_kept(total, keep_ratio)
     if wanted == 0:
         raise ConfigError(
@@ -273,12 +274,17 @@ def _label_sets(labels: Tensor | NDArray[np.generic] | None, total: int, balance
             f"labels= of select are one whole number a sample, or 0 and 1 for every sample and label, [{total}, C], "
             f"got {shape}"
         )
-    if balance != "proportional":
+    check_balance(members, balance)
+    return members
+
+
+def check_balance(members: Tensor | NDArray[np.bool_] | None, balance: Balance) -> None:
+    """Raise ConfigError if samples that have several labels, `members`, are to be balanced; None stands for others."""
+    if members is not None and balance != "proportional":
         raise ConfigError(
             f"balance={balance!r} gives classes other shares than they have, but these samples have several labels each: "
             'leave it out, or group by one class of each sample, for objects by labels="dominant"'
         )
-    return members
 
 
 def _num_best(drawn: int, size: int) -> int:
