@@ -169,7 +169,8 @@ class Bins:
         rank: int32 [N], order in which a sample was picked inside its group and bin, from 0; -1 for a sample that was
             left out.
         gain: float32 [N], gain of the objective when the sample was picked.
-        group: int32 [N], class or stratum of each sample; all zero without labels.
+        group: int32 [N], class or stratum of each sample, or its cluster if bins were made in clusters; all zero without
+            labels and clusters.
         num_bins: K, the number of bins; 0 stands for the largest assignment plus one.
         num_unreadable: number of samples that could not be read and were skipped.
         suspects: samples that were left out because of their scores; None if none were looked for.
