@@ -70,9 +70,8 @@ def _as_array(labels: Any) -> NDArray[Any]:
         raise DQError(f"labels must be one integer or string a sample: {error}") from error
     # NumPy writes every element of a list as a string if one is: NaN, in place of a missing name, as "nan".
     if values.dtype.kind == "U" and not hasattr(labels, "dtype"):
-        values = np.asarray(labels, dtype=object)
-        if all(isinstance(value, str) for value in values.flat):
-            return values
+        objects = np.asarray(labels, dtype=object)
+        values = values if all(isinstance(value, str) for value in objects.flat) else objects
     if values.dtype.kind == "O" and values.size and all(isinstance(v, int | np.integer) for v in values.flat):
         return values.astype(np.int64)
     return values
