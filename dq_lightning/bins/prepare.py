@@ -16,7 +16,7 @@ from dq_lightning.bins.rows import StoredRows, row_lengths, wide_factor
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.records import Features
 
-_ROWS = 4096
+_ROWS = 1024
 # The squares of numbers beyond this power of two may leave the range of float64.
 _SAFE_EXPONENT = 450
 # Entries may be whole multiples of this number, or of the smallest of them, if its size is not extreme.
