@@ -22,7 +22,7 @@ from dq_lightning import BinConfig, QuantizeConfig, QuantizedDataModule, Selecti
 from dq_lightning.core.errors import CacheError, ConfigError
 from dq_lightning.loading.options import DataModuleOptions, StoreOptions
 from dq_lightning.pipeline import binning, extracting, selecting
-from tests.lightning_scripts.common import Recorder, held_out, name_of, photos, trainer
+from tests.lightning_scripts.common import Recorder, held_out, name_of, photos, to_tensor, trainer
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +200,40 @@ def test_without_validation_data_lightning_says_what_it_says_of_any_data_module(
     said = [str(one.message) for one in recwarn if "val" in str(one.message) or "zero" in str(one.message)]
     assert len(said) == validates
     assert all("have no `val_dataloader`" in one for one in said)
+
+
+def flip(image):
+    return to_tensor(image).flip(-1)
+
+
+def test_the_dataset_of_the_train_loader_stands_for_the_users(warm):
+    parts, whole = photos(), photos().dataset
+    for given, base in ((parts, parts.dataset), (whole, whole)):
+        module = ready(QuantizedDataModule(given, keep_ratio=0.25, num_bins=5, num_workers=0, cache_dir=warm))
+        loader = module.train_dataloader()
+        kept, before = loader.dataset, loader.dataset[3][0]
+        (kept.dataset if given is parts else kept).transform = flip  # what a script does with its own loader
+        assert base.transform is flip
+        assert torch.equal(kept[3][0], before.flip(-1))
+        assert {name_of(image) for batch in loader for image in batch[0]} == {name_of(image) for image, _ in kept}
+        assert [base[i][1] for i in kept.indices] == [label for _, label in kept]
+        kept.note = 1
+        assert not hasattr(base, "note")
+        copied = pickle.loads(pickle.dumps(kept))
+        assert torch.equal(copied[3][0], kept[3][0])
+    assert kept.classes == whole.classes
+    assert kept.transform is flip
+    with pytest.raises(
+        AttributeError, match="50 of the 200 samples of a SampleCIFAR10, and its 'targets' may describe all"
+    ):
+        kept.targets  # noqa: B018
+    assert not hasattr(kept, "nothing_like_it")
+    # the kept samples are a part of the dataset, which can be quantized again
+    again = ready(QuantizedDataModule(kept, keep_ratio=0.5, num_bins=2, num_workers=0, cache_dir=warm))
+    assert again.info.num_source_samples == 50
+    packed = ready(make(warm, store="packed")).train_dataloader().dataset
+    with pytest.raises(AttributeError, match="a packed store has no transform"):
+        packed.transform = flip
 
 
 def test_a_collate_function_for_training_alone_is_told(warm, caplog):

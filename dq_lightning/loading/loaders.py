@@ -21,7 +21,6 @@ from torch.utils.data import (
     RandomSampler,
     Sampler,
     SequentialSampler,
-    Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
     default_collate,
@@ -34,6 +33,7 @@ from dq_lightning.core.workers import automatic_workers
 from dq_lightning.identity.values import digest_of
 from dq_lightning.loading.processes import CurrentLoader, OnOwnDataset
 from dq_lightning.loading.trainer_facts import TrainerFacts
+from dq_lightning.sources.base import KeptSamples
 from dq_lightning.sources.hub import hub_kind, rows_example
 from dq_lightning.sources.items import evenly_spaced
 
@@ -264,7 +264,8 @@ def read_loader(loader: Any) -> tuple[Dataset[Any], LoaderSettings]:
     weights, replacement, draws, shuffle = None, False, None, True
     init: Any = loader.worker_init_fn
     if isinstance(sampler, SubsetRandomSampler):
-        dataset, init = Subset(dataset, [int(i) for i in sampler.indices]), init and OnOwnDataset(init)
+        dataset = KeptSamples(dataset, np.array([int(i) for i in sampler.indices], np.int64))
+        init = init and OnOwnDataset(init)
     elif isinstance(sampler, WeightedRandomSampler):
         weights, replacement, draws = sampler.weights.clone(), sampler.replacement, sampler.num_samples
         if len(weights) != len(dataset):  # type: ignore[arg-type]

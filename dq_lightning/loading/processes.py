@@ -16,8 +16,8 @@ _NOT_LOOKED_INTO = (*_COMPARED_BY_VALUE, type, ModuleType)
 class OnOwnDataset:
     """A `worker_init_fn` that lets the user's own see the user's dataset as `get_worker_info().dataset`.
 
-    The dataset of a loader of the compact set is a `torch.utils.data.Subset` of the user's. What the user's function sets
-    on `get_worker_info().dataset`, such as a random generator for each process, would have no effect on the subset.
+    The dataset of a loader of the compact set is a `KeptSamples` of the user's. What the user's function sets there, such as
+    a random generator for each process, might have no effect.
 
     Args:
         own: the user's `worker_init_fn`.
@@ -29,7 +29,7 @@ class OnOwnDataset:
     def __call__(self, worker: int) -> Any:
         info: Any = get_worker_info()
         # The record forbids assignments once a process has started.
-        object.__setattr__(info, "dataset", info.dataset.dataset)
+        object.__setattr__(info, "dataset", info.dataset.whole)
         return self.own(worker)
 
 

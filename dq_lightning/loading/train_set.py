@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch.utils.data import Subset
 
 from dq_lightning.cache.entries import Cache
 from dq_lightning.core.config import VerifyPolicy
@@ -31,7 +30,7 @@ from dq_lightning.pipeline.patch_plan import PatchPlan
 from dq_lightning.pipeline.plan import STORE, Plan, make_plan, source_identity
 from dq_lightning.pipeline.quantize import find_or_build
 from dq_lightning.pipeline.wanted import Wanted
-from dq_lightning.sources.base import Source
+from dq_lightning.sources.base import KeptSamples, Source
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ class _PlannedTrainSet(TrainSet):
             dataset = stored_dataset(compact, plan.patches, plan.source.finisher(index), cache.verify)
         else:
             dataset = plan.source.subset(index)
-            if settings is not None and settings.worker_init_fn is not None and isinstance(dataset, Subset):
+            if settings is not None and settings.worker_init_fn is not None and isinstance(dataset, KeptSamples):
                 settings = replace(settings, worker_init_fn=OnOwnDataset(settings.worker_init_fn))
         # The weights of a sampler are those of the kept samples, and its draws per epoch shrink with their number.
         if settings is not None and settings.weights is not None:

@@ -331,6 +331,15 @@ class PackedDataset(Dataset[Any]):
             raise StoreError("a part of the sample is missing")
         return self._build(leaves)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A subclass may well have transforms of its own.
+        if name in ("transform", "target_transform", "transforms") and type(self) is PackedDataset:
+            raise AttributeError(
+                f"a packed store has no {name}, so setting it would have no effect: pass transform= to QuantizedDataModule or "
+                "from_store, or let a class of your own inherit PackedDataset and apply it in __getitem__"
+            )
+        super().__setattr__(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("path", "digest", "finisher", "verify", "patches")}
 

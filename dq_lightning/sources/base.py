@@ -8,10 +8,11 @@ from types import MethodType
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.errors import PatchError, SourceError
@@ -240,6 +241,10 @@ def is_source(dataset: Any) -> bool:
     )
 
 
+# Attributes of datasets that do not depend on which samples there are.
+_OF_NO_SAMPLE = ("transform", "target_transform", "transforms", "classes", "class_to_idx", "features", "column_names")
+
+
 class Positions(Sequence[int]):
     """Positions stored in one int64 array [N].
 
@@ -256,6 +261,50 @@ class Positions(Sequence[int]):
         if isinstance(place, slice):
             return Positions(self.array[place])
         return int(self.array[place])
+
+
+class KeptSamples(Subset[Any]):
+    """A `Subset` of a dataset that passes settings on to it, so that scripts may treat it as the dataset.
+
+    Setting an attribute that the dataset has sets it there: `loader.dataset.transform = other` would have no effect on a
+    plain `Subset`. Transforms, classes and `set_...` methods can be read; an attribute that describes all samples of the
+    dataset, such as its targets, cannot, because it does not fit these. Of a plain `Subset`, it is a smaller one of the
+    same dataset.
+
+    Args:
+        whole: the dataset.
+        positions: int64 [M], positions of the samples in it.
+    """
+
+    def __init__(self, whole: Any, positions: Tensor | NDArray[np.int64]) -> None:
+        self._whole = whole
+        if type(whole) is Subset:
+            within = np.asarray(torch.as_tensor(whole.indices))
+            super().__init__(whole.dataset, Positions(within[np.asarray(positions)]))
+        else:
+            super().__init__(whole, Positions(np.asarray(positions)))
+
+    @property
+    def whole(self) -> Any:
+        """The dataset that holds these samples."""
+        return self._whole
+
+    def __getattr__(self, name: str) -> Any:
+        whole = self.__dict__.get("_whole")
+        if whole is None or name.startswith("_") or not hasattr(whole, name):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        if name in _OF_NO_SAMPLE or name.startswith("set_"):
+            return getattr(whole, name)
+        raise AttributeError(
+            f"these are {len(self):,} of the {len(whole):,} samples of a {type(whole).__name__}, and its {name!r} may describe "
+            f"all of them: read .dataset.{name}, and .indices for the positions of these"
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("dataset", "indices") and not name.startswith("_") and hasattr(self._whole, name):
+            setattr(self._whole, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 def dataset_length(dataset: Any) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.console import progress_bar
@@ -23,7 +23,7 @@ from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.core.records import EncodedImage, Labels
 from dq_lightning.identity.datasets import State, find_state
 from dq_lightning.identity.values import digest_of
-from dq_lightning.sources.base import Positions, Source, dataset_length
+from dq_lightning.sources.base import KeptSamples, Source, dataset_length
 from dq_lightning.sources.groups import (
     DOMINANT,
     dominant_class,
@@ -411,7 +411,7 @@ class ItemSource(Source):
         return self.dataset[index]
 
     def subset(self, index: Tensor) -> Dataset[Any]:
-        return Subset(self.dataset, Positions(index))
+        return KeptSamples(self.dataset, index)
 
     # targets
 
