@@ -132,8 +132,9 @@ def test_samples_without_a_transform(where, tmp_path, no_work):
     given = {"train": photos(40), "val": held_out()}
     given[where] = photos(40, transform=None) if where == "train" else held_out(transform=None)
     module = QuantizedDataModule(given["train"], val=given["val"], cache_dir=tmp_path, **GIVEN)
-    with pytest.raises(ConfigError, match=r"no batch can be made .* give the dataset a transform"):
+    with pytest.raises(ConfigError, match=r"no batch can be made .* give the dataset a transform") as raised:
         trainer().fit(Recorder(), module)
+    assert ("transform= is for the train set alone" in str(raised.value)) == (where == "val")
     assert not (tmp_path / "1-features").exists()
 
 

@@ -114,6 +114,8 @@ def check_collatable(dataset: Any, name: str) -> None:
             problem = error
     if problem is not None:
         example = "transform=torchvision.transforms.ToTensor()"
+        if name == "val=":
+            example = "val=ImageFolder(path, ToTensor()) (transform= is for the train set alone)"
         if hub_kind(getattr(dataset, "dataset", dataset)) is not None:
             images = (key for key, value in sample.items() if isinstance(value, Image.Image))
             example = rows_example(next(images, "image")) + " (for val= dataset.with_transform(the same function))"
