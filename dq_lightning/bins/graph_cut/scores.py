@@ -205,20 +205,22 @@ def _propose(pool: Pool, scores: MatrixScores | PassScores, count: int) -> tuple
     rows: list[int] = []
     doubts: list[Doubt] = []
     values, samples = scores.values, pool.samples
-    while len(rows) < count:
-        best = int(values.argmax())
-        top = values.item(best)
+    greatest, item = values.argmax, values.item
+    for step in range(count):
+        best = int(greatest())
+        top = item(best)
         if (least := scores.least(top)) is None:
             break
         values[best] = scores.dead
-        doubtful = values.item(values.argmax()) >= least
+        doubtful = item(greatest()) >= least
         values[best] = top
         if doubtful:
             (near,) = (values >= least).nonzero()
             equal = near[values[near] == top]
-            best = int(equal[samples[equal].argmin()])
+            if len(equal) > 1:
+                best = int(equal[samples[equal].argmin()])
             if least < top:
-                doubts.append(Doubt(len(rows), near, samples[near]))
+                doubts.append(Doubt(step, near, samples[near]))
         rows.append(best)
         scores.picked(best, not pool.take(best))
     return rows, doubts
