@@ -1,5 +1,6 @@
 """Exact graph cut of one group, bin after bin, for similarities that are linear in the inner product."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -78,12 +79,14 @@ class _Run:
         self._tried, self._wasted = False, 0.0
         # What picks would cost lately, and how many they were; each round counts half as much as the next.
         self._recent = (0.0, 0.0)
+        # What the latest rounds of the bin cost, and how many picks they made.
+        self._latest = (0.0, 0.0)
 
     def one_bin(self, sizes: Sequence[int]) -> Array:
         """Make the picks of a bin of `sizes[0]` samples, followed by bins of the other sizes; return their gains."""
         group, norm = self.group, float(self._sum.norm())
         vector, error = group.lam * self._sum, group.lam * (self._sum_error + ROUNDING * norm)
-        self._gains = []
+        self._gains, self._latest = [], (0.0, 0.0)
         self._begin(vector, error)
         if self._engine == "auto":
             self._begin_at_once(sizes)
@@ -164,7 +167,8 @@ class _Run:
 
         The cost that exceeds the steady one is wasted. If what was wasted so far, and would be until the last pick if
         rounds went on as lately, is more than the cost of the matrix and of all picks that are left, the matrix is
-        made, unless passes cost less. Passes are made for the rest of the bin if they cost less than such rounds.
+        made, unless passes cost less. Passes are made for the rest of the bin if they cost less than the latest rounds;
+        so many rounds are looked at that they cost about a tenth of these passes, because a few bad rounds say little.
         """
         rows, picks = len(self._pool), left + sum(sizes[1:])
         steady, a_pass = self._costs.steady(rows), self._costs.from_pass(rows)
@@ -174,10 +178,13 @@ class _Run:
         self._recent = 0.5 * self._recent[0] + rate * weight, 0.5 * self._recent[1] + weight
         rate = self._recent[0] / self._recent[1]
         excess = max(0.0, min(rate, a_pass) - steady)
+        enough = max(1e-9, 0.1 * left * a_pass)
+        fade = math.exp(-cost / enough)
+        self._latest = fade * self._latest[0] + cost, fade * self._latest[1] + made
         dense = self._dense(picks)
         if self._wasted + excess * picks > dense and dense <= self._costs.passes(rows, [left, *sizes[1:]]):
             self._use_matrix()
-        elif rate > a_pass:
+        elif self._latest[0] > max(0.5 * enough, self._latest[1] * a_pass):
             self._wasted += excess * left
             self._use_passes()
 
