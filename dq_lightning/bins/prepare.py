@@ -72,7 +72,6 @@ def as_tensor(array: NDArray[Any]) -> Tensor:
     import warnings
 
     # torch warns that it cannot protect read-only arrays.
-
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.as_tensor(array)

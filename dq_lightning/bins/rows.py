@@ -50,7 +50,7 @@ class Rows:
         return result
 
     def inner(self, others: "Rows", out: Tensor | None = None) -> Tensor:
-        """Return the inner products with m other rows, float64 [n, m], written to `out` if that is given."""
+        """Return the inner products with m other rows, [n, m] of the type of the rows, in `out` if that is given."""
         result = torch.mm(self.factors[0], others.factors[0].T, out=out)
         for mine, theirs in zip(self.factors[1:], others.factors[1:], strict=True):
             result *= mine @ theirs.T
@@ -64,13 +64,6 @@ class Rows:
         # A single product with all vectors side by side reads the wide factor only once.
         halfway = (right @ vectors.flatten(0, 1).T).view(len(left), len(vectors), left.shape[1])
         return (halfway @ left[:, :, None])[:, :, 0]
-
-    def times(self, vector: Tensor) -> Tensor:
-        """Return the inner products with one vector [D] or [C, D + 1], float64 [n]."""
-        if len(self.factors) == 1:
-            return self.factors[0] @ vector
-        left, right = self.factors
-        return (left * (right @ vector.T)).sum(dim=1)
 
     def sum(self) -> Tensor:
         """Return the sum of all rows, float64 [1, D] or [1, C, D + 1]."""

@@ -134,7 +134,7 @@ def check_saliency(plan: Plan, device: str) -> None:
     """
     if plan.patches is not None and plan.patches.classifier is not None:
         with _scorer(plan, resolve_devices(device)[0]):
-            pass
+            pass  # Making the scorer is the check.
 
 
 def _num_workers(plan: Plan, count: int, num_devices: int, sharing: Sharing) -> int:

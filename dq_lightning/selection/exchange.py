@@ -70,8 +70,9 @@ class Exchange:
         while between and not self.near and (before is None or self._far_by() < before):
             before = self._far_by()
             for excess in (False, True):
-                while not self.near and self._exchange(everything, excess=excess):
-                    pass
+                helps = True
+                while helps and not self.near:
+                    helps = self._exchange(everything, excess=excess)
         return self.kept
 
     def _far_by(self) -> int:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -71,9 +72,9 @@ class HubColumns:
     label_column: str | None
 
     @property
+    @abstractmethod
     def features(self) -> Any:
         """The `Features` of the dataset: a type for each column."""
-        raise NotImplementedError
 
     def _image_column(self) -> str:
         features = self.features

@@ -216,7 +216,7 @@ def check_rows(
     """
     writer = RowWriter(rows, load_tokenizer(tokenizer), template, columns, use_chat_template=use_chat_template)
     for _ in writer.written(rows, None, on_error):
-        pass
+        pass  # Writing a row is the check.
 
 
 def truncate(row: _Encoded, max_length: int) -> _Encoded:

@@ -146,11 +146,11 @@ class PassScores:
         if gone:
             self._start[row] = self.dead
         self._drift += self._vector(row)
-        vector = torch.from_numpy(self._drift.astype(np.float32)).to(self._factors[0].device)
+        vector = torch.from_numpy(self._drift.astype(np.float32)[None]).to(self._factors[0].device)
 
         def update(numbered: tuple[slice, Rows]) -> None:
             part, rows = numbered
-            np.subtract(self._start[part], rows.times(vector).cpu().numpy(), out=self.values[part])
+            np.subtract(self._start[part], rows.against(vector)[:, 0].cpu().numpy(), out=self.values[part])
 
         list(self._workers.map(update, self._parts))
 
