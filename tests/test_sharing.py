@@ -547,6 +547,7 @@ def test_a_call_of_a_store_that_never_answers_is_given_up(monkeypatch):
         one = exchange.Exchange(exchange.find_store(Launch(1, 2, address="127.0.0.1", port=port), "all"), "meeting", 1)
         one.write("name", 1)
         os.kill(holder.pid, signal.SIGSTOP)
+        os.waitpid(holder.pid, os.WUNTRACED)  # The signal takes a moment, in which the store could still answer.
         with pytest.raises(exchange.StoreLostError, match="has ended or hangs"):
             one.count("count")
     finally:
