@@ -319,9 +319,12 @@ def test_trainer_switches(warm, settings, steps):
     assert running.global_step == steps
 
 
-def test_batch_size_finder(warm):
+def test_batch_size_finder(warm, tmp_path):
     module = make(warm, batch_size=2)
-    found = Tuner(trainer()).scale_batch_size(Recorder(), datamodule=module, max_trials=3, init_val=4)
+    # The finder writes a checkpoint into this folder, which stays if it is interrupted.
+    found = Tuner(trainer(default_root_dir=tmp_path)).scale_batch_size(
+        Recorder(), datamodule=module, max_trials=3, init_val=4
+    )
     assert module.batch_size == found
     assert found > 4
     assert module.train_dataloader().batch_size == found

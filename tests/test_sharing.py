@@ -497,9 +497,13 @@ def test_a_rank_waits_for_others_as_long_as_their_hearts_beat(monkeypatch):
     # Another rank began, and is silent since.
     monkeypatch.setattr(exchange, "SILENCE_SECONDS", 0.3)
     alone, silent = (exchange.Exchange(store, "other", rank) for rank in (0, 1))
+    silent.write("beat/1/who", {"rank": 1, "host": "another machine", "pid": 1})
     silent.raise_count("beat/1")
-    with pytest.raises(DistributedError, match="has been silent"):
+    with pytest.raises(DistributedError, match="rank 1 on another machine has been silent"):
         exchange.finish_with_all(alone, 2, lambda: "found")
+    # It was killed before it began.
+    with pytest.raises(DistributedError, match="rank 1 has not come"):
+        exchange.finish_with_all(exchange.Exchange(store, "third", 0), 2, lambda: "found")
 
 
 def unused_port():

@@ -40,8 +40,6 @@ LINGER_SECONDS = 10.0
 CONNECT_SECONDS, LOOK_SECONDS = 60.0, 0.2
 # A store that takes connections is given so long to answer the first time.
 ANSWER_SECONDS = 10.0
-# A rank that has done its part waits so long for others that have not begun.
-ARRIVAL_SECONDS = 1800.0
 # The stores of this process, by address, stay open: another rank may still need one that rank 0 has finished with.
 _stores: dict[tuple[str, int], Any] = {}
 # The calls of stores that have not returned, by thread: when they began, in seconds of the monotonic clock, and the store.
@@ -297,7 +295,14 @@ class Pulse:
         silent, idle = self._unchanged(name), self._unchanged(f"{name}/work")
         if not silent and idle <= STALLED_SECONDS:
             return None
-        who = self._exchange.read(f"{name}/who") or {"rank": "?", "host": "", "pid": 0}
+        who = self._exchange.read(f"{name}/who")
+        if who is None and silent <= SILENCE_SECONDS:
+            return None
+        if who is None:
+            return (
+                f"rank {name.rpartition('/')[2]} has not come for {silent:.0f} s, although it was there just before: it was "
+                "killed or stopped, or the network to it is gone"
+            )
         if silent and _is_dead_here(who):
             return (
                 f"the process of rank {who['rank']} (number {who['pid']} on this machine) has ended without a word: it was "
@@ -359,21 +364,22 @@ def linger(exchange: Exchange, present: Callable[[], list[str]]) -> None:
 
 
 def finish_with_all(exchange: Exchange, num_ranks: int, action: Callable[[], Result]) -> Result:
-    """Call a function, and return its result once all ranks have done so, or have not begun for half an hour.
+    """Call a function, and return its result once all ranks have done so.
 
     Unlike in a collective of a process group, which fails after the group's timeout, a rank waits for the others as long
-    as their hearts beat. Every rank calls this function.
+    as their hearts beat. Every rank calls this function, at about the same time. That one has not come is logged while
+    the function runs, and raised after it, so that what it makes is not lost.
 
     Raises:
-        DistributedError: another rank is dead or silent.
+        DistributedError: another rank is dead or silent, or has not come.
     """
     others = [rank for rank in range(num_ranks) if rank != exchange.rank]
 
-    def at_work() -> list[str]:
-        beats = [f"beat/{rank}" for rank in others if exchange.read(f"done/{rank}") is None]
-        return [beat for beat in beats if exchange.count(beat)]
+    def unfinished() -> list[str]:
+        return [f"beat/{rank}" for rank in others if exchange.read(f"done/{rank}") is None]
 
-    pulse = Pulse(exchange, f"beat/{exchange.rank}", at_work)
+    pulse = Pulse(exchange, f"beat/{exchange.rank}", unfinished)
+    pulse.on_failure = get_logger().error
     pulse.start()
     try:
         try:
@@ -381,8 +387,7 @@ def finish_with_all(exchange: Exchange, num_ranks: int, action: Callable[[], Res
         finally:
             exchange.write(f"done/{exchange.rank}", True)
             exchange.raise_count("done")
-        since = time.monotonic()
-        while exchange.count("done") < num_ranks and (time.monotonic() - since < ARRIVAL_SECONDS or at_work()):
+        while exchange.count("done") < num_ranks:
             if pulse.failure is not None:
                 raise pulse.failure
             time.sleep(POLL_SECONDS)
