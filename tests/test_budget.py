@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def test_a_plan_stays_within_the_budget_and_grows_with_it(table, budget, more, f
     if plan.num_samples == larger.num_samples:
         assert plan.setting.psnr <= larger.setting.psnr
     for other, count in plan.others:
-        better = (count, other.psnr) > (plan.num_samples, plan.setting.psnr)
+        better = (count, other.merit) > (plan.num_samples, plan.setting.merit)
         assert not (better and other.psnr >= 26)
 
 
@@ -58,6 +59,14 @@ def test_a_fixed_number_of_samples_takes_the_finest_setting_that_fits(table, bud
     plan = plan_bytes(table, budget, TOTAL, num_samples=fixed)
     assert plan.num_samples == fixed
     assert plan.setting.psnr == max(fitting)
+
+
+@pytest.mark.parametrize(("loses", "codec"), [(-1.0, "jpeg"), (0.9, "jpeg"), (1.1, "webp")])
+def test_jpeg_may_lose_one_decibel_but_no_sample(loses, codec):
+    table = [ByteSetting("webp", 66, None, 300.0, 31.0), ByteSetting("jpeg", 75, None, 299.0, 31.0 - loses)]
+    for fixed in (None, 50):
+        assert plan_bytes(table, 30_000, 100, num_samples=fixed).setting.codec == codec
+    assert plan_bytes([table[0], replace(table[1], sample_bytes=310.0)], 30_000, 100).setting.codec == "webp"
 
 
 def test_one_line_tells_the_choice_and_what_it_left():

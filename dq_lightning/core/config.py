@@ -129,7 +129,8 @@ class FeatureConfig(JsonFields):
             a CPU. It does not enter the cache key.
         batch_size: number of samples in one step; halved automatically when the GPU runs out of memory. It does not
             enter the cache key.
-        num_workers: number of loader processes. It does not enter the cache key.
+        num_workers: number of processes that read the dataset, for features, patches and packed samples; 0 reads it in
+            this process. `"auto"` decides by the time that a few samples take. It does not enter the cache key.
         whiten: decorrelate the embeddings (principal components scaled to unit variance) before the bins are made. It
             needs many more samples than an embedding has numbers; no more than these are all equally similar afterwards.
             Near-duplicates and margins are found in the embeddings as they are.

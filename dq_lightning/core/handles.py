@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dq_lightning.core.libraries import is_library
+from dq_lightning.core.sharing import Arrays, Job, Result, Sharing
 
 logger = logging.getLogger("dq_lightning")
 
@@ -289,6 +290,32 @@ def _caught(dataset: Any, index: int) -> tuple[Any, Exception | None]:
         return dataset[index], None
     except Exception as error:
         return None, error
+
+
+class LoaderProcesses(Sharing):
+    """Shares the pieces of a loop among processes of this machine, which are forked when the loop begins.
+
+    Args:
+        count: number of processes, which may read the data (see `loader_processes`). This process reads nothing meanwhile.
+    """
+
+    num_ranks = 2
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def share(
+        self,
+        job: Job,
+        work: Callable[[Iterator[int]], Iterator[Result]],
+        unpack: Callable[[Arrays], Result],
+        size: Callable[[Result], int],
+    ) -> Iterator[Result]:
+        """See `Sharing`. The results come in the order of the pieces."""
+        assert job.pieces is not None
+        pieces = Items(job.pieces, lambda number: list(work(iter([number]))))
+        for results in read_in_order(pieces, self._count, prefetch=2):
+            yield from results
 
 
 class Items(Dataset[Any]):

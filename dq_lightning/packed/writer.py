@@ -370,8 +370,10 @@ class _StoreWriter(_Encoder):
             samples = list(samples_of(arrays, [leaf.row_bytes for leaf in self.leaves]))
             return int(arrays["piece"]), (bool(arrays["has_patches"]), samples)
 
-        # The encoder of this process's own pieces runs ahead of what is written.
-        return items.sharing.share(job, partial(self.pieces, items.items, facts), unpack, lambda _: 1)
+        # The encoder of this process's own pieces runs ahead of what is written, or it is copied into other processes.
+        encoder = _Encoder(self.raw_images, self.squeeze)
+        encoder.lay_out(self.tree, self.leaves)
+        return items.sharing.share(job, partial(encoder.pieces, items.items, facts), unpack, lambda _: 1)
 
     def _add(self, sample: EncodedSample, unsaved: UnsavedSamples) -> None:
         """Take an encoded sample, and write those that were taken once they are many, or a shard of them is due."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from dq_lightning.core.arrays import as_image
 from dq_lightning.core.config import EncodingConfig
@@ -49,8 +50,8 @@ def encoded_items(
 
     `known` holds samples by position that this setting was applied to already.
     """
-    positions = index.tolist()
-    chosen = positions if numbers is None else map(positions.__getitem__, numbers)
+    positions = index.numpy()
+    chosen = positions.tolist() if numbers is None else (int(positions[number]) for number in numbers)
     return encode_items(plan, setting, (known.get(i) or read_item(plan, i) for i in chosen))
 
 
@@ -63,7 +64,8 @@ def encode_items(plan: Plan, setting: ByteSetting, read: Iterable[Item]) -> Iter
     """Yield samples with their images as a setting stores them, in order.
 
     The samples are read in the calling thread, and encoded in others; small JPEGs are encoded in the calling thread too,
-    because Pillow's encoder holds the lock of the interpreter there. The setting `"keep"` leaves
+    because Pillow's encoder holds the lock of the interpreter there, and so is everything in a loader process, which has
+    others beside it. The setting `"keep"` leaves
     every sample as it is; under a budget of bytes small images are stored as the dataset's own files where these are
     smaller than the pixels.
     """
@@ -86,7 +88,8 @@ def encode_items(plan: Plan, setting: ByteSetting, read: Iterable[Item]) -> Iter
 
     read = iter(read)
     first = list(islice(read, 1))
-    in_place = setting.codec == "jpeg" and all(pixels(item) <= SHARED_TABLES_SIDE**2 for item in first)
+    is_small = all(pixels(item) <= SHARED_TABLES_SIDE**2 for item in first)
+    in_place = (setting.codec == "jpeg" and is_small) or get_worker_info() is not None
     most = PIXELS_AT_ONCE if in_place else PIXELS_OF_A_THREAD
 
     def calls() -> Iterator[Callable[[], list[Item]]]:

@@ -25,7 +25,7 @@ from dq_lightning.packed.layouts import pixels_of
 from dq_lightning.packed.values import encode_value
 from dq_lightning.packed.whole_images import decode_file
 from dq_lightning.packed.writer import LOOK_AHEAD_SAMPLES, STORE_FILE, Item, write_packed
-from dq_lightning.pipeline.budget import ByteSetting, told_setting
+from dq_lightning.pipeline.budget import JPEG_BONUS, ByteSetting, told_setting
 from dq_lightning.pipeline.encoding import encode_items, encode_leaf, encoded_items, read_item, reduced
 from dq_lightning.pipeline.patch_bytes import owner_bytes
 from dq_lightning.pipeline.patch_frontier import PatchTrial
@@ -348,11 +348,12 @@ class Frontier:
 
     def _may_win(self, side: int | None) -> bool:
         """Whether images of a smaller side can reach the floor, and more than what all samples fit with already."""
-        fitting = [one.psnr for one in self.settings if one.sample_bytes * self._wanted <= self._room]
+        fitting = [one.merit for one in self.settings if one.sample_bytes * self._wanted <= self._room]
         if side is None or self._fixed.longest_side is not None:
             return True
         errors = [_error(pixels_of(leaf)[2], reduced(as_image(leaf), side)) for leaf, _ in self._images]
-        return _psnr(float(np.mean(errors))) > max(self._floor, *fitting, 0.0)
+        psnr = _psnr(float(np.mean(errors)))
+        return psnr > self._floor and psnr + JPEG_BONUS > max(fitting, default=0.0)
 
     def _search(self, one: ByteSetting) -> None:
         """Measure the coarsest quality above the floor and the finest that all samples fit with.
@@ -390,7 +391,7 @@ class Frontier:
 
         def best(settings: Sequence[ByteSetting]) -> tuple[int, float]:
             fine = (setting for setting in settings if setting.psnr >= self._floor)
-            return max(((self._count(setting), setting.psnr) for setting in fine), default=(0, 0.0))
+            return max(((self._count(setting), setting.merit) for setting in fine), default=(0, 0.0))
 
         own = [other for other in self.settings if other.family == one.family]
         if best(own) >= best([other for other in self.settings if other.family != one.family]):

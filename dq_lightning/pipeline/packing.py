@@ -1,9 +1,10 @@
 """The step "store": write the compact set, with row numbers alone, whole samples, or samples with kept patches."""
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -15,9 +16,12 @@ from torch import Tensor
 from dq_lightning.cache.entries import require_space
 from dq_lightning.cache.tensors import write_selection
 from dq_lightning.core.errors import CacheError, SourceError, StoreError
+from dq_lightning.core.handles import FORK, LoaderProcesses, loader_processes
 from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.core.records import PatchChoice, Selection
 from dq_lightning.core.sharing import Arrays, Job, Sharing
+from dq_lightning.core.workers import available_cores
+from dq_lightning.features.loading import MAX_WORKERS, WORKER_START_SECONDS
 from dq_lightning.identity.values import digest_of
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.packed.writer import Item, SharedItems, encode_pieces, estimate_bytes, write_packed
@@ -111,7 +115,7 @@ def write_samples(
     squeeze: bool = False,
     **attributes: Any,
 ) -> None:
-    """Write the M kept samples in the packed format, together with other ranks, which call `help_packing`.
+    """Write the M kept samples in the packed format, together with other ranks, which call `help_packing`, or processes.
 
     `size` says about how many bytes they take, and `made_from` is a digest of what they are made from beside the data,
     for the shards of an interrupted run. Images are stored as the `setting` says, and with the patches of the `choice`
@@ -128,11 +132,15 @@ def write_samples(
     if choice is not None:
         facts["patch_size"] = choice.patch_size
         arrays |= {"sizes": choice.sizes.numpy(), "packed": choice.packed.numpy()}
-    # A rank that packs some samples of a stream would read it from its beginning.
-    sharing = Sharing() if source.in_order else task.sharing
+    plan, sharing = task.plan, task.sharing
+    if source.in_order:
+        # A rank that packs some samples of a stream would read it from its beginning.
+        sharing = Sharing()
+    elif sharing.num_ranks == 1 and choice is None:
+        plan, sharing = _in_processes(plan, selection.index, partial(_items, setting=setting, choice=None))
     write_packed(
         task.folder,
-        SharedItems(sharing, _items(task.plan, selection.index, setting, choice, known), facts, arrays),
+        SharedItems(sharing, _items(plan, selection.index, setting, choice, known), facts, arrays),
         ids=[source.sample_id(i) for i in selection.index.tolist()],
         index=selection.index,
         bins=selection.bin,
@@ -140,6 +148,28 @@ def write_samples(
         shards=shards,
         squeeze=squeeze,
     )
+
+
+def _in_processes(
+    plan: Plan, index: Tensor, items: Callable[[Plan, Tensor], Callable[[Iterator[int]], Iterator[Item]]]
+) -> tuple[Plan, Sharing]:
+    """Return how processes of this machine read and encode the samples at some positions, and the plan to do so with.
+
+    They do so where it takes one process longer than to start them, by the time that a few samples take, and where a
+    dataset can be read in several. `items` makes the function that yields samples of a plan at some positions.
+    """
+    count = plan.config.features.num_workers
+    if FORK is None or count == 0 or not len(index):
+        return plan, Sharing()
+    few = index[:: max(1, len(index) // TRIED_SAMPLES)][:TRIED_SAMPLES]
+    started = time.perf_counter()
+    list(items(plan, few)(iter(range(len(few)))))
+    seconds = (time.perf_counter() - started) / len(few) * len(index)
+    if count == "auto":
+        cores = min(available_cores(), MAX_WORKERS)
+        count = cores if cores > 1 and seconds >= WORKER_START_SECONDS else 0
+    read, count = loader_processes(plan.source, count, asked=False, context=FORK)
+    return (replace(plan, source=read), LoaderProcesses(count)) if count else (plan, Sharing())
 
 
 def _items(
