@@ -276,12 +276,18 @@ def read_in_order(
         pin_memory=pin_memory,
         generator=generator,
         sampler=numbers,
+        # The default walks through every item and makes tensors of its arrays.
+        collate_fn=_unchanged,
         **options,
     )
     for item, error in loader:
         if error is not None:
             raise error
         yield item
+
+
+def _unchanged(item: Any) -> Any:
+    return item
 
 
 def _caught(dataset: Any, index: int) -> tuple[Any, Exception | None]:
