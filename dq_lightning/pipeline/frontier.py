@@ -58,7 +58,7 @@ NPY_HEADER_BYTES = 128
 # About one in so many samples is kept where positions matter.
 MEAN_GAP = 8
 # The share of dropped patches whose cost is told where no drop ratio is given, and the number of images it is measured on.
-TRIED_DROP_RATIO, TRIED_IMAGES = 0.2, 24
+TRIED_DROP_RATIO, TRIED_IMAGES = 0.2, 48
 # Bytes of the manifest and of compact.json, without the parts of the key.
 DESCRIPTION_BYTES = 4_500
 

@@ -245,12 +245,12 @@ def _drawn_first(
     """Put the positions inside every bin of every group into the order in which they are drawn.
 
     They are shuffled; where every sample is worth something, float64 [N], the `counts` that are drawn come first, and then
-    the others, best first; samples of equal worth stay shuffled. Without `every_bin` only bins are changed where samples
-    are drawn.
+    the others, best first; samples of equal worth stay shuffled. Without `every_bin` only bins are changed where some of
+    the samples are drawn, but not all.
     """
     order = order.copy()
     starts = _starts(sizes).reshape(sizes.shape)
-    for row, number in np.argwhere((counts > 0) | every_bin):
+    for row, number in np.argwhere(((counts > 0) & (counts < sizes)) | every_bin):
         start, size, count = int(starts[row, number]), int(sizes[row, number]), int(counts[row, number])
         shuffled = np.argsort(_keys(seed, _ORDER, int(groups[row]), int(number), size), kind="stable")
         members = order[start : start + size][shuffled]
