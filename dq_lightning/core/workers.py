@@ -7,6 +7,11 @@ from contextlib import contextmanager
 
 import torch
 
+# Starting and stopping loader processes takes about this long, so they do not pay off for less work.
+WORKER_START_SECONDS = 2.0
+# At most so many loader processes read for one device.
+MAX_WORKERS = 8
+
 
 @contextmanager
 def one_thread() -> Iterator[int]:
@@ -46,4 +51,4 @@ def automatic_workers(processes_on_node: int = 1, num_devices: int = 1) -> int:
         processes_on_node: number of training processes on this machine.
         num_devices: number of devices that each process feeds.
     """
-    return max(0, min(8 * num_devices, available_cores() // max(1, processes_on_node) - 1))
+    return max(0, min(MAX_WORKERS * num_devices, available_cores() // max(1, processes_on_node) - 1))

@@ -16,13 +16,9 @@ from torch.utils.data import Dataset
 from dq_lightning.core.errors import DQError, FeatureError
 from dq_lightning.core.handles import FORK, PREFETCHED, loader_processes, read_in_order
 from dq_lightning.core.sharing import Sharing
-from dq_lightning.core.workers import available_cores
+from dq_lightning.core.workers import MAX_WORKERS, WORKER_START_SECONDS, available_cores
 from dq_lightning.features.preprocessing import Preprocessing
 from dq_lightning.features.samples import SampleSource
-
-# Starting and stopping loader processes takes about this long, so they do not pay off for less work.
-WORKER_START_SECONDS = 2.0
-MAX_WORKERS = 8
 
 
 class ImageBatch(NamedTuple):

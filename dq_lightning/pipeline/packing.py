@@ -20,8 +20,7 @@ from dq_lightning.core.handles import FORK, LoaderProcesses, loader_processes
 from dq_lightning.core.isolation import isolated_random_state
 from dq_lightning.core.records import PatchChoice, Selection
 from dq_lightning.core.sharing import Arrays, Job, Sharing
-from dq_lightning.core.workers import available_cores
-from dq_lightning.features.loading import MAX_WORKERS, WORKER_START_SECONDS
+from dq_lightning.core.workers import MAX_WORKERS, WORKER_START_SECONDS, available_cores
 from dq_lightning.identity.values import digest_of
 from dq_lightning.packed.reader import PackedDataset
 from dq_lightning.packed.writer import Item, SharedItems, encode_pieces, estimate_bytes, write_packed
