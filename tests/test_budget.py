@@ -67,6 +67,9 @@ def test_jpeg_may_lose_one_decibel_but_no_sample(loses, codec):
     for fixed in (None, 50):
         assert plan_bytes(table, 30_000, 100, num_samples=fixed).setting.codec == codec
     assert plan_bytes([table[0], replace(table[1], sample_bytes=310.0)], 30_000, 100).setting.codec == "webp"
+    # Not at the cost of the floor, which the other reaches.
+    table = [ByteSetting("webp", 10, None, 300.0, 26.2), ByteSetting("jpeg", 20, None, 299.0, 25.5)]
+    assert all(plan_bytes(table, 30_000, 100, num_samples=fixed).setting.codec == "webp" for fixed in (None, 50))
 
 
 def test_one_line_tells_the_choice_and_what_it_left():

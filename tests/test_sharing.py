@@ -502,8 +502,24 @@ def test_a_rank_waits_for_others_as_long_as_their_hearts_beat(monkeypatch):
     with pytest.raises(DistributedError, match="rank 1 on another machine has been silent"):
         exchange.finish_with_all(alone, 2, lambda: "found")
     # It was killed before it began.
+    monkeypatch.setattr(exchange, "ARRIVAL_SECONDS", 0.3)
     with pytest.raises(DistributedError, match="rank 1 has not come"):
         exchange.finish_with_all(exchange.Exchange(store, "third", 0), 2, lambda: "found")
+
+
+def test_a_rank_that_comes_late_is_waited_for_while_this_one_works(monkeypatch):
+    monkeypatch.setattr(exchange, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(exchange, "SILENCE_SECONDS", 0.4)
+    monkeypatch.setattr(exchange, "ARRIVAL_SECONDS", 0.4)
+    store = torch.distributed.HashStore()
+
+    def rank(number, late, works):
+        time.sleep(late)
+        return exchange.finish_with_all(exchange.Exchange(store, "meeting", number), 2, lambda: time.sleep(works))
+
+    with ThreadPoolExecutor(2) as pool:
+        for run in (pool.submit(rank, 0, 0, 2.0), pool.submit(rank, 1, 1.0, 0.1)):
+            run.result()
 
 
 def unused_port():

@@ -7,11 +7,13 @@ file would read the rows of another process, or nothing at all. An object whose 
 
 import functools
 import gc
+import itertools
 import logging
 import multiprocessing
 import pickle
 import sys
 import threading
+import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dq_lightning.core.libraries import is_library
 from dq_lightning.core.sharing import Arrays, Job, Result, Sharing
@@ -50,7 +52,8 @@ def loader_processes(
 ) -> tuple[Any, int]:
     """Decide how many processes may read a dataset, and in which form it is given to them.
 
-    If the dataset holds something open, fresh copies of it are tried: the dataset as it was before anything was read
+    A daemon process, such as one of a `multiprocessing.Pool`, may not start others. If the dataset holds something open, fresh
+    copies of it are tried: the dataset as it was before anything was read
     (`unread()`), then a pickled and restored copy. A copy that holds nothing open is safe, since each process opens
     what it needs by itself.
 
@@ -64,7 +67,7 @@ def loader_processes(
     Returns:
         The dataset or a copy of it, and the number of processes: 0 if only the calling process may read it safely.
     """
-    if num_workers == 0:
+    if num_workers == 0 or (not asked and multiprocessing.current_process().daemon):
         return dataset, 0
     name = context if isinstance(context, str) else getattr(context, "_name", None)
     # `allow_none` only looks: the plain call would fix the start method of the whole process.
@@ -257,7 +260,7 @@ def read_in_order(
     numbers: Iterator[int] | None = None,
     prefetch: int = PREFETCHED,
 ) -> Iterator[Any]:
-    """Yield items of a map-style dataset in order; an exception that the dataset raises is raised unchanged.
+    """Yield items of a map-style dataset in order; an exception that the dataset raises is raised with its causes.
 
     `num_workers` processes, which may read the dataset (see `loader_processes`), read the items; 0 reads them in this
     process. `pin_memory` puts tensors into pinned memory, from which they are copied to a GPU faster. The items are
@@ -280,9 +283,11 @@ def read_in_order(
         collate_fn=_unchanged,
         **options,
     )
-    for item, error in loader:
-        if error is not None:
-            raise error
+    for item, errors in loader:
+        if errors:
+            for error, cause in itertools.pairwise(errors):
+                error.__cause__ = cause
+            raise errors[0]
         yield item
 
 
@@ -290,25 +295,40 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _caught(dataset: Any, index: int) -> tuple[Any, Exception | None]:
-    # A DataLoader would wrap a raised exception in another one.
+def _caught(dataset: Any, index: int) -> tuple[Any, list[BaseException]]:
+    """Return an item, or the exception that the dataset raised and its causes; a DataLoader would wrap it in another one."""
     try:
-        return dataset[index], None
+        return dataset[index], []
     except Exception as error:
-        return None, error
+        if get_worker_info() is None:
+            return None, [error]
+        # The traceback stays behind, and pickle leaves out causes.
+        error.add_note("In a loader process:\n" + "".join(traceback.format_exception(error)))
+        errors: list[BaseException] = [error]
+        while (cause := errors[-1].__cause__) is not None and cause not in errors and _travels(cause):
+            errors.append(cause)
+        return None, errors
+
+
+def _travels(error: BaseException) -> bool:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True
 
 
 class LoaderProcesses(Sharing):
     """Shares the pieces of a loop among processes of this machine, which are forked when the loop begins.
 
     Args:
-        count: number of processes, which may read the data (see `loader_processes`). This process reads nothing meanwhile.
+        count: number of processes, which may read the data (see `loader_processes`); 0 makes the pieces in this process.
     """
 
     num_ranks = 2
 
     def __init__(self, count: int) -> None:
-        self._count = count
+        self.count = count
 
     def share(
         self,
@@ -320,7 +340,7 @@ class LoaderProcesses(Sharing):
         """See `Sharing`. The results come in the order of the pieces."""
         assert job.pieces is not None
         pieces = Items(job.pieces, lambda number: list(work(iter([number]))))
-        for results in read_in_order(pieces, self._count, prefetch=2):
+        for results in read_in_order(pieces, self.count, prefetch=2):
             yield from results
 
 

@@ -226,7 +226,7 @@ class Describer:
         own = reducer or kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__
         if isinstance(value, logging.Logger):
             return digest_text(*parts, value.name)
-        if hasattr(value, "fileno"):
+        if _is_open_file(value):
             return self.opaque_value(value, "is an open file")
         for name, one in sorted(self.attributes(value, held).items()):
             parts += [name, self.describe(one)]
@@ -272,6 +272,14 @@ def digest_bytes(value: Any) -> str:
         if part.size:
             digest.update(part.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def _is_open_file(value: Any) -> bool:
+    try:
+        return hasattr(value, "fileno")
+    except Exception:
+        # Identifiers of h5py raise another error than AttributeError.
+        return True
 
 
 def _in_row_order(array: Any) -> Any:

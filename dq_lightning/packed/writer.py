@@ -94,12 +94,17 @@ class SharedItems:
         items: function that takes the numbers of samples and yields their items, see `write_packed`.
         facts: plain JSON that the others need to make the same items.
         arrays: arrays that they need.
+        others: function that returns the `items` of forked processes; it is called just before they are forked. None where
+            there are none.
+        piece_samples: number of samples that a process is handed at once, at most; None for the usual number.
     """
 
     sharing: Sharing
     items: Callable[[Iterator[int]], Iterator[Item]]
     facts: Mapping[str, Any]
     arrays: Mapping[str, Array]
+    others: Callable[[], Callable[[Iterator[int]], Iterator[Item]]] | None = None
+    piece_samples: int | None = None
 
 
 def write_packed(
@@ -161,7 +166,7 @@ def write_packed(
 def estimate_bytes(items: Iterable[Item], num_samples: int) -> int:
     """Estimate the size in bytes of a store of `num_samples` samples from a few of its items."""
     sizes = [
-        len(encoded.data) if encoded is not None and not patched_images(sample) else _rough_bytes(sample)
+        len(encoded.data) if encoded is not None and not patched_images(sample) else rough_bytes(sample)
         for sample, encoded in items
     ]
     return sum(sizes) * num_samples // max(1, len(sizes))
@@ -340,8 +345,9 @@ class _StoreWriter(_Encoder):
             if isinstance(items, SharedItems) and self.count < self.num_samples:
                 for has_patches, encoded in in_order(self._encoded_by_all(items)):
                     self.has_patches = self.has_patches or has_patches
-                    for sample in encoded:
-                        self._add(sample, unsaved)
+                    for number, sample in enumerate(encoded, 1):
+                        # A shard that were saved amid a piece would leave the rest of it to the next shard.
+                        self._add(sample, unsaved, may_keep=grain > 1 or number == len(encoded))
             self._write_pending()
         if self.count != self.num_samples:
             raise StoreError(f"there are {self.count} samples but {self.num_samples} ids")
@@ -360,7 +366,7 @@ class _StoreWriter(_Encoder):
     def _encoded_by_all(self, items: SharedItems) -> Iterator[tuple[int, _Piece]]:
         """Yield the samples that follow those written so far, in pieces, each after its number, in any order."""
         mean = int(self.offsets[self.count]) // max(1, self.count) + self.row_bytes
-        size = max(1, min(PIECE_SAMPLES, PIECE_BYTES // max(1, mean)))
+        size = max(1, min(items.piece_samples or PIECE_SAMPLES, PIECE_SAMPLES, PIECE_BYTES // max(1, mean)))
         facts = {"start": self.count, "stop": self.num_samples, "size": size, "layout": self.layout()}
         facts |= {"raw_images": self.raw_images, "squeeze": self.squeeze, "items": dict(items.facts)}
         pieces = -(-(self.num_samples - self.count) // size)
@@ -373,12 +379,13 @@ class _StoreWriter(_Encoder):
         # The encoder of this process's own pieces runs ahead of what is written, or it is copied into other processes.
         encoder = _Encoder(self.raw_images, self.squeeze)
         encoder.lay_out(self.tree, self.leaves)
-        return items.sharing.share(job, partial(encoder.pieces, items.items, facts), unpack, lambda _: 1)
+        made = items.items if items.others is None else items.others()
+        return items.sharing.share(job, partial(encoder.pieces, made, facts), unpack, lambda _: 1)
 
-    def _add(self, sample: EncodedSample, unsaved: UnsavedSamples) -> None:
+    def _add(self, sample: EncodedSample, unsaved: UnsavedSamples, *, may_keep: bool = True) -> None:
         """Take an encoded sample, and write those that were taken once they are many, or a shard of them is due."""
         self._put(sample)
-        is_due = unsaved.is_due(len(self.pending))
+        is_due = may_keep and unsaved.is_due(len(self.pending))
         if is_due or len(self.pending) >= GATHERED_SAMPLES or self.pending_bytes >= GATHERED_BYTES:
             unsaved.add(*self._write_pending())
         if is_due:
@@ -517,17 +524,17 @@ def _look_ahead(stream: Iterator[Any]) -> Iterator[Any]:
     taken = 0
     for item in itertools.islice(stream, LOOK_AHEAD_SAMPLES):
         yield item
-        taken += _rough_bytes(item)
+        taken += rough_bytes(item)
         if taken > LOOK_AHEAD_BYTES:
             return
 
 
-def _rough_bytes(value: Any) -> int:
+def rough_bytes(value: Any) -> int:
     """Estimate the memory in bytes that a sample takes, including everything inside its containers."""
     if isinstance(value, tuple | list):
-        return sum(map(_rough_bytes, value))
+        return sum(map(rough_bytes, value))
     if isinstance(value, dict):
-        return sum(map(_rough_bytes, value.values()))
+        return sum(map(rough_bytes, value.values()))
     if isinstance(value, Image.Image):
         return 4 * value.size[0] * value.size[1]
     if isinstance(value, EncodedImage | StoredImage):

@@ -132,10 +132,10 @@ def plan_bytes(
     floor = min(least_psnr, max(setting.psnr for setting in settings))
     wanted = total if num_samples is None else num_samples
 
-    def rank(setting: ByteSetting) -> tuple[bool, int, float, float]:
+    def rank(setting: ByteSetting) -> tuple[bool, bool, int, float, float]:
         count = count_of(setting)
-        reaches = setting.psnr >= floor if num_samples is None else count == wanted
-        return reaches, count, setting.merit, -setting.sample_bytes
+        fits = num_samples is None or count == wanted
+        return fits, setting.psnr >= floor, count, setting.merit, -setting.sample_bytes
 
     def count_of(setting: ByteSetting) -> int:
         return min(wanted, math.floor(room / setting.sample_bytes))

@@ -40,6 +40,8 @@ LINGER_SECONDS = 10.0
 CONNECT_SECONDS, LOOK_SECONDS = 60.0, 0.2
 # A store that takes connections is given so long to answer the first time.
 ANSWER_SECONDS = 10.0
+# A rank that does the same as others is missed when it has not come after so long.
+ARRIVAL_SECONDS = 60.0
 # The stores of this process, by address, stay open: another rank may still need one that rank 0 has finished with.
 _stores: dict[tuple[str, int], Any] = {}
 # The calls of stores that have not returned, by thread: when they began, in seconds of the monotonic clock, and the store.
@@ -281,13 +283,16 @@ class Pulse:
                 if used - self._shown >= WORK_SECONDS:
                     self._exchange.raise_count(f"{self._name}/work")
                     self._shown = used
-                reason = next((found for name in self._watched() if (found := self._look(name))), None)
+                # A rank that has seen another one fail beats on, because it still works.
+                names = self._watched() if self.failure is None else []
+                reason = next((found for name in names if (found := self._look(name))), None)
                 if reason is not None:
                     self.failure = DistributedError(reason)
                     self.on_failure(reason)
             except DistributedError as error:
-                self.failure = error
-            if self.failure is not None or self._stop.wait(BEAT_SECONDS):
+                self.failure = self.failure or error
+                return
+            if self._stop.wait(BEAT_SECONDS):
                 return
 
     def _look(self, name: str) -> str | None:
@@ -295,14 +300,7 @@ class Pulse:
         silent, idle = self._unchanged(name), self._unchanged(f"{name}/work")
         if not silent and idle <= STALLED_SECONDS:
             return None
-        who = self._exchange.read(f"{name}/who")
-        if who is None and silent <= SILENCE_SECONDS:
-            return None
-        if who is None:
-            return (
-                f"rank {name.rpartition('/')[2]} has not come for {silent:.0f} s, although it was there just before: it was "
-                "killed or stopped, or the network to it is gone"
-            )
+        who = self._exchange.read(f"{name}/who") or {"rank": "?", "host": "", "pid": 0}
         if silent and _is_dead_here(who):
             return (
                 f"the process of rank {who['rank']} (number {who['pid']} on this machine) has ended without a word: it was "
@@ -367,19 +365,20 @@ def finish_with_all(exchange: Exchange, num_ranks: int, action: Callable[[], Res
     """Call a function, and return its result once all ranks have done so.
 
     Unlike in a collective of a process group, which fails after the group's timeout, a rank waits for the others as long
-    as their hearts beat. Every rank calls this function, at about the same time. That one has not come is logged while
-    the function runs, and raised after it, so that what it makes is not lost.
+    as their hearts beat. Every rank calls this function, at about the same time: one that has not come a minute later,
+    and when this rank has done its part, which is kept, is not waited for.
 
     Raises:
         DistributedError: another rank is dead or silent, or has not come.
     """
     others = [rank for rank in range(num_ranks) if rank != exchange.rank]
 
-    def unfinished() -> list[str]:
-        return [f"beat/{rank}" for rank in others if exchange.read(f"done/{rank}") is None]
+    def at_work() -> list[str]:
+        beats = [f"beat/{rank}" for rank in others if exchange.read(f"done/{rank}") is None]
+        return [beat for beat in beats if exchange.count(beat)]
 
-    pulse = Pulse(exchange, f"beat/{exchange.rank}", unfinished)
-    pulse.on_failure = get_logger().error
+    began = time.monotonic()
+    pulse = Pulse(exchange, f"beat/{exchange.rank}", at_work)
     pulse.start()
     try:
         try:
@@ -390,6 +389,12 @@ def finish_with_all(exchange: Exchange, num_ranks: int, action: Callable[[], Res
         while exchange.count("done") < num_ranks:
             if pulse.failure is not None:
                 raise pulse.failure
+            waited = time.monotonic() - began
+            absent = [rank for rank in others if exchange.read(f"beat/{rank}/who") is None]
+            if absent and waited > ARRIVAL_SECONDS:
+                raise DistributedError(
+                    f"rank {absent[0]} has not come for {waited:.0f} s: it was killed or stopped, or the network to it is gone"
+                )
             time.sleep(POLL_SECONDS)
         return result
     finally:

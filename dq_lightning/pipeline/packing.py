@@ -23,7 +23,15 @@ from dq_lightning.core.sharing import Arrays, Job, Sharing
 from dq_lightning.core.workers import MAX_WORKERS, WORKER_START_SECONDS, available_cores
 from dq_lightning.identity.values import digest_of
 from dq_lightning.packed.reader import PackedDataset
-from dq_lightning.packed.writer import Item, SharedItems, encode_pieces, estimate_bytes, write_packed
+from dq_lightning.packed.writer import (
+    PIECE_BYTES,
+    Item,
+    SharedItems,
+    encode_pieces,
+    estimate_bytes,
+    rough_bytes,
+    write_packed,
+)
 from dq_lightning.pipeline.budget import ByteSetting
 from dq_lightning.pipeline.compact import write_description
 from dq_lightning.pipeline.encoding import NOTHING_KNOWN, described_setting, encoded_items, fixed_setting
@@ -43,6 +51,8 @@ from dq_lightning.sources.skipping import readable_items
 MEASURED_SAMPLES = 16
 # So many samples are checked before the long work.
 TRIED_SAMPLES = 8
+# A loader process is handed samples that take about so long.
+PIECE_SECONDS = 0.5
 # A transform whose result differs after packing is repeated so often, to find out whether it is random.
 REPEATS = 64
 
@@ -131,15 +141,18 @@ def write_samples(
     if choice is not None:
         facts["patch_size"] = choice.patch_size
         arrays |= {"sizes": choice.sizes.numpy(), "packed": choice.packed.numpy()}
-    plan, sharing = task.plan, task.sharing
+    items = _items(task.plan, selection.index, setting, choice, known)
+    shared = SharedItems(task.sharing, items, facts, arrays)
     if source.in_order:
         # A rank that packs some samples of a stream would read it from its beginning.
-        sharing = Sharing()
-    elif sharing.num_ranks == 1 and choice is None:
-        plan, sharing = _in_processes(plan, selection.index, partial(_items, setting=setting, choice=None))
+        shared = replace(shared, sharing=Sharing())
+    elif task.sharing.num_ranks == 1 and choice is None:
+        shared = _in_processes(
+            shared, task.plan, len(selection), lambda plan: _items(plan, selection.index, setting, choice, known)
+        )
     write_packed(
         task.folder,
-        SharedItems(sharing, _items(plan, selection.index, setting, choice, known), facts, arrays),
+        shared,
         ids=[source.sample_id(i) for i in selection.index.tolist()],
         index=selection.index,
         bins=selection.bin,
@@ -150,25 +163,35 @@ def write_samples(
 
 
 def _in_processes(
-    plan: Plan, index: Tensor, items: Callable[[Plan, Tensor], Callable[[Iterator[int]], Iterator[Item]]]
-) -> tuple[Plan, Sharing]:
-    """Return how processes of this machine read and encode the samples at some positions, and the plan to do so with.
+    shared: SharedItems, plan: Plan, count: int, items_of: Callable[[Plan], Callable[[Iterator[int]], Iterator[Item]]]
+) -> SharedItems:
+    """Let processes of this machine read and encode the `count` samples, where a dataset can be read in several.
 
-    They do so where it takes one process longer than to start them, by the time that a few samples take, and where a
-    dataset can be read in several. `items` makes the function that yields samples of a plan at some positions.
+    They do so where it takes one process longer than to start them, by the time that a few samples take. They read through
+    a copy of the dataset that holds nothing open (`loader_processes`), which this process does not read before. `items_of`
+    makes the function that yields the samples of a plan.
     """
-    count = plan.config.features.num_workers
-    if FORK is None or count == 0 or not len(index):
-        return plan, Sharing()
-    few = index[:: max(1, len(index) // TRIED_SAMPLES)][:TRIED_SAMPLES]
+    workers = plan.config.features.num_workers
+    if FORK is None or workers == 0 or not count:
+        return shared
     started = time.perf_counter()
-    list(items(plan, few)(iter(range(len(few)))))
-    seconds = (time.perf_counter() - started) / len(few) * len(index)
-    if count == "auto":
+    tried = list(shared.items(iter(evenly_spaced(count, TRIED_SAMPLES))))
+    each = (time.perf_counter() - started) / len(tried)
+    if workers == "auto":
         cores = min(available_cores(), MAX_WORKERS)
-        count = cores if cores > 1 and seconds >= WORKER_START_SECONDS else 0
-    read, count = loader_processes(plan.source, count, asked=False, context=FORK)
-    return (replace(plan, source=read), LoaderProcesses(count)) if count else (plan, Sharing())
+        workers = cores if cores > 1 and each * count >= WORKER_START_SECONDS else 0
+    if workers == 0:
+        return shared
+    sharing = LoaderProcesses(workers)
+
+    def others() -> Callable[[Iterator[int]], Iterator[Item]]:
+        source, sharing.count = loader_processes(plan.source, workers, asked=False, context=FORK)
+        return items_of(replace(plan, source=source))
+
+    # Each process gets several pieces, none of which takes much time or memory.
+    most_bytes = max(1, *map(rough_bytes, tried))
+    size = min(-(-count // (4 * workers)), PIECE_BYTES // most_bytes, int(PIECE_SECONDS / max(each, 1e-9)))
+    return replace(shared, sharing=sharing, others=others, piece_samples=max(1, size))
 
 
 def _items(

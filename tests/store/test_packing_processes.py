@@ -1,6 +1,8 @@
 """Samples that are packed in loader processes: the same bytes as from one process, and the same errors."""
 
+import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,18 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
-from dq_lightning import EncodingConfig, FeatureConfig, PackedDataset, QuantizeConfig, SelectionConfig, quantize
+from dq_lightning import (
+    EncodingConfig,
+    FeatureConfig,
+    PackedDataset,
+    QuantizeConfig,
+    SelectionConfig,
+    load_selection,
+    quantize,
+)
 from dq_lightning.core.errors import FeatureError, SourceError
 from dq_lightning.core.handles import FORK
-from dq_lightning.packed import writer
+from dq_lightning.packed import packing_shards, writer
 from dq_lightning.pipeline import packing
 
 pytestmark = [
@@ -95,20 +105,94 @@ def test_files_of_a_folder_are_kept(packed, tmp_path):
 
 
 def test_errors_are_those_of_one_process(packed, tmp_path):
-    def act(i, is_own):
-        # The file that this writes is there once the sample was read for the identity of the data.
-        seen = tmp_path / f"seen-{i}"
-        if i == 71 and seen.exists():
-            raise OSError("the disk is on fire")
-        seen.write_text("")
-
-    texts = []
+    texts, causes = [], []
     for workers in (0, 2):
+
+        def act(i, is_own, fails_here=workers == 0):
+            # The file that this writes is there once the sample was read for the identity of the data.
+            seen = tmp_path / f"seen-{i}"
+            if i == 71 and seen.exists() and is_own == fails_here:
+                raise OSError("the disk is on fire")
+            seen.write_text("")
+
         (tmp_path / "seen-71").unlink(missing_ok=True)
         with pytest.raises(SourceError, match="disk is on fire") as caught:
             packed(workers, act)
         texts.append(str(caught.value))
+        causes.append(repr(caught.value.__cause__))
     assert texts[0] == texts[1]
+    assert causes == ["OSError('the disk is on fire')"] * 2
+    # The traceback of the process is told, too.
+    assert "in act" in "".join(caught.value.__notes__)
+
+
+def test_processes_use_no_file_that_this_process_opened(packed, tmp_path):
+    class Lazy(Images):
+        """Opens its file at the first read, and again in a copy."""
+
+        file, opened_by = None, None
+
+        def __getstate__(self):
+            return self.__dict__ | {"file": None}
+
+        def __getitem__(self, i):
+            if self.file is None:
+                self.file, self.opened_by = (tmp_path / "blob").open("rb"), os.getpid()
+            if self.opened_by != os.getpid():
+                (tmp_path / "shared").touch()
+            return super().__getitem__(i)
+
+    (tmp_path / "blob").write_text("text")
+    assert packed(2, data=Lazy(tmp_path))[1]
+    assert not (tmp_path / "shared").exists()
+
+
+def test_rows_of_an_hdf5_file(packed, tmp_path):
+    h5py = pytest.importorskip("h5py")
+    pixels = np.random.default_rng(0).integers(0, 256, (COUNT, 9, 9, 3), dtype=np.uint8)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["x"] = pixels
+
+    class Rows(Images):
+        file = None
+
+        def __getstate__(self):
+            return self.__dict__ | {"file": None}
+
+        def __getitem__(self, i):
+            self.file = self.file or h5py.File(tmp_path / "a.h5")
+            super().__getitem__(i)
+            return Image.fromarray(self.file["x"][i]), i % 4
+
+    info, readers = packed(2, data=Rows(tmp_path))
+    assert len(readers) == 2
+    stored, index = PackedDataset(info.path), load_selection(info.path).index
+    for number, position in enumerate(index.tolist()):
+        assert (np.asarray(stored[number][0]) == pixels[position]).all()
+
+
+def test_few_slow_samples_are_shared_too(packed, monkeypatch):
+    monkeypatch.setattr(writer, "PIECE_SAMPLES", 256)
+    monkeypatch.setattr(packing, "PIECE_SECONDS", 60.0)
+    assert len(packed(2, lambda i, is_own: time.sleep(0.005))[1]) == 2
+
+
+def test_shards_hold_whole_pieces(packed, monkeypatch):
+    kept = []
+    monkeypatch.setattr(packing_shards.UnsavedSamples, "is_due", lambda self, more: self._shards is not None)
+    monkeypatch.setattr(packing_shards.UnsavedSamples, "keep", lambda self, facts: kept.append(len(self._lengths)))
+    monkeypatch.setattr(
+        packing_shards.UnsavedSamples, "add", lambda self, columns, values, lengths: setattr(self, "_lengths", lengths)
+    )
+    packed(2)
+    assert kept == [1] * 5 + [7] * 10 + [6]
+
+
+def test_a_daemon_process_reads_by_itself(packed):
+    process = multiprocessing.get_context("fork").Process(target=packed, args=(2,), daemon=True)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
 
 
 def test_a_killed_process_is_named(packed):
