@@ -52,10 +52,9 @@ def loader_processes(
 ) -> tuple[Any, int]:
     """Decide how many processes may read a dataset, and in which form it is given to them.
 
-    A daemon process, such as one of a `multiprocessing.Pool`, may not start others. If the dataset holds something open, fresh
-    copies of it are tried: the dataset as it was before anything was read
+    If the dataset holds something open, fresh copies of it are tried: the dataset as it was before anything was read
     (`unread()`), then a pickled and restored copy. A copy that holds nothing open is safe, since each process opens
-    what it needs by itself.
+    what it needs by itself. A daemon process, such as one of a `multiprocessing.Pool`, may not start others.
 
     Args:
         dataset: dataset or source to read.

@@ -346,7 +346,7 @@ class _StoreWriter(_Encoder):
                 for has_patches, encoded in in_order(self._encoded_by_all(items)):
                     self.has_patches = self.has_patches or has_patches
                     for number, sample in enumerate(encoded, 1):
-                        # A shard that were saved amid a piece would leave the rest of it to the next shard.
+                        # A shard saved in the middle of a piece would leave the rest of the piece to the next shard.
                         self._add(sample, unsaved, may_keep=grain > 1 or number == len(encoded))
             self._write_pending()
         if self.count != self.num_samples:

@@ -51,7 +51,7 @@ from dq_lightning.sources.skipping import readable_items
 MEASURED_SAMPLES = 16
 # So many samples are checked before the long work.
 TRIED_SAMPLES = 8
-# A loader process is handed samples that take about so long.
+# The samples that a loader process is handed at once take about this long at most.
 PIECE_SECONDS = 0.5
 # A transform whose result differs after packing is repeated so often, to find out whether it is random.
 REPEATS = 64
