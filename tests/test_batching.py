@@ -4,9 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from dq_lightning.core.batching import HalvedBatches
+from dq_lightning.core import batching
+from dq_lightning.core.batching import HalvedBatches, images_at_once
+from dq_lightning.core.config import PatchConfig
 from dq_lightning.core.errors import FeatureError, PatchError
+from dq_lightning.features.encoders import NetworkEncoder
+from dq_lightning.patches.saliency import make_scorer
 from dq_lightning.patches.score import ScoreLoop, score_images
 from dq_lightning.sources.adapt import as_source
 from tests.full_count import examples
@@ -71,3 +76,40 @@ def test_saliency_goes_on_with_smaller_batches():
     with pytest.raises(PatchError, match='device="cpu"'):
         score(Scorer(0))
     assert not issubclass(PatchError, FeatureError)
+
+
+@pytest.mark.parametrize("count", [1, 4, 10])
+def test_a_network_on_a_cpu_is_given_few_images_at_once(monkeypatch, count):
+    """Features and scores are those of a network that is given all images at once, each by its own label."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    ).eval()
+    images, labels = torch.rand(count, 3, 16, 16), torch.arange(count) % 5
+    seen = []
+
+    def made():
+        encoder = NetworkEncoder(network, lambda image: image, torch.device("cpu"))
+        scorer = make_scorer(PatchConfig(target="label"), network, num_classes=5)
+        encoder.network.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+        return encoder.embed(images), scorer.scores(images, labels, torch.arange(count), 4)
+
+    whole = made()
+    assert seen == [count]
+    seen.clear()
+    monkeypatch.setattr(batching, "CPU_ELEMENTS", 4 * images[0].numel())
+    monkeypatch.setattr(batching, "CPU_ELEMENTS_OF_A_THREAD", 0)
+    assert images_at_once(images, images.device) == 4
+    pieces = made()
+    assert seen == [min(4, count - start) for start in range(0, count, 4)]
+    torch.testing.assert_close(pieces, whole)
+    # The scores depend on the labels, so labels of other images would have shown.
+    if count > 1:
+        other = make_scorer(PatchConfig(target="label"), network, num_classes=5)
+        assert not torch.allclose(other.scores(images, labels.flip(0), torch.arange(count), 4), whole[1], atol=1e-3)
+
+
+def test_a_single_image_that_is_large_is_one_piece():
+    assert images_at_once(torch.empty(2, 3, 9000, 9000, device="meta"), torch.device("cpu")) == 1
+    assert images_at_once(torch.empty(64, 3, 9000, 9000, device="meta"), torch.device("cuda")) == 64
+    assert images_at_once(torch.empty(0, 3, 8, 8), torch.device("cpu")) > 0

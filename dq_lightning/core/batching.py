@@ -1,6 +1,7 @@
-"""Runs a function over batches in pieces that fit the memory of the device."""
+"""Runs a function over batches in pieces that fit the memory of the device, and says which pieces suit a CPU."""
 
 import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,10 @@ from dq_lightning.core.errors import DQError
 from dq_lightning.core.isolation import release_memory
 
 logger = logging.getLogger("dq_lightning")
+
+# The feature maps of more elements than these do not fit the caches of a CPU, and take new memory at every layer.
+# EfficientNet-Lite0 takes 35 ms for an image of 224 pixels among 4, and 100 ms among 256.
+CPU_ELEMENTS, CPU_ELEMENTS_OF_A_THREAD = 1 << 19, 1 << 18
 
 
 class HalvedBatches:
@@ -76,3 +81,20 @@ def _try(function: Callable[..., Tensor], *pieces: Tensor | None) -> Tensor | No
         return function(*pieces)
     except torch.OutOfMemoryError:
         return None
+
+
+def images_at_once(images: Tensor, device: torch.device) -> int:
+    """Return how many images of a batch [B, ...] a convolutional network should be given at once to be fast.
+
+    On a CPU these are few, so that its caches hold their feature maps; on any other device it is the whole batch.
+
+    Example:
+        >>> images_at_once(torch.empty(256, 3, 224, 224), torch.device("cuda"))
+        256
+        >>> images_at_once(torch.empty(256, 3, 5000, 5000, device="meta"), torch.device("cpu"))
+        1
+    """
+    if device.type != "cpu":
+        return max(1, len(images))
+    most = max(CPU_ELEMENTS, CPU_ELEMENTS_OF_A_THREAD * torch.get_num_threads())
+    return max(1, most // max(1, math.prod(images.shape[1:])))

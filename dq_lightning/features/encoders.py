@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dq_lightning.core.batching import images_at_once
 from dq_lightning.core.config import Precision
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.features.collect import Rows
@@ -206,9 +207,9 @@ class NetworkEncoder:
             FeatureError: the network fails on the batch, or the batch is uint8 and there are no mean and std.
         """
         half = self._dtype != torch.float32
+        pieces = batch.split(images_at_once(batch, self._device))
         with torch.no_grad(), torch.autocast(self._device.type, self._dtype) if half else nullcontext():
-            features = self.features(batch)
-        return features.float()
+            return torch.cat([self.features(piece).float() for piece in pieces])
 
     def features(self, batch: Tensor) -> Tensor:
         """Return the features [B, D] of a batch as `embed` does, but in the caller's grad mode and precision.

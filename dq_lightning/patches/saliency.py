@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dq_lightning.core.batching import images_at_once
 from dq_lightning.core.config import PatchConfig
 from dq_lightning.core.errors import DQError, PatchError
 from dq_lightning.core.grid import grid_of, pool_to_patches
@@ -102,8 +103,12 @@ class ClassifierScorer:
         self._preprocess = preprocess
 
     def scores(self, images: Tensor, labels: Tensor | None, positions: Tensor, patch_size: int) -> Tensor:
-        size = (images.shape[2], images.shape[3])
-        return pool_to_patches(self._maps(self._prepare(images), labels, size), patch_size)
+        size, prepared = (images.shape[2], images.shape[3]), self._prepare(images)
+        at_once = images_at_once(prepared, prepared.device)
+        pieces = prepared.split(at_once)
+        labels_of = [None] * len(pieces) if labels is None else labels.split(at_once)
+        maps = [self._maps(piece, own, size) for piece, own in zip(pieces, labels_of, strict=True)]
+        return pool_to_patches(torch.cat(maps), patch_size)
 
     def replica(self, device: torch.device) -> Self:
         twin = copy.copy(self)

@@ -185,18 +185,18 @@ class Frontier:
         finer = [other for other in QUALITIES[self._size] if quality is not None and other > quality] if open_ else []
 
         @cache
-        def at(number: int) -> ByteSetting:
+        def at(number: int) -> tuple[ByteSetting, list[Item]]:
             one = replace(chosen, quality=[quality, *finer][number], drop_ratio=TRIED_DROP_RATIO, own_share=0.0)
-            return self._patched(trial, one)
+            items = trial.items(one)
+            return replace(one, sample_bytes=_packed_bytes(dull, trial.positions, items)[0]), items
 
-        most = self._count(at(0))
+        most, first = self._count(at(0)[0]), 1
         if most == self._wanted:
             first = bisect_left(
-                range(1 + len(finer)), True, lo=1, key=lambda number: at(number).sample_bytes * most > self._room
+                range(1 + len(finer)), True, lo=1, key=lambda number: at(number)[0].sample_bytes * most > self._room
             )
-            told = at(first - 1)
-        else:
-            told = at(0)
+        told, items = at(first - 1)
+        told = replace(told, psnr=_mean_psnr(trial.errors(items)))
         return (
             f"; dropping a fifth of the patches too, the dullest, would give {told_setting(told, most)[:-1]} after filling); "
             "drop_ratio=0.2 does so by a classifier, in one more pass over the images"
@@ -342,9 +342,7 @@ class Frontier:
         if not self.fixed_bytes:
             self.fixed_bytes = fixed
             self._room -= fixed
-        errors = trial.errors(items)
-        psnr = _psnr(float(np.mean(errors))) if errors else math.inf
-        return replace(setting, sample_bytes=sample_bytes, psnr=psnr)
+        return replace(setting, sample_bytes=sample_bytes, psnr=_mean_psnr(trial.errors(items)))
 
     def _may_win(self, side: int | None) -> bool:
         """Whether images of a smaller side can reach the floor, and more than what all samples fit with already."""
@@ -416,7 +414,7 @@ class Frontier:
             )
             self._beside = packed - float(np.mean(sizes))
         sample_bytes = self._beside + float(np.mean(sizes))
-        return replace(setting, sample_bytes=sample_bytes, psnr=_psnr(float(np.mean(errors))), own_share=own_share)
+        return replace(setting, sample_bytes=sample_bytes, psnr=_mean_psnr(errors), own_share=own_share)
 
 
 def source_bytes(plan: Plan, sizes: Mapping[int, int] | None) -> int:
@@ -534,6 +532,11 @@ def _error(pixels: Any, image: Image.Image) -> float:
 
 def _psnr(error: float) -> float:
     return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def _mean_psnr(errors: Sequence[float]) -> float:
+    """Return the dB of the mean of squared errors; infinite where there are none."""
+    return _psnr(float(np.mean(errors))) if errors else math.inf
 
 
 def _readable(plan: Plan, count: int) -> list[int]:
