@@ -158,8 +158,9 @@ def plan_rows(name: str, seeds: int, work: Path) -> Iterator[Job]:
             for ratio, codecs in BYTES.items():
                 for way in ("random", "margin 50, stratified", DROPPED, *codecs):
                     yield Job("test", "bytes", way, ratio, seed)
-            for way in ("random", "whole", BYTES[0.1][0]):
-                yield Job("test", "bytes", way, 0.1, seed, steps=5 * STEPS)
+            for steps in (2 * STEPS, 5 * STEPS):
+                for way in (BYTES[0.1][0], "random", "published", "whole"):
+                    yield Job("test", "bytes", way, 0.1, seed, steps=steps)
         elif name == "resnet18":
             for condition in ("wrong20", "clean"):
                 for way in ("random", "published", "auto", "margin 50, stratified"):
@@ -223,8 +224,10 @@ def prepare(args: argparse.Namespace) -> None:
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
         for line in pool.map(_prepare, [args] * len(wanted), wanted.values()):
             print(line, flush=True)
-        if any(job.condition == "bytes" for job in waiting_jobs(args)):
-            list(pool.map(_recode, [work] * len(CODED), CODED))
+        ways = {job.way for job in waiting_jobs(args)}
+        coded = [way for way in CODED if way in ways]
+        list(pool.map(_recode, [work] * len(coded), coded))
+        if DROPPED in ways:
             _drop_patches(args)
 
 

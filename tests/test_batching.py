@@ -98,7 +98,6 @@ def test_a_network_on_a_cpu_is_given_few_images_at_once(monkeypatch, count):
     assert seen == [count]
     seen.clear()
     monkeypatch.setattr(batching, "CPU_ELEMENTS", 4 * images[0].numel())
-    monkeypatch.setattr(batching, "CPU_ELEMENTS_OF_A_THREAD", 0)
     assert images_at_once(images, images.device) == 4
     pieces = made()
     assert seen == [min(4, count - start) for start in range(0, count, 4)]

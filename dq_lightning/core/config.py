@@ -51,7 +51,8 @@ class PatchConfig(JsonFields):
             device, or `"off"`, which fills them with the mean colour.
         codec: format of the stored patches; `"auto"` is raw for small images and PNG for others.
         quality: quality of JPEG and WebP, 1 to 100.
-        batch_size: number of images that are scored in one step. It does not enter the cache key.
+        batch_size: number of images that are scored in one step, on a CPU a few at a time. It does not enter the cache
+            key.
 
     Raises:
         ConfigError: a value is unknown or out of range.
@@ -127,8 +128,8 @@ class FeatureConfig(JsonFields):
             classes of this dataset, or `selection_epochs`, which train such a head for any network).
         precision: floating point type that the encoder runs in; `"auto"` is bfloat16 or float16 on a GPU and float32 on
             a CPU. It does not enter the cache key.
-        batch_size: number of samples in one step; halved automatically when the GPU runs out of memory. It does not
-            enter the cache key.
+        batch_size: number of samples in one step; halved automatically when the GPU runs out of memory, and taken a few
+            images at a time on a CPU, which is faster there. It does not enter the cache key.
         num_workers: number of processes that read the dataset, for features, patches and packed samples; 0 reads it in
             this process. `"auto"` decides by the time that a few samples take. It does not enter the cache key.
         whiten: decorrelate the embeddings (principal components scaled to unit variance) before the bins are made. It
