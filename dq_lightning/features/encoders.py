@@ -207,7 +207,7 @@ class NetworkEncoder:
             FeatureError: the network fails on the batch, or the batch is uint8 and there are no mean and std.
         """
         half = self._dtype != torch.float32
-        pieces = batch.split(images_at_once(batch, self._device))
+        pieces = torch.split(batch, images_at_once(batch, self._device))
         with torch.no_grad(), torch.autocast(self._device.type, self._dtype) if half else nullcontext():
             return torch.cat([self.features(piece).float() for piece in pieces])
 

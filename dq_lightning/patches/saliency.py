@@ -105,8 +105,8 @@ class ClassifierScorer:
     def scores(self, images: Tensor, labels: Tensor | None, positions: Tensor, patch_size: int) -> Tensor:
         size, prepared = (images.shape[2], images.shape[3]), self._prepare(images)
         at_once = images_at_once(prepared, prepared.device)
-        pieces = prepared.split(at_once)
-        labels_of = [None] * len(pieces) if labels is None else labels.split(at_once)
+        pieces = torch.split(prepared, at_once)
+        labels_of = [None] * len(pieces) if labels is None else torch.split(labels, at_once)
         maps = [self._maps(piece, own, size) for piece, own in zip(pieces, labels_of, strict=True)]
         return pool_to_patches(torch.cat(maps), patch_size)
 
