@@ -20,7 +20,6 @@ import torch
 
 from dq_lightning.bins.graph_cut import engine as graph_cut
 from dq_lightning.bins.graph_cut.device import DevicePicks
-from dq_lightning.bins.graph_cut.scores import MatrixScores, PassScores
 from dq_lightning.bins.make import make_bins
 
 BEGIN = time.perf_counter()
@@ -76,9 +75,10 @@ class Watched(graph_cut._Run):
         self._tick = counted
 
     def _name(self):
-        if isinstance(self._scores, DevicePicks):
-            return "stream" if self._scores.matrix is None else "dense"
-        return {MatrixScores: "dense (host)", PassScores: "stream (host)"}.get(type(self._scores), "candidates")
+        if self._scores is None:
+            return "candidates"
+        name = "stream" if self._scores.matrix is None else "dense"
+        return name if isinstance(self._scores, DevicePicks) else f"{name} (host)"
 
     def one_bin(self, sizes):
         start = time.perf_counter()

@@ -160,12 +160,12 @@ def watch_regimes():
     from dq_lightning.bins.graph_cut import engine
 
     regimes = []
-    names = {"MatrixScores": "dense", "PassScores": "stream", "NoneType": "candidates"}
 
     class Watched(engine._Run):
         def one_bin(self, sizes):
             gains = super().one_bin(sizes)
-            regimes.append(names[type(self._scores).__name__])
+            matrix = getattr(self._scores, "matrix", None) is not None
+            regimes.append("candidates" if self._scores is None else "dense" if matrix else "stream")
             return gains
 
     engine._Run = Watched

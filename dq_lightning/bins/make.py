@@ -155,6 +155,8 @@ def make_shared_bins(
             work = partial(_pick, prepared, _largest_first(groups), config, plan, bar.update)
             shared = sharing if len(groups) > 1 else Sharing()
             for members, order, gains in shared.share(job, work, unpack, lambda picked: len(picked[1])):
+                if (np.bincount(order, minlength=len(members)) != 1).any():
+                    raise AssertionError("some samples were picked twice: please report these features and settings")
                 per_bin = bin_sizes(len(members), num_bins)
                 chosen = members[order]
                 assignment[chosen] = np.repeat(np.arange(num_bins), per_bin)

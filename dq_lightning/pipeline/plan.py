@@ -44,6 +44,8 @@ QUALITY_VERSION = 3
 SCORES_VERSION = 2
 # Near-duplicates are looked for inside each class since version 2.
 DUPLICATES_VERSION = 2
+# Picks with a `lam` above this are those of float64 since version 2.
+LARGE_LAM, LARGE_LAM_VERSION = 1e4, 2
 # Classes that are split into clusters have their shares since version 2.
 CLUSTERS_VERSION = 2
 SIZE_SAMPLES = 16
@@ -378,6 +380,8 @@ def _parts_of_choice(plan: Plan, data: dict[str, Any], identities: dict[str, str
             plan.scores.identity if plan.scores else "auto" if config.selection.draw == "auto" else "margin"
         )
         bins["scores_version"] = SCORES_VERSION
+    if config.bins.lam > LARGE_LAM:
+        bins["large_lam_version"] = LARGE_LAM_VERSION
     if config.bins.deduplicate is not None:
         bins["duplicates_version"] = DUPLICATES_VERSION
     drawn = config.selection.to_dict()

@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings, target
 from hypothesis import strategies as st
 
-from dq_lightning.bins.graph_cut import candidates, costs, device, engine, group, proof, scores
+from dq_lightning.bins.graph_cut import candidates, costs, device, engine, group, pool, proof, scores
 from dq_lightning.bins.make import make_bins
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.records import Features
@@ -190,32 +190,37 @@ def test_a_wrong_pick_would_be_noticed(monkeypatch):
         return len(check.picked), np.empty(0, dtype=np.int64)
 
     monkeypatch.setattr(proof.Proof, "first_fault", believe)
-    monkeypatch.setattr(scores.MatrixScores, "least", lambda matrix, top: top + 1.0)
+    monkeypatch.setattr(scores.Scores, "margin", property(lambda self: -1.0, lambda self, value: None), raising=False)
     monkeypatch.setattr(device, "_products", lambda factors: torch.zeros(len(factors[0]), len(factors[0])))
     monkeypatch.setattr(
         device.DevicePicks,
         "_check",
         lambda picks, gains, made: (made.double(), torch.ones(len(made), dtype=torch.bool)),
     )
-    for regime in ("candidates", "dense", "dense in 2 bytes", "dense in blocks"):
+    for regime in ("candidates", "dense", "dense in 2 bytes", "stream", "dense in blocks"):
         assert not torch.equal(bins_in(regime, values, num_bins=3, similarity="dot").rank, right.rank)
 
 
-def test_wrong_picks_of_coarse_passes_are_undone(monkeypatch):
+def test_scores_of_coarse_passes_start_again_after_wrong_picks(monkeypatch):
     values = np.random.default_rng(0).standard_normal((200, 5))
     right = make_bins(values, num_bins=3, engine="dense")
-    undone, undo, fine = [], scores.PassScores.undo, scores.scaled_rows
+    wrong, confirm, fine = [], pool.Pool.confirm, scores.scaled_rows
 
-    def coarse(pool, **settings):
-        factors, scale = fine(pool, **settings)
-        return tuple(factor.bfloat16().float() for factor in factors), scale
+    def coarse(pool, *args, **settings):
+        factors, lengths = fine(pool, *args, **settings)
+        return tuple(factor.bfloat16().float() for factor in factors), lengths
+
+    def watched(pool, rows, doubts):
+        made = confirm(pool, rows, doubts)
+        wrong.extend(rows[len(made) :])
+        return made
 
     monkeypatch.setattr(scores, "scaled_rows", coarse)
     # bounds multiply this by width + 10, so it covers two roundings to bfloat16
     monkeypatch.setattr(scores, "SINGLE", 3e-4)
-    monkeypatch.setattr(scores.PassScores, "undo", lambda self, rows: undone.extend(rows) or undo(self, rows))
+    monkeypatch.setattr(pool.Pool, "confirm", watched)
     assert torch.equal(make_bins(values, num_bins=3, engine="stream").rank, right.rank)
-    assert len(undone) > 20
+    assert len(wrong) > 20
 
 
 @settings(max_examples=examples(40), deadline=None)
@@ -229,29 +234,41 @@ def test_wrong_picks_of_coarse_passes_are_undone(monkeypatch):
 )
 def test_scores_of_passes_and_of_the_matrix_are_within_their_bounds(seed, total, width, mean, size, engine):
     values = (np.random.default_rng(seed).standard_normal((total, width)) + mean) * size
-    kind = scores.PassScores if engine == "stream" else scores.MatrixScores
-    start, least, shares, pools = kind.start, kind.least, [], []
+    start, pick, shares, pools = scores.Scores.start, scores.Scores.pick, [], []
 
-    def check(self, top):
-        lowest = least(self, top)
+    def check(self, row, gone):
         group = pools[-1].group
-        picked = group.trail[: group.length]
+        # The pick itself is the last one of the trail, and its row is hidden.
+        picked = group.trail[: group.length - 1]
         gains = values @ (values.sum(axis=0) - 2.0 * values[picked].sum(axis=0))
-        near = self.values >= top - abs(top) / 20
+        mine = self.values.astype(np.float64)
+        mine[row] += scores._GONE
+        near = mine >= mine[row] - abs(mine[row]) / 20
         near[picked] = False
-        if lowest is not None and len(picked) and near.any():
-            best = int(np.where(near, self.values, lowest).argmax())
-            off = (gains - gains[best]) / self._unit - (self.values - np.float64(top))
+        if len(picked):
+            off = (gains - gains[row]) / self._unit - (mine - mine[row])
             rounding = 1e-12 * total * np.square(values).sum(axis=1).max() / self._unit
-            assert np.abs(off[near]).max() <= top - lowest + rounding
-            shares.append(np.abs(off[near]).max() / (top - lowest + rounding))
-        return lowest
+            assert np.abs(off[near]).max() <= self.margin + rounding
+            shares.append(np.abs(off[near]).max() / (self.margin + rounding))
+        pick(self, row, gone)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kind, "start", lambda self, pool: pools.append(pool) or start(self, pool))
-        patch.setattr(kind, "least", check)
+        patch.setattr(scores.Scores, "start", lambda self, pool: pools.append(pool) or start(self, pool))
+        patch.setattr(scores.Scores, "pick", check)
         make_bins(values, num_bins=1, similarity="dot", engine=engine)
     target(max(shares, default=0.0))
+
+
+@pytest.mark.parametrize("lam", [1e7, 1e9, 1e13, 1e17])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_a_large_lam(monkeypatch, lam, regime):
+    """Gains reach beyond all scores, and the error of a gain becomes greater than what a pick changes."""
+    monkeypatch.setattr(scores, "FULL", {4: 1 << 19, 2: 32700})
+    values = np.random.default_rng(0).standard_normal((45, 3))
+    values[20:40] = values[:20] * (1 + 2.0**-40)
+    expected = twin.rational_bins_twin(values, 3, Fraction(lam), rounding=float)
+    bins = bins_in(regime, values, num_bins=3, similarity="dot", lam=lam)
+    assert [part.tolist() for part in picks_of(bins, 3)] == expected
 
 
 def test_near_ties_reach_the_referee(monkeypatch):
@@ -308,8 +325,8 @@ def test_equal_rows_far_apart_cost_nothing_and_come_in_order():
 def test_the_matrix_takes_no_more_memory_than_allowed(caplog, monkeypatch):
     monkeypatch.setattr(costs.Costs, "from_pass", lambda self, rows: 1.0)
     values = np.random.default_rng(0).standard_normal((300, 4))
-    made, make = [], scores.MatrixScores.__init__
-    monkeypatch.setattr(scores.MatrixScores, "__init__", lambda self, pool: made.append(len(pool)) or make(self, pool))
+    made, make = [], scores._products
+    monkeypatch.setattr(scores, "_products", lambda *args: made.append(len(args[2])) or make(*args))
     with caplog.at_level("INFO", "dq_lightning"):
         free = make_bins(values, num_bins=3)
         assert max(made) == 300

@@ -45,16 +45,17 @@ def make_bins_twin(S, num_bins, lam=1.0):
     return bins, ranks, gains
 
 
-def rational_bins_twin(values, num_bins, lam=1):
-    """The same for the dot product of whole numbers, without any rounding."""
-    rows = [[Fraction(int(v)) for v in row] for row in values]
+def rational_bins_twin(values, num_bins, lam=1, rounding=Fraction):
+    """The same for the dot product, without any rounding but the one given for each gain."""
+    rows = [[Fraction(v) for v in np.asarray(row).tolist()] for row in values]
     S = [[sum(a * b for a, b in zip(x, y, strict=True)) for y in rows] for x in rows]
     left, order = list(range(len(rows))), []
     for number in range(num_bins):
         picked = []
         for _ in range(len(rows) // num_bins + (number < len(rows) % num_bins)):
             free = [x for x in left if x not in picked]
-            best = max(free, key=lambda x: (lam * sum(S[j][x] for j in left) - 2 * sum(S[s][x] for s in picked), -x))
+            gains = {x: lam * sum(S[j][x] for j in left) - 2 * sum(S[s][x] for s in picked) for x in free}
+            best = max(free, key=lambda x: (rounding(gains[x]), -x))
             picked.append(best)
         left = [x for x in left if x not in picked]
         order.append(picked)

@@ -12,23 +12,25 @@ equal gains at every pick, as one-hot rows do. If all entries are whole multiple
 such as 1, or 0.7071... for the cosine of rows of two ones), the rows are divided by it, and float64 adds whole numbers
 without any error: gains are then compared as they are, ties need no exact arithmetic, and the matrix is exact.
 
-`"dense"` (`scores.MatrixScores`): all inner products as whole numbers of 4 bytes, or of 2 with more than 8,192 rows, and
-    a row of them subtracted for a pick. The product of matrices is made once for all bins that follow, and a pick costs
-    about n additions. Additions of whole numbers make no error, so after t picks a gain is off by t times the error of
-    an entry: half a unit, which is the largest product divided by 2**18 (or by 16,350), plus that of the product, which
-    is made in float32 unless that errs by more than 20 units. Up to hundreds of picks are proposed. Then float64 decides,
-    all at once, where another row was within the bound. A wrong pick and those after it are undone, by adding their rows of
-    the matrix. Gains start again from float64 once that costs less than the decisions, which the growing bound multiplies.
+`"dense"` and `"stream"` keep scores of all rows (`scores.Scores`), which are gains in whole numbers of some unit. A pick
+    subtracts from them the inner products of its row with all rows, rounded to whole numbers. Additions of whole
+    numbers make no error, so after t picks a gain is off by t times the error of an inner product: its rounding to whole
+    units and that of the product itself, which is made in float32. A unit is twice the greatest inner product divided
+    by 2**19, or by 32,700. Up to hundreds of picks are proposed. Then float64 decides (`pool.Pool.confirm`), all at
+    once, where another row was within the bound. A wrong pick and those after it are undone. Scores start again from
+    float64 gains once that costs less than the decisions, which the growing bound multiplies.
+
+    `"dense"` computes all inner products once, for all bins that follow, and a pick costs about n additions. They have 4
+    bytes, or 2 with more than 8,192 rows, and are made in float64 where float32 errs by more than 20 units.
+    `"stream"` computes those of a pick when it is made, by a product of the float32 rows, which are stored by columns,
+    with the picked row. Memory is 4 n W bytes.
+
 `"candidates"` (`candidates.Candidates`, `proof.Proof`): a small matrix of the rows of greatest gain, from which hundreds
     of picks are made, and one float64 pass over all rows that proves them. If few are proved, an eighth of the rows
     becomes candidates that have such rounds among themselves, so that passes over all rows are seldom. Between the
     ends of a chunk of picks a gain stays near a straight line, to within twice the distance of the sum of the picks
     from its own line. Memory is of the order of the features. It is the fastest way where one pick hardly changes the
     order of the gains.
-`"stream"` (`scores.PassScores`): one product of the float32 rows, which are stored by columns, with twice the sum of the
-    picks since the gains were last exact. A gain is off by at most (W + 9) 2**-24 times the length of that sum, and by
-    the rounding of its distance from the greatest gain, then and now. Picks are confirmed like those of the matrix
-    (`pool.Pool.confirm`). Memory is 4 n W bytes.
 
 On a GPU (`device.DevicePicks`) "dense" from 4,096 rows on, with a float32 matrix of 4 n^2 bytes, and "stream" need no
 bound on the scores: 64 picks are made on the device as one CUDA graph, and then the float64 gains of all rows before each

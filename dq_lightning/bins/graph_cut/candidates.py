@@ -14,7 +14,7 @@ from torch import Tensor
 from dq_lightning.bins.graph_cut.costs import LEAST, SHARE, Costs
 from dq_lightning.bins.graph_cut.pool import Pool
 from dq_lightning.bins.graph_cut.proof import Proof
-from dq_lightning.bins.graph_cut.scores import MatrixScores, pick_in_turn
+from dq_lightning.bins.graph_cut.scores import Scores, pick_in_turn
 
 # No round picks more than this share of the candidates.
 _GREATEST_SHARE = 0.8
@@ -66,7 +66,7 @@ class Candidates:
         if many:
             cost = self._rounds(child, target, _PATIENCE * proving)
         else:
-            pick_in_turn(child, MatrixScores(child), target)
+            pick_in_turn(child, Scores(child, matrix=True), target)
             cost = costs.candidates(len(top), target)
         rows, values = child.rows, child.values
         picked = child.table.take(torch.from_numpy(rows))

@@ -48,7 +48,7 @@ class Costs:
         """One pick from the matrix of `rows` rows, which one thread makes, or a GPU if there are many rows."""
         if self.device != "cpu" and rows >= 1 << 12:
             return 2.8e-5 + rows * (1e-11 + self.wide * 4e-13)
-        return 4e-6 + rows * 3.5e-9
+        return 4e-6 + rows * 2.4e-9
 
     def check(self, rows: int) -> float:
         """One exact pass over the rows that proves a round of picks."""
@@ -76,8 +76,8 @@ class Costs:
         if self.device != "cpu":
             return 2.8e-5 + rows * (1e-11 + self.wide * 1.8e-12)
         if rows * self.wide <= CACHED:
-            return 5e-5 + rows * (1e-9 + self.wide * 1.3e-10)
-        return 5e-5 + rows * (1e-9 + self.wide * 3.5e-10 / self.threads)
+            return 7e-5 + rows * (1e-9 + self.wide * 1.5e-10)
+        return 7e-5 + rows * (1e-9 + self.wide * 3.5e-10 / self.threads)
 
     def passes(self, rows: int, sizes: Sequence[int]) -> float:
         """All picks of bins of these sizes by passes over the rows that are left, `rows` at first."""

@@ -8,6 +8,7 @@ made from float64 gains, by exact arithmetic if it has to be, and the next block
 """
 
 import logging
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -44,7 +45,8 @@ class DevicePicks:
     def __init__(self, pool: Pool, *, matrix: bool) -> None:
         assert isinstance(pool.table, Rows)
         self._pool, self._exact = pool, pool.table
-        self._single, self._scale = scaled_rows(pool)
+        self._single, lengths = scaled_rows(pool)
+        self._scale = math.prod(lengths) ** 2
         self.matrix: Tensor | None = _products(self._single) if matrix else None
         device = pool.vector.device
         self._scores = torch.zeros(len(pool), device=device)

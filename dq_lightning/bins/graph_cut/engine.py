@@ -14,7 +14,7 @@ from dq_lightning.bins.graph_cut.device import MATRIX_FROM, DevicePicks
 from dq_lightning.bins.graph_cut.exact import Array
 from dq_lightning.bins.graph_cut.group import ROUNDING, Group
 from dq_lightning.bins.graph_cut.pool import Pool
-from dq_lightning.bins.graph_cut.scores import MatrixScores, PassScores, holds_exactly, pick_in_turn
+from dq_lightning.bins.graph_cut.scores import Scores, entry_bytes, holds_exactly, pick_in_turn
 from dq_lightning.bins.plan import Room
 from dq_lightning.bins.prepare import Prepared
 from dq_lightning.bins.rows import Rows
@@ -71,7 +71,7 @@ class _Run:
         self._sum, self._sum_error = group.sum()
         rows = group.rows
         self._pool = Pool(group, rows, self._row.copy(), self._sum, 0.0)
-        self._scores: MatrixScores | PassScores | DevicePicks | None = None
+        self._scores: Scores | DevicePicks | None = None
         self._gains: list[Array] = []
         threads = max(1, rows.workers.count)
         self._costs = Costs(sum(rows.widths), rows.width, room.candidates, rows.device.type, threads)
@@ -131,12 +131,14 @@ class _Run:
         if not self._pool.alive.all():
             self._gains.append(self._pool.values)
             self._begin(self._pool.vector, self._pool.error)
-        picks_there = on_device(self._pool, MATRIX_FROM) and not holds_exactly(self._pool)
-        self._scores = DevicePicks(self._pool, matrix=True) if picks_there else MatrixScores(self._pool)
+        picks_there = on_device(self._pool, MATRIX_FROM) and not holds_exactly(self._pool, entry_bytes(self._pool))
+        self._scores = DevicePicks(self._pool, matrix=True) if picks_there else Scores(self._pool, matrix=True)
 
     def _use_passes(self) -> None:
         """Change over to passes for the rest of the bin."""
-        self._scores = DevicePicks(self._pool, matrix=False) if on_device(self._pool) else PassScores(self._pool)
+        self._scores = (
+            DevicePicks(self._pool, matrix=False) if on_device(self._pool) else Scores(self._pool, matrix=False)
+        )
 
     def _dense(self, picks: int) -> float:
         """Return the cost of the matrix and of the next `picks` picks from it, or infinity if it does not fit."""
@@ -157,7 +159,7 @@ class _Run:
         rows, picks = len(self._pool), sum(sizes)
         dense, passes = self._dense(picks), self._costs.passes(rows, sizes)
         if on_device(self._pool):
-            exact = holds_exactly(self._pool) and rows <= self._room.dense
+            exact = holds_exactly(self._pool, entry_bytes(self._pool)) and rows <= self._room.dense
             self._use_cheaper(0.0 if exact else dense, 0.9 * passes)
         elif min(dense, passes) <= (self._wasted if self._tried else 2.0 * picks * self._costs.steady(rows)):
             self._use_cheaper(dense, passes)

@@ -1,13 +1,4 @@
-"""Two ways to keep the gains of all rows up to date from pick to pick, each with a proved error bound.
-
-`MatrixScores` holds all inner products as whole numbers, so a pick subtracts one row of the matrix.
-`PassScores` holds single-precision rows, so a pick is one product of the rows with a vector.
-
-Both have `values`, the scores of all rows [n], which `start` computes from float64 gains. `picked` tells them of a pick,
-and whether its row has no sample left; `undo` takes the last picks back, after which `values` are right again once another
-pick was told. A row whose score is below `least(top)` has a smaller gain than the row of the greatest score `top`; if it is
-None, the scores have to start again. Rows that cannot be picked have a score near `dead`.
-"""
+"""Scores of all rows, in whole numbers that are brought up to date from pick to pick, within a proved error bound."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +9,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dq_lightning.bins.graph_cut.costs import CACHED
-from dq_lightning.bins.graph_cut.exact import Array
 from dq_lightning.bins.graph_cut.pool import Doubt, Pool
 from dq_lightning.bins.rows import Rows
 
@@ -31,10 +21,10 @@ WIDE = 1 << 13
 FULL = {4: 1 << 19, 2: 32700}
 # The product of matrices is made in float32 if its error is below this many units, and else in float64.
 _COARSE = 20.0
-# Scores start at 0 or below, but at least at the lowest one, and those of rows that cannot be picked at the dead one. They
-# start again before picks have changed any by more than `_REACH`. So scores above the floor, and no others, are right
-# within their bound.
-_DEAD, _LOWEST, _FLOOR, _REACH = -3 << 29, -2 << 29, -1 << 29, 1 << 29
+# Scores start at 0 or below, but at least at the lowest one. They start again before picks have changed any by more than
+# `_REACH`, so those above the floor are right within their bound, and the others are below it. `_GONE` takes the score
+# of a row that is above the floor below it for good; no score leaves the range of an int32.
+_LOWEST, _FLOOR, _REACH, _GONE = -2 << 29, -1 << 29, 1 << 29, 2 << 29
 # What it costs to decide between rows, for each of them, and to start again from float64 gains, in the time that float64
 # takes for one entry of a row, as measured.
 _DECIDING, _EACH, _STARTING = 20_000, 4, 1_000_000
@@ -44,142 +34,119 @@ _FIRST, _SHORT = 256, 16
 _TILE = {"cpu": 512, "cuda": 4096}
 
 
-class MatrixScores:
-    """Scores in whole numbers that are updated by a row of the matrix of inner products.
+class Scores:
+    """Scores of all rows of a pool: their gains as whole numbers of some unit, relative to the greatest at the start.
 
-    Additions of whole numbers make no error, so after t picks a score is off by at most the rounding of its start plus
-    t times the error of an entry: half a unit for the rounding, and that of the product. Scores are exact if the gains
-    are whole multiples of a unit that entries can be stored in.
+    A pick subtracts the inner products of its row with all rows, rounded to whole numbers. Additions of whole numbers make no
+    error, so after t picks a score is off by at most the rounding of its start plus t times the error of an inner product:
+    half a unit for the rounding, and that of the product. Scores are exact if the gains are whole multiples of a unit
+    that inner products can be stored in.
 
     Args:
-        pool: n rows; memory is 4 n^2 bytes up to 8,192 rows, and 2 n^2 with more.
+        pool: n rows of width W.
+        matrix: whether all inner products are computed at once, which takes 4 n^2 bytes up to 8,192 rows, and 2 n^2 with
+            more. Otherwise those of a pick are computed when it is made, from float32 rows that take 4 n W bytes.
+
+    Attributes:
+        matrix: inner products [n, n], or None.
+        values: int32 [n]; those of rows that cannot be picked are below all others.
+        margin: a row whose score is further than this below the greatest one has a smaller gain.
+        picks_left: number of picks after which scores have to start again.
     """
 
-    dead = _DEAD
-
-    def __init__(self, pool: Pool) -> None:
-        size = entry_bytes(pool)
-        error = FULL[size] * (pool.group.rows.depth + 8) * SINGLE
-        single = error < _COARSE
-        exact = holds_exactly(pool)
-        factors, scale = scaled_rows(pool, torch.float32 if single or exact else torch.float64, as_they_are=exact)
+    def __init__(self, pool: Pool, *, matrix: bool) -> None:
+        depth, size = pool.group.rows.depth, entry_bytes(pool)
+        if not matrix:
+            size = 4 if FULL[4] * (depth + 8) * SINGLE < _COARSE else 2
+        error = FULL[size] * (depth + 8) * SINGLE
+        single = error < _COARSE or not matrix
+        exact = holds_exactly(pool, size)
+        dtype = torch.float32 if single or exact else torch.float64
+        factors, lengths = scaled_rows(pool, dtype, as_they_are=exact, by_columns=not matrix)
+        scale = math.prod(lengths) ** 2
         # Products too small for float64 are all 0 in this unit.
         self._unit = pool.group.unit if exact else 2.0 * max(scale, 2.0**-1000) / FULL[size]
         self._start_error = 0.0 if exact else 1.0
-        self._step_error = 0.0 if exact else 0.5 + (error if single else error * 2.0**-28)
-        left = Rows((factors[0] * (2.0 * scale / self._unit), *factors[1:]))
-        self.matrix = _products(left, Rows(factors), pool, size)
-        self.values: NDArray[np.int32] = np.empty(0, dtype=np.int32)
-        self._most_picks = _REACH // FULL[size]
-        self._error = 0.0
-        # Scores of the rows picked since the start, each before its pick.
-        self._before: list[int] = []
+        # Entries of the matrix are rounded to the nearest whole number, others towards 0.
+        self._step_error = 0.0 if exact else (0.5 if matrix else 1.0) + (error if single else error * 2.0**-28)
+        self._most_picks = self.picks_left = max(1, int(_REACH / (FULL[size] + self._step_error + 1.0)))
+        self.values: NDArray[np.int32] = np.zeros(len(pool), dtype=np.int32)
+        self.margin = 0.0
+        # Whether each of the latest picks took the last sample of its row.
+        self._gone: list[bool] = []
+        self.matrix: NDArray[np.signedinteger] | None = None
+        if matrix:
+            left = Rows((factors[0] * (2.0 * scale / self._unit), *factors[1:]))
+            self.matrix = _products(left, Rows(factors), pool, size)
+            return
+        self._table, self._workers, rows = pool.table, pool.group.rows.workers, Rows(factors)
+        self._weights = [1.0 / length for length in lengths]
+        self._weights[0] *= 2.0 * scale / self._unit
+        # One thread passes over rows that its cache holds sooner than several do.
+        threads = 1 if len(pool) * sum(pool.group.rows.widths) <= CACHED else max(1, self._workers.count)
+        products = torch.empty(len(pool), 1, device=factors[0].device)
+        whole, step = torch.empty(len(pool), 1, dtype=torch.int32), -(-len(pool) // threads)
+        self._parts = [
+            (rows.span(*part), products[slice(*part)], whole[slice(*part)], self.values[slice(*part)])
+            for part in ((first, first + step) for first in range(0, len(pool), step))
+        ]
 
     def start(self, pool: Pool) -> None:
+        """Compute the scores from the float64 gains of a pool."""
         gains = pool.gains().cpu().numpy()
         whole = np.rint(np.maximum((gains - gains.max()) / self._unit, _LOWEST))
-        self.values = np.where(pool.alive, whole, _DEAD).astype(np.int32)
-        self._error = self._start_error + pool.bound() / self._unit
-        self._before.clear()
+        self.values[:] = np.where(pool.alive, whole, _LOWEST)
+        self.margin = 2.0 * (self._start_error + pool.bound() / self._unit)
+        # Where float64 itself cannot tell the rows apart, each pick is made from exact gains.
+        self.picks_left = self._most_picks if self.margin < -_FLOOR // 2 else 1
+        self._gone.clear()
 
-    def picked(self, row: int, gone: bool) -> None:
-        self._before.append(self.values.item(row))
-        self.values -= self.matrix[row]
-        if gone:
-            self.values[row] = _DEAD
+    def hide(self, row: int) -> None:
+        """Take the score of a row below all others."""
+        self.values[row] -= _GONE
+
+    def show(self, row: int) -> None:
+        """Take back that a row was hidden."""
+        self.values[row] += _GONE
+
+    def pick(self, row: int, gone: bool) -> None:
+        """Subtract what a pick costs; `gone` is whether its row, which is hidden, has no sample left."""
+        if not gone:
+            self.show(row)
+        self._gone.append(gone)
+        self.margin += 2.0 * self._step_error
+        self.picks_left -= 1
+        if self.matrix is not None:
+            self.values -= self.matrix[row]
+            return
+        factors = self._table.span(row, row + 1).factors
+        picked = Rows(tuple((part * weight).float() for part, weight in zip(factors, self._weights, strict=True)))
+        list(self._workers.map(lambda part: _subtract(picked, *part), self._parts))
 
     def undo(self, rows: list[int]) -> None:
+        """Take back the last picks, made of these rows, by the matrix."""
+        assert self.matrix is not None
         for row in reversed(rows):
             self.values += self.matrix[row]
-            self.values[row] = self._before.pop()
-
-    def least(self, top: float) -> float | None:
-        picks = len(self._before)
-        least = top - 2.0 * (self._error + picks * self._step_error)
-        return least if not picks or (picks < self._most_picks and least > _FLOOR) else None
+            self.margin -= 2.0 * self._step_error
+            self.picks_left += 1
+            if self._gone.pop():
+                self.show(row)
 
 
-class PassScores:
-    """Scores that are computed again after every pick: the exact gains of some moment, minus a pass over float32 rows.
-
-    Scores are float32 numbers, in units of the longest row's inner product with itself, and 0 is the greatest gain of that
-    moment. With p twice the sum of the picks since then, a score is off by three roundings and by the error of a float32
-    product of a row with p, however many picks p is the sum of.
-
-    Args:
-        pool: n rows of width W; memory is 4 n W bytes.
-    """
-
-    dead = -float("inf")
-
-    def __init__(self, pool: Pool) -> None:
-        # The product of a matrix that is stored by columns and one vector takes half the time.
-        self._factors, scale = scaled_rows(pool, by_columns=True)
-        # Products too small for float64 are all 0 in this unit.
-        self._unit = max(scale, 2.0**-1000)
-        self._twice = 2.0 * scale / self._unit
-        rows = pool.group.rows
-        # One thread passes over rows that its cache holds sooner than several do.
-        cached = len(pool) * sum(rows.widths) <= CACHED
-        step = len(pool) if cached else -(-len(pool) // max(1, rows.workers.count))
-        slices = [slice(first, first + step) for first in range(0, len(pool), step)]
-        self._parts = [(part, Rows(tuple(factor[part] for factor in self._factors))) for part in slices]
-        self._workers = rows.workers
-        self._relative = (rows.depth + 9) * SINGLE
-        self.values: NDArray[np.float32] = np.empty(0, dtype=np.float32)
-        self._start: NDArray[np.float32] = self.values
-        self._drift: Array = np.zeros(pool.vector.shape[1:])
-        self._error = 0.0
-        # Scores that the rows picked since the start had then.
-        self._before: list[float] = []
-
-    def start(self, pool: Pool) -> None:
-        gains = pool.gains().cpu().numpy()
-        self._start = ((gains - gains.max()) / self._unit).astype(np.float32)
-        self.values = self._start.copy()
-        self._drift[:] = 0.0
-        self._error = pool.bound() / self._unit
-        self._before.clear()
-
-    def picked(self, row: int, gone: bool) -> None:
-        self._before.append(self._start.item(row))
-        if gone:
-            self._start[row] = self.dead
-        self._drift += self._vector(row)
-        vector = torch.from_numpy(self._drift.astype(np.float32)[None]).to(self._factors[0].device)
-
-        def update(numbered: tuple[slice, Rows]) -> None:
-            part, rows = numbered
-            np.subtract(self._start[part], rows.against(vector)[:, 0].cpu().numpy(), out=self.values[part])
-
-        list(self._workers.map(update, self._parts))
-
-    def undo(self, rows: list[int]) -> None:
-        for row in reversed(rows):
-            self._drift -= self._vector(row)
-            self._start[row] = self._before.pop()
-
-    def least(self, top: float) -> float | None:
-        # The sum of float32 rows is off by the rounding of their entries. Rounded are a row's score at the start, which is
-        # at most its score now and the length of the drift together, and its score now.
-        drift = math.sqrt(float(np.vdot(self._drift, self._drift))) + len(self._before)
-        return top - 2.0 * (self._error + self._relative * drift + 2.0 * SINGLE * abs(top))
-
-    def _vector(self, row: int) -> Array:
-        """Return twice a row, float64 [D] or [C, D + 1]."""
-        rows = [np.array(factor[row].tolist()) for factor in self._factors]
-        return self._twice * (rows[0] if len(rows) == 1 else np.outer(*rows))
+def _subtract(picked: Rows, rows: Rows, products: Tensor, whole: Tensor, values: NDArray[np.int32]) -> None:
+    """Subtract from values [n] the inner products of n rows with the picked one, in memory given for them, [n, 1]."""
+    values -= whole.copy_(rows.inner(picked, out=products))[:, 0].numpy()
 
 
-def pick_in_turn(
-    pool: Pool, scores: MatrixScores | PassScores, count: int, tick: Callable[[int], object] = lambda count: None
-) -> None:
+def pick_in_turn(pool: Pool, scores: Scores, count: int, tick: Callable[[int], object] = lambda count: None) -> None:
     """Make `count` picks from all rows of a pool.
 
     The row of greatest score is proposed. Where other scores lie within the error bound of it, the proposal is doubtful,
     and all of them are noted. `Pool.confirm` decides about the doubtful ones of a block of proposals, and the scores go
-    back to the first wrong one. Blocks are longer the fewer are wrong. Once the decisions, which become more as the
-    bound grows, have cost as much as exact gains of all rows, scores start again from those.
+    back to the first wrong one; without a matrix they start again, which takes as long as a few picks. Blocks are longer
+    the fewer are wrong. Once the decisions, which become more as the bound grows, have cost as much as exact gains of
+    all rows, scores start again from those.
     """
     length, depth = _FIRST, pool.group.rows.depth
     while count > 0:
@@ -190,39 +157,44 @@ def pick_in_turn(
             if not rows:
                 break
             made = pool.confirm(rows, doubts).tolist()
-            wrong = [] if made == rows else rows[len(made) - 1 :]
-            if wrong:
-                scores.undo(wrong)
-                scores.picked(made[-1], not pool.alive[made[-1]])
-            length = max(_SHORT, length // 4) if wrong else 2 * length
-            budget -= sum(_DECIDING + _EACH * len(doubt.rows) * depth for doubt in doubts) + 2 * len(wrong) * len(pool)
             count -= len(made)
             tick(len(made))
+            wrong = [] if made == rows else rows[len(made) - 1 :]
+            length = max(_SHORT, length // 4) if wrong else 2 * length
+            if wrong and scores.matrix is None:
+                break
+            if wrong:
+                scores.undo(wrong)
+                scores.hide(made[-1])
+                scores.pick(made[-1], not pool.alive[made[-1]])
+            budget -= sum(_DECIDING + _EACH * len(doubt.rows) * depth for doubt in doubts) + 2 * len(wrong) * len(pool)
 
 
-def _propose(pool: Pool, scores: MatrixScores | PassScores, count: int) -> tuple[list[int], list[Doubt]]:
+def _propose(pool: Pool, scores: Scores, count: int) -> tuple[list[int], list[Doubt]]:
     """Return the rows of up to `count` proposed picks, none if the scores have to start again, and the doubtful ones."""
     rows: list[int] = []
     doubts: list[Doubt] = []
-    values, samples = scores.values, pool.samples
+    values, samples, alive = scores.values, pool.samples, pool.alive
     greatest, item = values.argmax, values.item
-    for step in range(count):
+    for step in range(min(count, scores.picks_left)):
         best = int(greatest())
         top = item(best)
-        if (least := scores.least(top)) is None:
+        least = math.floor(top - scores.margin)
+        # At the start the greatest score is 0.
+        if top < 0 and least <= _FLOOR:
             break
-        values[best] = scores.dead
-        doubtful = item(greatest()) >= least
-        values[best] = top
-        if doubtful:
+        scores.hide(best)
+        if item(greatest()) >= least:
             (near,) = (values >= least).nonzero()
+            near = np.append(near[alive[near]], best)
+            scores.show(best)
             equal = near[values[near] == top]
-            if len(equal) > 1:
-                best = int(equal[samples[equal].argmin()])
+            best = int(equal[samples[equal].argmin()])
+            scores.hide(best)
             if least < top:
                 doubts.append(Doubt(step, near, samples[near]))
         rows.append(best)
-        scores.picked(best, not pool.take(best))
+        scores.pick(best, not pool.take(best))
     return rows, doubts
 
 
@@ -231,9 +203,9 @@ def entry_bytes(pool: Pool) -> int:
     return 4 if len(pool) <= WIDE else 2
 
 
-def holds_exactly(pool: Pool) -> bool:
-    """Return whether the matrix holds twice the inner products exactly; float32 then computes them exactly, too."""
-    most = FULL[entry_bytes(pool)] * pool.group.unit
+def holds_exactly(pool: Pool, size: int) -> bool:
+    """Return whether entries of so many bytes hold twice the inner products exactly; float32 computes them exactly, too."""
+    most = FULL[size] * pool.group.unit
     return 0.0 < 2.0 * pool.group.longest**2 <= min(most, 2.0**24)
 
 
@@ -262,8 +234,8 @@ def _products(left: Rows, right: Rows, pool: Pool, size: int) -> NDArray[np.sign
 
 def scaled_rows(
     pool: Pool, dtype: torch.dtype = torch.float32, *, as_they_are: bool = False, by_columns: bool = False
-) -> tuple[tuple[Tensor, ...], float]:
-    """Return the factors of all rows, divided by their greatest lengths and rounded to a type, and what that divides.
+) -> tuple[tuple[Tensor, ...], list[float]]:
+    """Return the factors of all rows, divided by their greatest lengths and rounded to a type, and these lengths.
 
     Args:
         pool: the rows.
@@ -272,8 +244,7 @@ def scaled_rows(
         by_columns: whether the entries of a column are next to each other in memory, instead of those of a row.
 
     Returns:
-        Factors [n, width] of length at most 1, to within a rounding, and the number that inner products of these rows
-        have to be multiplied by.
+        Factors [n, width] of length at most 1, to within a rounding, and the numbers that they were divided by.
     """
     table, rows = pool.table, pool.group.rows
     ranges, total = table.ranges(), len(pool)
@@ -281,7 +252,7 @@ def scaled_rows(
     def lengths(ends: tuple[int, int]) -> Tensor:
         return torch.stack([torch.linalg.vector_norm(factor, dim=1).amax() for factor in table.span(*ends).factors])
 
-    longest = [1.0]
+    longest = [1.0] * len(rows.widths)
     if not as_they_are:
         longest = [
             length or 1.0 for length in torch.stack(list(rows.workers.map(lengths, ranges))).amax(dim=0).tolist()
@@ -295,4 +266,4 @@ def scaled_rows(
             factor[slice(*ends)] = values / length
 
     list(rows.workers.map(convert, ranges))
-    return factors, math.prod(longest) ** 2
+    return factors, longest
