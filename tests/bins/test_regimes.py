@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dq_lightning.bins.graph_cut import candidates, costs, device, engine, group, pool, proof, scores
 from dq_lightning.bins.make import make_bins
-from dq_lightning.core.errors import ConfigError
+from dq_lightning.core.errors import ConfigError, FeatureError
 from dq_lightning.core.records import Features
 from tests.bins.test_make import KINDS, assert_greedy, random_features
 from tests.full_count import examples
@@ -356,3 +356,9 @@ def test_the_gpu_gives_the_same_bins(similarity):
     ):
         assert torch.equal(first.assignment, second.assignment)
         assert torch.equal(first.rank, second.rank)
+
+
+def test_gains_beyond_float64_are_refused():
+    values = np.random.default_rng(0).standard_normal((20, 3))
+    with pytest.raises(FeatureError, match=r"lam=1e\+200 are too large for float64; lower lam"):
+        make_bins(values, num_bins=2, lam=1e200)

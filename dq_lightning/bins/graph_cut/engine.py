@@ -19,6 +19,7 @@ from dq_lightning.bins.plan import Room
 from dq_lightning.bins.prepare import Prepared
 from dq_lightning.bins.rows import Rows
 from dq_lightning.core.config import BinConfig
+from dq_lightning.core.errors import FeatureError
 
 
 def pick_group(
@@ -86,6 +87,11 @@ class _Run:
         """Make the picks of a bin of `sizes[0]` samples, followed by bins of the other sizes; return their gains."""
         group, norm = self.group, float(self._sum.norm())
         vector, error = group.lam * self._sum, group.lam * (self._sum_error + ROUNDING * norm)
+        if not math.isfinite(group.longest * float(vector.norm())):
+            raise FeatureError(
+                f"the gains of the graph cut with lam={group.lam:g} are too large for float64; "
+                "lower lam, or scale the features down"
+            )
         self._gains, self._latest = [], (0.0, 0.0)
         self._begin(vector, error)
         if self._engine == "auto":

@@ -179,7 +179,7 @@ def _propose(pool: Pool, scores: Scores, count: int) -> tuple[list[int], list[Do
     for step in range(min(count, scores.picks_left)):
         best = int(greatest())
         top = item(best)
-        least = math.floor(top - scores.margin)
+        least = math.floor(max(top - scores.margin, 2 * _LOWEST))
         # At the start the greatest score is 0.
         if top < 0 and least <= _FLOOR:
             break
