@@ -94,19 +94,20 @@ class _Run:
             )
         self._gains, self._latest = [], (0.0, 0.0)
         self._begin(vector, error)
-        if self._engine == "auto":
+        if self._scores is None and self._engine == "auto":
             self._begin_at_once(sizes)
-        elif self._engine == "dense":
+        elif self._scores is None and self._engine == "dense":
             self._use_matrix()
         elif self._engine == "stream":
             self._use_passes()
-        rounds = Candidates(self._pool, self._costs, self._room.rows)
+        rounds: Candidates | None = None
         while (left := sizes[0] - group.length) > 0:
             if isinstance(self._scores, DevicePicks):
                 self._scores.pick(left, self._tick)
             elif self._scores is not None:
                 pick_in_turn(self._pool, self._scores, left, self._tick)
             else:
+                rounds = rounds or Candidates(self._pool, self._costs, self._room.rows)
                 made, cost, rate = rounds.round(left)
                 self._tick(made)
                 if self._engine == "auto" and made < left:
@@ -119,7 +120,7 @@ class _Run:
 
     def _begin(self, vector: Tensor, error: float) -> None:
         """Begin a bin; the rows without a sample leave the pool, unless there is a matrix that they belong to."""
-        if self._has_matrix():
+        if self._scores is not None and self._scores.matrix is not None:
             self._pool.begin(vector, error)
             return
         self._scores = None
@@ -132,8 +133,6 @@ class _Run:
 
     def _use_matrix(self) -> None:
         """Change over to the matrix of the rows that are left."""
-        if self._has_matrix():
-            return
         if not self._pool.alive.all():
             self._gains.append(self._pool.values)
             self._begin(self._pool.vector, self._pool.error)
@@ -148,8 +147,6 @@ class _Run:
 
     def _dense(self, picks: int) -> float:
         """Return the cost of the matrix and of the next `picks` picks from it, or infinity if it does not fit."""
-        if self._has_matrix():
-            return 0.0
         rows = int(self._pool.alive.sum())
         if rows > self._room.dense:
             return float("inf")
@@ -201,9 +198,6 @@ class _Run:
             self._use_matrix()
         else:
             self._use_passes()
-
-    def _has_matrix(self) -> bool:
-        return getattr(self._scores, "matrix", None) is not None
 
 
 def on_device(pool: Pool, least: int = 0) -> bool:
