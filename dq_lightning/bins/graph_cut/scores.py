@@ -185,9 +185,10 @@ def _propose(pool: Pool, scores: Scores, count: int) -> tuple[list[int], list[Do
             break
         scores.hide(best)
         if item(greatest()) >= least:
-            (near,) = (values >= least).nonzero()
-            near = np.append(near[alive[near]], best)
             scores.show(best)
+            (near,) = (values >= least).nonzero()
+            if least <= _FLOOR:
+                near = near[alive[near]]
             equal = near[values[near] == top]
             best = int(equal[samples[equal].argmin()])
             scores.hide(best)
