@@ -223,10 +223,9 @@ def _products(left: Rows, right: Rows, pool: Pool, size: int) -> NDArray[np.sign
         for across in range(0, down + 1, tile):
             others = right.span(across, across + tile)
             product = mine.inner(others, out=space[:, : len(others)])
-            codes = whole[down : down + tile, across : across + tile]
-            np.rint(product.cpu().numpy(), out=codes, casting="unsafe")
+            codes = matrix[down : down + tile, across : across + tile].copy_(product.round_())
             if down != across:
-                matrix[across : across + tile, down : down + tile] = torch.from_numpy(codes).T
+                matrix[across : across + tile, down : down + tile] = codes.T
 
     # The last squares of rows take longest, so they come first.
     list(pool.group.rows.workers.map(fill, range(0, total, tile)[::-1]))
