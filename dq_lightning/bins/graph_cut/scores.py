@@ -37,10 +37,10 @@ _TILE = {"cpu": 512, "cuda": 4096}
 class Scores:
     """Scores of all rows of a pool: their gains as whole numbers of some unit, relative to the greatest at the start.
 
-    A pick subtracts the inner products of its row with all rows, rounded to whole numbers. Additions of whole numbers make no
-    error, so after t picks a score is off by at most the rounding of its start plus t times the error of an inner product:
-    half a unit for the rounding, and that of the product. Scores are exact if the gains are whole multiples of a unit
-    that inner products can be stored in.
+    A pick subtracts the inner products of its row with all rows, as whole numbers. Additions of whole numbers make no error,
+    so after t picks a score is off by at most the rounding of its start plus t times the error of an inner product: that
+    of the product itself, and half a unit for its rounding, or one unit without a matrix. Scores are exact if the
+    gains are whole multiples of a unit that inner products can be stored in.
 
     Args:
         pool: n rows of width W.
@@ -67,7 +67,7 @@ class Scores:
         # Products too small for float64 are all 0 in this unit.
         self._unit = pool.group.unit if exact else 2.0 * max(scale, 2.0**-1000) / FULL[size]
         self._start_error = 0.0 if exact else 1.0
-        # Entries of the matrix are rounded to the nearest whole number, others towards 0.
+        # Entries of the matrix are rounded to the nearest whole number, other products towards 0.
         self._step_error = 0.0 if exact else (0.5 if matrix else 1.0) + (error if single else error * 2.0**-28)
         self._most_picks = self.picks_left = max(1, int(_REACH / (FULL[size] + self._step_error + 1.0)))
         self.values: NDArray[np.int32] = np.zeros(len(pool), dtype=np.int32)
