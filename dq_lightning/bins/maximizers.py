@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from dq_lightning.bins.graph_cut.exact import Array
 from dq_lightning.bins.objectives import Objective
 from dq_lightning.core.config import Maximizer
+from dq_lightning.core.errors import FeatureError
 
 Picks = tuple[NDArray[np.int64], Array]
 
@@ -48,11 +49,23 @@ _NOISE = 2.0**-42
 
 
 def _first_best(gains: Array, noise: float) -> int:
-    return int(np.argmax(gains >= gains.max() - noise))
+    greatest = gains.max()
+    _refuse_overflow(greatest)
+    return int(np.argmax(gains >= greatest - noise))
 
 
 def _noise(gains: Array) -> float:
-    return _NOISE * float(np.abs(gains).max(initial=0.0))
+    noise = _NOISE * float(np.abs(gains).max(initial=0.0))
+    _refuse_overflow(noise)
+    return noise
+
+
+def _refuse_overflow(gain: float) -> None:
+    """Raise an error if a gain is infinite or no number, because no comparison with it would mean anything."""
+    if not math.isfinite(gain):
+        raise FeatureError(
+            "the gains are too large for float64 with these features, `lam` and `gamma`; scale the features down"
+        )
 
 
 def naive(search: Search) -> Picks:
@@ -85,6 +98,7 @@ def lazy(search: Search, beta: float = 1.0) -> Picks:
         while True:
             row = heapq.heappop(bounds)[1]
             gain = float(search.objective.gains(torch.tensor([row]))[0])
+            _refuse_overflow(gain)
             rest = -bounds[0][0] if bounds else -math.inf
             if beta < 1.0 and gain >= beta * rest > 0:
                 break

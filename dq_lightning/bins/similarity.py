@@ -7,9 +7,12 @@ from torch import Tensor
 
 from dq_lightning.bins.rows import Rows, StoredRows
 from dq_lightning.core.config import Similarity
+from dq_lightning.core.errors import FeatureError
 
 # Similarities are computed at most this many at a time, which take 8 MiB.
 _ENTRIES = 1 << 20
+# Sums of squares below this may have lost digits, because float64 has no full precision below 2**-1022.
+_SMALLEST = 2.0**-900
 
 
 class Similarities:
@@ -89,9 +92,20 @@ class Similarities:
 
 
 def default_gamma(rows: StoredRows) -> float:
-    """Return one over the mean squared distance of two rows, or 1 if all rows are equal."""
+    """Return one over the mean squared distance of two rows, or 1 if all rows are equal.
+
+    Raises:
+        FeatureError: the squares of the features are too small or too large for float64.
+    """
     total = max(1, len(rows))
     squares = sum(float((block.lengths() ** 2).sum()) for block in rows.blocks()) / total
     vector = torch.stack([block.sum() for block in rows.blocks()]).sum(dim=0) / total if len(rows) else torch.zeros(1)
+    if not _SMALLEST <= squares < float("inf") and any(
+        factor.any() for block in rows.blocks() for factor in block.factors
+    ):
+        raise FeatureError(
+            f"similarity 'rbf' squares the features, and the mean of their squares is {squares:g}, which float64 cannot hold; "
+            "scale them, or use similarity 'cosine'"
+        )
     spread = 2.0 * (squares - float((vector * vector).sum()))
-    return 1.0 / spread if spread > 0 else 1.0
+    return 1.0 / spread if spread > _SMALLEST * 2.0**-60 else 1.0

@@ -13,7 +13,7 @@ from dq_lightning.bins.graph_cut.workers import Workers
 from dq_lightning.bins.make import make_bins
 from dq_lightning.bins.prepare import as_factors, prepare
 from dq_lightning.core.config import BinConfig
-from dq_lightning.core.errors import ConfigError
+from dq_lightning.core.errors import ConfigError, FeatureError
 from dq_lightning.core.records import Features
 from tests.full_count import examples
 from tests.reference import objective_twin as twin
@@ -154,6 +154,21 @@ def test_radial_width_follows_the_data():
     assert torch.allclose(auto.gain, told.gain)
     scaled = make_bins(values * 1000, num_bins=2, similarity="rbf")
     assert torch.equal(auto.rank, scaled.rank)
+
+
+@pytest.mark.parametrize("maximizer", ["naive", "lazy", "stochastic", "approximate_lazy"])
+def test_what_float64_cannot_hold_is_refused(maximizer):
+    """These picked some samples twice, or searched for the greatest gain for ever."""
+    values = np.random.default_rng(0).standard_normal((24, 3))
+    with pytest.raises(FeatureError, match="similarity 'rbf' squares the features, and the mean of their squares is"):
+        make_bins(values * 1e-160, num_bins=3, similarity="rbf", maximizer=maximizer)
+    with pytest.raises(FeatureError, match="too large for float64"):
+        make_bins(np.abs(values) * 1e150, num_bins=3, similarity="dot", maximizer=maximizer, lam=1e200)
+    # All rows are equal here, and there is nothing to square.
+    assert (
+        make_bins(values * 0.0, num_bins=3, similarity="rbf", maximizer=maximizer).assignment.bincount().tolist()
+        == [8] * 3
+    )
 
 
 def test_what_does_not_fit_is_refused_before_it_is_allocated(monkeypatch):
