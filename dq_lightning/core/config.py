@@ -327,8 +327,8 @@ class QualityConfig(JsonFields):
         super().__post_init__()
         if not isinstance(self.score, str) or not self.score:
             raise ConfigError(
-                f'QualityConfig.score must be "margin", "none", an .npy file or a column, got {self.score!r}; pass an array as '
-                "scores="
+                'QualityConfig.score must be "margin", "none", an .npy file or a column, got '
+                f"{self.score!r:.60}; pass an array as scores="
             )
         if self.drop_worst != "auto":
             if isinstance(self.drop_worst, str):

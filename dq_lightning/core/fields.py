@@ -85,7 +85,9 @@ class JsonFields:
             if get_origin(hint) is Literal:
                 check_choice(type(self).__name__, name, value, hint)
             kinds = get_args(hint) or (hint,)
-            if isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", "") == "b":
+            if isinstance(value, bool) or (
+                getattr(getattr(value, "dtype", None), "kind", "") == "b" and value.ndim == 0
+            ):
                 object.__setattr__(self, name, bool(value))
             elif float in kinds and isinstance(value, Real):
                 object.__setattr__(self, name, float(value))

@@ -14,9 +14,10 @@ def whiten(embedding: Tensor) -> Tensor:
     The mean and the covariance are those of the whole set, as in Su et al. 2021, "Whitening Sentence Representations",
     section 3.2; they are summed in float64, a block of rows at a time. Directions in which the rows do not vary are
     left out, because scaling them would only amplify rounding errors. These are directions whose variance is at most
-    D eps^2 times the sum of the largest variance and the largest squared mean, where eps^2 is that of the embedding's
-    dtype, but at least the eps of float64. The sign of each component is chosen so that its largest weight is positive,
-    which makes the result unique. This takes O(N D^2 + D^3) time and O(D^2) memory besides the result.
+    D times max(eps^2, e) of the largest variance and max(eps^2, (1024 e)^2) of the largest squared mean, where eps is
+    that of the embedding's dtype and e that of float64. The sign of each component is chosen so that its largest
+    weight is positive, which makes the result unique. This takes O(N D^2 + D^3) time and O(D^2) memory besides the
+    result.
 
     Args:
         embedding: floating [N, D] with finite values.
@@ -35,9 +36,11 @@ def whiten(embedding: Tensor) -> Tensor:
     if not covariance.isfinite().all():
         raise FeatureError("whitening needs finite embeddings: some are NaN or infinite, or too large to be squared")
     variance, directions = torch.linalg.eigh(covariance)
-    # The first term covers the rounding of the stored values, the second that of the float64 sums over them.
-    step = max(torch.finfo(embedding.dtype).eps ** 2, torch.finfo(torch.float64).eps)
-    floor = step * embedding.shape[1] * (variance[-1].clamp(min=0) + mean.square().max())
+    # Stored values are rounded to eps of what they are. The rest is the rounding of the decomposition, and that of the
+    # mean, which rows are centred by before they are multiplied.
+    stored, double = torch.finfo(embedding.dtype).eps ** 2, torch.finfo(torch.float64).eps
+    spread, centre = variance[-1].clamp(min=0), mean.square().max()
+    floor = embedding.shape[1] * (max(stored, double) * spread + max(stored, (1024 * double) ** 2) * centre)
     kept = (variance > floor).nonzero().flatten().flip(0)
     if len(kept) == 0:
         return torch.zeros(len(embedding), 1, device=embedding.device)

@@ -52,6 +52,20 @@ def test_directions_without_variance_are_left_out(dtype):
     torch.testing.assert_close(made @ made.T, whiten(values) @ whiten(values).T, atol=1e-2, rtol=1e-2)
 
 
+def test_a_large_mean_of_one_column_hides_no_other():
+    """Such as a time in seconds beside an age, in float64."""
+    random = np.random.default_rng(0)
+    table = np.stack(
+        [1.7e9 + 1e5 * random.normal(size=500), 40 + 10 * random.normal(size=500), np.full(500, 1.7e9)], axis=1
+    )
+    made = whiten(torch.from_numpy(table)).double().numpy()
+    wanted = (table[:, :2] - table[:, :2].mean(axis=0)) @ np.linalg.inv(
+        np.linalg.cholesky(np.cov(table[:, :2].T, bias=True))
+    ).T
+    assert made.shape == (500, 2)
+    np.testing.assert_allclose(made @ made.T, wanted @ wanted.T, atol=1e-3)
+
+
 def test_fewer_rows_than_columns_and_equal_rows():
     assert whiten(torch.randn(5, 50)).shape == (5, 4)
     assert torch.equal(whiten(torch.randn(1, 6).repeat(9, 1)), torch.zeros(9, 1))
