@@ -1,12 +1,22 @@
 """Settings: validated when made, JSON both ways, short forms."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dq_lightning import BinConfig, FeatureConfig, PatchConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig
+from dq_lightning import (
+    BinConfig,
+    FeatureConfig,
+    PatchConfig,
+    QualityConfig,
+    QuantizeConfig,
+    QuantizedDataModule,
+    SelectionConfig,
+)
 from dq_lightning.core.config import PRESETS, as_config, with_short_forms
 from dq_lightning.core.errors import ConfigError
 
@@ -172,3 +182,25 @@ def test_settings_of_another_type_are_refused(kind, value, wanted):
     with pytest.raises(ConfigError, match=f"{next(iter(value))} must be {wanted}"):
         kind(**value)
     assert BinConfig(by_label=np.False_, num_bins=np.int8(3), lam=1).to_dict()["num_bins"] == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "argument"),
+    [
+        (FeatureConfig, "encoder", np.zeros((4, 2)), "encoder"),
+        (PatchConfig, "classifier", torch.nn.Linear(2, 2), "classifier"),
+        (PatchConfig, "reconstructor", lambda images: images, "reconstructor"),
+        (QualityConfig, "score", np.array([True, False]), "scores"),
+        (QualityConfig, "score", [0.5, 1.0], "scores"),
+    ],
+)
+def test_objects_in_place_of_strings_are_refused(kind, field, value, argument):
+    with pytest.raises(ConfigError, match=rf"{kind.__name__}.{field} must be a string, got .*; pass it as {argument}="):
+        kind(**{field: value})
+
+
+def test_a_path_is_a_string():
+    assert FeatureConfig(encoder=Path("features.npy")) == FeatureConfig(encoder=np.str_("features.npy"))
+    assert type(FeatureConfig(encoder=np.str_("features.npy")).encoder) is str
+    with pytest.raises(ConfigError, match=r"FeatureConfig\.weights must be a string or None, got 3$"):
+        FeatureConfig(weights=3)

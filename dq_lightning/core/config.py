@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from dq_lightning.core.errors import ConfigError
 from dq_lightning.core.fields import JsonFields, check_ratio
@@ -68,6 +68,8 @@ class PatchConfig(JsonFields):
     max_bytes: int | None = None
     least_ratio: float = 0.25
     saliency: Saliency = "gradcam"
+    _taken_elsewhere: ClassVar[dict[str, str]] = {"classifier": "classifier", "reconstructor": "reconstructor"}
+
     classifier: str = "auto"
     weights: str | None = None
     target: SaliencyTarget = "auto"
@@ -150,6 +152,8 @@ class FeatureConfig(JsonFields):
         >>> FeatureConfig(encoder="resnet18.a1_in1k", kind="gradient", selection_epochs=10).precision
         'auto'
     """
+
+    _taken_elsewhere: ClassVar[dict[str, str]] = {"encoder": "encoder"}
 
     encoder: str = "auto"
     weights: str | None = None
@@ -320,16 +324,14 @@ class QualityConfig(JsonFields):
         'margin'
     """
 
+    _taken_elsewhere: ClassVar[dict[str, str]] = {"score": "scores"}
+
     score: str = "margin"
     drop_worst: float | Literal["auto"] = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.score, str) or not self.score:
-            raise ConfigError(
-                'QualityConfig.score must be "margin", "none", an .npy file or a column, got '
-                f"{self.score!r:.60}; pass an array as scores="
-            )
+        self._require("score", bool(self.score), '"margin", "none", an .npy file or a column')
         if self.drop_worst != "auto":
             if isinstance(self.drop_worst, str):
                 raise ConfigError(f'QualityConfig.drop_worst must be a share or "auto", got {self.drop_worst!r}')

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import asdict
 from numbers import Integral, Real
+from os import PathLike
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
@@ -66,16 +67,24 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 # The types of plain fields, as errors name them.
-_KINDS: dict[type, str] = {bool: "True or False", int: "a whole number", float: "a number", NoneType: "None"}
+_KINDS: dict[type, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    NoneType: "None",
+}
 
 
 class JsonFields:
     """Base of nested frozen dataclasses that convert to and from JSON; unknown fields are errors."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    # Arguments of `quantize` and `QuantizedDataModule` that take what is no string, by the field that names it.
+    _taken_elsewhere: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
-        """Check choices, and convert numbers to the types of their fields, so that 1 and NumPy's 1 are the same setting.
+        """Check choices, and convert values to the types of their fields, so that 1 and NumPy's 1 are the same setting.
 
         Raises:
             ConfigError: a field of a Literal type has another value.
@@ -93,13 +102,15 @@ class JsonFields:
                 object.__setattr__(self, name, float(value))
             elif int in kinds and isinstance(value, Integral):
                 object.__setattr__(self, name, int(value))
+            elif str in kinds and isinstance(value, str | PathLike):
+                object.__setattr__(self, name, str(value))
             elif isinstance(value, list | tuple):
                 number: Any = int if tuple[int, ...] in kinds else float
                 object.__setattr__(self, name, tuple(number(v) if isinstance(v, Real) else v for v in value))
             self._check_kind(name, hint)
 
     def _check_kind(self, name: str, hint: Any) -> None:
-        """Raise ConfigError if a field of numbers or of true and false holds something else."""
+        """Raise ConfigError if a field of numbers, strings, or true and false holds something else."""
         value, kinds = getattr(self, name), set(get_args(hint) or (hint,))
         choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
         plain = {kind for kind in kinds if get_origin(kind) is not Literal}
@@ -108,7 +119,9 @@ class JsonFields:
         # True and False are whole numbers to Python.
         if type(value) not in plain:
             wanted = [_KINDS[kind] for kind in _KINDS if kind in plain and not (kind is int and float in plain)]
-            self._require(name, False, " or ".join([*map(repr, choices), *wanted]))
+            where = f"; pass it as {argument}=" if (argument := self._taken_elsewhere.get(name)) else ""
+            allowed, shown = " or ".join([*map(repr, choices), *wanted]), " ".join(repr(value).split())
+            raise ConfigError(f"{type(self).__name__}.{name} must be {allowed}, got {shown:.60}{where}")
 
     def _require(self, name: str, good: bool, allowed: str) -> None:
         """Raise ConfigError unless the value of a field is good; `allowed` completes "it must be ..."."""
