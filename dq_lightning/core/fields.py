@@ -119,14 +119,15 @@ class JsonFields:
         # True and False are whole numbers to Python.
         if type(value) not in plain:
             wanted = [_KINDS[kind] for kind in _KINDS if kind in plain and not (kind is int and float in plain)]
-            where = f"; pass it as {argument}=" if (argument := self._taken_elsewhere.get(name)) else ""
-            allowed, shown = " or ".join([*map(repr, choices), *wanted]), " ".join(repr(value).split())
-            raise ConfigError(f"{type(self).__name__}.{name} must be {allowed}, got {shown:.60}{where}")
+            self._require(name, False, " or ".join([*map(repr, choices), *wanted]))
 
     def _require(self, name: str, good: bool, allowed: str) -> None:
         """Raise ConfigError unless the value of a field is good; `allowed` completes "it must be ..."."""
         if not good:
-            raise ConfigError(f"{type(self).__name__}.{name} must be {allowed}, got {getattr(self, name)!r}")
+            value, argument = getattr(self, name), self._taken_elsewhere.get(name)
+            shown = " ".join(repr(value).split())
+            where = f"; pass it as {argument}=" if argument and not isinstance(value, str) else ""
+            raise ConfigError(f"{type(self).__name__}.{name} must be {allowed}, got {shown:.60}{where}")
 
     def _require_at_least(self, **smallest: int) -> None:
         """Raise ConfigError if a named field has a smaller value; a field whose default is None may be None."""

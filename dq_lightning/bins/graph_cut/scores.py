@@ -23,7 +23,7 @@ FULL = {4: 1 << 19, 2: 32700}
 _COARSE = 20.0
 # Scores start at 0 or below, but at least at the lowest one. They start again before picks have changed any by more than
 # `_REACH`, so those above the floor are right within their bound, and the others are below it. `_GONE` takes the score
-# of a row that is above the floor below it for good; no score leaves the range of an int32.
+# of a row that is above the floor below it for good. No score that is looked at leaves the range of an int32.
 _LOWEST, _FLOOR, _REACH, _GONE = -2 << 29, -1 << 29, 1 << 29, 2 << 29
 # What it costs to decide between rows, for each of them, and to start again from float64 gains, in the time that float64
 # takes for one entry of a row, as measured.
@@ -180,7 +180,7 @@ def _propose(pool: Pool, scores: Scores, count: int) -> tuple[list[int], list[Do
         best = int(greatest())
         top = item(best)
         least = math.floor(max(top - scores.margin, 2 * _LOWEST))
-        # At the start the greatest score is 0.
+        # Scores below the floor may be wrong, so they have to start again; the greatest is then 0.
         if top < 0 and least <= _FLOOR:
             break
         scores.hide(best)
