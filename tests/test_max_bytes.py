@@ -298,6 +298,49 @@ def test_images_with_boxes_are_not_scaled(tmp_path, features, fewer):
     assert sides[1:] == [None, None]
 
 
+def test_a_side_that_boxes_do_not_follow_is_told(tmp_path, features, caplog):
+    pictures = [image.resize((90, 80)) for image, _ in photos(12, None)]
+    encoding = EncodingConfig("jpeg", longest_side=45)
+    half = SelectionConfig(keep_ratio=0.5)
+    config = QuantizeConfig(encoding=encoding, store="packed", features=features(12), selection=half)
+    for target, told in ((1, False), ({"boxes": [[10, 10, 80, 70]], "labels": [1]}, True)):
+        caplog.clear()
+        made(tmp_path, [(picture, target) for picture in pictures], config)
+        assert ("they will no longer fit" in caplog.text) == told
+
+
+@pytest.mark.parametrize("max_bytes", [None, 90_000])
+def test_a_setting_that_changes_no_image_is_told(tmp_path, features, caplog, max_bytes):
+    kept = SelectionConfig(keep_ratio=0.5 if max_bytes is None else None)
+    encoding = EncodingConfig("webp") if max_bytes is None else EncodingConfig(quality=30)
+    config = QuantizeConfig(
+        encoding=encoding, max_bytes=max_bytes, store="packed", features=features(12), selection=kept
+    )
+    data = [(image, i % 2) for i, (image, _) in enumerate(photos(12, None))]
+    made(tmp_path, data, config)
+    assert "changes 8-bit grey and RGB images" not in caplog.text
+    info = made(tmp_path, [(image.convert("RGBA"), label) for image, label in data], config)
+    asked = "codec='webp'" if max_bytes is None else "quality=30"
+    assert f"encoding.{asked} changes 8-bit grey and RGB images alone" in caplog.text
+    assert "mode RGBA, 32 x 32 pixels" in caplog.text
+    image, _ = PackedDataset(info.path)[0]
+    assert image.tobytes() == data[int(load_selection(info.path).index[0])][0].convert("RGBA").tobytes()
+
+
+def test_what_is_advised_when_nothing_fits_is_what_would_help(tmp_path, features, fewer):
+    noise = np.random.default_rng(0).integers(0, 255, (12, 32, 32, 3), dtype=np.uint8)
+    data = [(Image.fromarray(pixels), 1) for pixels in noise]
+
+    def advice(**encoding):
+        config = QuantizeConfig(max_bytes=8_000, encoding=EncodingConfig(**encoding), features=features(12))
+        with pytest.raises(ConfigError) as error:
+            quantize(data, config, cache_dir=tmp_path, progress=False)
+        return str(error.value).partition("Raise it")[2]
+
+    assert advice() == ", or allow coarser images by an encoding.least_psnr below 26 dB"
+    assert advice(codec="keep") == ", or leave codec open"
+
+
 def test_rows_of_very_different_lengths_fill_the_budget(tmp_path, features):
     random = np.random.default_rng(5)
     lengths = np.minimum(60 * (1 + random.pareto(1.05, 1500)), 9_000).astype(int)

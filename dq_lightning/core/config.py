@@ -434,6 +434,13 @@ class EncodingConfig(JsonFields):
         """Whether the settings themselves, without a budget, ask for images to be encoded anew."""
         return self.codec in ("jpeg", "webp")
 
+    @property
+    def closed(self) -> tuple[str, ...]:
+        """Names of the settings that leave `max_bytes` no choice."""
+        defaults = EncodingConfig()
+        names = ("codec", "quality", "longest_side")
+        return tuple(name for name in names if getattr(self, name) != getattr(defaults, name))
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_at_least(longest_side=1)

@@ -286,8 +286,13 @@ def leaf_from_json(value: Any) -> Leaf:
     if not isinstance(value, dict) or not isinstance(value.get("kind"), str) or value["kind"] not in _KINDS:
         raise StoreError(f"store.json has an unknown column {value!r:.80}")
     hexadecimal = {name: _bytes_of(value, name) for name in ("shared", "properties")}
-    shape = plain_shape(value.get("shape", []))
-    leaf = Leaf(value["kind"], str(value.get("dtype", "")), shape, **hexadecimal, starts=_starts_of(value))
+    shape = value.get("shape", [])
+    if value["kind"] == "patches" and isinstance(shape, list):
+        # These are facts of an image and not the sizes of one array, so their product may be large.
+        shape = [plain_shape([fact])[0] for fact in shape]
+    else:
+        shape = plain_shape(shape)
+    leaf = Leaf(value["kind"], str(value.get("dtype", "")), tuple(shape), **hexadecimal, starts=_starts_of(value))
     if leaf.kind == FILE_KIND:
         file_facts(leaf.dtype)
     if leaf.kind in ("patches", STREAM_KIND):

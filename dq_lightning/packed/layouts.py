@@ -64,18 +64,28 @@ def layout_of_image(leaf: Any) -> tuple[str, str]:
         if leaf.ndim == 3 and leaf.shape[0] in (1, 3):
             return ("tensor", "RGB") if leaf.shape[0] == 3 else ("tensor_1hw", "L")
     raise StoreError(
-        f"patches cannot be kept of a {type(leaf).__module__}.{type(leaf).__qualname__}{_outline(leaf)}: deliver a Pillow "
+        f"patches cannot be kept of a {told_image(leaf)}: deliver a Pillow "
         'image of mode RGB or L (image.convert("RGB"); for a column of Hugging Face datasets '
         'dataset.cast_column(name, datasets.Image(mode="RGB"))), a uint8 array [H, W, 3] or [H, W], or a uint8 tensor '
         "[3, H, W] or [H, W], before it is normalised; or leave out drop_ratio="
     )
 
 
-def _outline(leaf: Any) -> str:
-    """Return mode, type and size of an image as text for error messages."""
+def is_grey_or_rgb(leaf: Any) -> bool:
+    """Return whether an image is of 8 bits, grey or RGB, so that codecs can hold it and its patches can be kept."""
+    try:
+        layout_of_image(leaf)
+    except StoreError:
+        return False
+    return True
+
+
+def told_image(leaf: Any) -> str:
+    """Return class, mode, type and size of an image as text for messages."""
+    kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}"
     if isinstance(leaf, Image.Image):
-        return f" (mode {leaf.mode}, {leaf.width} x {leaf.height} pixels)"
+        return f"{kind} (mode {leaf.mode}, {leaf.width} x {leaf.height} pixels)"
     if isinstance(leaf, Tensor | np.ndarray):
-        return f" ({leaf.dtype} {list(leaf.shape)})"
+        return f"{kind} ({leaf.dtype} {list(leaf.shape)})"
     undecoded = isinstance(leaf, dict) and leaf.keys() == {"bytes", "path"}
-    return " (an image of Hugging Face datasets that is not decoded)" if undecoded else ""
+    return f"{kind} (an image of Hugging Face datasets that is not decoded)" if undecoded else kind

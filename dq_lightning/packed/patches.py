@@ -37,7 +37,7 @@ from torch import Tensor
 from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import CHANNELS, PatchedImage, pack_mask, unpack_mask
 from dq_lightning.packed.images import decode_plain_jpeg
-from dq_lightning.packed.layouts import layout_of_image, leaf_of, pixels_of
+from dq_lightning.packed.layouts import leaf_of, pixels_of
 from dq_lightning.packed.patch_layout import (
     Layout,
     Mask,
@@ -92,15 +92,6 @@ def pack_image(
     if patched.num_kept == 0:
         return patched
     return replace(patched, data=_encode(pixels, mask.cpu().numpy(), patched, quality, subsampling))
-
-
-def can_keep_patches(leaf: Any) -> bool:
-    """Return whether `pack_image` supports this kind of image."""
-    try:
-        layout_of_image(leaf)
-    except StoreError:
-        return False
-    return True
 
 
 def unpack_image(patched: PatchedImage) -> tuple[Pixels, Mask]:

@@ -102,6 +102,7 @@ def plan_bytes(
     fixed_bytes: int = 0,
     num_samples: int | None = None,
     least_psnr: float = LEAST_PSNR,
+    closed: Sequence[str] = (),
 ) -> BytePlan:
     """Choose a setting and a number of samples for a budget, by the rule at the head of this file.
 
@@ -115,6 +116,7 @@ def plan_bytes(
         num_samples: fixed number of samples; then the best setting that fits is taken, even if its error is above the
             floor. None lets the rule choose.
         least_psnr: the floor, in dB.
+        closed: names of the settings that are fixed, which an error advises to leave open.
 
     Raises:
         ConfigError: not a single sample, or not the fixed number of samples, fits with any setting.
@@ -147,12 +149,14 @@ def plan_bytes(
         allowed = [setting.sample_bytes for setting in settings if num_samples is not None or setting.psnr >= floor]
         needed = math.ceil(fixed_bytes + least * min(allowed))
         asked = "one sample" if num_samples is None else f"the {num_samples:,} samples"
-        encoded = any(setting.codec != "keep" for setting in settings)
-        advice = ", or leave codec, quality and longest_side open" if encoded else ""
-        fewer = "" if num_samples is None else ", keep fewer samples"
+        advice = "" if num_samples is None else ", keep fewer samples"
+        if closed:
+            advice += f", or leave {' and '.join(closed)} open"
+        if min(setting.sample_bytes for setting in settings) < min(allowed):
+            advice += f", or allow coarser images by an encoding.least_psnr below {floor:g} dB"
         raise ConfigError(
             f"max_bytes={max_bytes:,} is too little for {asked}: at least about {needed:,} bytes are needed with the "
-            f"settings that may be chosen, {fixed_bytes:,} of them to describe the set. Raise it{fewer}{advice}"
+            f"settings that may be chosen, {fixed_bytes:,} of them to describe the set. Raise it{advice}"
         )
     return BytePlan(chosen, count_of(chosen), tuple((setting, count_of(setting)) for setting in ranked[1:]))
 

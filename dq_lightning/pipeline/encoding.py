@@ -5,30 +5,32 @@ one, and where it is no 8-bit grey or RGB image.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from dq_lightning.core.arrays import as_image
 from dq_lightning.core.config import EncodingConfig
-from dq_lightning.core.errors import StoreError
+from dq_lightning.core.console import get_logger
+from dq_lightning.core.errors import PatchError, SourceError, StoreError
 from dq_lightning.core.records import EncodedImage, StoredImage
 from dq_lightning.core.replicas import in_threads
 from dq_lightning.packed.images import MODE_BITS, gives_pixels, memory_bytes, raw_bytes_of
-from dq_lightning.packed.layouts import layout_of_image
+from dq_lightning.packed.layouts import is_grey_or_rgb, layout_of_image, told_image
 from dq_lightning.packed.lossy import SHARED_TABLES_SIDE, encode_lossy
 from dq_lightning.packed.values import BYTES_PER_PIXEL, encode_properties
 from dq_lightning.packed.whole_images import with_files
 from dq_lightning.packed.writer import Item
 from dq_lightning.pipeline.budget import ByteSetting
 from dq_lightning.pipeline.plan import Plan
-from dq_lightning.sources.items import at, plain_parts, with_value
+from dq_lightning.sources.items import Leaf, at, parts, plain_parts, with_value
 
 DEFAULT_QUALITY = 75
 NOTHING_KNOWN: Mapping[int, Item] = MappingProxyType({})
@@ -128,6 +130,57 @@ def described_setting(setting: ByteSetting, max_bytes: int | None = None) -> dic
     psnr = round(setting.psnr, 2) if math.isfinite(setting.psnr) else None
     facts = {"codec": setting.codec, "quality": setting.quality, "longest_side": setting.longest_side}
     return facts | {"psnr": psnr, "max_bytes": max_bytes}
+
+
+def warn_of_encoding(plan: Plan, samples: Sequence[Any]) -> None:
+    """Warn where encoding images anew, as the settings ask, would change none of a few samples, or make labels wrong."""
+    fixed = plan.config.encoding
+    if fixed.codec == "keep" or not fixed.closed or plan.patches is not None or not samples:
+        return
+    settings = ", ".join(f"{name}={getattr(fixed, name)!r}" for name in fixed.closed)
+    leaves = [at(sample, plan.source.image_leaf()) for sample in samples] if has_images(plan) else []
+    if not any(map(is_grey_or_rgb, leaves)):
+        seen = f" (such as a {told_image(leaves[0])})" if leaves else ""
+        get_logger().warning(
+            f"encoding.{settings} changes 8-bit grey and RGB images alone, and none of the {len(samples)} samples that were "
+            f"looked at has one{seen}: what is no such image is stored as it is"
+        )
+    elif fixed.longest_side is not None and any(holds_places(sample, plan.source.image_leaf()) for sample in samples):
+        get_logger().warning(
+            f"encoding.longest_side={fixed.longest_side} makes images smaller, and the samples hold arrays, lists or "
+            "images beside them, which stay as they are: if these are boxes, key points or masks in pixels, they will no "
+            "longer fit; leave longest_side out then"
+        )
+
+
+def has_images(plan: Plan) -> bool:
+    """Return whether the samples hold one image each, at a known place."""
+    if plan.source.modality != "image":
+        return False
+    try:
+        plan.source.image_leaf()
+    except (PatchError, SourceError):
+        return False
+    return True
+
+
+def holds_places(sample: Any, place: Leaf) -> bool:
+    """Whether a sample holds what may tell places in its image, such as boxes or a mask: an array, or a filled list or dict.
+
+    Such an image is not scaled, because these would no longer fit it.
+    """
+    for leaf, value in parts(sample):
+        if place[: len(leaf)] == leaf:
+            continue  # the image, or what it is in
+        if isinstance(value, Tensor | np.ndarray):
+            if math.prod(value.shape) > 1:
+                return True
+        elif isinstance(value, Mapping | list | tuple):
+            if len(value):
+                return True
+        elif isinstance(value, Image.Image):
+            return True
+    return False
 
 
 def encode_leaf(leaf: Any, encoded: EncodedImage | None, setting: ByteSetting) -> StoredImage | None:

@@ -83,6 +83,7 @@ def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
                 fixed_bytes=beside,
                 num_samples=fixed,
                 least_psnr=plan.config.encoding.least_psnr,
+                closed=plan.config.encoding.closed,
             )
             at = settings.index(byte_plan.setting)
             if at in measured:

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from dq_lightning.core.arrays import as_image
 from dq_lightning.core.config import EncodingConfig, PatchConfig
-from dq_lightning.core.errors import ConfigError, PatchError, SourceError, StoreError
+from dq_lightning.core.errors import ConfigError, StoreError
 from dq_lightning.core.records import EncodedImage, PatchedImage, StoredImage
 from dq_lightning.packed.file_stream import shared_starts, write_file
 from dq_lightning.packed.layouts import pixels_of
@@ -26,12 +25,20 @@ from dq_lightning.packed.values import encode_value
 from dq_lightning.packed.whole_images import decode_file
 from dq_lightning.packed.writer import LOOK_AHEAD_SAMPLES, STORE_FILE, Item, write_packed
 from dq_lightning.pipeline.budget import JPEG_BONUS, ByteSetting, told_setting
-from dq_lightning.pipeline.encoding import encode_items, encode_leaf, encoded_items, read_item, reduced
+from dq_lightning.pipeline.encoding import (
+    encode_items,
+    encode_leaf,
+    encoded_items,
+    has_images,
+    holds_places,
+    read_item,
+    reduced,
+)
 from dq_lightning.pipeline.patch_bytes import owner_bytes
 from dq_lightning.pipeline.patch_frontier import PatchTrial
 from dq_lightning.pipeline.patch_plan import PatchPlan, make_patch_plan
 from dq_lightning.pipeline.plan import Plan
-from dq_lightning.sources.items import Leaf, at, evenly_spaced, parts, plain_parts
+from dq_lightning.sources.items import at, evenly_spaced, plain_parts
 from dq_lightning.sources.skipping import readable_items
 
 SMALL_SIDE = 64
@@ -133,7 +140,7 @@ class Frontier:
         self._pixels = [pixels_of(leaf)[2] for leaf, _ in self._images]
         codecs = ("jpeg", "webp") if self._fixed.codec == "auto" else (self._fixed.codec,)
         scales = self._fixed.longest_side is None and not any(
-            _has_places(plain_parts(plan.source.plain(i)), plan.source.image_leaf())
+            holds_places(plain_parts(plan.source.plain(i)), plan.source.image_leaf())
             for i in (self._few[:PLACES_LOOKED_FOR] if self._images else ())
         )
         for side in _sides(self._fixed, self._size, self._images) if scales else [self._fixed.longest_side]:
@@ -433,24 +440,14 @@ def sizes_without_images(plan: Plan) -> dict[int, int] | None:
 
     Of more than 100,000 samples only so many are read.
     """
-    if _has_images(plan):
+    if has_images(plan):
         return None
     read = readable_items(plan.source, evenly_spaced(len(plan.source), MEASURED_ROWS))
     return {position: len(encode_value(plain_parts(sample))) for position, sample in read}
 
 
-def _has_images(plan: Plan) -> bool:
-    if plan.source.modality != "image":
-        return False
-    try:
-        plan.source.image_leaf()
-    except (PatchError, SourceError):
-        return False
-    return True
-
-
 def _size_name(plan: Plan) -> str:
-    if not _has_images(plan):
+    if not has_images(plan):
         return "small"
     for _, sample in readable_items(plan.source, _positions(plan, SIZED)):
         leaf = at(plain_parts(sample), plan.source.image_leaf())
@@ -468,7 +465,7 @@ def _positions(plan: Plan, count: int) -> list[int]:
 def _images(plan: Plan, positions: Sequence[int]) -> list[tuple[Any, EncodedImage | None]]:
     """Return those images that a codec can hold, with their own files."""
     found: list[tuple[Any, EncodedImage | None]] = []
-    if not _has_images(plan):
+    if not has_images(plan):
         return found
     for position, sample in readable_items(plan.source, positions):
         leaf = at(plain_parts(sample), plan.source.image_leaf())
@@ -486,25 +483,6 @@ def _sides(fixed: EncodingConfig, size: str, found: Sequence[tuple[Any, EncodedI
         return [fixed.longest_side]
     longest = sorted(max(pixels_of(leaf)[2].shape[:2]) for leaf, _ in found)[len(found) // 2]
     return [None, *(round(share * longest) for share in SIDE_SHARES)]
-
-
-def _has_places(sample: Any, place: Leaf) -> bool:
-    """Whether a sample holds what may tell places in its image, such as boxes or a mask: an array, or a filled list or dict.
-
-    Such an image is not scaled, because these would no longer fit it.
-    """
-    for leaf, value in parts(sample):
-        if place[: len(leaf)] == leaf:
-            continue  # the image, or what it is in
-        if isinstance(value, Tensor | np.ndarray):
-            if math.prod(value.shape) > 1:
-                return True
-        elif isinstance(value, Mapping | list | tuple):
-            if len(value):
-                return True
-        elif isinstance(value, Image.Image):
-            return True
-    return False
 
 
 def _how(setting: ByteSetting) -> _How:

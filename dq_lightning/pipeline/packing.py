@@ -34,7 +34,13 @@ from dq_lightning.packed.writer import (
 )
 from dq_lightning.pipeline.budget import ByteSetting
 from dq_lightning.pipeline.compact import write_description
-from dq_lightning.pipeline.encoding import NOTHING_KNOWN, described_setting, encoded_items, fixed_setting
+from dq_lightning.pipeline.encoding import (
+    NOTHING_KNOWN,
+    described_setting,
+    encoded_items,
+    fixed_setting,
+    warn_of_encoding,
+)
 from dq_lightning.pipeline.patch_bytes import PatchFacts, measure_bytes
 from dq_lightning.pipeline.patching import (
     choose,
@@ -242,6 +248,7 @@ def check_storable(plan: Plan, finisher: Any = None) -> None:
                 problems.append(error)
         positions.append(position)
         items.append(item)
+    warn_of_encoding(plan, [sample for sample, _ in items])
     # Images of other modes than RGB and L stay whole, but not all of them, and none that is filled on the device.
     fills_late = plan.patches is not None and plan.patches.config.reconstruct == "batch"
     if problems and (fills_late or len(problems) == len(items)):

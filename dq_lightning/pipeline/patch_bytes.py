@@ -14,7 +14,7 @@ from torch import Tensor
 from dq_lightning.core.arrays import as_image
 from dq_lightning.core.errors import SourceError
 from dq_lightning.core.records import PatchChoice, Selection, StoreInfo
-from dq_lightning.packed.patches import can_keep_patches
+from dq_lightning.packed.layouts import is_grey_or_rgb
 from dq_lightning.packed.values import encode_properties
 from dq_lightning.pipeline.patching import patches_of, whole_bytes
 from dq_lightning.pipeline.plan import Plan
@@ -57,7 +57,7 @@ def measure_bytes(plan: Plan, selection: Selection, choice: PatchChoice) -> Patc
     unpatched = 0
     for position in tried:
         leaf = at(plan.source.plain(position), place)
-        if can_keep_patches(leaf):
+        if is_grey_or_rgb(leaf):
             unpatched += plain_bytes(leaf, patches.codec, patches.config.quality)
         else:
             unpatched += whole_bytes(plan, position, leaf)

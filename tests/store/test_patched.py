@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dq_lightning.core.arrays import MAX_ELEMENTS
 from dq_lightning.core.errors import DQError, StoreError
 from dq_lightning.core.grid import pixel_mask
 from dq_lightning.core.records import MAX_PIXELS, Grid, PatchedImage, pack_mask
@@ -220,6 +221,16 @@ def test_alike_raw_patches_are_a_column_and_others_a_value(tmp_path: Path) -> No
         payload = sum(len(item.mask) + len(item.data) for item, _ in items)
         assert (folder / "values.bin").stat().st_size <= payload + 6 * len(items)
         assert list(PackedDataset(folder, patches="packed")) == items
+
+
+def test_raw_patches_of_large_photos_come_back(tmp_path: Path) -> None:
+    """Height x width x side of a patch x bytes is beyond the number of elements that an array may have."""
+    pixels = np.broadcast_to(np.arange(2400, dtype=np.uint8)[:, None, None], (2400, 2000, 3))
+    image = pack_image(np.ascontiguousarray(pixels), some_mask(2400, 2000, 100, 300), 100, "raw")
+    assert 2400 * 2000 * 100 * len(image.data) > MAX_ELEMENTS
+    folder = pack(tmp_path / "s", [image, image])
+    assert (folder / "column-0.npy").exists()
+    assert list(PackedDataset(folder, patches="packed")) == [image, image]
 
 
 @pytest.mark.parametrize("codec", ["raw", "png", "jpeg", "webp"])
