@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dq_lightning.bins.curve import gain_curve
 from dq_lightning.core.devices import DeviceNames
 from dq_lightning.core.records import Bins, Features
 from dq_lightning.loading.steps import steps_per_epoch
@@ -209,6 +208,24 @@ def _sheets(material: Material, samples: Samples) -> Sheets | str:
     ]
     why = NO_DATASET if material.source is None else None if has_bins or numbers[0] == -1 else str(bins)
     return Sheets(tuple(sheets), len(chosen), max(count, 1), _draws_by_scores(material), why)
+
+
+def gain_curve(bins: Bins) -> Tensor:
+    """Compute the mean gain over the groups at every rank of every bin.
+
+    Args:
+        bins: bins of N samples; those that were left out of the bins do not count.
+
+    Returns:
+        float64 [num_bins, size of the largest bin]; NaN where no group has a sample of that rank.
+    """
+    inside = bins.assignment >= 0
+    rank = bins.rank[inside].long()
+    length = int(rank.max()) + 1 if len(rank) else 0
+    cell = bins.assignment[inside].long() * length + rank
+    total = torch.zeros(bins.num_bins * length, dtype=torch.float64).index_add_(0, cell, bins.gain[inside].double())
+    count = torch.bincount(cell, minlength=bins.num_bins * length)
+    return (total / count).reshape(bins.num_bins, length)
 
 
 def gain_by_bin(bins: Bins | str) -> GainCurve | str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dq_lightning import Bins, QuantizedDataModule, as_source, load_selection, quantize
+from dq_lightning import Bins, QuantizedDataModule, as_source, load_selection, make_bins, quantize
 from dq_lightning.bins.duplicates import find_duplicates, near_pairs
 from dq_lightning.cli import main
 from dq_lightning.core.errors import ConfigError, StoreError
@@ -31,7 +31,7 @@ from dq_lightning.pipeline.plan import (
 from dq_lightning.pipeline.wanted import want
 from dq_lightning.report.again import changed_settings
 from dq_lightning.report.charts import curve_chart
-from dq_lightning.report.gather import gain_by_bin, gather
+from dq_lightning.report.gather import gain_by_bin, gain_curve, gather
 from dq_lightning.report.make import report_of_set
 from dq_lightning.report.material import collect, material_of_set
 from dq_lightning.report.samples import PICTURE_BYTES, SPRITE_BYTES, as_address, as_sprite
@@ -398,6 +398,20 @@ def test_suspects_that_are_kept_after_all_do_not_hide_the_bins(tmp_path):
     page = Page(data.report(tmp_path))
     assert {point[1] for point in page.points()["points"]} == {"kept"}
     assert "What each pick added" in page.text["gain"]
+
+
+def test_gain_curve_is_the_mean_over_groups():
+    random = np.random.default_rng(3)
+    blob = random.permutation(np.repeat(np.arange(5), 40))
+    bins = make_bins(np.eye(5)[blob] * 10 + 0.1 * random.standard_normal((200, 5)), num_bins=3, labels=blob)
+    curve = gain_curve(bins)
+    assert curve.shape == (3, 14)
+    for number, rank in [(0, 0), (1, 5), (2, 12)]:
+        chosen = (bins.assignment == number) & (bins.rank == rank)
+        assert float(curve[number, rank]) == pytest.approx(float(bins.gain[chosen].double().mean()))
+    # 40 samples in 3 bins: 14, 13, 13
+    assert torch.isnan(curve[2, 13])
+    assert bool((curve[0].diff() < 0).all())
 
 
 def test_pictures_and_curves_have_a_bounded_size():

@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -38,10 +37,6 @@ class ExactSum:
         low = (rows - high).add_(self._magic[1]).sub_(self._magic[1])
         self.high += sign * high.sum(dim=0).cpu().numpy()
         self.low += sign * low.sum(dim=0).cpu().numpy()
-
-    def rounded(self) -> Tensor:
-        """Return the sum rounded to one float64 vector [W]."""
-        return torch.from_numpy(self.high + self.low)
 
 
 def two_product(left: Array, right: Array | float) -> tuple[Array, Array]:

@@ -1,4 +1,3 @@
-import xml.etree.ElementTree as ElementTree
 from functools import partial
 
 import numpy as np
@@ -6,7 +5,6 @@ import pytest
 import torch
 
 from dq_lightning.bins import make
-from dq_lightning.bins.curve import draw_gain_curve, gain_curve
 from dq_lightning.bins.duplicates import find_duplicates
 from dq_lightning.bins.make import make_bins
 from dq_lightning.core.errors import ConfigError, DQError, FeatureError
@@ -55,25 +53,6 @@ def test_equal_rows_make_one_cluster():
 def test_clusters_need_plain_embeddings():
     with pytest.raises(ConfigError, match="labels="):
         make_bins(Features(torch.ones(6, 2), torch.ones(6, 2)), clusters=2)
-
-
-def test_gain_curve_is_the_mean_over_groups():
-    values, blob = far_blobs(3)
-    bins = make_bins(values, num_bins=3, labels=blob)
-    curve = gain_curve(bins)
-    assert curve.shape == (3, 14)
-    for number, rank in [(0, 0), (1, 5), (2, 12)]:
-        chosen = (bins.assignment == number) & (bins.rank == rank)
-        assert float(curve[number, rank]) == pytest.approx(float(bins.gain[chosen].double().mean()))
-    # 40 samples in 3 bins: 14, 13, 13
-    assert torch.isnan(curve[2, 13])
-    assert bool((curve[0].diff() < 0).all())
-
-
-def test_the_picture_is_valid_and_has_a_line_for_each_bin():
-    bins = make_bins(far_blobs()[0], num_bins=6)
-    picture = ElementTree.fromstring(draw_gain_curve(bins))
-    assert len(picture.findall("{http://www.w3.org/2000/svg}polyline")) == 6
 
 
 def test_progress_counts_every_pick(monkeypatch):
