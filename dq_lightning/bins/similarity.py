@@ -28,7 +28,7 @@ class Similarities:
         self.rows = rows
         self.kind = kind
         self.gamma = gamma
-        self._squares: Tensor | None = None
+        self._origin = _first_row(rows) if kind == "rbf" else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -81,6 +81,7 @@ class Similarities:
         return any(bool((factor < 0).any()) for block in self.rows.blocks() for factor in block.factors)
 
     def _between(self, left: Rows, right: Rows) -> Tensor:
+        left, right = _apart(left, self._origin), _apart(right, self._origin)
         product = left.inner(right)
         if self.kind == "cosine":
             return product.mul_(0.5).add_(0.5)
@@ -91,21 +92,31 @@ class Similarities:
         return torch.exp(-self.gamma * (squares - 2.0 * product).clamp_(min=0.0))
 
 
+def _first_row(rows: StoredRows) -> Tensor | None:
+    """Return the first row if rows have one factor, [1, D], and None otherwise."""
+    return rows.take(torch.zeros(1, dtype=torch.int64)).factors[0] if len(rows.widths) == 1 and len(rows) else None
+
+
+def _apart(rows: Rows, origin: Tensor | None) -> Rows:
+    """Return rows minus a row that is given, because distances that are small beside the lengths would be lost."""
+    return rows if origin is None else Rows((rows.factors[0] - origin,))
+
+
 def default_gamma(rows: StoredRows) -> float:
     """Return one over the mean squared distance of two rows, or 1 if all rows are equal.
 
     Raises:
-        FeatureError: the squares of the features are too small or too large for float64.
+        FeatureError: the squared distances are too small or too large for float64.
     """
-    total = max(1, len(rows))
-    squares = sum(float((block.lengths() ** 2).sum()) for block in rows.blocks()) / total
-    vector = torch.stack([block.sum() for block in rows.blocks()]).sum(dim=0) / total if len(rows) else torch.zeros(1)
-    if not _SMALLEST <= squares < float("inf") and any(
-        factor.any() for block in rows.blocks() for factor in block.factors
-    ):
+    origin, squares, vector, is_zero = _first_row(rows), 0.0, torch.zeros(()), True
+    for block in (_apart(block, origin) for block in rows.blocks()):
+        squares += float((block.lengths() ** 2).sum()) / len(rows)
+        vector = vector + block.sum() / len(rows)
+        is_zero = is_zero and not any(factor.any() for factor in block.factors)
+    if not is_zero and not _SMALLEST <= squares < float("inf"):
         raise FeatureError(
-            f"similarity 'rbf' squares the features, and the mean of their squares is {squares:g}, which float64 cannot hold; "
-            "scale them, or use similarity 'cosine'"
+            f"similarity 'rbf' squares the distances of features, and the mean of these squares is {squares:g}, which "
+            "float64 cannot hold; scale the features, or use similarity 'cosine'"
         )
     spread = 2.0 * (squares - float((vector * vector).sum()))
     return 1.0 / spread if spread > _SMALLEST * 2.0**-60 else 1.0

@@ -46,6 +46,8 @@ SCORES_VERSION = 2
 DUPLICATES_VERSION = 2
 # Picks with a `lam` above this are those of float64 since version 2.
 LARGE_LAM, LARGE_LAM_VERSION = 1e4, 2
+# Distances that are small beside the lengths of the features count for similarity "rbf" since version 2.
+DISTANCES_VERSION = 2
 # Whitening keeps what varies little beside a large mean since version 2.
 WHITEN_VERSION = 2
 # Classes that are split into clusters have their shares since version 2.
@@ -384,6 +386,8 @@ def _parts_of_choice(plan: Plan, data: dict[str, Any], identities: dict[str, str
         bins["scores_version"] = SCORES_VERSION
     if config.features.whiten:
         bins["whiten_version"] = WHITEN_VERSION
+    if config.bins.similarity == "rbf":
+        bins["distances_version"] = DISTANCES_VERSION
     if config.bins.lam > LARGE_LAM:
         bins["large_lam_version"] = LARGE_LAM_VERSION
     if config.bins.deduplicate is not None:

@@ -156,11 +156,22 @@ def test_radial_width_follows_the_data():
     assert torch.equal(auto.rank, scaled.rank)
 
 
+@pytest.mark.parametrize("gamma", [None, 0.5])
+def test_distances_beside_a_large_mean_are_kept(gamma):
+    """Whole numbers are added to a large one without rounding, so that all distances stay as they are."""
+    values = np.random.default_rng(1).integers(-40, 40, (60, 4)).astype(float) / 32
+    near = make_bins(values, num_bins=3, similarity="rbf", gamma=gamma)
+    far = make_bins(values + 2.0**40, num_bins=3, similarity="rbf", gamma=gamma)
+    assert torch.equal(near.assignment, far.assignment)
+    assert torch.equal(near.rank, far.rank)
+    assert torch.equal(near.gain, far.gain)
+
+
 @pytest.mark.parametrize("maximizer", ["naive", "lazy", "stochastic", "approximate_lazy"])
 def test_what_float64_cannot_hold_is_refused(maximizer):
     """These picked some samples twice, or searched for the greatest gain for ever."""
     values = np.random.default_rng(0).standard_normal((24, 3))
-    with pytest.raises(FeatureError, match="similarity 'rbf' squares the features, and the mean of their squares is"):
+    with pytest.raises(FeatureError, match="similarity 'rbf' squares the distances of features, and the mean"):
         make_bins(values * 1e-160, num_bins=3, similarity="rbf", maximizer=maximizer)
     with pytest.raises(FeatureError, match="too large for float64"):
         make_bins(np.abs(values) * 1e150, num_bins=3, similarity="dot", maximizer=maximizer, lam=1e200)
