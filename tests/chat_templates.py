@@ -122,7 +122,24 @@ PLAIN = (
     "{% for message in messages %}{{ '### ' + message.role + ':\n' + message.content + '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
 )
+# the end of a text follows where the template does not ask for an answer
+CLOSED = CHATML.replace("{% endif %}", "{% else %}{{ '</s>' }}{% endif %}")
+# the last answer of a conversation ends otherwise than earlier ones, unless the template asks for another
+RETURNED = CHATML.replace(
+    "'<|im_end|>' + '\n'", "('</s>' if loop.last and not add_generation_prompt else '<|im_end|>')"
+)
+# an answer without reasoning has empty marks of reasoning in front, and the model is asked to think
+UNTHINKING = CHATML.replace(
+    "message.content +", "('<think></think>' if message.role == 'assistant' else '') + message.content +"
+).replace("'<|im_start|>assistant\n' }}", "'<|im_start|>assistant\n<think>\n' }}")
+# no heading is asked for behind an answer, but one is written
+UNASKED = (
+    "{% for message in messages %}{{ message.role + ': ' + message.content }}{% if not loop.last %}{{ '\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt and messages[-1].role != 'assistant' %}{{ '\nassistant:' }}{% endif %}"
+)
 TEMPLATES = {
+    "closed": CLOSED,
+    "returned": RETURNED,
     "chatml": CHATML,
     "llama3": LLAMA3,
     "qwen3": QWEN3,
@@ -133,6 +150,8 @@ TEMPLATES = {
 }
 # what ends a turn in each of them
 ENDINGS = {
+    "closed": "</s>",
+    "returned": "</s>",
     "chatml": "<|im_end|>",
     "llama3": "<|eot_id|>",
     "qwen3": "<|im_end|>",

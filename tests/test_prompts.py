@@ -224,3 +224,27 @@ def test_an_optional_column_is_read_wherever_a_row_has_it():
     template = choose_template(["instruction", "output"])
     assert template.embedded_text({"instruction": "a", "output": "b"}) == "a\nb"
     assert template.embedded_text(row()) == "Add.\n2 and 3\n5"
+
+
+def test_a_column_system_prompt_is_the_systems_text():
+    system = {"system_prompt": "Be brief."}
+    rows = [
+        {"instruction": "a", "output": "b"},
+        {"prompt": "a", "response": "b"},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    ]
+    for row in rows:
+        template = choose_template([*row, *system])
+        assert template.messages(row | system)[0] == {"role": "system", "content": "Be brief."}
+        assert "system_prompt" in template.all_columns
+        assert "system" not in template.all_columns
+        assert "Be brief." in template.prompt_and_response(row | system)[0]
+        # a column system comes first
+        both = choose_template([*row, *system, "system"])
+        assert both.messages(row | system | {"system": "Go on."})[0]["content"] == "Go on."
+
+
+def test_speakers_are_known_in_any_case():
+    row = {"conversations": [{"from": name, "value": "x"} for name in ("System", "User", "GPT", "HUMAN", "Assistant")]}
+    roles = [message["role"] for message in choose_template(list(row)).messages(row)]
+    assert roles == ["system", "user", "assistant", "user", "assistant"]

@@ -52,6 +52,8 @@ LAYOUTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("plain", ("question", "sentence"), ()),
     ("plain", ("sentence",), ()),
 )
+# The first of these that is there holds the system's text.
+_SYSTEM = ("system", "system_prompt")
 # Further columns that the rows of each template may have, always under these names: texts that precede the question,
 # and values that a chat template receives in addition to the messages.
 _BESIDE: dict[str, tuple[str, ...]] = {
@@ -67,8 +69,8 @@ _NAMED: dict[str, tuple[int, int, str]] = {
     "chat": (1, 2, "the messages and perhaps the system's text"),
     "plain": (1, 1000, "one or more texts"),
 }
-# The role that each name of a speaker stands for in ShareGPT and in data sets that follow its format.
-_SPEAKERS = {
+# The role that each name of a speaker stands for in ShareGPT and in data sets that follow its format, in any case.
+_SPEAKERS = {role: role for role in ("user", "assistant", "system", "tool")} | {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
@@ -95,15 +97,21 @@ class Template:
         columns: names of the columns that the template reads, in this order: instruction, output and input (alpaca);
             prompt, response and context (prompt); messages and system (chat); all texts (plain). A row may lack the
             input, the context and the system column.
+        system: name of the column that holds the system's text of an Alpaca or prompt row.
     """
 
     name: str
     columns: tuple[str, ...]
+    system: str = _SYSTEM[0]
 
     @property
     def all_columns(self) -> tuple[str, ...]:
         """All columns that are read: `columns`, and the further ones that a row may have under a fixed name."""
-        return tuple(dict.fromkeys((*self.columns, *_BESIDE[self.name])))
+        return tuple(dict.fromkeys((*self.columns, *self._beside)))
+
+    @property
+    def _beside(self) -> tuple[str, ...]:
+        return tuple(self.system if name == _SYSTEM[0] else name for name in _BESIDE[self.name])
 
     def messages(self, row: Row, index: int | None = None) -> list[Message]:
         """The row as a conversation, for a tokenizer's chat template.
@@ -155,8 +163,8 @@ class Template:
 
         An Alpaca row gets the published wording, with or without input. A `system` text is put before it, and the
         questions and answers of `history` are put before the instruction, in the same wording. In a conversation the
-        last assistant message is the response, and the prompt names the role before every message; prefer a tokenizer's
-        own chat template, applied to `messages`. Plain text is a response with an empty prompt.
+        last assistant message whose weight is not 0 is the response, and the prompt names the role before every message;
+        prefer a tokenizer's own chat template, applied to `messages`. Plain text is a response with an empty prompt.
 
         Raises:
             SourceError: a cell holds no text, or a conversation has no answer. The message names row and column.
@@ -168,7 +176,7 @@ class Template:
             filled = wording.format(instruction=instruction, input=context[0] if context else "")
             return _after_earlier(self._before(row, index), filled), self._response(row, index)
         if self.name == "chat":
-            turns = self._conversation(row, index)
+            turns = _to_last_learned(self._conversation(row, index), _place(index, self.columns[0]))
             asked = "".join(f"{_speaker(turn)}: {message_text(turn)}\n" for turn in turns[:-1])
             return f"{asked}{_speaker(turns[-1])}: ", message_text(turns[-1])
         if self.name == "prompt":
@@ -193,8 +201,8 @@ class Template:
     def _before(self, row: Row, index: int | None) -> list[Message]:
         """The messages before the question of an Alpaca or prompt row: system text, earlier questions and answers."""
         # A column that the template already reads under another meaning is not read again here.
-        row = {name: row.get(name) for name in _BESIDE[self.name] if name not in self.columns}
-        system = _text(row, "system", index, optional=True)
+        row = {name: row.get(name) for name in self._beside if name not in self.columns}
+        system = _text(row, self.system, index, optional=True)
         turns = [_turn("system", system)] if system.strip() else []
         where = _place(index, "history")
         earlier = row.get("history")
@@ -244,6 +252,21 @@ class Template:
         turns = turns[: answers[-1] + 1]
         system = _text(row, self.columns[1], index, optional=True) if len(self.columns) > 1 else ""
         return [_turn("system", system), *turns] if system.strip() and turns[0]["role"] != "system" else turns
+
+
+def is_learned(message: Message) -> bool:
+    """Whether a message is to be learned: fine-tuning files say by `weight: 0` which answers are not."""
+    return bool(message.get("weight") != 0)
+
+
+def _to_last_learned(turns: list[Message], where: str) -> list[Message]:
+    """Return the turns of a conversation up to the last answer that is to be learned."""
+    learned = [place for place, turn in enumerate(turns) if turn["role"] == "assistant" and is_learned(turn)]
+    if not learned:
+        raise SourceError(
+            f"{where}: all of the assistant's messages have the weight 0, so there is nothing to learn; leave the row out"
+        )
+    return turns[: learned[-1] + 1]
 
 
 def message_text(message: Message) -> str:
@@ -309,9 +332,11 @@ def choose_template(
     if named is not None:
         return _named_template("plain" if wanted == "auto" else wanted, tuple(named), columns)
     layouts = [layout for layout in LAYOUTS if wanted in ("auto", layout[0])]
+    system = _system_column(columns)
     for name, required, optional in layouts:
         if set(required) <= set(columns):
-            return Template(name, (*required, *optional))
+            others = (system if column == _SYSTEM[0] else column for column in optional)
+            return Template(name, (*required, *others), system)
     needs = "; ".join(f"{name}: {' + '.join(required)}" for name, required, _ in layouts)
     raise SourceError(
         f"the columns are {quoted(columns)}, which is no layout of the template {wanted!r} ({needs}). Name the columns that "
@@ -329,7 +354,12 @@ def _named_template(name: TemplateName, named: tuple[str, ...], columns: Sequenc
         raise SourceError(
             f"config.text.columns names {quoted(missing)}, but the columns are {quoted(columns)}; pass some of these"
         )
-    return Template(name, named)
+    return Template(name, named, _system_column(columns))
+
+
+def _system_column(columns: Sequence[str]) -> str:
+    """Return the name of the column that holds the system's text, whether the rows have it or not."""
+    return next((name for name in _SYSTEM if name in columns), _SYSTEM[0])
 
 
 def _after_earlier(earlier: Sequence[Message], wording: str) -> str:

@@ -16,11 +16,14 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from dq_lightning.core.errors import SourceError
-from dq_lightning.sources.prompts import Message, message_text
+from dq_lightning.sources.prompts import Message, is_learned, message_text
 
 # How many times the beginning of one conversation may be written to find headings.
 _EXTRA_WRITINGS = 8
 _GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+_WORD = re.compile(r"\w+")
+# Marks of reasoning in front of an answer.
+_REASONS, _REASONED = "<think>", "</think>"
 # Private characters of Unicode, which ordinary text does not use.
 _PRIVATE = range(0xE000, 0xF900)
 
@@ -38,10 +41,13 @@ class Conversation(NamedTuple):
     Attributes:
         segments: the text, split where learning begins and ends.
         missed: number of assistant messages that could not be found in the text; they are not learned.
+        unwritten: what the template did not write: the roles of messages whose text it left out, `"tool_calls"` and
+            `"tools"`.
     """
 
     segments: list[Segment]
     missed: int
+    unwritten: tuple[str, ...] = ()
 
 
 class ChatTemplate:
@@ -69,7 +75,7 @@ class ChatTemplate:
 
         Returns:
             The conversation; each of its learned segments is an assistant message as the template writes it, with the
-            token that ends the assistant's turn.
+            token that ends the assistant's turn. Messages of the weight 0 are not learned.
 
         Raises:
             SourceError: the template fails, or no assistant message can be found in the text that it wrote.
@@ -78,6 +84,11 @@ class ChatTemplate:
         spans = row.marked_by_template()
         if spans is None:
             spans = row.between_the_others()
+        if not spans and row.missed == 0:
+            raise SourceError(
+                f"row {index}: all of the assistant's messages have the weight 0, so there is nothing to learn: leave the row "
+                "out (on_error='skip')"
+            )
         if not spans:
             raise SourceError(
                 f"row {index}: none of the assistant's messages can be found in what the tokenizer's chat template writes, so "
@@ -89,7 +100,7 @@ class ChatTemplate:
             segments += [Segment(row.whole[done:start], False), Segment(row.whole[start:end], True)]
             done = end
         # The last answer may be empty. Its segment is kept, so that the end of the sequence is learned.
-        return Conversation([one for one in segments[:-1] if one.text] + segments[-1:], row.missed)
+        return Conversation([one for one in segments[:-1] if one.text] + segments[-1:], row.missed, row.unwritten())
 
     def write(self, messages: Sequence[Message], options: Mapping[str, Any], **arguments: Any) -> str:
         """Return the text that the template writes. It may raise any exception, since templates are programs."""
@@ -126,10 +137,12 @@ class _Row:
     ) -> None:
         self._template, self._messages, self._options = template, messages, options
         self._answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        self._learned = [n for n in self._answers if is_learned(messages[n])]
         self._kind = json.dumps(
             [bool(options.get("tools")), {k: v for k, v in options.items() if k != "tools"}], default=str
         )
         self._extra = _EXTRA_WRITINGS
+        self._found: dict[int, tuple[int, int]] = {}
         self.missed = 0
         try:
             self.whole = template.write(messages, options)
@@ -168,7 +181,11 @@ class _Row:
                 start = None
             elif piece not in (begin, end):
                 length += len(piece)
-        self.missed = max(0, len(self._answers) - len(spans))
+        if len(self._learned) < len(self._answers):
+            if len(spans) != len(self._answers):
+                return None  # It is not known which of the spans are those of the messages that are not learned.
+            spans = [spans[self._answers.index(n)] for n in self._learned]
+        self.missed = max(0, len(self._learned) - len(spans))
         # A template may leave the token that ends a turn outside its marks: it is the token that follows the last
         # answer.
         ending = self._template.special.match(self.whole, spans[-1][1]) if spans else None
@@ -178,7 +195,7 @@ class _Row:
 
     def between_the_others(self) -> list[tuple[int, int]]:
         """Spans of the assistant's messages, found by the messages around them and the template's headings."""
-        found: dict[int, tuple[int, int]] = {}
+        found = self._found
         # All messages are tried twice, since a heading that one message does not reveal may become known by a later
         # one.
         for place in self._answers * 2:
@@ -187,14 +204,44 @@ class _Row:
             if start is not None and end is not None:
                 found[place] = start, self._without_space(place, start, end)
         spans: list[tuple[int, int]] = []
-        for _, (start, end) in sorted(found.items()):
-            if end >= start and (not spans or start >= spans[-1][1]):
+        for place, (start, end) in sorted(found.items()):
+            if place in self._learned and end >= start and (not spans or start >= spans[-1][1]):
                 spans.append((start, end))
-        self.missed = len(self._answers) - len(spans)
+        self.missed = len(self._learned) - len(spans)
         return spans
+
+    def unwritten(self) -> tuple[str, ...]:
+        """What the template did not write: roles of messages whose text it left out, and calls and schemas of tools.
+
+        A template may change a text, so a text counts as written if half of its words are. Reasoning in front of an
+        answer may be left out.
+        """
+        found: dict[str, None] = {}
+        for place, message in enumerate(self._messages):
+            texts = [self._visible(place)] if place in self._answers else _texts(message)
+            if any(text.strip() and not self._is_written(text.strip()) for text in texts):
+                found[str(message["role"])] = None
+            calls = [*(message.get("tool_calls") or ()), message.get("function_call")]
+            if any(name not in self.whole for name in map(_name_of_tool, calls)):
+                found["tool_calls"] = None
+        if any(name not in self.whole for name in map(_name_of_tool, self._options.get("tools") or ())):
+            found["tools"] = None
+        return tuple(found)
+
+    def _is_written(self, text: str) -> bool:
+        if text in self.whole:
+            return True
+        words = set(_WORD.findall(text.casefold()))
+        return bool(words) and 2 * len(words & self._words) >= len(words)
+
+    @cached_property
+    def _words(self) -> set[str]:
+        return set(_WORD.findall(self.whole.casefold()))
 
     def _start(self, place: int) -> int | None:
         """Position where an assistant message begins: the end of what the model is given at inference; or None."""
+        if place - 1 in self._answers:
+            return self._behind_an_answer(place)
         if place == self._answers[-1] or place == 0:
             exact = self._behind_the_prompt(place)
             if exact is not None:
@@ -213,20 +260,64 @@ class _Row:
             for end in ends:
                 if heading is not None and self.whole.startswith(heading, end):
                     return end + len(heading)
+            # A template may write less white space before the heading when it asks.
+            bare = (heading or "").lstrip()
+            end = _end_of_space(self.whole, before.end)
+            if bare and self.whole.startswith(bare, end) and self._may_follow(place, end + len(bare)):
+                return end + len(bare)
         heading = self._template.openings.get(kind)
         return None if heading is None else self._behind_part_of(heading, place, ends)
+
+    def _behind_an_answer(self, place: int) -> int | None:
+        """Position where an answer behind another answer begins, or None."""
+        if place - 1 in self._found and (heading := self._prompt):
+            end = self._found[place - 1][1]
+            at = self.whole.find(heading, end)
+            between = self._template.special.sub("", self.whole[end : max(at, end)])
+            if at >= 0 and not between.strip() and self._may_follow(place, at + len(heading)):
+                return at + len(heading)
+            start = self._behind_part_of(heading, place, self._beginnings(heading, end)[:1])
+            if start is not None:
+                return start
+        # Some templates write no heading there, and some one that they do not ask with.
+        exact = self._behind_the_prompt(place)
+        return exact if exact is not None and self._may_follow(place, exact) else None
+
+    def _beginnings(self, heading: str, least: int) -> list[int]:
+        """Positions, `least` or more, of the special token or else the character that a heading begins with."""
+        first = self._template.special.match(heading)
+        begins = first[0] if first else heading[:1]
+        return [found.start() for found in re.compile(re.escape(begins)).finditer(self.whole, least)] if begins else []
+
+    @cached_property
+    def _prompt(self) -> str | None:
+        """What the template writes behind a conversation to ask for an answer; None if it fails."""
+        asking = self._written(self._messages, add_generation_prompt=True)
+        if asking is None:
+            return None
+        length = len(_shared(asking, self.whole))
+        if length < len(self.whole):
+            # The template ends a conversation otherwise if it does not ask, and both may begin alike: what it asks with
+            # begins with a special token or behind white space.
+            begins = [at for token in self._template.special.finditer(asking) for at in token.span()]
+            begins += [space.end() for space in re.finditer(r"\s+", asking[:length])]
+            length = max((at for at in begins if at <= length), default=0)
+        return asking[length:]
 
     def _behind_the_prompt(self, place: int) -> int | None:
         """Length of the prompt that the template writes for the messages before, or None.
 
         None means that the whole text does not begin with this prompt. For the first message it is the position behind
-        the template's generation prompt in the whole text, or 0 if that is not found.
+        the template's generation prompt in the whole text.
         """
         if place == 0:
-            asking = self._written(self._messages, add_generation_prompt=True) or ""
-            heading = asking[len(self.whole) :] if asking.startswith(self.whole) else ""
-            at = self.whole.find(heading) if heading else -1
-            return at + len(heading) if at >= 0 else 0
+            if (heading := self._prompt) is None:
+                return None
+            at = self.whole.find(heading)
+            # The same heading may stand before a later answer alone.
+            if at >= 0 and (self._is_rewritten(place) or self._visible(place) in self.whole[at + len(heading) :]):
+                return at + len(heading)
+            return self._behind_part_of(heading, place, self._beginnings(heading, 0))
         prompt = self._written(self._messages[:place], add_generation_prompt=True, counted=place != self._answers[-1])
         return len(prompt) if prompt is not None and self.whole.startswith(prompt) else None
 
@@ -245,21 +336,32 @@ class _Row:
     def _behind_part_of(self, heading: str, place: int, ends: list[int]) -> int | None:
         """Position behind the part of a heading that this message has, or None.
 
-        Such a part occurs with templates that end only the last heading with `<think>`.
+        Such a part occurs with templates that end only the last heading with `<think>`, or write `<think></think>` where
+        there is no reasoning.
         """
-        visible = self._visible(place)
         for end in ends:
-            same = takewhile(
-                lambda pair: pair[0] == pair[1], zip(heading, self.whole[end : end + len(heading)], strict=False)
-            )
-            shared = "".join(char for char, _ in same)
+            shared = _shared(heading, self.whole[end : end + len(heading)])
             cuts = [found.end() for found in self._template.special.finditer(shared)]
             cuts += [found.end() for found in re.finditer(r"\s+", shared)]
             start = end + max(cuts, default=0)
-            follows = self.whole[start : start + len(visible) + 64].lstrip().startswith(visible)
-            if cuts and follows:
+            if cuts and self._follows(place, start):
                 return start
         return None
+
+    def _follows(self, place: int, start: int) -> bool:
+        """Whether an answer begins at a position of the text, perhaps behind white space or reasoning."""
+        behind = [_end_of_space(self.whole, start)]
+        closes = self.whole.find(_REASONED, start)
+        if closes >= 0 and not self._template.special.search(self.whole[start:closes].replace(_REASONS, "")):
+            behind.append(_end_of_space(self.whole, closes + len(_REASONED)))
+        return any(self.whole.startswith(self._visible(place), end) for end in behind)
+
+    def _may_follow(self, place: int, start: int) -> bool:
+        """Whether an answer begins at a position of the text, or is written with other characters than it has."""
+        return self._is_rewritten(place) or self._follows(place, start)
+
+    def _is_rewritten(self, place: int) -> bool:
+        return self._visible(place) not in self.whole
 
     def _end(self, place: int, start: int) -> int | None:
         """Position where the template's text of an answer ends; None if unknown."""
@@ -267,8 +369,7 @@ class _Row:
             return len(self.whole)
         following = self._anchors.get(place + 1)
         if following is None:
-            upto = self._written(self._messages[: place + 1], counted=True)
-            return len(upto) if upto is not None and self.whole.startswith(upto) else None
+            return self._closing(place, start, len(self.whole))
         kind = (self._kind, self._messages[place + 1]["role"])
         for renewed in (False, True):
             if renewed and (end := self._closing(place, start, following.start)) is not None:
@@ -287,12 +388,32 @@ class _Row:
         white space at the beginning of the answer.
         """
         upto = self._written(self._messages[: place + 1], counted=True)
-        needed = self._visible(place)[-8:]
+        end = self._end_alike(upto, place, start, stop)
+        if end is not None:
+            return end
+        # What the template ends a conversation with may stand at its end alone, and not before the prompt for an answer.
+        prompt = self._prompt or ""
+        asking = self._written(self._messages[: place + 1], counted=True, add_generation_prompt=True) or ""
+        if not prompt or not asking.endswith(prompt):
+            return None
+        end = self._end_alike(asking.removesuffix(prompt), place, start, stop)
+        if end is None:
+            return None
+        # Where the prompt itself begins with the token that closes the answer, the other message follows that one, too.
+        tokens = list(self._template.special.finditer(_shared(prompt, self.whole[end : end + len(prompt)])))
+        return end + (tokens[-1].start() if len(tokens) > 1 else 0)
+
+    def _end_alike(self, upto: str | None, place: int, start: int, stop: int) -> int | None:
+        """Position of the end of an answer between `start` and `stop`, given the conversation up to it; or None.
+
+        The whole text begins with that one, or the longest text behind `start` that it ends with, and that holds the end
+        of the answer, is taken.
+        """
         if not upto:
             return None
         if self.whole.startswith(upto) and start <= len(upto) <= stop:
             return len(upto)
-        end = stop
+        end, needed = min(stop, start + len(upto) + 1), self._visible(place)[-8:]
         while (end := self.whole.rfind(upto[-1], start, end)) >= 0:
             answer = self.whole[start : end + 1]
             if answer.strip() and needed in answer and upto.endswith(answer.lstrip()):
@@ -315,7 +436,7 @@ class _Row:
     def _visible(self, place: int) -> str:
         """Text of an answer without the reasoning before it."""
         content = self._messages[place]["content"]
-        return content.rsplit("</think>", 1)[-1].strip() if isinstance(content, str) else ""
+        return content.rsplit(_REASONED, 1)[-1].strip() if isinstance(content, str) else ""
 
     def _space_behind(self, place: int) -> str:
         texts = _texts(self._messages[place])
@@ -418,6 +539,23 @@ class _Anchor(NamedTuple):
     end: int
     space_before: int
     space_behind: int
+
+
+def _end_of_space(text: str, start: int) -> int:
+    """Return the position of the first character from `start` on that is no white space."""
+    return next((at for at in range(start, len(text)) if not text[at].isspace()), len(text))
+
+
+def _shared(one: str, other: str) -> str:
+    """Return the characters that two texts both begin with."""
+    return one[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))]
+
+
+def _name_of_tool(tool: Any) -> str:
+    """Return the name of a tool from its schema or from a call of it; empty if it has none."""
+    inner = tool.get("function", tool) if isinstance(tool, Mapping) else {}
+    name = inner.get("name") if isinstance(inner, Mapping) else None
+    return name if isinstance(name, str) else ""
 
 
 def _texts(message: Message) -> list[str]:

@@ -31,7 +31,7 @@ _PROMPT_SHARE = 4
 # Limits of one call of the tokenizer, which holds far more memory for every token than its id.
 _ROWS_AT_ONCE, _CHARACTERS_AT_ONCE = 1000, 1 << 20
 # Fields of a message that the plain wording of a conversation can write.
-_WRITTEN = {"role", "content", "name", "tool_calls", "function_call"}
+_WRITTEN = {"role", "content", "name", "tool_calls", "function_call", "weight"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class TokenReport:
         missed: number of assistant messages that were not found in the output of the chat template; they are not
             learned.
         left_out: number of rows that could not be written, under `on_error="skip"`.
+        unwritten: number of rows of which the chat template left out messages, tool calls or tools.
     """
 
     rows: int
@@ -61,6 +62,7 @@ class TokenReport:
     max_length: int
     missed: int = 0
     left_out: int = 0
+    unwritten: int = 0
 
     def __str__(self) -> str:
         text = (
@@ -74,6 +76,8 @@ class TokenReport:
             )
         if self.missed:
             text += f"; {self.missed:,} of the assistant's messages were not found and are not learned"
+        if self.unwritten:
+            text += f"; the chat template left something out of {self.unwritten:,} rows"
         if self.left_out:
             text += f"; {self.left_out:,} rows were left out"
         return text
@@ -187,6 +191,7 @@ def encode_rows(
         max_length=max_length,
         missed=writer.missed,
         left_out=writer.left_out,
+        unwritten=writer.unwritten,
     )
     writer.warn()
     if response_cut:
@@ -246,6 +251,7 @@ class RowWriter:
         by_chat: whether rows are written with the chat template.
         left_out: number of rows that could not be written, under `on_error="skip"`.
         missed: number of assistant messages that were not found in the output of the chat template.
+        unwritten: number of rows of which the chat template left something out.
 
     Raises:
         ConfigError: `use_chat_template` is True and the tokenizer has no chat template.
@@ -270,7 +276,9 @@ class RowWriter:
         self.tokenizer, self.template = tokenizer, choose_template(columns_of(rows), template, columns)
         self.by_chat = writes and (self.template.name == "chat" if use_chat_template is None else use_chat_template)
         self._chat = ChatTemplate(tokenizer) if self.by_chat else None
-        self.left_out = self.missed = self._rows_missed = 0
+        self.left_out = self.missed = self._rows_missed = self.unwritten = 0
+        # Number of rows in which the chat template wrote nothing of the messages of a role, or of tools.
+        self._left_out_by_chat: dict[str, int] = {}
         self._first_problem = ""
         # Names of the message fields that only a chat template could write, in order of appearance.
         self._unwritten: dict[str, None] = {}
@@ -319,6 +327,13 @@ class RowWriter:
                 "tokenizer's chat template writes, so nothing is learned from them: use a chat template with {% generation %} "
                 "marks, which show where they are"
             )
+        if self._left_out_by_chat:
+            told = ", ".join(f"{name!r} in {count:,} rows" for name, count in self._left_out_by_chat.items())
+            log.warning(
+                f"the tokenizer's chat template does not write all that the rows hold: {told} (roles of messages, or calls and "
+                "schemas of tools), so the model does not see it. Rename the roles to those that the template knows, put the "
+                "text elsewhere, or set tokenizer.chat_template to one that writes it"
+            )
         if self._unwritten:
             names = ", ".join(map(repr, self._unwritten))
             log.warning(
@@ -336,6 +351,9 @@ class RowWriter:
             found = self._chat.conversation(self.template.messages(row, index), options, index)
             self.missed += found.missed
             self._rows_missed += found.missed > 0
+            self.unwritten += bool(found.unwritten)
+            for name in found.unwritten:
+                self._left_out_by_chat[name] = self._left_out_by_chat.get(name, 0) + 1
             return found.segments
         if "tools" in options:
             raise SourceError(
