@@ -271,11 +271,19 @@ class QuantizedHooks(Base):
         num_bins, seed = wanted.config.bins.num_bins, selected.seed
         if wanted.indices is not None or isinstance(train_set, StoreTrainSet):
             keep_ratio = num_bins = None
-        self.save_hyperparameters("keep_ratio", "num_bins", "seed", logger=False)
+        try:
+            self.save_hyperparameters("keep_ratio", "num_bins", "seed", logger=False)
+        except KeyError:
+            # LightningCLI makes a subclass, or another class that makes this one, and Lightning looks for the names among
+            # the arguments of that class.
+            values = {"keep_ratio": keep_ratio, "num_bins": num_bins, "seed": seed}
+            self.save_hyperparameters(values, logger=False)
         inner: Any = train if isinstance(train, AnyDataModule) else None
         # The batch size of a wrapped data module is read from its train loader in setup().
         own = None if inner is not None else LoaderSettings().batch_size
         self.batch_size: int | None = own if batch_size is None else batch_size
+        # The batch size that was read there last: another one was set since, by the user or the batch size finder.
+        self._read_batch_size: int | None = None
         self.eval_batch_size = eval_batch_size
         # From here on attributes that only the wrapped data module has are set there.
         self._inner = inner
@@ -410,6 +418,8 @@ class QuantizedHooks(Base):
             return
         settings, dataset = self._settings(), self._preparation.opened.dataset
         # Lightning's batch-size finder and models read this attribute.
+        if self._follows_inner:
+            self._read_batch_size = settings.batch_size
         self.batch_size = settings.batch_size
         if self._tokens is not None:
             rows = self._tokens.rows(dataset, self.selection.index.tolist())
@@ -754,7 +764,12 @@ class QuantizedHooks(Base):
 
         `batch_size` is read at each call, because the batch-size finder changes it.
         """
-        return self._preparation.settings(self.batch_size, self._given)
+        return self._preparation.settings(None if self._follows_inner else self.batch_size, self._given)
+
+    @property
+    def _follows_inner(self) -> bool:
+        """Whether the batch size is that of the wrapped data module's train loader."""
+        return self._inner is not None and self.batch_size in (None, self._read_batch_size)
 
     def _has(self, name: str) -> bool:
         """Whether there is something for the loaders of a name, such as `"val"`."""

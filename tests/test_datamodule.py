@@ -3,6 +3,7 @@
 import inspect
 import pickle
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import MethodType
 from typing import get_type_hints
@@ -14,12 +15,13 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 from torchvision.transforms.v2 import MixUp
 
 import dq_lightning
 from dq_lightning import BinConfig, QuantizeConfig, QuantizedDataModule, SelectionConfig, make_bins
 from dq_lightning.core.errors import CacheError, ConfigError
+from dq_lightning.loading.loaders import is_sample_stream
 from dq_lightning.loading.options import DataModuleOptions, StoreOptions
 from dq_lightning.pipeline import binning, extracting, selecting
 from tests.lightning_scripts.common import Recorder, held_out, name_of, photos, to_tensor, trainer
@@ -311,12 +313,58 @@ def test_steps_are_told_once(warm, caplog):
         ({"overfit_batches": 1}, 1),
         ({"max_epochs": 2, "reload_dataloaders_every_n_epochs": 1}, 10),
         ({"val_check_interval": 2}, 5),
+        ({"val_check_interval": timedelta(minutes=5)}, 5),
     ],
 )
 def test_trainer_switches(warm, settings, steps):
     running = trainer(**settings)
     running.fit(Recorder(), make(warm, val=held_out(), batch_size=10, num_workers=0))
     assert running.global_step == steps
+
+
+def test_a_module_that_was_set_up_is_sent_to_spawned_processes(warm):
+    """torch moves the memory of tensors that it sends; positions must not be an array over that memory."""
+    module = make(warm)
+    module.prepare_data()
+    module.setup("fit")
+    wanted = [int(i) for i in module.selection.index]
+    module.selection.index.share_memory_()
+    module.selection.bin.share_memory_()
+    assert list(module.train_dataloader().dataset.indices) == wanted
+
+
+class Unending(IterableDataset):
+    """Samples that can be read in their order alone."""
+
+    def __iter__(self):
+        return iter(held_out())
+
+
+def test_streams_of_samples_are_made_into_batches(warm):
+    module = make(warm, val=Unending(), test={"one": Unending(), "two": held_out()}, eval_batch_size=7)
+    module.prepare_data()
+    module.setup("fit")
+    images, labels = next(iter(module.val_dataloader()))
+    assert images.shape[0] == len(labels) == 7
+    loaders = module.test_dataloader()
+    assert torch.equal(next(iter(loaders["one"]))[0], next(iter(loaders["two"]))[0])
+    total = sum(len(labels) for _, labels in module.val_dataloader())
+    assert total == len(held_out())
+
+
+def test_pipelines_that_make_batches_stay_as_they_are():
+    def batched(source):
+        return source
+
+    class Pipeline(Unending):
+        pipeline = ()
+
+    for pipeline, wanted in (([], True), ([batched], False), ([DataLoader(held_out())], False)):
+        stream = Pipeline()
+        stream.pipeline = pipeline
+        assert is_sample_stream(stream) == wanted
+    assert not is_sample_stream(DataLoader(Unending()))
+    assert not is_sample_stream(held_out())
 
 
 def test_batch_size_finder(warm, tmp_path):

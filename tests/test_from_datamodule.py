@@ -484,3 +484,24 @@ def test_names_that_the_base_class_has_too(tmp_path, caplog):
     plain = QuantizedDataModule(photos(20), keep_ratio=0.5)
     assert plain.name is None
     assert plain.hparams == {"keep_ratio": 0.5, "num_bins": 10, "seed": 0}
+
+
+def test_a_batch_size_that_is_changed_between_two_fits(warm):
+    class Sized(L.LightningDataModule):
+        def __init__(self):
+            super().__init__()
+            self.size = 4
+
+        def train_dataloader(self):
+            return DataLoader(photos(), batch_size=self.size)
+
+    module = quantized(inner := Sized(), warm)
+    for size in (4, 10):
+        inner.size = size
+        trainer(limit_train_batches=1).fit(Recorder(), module)
+        assert module.batch_size == module.train_dataloader().batch_size == size
+    # what is set here stays
+    module.batch_size = 6
+    inner.size = 3
+    trainer(limit_train_batches=1).fit(Recorder(), module)
+    assert module.train_dataloader().batch_size == 6

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
 
 from dq_lightning import QuantizedDataModule
@@ -181,3 +182,38 @@ def test_help_names_every_setting(capsys, monkeypatch):
     for name in ("keep_ratio", "num_bins", "encoder", "eval_batch_size", "cache_dir", "verify"):
         assert f"--data.{name}" in told
     assert "share of the samples that is kept" in told
+
+
+class OwnArguments(QuantizedDataModule):
+    """A user's subclass with arguments of its own."""
+
+    def __init__(self, cache: str, share: float = 0.25):
+        super().__init__(photos(), keep_ratio=share, num_bins=5, cache_dir=cache)
+
+
+class Inside(LightningDataModule):
+    """A user's data module that makes one of ours."""
+
+    def __init__(self, cache: str):
+        super().__init__()
+        self.inner = QuantizedDataModule(photos(), keep_ratio=0.25, num_bins=5, cache_dir=cache)
+
+    def prepare_data(self):
+        self.inner.prepare_data()
+
+    def setup(self, stage):
+        self.inner.setup(stage)
+
+    def train_dataloader(self):
+        return self.inner.train_dataloader()
+
+
+@pytest.mark.parametrize("kind", [OwnArguments, Inside])
+def test_classes_with_arguments_of_their_own(kind, tmp_path):
+    cli = LightningCLI(
+        Recorder, kind, save_config_callback=None, trainer_defaults=QUIET,
+        args=["fit", f"--data.cache={tmp_path / 'cache'}", "--trainer.max_epochs=1"],
+    )  # fmt: skip
+    assert cli.trainer.global_step > 0
+    ours = cli.datamodule if kind is OwnArguments else cli.datamodule.inner
+    assert ours.hparams["keep_ratio"] == 0.25

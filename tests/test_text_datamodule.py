@@ -6,7 +6,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDatasetDict
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -253,3 +253,37 @@ def test_a_first_row_without_input_hides_no_other(kind):
     made = opened(module(given, config=config, keep_ratio=1.0))
     asked = [question for batch in made.train_dataloader() for question, _ in texts(batch)]
     assert sum("### Input:\nsee " in question for question in asked) == COUNT / 2
+
+
+def test_the_same_batches_in_every_epoch_where_a_run_overfits():
+    class Remembers(Writer):
+        def __init__(self):
+            super().__init__()
+            self.epochs = {}
+
+        def training_step(self, batch, index):
+            self.epochs.setdefault(self.current_epoch, []).append(batch["input_ids"].tolist())
+            return super().training_step(batch, index)
+
+    for packed in (False, True):
+        model = Remembers()
+        config = QuantizeConfig(text=TextConfig(pack_rows=packed))
+        trainer(max_epochs=3, overfit_batches=2).fit(model, module(config=config, batch_size=5))
+        assert len(model.epochs) == 3
+        assert model.epochs[0] == model.epochs[1] == model.epochs[2]
+
+
+def test_validation_rows_of_a_stream_are_tokenized():
+    stream = Dataset.from_list(rows(10)).to_iterable_dataset()
+    made = opened(module(val=stream, eval_batch_size=4))
+    batches = list(made.val_dataloader())
+    assert [len(batch["input_ids"]) for batch in batches] == [4, 4, 2]
+    assert [answer for batch in batches for _, answer in texts(batch)] == [row["output"] + "</s>" for row in rows(10)]
+    with pytest.raises(SourceError, match="val=: the columns are 'other'"):
+        opened(module(val=Dataset.from_list([{"other": "a"}] * 3).to_iterable_dataset())).val_dataloader()
+
+
+def test_the_splits_of_a_dict_of_streams():
+    splits = {name: Dataset.from_list(rows(n)).to_iterable_dataset() for name, n in (("train", 60), ("validation", 9))}
+    made = opened(module(IterableDatasetDict(splits)))
+    assert sum(len(batch["input_ids"]) for batch in made.val_dataloader()) == 9

@@ -7,8 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dq_lightning.bins.prepare import as_tensor, check_finite
+from dq_lightning.bins.prepare import check_finite
 from dq_lightning.bins.sizes import group_members, group_of_each
+from dq_lightning.core.arrays import as_tensor
 from dq_lightning.core.errors import ConfigError, FeatureError
 from dq_lightning.core.fields import check_ratio
 from dq_lightning.core.records import Bins

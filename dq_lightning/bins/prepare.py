@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from dq_lightning.bins.graph_cut.exact import two_product
 from dq_lightning.bins.graph_cut.workers import Workers
 from dq_lightning.bins.rows import StoredRows, row_lengths, wide_factor
+from dq_lightning.core.arrays import as_tensor
 from dq_lightning.core.errors import FeatureError
 from dq_lightning.core.records import Features
 
@@ -65,16 +65,6 @@ def as_factors(features: Features | Tensor | NDArray[np.floating]) -> dict[str, 
         if values.ndim != 2 or not values.is_floating_point():
             raise FeatureError(f"{name} must be a floating matrix [N, width], got {values.dtype} {tuple(values.shape)}")
     return factors
-
-
-def as_tensor(array: NDArray[Any]) -> Tensor:
-    """Return an array as a tensor of the same memory, which must not be written to: it may be read-only."""
-    import warnings
-
-    # torch warns that it cannot protect read-only arrays.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.as_tensor(array)
 
 
 def prepare(factors: dict[str, Tensor], *, unit: bool, device: torch.device, workers: Workers) -> Prepared:

@@ -1,6 +1,7 @@
 """Dtypes and shapes of arrays and tensors, as the files of packed sets describe them, and pixels of images as tensors."""
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,24 @@ def as_numpy(value: Any) -> NDArray[Any]:
         return np.asarray(value)
     plain = value.detach().cpu().as_subclass(Tensor)
     return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
+
+
+def as_tensor(array: NDArray[Any]) -> Tensor:
+    """Return an array as a tensor, which must not be written to: it shares the memory where torch can read that.
+
+    Torch reads no other byte order than that of the machine, no negative strides (`array[::-1]`) and no floats of more
+    than 64 bits; such arrays are copied.
+    """
+    if array.dtype.kind == "f" and array.dtype.itemsize > 8:
+        array = array.astype(np.float64)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if any(stride < 0 for stride in array.strides):
+        array = np.ascontiguousarray(array)
+    # torch warns that it cannot protect read-only arrays.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.as_tensor(array)
 
 
 def as_image(value: Any) -> Image.Image:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dq_lightning.bins.clusters import kmeans
+from dq_lightning.core.arrays import as_tensor
 from dq_lightning.core.errors import ConfigError, FeatureError
 from dq_lightning.core.records import Features, Selection
 from dq_lightning.selection.allocate import count_kept
@@ -94,7 +95,8 @@ def _nearest_to_centres(rows: NDArray[np.float32], wanted: int, seed: int) -> ND
 
 
 def _matrix(data: Any) -> NDArray[np.float32]:
-    values = data.embedding if isinstance(data, Features) else torch.as_tensor(data)
+    given = data.embedding if isinstance(data, Features) else data
+    values = given if isinstance(given, Tensor) else as_tensor(np.asarray(given))
     if values.ndim != 2 or not values.is_floating_point() or not bool(torch.isfinite(values).all()):
         raise FeatureError(f"k-means needs finite floating features [N, D], got {values.dtype} {tuple(values.shape)}")
     return np.ascontiguousarray(values.float().cpu().numpy())

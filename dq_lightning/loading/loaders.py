@@ -36,6 +36,7 @@ from dq_lightning.loading.trainer_facts import TrainerFacts
 from dq_lightning.sources.base import KeptSamples
 from dq_lightning.sources.hub import hub_kind, rows_example
 from dq_lightning.sources.items import evenly_spaced
+from dq_lightning.sources.shuffles import is_stream
 
 COLLATED_SAMPLES = 3
 # Settings that are not taken over from a loader as they are, because they depend on its sampler.
@@ -183,8 +184,8 @@ def make_eval_loaders(
     """Make loaders without shuffling for what a user passed for validation, test or prediction.
 
     Args:
-        given: a dataset, a loader of any kind (returned as it is), or a list or dict of these. A list of samples is a
-            dataset.
+        given: a dataset, a stream of samples, a loader of any kind (returned as it is), or a list or dict of these. A
+            list of samples is a dataset.
         settings: settings of the loaders; shuffling, `drop_last` and weighted drawing are switched off.
         facts: facts about the run, as in `make_loader`.
         make: function that makes the loader of one dataset; None uses `make_loader`.
@@ -198,14 +199,42 @@ def make_eval_loaders(
     if (kind := hub_kind(given)) in ("DatasetDict", "IterableDatasetDict"):
         splits = ", ".join(map(repr, given))
         raise ConfigError(f"a {kind} holds several splits ({splits}): pass one of them, dataset[name]")
-    if is_one_dataset(given):
+    streams = is_sample_stream(given)
+    if streams or is_one_dataset(given):
         settings = replace(settings, shuffle=False, drop_last=False, weights=None, replacement=False)
-        return (make or make_loader)(given, settings, facts)
+        return (make or (_stream_loader if streams else make_loader))(given, settings, facts)
     if isinstance(given, list | tuple):
         return [make_eval_loaders(one, settings, facts, make) for one in given]
     if isinstance(given, dict):
         return {name: make_eval_loaders(one, settings, facts, make) for name, one in given.items()}
     return given
+
+
+def is_sample_stream(given: Any) -> bool:
+    """Whether `given` is a stream of samples: an `IterableDataset` of torch or Hugging Face that makes no batches.
+
+    A pipeline of WebDataset may make batches by a step of its own, or end in a loader.
+    """
+    steps = getattr(given, "pipeline", None)
+    for step in steps if isinstance(steps, list) else ():
+        if isinstance(step, DataLoader) or getattr(getattr(step, "f", step), "__name__", "") == "batched":
+            return False
+    return hub_kind(given) == "IterableDataset" or is_stream(given)
+
+
+def _stream_loader(stream: Any, settings: LoaderSettings, facts: TrainerFacts) -> DataLoader[Any]:
+    """Make a loader of a stream of samples, each of which every rank gets.
+
+    Several processes would deliver each sample several times unless the stream deals its samples to them, so it is read in
+    this process unless a number of processes is asked for.
+    """
+    return DataLoader(
+        stream,
+        batch_size=settings.batch_size,
+        collate_fn=settings.collate_fn,
+        num_workers=0 if settings.num_workers == "auto" else settings.num_workers,
+        pin_memory=facts.on_cuda if settings.pin_memory == "auto" else settings.pin_memory,
+    )
 
 
 def is_one_dataset(given: Any) -> bool:

@@ -74,11 +74,11 @@ def _is_path(value: Any) -> bool:
 def other_splits(train: Any, given: dict[str, Any], *, same_form: bool) -> dict[str, Any]:
     """Return the datasets for `val`, `test` and `predict`, completed from the splits of a Hugging Face `DatasetDict`.
 
-    If `train` is a `DatasetDict`, its splits take the place of what was not given. `same_form` says whether they are
-    delivered in the same form as the train split. They are not if `transform=` replaces the transform of the train
-    split; then a split is not used, and a warning says so.
+    If `train` is a `DatasetDict` or an `IterableDatasetDict`, its splits take the place of what was not given. `same_form`
+    says whether they are delivered in the same form as the train split. They are not if `transform=` replaces the
+    transform of the train split; then a split is not used, and a warning says so.
     """
-    if hub_kind(train) != "DatasetDict":
+    if (kind := hub_kind(train)) not in ("DatasetDict", "IterableDatasetDict"):
         return given
     found = dict(given)
     for name, splits in SPLITS.items():
@@ -87,10 +87,10 @@ def other_splits(train: Any, given: dict[str, Any], *, same_form: bool) -> dict[
             continue
         if same_form:
             found[name] = train[split]
-            get_logger().info(f"{name}= was not given: the split {split!r} of the DatasetDict is taken")
+            get_logger().info(f"{name}= was not given: the split {split!r} of the {kind} is taken")
         else:
             get_logger().warning(
-                f"the split {split!r} of the DatasetDict is not used, because transform= is for the train split alone: pass "
-                f"{name}=dataset[{split!r}].with_transform(...)"
+                f"the split {split!r} of the {kind} is not used, because transform= is for the train split alone: pass "
+                f"{name}=dataset[{split!r}]{'.with_transform(...)' if kind == 'DatasetDict' else '.map(...)'}"
             )
     return found

@@ -60,7 +60,8 @@ def check_steps(trainer: Any, steps: int, *, num_samples: int, batch_size: int, 
             f"limit_train_batches={limit} has no effect, because an epoch of the compact set has {steps} steps: leave it out"
         )
     steps = min(steps, limit) if isinstance(limit, int) else max(1, int(steps * limit))
-    interval = trainer.val_check_interval
+    # The Trainer has none where it validates after a span of time.
+    interval = getattr(trainer, "val_check_interval", None)
     by_epoch = trainer.check_val_every_n_epoch is not None and bool(trainer.limit_val_batches)
     if by_epoch and isinstance(interval, int) and not isinstance(interval, bool) and interval > steps:
         raise ConfigError(

@@ -23,6 +23,7 @@ class TrainerFacts:
             other.
         reloads: whether loaders are made again every few epochs.
         progress: whether progress bars are shown.
+        overfits: whether the run trains on the same few batches in every epoch (`overfit_batches`).
     """
 
     fits: bool = True
@@ -34,6 +35,7 @@ class TrainerFacts:
     node_devices: tuple[str, ...] = ()
     reloads: bool = False
     progress: bool = True
+    overfits: bool = False
 
     @classmethod
     def of(cls, trainer: Any) -> Self:
@@ -51,6 +53,7 @@ class TrainerFacts:
             node_devices=_node_devices(trainer.strategy),
             reloads=bool(trainer.reload_dataloaders_every_n_epochs),
             progress=trainer.progress_bar_callback is not None,
+            overfits=bool(trainer.overfit_batches),
         )
 
     @property

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dq_lightning.core.arrays import as_tensor
 from dq_lightning.core.devices import named_device
 from dq_lightning.core.errors import ConfigError, FeatureError
 from dq_lightning.core.workers import one_thread
@@ -103,7 +104,7 @@ def leave_one_out(
 
     Arguments and errors are those of `margin_scores`.
     """
-    values = features if isinstance(features, Tensor) else torch.from_numpy(np.array(features, copy=None, order="C"))
+    values = features if isinstance(features, Tensor) else as_tensor(np.asarray(features))
     if values.ndim != 2 or not values.is_floating_point() or 0 in values.shape:
         raise FeatureError(f"margins need floating features [N, D], got {values.dtype} {list(values.shape)}")
     classes, own = _classes(labels, len(values))

@@ -252,7 +252,8 @@ class Positions(Sequence[int]):
     """
 
     def __init__(self, index: Tensor | NDArray[np.int64] | Sequence[int]) -> None:
-        self.array: NDArray[np.int64] = np.asarray(index, dtype=np.int64)
+        # The memory of a tensor is moved when it is sent to another process, which an array over it would not notice.
+        self.array: NDArray[np.int64] = np.array(index, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.array)
@@ -261,6 +262,12 @@ class Positions(Sequence[int]):
         if isinstance(place, slice):
             return Positions(self.array[place])
         return int(self.array[place])
+
+
+def positions_of(subset: Subset[Any]) -> NDArray[np.int64]:
+    """Return the indices of a `Subset`, integers of any kind, as int64 [M]."""
+    indices = subset.indices
+    return (indices if isinstance(indices, np.ndarray) else torch.as_tensor(indices).numpy()).astype(np.int64)
 
 
 class KeptSamples(Subset[Any]):
@@ -279,7 +286,7 @@ class KeptSamples(Subset[Any]):
     def __init__(self, whole: Any, positions: Tensor | NDArray[np.int64]) -> None:
         self._whole = whole
         if type(whole) is Subset:
-            within = np.asarray(torch.as_tensor(whole.indices))
+            within = positions_of(whole)
             super().__init__(whole.dataset, Positions(within[np.asarray(positions)]))
         else:
             super().__init__(whole, Positions(np.asarray(positions)))

@@ -13,7 +13,7 @@ from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.records import EncodedImage
 from dq_lightning.identity.datasets import Parts
 from dq_lightning.identity.values import digest_of
-from dq_lightning.sources.base import Finisher, Positions
+from dq_lightning.sources.base import Finisher, Positions, positions_of
 from dq_lightning.sources.finish import ConcatFinisher
 from dq_lightning.sources.items import Leaf
 from dq_lightning.sources.pixels import needs_scale, to_rgb
@@ -68,7 +68,7 @@ class SubsetSource(NestedSource):
     """Adapter for a `Subset`: some samples of the source of another dataset, in the order of its indices."""
 
     def __init__(self, dataset: Any, inner: ItemSource) -> None:
-        index = np.asarray(torch.as_tensor(dataset.indices))
+        index = positions_of(dataset)
         # Negative indices count from the end, as they do in the inner dataset.
         self.positions = Positions(np.where(index < 0, index + len(dataset.dataset), index))
         same = inner.dataset is dataset.dataset

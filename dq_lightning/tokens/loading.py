@@ -51,7 +51,9 @@ class TokenLoading:
         if id(dataset) not in self._encoded:
             length = self.config.train_length
             with _naming(name):
-                rows = encode_rows(dataset, self._tokenizer, max_length=length, positions=positions, **self._writing)
+                rows = encode_rows(
+                    _by_position(dataset), self._tokenizer, max_length=length, positions=positions, **self._writing
+                )
             self._encoded[id(dataset)] = dataset, rows
         return self._encoded[id(dataset)][1]
 
@@ -62,7 +64,7 @@ class TokenLoading:
             SourceError: a row cannot be written; with `on_error="skip"`, no row can be written.
         """
         with _naming(name):
-            check_rows(dataset, self._tokenizer, **self._writing)
+            check_rows(_by_position(dataset), self._tokenizer, **self._writing)
 
     def loader(self, dataset: Any, settings: LoaderSettings, facts: TrainerFacts, *, name: str = "") -> DataLoader[Any]:
         """Make a loader of token batches.
@@ -83,7 +85,8 @@ class TokenLoading:
             self.rows(dataset, name=name),
             pad_id=padding_id(self._tokenizer),
             batch_size=settings.batch_size,
-            shuffle=settings.shuffle,
+            # Lightning takes the shuffling out of ordinary loaders itself where it trains on the same few batches.
+            shuffle=settings.shuffle and not facts.overfits,
             drop_last=settings.drop_last,
             seed=self.seed,
             packing=self.config.pack_rows and settings.shuffle,
@@ -96,6 +99,11 @@ class TokenLoading:
         """Return settings in which an epoch has as many samples as there are rows, or sequences that rows are packed into."""
         rows = self.rows(dataset)
         return replace(settings, num_draws=len(PackedRows(rows) if self.config.pack_rows else rows))
+
+
+def _by_position(dataset: Any) -> Any:
+    """Return a dataset that has positions; the rows of a stream are read into a list."""
+    return dataset if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") else list(dataset)
 
 
 @contextmanager

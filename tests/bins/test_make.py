@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dq_lightning import margin_scores
 from dq_lightning.bins.make import make_bins
 from dq_lightning.core.errors import ConfigError, DQError, FeatureError
 from dq_lightning.core.records import Features
@@ -179,3 +180,16 @@ def test_wrong_input_is_refused_with_what_was_seen():
         make_bins(np.zeros((3, 2)), num_bins=0)
     with pytest.raises(ConfigError, match="similarity"):
         make_bins(np.zeros((3, 2)), similarity="euclid")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda a: a[::-1].copy()[::-1], lambda a: a.astype(">f8"), lambda a: a.astype(np.longdouble)]
+)
+def test_arrays_that_torch_does_not_read(change):
+    values, labels = random_features(0, 60, 5, "plain"), np.arange(60) % 3
+    wanted = make_bins(values, num_bins=4, labels=labels)
+    made = make_bins(change(values), num_bins=4, labels=labels)
+    assert torch.equal(made.assignment, wanted.assignment)
+    assert torch.equal(margin_scores(change(values), labels), margin_scores(values, labels))
+    back = make_bins(values[::-1], num_bins=4, labels=labels[::-1])
+    assert torch.equal(back.gain.sort().values, wanted.gain.sort().values)

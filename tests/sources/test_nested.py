@@ -154,3 +154,14 @@ def test_positions_counted_from_the_end():
     assert [source.plain(i)[1] for i in range(2)] == [subset[i][1] for i in range(2)] == [0, 1]
     assert source.image(1).getpixel((0, 0)) == (255, 255, 255)
     assert source.labels().values.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [lambda i: i[::-1], lambda i: i.astype(">i4"), lambda i: i.astype(object), lambda i: i.tolist(), torch.tensor],
+)
+def test_indices_of_any_kind(kind):
+    order = np.array([7, 2, -1, 5, 2])
+    indices = kind(order)
+    source = as_source(Subset(Part(0, 12), indices))
+    assert [value(source, i) for i in range(5)] == [int(i) % 12 for i in indices]
