@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -390,3 +391,9 @@ def test_real_rows_with_a_real_tokenizer(shared_dir):
         assert tokenizer.decode(learned[:-1]).strip() == real[i]["output"].strip()
         asked = ids[: len(ids) - len(learned)]
         assert asked == tokenizer(tokenizer.decode(asked, skip_special_tokens=True))["input_ids"]
+
+
+@pytest.mark.parametrize("rows", [["a text"], [("a", "b")], Dataset.from_list([{"text": "a"}]).with_format("pandas")])
+def test_rows_that_are_no_dicts_are_told(rows):
+    with pytest.raises(SourceError, match="the rows are no dicts of fields, but the first is a .*with_format"):
+        encode_rows(rows, word_tokenizer())

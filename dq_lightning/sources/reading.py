@@ -51,7 +51,15 @@ from dq_lightning.sources.pixels import Scale, check_pixels, decide_scale, needs
 from dq_lightning.sources.skipping import Unreadable
 from dq_lightning.sources.streams import generators_in, random_states
 from dq_lightning.sources.strip import TRANSFORM_NAMES
-from dq_lightning.sources.targets import Targets, as_targets, target_of, to_labels
+from dq_lightning.sources.targets import (
+    Targets,
+    as_targets,
+    target_of,
+    targets_from_json,
+    targets_key,
+    targets_to_json,
+    to_labels,
+)
 
 logger = logging.getLogger("dq_lightning")
 
@@ -460,7 +468,8 @@ class ItemSource(Source):
     def targets(self) -> Targets | None:
         """The dataset's own classes, or None when it has none.
 
-        They are taken from the dataset's list where it agrees with a few items, else from one pass over all items.
+        They are taken from the dataset's list where it agrees with a few items, else from one pass over all items. Where
+        such a pass is made for the identity of the data, the list is compared with all items.
         """
         if self._targets is None:
             self._targets = (self.listed_targets() if self.trusts_list else self._found_targets(),)
@@ -559,15 +568,48 @@ class ItemSource(Source):
     def digest(self, memory: DigestMemory) -> str:
         # The key is computed before the items are read, because reading may fill a cache inside the dataset.
         key = self.state_key()
-        digest = self.scan()[0]
+        digest, read = self.scan()
+        differ = self._has_own_list() and self._differ(read)
+        if differ:
+            self._targets = (read,)
         if self.state(fresh=True).digest == self.state().digest:
             memory.remember(key, digest)
+            memory.remember(targets_key(key), targets_to_json(read) if differ else "")
         return digest
 
     def quick_digest(self, memory: DigestMemory) -> str | None:
         if not self.by_items:
             return self.digest(memory)
-        return self._scan[0] if self._scan is not None else memory.recall(self.state_key())
+        if self._scan is not None:
+            return self._scan[0]
+        key = self.state_key()
+        if self._has_own_list():
+            read = memory.recall(targets_key(key))
+            if read is None:
+                return None  # The list was not compared with all items yet.
+            if read:
+                self._targets = (targets_from_json(read),)
+        return memory.recall(key)
+
+    def _has_own_list(self) -> bool:
+        """Whether the dataset lists targets that its items may contradict."""
+        return not self.trusts_list and self.listed_targets() is not None
+
+    def _differ(self, read: Targets | None) -> bool:
+        """Whether the targets in the items are not those of the dataset's list; a warning counts those that differ."""
+        listed = self.listed_targets()
+        if listed is None or self.target_leaf() is None:
+            return False
+        alike = read is not None and read.values.dtype.kind == listed.values.dtype.kind
+        others = int(np.count_nonzero(read.values != listed.values)) if read is not None and alike else len(self)
+        if others and not self.skips:
+            logger.warning(
+                "%s: %d of its items hold another target than its list of targets says; those of the items, which are "
+                "trained on, are used",
+                self.describe(),
+                others,
+            )
+        return others > 0
 
     def sample_digest(self, others: bool = False) -> str:
         """Digest of 16 evenly spaced plain items, or with `others` of up to 4 items at other positions."""

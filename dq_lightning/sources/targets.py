@@ -1,5 +1,6 @@
 """Converts the targets of a dataset to classes, where they are classes."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,29 @@ def _as_int64(values: Any) -> NDArray[np.int64]:
             "labels= with strings"
         )
     return np.asarray(values, dtype=np.int64)
+
+
+def targets_key(key: str) -> str:
+    """Return the key under which the targets are remembered that items hold, given the key of the items' digest."""
+    return f"{key} targets"
+
+
+def targets_to_json(targets: Targets | None) -> str:
+    """Return targets as JSON, which `targets_from_json` reads."""
+    if targets is None:
+        return "null"
+    missing = None if targets.missing is None else targets.missing.tolist()
+    return json.dumps({"values": targets.values.tolist(), "names": targets.names, "missing": missing})
+
+
+def targets_from_json(text: str) -> Targets | None:
+    """Return the targets that `targets_to_json` wrote."""
+    found = json.loads(text)
+    if found is None:
+        return None
+    missing = None if found["missing"] is None else np.array(found["missing"], dtype=np.bool_)
+    names = None if found["names"] is None else tuple(found["names"])
+    return Targets(np.array(found["values"]), names, missing)
 
 
 def to_labels(targets: Targets) -> Labels | None:

@@ -273,6 +273,12 @@ class RowWriter:
                 "use_chat_template=True, but the tokenizer has no chat template to write rows with: set "
                 "tokenizer.chat_template, or leave use_chat_template out"
             )
+        if len(rows) and not isinstance(rows[0], Mapping):
+            raise SourceError(
+                f"the rows are no dicts of fields, but the first is a {type(rows[0]).__name__}: pass rows such as "
+                '{"text": ...} or {"instruction": ..., "output": ...}; a Hugging Face dataset gives them without a format '
+                "(dataset.with_format(None))"
+            )
         self.tokenizer, self.template = tokenizer, choose_template(columns_of(rows), template, columns)
         self.by_chat = writes and (self.template.name == "chat" if use_chat_template is None else use_chat_template)
         self._chat = ChatTemplate(tokenizer) if self.by_chat else None

@@ -5,9 +5,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from dq_lightning.cache.digests import DigestMemory
 from dq_lightning.core.errors import SourceError
+from dq_lightning.sources.adapt import as_source
 from dq_lightning.sources.groups import given_labels
+from dq_lightning.sources.items import evenly_spaced
 from dq_lightning.sources.targets import as_targets, join, to_labels
 
 
@@ -113,3 +117,59 @@ def test_given_labels():
         given_labels([0.5, 1.5], 2)
     with pytest.raises(SourceError, match="one class per sample"):
         given_labels(7, 2)
+
+
+class Contradicting(Dataset):
+    """A dataset whose list of targets is not what its items hold; `wrong` are the positions where it is not."""
+
+    def __init__(self, total=200, wrong=(), texts=False):
+        self.wrong = set(wrong)
+        self.targets = [i % 4 for i in range(total)]
+        if texts:
+            self.targets = [f"class {target}" for target in self.targets]
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        target = self.targets[(index + 1) % len(self)] if index in self.wrong else self.targets[index]
+        return torch.full((3, 4, 4), index / len(self)), target
+
+
+@pytest.mark.parametrize("texts", [False, True])
+@pytest.mark.parametrize("part", [lambda data: data, lambda data: Subset(data, range(150, 0, -1)),
+                                  lambda data: ConcatDataset([data, Contradicting(40)])])  # fmt: skip
+def test_items_are_believed_where_the_list_contradicts_them_anywhere(tmp_path, caplog, part, texts):
+    hidden = next(
+        i for i in range(60, 200) if i not in evenly_spaced(200, 16) and 150 - i not in evenly_spaced(150, 16)
+    )
+    data = part(Contradicting(wrong=[hidden], texts=texts))
+    if texts and isinstance(data, ConcatDataset):
+        data = ConcatDataset([data.datasets[0], Contradicting(40, texts=True)])
+    wanted = [data[i][1] for i in range(len(data))]
+    memory = DigestMemory(tmp_path)
+
+    def classes(source):
+        labels = source.labels()
+        return [labels.names[i] if texts else int(i) for i in labels.values]
+
+    first = as_source(data)
+    assert first.quick_digest(memory) is None
+    digest = first.digest(memory)
+    assert classes(first) == wanted
+    assert "1 of its items hold another target than its list of targets says" in caplog.text
+    # a later run recalls them without reading the items
+    later = as_source(data)
+    assert later.quick_digest(memory) == digest
+    assert classes(later) == wanted
+
+
+def test_a_list_that_its_items_agree_with_is_remembered_as_such(tmp_path):
+    memory = DigestMemory(tmp_path)
+    data = Contradicting()
+    as_source(data).digest(memory)
+    later = as_source(data)
+    assert later.quick_digest(memory) is not None
+    assert later._scan is None
+    assert later.labels().values.tolist() == data.targets
+    assert later._scan is None
