@@ -395,5 +395,5 @@ def test_real_rows_with_a_real_tokenizer(shared_dir):
 
 @pytest.mark.parametrize("rows", [["a text"], [("a", "b")], Dataset.from_list([{"text": "a"}]).with_format("pandas")])
 def test_rows_that_are_no_dicts_are_told(rows):
-    with pytest.raises(SourceError, match="the rows are no dicts of fields, but the first is a .*with_format"):
+    with pytest.raises(SourceError, match=r"the rows are no dicts of fields, but the first is a .*with_format"):
         encode_rows(rows, word_tokenizer())
