@@ -100,6 +100,9 @@ class SubsetSource(NestedSource):
     def finisher(self, index: Tensor) -> Finisher:
         return self.inner.finisher(torch.from_numpy(self.positions.array[np.asarray(index, dtype=np.int64)]))
 
+    def believe_list(self) -> None:
+        self.inner.believe_list()
+
     def listed_targets(self) -> Targets | None:
         listed = self.inner.listed_targets()
         return listed.take(self.positions.array) if listed is not None else None

@@ -128,6 +128,9 @@ class ItemSource(Source):
         self._several_images: bool | None = None
         self._targets: tuple[Targets | None] | None = None
         self._scan: tuple[str, Targets | None] | None = None
+        # Whether the list of targets was compared with all items, and the list that each item is still compared with.
+        self._compared = False
+        self._believed: Targets | None = None
         self._state: State | None = None
         self._ruled: tuple[str, Labels | None] | None = None
         self._logged_no_classes = False
@@ -164,7 +167,25 @@ class ItemSource(Source):
 
     def read_image(self, index: int) -> Any:
         """The image in the plain item, of any type that `pixels.to_rgb` takes. Reading may raise any exception."""
-        return at(self.read_plain(index), self.image_leaf())
+        item = self.read_plain(index)
+        if self._believed is not None:
+            self._check_believed(index, item)
+        return at(item, self.image_leaf())
+
+    def believe_list(self) -> None:
+        """Have the list of targets, which was compared with a few items alone, compared with each item that is read."""
+        self._believed = self.listed_targets()
+
+    def _check_believed(self, index: int, item: Any) -> None:
+        leaf = self.target_leaf()
+        read, listed = as_targets([target_of(item, leaf)]) if leaf is not None else None, self._believed
+        if listed is not None and (read is None or read.values[0] != listed.values[index]):
+            seen = None if read is None else read.values[0].item()
+            raise SourceError(
+                f"its target is {seen!r}, but the dataset's list of targets says {listed.values[index].item()!r}: samples are "
+                "grouped by this list, because it agrees with the first items that were compared. Make it say what the items "
+                "hold, or pass labels= with the classes"
+            )
 
     def decode_problem(self, index: int) -> str | None:
         """A description of what the dataset's decoder gets wrong for this sample, or None when nothing is known."""
@@ -488,6 +509,8 @@ class ItemSource(Source):
         if listed is not None and seen is not None:
             there = listed.values[list(sampled)]
             if there.dtype.kind == seen.values.dtype.kind and np.array_equal(there, seen.values):
+                if not self._compared:
+                    self.believe_list()
                 return listed
         return self.scan()[1]
 
@@ -570,8 +593,9 @@ class ItemSource(Source):
         key = self.state_key()
         digest, read = self.scan()
         differ = self._has_own_list() and self._differ(read)
+        self._compared = True
         if differ:
-            self._targets = (read,)
+            self._targets, self._believed = (read,), None
         if self.state(fresh=True).digest == self.state().digest:
             memory.remember(key, digest)
             memory.remember(targets_key(key), targets_to_json(read) if differ else "")
@@ -587,8 +611,9 @@ class ItemSource(Source):
             read = memory.recall(targets_key(key))
             if read is None:
                 return None  # The list was not compared with all items yet.
+            self._compared = True
             if read:
-                self._targets = (targets_from_json(read),)
+                self._targets, self._believed = (targets_from_json(read),), None
         return memory.recall(key)
 
     def _has_own_list(self) -> bool:
@@ -620,6 +645,9 @@ class ItemSource(Source):
 
     def check_repeatable(self) -> None:
         self._check_same_reads()
+        if self.grouping is None and self._has_own_list():
+            with contextlib.suppress(SourceError):
+                self.targets()  # A list that is believed is compared with the items in loader processes, too.
         with contextlib.suppress(SourceError):  # An unreadable item is reported when its turn comes.
             self.image(self.first)  # This decides the scale before worker processes are started.
 

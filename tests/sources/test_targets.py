@@ -173,3 +173,23 @@ def test_a_list_that_its_items_agree_with_is_remembered_as_such(tmp_path):
     assert later._scan is None
     assert later.labels().values.tolist() == data.targets
     assert later._scan is None
+
+
+@pytest.mark.parametrize("part", [lambda data: data, lambda data: Subset(data, range(150, 0, -1)),
+                                  lambda data: ConcatDataset([Contradicting(40), data])])  # fmt: skip
+def test_a_list_that_was_compared_with_a_few_items_is_compared_with_each_that_is_read(part):
+    """So it is with data whose identity needs no pass over all items."""
+    hidden = next(
+        i for i in range(60, 200) if i not in evenly_spaced(200, 16) and 150 - i not in evenly_spaced(150, 16)
+    )
+    data = part(Contradicting(wrong=[hidden]))
+
+    def read_all(source):
+        source.check_repeatable()
+        source.labels()
+        return [source.image(i) for i in range(len(source))]
+
+    with pytest.raises(SourceError, match=r"its target is \d, but the dataset's list of targets says \d"):
+        read_all(as_source(data))
+    assert len(read_all(as_source(data, labels=[i % 2 for i in range(len(data))]))) == len(data)
+    assert len(read_all(as_source(part(Contradicting())))) == len(data)
