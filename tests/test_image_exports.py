@@ -333,6 +333,19 @@ def test_a_packed_set_is_exported_without_its_dataset(tmp_path):
     assert (tmp_path / "kept.ids.txt").read_text().split() == [str(i) for i in chosen.index.tolist()]
 
 
+def test_given_labels_do_not_name_the_targets_of_the_samples(tmp_path):
+    names = [f"name {(5 * label) % 12:02}" for _, label in TwelveClasses()]
+    np.save(tmp_path / "ready.npy", np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32))
+    config = QuantizeConfig(selection=SelectionConfig(keep_ratio=0.5), store="packed")
+    features = np.load(tmp_path / "ready.npy")
+    path = quantize(TwelveClasses(), config, encoder=features, labels=names, progress=False).path
+    with pytest.raises(StoreError, match="made with labels= of your own"):
+        export_set(path, "imagefolder", str(tmp_path / "alone"))
+    export_set(path, "imagefolder", str(tmp_path / "with"), dataset=TwelveClasses(), labels=names)
+    folder, positions = ImageFolder(tmp_path / "with"), np.load(tmp_path / "with" / "index.npy")
+    assert [folder.classes[label] for _, label in folder.samples] == [names[position] for position in positions]
+
+
 def test_dropped_patches_are_filled_or_not(tmp_path):
     patches = PatchConfig(drop_ratio=0.25, saliency="variance")
     path = make_set(tmp_path, patches=patches)

@@ -229,3 +229,29 @@ def test_misplaced_transforms_are_told(warm):
         QuantizedDataModule(photos(), batch_transform=as_floats)
     with pytest.raises(ConfigError, match=r"transform= would run before that.*batch_transform="):
         quantized(photos(), warm, "batch", transform=to_tensor)
+
+
+def test_a_collate_function_that_moves_or_changes_images_is_refused_where_masks_come_after_it(tmp_path):
+    def stacked(samples):
+        images, labels = default_collate(samples)
+        return {"pictures": images, "classes": labels}
+
+    def reversed_in_place(samples):
+        samples.reverse()
+        return default_collate(samples)
+
+    def mirrored(samples):
+        images, labels = default_collate(samples)
+        return images.flip(-1), labels
+
+    data = KINDS["arrays"]()
+    for collate, fits in ((stacked, True), (reversed_in_place, False), (mirrored, False)):
+        module = patched(data, tmp_path, "batch", collate_fn=collate)
+        loader = module.train_dataloader()
+        items = [loader.dataset[i] for i in range(COUNT // 2)]
+        if fits:
+            batch = module.on_after_batch_transfer(loader.collate_fn(items), 0)
+            assert len(batch["pictures"]) == COUNT // 2
+        else:
+            with pytest.raises(PatchError, match=r"changes the images or their order.*reconstruct=\"prepare\""):
+                loader.collate_fn(items)

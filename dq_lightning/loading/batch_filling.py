@@ -68,15 +68,31 @@ class UnfilledCollate:
     """Collate function for items of `UnfilledDataset`: it collates the samples inside the items and stacks their masks.
 
     Other items, such as those of a validation set, are collated as usual: by the given function, or by torch's own.
+    `place` leads to the image in a sample.
+
+    Raises:
+        PatchError: the function changes the images or their order, so the masks would not fit them.
     """
 
-    def __init__(self, collate_fn: Callable[[list[Any]], Any] | None = None) -> None:
-        self.collate_fn = collate_fn or default_collate
+    def __init__(self, place: Place, collate_fn: Callable[[list[Any]], Any] | None = None) -> None:
+        self.place, self.collate_fn = place, collate_fn or default_collate
 
     def __call__(self, items: list[Any]) -> Any:
         if not is_unfilled(items[0]):
             return self.collate_fn(items)
-        return {BATCH: self.collate_fn([item[BATCH] for item in items]), MASKS: torch.stack([i[MASKS] for i in items])}
+        samples = [item[BATCH] for item in items]
+        # The function may change its list.
+        given = [at(sample, self.place) for sample in samples]
+        collated = self.collate_fn(samples)
+        if self.collate_fn is not default_collate:
+            images = at(collated, find_images(collated, self.place))
+            if len(images) != len(given) or not all(map(torch.equal, images, given)):
+                raise PatchError(
+                    "collate_fn= changes the images or their order, as MixUp, CutMix and sorting do, and with "
+                    'reconstruct="batch" the dropped patches are filled after it, in the places that each image had before: '
+                    'use reconstruct="prepare", or change the filled images in batch_transform='
+                )
+        return {BATCH: collated, MASKS: torch.stack([item[MASKS] for item in items])}
 
 
 class BatchFiller:

@@ -215,7 +215,7 @@ class Preparation:
         named = {name: value for name, value in given.items() if value is not None}
         settings = replace(own or LoaderSettings(), **named)
         if self._opened is not None and self._opened.patches is not None:
-            settings = replace(settings, collate_fn=UnfilledCollate(settings.collate_fn))
+            settings = replace(settings, collate_fn=UnfilledCollate(self._opened.dataset.place, settings.collate_fn))
         return replace(settings, batch_size=settings.batch_size if batch_size is None else batch_size)
 
     def expect(self, content_hash: str | None, trainer: Any) -> None:

@@ -103,6 +103,8 @@ def write_description(
         "config": config | columns,
         "patches": None if patches is None else asdict(patches),
     } | ({} if encoding is None else {"encoding": encoding})
+    # The samples hold the targets of the dataset, and not the classes that the user gave.
+    described |= {"labels_given": True} if labels is not None and plan.labels_id is not None else {}
     described |= {"num_unreadable": num_unreadable} if num_unreadable else {}
     described |= {"source_bytes": source_bytes} if source_bytes is not None and patches is None else {}
     write_bytes(folder / COMPACT_FILE, seal(described))
