@@ -346,6 +346,17 @@ def test_given_labels_do_not_name_the_targets_of_the_samples(tmp_path):
     assert [folder.classes[label] for _, label in folder.samples] == [names[position] for position in positions]
 
 
+def test_classes_that_a_rule_made_of_boxes_are_no_targets(tmp_path):
+    images = [image for image, _ in TwelveClasses()]
+    boxes = {"boxes": torch.tensor([[1.0, 1.0, 9.0, 9.0]])}
+    data = [(image, boxes | {"labels": torch.tensor([i % 3])}) for i, image in enumerate(images)]
+    features = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    config = QuantizeConfig(selection=SelectionConfig(keep_ratio=0.5), store="packed")
+    path = quantize(data, config, encoder=features, labels="dominant", progress=False).path
+    export_set(path, "imagefolder", str(tmp_path / "alone"))
+    assert len(list((tmp_path / "alone").rglob("*.png"))) == 30
+
+
 def test_dropped_patches_are_filled_or_not(tmp_path):
     patches = PatchConfig(drop_ratio=0.25, saliency="variance")
     path = make_set(tmp_path, patches=patches)

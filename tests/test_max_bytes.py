@@ -327,6 +327,13 @@ def test_a_setting_that_changes_no_image_is_told(tmp_path, features, caplog, max
     assert image.tobytes() == data[int(load_selection(info.path).index[0])][0].convert("RGBA").tobytes()
 
 
+@pytest.mark.parametrize("max_bytes", [25_000, 40_000, 60_000])
+def test_images_that_no_codec_holds_among_others(tmp_path, features, max_bytes):
+    data = [(image.convert("RGBA") if i % 8 == 3 else image, i % 3) for i, (image, _) in enumerate(photos(160, None))]
+    info = made(tmp_path, data, QuantizeConfig(max_bytes=max_bytes, features=features(160)))
+    assert 0.85 * max_bytes < info.bytes <= max_bytes
+
+
 def test_what_is_advised_when_nothing_fits_is_what_would_help(tmp_path, features, fewer):
     noise = np.random.default_rng(0).integers(0, 255, (12, 32, 32, 3), dtype=np.uint8)
     data = [(Image.fromarray(pixels), 1) for pixels in noise]

@@ -15,6 +15,8 @@ NAMES = {
 }
 # These parts appear and disappear together with a budget of bytes.
 KEEP_RATIO, BUDGET, OF_BUDGET = "keep_ratio", "max_bytes", ("encoding.", "encoding_version")
+# One of these parts is there: the samples were given by their positions, or are drawn from bins.
+BY_POSITION, BY_BINS = "indices", "num_bins"
 # These parts appear and disappear together with the drop ratio, so they are not reported separately.
 OF_PATCHES = ("patches", "stored_patches", "reconstructor")
 FOLLOWING = ("_version", "draw_scores")
@@ -73,6 +75,13 @@ def describe_change(
             if maybe_split:
                 how = "are new, were changed, or were split at random without a seed"
             return f"computing {noun}: the cache has none for these data, which {how} ({seen})"
+    for name, how in (
+        (BY_POSITION, "the samples were given, or all are kept"),
+        (BY_BINS, "samples are chosen from bins"),
+    ):
+        # All settings of features, bins and draw appear or disappear with this one.
+        if any(path == name and a is missing for path, a, _ in nearest):
+            return f"computing {noun} because now {how}"
     listed = list(filter(is_listed, nearest))
     # What appears or disappears with a setting is reported only where the setting is not.
     listed = [one for one in listed if not (missing in one[1:] and one[0].endswith(FOLLOWING))] or listed

@@ -10,14 +10,13 @@ from typing import Any
 from PIL import Image
 
 from dq_lightning.cache.files import read_sealed
-from dq_lightning.cache.manifest import read_manifest
 from dq_lightning.core.arrays import as_image
 from dq_lightning.core.devices import DeviceNames
-from dq_lightning.core.errors import DQError, StoreError
+from dq_lightning.core.errors import StoreError
 from dq_lightning.core.records import Selection
 from dq_lightning.packed.images import exif_beside
 from dq_lightning.packed.patches import map_patched, mean_filled
-from dq_lightning.pipeline.compact import COMPACT_FILE, open_compact, open_packed, stored_patch_plan
+from dq_lightning.pipeline.compact import COMPACT_FILE, classes_are_given, open_compact, open_packed, stored_patch_plan
 from dq_lightning.pipeline.filling import filled_items, stored_place
 from dq_lightning.sources.base import Source
 from dq_lightning.sources.items import at, find_image, find_target
@@ -131,9 +130,10 @@ def kept_of_store(
     first = map_patched(store[0], mean_filled)
     image = find_image(first, described["config"].get("image_column"))
     target = find_target(first, image, described["config"].get("label_column"))
-    if described["num_classes"] is None:
+    given = classes_are_given(Path(path), described)
+    if described["num_classes"] is None or given is None:
         target = None
-    elif target is not None and _labels_were_given(path, described):
+    elif target is not None and given:
         raise StoreError(
             f"{path} was made with labels= of your own, and its samples hold the targets of the dataset, which these do not "
             "name: export it with its dataset and the same labels (dataset= and labels= of export_set, or of "
@@ -160,16 +160,6 @@ def kept_of_store(
             yield KeptImage(position, bin_number, name, label, data, ".png")
 
     return KeptImages(compact.selection, None if target is None else tuple(names), items, Path(path).name)
-
-
-def _labels_were_given(path: str | Path, described: dict[str, Any]) -> bool:
-    """Whether the classes of a set are not the targets of its samples; the key of an entry tells of earlier versions."""
-    if described.get("labels_given", False):
-        return True
-    try:
-        return read_manifest(Path(path))["parts"].get("labels") is not None
-    except (OSError, DQError):
-        return False  # The folder holds a copy without a manifest.
 
 
 def as_png(leaf: Any) -> bytes:

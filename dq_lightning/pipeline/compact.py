@@ -1,5 +1,6 @@
 """Read and write compact sets on the disk: find one in the cache, or open any folder that holds a complete entry."""
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 from dq_lightning.cache.entries import Cache
 from dq_lightning.cache.files import read_sealed, seal, sealed_digest, write_bytes
-from dq_lightning.cache.manifest import MANIFEST, check_copied_entry, request_full_check
+from dq_lightning.cache.manifest import MANIFEST, check_copied_entry, read_manifest, request_full_check
 from dq_lightning.cache.tensors import TENSORS_FILE, read_bins, read_features, read_selection
 from dq_lightning.core.config import PatchConfig, Reconstruct, TextConfig, VerifyPolicy
 from dq_lightning.core.errors import CacheError, DQError, StoreError
@@ -103,11 +104,27 @@ def write_description(
         "config": config | columns,
         "patches": None if patches is None else asdict(patches),
     } | ({} if encoding is None else {"encoding": encoding})
-    # The samples hold the targets of the dataset, and not the classes that the user gave.
-    described |= {"labels_given": True} if labels is not None and plan.labels_id is not None else {}
+    # The samples hold the targets of the dataset, which are not the classes where the user gave these, or a rule for them.
+    described |= {"labels": plan.labels_id} if plan.labels_id is not None else {}
     described |= {"num_unreadable": num_unreadable} if num_unreadable else {}
     described |= {"source_bytes": source_bytes} if source_bytes is not None and patches is None else {}
     write_bytes(folder / COMPACT_FILE, seal(described))
+
+
+def classes_are_given(path: Path, described: dict[str, Any]) -> bool | None:
+    """Whether a set's classes were given by the user, so that they are not the targets in its samples.
+
+    They are these targets where this is False, and None stands for a rule that made them of the targets, such as
+    `"dominant"`. Descriptions of earlier versions say nothing, but the key of an entry of the cache does.
+    """
+    identity = described.get("labels")
+    if identity is None:
+        with suppress(OSError, DQError):  # A copied folder may have no manifest.
+            identity = read_manifest(path)["parts"].get("labels")
+    if not isinstance(identity, str) or identity == "none" or identity.startswith("column:"):
+        return False
+    is_digest = len(identity) == 64 and set(identity) <= set("0123456789abcdef")
+    return True if is_digest else None
 
 
 def find_compact(plan: Plan, cache: Cache, source: str | None = None) -> Compact | None:

@@ -73,6 +73,8 @@ def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
     scores = PatchScores(task)
     beside += frontier.fixed_bytes
     settings, measured = frontier.settings, set[int]()
+    # Bytes that samples took above what was expected of them, where the bytes of each are known.
+    over = count = 0
     selection, total = Selection(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int16)), 0
     for round_ in range(MAX_ROUNDS):
         while True:
@@ -91,10 +93,9 @@ def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
             frontier.adjust(at, measured)
             measured.add(at)
         if bins is not None:
-            taken = frontier.bytes_of(byte_plan.setting)
-            if round_ == 0 and fixed is None and taken:
-                count = _most(task, bins, present, taken, budget - beside)
-                byte_plan = replace(byte_plan, num_samples=count or byte_plan.num_samples)
+            taken = {} if fixed is not None else frontier.bytes_of(byte_plan.setting)
+            count = _most(task, bins, present, taken, budget - beside - over) if taken else 0
+            byte_plan = replace(byte_plan, num_samples=count or byte_plan.num_samples)
             selection = drawn_selection(task, bins, byte_plan.num_samples / len(bins))
         elif chosen is not None:
             selection = chosen
@@ -104,11 +105,20 @@ def make_fitting_store(task: Task, bins: Bins | None = None) -> None:
         total = _write(task, selection, byte_plan, budget, whole, scores, frontier.packed(byte_plan.setting))
         if total <= budget:
             return
-        # With what these samples took, the next plan has at least one sample less, or another setting.
-        settings[at] = replace(settings[at], sample_bytes=(total - beside) / len(selection) * (1 + 0.001 * round_))
         remove_shards(task.entry)
         for path in task.folder.iterdir():
             path.unlink()
+        if count:
+            over += total - budget
+            continue
+        # With what these samples took, the next plan has at least one sample less, or another setting.
+        measured_bytes = (total - beside) / len(selection) * (1 + 0.001 * round_)
+        more = max(1.0, measured_bytes / settings[at].sample_bytes)
+        # The estimates of similar settings are too small for the same reason.
+        for number, one in enumerate(settings):
+            if number != at and one.family == settings[at].family:
+                settings[number] = replace(one, sample_bytes=one.sample_bytes * more)
+        settings[at] = replace(settings[at], sample_bytes=measured_bytes)
     raise ConfigError(
         f"max_bytes={budget:,} is too little: {len(selection):,} samples took {total:,} bytes. Raise it, or leave more open"
     )

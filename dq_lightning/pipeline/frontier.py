@@ -266,8 +266,11 @@ class Frontier:
             encoded = (isinstance(at(sample, plan.source.image_leaf()), StoredImage) for sample, _ in items)
             self._packed[_how(setting)] = dict(compress(zip(many, items, strict=True), encoded))
             mean, _ = _packed_bytes(plan, many, items)
-            sizes = _stored_sizes([file for file, _ in files])
-            if len(files) == len(many) == len(plan.candidates):
+            of_files = iter(_stored_sizes([file for file, _ in files]))
+            # Images that the codec cannot hold stay as they are, and take more than the others.
+            leaves = [at(sample, plan.source.image_leaf()) for sample, _ in items]
+            sizes = [next(of_files) if isinstance(one, StoredImage) else len(encode_value(one)) for one in leaves]
+            if len(many) == len(plan.candidates):
                 beside = mean - float(np.mean(sizes))
                 self._bytes[_how(setting)] = {i: size + beside for i, size in zip(many, sizes, strict=True)}
             setting = replace(setting, own_share=sum(is_own for _, is_own in files) / max(1, len(files)))

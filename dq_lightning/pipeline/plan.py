@@ -37,7 +37,7 @@ FILLED = "6-filled"
 # No station, but how images are encoded, and the rule that a budget of bytes is spent by.
 ENCODED = "encoded"
 # Increase the number of a station whenever what it computes changes, so that its old entries are never reused.
-ALGORITHM_VERSIONS = {FEATURES: 2, BINS: 2, SELECTION: 2, PATCHES: 2, STORE: 2, FILLED: 3, ENCODED: 3}
+ALGORITHM_VERSIONS = {FEATURES: 2, BINS: 2, SELECTION: 2, PATCHES: 2, STORE: 2, FILLED: 3, ENCODED: 4}
 # Version of what the scores of samples leave out of the bins, and of the scores that are kept with the bins for the draw, with
 # the order in which samples are drawn by them.
 QUALITY_VERSION = 3

@@ -14,7 +14,14 @@ from dq_lightning.cache.manifest import read_manifest
 from dq_lightning.core.errors import CacheError, DQError, StoreError
 from dq_lightning.core.records import Bins, Duplicates, Features, Labels
 from dq_lightning.packed.reader import PackedDataset
-from dq_lightning.pipeline.compact import COMPACT_FILE, Compact, open_compact, read_bins_of, read_features_of
+from dq_lightning.pipeline.compact import (
+    COMPACT_FILE,
+    Compact,
+    classes_are_given,
+    open_compact,
+    read_bins_of,
+    read_features_of,
+)
 from dq_lightning.pipeline.duplicates import read_duplicates_of
 from dq_lightning.pipeline.plan import STORE, parts_behind
 from dq_lightning.report.records import STATES
@@ -47,6 +54,7 @@ class Material:
         bins: bins of all N samples.
         duplicates: near-duplicates that were left out; None if none were looked for.
         state: uint8 [N], number in `STATES` of what became of each sample, as far as it is known.
+        names_fit: whether the names of classes in the description are those of the samples' own targets.
     """
 
     compact: Compact
@@ -60,6 +68,7 @@ class Material:
     bins: Bins | str
     duplicates: Duplicates | str | None
     state: Tensor
+    names_fit: bool
 
     @property
     def index(self) -> Tensor:
@@ -71,7 +80,8 @@ class Material:
         labels = self.labels or self.kept_labels
         if labels is None:
             return ()
-        known = labels.names or tuple(self.described["class_names"] or ())
+        of_set = self.described["class_names"] if self.names_fit else None
+        known = labels.names or tuple(of_set or ())
         count = max(labels.num_classes, len(known))
         names = tuple(map(_short, known)) + tuple(map(str, range(len(known), count)))
         return (*names, "(no label)") if labels.unlabeled else names
@@ -115,7 +125,8 @@ def collect(compact: Compact, cache: Cache, source: Source | None) -> Material:
         features = "The features in the cache are of another number of samples."
     bins = _or_why(lambda: read_bins_of(compact, cache))
     duplicates = _or_why(lambda: read_duplicates_of(compact, cache, labels, labels_known=source is not None))
-    kept_labels = _kept_labels(compact, stored) if labels is None else None
+    names_fit = not classes_are_given(path, described)
+    kept_labels = _kept_labels(compact, stored) if labels is None and names_fit else None
     return Material(
         compact,
         described,
@@ -128,6 +139,7 @@ def collect(compact: Compact, cache: Cache, source: Source | None) -> Material:
         bins,
         duplicates,
         _state(compact, features, bins),
+        names_fit,
     )
 
 

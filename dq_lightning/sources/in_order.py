@@ -377,7 +377,8 @@ class StreamSource(MapSource):
 
     def read_plain(self, index: int) -> Any:
         view = self.plain_dataset
-        if not self.record.has_begun and index >= len(view.cursor().head):
+        # What is read while this source is made is no part of the first pass.
+        if view.notes and not self.record.has_begun and index >= len(view.cursor().head):
             self.begin()
         return view[index]
 

@@ -196,8 +196,8 @@ def encode_rows(
     writer.warn()
     if response_cut:
         get_logger().warning(
-            f"{response_cut:,} responses are longer than max_length= allows and lose their end: raise it to keep them whole "
-            f"({report})"
+            f"{response_cut:,} responses are longer than max_length= allows and lose their end: raise it (in a data module "
+            f"config.text.train_length) to keep them whole ({report})"
         )
     return TokenRows(all_ids, all_learn, lengths, report, torch.tensor(places, dtype=torch.int64))
 

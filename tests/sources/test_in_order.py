@@ -19,6 +19,7 @@ from datasets.distributed import split_dataset_by_node
 from lightning import LightningDataModule
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
+from torchvision.transforms import ToTensor
 
 from dq_lightning import QuantizedDataModule, load_selection, quantize
 from dq_lightning.cache.shards import KeptShards
@@ -446,3 +447,19 @@ def test_what_needs_positions_is_refused(items, tmp_path):
             quantize(Stream(items), QuantizeConfig.from_dict(settings), encoder=mean_colour, cache_dir=tmp_path)
     with pytest.raises(SourceError, match="is empty"):
         as_source(Stream([]))
+
+
+def test_transforms_that_are_passed_with_a_stream(items, tmp_path):
+    """They are taken off and put on again as those of a dataset with positions."""
+    given = {"transform": ToTensor(), "target_transform": lambda label: label + 10}
+    settings = {"keep_ratio": 0.25, "num_bins": 2, "num_workers": 0, "store": "packed", "encoder": mean_colour}
+    made = []
+    for data in (Stream(items), items):
+        module = QuantizedDataModule(data, cache_dir=tmp_path, **settings, **given)
+        module.prepare_data()
+        module.setup("fit")
+        made.append(module.train_dataloader().dataset)
+    assert len(made[0]) == round(N * 0.25)
+    for (image, label), (other, target) in zip(*made, strict=True):
+        assert torch.equal(image, other)
+        assert label == target >= 10
