@@ -87,6 +87,9 @@ def test_one_line_says_what_is_computed_and_why(tmp_path, caplog):
     assert told(data, settings(store="packed")) == (
         "computing the compact set because store changed (indices -> packed); reusing features, bins and selection"
     )
+    assert told(data, settings(keep_ratio=1.0)).startswith(
+        "computing the compact set because now the samples were given, or all are kept"
+    )
     changed = photos(40)
     changed.dataset.data = 255 - changed.dataset.data
     assert re.fullmatch(
