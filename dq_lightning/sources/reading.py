@@ -177,14 +177,24 @@ class ItemSource(Source):
         self._believed = self.listed_targets()
 
     def _check_believed(self, index: int, item: Any) -> None:
-        leaf = self.target_leaf()
-        read, listed = as_targets([target_of(item, leaf)]) if leaf is not None else None, self._believed
-        if listed is not None and (read is None or read.values[0] != listed.values[index]):
-            seen = None if read is None else read.values[0].item()
+        leaf, listed = self.target_leaf(), self._believed
+        if leaf is None or listed is None:
+            return
+        value, wanted = target_of(item, leaf), listed.values[index]
+        if value is None:
+            agrees = (
+                bool(listed.missing[index])
+                if listed.missing is not None
+                else listed.values.dtype.kind == "i" and wanted < 0
+            )
+        else:
+            read = as_targets([value])
+            agrees = read is not None and read.values[0] == wanted
+        if not agrees:
             raise SourceError(
-                f"its target is {seen!r}, but the dataset's list of targets says {listed.values[index].item()!r}: samples are "
-                "grouped by this list, because it agrees with the first items that were compared. Make it say what the items "
-                "hold, or pass labels= with the classes"
+                f"its target is {value!r}, but the dataset's list of targets says {wanted.item()!r}: samples are grouped by this "
+                "list, because it agrees with the first items that were compared. Make it say what the items hold, or pass "
+                "labels= with the classes"
             )
 
     def decode_problem(self, index: int) -> str | None:
@@ -593,9 +603,9 @@ class ItemSource(Source):
         key = self.state_key()
         digest, read = self.scan()
         differ = self._has_own_list() and self._differ(read)
-        self._compared = True
+        self._compared, self._believed = True, None
         if differ:
-            self._targets, self._believed = (read,), None
+            self._targets = (read,)
         if self.state(fresh=True).digest == self.state().digest:
             memory.remember(key, digest)
             memory.remember(targets_key(key), targets_to_json(read) if differ else "")
@@ -611,9 +621,9 @@ class ItemSource(Source):
             read = memory.recall(targets_key(key))
             if read is None:
                 return None  # The list was not compared with all items yet.
-            self._compared = True
+            self._compared, self._believed = True, None
             if read:
-                self._targets, self._believed = (targets_from_json(read),), None
+                self._targets = (targets_from_json(read),)
         return memory.recall(key)
 
     def _has_own_list(self) -> bool:

@@ -193,3 +193,17 @@ def test_a_list_that_was_compared_with_a_few_items_is_compared_with_each_that_is
         read_all(as_source(data))
     assert len(read_all(as_source(data, labels=[i % 2 for i in range(len(data))]))) == len(data)
     assert len(read_all(as_source(part(Contradicting())))) == len(data)
+
+
+@pytest.mark.parametrize("texts", [False, True])
+def test_samples_without_a_label_agree_with_a_list_that_has_none_for_them(texts):
+    data = Contradicting(texts=texts)
+    for position in (3, 60, 117):
+        data.targets[position] = None
+    source = as_source(data)
+    source.check_repeatable()
+    assert source.labels().unlabeled
+    assert len([source.image(i) for i in range(200)]) == 200
+    data.wrong = {60}
+    with pytest.raises(SourceError, match="list of targets says"):
+        source.image(60)
