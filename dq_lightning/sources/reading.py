@@ -182,19 +182,16 @@ class ItemSource(Source):
             return
         value, wanted = target_of(item, leaf), listed.values[index]
         if value is None:
-            agrees = (
-                bool(listed.missing[index])
-                if listed.missing is not None
-                else listed.values.dtype.kind == "i" and wanted < 0
-            )
+            is_number = listed.values.dtype.kind == "i"
+            agrees = wanted < 0 if is_number else listed.missing is not None and bool(listed.missing[index])
         else:
             read = as_targets([value])
             agrees = read is not None and read.values[0] == wanted
         if not agrees:
             raise SourceError(
-                f"its target is {value!r}, but the dataset's list of targets says {wanted.item()!r}: samples are grouped by this "
-                "list, because it agrees with the first items that were compared. Make it say what the items hold, or pass "
-                "labels= with the classes"
+                f"its target is {value!r}, but the dataset's list of targets says {wanted.item()!r}: samples are grouped by "
+                "this list, because it agrees with the first items that were compared. Make it say what the items hold, or "
+                "pass labels= with the classes"
             )
 
     def decode_problem(self, index: int) -> str | None:
