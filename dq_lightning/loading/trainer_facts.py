@@ -53,7 +53,7 @@ class TrainerFacts:
             node_devices=_node_devices(trainer.strategy),
             reloads=bool(trainer.reload_dataloaders_every_n_epochs),
             progress=trainer.progress_bar_callback is not None,
-            overfits=bool(trainer.overfit_batches),
+            overfits=bool(getattr(trainer, "overfit_batches", 0)),
         )
 
     @property
